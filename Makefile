@@ -1,0 +1,63 @@
+# A fresh clone needs Python >= 3.11 and nothing else: `make demo` and `make test` install what they need into .venv.
+PYTHON ?= python3
+# Each worker loads torch (about 0.5 GB) and runs it on one thread, see tests/conftest.py.
+WORKERS ?= 2
+# More words for pip, such as an index of your own.
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+STAMP := $(VENV)/.installed
+# The linters read the folders under their import names through this link; pyproject.toml says why.
+LINK := .typecheck/autopeft
+LINT_IMPORTS := PYTHONPATH=.typecheck $(BIN)/lint-imports --no-logo
+
+.PHONY: help install demo test lint browser-test clean
+
+help:
+	@echo "make demo          a complete search, offline, on the CPU"
+	@echo "make test          the tests and the import rules"
+	@echo "make lint          ruff, mypy and the import rules"
+	@echo "make browser-test  the tests that need a web browser"
+	@echo "make install       only fill .venv (PYTHON=python3.12 picks the interpreter)"
+	@echo "make clean         remove .venv and everything built"
+
+install: $(STAMP)
+
+# torch goes first and alone: pip then takes the build that this machine offers (a CPU wheel, say), and the second call
+# leaves it in place.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "autopeft needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch (the first time this is a large download)"
+	@$(PIP) torch
+	@echo "installing autopeft and the rest of its tested versions"
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+$(LINK):
+	@mkdir -p $(@D)
+	@ln -s .. $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m autopeft.studies.demo
+
+# loadfile keeps a file on one worker, so that what it loads once (a backbone) is loaded once.
+test: $(STAMP) $(LINK)
+	@$(LINT_IMPORTS)
+	@$(BIN)/pytest --quiet -n $(WORKERS) --dist loadfile
+
+lint: $(STAMP) $(LINK)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(LINT_IMPORTS)
+
+browser-test: $(STAMP)
+	@$(BIN)/pytest --quiet -m browser
+
+clean:
+	@rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find evaluators kernels search_space searchers studies tests -name __pycache__ -type d -prune -exec rm -rf {} +

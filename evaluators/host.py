@@ -1,0 +1,305 @@
+"""The host: attaches the adapters of K slots to one frozen backbone, and takes them off again.
+
+Notation: K slots, the batch is [K * N, tokens, D] with the N examples of a slot next to each other. Everything hangs on
+module hooks (and, for attention prefixes, on transformers' attention interface), so that the backbone's own modules and
+parameters are never replaced: detaching restores them bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from autopeft.search_space.adapters import AdapterSpec
+from autopeft.search_space.adapters.bank import Bank
+from autopeft.search_space.adapters.head import Head
+from autopeft.search_space.adapters.linear import set_weight, weight_of
+from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.backbone import Backbone, Site
+
+# At one module, linears and norms are adapted before the sub-layer that ends there.
+SUBLAYER_ROLES = ("attn", "mlp")
+
+
+def head_sites(model: nn.Module, backbone: Backbone) -> tuple[Site, ...]:
+    """The linear layers of the task head. Raises ValueError for a head with other trainable parts."""
+    sites = []
+    for head in backbone.head_modules:
+        for name, module in model.get_submodule(head).named_modules(prefix=head):
+            if isinstance(module, nn.Linear):
+                sites.append(
+                    Site(
+                        name=f"head.{name}",
+                        layer=None,
+                        role="head",
+                        module=name,
+                        input_module=name,
+                        in_features=module.in_features,
+                        out_features=module.out_features,
+                        bias=module.bias is not None,
+                    )
+                )
+            elif any(True for _ in module.parameters(recurse=False)):
+                raise ValueError(f"the task head has a trainable {type(module).__name__} at {name!r}, not a Linear")
+    return tuple(sites)
+
+
+class Attachment(nn.Module):
+    """The adapters (and task heads) of K slots on one model. Use as a context manager, or call `detach`.
+
+    `architectures` and `seeds`: one per slot. `pretrained_head`: start from the head's weights in the model and not
+    from new ones. Raises ValueError for a candidate that trains the backbone in a pack of more than one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        architectures: Sequence[Architecture],
+        seeds: Sequence[int],
+        *,
+        pretrained_head: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = (model,)  # in a tuple: the backbone is not a child of its adapters
+        self.backbone = backbone
+        self.architectures = tuple(architectures)
+        self.num_slots = len(architectures)
+        self.banks = nn.ModuleList()
+        self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all of them
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._inputs: dict[str, Tensor] = {}
+        self._trained: list[tuple[nn.Parameter, Tensor]] = []
+
+        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for site in backbone.sites:
+            for slots, specs, nth in self._groups(site):
+                if site.role == "backbone":
+                    self._train_backbone(model)
+                else:
+                    own_seeds = [f"{seeds[k]}#{nth}" if nth else seeds[k] for k in slots]
+                    self._add(Bank(site, specs, model.get_submodule(site.module), own_seeds), slots)
+        every = list(range(self.num_slots))
+        for site in head_sites(model, backbone):
+            base = model.get_submodule(site.module)
+            bank = Bank(site, [Head()] * self.num_slots, base, seeds)
+            if pretrained_head:
+                for k in every:
+                    values = {"W": base.weight} | ({"b": base.bias} if base.bias is not None else {})
+                    bank.load_slot(k, values)
+            self._add(bank, every)
+        device = next(model.parameters()).device
+        self.to(device)
+        self._slots_of = [slots if slots is None else slots.to(device) for slots in self._slots_of]
+        self._hook(model)
+
+    # Building
+
+    def _groups(self, site: Site) -> Iterator[tuple[list[int], list[AdapterSpec], int]]:
+        """Slots whose adapters at `site` share a structure, their adapters, and how many alike came before."""
+        groups: dict[tuple, tuple[list[int], list[AdapterSpec], int]] = {}
+        for k, architecture in enumerate(self.architectures):
+            seen: dict[tuple, int] = {}
+            for spec in dict(architecture.adapters).get(site.name, ()):
+                # Two adapters of one structure at one site are two groups, with random streams of their own.
+                structure = spec.structure()
+                nth = seen[structure] = seen.get(structure, -1) + 1
+                slots, specs, _ = groups.setdefault((structure, nth), ([], [], nth))
+                slots.append(k)
+                specs.append(spec)
+        return iter(groups[key] for key in sorted(groups, key=repr))
+
+    def _add(self, bank: Bank, slots: list[int]) -> None:
+        self.banks.append(bank)
+        self._slots_of.append(None if slots == list(range(self.num_slots)) else torch.tensor(slots))
+
+    def _train_backbone(self, model: nn.Module) -> None:
+        if self.num_slots != 1:
+            raise ValueError("a candidate that trains the backbone cannot share it with others")
+        head = {p for name in self.backbone.head_modules for p in model.get_submodule(name).parameters()}
+        for parameter in model.parameters():
+            if parameter not in head:
+                parameter.requires_grad_(True)
+                self._trained.append((parameter, parameter.detach().clone()))
+
+    def _hook(self, model: nn.Module) -> None:
+        points: dict[str, list[int]] = {}
+        for index, bank in enumerate(self.banks):
+            points.setdefault(bank.site.module, []).append(index)
+        for path, indices in points.items():
+            # Sorting is stable: within a class the canonical order of `_groups` stands.
+            indices.sort(key=lambda i: self.banks[i].site.role in SUBLAYER_ROLES)
+            module = model.get_submodule(path)
+            inputs = [i for i in indices if overrides(self.banks[i].specs[0], "apply_input")]
+            if inputs:
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(inputs)))
+            outputs = [i for i in indices if overrides(self.banks[i].specs[0], "apply")]
+            if outputs:
+                self._handles.append(module.register_forward_hook(self._output_hook(outputs)))
+        taps = {b.site.input_module for b in self.banks if b.site.input_module != b.site.module}
+        for path in taps:
+            # Prepended: a sub-layer's x is taken before an adapter at the tapped linear changes its input.
+            handle = model.get_submodule(path).register_forward_pre_hook(self._tap(path), prepend=True)
+            self._handles.append(handle)
+        prefixes = [bank for bank in self.banks if overrides(bank.specs[0], "extend_attention")]
+        if prefixes:
+            from autopeft.evaluators.attention import install
+
+            slots_of = {id(b): s for b, s in zip(self.banks, self._slots_of, strict=True)}
+            self._handles += install(model, [(bank, slots_of[id(bank)]) for bank in prefixes], self.num_slots)
+
+    def _tap(self, path: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            self._inputs[path] = args[0]
+
+        return hook
+
+    def _input_hook(self, indices: list[int]):
+        def hook(module: nn.Module, args: tuple) -> tuple:
+            x = self._by_slot(args[0])
+            for index in indices:
+                x = self._on_slots(index, x, lambda bank, part: bank.apply_input(part), x)
+            return (x.reshape(args[0].shape), *args[1:])
+
+        return hook
+
+    def _output_hook(self, indices: list[int]):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            y = self._by_slot(output)
+            for index in indices:
+                site = self.banks[index].site
+                x = self._by_slot(args[0] if site.input_module == site.module else self._inputs[site.input_module])
+                y = self._on_slots(index, y, lambda bank, part, x_part: bank(x_part, part), y, x)
+            return y.reshape(output.shape)
+
+        return hook
+
+    def _by_slot(self, tensor: Tensor) -> Tensor:
+        """[K * N, ..., D] to [K, M, D]."""
+        return tensor.reshape(self.num_slots, -1, tensor.shape[-1])
+
+    def _on_slots(self, index: int, whole: Tensor, change, *tensors: Tensor) -> Tensor:
+        """`whole` with the slots of bank `index` replaced by `change(bank, *their parts)`."""
+        slots = self._slots_of[index]
+        if slots is None:
+            return change(self.banks[index], *tensors)
+        return whole.index_copy(0, slots, change(self.banks[index], *(t.index_select(0, slots) for t in tensors)))
+
+    # Use
+
+    def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Every trained tensor and whether weight decay applies to it."""
+        for bank in self.banks:
+            declared = bank.specs[0].parameters(bank.site)
+            yield from ((value, declared[name].decay) for name, value in bank.values.items())
+        yield from ((parameter, parameter.dim() > 1) for parameter, _ in self._trained)
+
+    def num_adapter_params(self) -> int:
+        """Parameters that the optimiser really holds, without the heads. Equals the formula for one slot."""
+        own = sum(v.numel() for bank in self.banks if bank.site.role != "head" for v in bank.values.values())
+        return own + sum(parameter.numel() for parameter, _ in self._trained)
+
+    @property
+    def trains_backbone(self) -> bool:
+        return bool(self._trained)
+
+    def train(self, mode: bool = True) -> Attachment:
+        """Training mode of the adapters. The frozen backbone stays in evaluation mode (its activations can then be
+        shared and cached); one that is trained itself follows `mode`.
+        """
+        super().train(mode)
+        self.model[0].train(mode and self.trains_backbone)
+        return self
+
+    def state(self, k: int = 0) -> dict[str, Tensor]:
+        """The trained tensors of slot k as `site/kind/name` (a second adapter of that name gets `#2`), on the CPU."""
+        tensors = {f"{key}/{n}": v for key, bank, j in self._banks_of(k) for n, v in bank.of_slot(j).items()}
+        if self._trained:
+            names = {p: name for name, p in self.model[0].named_parameters()}
+            tensors |= {f"backbone/full/{names[p]}": p for p, _ in self._trained}
+        return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor], k: int = 0) -> None:
+        """The inverse of `state`. Raises KeyError for a missing tensor and ValueError for one of another shape."""
+        for key, bank, j in self._banks_of(k):
+            bank.load_slot(j, {name: state[f"{key}/{name}"] for name in bank.values})
+        if self._trained:
+            names = {p: name for name, p in self.model[0].named_parameters()}
+            for parameter, _ in self._trained:
+                parameter.copy_(state[f"backbone/full/{names[parameter]}"])
+
+    def _banks_of(self, k: int) -> Iterator[tuple[str, Bank, int]]:
+        """Banks that serve slot k: a name that does not depend on the pack, the bank, and the slot's place in it."""
+        seen: dict[str, int] = {}
+        for bank, slots in zip(self.banks, self._slots_of, strict=True):
+            served = list(range(self.num_slots)) if slots is None else slots.tolist()
+            if k in served:
+                key = f"{bank.site.name}/{bank.specs[0].kind}"
+                seen[key] = seen.get(key, 0) + 1
+                yield key if seen[key] == 1 else f"{key}#{seen[key]}", bank, served.index(k)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The adapters of a single slot folded into the backbone's weights, hooks off; undone bit for bit at the end.
+
+        What cannot be merged keeps its hooks. Raises ValueError for more than one slot.
+        """
+        if self.num_slots != 1:
+            raise ValueError("only a single slot can be merged into the backbone")
+        model = self.model[0]
+        saved: list[tuple[nn.Module, Tensor, Tensor | None]] = []
+        # Input scalings last: in the forward pass the other adapters of a linear read the scaled input.
+        mergeable = sorted((b for b in self.banks if b.specs[0].mergeable), key=lambda b: overrides(b.specs[0], "apply_input"))
+        self._unhook()
+        with torch.no_grad():
+            for bank in mergeable:
+                module = model.get_submodule(bank.site.module)
+                weight, bias = weight_of(module), getattr(module, "bias", None)
+                saved.append((module, weight.clone(), None if bias is None else bias.detach().clone()))
+                set_weight(module, *bank.specs[0].merge(bank.of_slot(0), weight, bias))
+        kept = self.banks, self._slots_of
+        pairs = [(b, s) for b, s in zip(*kept, strict=True) if b not in mergeable]
+        try:
+            self.banks, self._slots_of = nn.ModuleList([b for b, _ in pairs]), [s for _, s in pairs]
+            self._hook(model)
+            yield
+        finally:
+            self._unhook()
+            for module, weight, bias in reversed(saved):
+                set_weight(module, weight, bias)
+            self.banks, self._slots_of = kept
+            self._hook(model)
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._inputs.clear()
+
+    @torch.no_grad()
+    def detach(self) -> None:
+        """Take everything off: hooks, gradient flags, and the backbone's own values where they were trained."""
+        self._unhook()
+        for parameter, value in self._trained:
+            parameter.copy_(value)
+            parameter.grad = None
+        for parameter, flag in self._requires_grad:
+            parameter.requires_grad_(flag)
+        self.model[0].eval()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+
+def overrides(spec: AdapterSpec, method: str) -> bool:
+    """Whether a type does something of its own at that point; what it leaves alone needs no hook."""
+    return getattr(type(spec), method) is not getattr(AdapterSpec, method)

@@ -1,0 +1,1 @@
+"""The embedded data set: which part of the Python standard library does a docstring document?"""

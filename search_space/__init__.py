@@ -1,0 +1,1 @@
+"""Declarations: domains, adapters, sites, spaces and architectures."""

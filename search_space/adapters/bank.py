@@ -1,0 +1,136 @@
+"""The one module that holds the parameters of every adapter type: banks, slots and size masks.
+
+Notation: N banks, K slots (each reads one bank), M tokens per slot, R the size of the largest slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.adapters.init import initialise
+from autopeft.search_space.backbone import Site
+
+
+def stream(*words: object) -> Generator:
+    """A random stream named by `words`: the same words give the same numbers, in any process and any pack."""
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(slots=True)
+class Call:
+    """What an adapter's forward function sees beside its parameters and the activations."""
+
+    bank: Bank
+    #: Per-slot numbers of `AdapterSpec.constants`, each [K].
+    constants: dict[str, Tensor]
+    #: [K, R] with 1 where a slot owns that part of the size, or None if all slots own all of it.
+    mask: Tensor | None
+
+    @property
+    def base(self) -> nn.Module:
+        """The backbone's module at the site."""
+        return self.bank.base[0]
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """Dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
+        rates = [getattr(spec, "dropout", 0.0) for spec in self.bank.specs]
+        if not self.bank.training or not any(rates):
+            return x
+        keep = torch.ones_like(x)
+        for k, rate in enumerate(rates):
+            if rate > 0.0:
+                drawn = torch.rand(x.shape[1:], generator=self.bank.dropout_streams[k])
+                keep[k] = (drawn >= rate).to(x) / (1.0 - rate)
+        return x * keep
+
+
+class Bank(nn.Module):
+    """Parameters of one adapter type at one site for K slots, and their forward pass.
+
+    `specs`: one per slot, of one structure (`AdapterSpec.structure`); sizes and per-slot fields may differ. `seeds`: one
+    per slot; a slot's initial values and dropout depend on its seed and the site alone, so a slot alone equals the
+    slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots that share a bank read nested
+    prefixes of it, which is a weight-sharing supernet. Raises ValueError when structures differ.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        specs: Sequence[AdapterSpec],
+        base: nn.Module,
+        seeds: Sequence[int | str],
+        bank_of_slot: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if len({spec.structure() for spec in specs}) != 1:
+            raise ValueError(f"slots of one bank must agree in structure, got {[s.structure() for s in specs]}")
+        self.site = site
+        self.specs = tuple(specs)
+        self.base = (base,)  # in a tuple: the backbone's module must not become a child of the adapter
+        self.bank_of_slot = list(bank_of_slot if bank_of_slot is not None else range(len(specs)))
+        self.own_banks = self.bank_of_slot == list(range(len(specs)))
+        self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout") for seed in seeds]
+
+        declared = [spec.parameters(site) for spec in self.specs]
+        self.elastic = {name: parameter.elastic for name, parameter in declared[0].items()}
+        self.values = nn.ParameterDict()
+        for name in declared[0]:
+            shape = [max(dims) for dims in zip(*(d[name].shape for d in declared), strict=True)]
+            values = torch.zeros(max(self.bank_of_slot) + 1, *shape)
+            # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
+            for k in sorted(range(len(specs)), key=lambda k: self.specs[k].size or 0):
+                drawn = initialise(declared[k][name], stream(seeds[k], site.name, specs[k].kind, name))
+                values[self.bank_of_slot[k]][tuple(slice(n) for n in drawn.shape)] = drawn
+            self.values[name] = nn.Parameter(values)
+
+        sizes = [spec.size for spec in self.specs]
+        self.mask: Tensor | None
+        if None in sizes or len(set(sizes)) == 1:
+            self.register_buffer("mask", None)
+        else:
+            owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
+            self.register_buffer("mask", owned.float())
+        constants = [spec.constants(site) for spec in self.specs]
+        for name in constants[0]:
+            self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))
+        self.constant_names = tuple(constants[0])
+
+    def slots(self) -> dict[str, Tensor]:
+        """Parameters as the slots read them, each [K, ...]."""
+        if self.own_banks:
+            return dict(self.values.items())
+        return {name: value[self.bank_of_slot] for name, value in self.values.items()}
+
+    def of_slot(self, k: int) -> dict[str, Tensor]:
+        """The parameters of slot k in its own size, without the slot dimension: what a stand-alone adapter holds."""
+        shapes = {name: parameter.shape for name, parameter in self.specs[k].parameters(self.site).items()}
+        bank = self.bank_of_slot[k]
+        return {name: self.values[name][bank][tuple(slice(n) for n in shapes[name])] for name in shapes}
+
+    @torch.no_grad()
+    def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
+        """Copy stand-alone values into slot k. Raises KeyError or ValueError for a missing name or another shape."""
+        for name, own in self.of_slot(k).items():
+            if own.shape != values[name].shape:
+                raise ValueError(f"{self.site.name} {name}: shape {tuple(values[name].shape)}, not {tuple(own.shape)}")
+            own.copy_(values[name])
+
+    @property
+    def call(self) -> Call:
+        constants = {name: getattr(self, f"constant_{name}") for name in self.constant_names}
+        return Call(bank=self, constants=constants, mask=self.mask)
+
+    def apply_input(self, x: Tensor) -> Tensor:
+        """x: [K, M, D_in] to the same shape."""
+        return self.specs[0].apply_input(self.slots(), x, self.call)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: [K, M, D_in], y: [K, M, D_out]; returns the adapted y."""
+        return self.specs[0].apply(self.slots(), x, y, self.call)

@@ -1,0 +1,126 @@
+"""What an adapter type declares: its fields, its parameters, its costs and its one forward function.
+
+Notation: K slots, M tokens of one slot's examples (examples x tokens), D_in and D_out features, R the elastic size
+(LoRA's rank, a bottleneck's width, a prefix's length).
+
+A type is written *slot-batched*: every tensor it sees leads with the slot dimension K. The same function then serves a
+single candidate (K = 1), a pack of candidates (K banks), and a weight-sharing supernet (one bank, K masks). Torch is
+imported inside the functions that need it, so that declaring a space stays free of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from autopeft.search_space.backbone import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.adapters.bank import Call
+
+LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+FLOAT32_BITS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One trainable tensor of an adapter at one site, without the bank dimension.
+
+    `elastic` is the axis that the adapter's size runs along (None: none does). `init` names a rule of `init.py`.
+    `decay`: whether weight decay applies (vectors and identity-centred scales are left out, as usual).
+    """
+
+    shape: tuple[int, ...]
+    init: str = "zeros"
+    elastic: int | None = None
+    decay: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec(ABC):
+    """One adapter at one site. Subclasses add their fields (with defaults) and raise ValueError for bad values."""
+
+    kind: ClassVar[str]
+    #: Roles of sites where this type may sit.
+    roles: ClassVar[tuple[str, ...]]
+    #: Roles used when a study file names none.
+    default_roles: ClassVar[tuple[str, ...]]
+    #: The field that says how large it is; None for types without a size.
+    size_field: ClassVar[str | None] = None
+    #: Fields that may differ between the slots of one bank (they are numbers at run time, not structure).
+    per_slot_fields: ClassVar[tuple[str, ...]] = ()
+    #: Whether `merge` folds it into the backbone's weights exactly.
+    mergeable: ClassVar[bool] = False
+    #: Whether the network computes the backbone's function before the first step, for every setting of its fields.
+    identity_at_start: ClassVar[bool] = True
+    #: Where in the paper the mechanism is defined.
+    source: ClassVar[str]
+    #: One line for `--help` and the tables of the documentation.
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def parameters(self, site: Site) -> dict[str, Parameter]:
+        """The trainable tensors at `site`, by name."""
+
+    @abstractmethod
+    def flops_per_token(self, site: Site) -> int:
+        """Floating-point operations of the matrix products of one forward pass, per token (a multiply-add is 2)."""
+
+    def num_params(self, site: Site) -> int:
+        return sum(prod(parameter.shape) for parameter in self.parameters(site).values())
+
+    def stored_bits(self, site: Site) -> int:
+        """Bits that the trained adapter takes on disk."""
+        return FLOAT32_BITS * self.num_params(site)
+
+    @property
+    def size(self) -> int | None:
+        return getattr(self, self.size_field) if self.size_field else None
+
+    def structure(self) -> tuple[Any, ...]:
+        """What slots must agree on to share one bank: everything but the size and the per-slot fields."""
+        apart = {self.size_field, *self.per_slot_fields}
+        return (self.kind, *(getattr(self, f.name) for f in fields(self) if f.name not in apart))
+
+    def constants(self, site: Site) -> dict[str, float]:
+        """Numbers that the forward function reads per slot (a scale), by name."""
+        return {}
+
+    def apply_input(self, p: Mapping[str, Tensor], x: Tensor, call: Call) -> Tensor:
+        """The site's input as this adapter changes it. x: [K, M, D_in]. Default: unchanged."""
+        return x
+
+    def apply(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
+        """The site's output as this adapter changes it. x: [K, M, D_in], y: [K, M, D_out]. Default: unchanged."""
+        return y
+
+    def extend_attention(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
+        """Keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
+        raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")
+
+    def merge(self, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight [D_out, D_in] (or [D] at a norm) and bias [D_out] with the adapter of *one* slot folded in."""
+        raise TypeError(f"an adapter of kind {self.kind!r} cannot be merged into the weights")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+def check_at_least(name: str, value: float, low: float) -> None:
+    if isinstance(value, bool) or not value >= low:
+        raise ValueError(f"{name} must be at least {low}, got {value!r}")
+
+
+def check_probability(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

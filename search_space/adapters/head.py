@@ -1,0 +1,38 @@
+"""The task head: the linear layers that are trained beside the adapters.
+
+It is a bank like any other, so that each slot of a pack has a head of its own; it is not part of the search space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head(AdapterSpec):
+    """Replaces a linear layer: W x + b, W: [D_out, D_in] with standard deviation 0.02, b zero at the start."""
+
+    kind: ClassVar[str] = "head"
+    roles: ClassVar[tuple[str, ...]] = ("head",)
+    default_roles: ClassVar[tuple[str, ...]] = ("head",)
+    mergeable: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = False
+    source: ClassVar[str] = "the task's own output layer"
+    summary: ClassVar[str] = "trainable output layer"
+
+    def parameters(self, site):
+        weight = Parameter(shape=(site.out_features, site.in_features), init="small_normal")
+        return {"W": weight, "b": Parameter(shape=(site.out_features,), decay=False)} if site.bias else {"W": weight}
+
+    def flops_per_token(self, site):
+        return 2 * site.in_features * site.out_features
+
+    def apply(self, p, x, y, call):
+        out = x @ p["W"].transpose(1, 2)
+        return out + p["b"][:, None, :] if "b" in p else out
+
+    def merge(self, p, weight, bias):
+        return p["W"], p.get("b")

@@ -1,0 +1,41 @@
+"""Rules that fill a new parameter, each from its own random stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from autopeft.search_space.adapters.base import Parameter
+
+
+def _kaiming(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Uniform with a = sqrt(5): bound 1/sqrt(fan_in), as torch's Linear and the LoRA reference code do."""
+    bound = 1.0 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _gaussian(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Normal with standard deviation 1/R, R being the first axis."""
+    return torch.randn(shape, generator=generator) / shape[0]
+
+
+def _small_normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Normal with standard deviation 0.02, the transformers' own initialisation."""
+    return 0.02 * torch.randn(shape, generator=generator)
+
+
+RULES: dict[str, Callable[[tuple[int, ...], Generator], Tensor]] = {
+    "zeros": lambda shape, generator: torch.zeros(shape),
+    "ones": lambda shape, generator: torch.ones(shape),
+    "kaiming": _kaiming,
+    "gaussian": _gaussian,
+    "small_normal": _small_normal,
+}
+
+
+def initialise(parameter: Parameter, generator: Generator) -> Tensor:
+    """A new tensor of `parameter.shape` in float32, drawn from `generator`."""
+    return RULES[parameter.init](parameter.shape, generator)

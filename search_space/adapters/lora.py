@@ -1,0 +1,73 @@
+"""LoRA: a low-rank update beside a linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+from autopeft.search_space.adapters.base import (
+    LINEAR_ROLES,
+    AdapterSpec,
+    Parameter,
+    check_at_least,
+    check_one_of,
+    check_probability,
+)
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora(AdapterSpec):
+    """y + scale * B A x, with A: [R, D_in] random and B: [D_out, R] zero at the start.
+
+    `scaling`: "alpha" divides alpha by the rank (Hu et al. 2021, section 4.1), "rslora" by its root (Kalajdzievski
+    2023, theorem 3.2). `init`: "kaiming" is uniform with a = sqrt(5) as in the reference code, "gaussian" has standard
+    deviation 1/R.
+    """
+
+    kind: ClassVar[str] = "lora"
+    roles: ClassVar[tuple[str, ...]] = LINEAR_ROLES
+    default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
+    size_field: ClassVar[str | None] = "rank"
+    per_slot_fields: ClassVar[tuple[str, ...]] = ("alpha", "scaling", "dropout", "init")
+    mergeable: ClassVar[bool] = True
+    source: ClassVar[str] = "Hu et al. 2021, LoRA, section 4.1"
+    summary: ClassVar[str] = "low-rank update beside a linear layer"
+
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: str = "alpha"
+    dropout: float = 0.0
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        check_at_least("rank", self.rank, 1)
+        check_one_of("scaling", self.scaling, ("alpha", "rslora"))
+        check_one_of("init", self.init, INITS)
+        check_probability("dropout", self.dropout)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+    def parameters(self, site):
+        return {
+            "A": Parameter(shape=(self.rank, site.in_features), init=self.init, elastic=0),
+            "B": Parameter(shape=(site.out_features, self.rank), elastic=1),
+        }
+
+    def flops_per_token(self, site):
+        return 2 * self.rank * (site.in_features + site.out_features)
+
+    def constants(self, site):
+        return {"scale": self.scale}
+
+    def apply(self, p, x, y, call):
+        from autopeft.kernels.packed_lora import packed_lora
+
+        return y + packed_lora(call.dropout(x), p["A"], p["B"], call.constants["scale"], call.mask)
+
+    def merge(self, p, weight, bias):
+        return weight + self.scale * (p["B"] @ p["A"]), bias

@@ -1,0 +1,130 @@
+"""What a search knows of a frozen transformer: its size and the sites where adapters may sit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any
+
+LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+ROLES = (*LINEAR_ROLES, "attn", "mlp", "norm", "embed", "backbone", "head")
+
+# An absent role, the role that stands in for it, and why.
+_INSTEAD = {
+    "attn.q": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
+    "attn.k": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
+    "attn.v": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
+    "attn.qkv": ("attn.q", "its query, key and value are separate linears: use attn.q, attn.k, attn.v"),
+    "mlp.gate": ("mlp.up", "its mlp is not gated: use mlp.up"),
+}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'attn.q'?"`` for the nearest known word, or nothing when none is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One place of a backbone where adapters may sit.
+
+    An adapter reads ``x``, the input of the module at ``input_module``, and changes ``y``, the output of the
+    module at ``module``. For linears and norms the two are the same module. For the sub-layers ``attn`` and
+    ``mlp``, ``x`` enters the first linear and ``y`` leaves the last, before dropout, norm and residual sum.
+
+    Both paths are dotted names for ``model.get_submodule``; the site ``backbone`` is the model itself, ``""``.
+    The input of ``embed`` is token ids, so there ``in_features`` is the size of the vocabulary.
+    """
+
+    name: str
+    layer: int | None
+    role: str
+    module: str
+    input_module: str
+    in_features: int
+    out_features: int
+    bias: bool
+    """The module at ``module`` has a bias parameter."""
+    attention_module: str | None = None
+    """Role ``attn``: the module that computes attention (the first argument of ``attention_interface``)."""
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"site {self.name!r}: unknown role {self.role!r}{did_you_mean(self.role, ROLES)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backbone:
+    """A frozen model, described without torch.
+
+    ``num_params`` leaves out the task head (``head_modules``, ``num_head_params``), which trains beside the
+    adapters; the ``lm_head`` of a causal language model is frozen and belongs to the backbone. ``causal``
+    says that attention looks only backwards, whatever the task.
+    """
+
+    id: str
+    revision: str | None
+    family: str
+    sites: tuple[Site, ...]
+    hidden_size: int
+    num_layers: int
+    num_params: int
+    head_modules: tuple[str, ...]
+    num_head_params: int
+    causal: bool
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that have at least one site here, in the order of ``ROLES``."""
+        present = {site.role for site in self.sites}
+        return tuple(role for role in ROLES if role in present)
+
+    def require(self, roles: Iterable[str]) -> None:
+        """Raise ``ValueError`` naming every role that is unknown, or absent from this backbone."""
+        present, problems = self.roles, []
+        for role in roles:
+            if role not in ROLES:
+                problems.append(f"unknown role {role!r}{did_you_mean(role, ROLES)}")
+            elif role not in present:
+                stand_in, hint = _INSTEAD.get(role, ("", ""))
+                problems.append(f"no site has role {role!r}" + (f" ({hint})" if stand_in in present else ""))
+        if problems:
+            raise ValueError(f"{self.family} backbone {self.id!r}: {'; '.join(problems)}. "
+                             f"Roles present: {', '.join(present)}")
+
+    def select(self, *, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> tuple[Site, ...]:
+        """The sites with one of these roles in one of these layers, in canonical order; ``None`` means any.
+
+        Sites outside the layers (``embed``, ``norm.final``, ...) are left out when ``layers`` is given.
+        """
+        wanted_roles = None if roles is None else tuple(roles)
+        wanted_layers = None if layers is None else frozenset(layers)
+        if wanted_roles is not None:
+            self.require(wanted_roles)
+        if wanted_layers is not None and (outside := wanted_layers - set(range(self.num_layers))):
+            raise ValueError(f"no layers {sorted(outside)}: {self.id!r} has layers 0 to {self.num_layers - 1}")
+        return tuple(site for site in self.sites
+                     if (wanted_roles is None or site.role in wanted_roles)
+                     and (wanted_layers is None or site.layer in wanted_layers))
+
+    def site(self, name: str) -> Site:
+        """The site of this canonical name."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise ValueError(f"{self.id!r} has no site {name!r}{did_you_mean(name, (s.name for s in self.sites))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able mapping that ``from_dict`` reads back to an equal backbone."""
+        return asdict(self) | {"sites": [asdict(site) for site in self.sites],
+                               "head_modules": list(self.head_modules)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Backbone:
+        """The backbone that ``to_dict`` wrote."""
+        return cls(**{**data, "sites": tuple(Site(**site) for site in data["sites"]),
+                      "head_modules": tuple(data["head_modules"])})

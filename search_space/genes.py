@@ -1,0 +1,33 @@
+"""Genes: the decisions a searcher makes, each with its domain and the condition under which it matters.
+
+A gene is *active* when some site that it governs is switched on by all gates of a higher order. Gates come in the order
+layer gate, type (`one_of`), placement, "size is not zero"; the fields of an adapter come last. So one pass over the
+genes, in order, settles which of them count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autopeft.search_space.domains import Domain, Value
+
+#: A conjunction: the named genes are active and have these values.
+Condition = frozenset[tuple[str, Value]]
+
+TRAINING = "training."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gene:
+    """`conditions`: the gene is active if any of them holds (an empty conjunction always does)."""
+
+    name: str
+    domain: Domain
+    conditions: frozenset[Condition] = frozenset({frozenset()})
+    #: Counted together with this gene in the cardinality (a size with its "is it on").
+    size_of: str | None = None
+
+    def is_active(self, assignment: Mapping[str, Value]) -> bool:
+        """Whether it matters, given the values of the genes before it (inactive ones absent)."""
+        return any(all(assignment.get(name) == value for name, value in condition) for condition in self.conditions)

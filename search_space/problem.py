@@ -1,0 +1,154 @@
+"""What counts, and what was measured: objectives, fidelities, measurements, trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.space import SearchSpace
+
+State = Literal["running", "complete", "failed", "infeasible"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A number that an evaluator reports. `source`: "quality" (validation), "declared" (analytic) or "measured"."""
+
+    name: str
+    unit: str
+    maximise: bool
+    source: Literal["quality", "declared", "measured"]
+    summary: str
+
+
+def _metrics(*rows: tuple[str, str, bool, Literal["quality", "declared", "measured"], str]) -> dict[str, Metric]:
+    return {row[0]: Metric(name=row[0], unit=row[1], maximise=row[2], source=row[3], summary=row[4]) for row in rows}
+
+
+METRICS = _metrics(
+    ("accuracy", "share", True, "quality", "correct validation examples (classification) or completion tokens (causal)"),
+    ("loss", "nats", False, "quality", "mean validation cross-entropy, per example or per completion token"),
+    ("num_params", "parameters", False, "declared", "trainable parameters of the adapters, without the head"),
+    ("stored_bytes", "bytes", False, "declared", "size of the trained adapters on disk"),
+    ("flops_per_token", "operations", False, "declared", "what the adapters add to one forward pass"),
+    ("peak_memory_bytes", "bytes", False, "measured", "high-water mark of one training step"),
+    ("step_s", "seconds", False, "measured", "one training step"),
+    ("latency_s", "seconds", False, "measured", "one forward pass of a batch, adapters unmerged"),
+    ("merged_latency_s", "seconds", False, "measured", "the same with what can be merged merged"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """One thing that counts. `bound`: worst value that a user accepts; `reference`: corner for the hypervolume.
+
+    Both are in the metric's own direction and unit. Everything behind this class is minimised; `loss` is the one
+    place where the direction is applied.
+    """
+
+    name: str
+    maximise: bool
+    unit: str = ""
+    bound: float | None = None
+    reference: float | None = None
+
+    @classmethod
+    def of(cls, name: str, **settings: Any) -> Objective:
+        """An objective over a known metric with its own direction. Raises KeyError for an unknown one."""
+        metric = METRICS[name]
+        settings.setdefault("maximise", metric.maximise)
+        return cls(name=name, unit=metric.unit, **settings)
+
+    def loss(self, value: float) -> float:
+        """`value` turned so that less is better."""
+        return -value if self.maximise else value
+
+    def value(self, loss: float) -> float:
+        """The inverse of `loss`."""
+        return -loss if self.maximise else loss
+
+    def violation(self, value: float) -> float:
+        """How far `value` lies beyond the bound; <= 0 is within."""
+        return -1.0 if self.bound is None else self.loss(value) - self.loss(self.bound)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A search space, what counts in it, and how many evaluations may be spent."""
+
+    space: SearchSpace
+    objectives: tuple[Objective, ...]
+    num_trials: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """How much of the full training is spent: the share of its steps, in (0, 1]. The schedule is that of the full run."""
+
+    share: float = 1.0
+    #: Shares of the steps at which validation is run on the way, ascending.
+    rungs: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"a share of the steps lies in (0, 1], got {self.share}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one evaluation found. Values by metric name; `std_err` of the same names where sampling error is known."""
+
+    values: Mapping[str, float]
+    std_err: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    share: float = 1.0
+    evaluator: str = ""
+    wall_s: float = 0.0
+    train_s: float = 0.0
+    #: Mean training loss of each step.
+    losses: tuple[float, ...] = ()
+    #: Metrics at the rungs on the way: share of the steps, then values by name.
+    rungs: tuple[tuple[float, Mapping[str, float]], ...] = ()
+    #: The main quality metric per validation example, in the order of the file: what paired comparisons need.
+    per_example: tuple[float, ...] = ()
+    #: Quality on the test split; only finalists and baselines have it.
+    test: Mapping[str, float] = field(default_factory=dict)
+    test_per_example: tuple[float, ...] = ()
+    #: Spread (interquartile range) of measured costs.
+    spread: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        data = dict(data)
+        for name in ("losses", "per_example", "test_per_example"):
+            data[name] = tuple(data.get(name, ()))
+        data["rungs"] = tuple((share, values) for share, values in data.get("rungs", ()))
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One evaluation of one candidate, as the ledger keeps it."""
+
+    number: int
+    #: "search" (a searcher asked for it), "baseline:<name>", or "finalist" (another seed of trial `of`).
+    role: str
+    candidate: Candidate
+    #: The searcher's active genes, by name; empty for baselines.
+    genes: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    state: State = "running"
+    measurement: Measurement | None = None
+    #: Why it failed or is infeasible.
+    error: str | None = None
+    #: For a finalist: the number of the trial that it repeats.
+    of: int | None = None
+    #: What the searcher wants back with the trial (JSON): its state comes from the trials alone.
+    searcher_state: Mapping[str, Any] = field(default_factory=dict)
+    #: Largest violation of a constraint or bound; <= 0 is feasible.
+    violation: float = 0.0

@@ -1,0 +1,355 @@
+"""The declarative search space: which adapters, of what size, where, and how they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import prod
+from random import Random
+from typing import Literal, get_args
+
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int, Value, without_zero
+from autopeft.search_space.genes import TRAINING, Condition, Gene
+from autopeft.search_space.suggestions import did_you_mean
+from autopeft.search_space.training import Training
+
+Granularity = Literal["model", "stage", "layer", "site"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+Assignment = dict[str, Value]
+
+
+class SpaceError(ValueError):
+    """Everything wrong with a declaration: pairs of the path to the offending key and what is wrong there."""
+
+    def __init__(self, problems: Sequence[tuple[tuple[str, ...], str]]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(f"{'.'.join(path)}: {what}" for path, what in problems))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterChoice:
+    """One adapter type in the space.
+
+    `at`: roles of the sites it may take (empty: the type's own). `layers`: those layers only (None: all). `placement`:
+    the granularity of its on/off gene (None: always on). `fields`: a value or a domain per field; a size domain may
+    contain 0, which is "off". `vary`: the granularity at which a field is chosen (default: once for the model).
+    """
+
+    kind: str
+    at: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    placement: Granularity | None = None
+    fields: Mapping[str, Domain | Value] = field(default_factory=dict)
+    vary: Mapping[str, Granularity] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneOf:
+    """Exactly one of `members` (names of adapter choices) is present, or none if `optional`; chosen `per` scope."""
+
+    name: str
+    members: tuple[str, ...]
+    per: Granularity = "model"
+    optional: bool = False
+
+
+OFF = "off"
+
+
+class SearchSpace:
+    """Genes compiled from a declaration over one backbone.
+
+    `adapters`: choices by name. `one_of`: exclusive groups. `layer_gate`: one more bit per layer that all adapters
+    share. `stages`: number of equal groups of layers for the granularity "stage". `training`: value or domain per
+    field of `Training`. Raises SpaceError with every problem found.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        adapters: Mapping[str, AdapterChoice],
+        one_of: Sequence[OneOf] = (),
+        layer_gate: bool = False,
+        stages: int = 4,
+        training: Mapping[str, Domain | Value] | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.adapters = dict(adapters)
+        self.one_of = tuple(one_of)
+        self.layer_gate = layer_gate
+        self.stages = stages
+        self.training = dict(training or {})
+        problems = list(self._problems())
+        if problems:
+            raise SpaceError(problems)
+        self._sites = {name: self._sites_of(choice) for name, choice in self.adapters.items()}
+        self._gates = {
+            (name, site.name): self._gates_of(name, site) for name, sites in self._sites.items() for site in sites
+        }
+        self.genes: tuple[Gene, ...] = tuple(self._compile())
+        self._by_name = {gene.name: gene for gene in self.genes}
+
+    # Declaration -> genes
+
+    def _problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if not self.adapters:
+            yield ("adapters",), "the space is empty: name at least one adapter"
+        if not 1 <= self.stages <= self.backbone.num_layers:
+            yield ("stages",), f"must be between 1 and the {self.backbone.num_layers} layers of the model"
+        for name, choice in self.adapters.items():
+            for path, what in self._choice_problems(choice):
+                yield ("adapters", name, *path), what
+        for group in self.one_of:
+            for member in group.members:
+                if member not in self.adapters:
+                    yield ("one_of", group.name), f"no adapter {member!r}{did_you_mean(member, self.adapters)}"
+                elif self.adapters[member].placement is not None:
+                    yield ("adapters", member, "placement"), f"{group.name!r} decides where it is on; leave this out"
+        known = [f.name for f in fields(Training)]
+        for key, domain in self.training.items():
+            if key not in known:
+                yield ("training", key), f"unknown training field{did_you_mean(key, known)}"
+                continue
+            for what in _field_problems(Training, key, domain):
+                yield ("training", key), what
+
+    def _choice_problems(self, choice: AdapterChoice) -> Iterator[tuple[tuple[str, ...], str]]:
+        if choice.kind not in ADAPTERS:
+            yield ("kind",), f"unknown adapter {choice.kind!r}{did_you_mean(choice.kind, ADAPTERS)}"
+            return
+        spec = ADAPTERS[choice.kind]
+        present = {site.role for site in self.backbone.sites}
+        for role in choice.at:
+            if role not in spec.roles:
+                yield ("at",), f"{choice.kind} cannot sit at {role!r}{did_you_mean(role, spec.roles)}"
+            elif role not in present:
+                yield ("at",), f"this model has no site {role!r}; it has {', '.join(sorted(present))}"
+        if not choice.at and not self._sites_of(choice):
+            yield ("at",), f"none of {', '.join(spec.default_roles)} is in this model; name sites of your own"
+        for layer in choice.layers or ():
+            if not 0 <= layer < self.backbone.num_layers:
+                yield ("layers",), f"no layer {layer}: the model has layers 0 to {self.backbone.num_layers - 1}"
+        known = [f.name for f in fields(spec)]
+        for key, domain in choice.fields.items():
+            if key not in known:
+                yield (key,), f"unknown field of {choice.kind}{did_you_mean(key, known)}"
+                continue
+            if key == spec.size_field:
+                if domain == 0 and not isinstance(domain, bool):
+                    yield (key,), "0 is the only size: nothing could ever be on"
+                    continue
+                try:
+                    domain = without_zero(domain) if isinstance(domain, (Float, Int, Choice)) else domain
+                except ValueError as error:
+                    yield (key,), str(error)
+                    continue
+            for what in _field_problems(spec, key, domain):
+                yield (key,), what
+        for key in choice.vary:
+            if key not in choice.fields or not isinstance(choice.fields[key], (Float, Int, Choice)):
+                yield ("vary", key), "only a field with several values can vary"
+
+    def _sites_of(self, choice: AdapterChoice) -> tuple[Site, ...]:
+        roles = choice.at or ADAPTERS[choice.kind].default_roles
+        return tuple(
+            site
+            for site in self.backbone.sites
+            if site.role in roles and (choice.layers is None or site.layer in choice.layers)
+        )
+
+    def _scope(self, granularity: str, site: Site) -> str:
+        """The suffix of the gene that decides for `site`; sites without a layer decide for themselves."""
+        if granularity == "model":
+            return ""
+        if granularity == "site" or site.layer is None:
+            return f".{site.name}"
+        if granularity == "layer":
+            return f".layers.{site.layer}"
+        return f".stages.{site.layer * self.stages // self.backbone.num_layers}"
+
+    def _group_of(self, name: str) -> OneOf | None:
+        return next((group for group in self.one_of if name in group.members), None)
+
+    def _is_sized(self, name: str) -> bool:
+        """Whether the size domain contains 0, so that "is it on" is a gene of its own."""
+        choice = self.adapters[name]
+        size = ADAPTERS[choice.kind].size_field
+        domain = choice.fields.get(size) if size else None
+        return isinstance(domain, (Int, Choice)) and domain.contains(0)
+
+    def _gates_of(self, name: str, site: Site) -> tuple[tuple[str, Value], ...]:
+        """Genes, with the values they must have, for the adapter to be on at `site`, highest order first."""
+        choice = self.adapters[name]
+        gates: list[tuple[str, Value]] = []
+        if self.layer_gate and site.layer is not None:
+            gates.append((f"layers.{site.layer}.on", True))
+        group = self._group_of(name)
+        if group is not None:
+            gates.append((f"{group.name}{self._scope(group.per, site)}", name))
+        if choice.placement is not None:
+            gates.append((f"{name}.on{self._scope(choice.placement, site)}", True))
+        if self._is_sized(name):
+            size = ADAPTERS[choice.kind].size_field
+            gates.append((f"{name}.{size}.on{self._scope(choice.vary.get(size, 'model'), site)}", True))
+        return tuple(gates)
+
+    def _compile(self) -> Iterator[Gene]:
+        gates: dict[str, set[Condition]] = {}
+        order: dict[str, int] = {}
+        for chain in self._gates.values():
+            for position, (gene, _) in enumerate(chain):
+                gates.setdefault(gene, set()).add(frozenset(chain[:position]))
+                order[gene] = max(order.get(gene, 0), position)
+        sizes = {}
+        for name, choice in self.adapters.items():
+            size = ADAPTERS[choice.kind].size_field
+            if self._is_sized(name):
+                sizes |= {f"{name}.{size}.on{s}": f"{name}.{size}{s}" for s in self._scopes(name, size)}
+        for gene in sorted(gates, key=lambda g: order[g]):
+            group = next((g for g in self.one_of if gene == g.name or gene.startswith(f"{g.name}.")), None)
+            domain: Domain = BOOLEAN
+            if group is not None:
+                domain = Choice(choices=((OFF,) if group.optional else ()) + group.members)
+            yield Gene(name=gene, domain=domain, conditions=_absorb(gates[gene]), size_of=sizes.get(gene))
+        for name, choice in self.adapters.items():
+            for key, domain in choice.fields.items():
+                if isinstance(domain, (Float, Int, Choice)):
+                    yield from self._field_genes(name, key, domain)
+        for key, domain in self.training.items():
+            if isinstance(domain, (Float, Int, Choice)):
+                yield Gene(name=TRAINING + key, domain=domain)
+
+    def _scopes(self, name: str, key: str) -> dict[str, list[Site]]:
+        scopes: dict[str, list[Site]] = {}
+        for site in self._sites[name]:
+            scopes.setdefault(self._scope(self.adapters[name].vary.get(key, "model"), site), []).append(site)
+        return scopes
+
+    def _field_genes(self, name: str, key: str, domain: Domain) -> Iterator[Gene]:
+        if key == ADAPTERS[self.adapters[name].kind].size_field:
+            domain = without_zero(domain)
+        for scope, sites in self._scopes(name, key).items():
+            conditions = {frozenset(self._gates[name, site.name]) for site in sites}
+            yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions))
+
+    # Assignments
+
+    def complete(self, partial: Mapping[str, Value], fill: Callable[[Gene], Value]) -> Assignment:
+        """The active genes, in order: values of `partial` where given, of `fill` elsewhere; inactive ones dropped."""
+        assignment: Assignment = {}
+        for gene in self.genes:
+            if gene.is_active(assignment):
+                given = partial.get(gene.name)
+                assignment[gene.name] = given if given is not None else fill(gene)
+        return assignment
+
+    def sample(self, rng: Random) -> Assignment:
+        """Active genes drawn independently and uniformly over their domains."""
+        return self.complete({}, lambda gene: gene.domain.sample(rng))
+
+    def contains(self, assignment: Mapping[str, Value]) -> bool:
+        """Whether exactly the active genes are set, each within its domain."""
+        active = {gene.name: gene for gene in self.genes if gene.is_active(assignment)}
+        return active.keys() == assignment.keys() and all(
+            gene.domain.contains(assignment[name]) for name, gene in active.items()
+        )
+
+    def decode(self, assignment: Mapping[str, Value]) -> Candidate:
+        """The candidate that an assignment of the active genes stands for."""
+        placed: dict[str, list[AdapterSpec]] = {}
+        for name, choice in self.adapters.items():
+            for site in self._sites[name]:
+                if all(assignment.get(gene) == value for gene, value in self._gates[name, site.name]):
+                    values = {
+                        key: assignment[f"{name}.{key}{self._scope(choice.vary.get(key, 'model'), site)}"]
+                        if isinstance(domain, (Float, Int, Choice))
+                        else domain
+                        for key, domain in choice.fields.items()
+                    }
+                    placed.setdefault(site.name, []).append(ADAPTERS[choice.kind](**values))
+        training = {
+            key: assignment[TRAINING + key] if isinstance(domain, (Float, Int, Choice)) else domain
+            for key, domain in self.training.items()
+        }
+        return Candidate(architecture=Architecture.of(placed), training=training)
+
+    def encode(self, assignment: Mapping[str, Value]) -> tuple[list[float], list[bool]]:
+        """Position on the unit interval per gene and whether the gene is active; inactive genes stand at 0.5."""
+        mask = [gene.name in assignment for gene in self.genes]
+        unit = [
+            gene.domain.to_unit(assignment[gene.name]) if active else 0.5
+            for gene, active in zip(self.genes, mask, strict=True)
+        ]
+        return unit, mask
+
+    def from_unit(self, unit: Sequence[float]) -> Assignment:
+        """The assignment at a point of the unit cube; coordinates of inactive genes do not count."""
+        positions = {gene.name: u for gene, u in zip(self.genes, unit, strict=True)}
+        return self.complete({}, lambda gene: gene.domain.from_unit(positions[gene.name]))
+
+    def neighbours(self, assignment: Mapping[str, Value]) -> Iterator[Assignment]:
+        """Assignments that differ in one active gene; genes that this wakes up take the middle of their domain."""
+        for name, value in assignment.items():
+            for other in self._by_name[name].domain.neighbours(value):
+                yield self.complete({**assignment, name: other}, lambda gene: gene.domain.from_unit(0.5))
+
+    def smallest(self) -> Assignment:
+        """An assignment with the fewest parameters; it has no adapters at all where the space allows that."""
+        return self._extreme(-1)
+
+    def largest(self) -> Assignment:
+        """An assignment with the most parameters."""
+        return self._extreme(+1)
+
+    def _extreme(self, sign: int) -> Assignment:
+        def cost(assignment: Assignment) -> int:
+            return sign * self.decode(assignment).architecture.num_params(self.backbone)
+
+        def fill(gene: Gene) -> Value:
+            return gene.domain.from_unit(1.0 if sign > 0 else 0.0)
+
+        best = self.complete({}, fill)
+        # Sizes and gates are at their extremes already; one greedy pass settles types and fields such as a bias.
+        for gene in self.genes:
+            if isinstance(gene.domain, Choice) and not gene.domain.ordered and gene.domain != BOOLEAN:
+                for value in gene.domain.choices:
+                    trial = self.complete({**best, gene.name: value}, fill)
+                    if cost(trial) > cost(best):
+                        best = trial
+        return best
+
+    @property
+    def cardinality(self) -> int | None:
+        """Number of gene vectors over the architecture (training apart), an on/off gene and its size counting as one
+        choice; None if a gene is continuous. Distinct networks are fewer: an absent adapter's fields do not matter.
+        """
+        counts = {gene.name: gene.domain.cardinality for gene in self.genes if not gene.name.startswith(TRAINING)}
+        for gene in self.genes:
+            if gene.size_of is not None and counts[gene.size_of] is not None:
+                counts[gene.name] = 1
+                counts[gene.size_of] += 1
+        return None if None in counts.values() else prod(counts.values())
+
+
+def _absorb(conditions: set[Condition]) -> frozenset[Condition]:
+    """Drop conditions that another, weaker one implies."""
+    return frozenset(c for c in conditions if not any(other < c for other in conditions))
+
+
+def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[str]:
+    """What `owner` says against the values of `domain` (all of a choice, the ends of a range)."""
+    if isinstance(domain, Choice):
+        values: Sequence[Value] = domain.choices
+    elif isinstance(domain, (Float, Int)):
+        values = (domain.low, domain.high)
+    else:
+        values = (domain,)
+    for value in values:
+        try:
+            owner(**{key: value})
+        except (ValueError, TypeError) as error:
+            yield str(error)

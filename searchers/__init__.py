@@ -1,0 +1,11 @@
+"""Searchers: random, QMC, TPE, NSGA-II and grid. `SEARCHERS` is the registry that CLI, schema and tables derive from."""
+
+from __future__ import annotations
+
+from autopeft.searchers.base import Searcher, Suggestion
+from autopeft.searchers.enumerated import Grid, Qmc
+from autopeft.searchers.optuna_samplers import NsgaII, Random, Tpe
+
+SEARCHERS: dict[str, type[Searcher]] = {searcher.name: searcher for searcher in (Random, Qmc, Tpe, NsgaII, Grid)}
+
+__all__ = ["SEARCHERS", "Searcher", "Suggestion"]

@@ -1,0 +1,57 @@
+"""What every searcher promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from autopeft.search_space.problem import Problem, Trial
+from autopeft.search_space.space import Assignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """A point of the space to evaluate. `state` is handed back with the trial; see `Trial.searcher_state`."""
+
+    genes: Assignment
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Searcher(ABC):
+    """Proposes candidates from what was measured. It sees genes and measurements, never models.
+
+    Replayable: what `suggest` returns depends on the problem, the seed and the trials given to `update` alone, so a
+    study that was killed goes on as if it had not been.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self.problem = problem
+        self.seed = seed
+        self.completed: tuple[Trial, ...] = ()
+        self.pending: tuple[Trial, ...] = ()
+
+    def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
+        """All trials so far, in the order in which they were suggested: the ended ones (complete, failed or
+        infeasible) and those still under way. Replaces what was known before.
+        """
+        self.completed = tuple(completed)
+        self.pending = tuple(pending)
+
+    @abstractmethod
+    def suggest(self, count: int = 1) -> list[Suggestion]:
+        """Up to `count` points to evaluate next; fewer (or none) once the space is exhausted."""
+
+    def losses(self, trial: Trial) -> list[float] | None:
+        """A complete trial's objectives, all to be minimised; None for one that has no values."""
+        if trial.state != "complete" or trial.measurement is None:
+            return None
+        return [objective.loss(trial.measurement.values[objective.name]) for objective in self.problem.objectives]
+
+    @property
+    def num_suggested(self) -> int:
+        return len(self.completed) + len(self.pending)

@@ -1,0 +1,1 @@
+"""The study loop, tracking, recipes, exporters and the command line."""

@@ -1,0 +1,16 @@
+"""Settings for every test. The libraries read them when they are imported, so they come before any import."""
+
+import os
+
+# Several workers share the machine: one thread each is faster than a fight over the cores, and the order of
+# summation does not depend on the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+# No test may reach for a hub; a missing file fails at once in place of after the retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# MLflow otherwise reports its use, looks for git and logs every migration of a new database.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

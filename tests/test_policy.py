@@ -1,0 +1,234 @@
+"""The rules of the house as tests: packaging, the direction of imports, names."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PORTIONS = ("evaluators", "kernels", "search_space", "searchers", "studies")
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DATA_SUFFIXES = {pattern.removeprefix("*") for pattern in CONFIG["tool"]["setuptools"]["package-data"]["*"]}
+
+
+def shipped_files() -> list[Path]:
+    """Every module and data file of the five folders, relative to the root."""
+    return sorted(
+        path.relative_to(ROOT)
+        for portion in PORTIONS
+        for path in (ROOT / portion).rglob("*")
+        if path.suffix in DATA_SUFFIXES | {".py"}
+        and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    )
+
+
+def modules() -> list[Path]:
+    return [path for path in shipped_files() if path.suffix == ".py"]
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    # PYTHONSAFEPATH would keep the working directory off sys.path, which is what some tests here are about.
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")
+    }
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+
+
+def run_python(code: str, cwd: Path = ROOT) -> None:
+    done = run(sys.executable, "-c", code, cwd=cwd)
+    assert done.returncode == 0, done.stdout
+
+
+# Packaging
+
+
+def test_every_sub_package_is_listed() -> None:
+    listed = set(CONFIG["tool"]["setuptools"]["packages"])
+    found = {".".join(("autopeft", *path.parent.parts)) for path in shipped_files()}
+    assert found <= listed, f"add to [tool.setuptools] packages in pyproject.toml: {sorted(found - listed)}"
+    assert listed <= found, (
+        f"remove from [tool.setuptools] packages, no such folder: {sorted(listed - found)}"
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    # A copy, because setuptools leaves build/ behind, and modules deleted since would come back from there.
+    source = tmp_path_factory.mktemp("source")
+    for path in (*shipped_files(), Path("pyproject.toml"), Path("LICENSE")):
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    (source / "README.md").touch()
+    done = run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"),
+        *("--disable-pip-version-check", "--wheel-dir", source / "dist", source),
+    )
+    assert done.returncode == 0, done.stdout
+    (wheel,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_holds_one_top_level_name(wheel_names: set[str]) -> None:
+    top_level = {name.split("/")[0] for name in wheel_names}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"autopeft"}
+    assert "autopeft/__init__.py" not in wheel_names, "autopeft is a namespace"
+
+
+def test_wheel_holds_every_module_and_data_file(wheel_names: set[str]) -> None:
+    missing = {f"autopeft/{path.as_posix()}" for path in shipped_files()} - wheel_names
+    assert not missing
+
+
+def test_every_dependency_has_a_tested_version() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    for line in lines:
+        # no local builds such as +cpu, no paths, no addresses
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", line), line
+    pinned = {line.split("==")[0] for line in lines}
+    project = CONFIG["project"]
+    declared = {
+        re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace(".", "-").replace("_", "-")
+        for requirement in project["dependencies"] + project["optional-dependencies"]["dev"]
+    }
+    assert declared - pinned == {"triton"}, "constraints.txt says why triton, and triton alone, is left open"
+
+
+# Life beside the other packages of the field
+
+
+def test_kernels_is_never_a_regular_package() -> None:
+    # transformers probes for the PyPI package `kernels`; with the root on sys.path it would import ours.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_model_builds_with_the_root_first_on_the_path() -> None:
+    run_python(
+        "import os, sys\n"
+        "sys.path.insert(0, os.getcwd())\n"
+        "from transformers import BertConfig, BertModel\n"
+        "config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,"
+        " intermediate_size=8)\n"
+        "import torch\n"
+        "assert BertModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.shape == (1, 3, 8)\n"
+    )
+
+
+def test_modules_of_kernels_are_found_from_anywhere(tmp_path: Path) -> None:
+    names = [
+        ".".join(("autopeft", *path.with_suffix("").parts))
+        for path in modules()
+        if path.parts[0] == "kernels"
+    ]
+    assert names, "the namespace portion exists only while there is a module in it"
+    run_python(
+        "from importlib.util import find_spec\n"
+        f"missing = [name for name in {names!r} if find_spec(name) is None]\n"
+        "assert not missing, missing\n",
+        cwd=tmp_path,
+    )
+
+
+# The direction of imports
+
+
+def test_search_space_imports_without_torch() -> None:
+    run_python(
+        "import sys\n"
+        "import autopeft.search_space\n"
+        "heavy = {'torch', 'transformers', 'peft', 'optuna', 'mlflow'} & set(sys.modules)\n"
+        "assert not heavy, f'importing autopeft.search_space imports {sorted(heavy)}'\n"
+    )
+
+
+def lint_imports(path_entry: Path) -> subprocess.CompletedProcess[str]:
+    """Run the contracts over the folder `autopeft` in `path_entry`."""
+    return run(
+        *(Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"),
+        *("--config", ROOT / "pyproject.toml"),
+        cwd=path_entry,
+        PYTHONPATH=str(path_entry),
+        COLUMNS="200",
+    )
+
+
+def test_import_contracts_hold(tmp_path: Path) -> None:
+    (tmp_path / "autopeft").symlink_to(ROOT, target_is_directory=True)
+    done = lint_imports(tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+FORBIDDEN_IMPORTS = [
+    ("kernels", "autopeft.search_space"),
+    ("kernels", "transformers"),
+    ("search_space", "autopeft.searchers"),
+    ("search_space", "autopeft.evaluators"),
+    ("searchers", "autopeft.evaluators"),
+    ("searchers", "autopeft.studies"),
+    ("searchers", "transformers"),
+    ("evaluators", "autopeft.searchers"),
+    ("evaluators", "optuna"),
+]
+
+
+def test_import_contracts_catch_a_planted_import(tmp_path: Path) -> None:
+    for path in modules():
+        copy = tmp_path / "autopeft" / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, copy)
+    for importer in {importer for importer, _ in FORBIDDEN_IMPORTS}:
+        lines = [f"import {imported}" for source, imported in FORBIDDEN_IMPORTS if source == importer]
+        (tmp_path / "autopeft" / importer / "planted.py").write_text("\n".join(lines))
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1, done.stdout
+    missed = [
+        (importer, imported)
+        for importer, imported in FORBIDDEN_IMPORTS
+        if not re.search(rf"autopeft\.{importer}\.planted -> {re.escape(imported)} ", done.stdout)
+    ]
+    assert not missed, done.stdout
+
+
+def test_every_folder_with_modules_is_a_package() -> None:
+    # Inside a regular package the import linter skips a folder without `__init__.py`, its imports included.
+    folders = {path.parent for path in modules()} - {Path("kernels")}
+    assert not [str(folder) for folder in folders if not (ROOT / folder / "__init__.py").exists()]
+
+
+def test_portions_are_imported_by_their_full_name() -> None:
+    # `import search_space` works from the repository's root and nowhere else.
+    bare = []
+    for path in [*modules(), *(test.relative_to(ROOT) for test in (ROOT / "tests").rglob("*.py"))]:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(), filename=str(path))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [node.module]
+            bare += [f"{path}:{node.lineno} {name}" for name in names if name.split(".")[0] in PORTIONS]
+    assert not bare
+
+
+# Names
+
+
+def test_no_module_is_called_utils_helpers_or_manager() -> None:
+    vague = {"util", "utils", "helper", "helpers", "manager", "managers"}
+    files = [*modules(), *(test.relative_to(ROOT) for test in (ROOT / "tests").rglob("*.py"))]
+    words = {
+        path: {word for part in path.with_suffix("").parts for word in part.split("_")} for path in files
+    }
+    assert not [str(path) for path in files if words[path] & vague]
