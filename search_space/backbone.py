@@ -34,8 +34,8 @@ class Site:
     module at ``module``. For linears and norms the two are the same module. For the sub-layers ``attn`` and
     ``mlp``, ``x`` enters the first linear and ``y`` leaves the last, before dropout, norm and residual sum.
 
-    Both paths are dotted names for ``model.get_submodule``; the site ``backbone`` is the model itself, ``""``.
-    The input of ``embed`` is token ids, so there ``in_features`` is the size of the vocabulary.
+    Both paths are dotted names for ``model.get_submodule``; the site ``backbone`` is the model itself, whose
+    path is ``""``. The input of ``embed`` is token ids: there ``in_features`` is the size of the vocabulary.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"site {self.name!r}: unknown role {self.role!r}{did_you_mean(self.role, ROLES)}")
+            raise ValueError(f"unknown role {self.role!r}{did_you_mean(self.role, ROLES)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,8 @@ class Backbone:
             raise ValueError(f"{self.family} backbone {self.id!r}: {'; '.join(problems)}. "
                              f"Roles present: {', '.join(present)}")
 
-    def select(self, *, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> tuple[Site, ...]:
+    def select(self, *, roles: Iterable[str] | None = None,
+               layers: Iterable[int] | None = None) -> tuple[Site, ...]:
         """The sites with one of these roles in one of these layers, in canonical order; ``None`` means any.
 
         Sites outside the layers (``embed``, ``norm.final``, ...) are left out when ``layers`` is given.
@@ -106,7 +107,7 @@ class Backbone:
         if wanted_roles is not None:
             self.require(wanted_roles)
         if wanted_layers is not None and (outside := wanted_layers - set(range(self.num_layers))):
-            raise ValueError(f"no layers {sorted(outside)}: {self.id!r} has layers 0 to {self.num_layers - 1}")
+            raise ValueError(f"no layers {sorted(outside)} in {self.id!r}: it has 0 to {self.num_layers - 1}")
         return tuple(site for site in self.sites
                      if (wanted_roles is None or site.role in wanted_roles)
                      and (wanted_layers is None or site.layer in wanted_layers))
@@ -116,7 +117,8 @@ class Backbone:
         for site in self.sites:
             if site.name == name:
                 return site
-        raise ValueError(f"{self.id!r} has no site {name!r}{did_you_mean(name, (s.name for s in self.sites))}")
+        names = [site.name for site in self.sites]
+        raise ValueError(f"{self.id!r} has no site {name!r}{did_you_mean(name, names)}")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping that ``from_dict`` reads back to an equal backbone."""

@@ -28,8 +28,8 @@ def _metrics(*rows: tuple[str, str, bool, Literal["quality", "declared", "measur
 
 
 METRICS = _metrics(
-    ("accuracy", "share", True, "quality", "correct validation examples (classification) or completion tokens (causal)"),
-    ("loss", "nats", False, "quality", "mean validation cross-entropy, per example or per completion token"),
+    ("accuracy", "share", True, "quality", "correct validation examples, or an example's correct completion tokens"),
+    ("loss", "nats", False, "quality", "validation cross-entropy per example (causal: mean over its completion tokens)"),
     ("num_params", "parameters", False, "declared", "trainable parameters of the adapters, without the head"),
     ("stored_bytes", "bytes", False, "declared", "size of the trained adapters on disk"),
     ("flops_per_token", "operations", False, "declared", "what the adapters add to one forward pass"),
@@ -111,11 +111,11 @@ class Measurement:
     losses: tuple[float, ...] = ()
     #: Metrics at the rungs on the way: share of the steps, then values by name.
     rungs: tuple[tuple[float, Mapping[str, float]], ...] = ()
-    #: The main quality metric per validation example, in the order of the file: what paired comparisons need.
-    per_example: tuple[float, ...] = ()
+    #: Quality metrics per validation example, in the order of the file: what paired comparisons need.
+    per_example: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     #: Quality on the test split; only finalists and baselines have it.
     test: Mapping[str, float] = field(default_factory=dict)
-    test_per_example: tuple[float, ...] = ()
+    test_per_example: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     #: Spread (interquartile range) of measured costs.
     spread: Mapping[str, float] = field(default_factory=dict)
 
@@ -125,8 +125,9 @@ class Measurement:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
         data = dict(data)
-        for name in ("losses", "per_example", "test_per_example"):
-            data[name] = tuple(data.get(name, ()))
+        data["losses"] = tuple(data.get("losses", ()))
+        for name in ("per_example", "test_per_example"):
+            data[name] = {metric: tuple(column) for metric, column in data.get(name, {}).items()}
         data["rungs"] = tuple((share, values) for share, values in data.get("rungs", ()))
         return cls(**data)
 

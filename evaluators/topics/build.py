@@ -1,10 +1,11 @@
-"""Build the data set `topics`: docstrings of the Python standard library, labelled with the topic of their module.
+"""Build the data set `topics`: docstrings of the Python standard library, labelled with their module's topic.
 
     python -m autopeft.evaluators.topics.build [FOLDER]
 
-reads the library's `.py` files with `ast` (it imports none of them), cleans the docstrings, drops duplicates and
-writes `train.jsonl`, `validation.jsonl` and `test.jsonl` with rows `{"text": ..., "label": ...}`. No random number is
-drawn: selection, order and split follow a hash of the text, so the same sources give the same files anywhere.
+reads the library's `.py` files with `ast` (it imports none of them), cleans the docstrings, drops duplicates
+and writes `train.jsonl`, `validation.jsonl` and `test.jsonl` with rows `{"text": ..., "label": ...}`. No random
+number is drawn: selection, order and split follow a hash of the text, so the same sources give the same files
+anywhere.
 """
 
 import ast
@@ -19,29 +20,29 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# The interpreter behind the committed files and the digest of the docstrings found there: distributions patch and
-# split the library, so equal versions need not mean equal sources.
+# The interpreter behind the committed files and the digest of the docstrings found there: distributions patch
+# and split the library, so equal versions need not mean equal sources.
 BUILT_WITH = "3.11.7"
-BUILT_FROM = ""
+BUILT_FROM = "a8096413744211ca0c0b25bf841f498ba1e93b24acdd3284fa18f61ea0289dd9"
 
 MIN_WORDS, MAX_WORDS = 5, 60
 NEAR_DUPLICATE = 0.8  # Jaccard index of the sets of words
 MAX_PER_LABEL = 450  # some packages (tkinter, distutils) would outweigh whole chapters
 SPLITS = {"train": 0.64, "validation": 0.17, "test": 0.19}
 
-# The chapters of the library reference, joined or cut to similar size. A name stands for its submodules too. Modules
-# that belong to no single topic (`pydoc`, `uuid`, `__future__`) are left out.
+# The chapters of the library reference, joined or cut to similar size. A name stands for its submodules too.
+# Modules that belong to no single topic (`pydoc`, `uuid`, `__future__`) are left out.
 TOPICS = {
     "text processing": """
         codecs difflib encodings fnmatch gettext locale re rlcompleter shlex string stringprep textwrap""",
     "numbers and mathematics": """
         _pydecimal colorsys fractions numbers random secrets statistics""",
     "data types": """
-        _collections_abc _strptime bisect calendar collections datetime graphlib heapq pprint queue reprlib types
-        weakref zoneinfo""",
+        _collections_abc _strptime bisect calendar collections datetime graphlib heapq pprint queue reprlib
+        types weakref zoneinfo""",
     "files and directories": """
-        _pyio filecmp fileinput genericpath glob io linecache ntpath nturl2path os pathlib posixpath shutil stat
-        tempfile""",
+        _pyio filecmp fileinput genericpath glob io linecache ntpath nturl2path os pathlib posixpath shutil
+        stat tempfile""",
     "archives and persistence": """
         _compression bz2 dbm gzip lzma pickle shelve sqlite3 tarfile zipapp zipfile""",
     "markup and file formats": """
@@ -51,8 +52,8 @@ TOPICS = {
     "web": """
         cgi cgitb http urllib webbrowser wsgiref xmlrpc""",
     "internet protocols and sockets": """
-        asynchat asyncore ftplib imaplib ipaddress nntplib poplib selectors smtpd smtplib socket socketserver ssl
-        telnetlib""",
+        asynchat asyncore ftplib imaplib ipaddress nntplib poplib selectors smtpd smtplib socket socketserver
+        ssl telnetlib""",
     "concurrency": """
         _threading_local asyncio concurrent multiprocessing pty sched signal subprocess threading""",
     "graphical interfaces": """
@@ -62,9 +63,11 @@ TOPICS = {
     "packaging and importing": """
         distutils ensurepip imp importlib modulefinder pkgutil runpy site sysconfig venv zipimport""",
     "source code and bytecode": """
-        ast codeop compileall dis keyword lib2to3 opcode pickletools py_compile pyclbr symtable tabnanny tokenize""",
+        ast codeop compileall dis keyword lib2to3 opcode pickletools py_compile pyclbr symtable tabnanny
+        tokenize""",
     "classes and introspection": """
-        _py_abc _weakrefset abc contextlib copy copyreg dataclasses enum functools inspect operator typing warnings""",
+        _py_abc _weakrefset abc contextlib copy copyreg dataclasses enum functools inspect operator typing
+        warnings""",
     "logging and command line": """
         argparse cmd code getopt getpass logging optparse""",
 }
@@ -83,7 +86,7 @@ class Row(NamedTuple):
 
 
 def documented(root: Path) -> Iterator[Row]:
-    """Yield every raw docstring below `root` whose module has a topic, in an order that depends on names alone."""
+    """Yield every raw docstring below `root` whose module has a topic, in the order of the file names."""
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         parts = path.relative_to(root).with_suffix("").parts
         label = LABELS.get(parts[0])
@@ -114,7 +117,7 @@ def words(text: str) -> frozenset[str]:
 
 
 def near_duplicates(texts: list[str]) -> list[list[int]]:
-    """Group the texts: those whose words overlap by NEAR_DUPLICATE or more are together, also through a third."""
+    """Group the indices of texts whose words overlap by NEAR_DUPLICATE or more, directly or through others."""
     sets = [words(text) for text in texts]
     frequency = Counter(word for members in sets for word in members)
     parent = list(range(len(texts)))
@@ -141,7 +144,7 @@ def near_duplicates(texts: list[str]) -> list[list[int]]:
 
 
 def select(rows: Iterable[Row]) -> list[Row]:
-    """Clean the rows, keep one of each group of near duplicates, none of a group with two labels, cap the labels."""
+    """Clean the rows; keep one of near duplicates, none if their labels differ, MAX_PER_LABEL of a label."""
     rows = sorted({Row(clean(row.text), row.label) for row in rows}, key=rank)
     rows = [row for row in rows if len(words(row.text)) >= MIN_WORDS]
     kept = Counter()
@@ -160,7 +163,7 @@ def rank(row: Row) -> tuple[str, Row]:
 
 
 def split(rows: list[Row]) -> dict[str, list[Row]]:
-    """Cut every label by the shares in SPLITS; rows keep their shuffled order, the last split takes the rest."""
+    """Cut the rows of every label by the shares in SPLITS; the rows come shuffled."""
     by_label = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)

@@ -1,0 +1,64 @@
+"""What every evaluator promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.problem import Fidelity, Measurement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One candidate to evaluate. `test`: score the test split too. `keep_weights`: return the trained tensors."""
+
+    candidate: Candidate
+    seed: int = 0
+    fidelity: Fidelity = field(default_factory=Fidelity)
+    test: bool = False
+    keep_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A measurement, or the reason why there is none: the candidate failed, or this machine cannot train it."""
+
+    measurement: Measurement | None = None
+    failure: Literal["failed", "infeasible"] | None = None
+    reason: str = ""
+    weights: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Costs of a candidate by metric name, and the spread (interquartile range) of the measured ones."""
+
+    values: Mapping[str, float]
+    spread: Mapping[str, float] = field(default_factory=dict)
+
+
+#: Called with the steps done and the steps there are, summed over the batch of requests.
+Progress = Callable[[int, int], None]
+
+
+class Evaluator(ABC):
+    """Turns candidates into measurements. It sees architectures and data, never search strategies."""
+
+    name: str
+
+    @abstractmethod
+    def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
+        """What a candidate costs, before any training: the declared metrics, and those named in `measured`."""
+
+    @abstractmethod
+    def num_steps(self, request: Request) -> int:
+        """Training steps that the request will take."""
+
+    @abstractmethod
+    def evaluate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Outcome]:
+        """One outcome per request, in order. Failures of a candidate are outcomes, not exceptions."""

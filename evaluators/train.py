@@ -1,0 +1,230 @@
+"""The `train` evaluator: trains one candidate after the other on the frozen backbone and scores it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from autopeft.evaluators import batching
+from autopeft.evaluators.backbones import LoadedBackbone
+from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request
+from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.measured import measure
+from autopeft.evaluators.tasks import TASKS, Batch, Example
+from autopeft.evaluators.tasks.data import Splits
+from autopeft.search_space.problem import Measurement
+from autopeft.search_space.training import Training
+
+EVALUATION_BATCH_SIZE = 64
+
+
+class TrainingFailed(RuntimeError):
+    """A candidate whose training went wrong for a reason of its own, as a diverged loss."""
+
+
+class TrainEvaluator(Evaluator):
+    """Full or partial training by AdamW; see `Fidelity`.
+
+    The frozen backbone stays in evaluation mode (no dropout of its own); a candidate that trains the backbone itself
+    has the backbone's dropout. Minibatches depend on the seed alone, so candidates of a seed see the same ones.
+    """
+
+    name = "train"
+
+    def __init__(self, loaded: LoadedBackbone, task: str, splits: Splits, max_length: int) -> None:
+        self.model = loaded.model
+        self.backbone = loaded.backbone
+        self.pretrained_head = loaded.pretrained_head
+        self.task = TASKS[task](loaded.tokenizer, max_length, splits.labels)
+        self.examples: dict[str, list[Example]] = {
+            "train": self.task.encode(splits.train),
+            "validation": self.task.encode(splits.validation),
+            "test": self.task.encode(splits.test),
+        }
+        self.lengths = {split: [len(e["input_ids"]) for e in rows] for split, rows in self.examples.items()}
+        self.device = next(self.model.parameters()).device
+
+    def attach(self, request: Request) -> Attachment:
+        return Attachment(
+            self.model,
+            self.backbone,
+            [request.candidate.architecture],
+            [request.seed],
+            pretrained_head=self.pretrained_head,
+        )
+
+    def costs(self, candidate, measured=frozenset()):
+        architecture = candidate.architecture
+        values: dict[str, float] = {
+            "num_params": architecture.num_params(self.backbone),
+            "stored_bytes": architecture.stored_bytes(self.backbone),
+            "flops_per_token": architecture.flops_per_token(self.backbone),
+        }
+        if not measured:
+            return Costs(values=values)
+        with self.attach(Request(candidate=candidate)) as attachment:
+            found = measure(attachment, self.task, self.typical_batch(candidate), measured)
+        return Costs(values={**values, **found.values}, spread=found.spread)
+
+    def typical_batch(self, candidate) -> Batch:
+        """A training batch of median length: the same one for every candidate of a batch size."""
+        size = self.training(candidate).batch_size
+        batches = batching.ordered_batches(self.lengths["train"], size)
+        return self.batch("train", batches[len(batches) // 2])
+
+    @staticmethod
+    def training(candidate) -> Training:
+        return Training(**candidate.training)
+
+    def num_steps(self, request):
+        training = self.training(request.candidate)
+        full = batching.num_steps(len(self.examples["train"]), training.batch_size, training.epochs)
+        return max(1, math.ceil(full * request.fidelity.share))
+
+    def batch(self, split: str, indices: Sequence[int]) -> Batch:
+        batch = self.task.collate([self.examples[split][i] for i in indices])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def evaluate(self, requests, progress=None):
+        total = sum(self.num_steps(request) for request in requests)
+        done = 0
+        outcomes = []
+        for request in requests:
+            start = done
+            report = (lambda step, start=start: progress(start + step, total)) if progress else (lambda step: None)
+            outcomes.append(self._evaluate(request, report))
+            done += self.num_steps(request)
+        return outcomes
+
+    def _evaluate(self, request: Request, report: Callable[[int], None]) -> Outcome:
+        try:
+            with self.attach(request) as attachment:
+                return self._train(request, attachment, report)
+        except TrainingFailed as error:
+            return Outcome(failure="failed", reason=str(error))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return Outcome(failure="infeasible", reason=f"out of memory: {str(error).splitlines()[0]}")
+        except RuntimeError as error:
+            if "allocate memory" in str(error):  # torch's CPU allocator has no exception class of its own
+                return Outcome(failure="infeasible", reason=f"out of memory: {str(error).splitlines()[0]}")
+            raise
+
+    def _train(self, request: Request, attachment: Attachment, report: Callable[[int], None]) -> Outcome:
+        begin = time.perf_counter()
+        training = self.training(request.candidate)
+        steps = self.num_steps(request)
+        rungs = {max(1, math.ceil(steps * rung / request.fidelity.share)): rung for rung in request.fidelity.rungs}
+        losses: list[float] = []
+        found: list[tuple[float, dict[str, float]]] = []
+        train_s = 0.0
+        for step, seconds, loss in self._steps(request, attachment, training, steps):
+            train_s += seconds
+            losses.append(loss)
+            report(step)
+            if step in rungs and step < steps:
+                found.append((rungs[step], _means(self.scores(attachment, "validation"))))
+        scores = self.scores(attachment, "validation")
+        test = self.scores(attachment, "test") if request.test else {}
+        values = _means(scores)
+        measurement = Measurement(
+            values=values,
+            std_err={name: _standard_error(column) for name, column in scores.items()},
+            seed=request.seed,
+            share=request.fidelity.share,
+            evaluator=self.name,
+            wall_s=time.perf_counter() - begin,
+            train_s=train_s,
+            losses=tuple(round(loss, 5) for loss in losses),
+            rungs=tuple(found),
+            per_example={name: _rounded(column) for name, column in scores.items()},
+            test=_means(test),
+            test_per_example={name: _rounded(column) for name, column in test.items()},
+        )
+        return Outcome(measurement=measurement, weights=attachment.state() if request.keep_weights else None)
+
+    def _steps(
+        self, request: Request, attachment: Attachment, training: Training, steps: int
+    ) -> Iterator[tuple[int, float, float]]:
+        """Trains; yields step number, seconds and loss. Raises TrainingFailed when the loss is not a number."""
+        parameters = list(attachment.trainable())
+        if not parameters:
+            raise TrainingFailed("nothing to train: no adapter is on and the model has no task head")
+        groups = [
+            {"params": [p for p, decay in parameters if decay], "weight_decay": training.weight_decay},
+            {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
+        ]
+        optimizer = AdamW([g for g in groups if g["params"]], lr=training.learning_rate, fused=True)
+        full = math.ceil(steps / request.fidelity.share)
+        schedule = LambdaLR(optimizer, lambda step: rate(step, full, training))
+        order = batching.training_batches(self.lengths["train"], training.batch_size, request.seed)
+        attachment.train()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(request.seed)
+            for step in range(1, steps + 1):
+                start = time.perf_counter()
+                attachment.train()
+                batch = self.batch("train", next(order))
+                targets = batch.pop("targets")
+                loss = self.task.score(self.model(**batch).logits, targets)[0].mean()
+                loss.backward()
+                if training.max_grad_norm:
+                    clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise TrainingFailed(f"the training loss became {value} at step {step} of {steps}")
+                yield step, time.perf_counter() - start, value
+
+    @torch.inference_mode()
+    def scores(self, attachment: Attachment, split: str) -> dict[str, list[float]]:
+        """Loss and accuracy of every example of a split, in the order of the file."""
+        attachment.eval()
+        lengths = self.lengths[split]
+        columns = {"loss": [0.0] * len(lengths), "accuracy": [0.0] * len(lengths)}
+        for indices in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
+            batch = self.batch(split, indices)
+            targets = batch.pop("targets")
+            losses, correct = self.task.score(self.model(**batch).logits, targets)
+            for row, index in enumerate(indices):
+                columns["loss"][index] = losses[row].item()
+                columns["accuracy"][index] = correct[row].item()
+        attachment.train()
+        if not all(map(math.isfinite, columns["loss"])):
+            raise TrainingFailed(f"the loss on the {split} split is not a number")
+        return columns
+
+
+def rate(step: int, steps: int, training: Training) -> float:
+    """The learning rate's factor at a step: linear warm-up, then the schedule down to zero."""
+    warmup = math.ceil(steps * training.warmup)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    if training.schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    if training.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return 1.0
+
+
+def _means(scores: dict[str, list[float]]) -> dict[str, float]:
+    return {name: sum(column) / len(column) for name, column in scores.items()}
+
+
+def _standard_error(column: Sequence[float]) -> float:
+    """Of the mean over examples; a single seed says nothing of the spread between seeds."""
+    n = len(column)
+    mean = sum(column) / n
+    return math.sqrt(sum((x - mean) ** 2 for x in column) / max(1, n - 1) / n)
+
+
+def _rounded(column: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(x, 4) for x in column)
