@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from autopeft.search_space.adapters import AdapterSpec
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.bank import Bank
 from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.adapters.linear import set_weight, weight_of
@@ -51,7 +51,8 @@ class Attachment(nn.Module):
     """The adapters (and task heads) of K slots on one model. Use as a context manager, or call `detach`.
 
     `architectures` and `seeds`: one per slot. `pretrained_head`: start from the head's weights in the model and not
-    from new ones. Raises ValueError for a candidate that trains the backbone in a pack of more than one.
+    from new ones. Raises ValueError for a candidate that trains the backbone in a pack of more than one, for a site
+    that the backbone lacks, and for an adapter that cannot sit where it is placed; the model is then unchanged.
     """
 
     def __init__(
@@ -74,10 +75,8 @@ class Attachment(nn.Module):
         self._inputs: dict[str, Tensor] = {}
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
 
-        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for site in backbone.sites:
+        placed = {name for architecture in self.architectures for name, _ in architecture.adapters}
+        for site in sorted((backbone.site(name) for name in placed), key=backbone.sites.index):
             for slots, specs, nth in self._groups(site):
                 if site.role == "backbone":
                     self._train_backbone(model)
@@ -90,18 +89,26 @@ class Attachment(nn.Module):
             bank = Bank(site, [Head()] * self.num_slots, base, seeds)
             if pretrained_head:
                 for k in every:
-                    values = {"W": base.weight} | ({"b": base.bias} if base.bias is not None else {})
-                    bank.load_slot(k, values)
+                    bank.load_slot(k, {"W": base.weight, "b": base.bias})
             self._add(bank, every)
         device = next(model.parameters()).device
         self.to(device)
         self._slots_of = [slots if slots is None else slots.to(device) for slots in self._slots_of]
         self._hook(model)
+        self._was_training = model.training
+        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        trained = {parameter for parameter, _ in self._trained}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+        self.train()
 
     # Building
 
     def _groups(self, site: Site) -> Iterator[tuple[list[int], list[AdapterSpec], int]]:
-        """Slots whose adapters at `site` share a structure, their adapters, and how many alike came before."""
+        """Slots whose adapters at `site` share a structure, their adapters, and how many alike came before.
+
+        In the order in which they act; see `ADAPTERS`.
+        """
         groups: dict[tuple, tuple[list[int], list[AdapterSpec], int]] = {}
         for k, architecture in enumerate(self.architectures):
             seen: dict[tuple, int] = {}
@@ -109,10 +116,14 @@ class Attachment(nn.Module):
                 # Two adapters of one structure at one site are two groups, with random streams of their own.
                 structure = spec.structure()
                 nth = seen[structure] = seen.get(structure, -1) + 1
+                if nth and not spec.repeatable:
+                    raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: only one can act there")
                 slots, specs, _ = groups.setdefault((structure, nth), ([], [], nth))
                 slots.append(k)
                 specs.append(spec)
-        return iter(groups[key] for key in sorted(groups, key=repr))
+        kinds = list(ADAPTERS)
+        order = sorted(groups, key=lambda key: (kinds.index(key[0][0]), repr(key)))
+        return iter(groups[key] for key in order)
 
     def _add(self, bank: Bank, slots: list[int]) -> None:
         self.banks.append(bank)
@@ -124,10 +135,16 @@ class Attachment(nn.Module):
         head = {p for name in self.backbone.head_modules for p in model.get_submodule(name).parameters()}
         for parameter in model.parameters():
             if parameter not in head:
-                parameter.requires_grad_(True)
                 self._trained.append((parameter, parameter.detach().clone()))
 
     def _hook(self, model: nn.Module) -> None:
+        # The prefixes first: their installation refuses some models, before anything has changed.
+        prefixes = [bank for bank in self.banks if overrides(bank.specs[0], "extend_attention")]
+        if prefixes:
+            from autopeft.evaluators.attention import install
+
+            slots_of = {id(b): s for b, s in zip(self.banks, self._slots_of, strict=True)}
+            self._handles += install(model, [(bank, slots_of[id(bank)]) for bank in prefixes], self.num_slots)
         points: dict[str, list[int]] = {}
         for index, bank in enumerate(self.banks):
             points.setdefault(bank.site.module, []).append(index)
@@ -146,12 +163,6 @@ class Attachment(nn.Module):
             # Prepended: a sub-layer's x is taken before an adapter at the tapped linear changes its input.
             handle = model.get_submodule(path).register_forward_pre_hook(self._tap(path), prepend=True)
             self._handles.append(handle)
-        prefixes = [bank for bank in self.banks if overrides(bank.specs[0], "extend_attention")]
-        if prefixes:
-            from autopeft.evaluators.attention import install
-
-            slots_of = {id(b): s for b, s in zip(self.banks, self._slots_of, strict=True)}
-            self._handles += install(model, [(bank, slots_of[id(bank)]) for bank in prefixes], self.num_slots)
 
     def _tap(self, path: str):
         def hook(module: nn.Module, args: tuple) -> None:
@@ -175,6 +186,8 @@ class Attachment(nn.Module):
                 site = self.banks[index].site
                 x = self._by_slot(args[0] if site.input_module == site.module else self._inputs[site.input_module])
                 y = self._on_slots(index, y, lambda bank, part, x_part: bank(x_part, part), y, x)
+            for index in indices:  # the graph of a step must not outlive it
+                self._inputs.pop(self.banks[index].site.input_module, None)
             return y.reshape(output.shape)
 
         return hook
@@ -248,33 +261,44 @@ class Attachment(nn.Module):
     def merged(self) -> Iterator[None]:
         """The adapters of a single slot folded into the backbone's weights, hooks off; undone bit for bit at the end.
 
-        What cannot be merged keeps its hooks. Raises ValueError for more than one slot.
+        An adapter that cannot be merged keeps its hook, and so do those that act after it at the same module. Raises
+        ValueError for more than one slot.
         """
         if self.num_slots != 1:
             raise ValueError("only a single slot can be merged into the backbone")
         model = self.model[0]
         saved: list[tuple[nn.Module, Tensor, Tensor | None]] = []
-        # Input scalings last: in the forward pass the other adapters of a linear read the scaled input.
-        mergeable = sorted((b for b in self.banks if b.specs[0].mergeable), key=lambda b: overrides(b.specs[0], "apply_input"))
+        kept: list[Bank] = []
+        banks, slots_of = self.banks, self._slots_of
         self._unhook()
-        with torch.no_grad():
-            for bank in mergeable:
+        try:
+            for bank in banks:
+                if not bank.specs[0].mergeable or any(bank.site.module == other.site.module for other in kept):
+                    kept.append(bank)
+                    continue
                 module = model.get_submodule(bank.site.module)
                 weight, bias = weight_of(module), getattr(module, "bias", None)
                 saved.append((module, weight.clone(), None if bias is None else bias.detach().clone()))
-                set_weight(module, *bank.specs[0].merge(bank.of_slot(0), weight, bias))
-        kept = self.banks, self._slots_of
-        pairs = [(b, s) for b, s in zip(*kept, strict=True) if b not in mergeable]
-        try:
-            self.banks, self._slots_of = nn.ModuleList([b for b, _ in pairs]), [s for _, s in pairs]
+                with torch.no_grad():
+                    set_weight(module, *bank.specs[0].merge(bank.of_slot(0), weight, bias))
+            self.banks, self._slots_of = nn.ModuleList(kept), [None] * len(kept)
             self._hook(model)
             yield
         finally:
             self._unhook()
             for module, weight, bias in reversed(saved):
                 set_weight(module, weight, bias)
-            self.banks, self._slots_of = kept
+            self.banks, self._slots_of = banks, slots_of
             self._hook(model)
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Hooks off: the model as its weights are, without what is not merged into them."""
+        self._unhook()
+        try:
+            yield
+        finally:
+            self._hook(self.model[0])
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -291,7 +315,7 @@ class Attachment(nn.Module):
             parameter.grad = None
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
-        self.model[0].eval()
+        self.model[0].train(self._was_training)
 
     def __enter__(self) -> Attachment:
         return self

@@ -1,1 +1,17 @@
-"""Declarations: domains, adapters, sites, spaces and architectures."""
+"""Declarations: domains, adapters, sites, spaces and architectures. Importing this does not import torch."""
+
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.domains import Choice, Float, Int
+from autopeft.search_space.presets import BASELINES, PRESETS
+from autopeft.search_space.problem import METRICS, Fidelity, Measurement, Objective, Problem, Trial
+from autopeft.search_space.space import AdapterChoice, Assignment, OneOf, SearchSpace, SpaceError
+from autopeft.search_space.training import Training
+
+__all__ = [
+    "ADAPTERS", "BASELINES", "METRICS", "PRESETS",
+    "AdapterChoice", "AdapterSpec", "Architecture", "Assignment", "Backbone", "Candidate", "Choice", "Fidelity",
+    "Float", "Int", "Measurement", "Objective", "OneOf", "Problem", "SearchSpace", "Site", "SpaceError", "Training",
+    "Trial",
+]  # fmt: skip

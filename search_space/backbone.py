@@ -51,6 +51,8 @@ class Site:
     """Role ``attn``: the module that computes attention (the first argument of ``attention_interface``)."""
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    num_params: int = 0
+    """Role ``backbone``: its parameters without the task head's."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

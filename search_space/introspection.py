@@ -10,7 +10,7 @@ by hand.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .backbone import LINEAR_ROLES, Backbone, Site, did_you_mean
@@ -89,15 +89,17 @@ def describe(model: Any, *, id: str, revision: str | None = None,
     # With no labels, transformers puts an Identity where the head would be: nothing to train.
     heads = tuple(path for path in heads if any(_within(name, [path]) for name in sizes))
     num_head_params = sum(size for name, size in sizes.items() if _within(name, heads))
+    num_params = sum(sizes.values()) - num_head_params
+    whole = replace(_site("backbone", None, "backbone", "", model, (width, width)), num_params=num_params)
     attention = [tree[site.attention_module] for site in inside if site.attention_module is not None]
     return Backbone(
         id=id,
         revision=revision,
         family=getattr(config, "model_type", None) or type(model).__name__,
-        sites=(*before, *inside, *after),
+        sites=(*before, *inside, *after, whole),
         hidden_size=width,
         num_layers=len(layers),
-        num_params=sum(sizes.values()) - num_head_params,
+        num_params=num_params,
         head_modules=heads,
         num_head_params=num_head_params,
         causal=bool(attention) and all(getattr(module, "is_causal", False) for module in attention),
@@ -194,6 +196,10 @@ def _is_norm(module: Any, width: int) -> bool:
     return "norm" in type(module).__name__.lower() and tuple(shape) == (width,)
 
 
+def _is_table(module: Any) -> bool:
+    return hasattr(module, "num_embeddings")
+
+
 def _site(name: str, layer: int | None, role: str, path: str, module: Any, shape: tuple[int, int]) -> Site:
     """A site that reads and changes the same module."""
     return Site(name=name, layer=layer, role=role, module=path, input_module=path, in_features=shape[0],
@@ -247,28 +253,29 @@ def _outer_sites(model: Any, tree: Mapping[str, Any], stack: str, width: int,
                  embed: str | None) -> tuple[list[Site], list[Site]]:
     """The sites ahead of the layers and the sites behind them."""
     before: list[Site] = []
-    embed = embed or _word_embedding(model, tree)
-    if embed is not None:
-        shape = (tree[embed].num_embeddings, tree[embed].embedding_dim)
-        before.append(_site("embed", None, "embed", embed, tree[embed], shape))
-    # Only norms of the base model: those of a pre-training head (BERT's ``cls``) are beyond the last hidden
-    # state. Of several, the nearest to the layers; modules are registered in the order in which they run.
-    base = getattr(model, "base_model_prefix", "")
-    order = [path for path in tree if not base or base not in tree or _within(path, [base])]
+    entrance = embed or _input_embedding(model, tree)
+    # A vision model enters by its patch projection, which is no table of words.
+    if entrance is not None and _is_table(tree[entrance]):
+        shape = (tree[entrance].num_embeddings, tree[entrance].embedding_dim)
+        before.append(_site("embed", None, "embed", entrance, tree[entrance], shape))
+    # Only norms beside the layers and their entrance: those of a pre-training head (BERT's ``cls``) or of
+    # another modality are not on this residual stream. Of several, the nearest to the layers; modules are
+    # registered in the order in which they run.
+    scope = _parent(stack)
+    while scope and not (entrance and _within(entrance, [scope])):
+        scope = _parent(scope)
+    order = [path for path in tree if not scope or _within(path, [scope])]
     norms = [path for path in order if _is_norm(tree[path], width) and not _within(path, [stack])]
     ahead = [path for path in norms if order.index(path) < order.index(stack)]
     before += [_site("norm.embed", None, "norm", path, tree[path], (width, width)) for path in ahead[-1:]]
     after = [_site("norm.final", None, "norm", path, tree[path], (width, width))
              for path in norms[len(ahead):][:1]]
-    return before, [*after, _site("backbone", None, "backbone", "", model, (width, width))]
+    return before, after
 
 
-def _word_embedding(model: Any, tree: Mapping[str, Any]) -> str | None:
+def _input_embedding(model: Any, tree: Mapping[str, Any]) -> str | None:
     found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    # A vision model answers with its patch projection, which is no table of words.
-    if not hasattr(found, "num_embeddings"):
-        return None
-    return next(path for path, module in tree.items() if module is found)
+    return next((path for path, module in tree.items() if module is found), None)
 
 
 def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: _Stacks) -> None:
@@ -276,7 +283,7 @@ def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: 
     keys = (*_ROOT_KEYS, *LINEAR_ROLES)
     problems = [f"{key!r} is not one of {', '.join(keys)}{did_you_mean(key, keys)}"
                 for key in by_hand if key not in keys]
-    tables = [path for path, module in tree.items() if hasattr(module, "num_embeddings")]
+    tables = [path for path, module in tree.items() if _is_table(module)]
     for key, what, known in (("layers", "list of layers", stacks), ("embed", "embedding", tables),
                              ("head", "module", tree)):
         if key in by_hand and by_hand[key] not in known:

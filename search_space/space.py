@@ -158,7 +158,9 @@ class SearchSpace:
         return tuple(
             site
             for site in self.backbone.sites
-            if site.role in roles and (choice.layers is None or site.layer in choice.layers)
+            if site.role in roles
+            and ADAPTERS[choice.kind]().fits(site)
+            and (choice.layers is None or site.layer in choice.layers)
         )
 
     def _scope(self, granularity: str, site: Site) -> str:

@@ -1,7 +1,8 @@
-"""The sites found in ten families are where the tensors really flow, and other models are refused usefully."""
+"""The sites found are where the tensors really flow, and models of other families are refused usefully."""
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
-from autopeft.search_space.introspection import UnknownBackboneError, describe
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.introspection import UnknownBackboneError, describe
 
 LAYERS, WIDTH, INNER, HEADS, VOCAB = 3, 32, 48, 4, 64
 
@@ -98,7 +100,7 @@ every_model = pytest.mark.parametrize(
 def _build(family: Family, task: str) -> Any:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = getattr(transformers, family.name + task)(family.config).eval()
+    model = getattr(transformers, family.name + task)(copy.deepcopy(family.config)).eval()
     for parameter in model.parameters():
         # Biases and norms start at constants, which would hide a tensor taken at the wrong place.
         nn.init.normal_(parameter, std=0.3)
@@ -214,16 +216,15 @@ def test_a_sub_layer_reads_its_input_and_writes_the_residual_stream(family: Fami
 def test_the_attention_module_is_the_one_transformers_passes_to_its_attention_function(
         family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _build(family, family.tasks[0])
-    model.set_attn_implementation("sdpa")
     sites = describe(model, id="tiny").select(roles=["attn"])
     called: list[tuple[nn.Module, int, int]] = []
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def recording(module: nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def recording(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> Any:
         called.append((module, key.shape[1], key.shape[3]))
-        return sdpa(module, query, key, value, *args, **kwargs)
+        return query.transpose(1, 2), None
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", recording)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "recording", recording)
+    model.set_attn_implementation("recording")
     _run(model)
     assert [site.attention_module for site in sites] == \
         [f"{family.layers}.{i}.{family.attention}" for i in range(LAYERS)]
@@ -234,6 +235,18 @@ def test_the_attention_module_is_the_one_transformers_passes_to_its_attention_fu
 def test_a_bert_that_is_a_decoder_is_causal() -> None:
     model = transformers.BertModel(transformers.BertConfig(**_TEXT, is_decoder=True))
     assert describe(model, id="tiny").causal
+
+
+def test_the_language_half_of_a_vision_language_model_is_described() -> None:
+    with torch.device("meta"):
+        # As wide as the text: widths cannot tell the two halves apart.
+        vision = _ENCODER | {"image_size": 8, "patch_size": 4}
+        model = transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(text_config=_DECODER, vision_config=vision, mm_tokens_per_image=4))
+    backbone = describe(model, id="tiny")
+    assert all(site.module.startswith("model.language_model.") for site in backbone.sites[:-1])
+    assert backbone.site("layers.0.attn").num_key_value_heads == 2
+    assert "norm.embed" not in {site.name for site in backbone.sites}
 
 
 def test_a_quantised_linear_is_measured_by_its_attributes() -> None:
@@ -268,9 +281,9 @@ class Toy(nn.Module):
         self.topics = nn.Linear(width, 3)
 
 
-TOY_MODULES = {"layers": "blocks", "attn.q": "attention.wq", "attn.k": "attention.wk", "attn.v": "attention.wv",
-               "attn.o": "attention.out", "mlp.up": "grow", "mlp.down": "shrink", "embed": "words",
-               "head": "topics"}
+TOY_MODULES = {"layers": "blocks", "attn.q": "attention.wq", "attn.k": "attention.wk",
+               "attn.v": "attention.wv", "attn.o": "attention.out", "mlp.up": "grow", "mlp.down": "shrink",
+               "embed": "words", "head": "topics"}
 
 
 def test_an_unknown_model_is_refused_with_what_was_seen_and_the_way_by_hand() -> None:
@@ -302,11 +315,11 @@ def test_only_the_roles_named_by_hand_have_sites() -> None:
 
 
 def test_all_bad_paths_named_by_hand_are_listed_with_suggestions() -> None:
-    wrong = TOY_MODULES | {"attn.q": "attention.qw", "mlp.down": "shrnk", "embed": "word", "attn.w": "x"}
+    wrong = TOY_MODULES | {"attn.q": "attn.wq", "mlp.down": "shrnk", "embed": "word", "attn.w": "x"}
     with pytest.raises(UnknownBackboneError) as caught:
         describe(Toy(), id="toy", modules=wrong)
     message = str(caught.value)
-    assert "'attn.q': no linear 'attention.qw' in 2 of 2 layers" in message
+    assert "'attn.q': no linear 'attn.wq' in 2 of 2 layers" in message
     assert "did you mean 'attention.wq'?" in message
     assert "'mlp.down': no linear 'shrnk'" in message
     assert "did you mean 'shrink'?" in message
@@ -330,7 +343,7 @@ def test_a_layer_that_does_not_fit_is_refused() -> None:
         describe(model, id="tiny")
     model = _build(llama, "Model")
     model.layers[0].self_attn.o_proj = nn.Linear(64, WIDTH + 1)
-    with pytest.raises(UnknownBackboneError, match="33 at layers.0.self_attn.o_proj"):
+    with pytest.raises(UnknownBackboneError, match=r"33 at layers\.0\.self_attn\.o_proj"):
         describe(model, id="tiny")
 
 
@@ -374,7 +387,7 @@ def test_require_names_every_unknown_and_absent_role(bert: Backbone) -> None:
     assert "no site has role 'mlp.gate' (its mlp is not gated: use mlp.up)" in message
     assert "use attn.q, attn.k, attn.v" in message
     gpt2 = next(family for family in FAMILIES if family.name == "GPT2")
-    with pytest.raises(ValueError, match="its query, key and value are one linear: use attn.qkv"):
+    with pytest.raises(ValueError, match=r"its query, key and value are one linear: use attn\.qkv"):
         describe(_build(gpt2, "Model"), id="tiny").require(["attn.q"])
 
 
@@ -386,6 +399,6 @@ def test_a_site_refuses_a_role_that_does_not_exist() -> None:
 
 def test_describing_needs_no_torch() -> None:
     code = ("import sys, autopeft.search_space.introspection; "
-            "sys.exit(' '.join({'torch', 'transformers'} & set(sys.modules)))")
+            "assert not {'torch', 'transformers'} & set(sys.modules)")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -2,16 +2,17 @@
 
     python -m autopeft.evaluators.topics.build [FOLDER]
 
-reads the library's `.py` files with `ast` (it imports none of them), cleans the docstrings, drops duplicates
-and writes `train.jsonl`, `validation.jsonl` and `test.jsonl` with rows `{"text": ..., "label": ...}`. No random
-number is drawn: selection, order and split follow a hash of the text, so the same sources give the same files
-anywhere.
+reads the library's `.py` files with `ast` (it imports none of them), cleans the docstrings, drops duplicates,
+writes `train.jsonl`, `validation.jsonl` and `test.jsonl` with rows `{"text": ..., "label": ...}` and prints
+their counts. No random number is drawn: selection, order and split follow a hash of the text, so the same
+sources give the same files anywhere.
 """
 
 import ast
 import hashlib
 import json
 import math
+import platform
 import re
 import sys
 import sysconfig
@@ -20,10 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# The interpreter behind the committed files and the digest of the docstrings found there: distributions patch
-# and split the library, so equal versions need not mean equal sources.
-BUILT_WITH = "3.11.7"
-BUILT_FROM = "a8096413744211ca0c0b25bf841f498ba1e93b24acdd3284fa18f61ea0289dd9"
+BUILT_WITH = "3.11.7"  # the Python whose library the committed files come from; others have other docstrings
 
 MIN_WORDS, MAX_WORDS = 5, 60
 NEAR_DUPLICATE = 0.8  # Jaccard index of the sets of words
@@ -73,7 +71,8 @@ TOPICS = {
 }
 LABELS = {module: label for label, modules in TOPICS.items() for module in modules.split()}
 
-FOREIGN_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+FOREIGN_FOLDERS = {"test", "tests", "site-packages", "dist-packages"}
+DOCUMENTABLE = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 SIGNATURE = re.compile(r"[\w.]+\(.*?\)(\s*->[^\n]*|\s*--?(?=\s)|\s*:|\s*$)", re.MULTILINE)
 DOCTEST = re.compile(r"^[ \t]*>>>.*(\n[ \t]*\S.*)*", re.MULTILINE)  # a prompt and all up to a blank line
@@ -98,8 +97,7 @@ def documented(root: Path) -> Iterator[Row]:
 def docstrings(source: bytes) -> Iterator[str]:
     """Yield the docstrings of a module and of every class and function in it."""
     for node in ast.walk(ast.parse(source)):
-        documentable = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documentable and (docstring := ast.get_docstring(node)):
+        if isinstance(node, DOCUMENTABLE) and (docstring := ast.get_docstring(node)):
             yield docstring
 
 
@@ -117,7 +115,7 @@ def words(text: str) -> frozenset[str]:
 
 
 def near_duplicates(texts: list[str]) -> list[list[int]]:
-    """Group the indices of texts whose words overlap by NEAR_DUPLICATE or more, directly or through others."""
+    """Group the indices of texts that are near duplicates of each other, directly or through a third."""
     sets = [words(text) for text in texts]
     frequency = Counter(word for members in sets for word in members)
     parent = list(range(len(texts)))
@@ -128,7 +126,7 @@ def near_duplicates(texts: list[str]) -> list[list[int]]:
         return index
 
     # Sets that overlap so much must share one of their few rarest words, so only those are looked up.
-    with_rare_word = defaultdict(list)
+    with_rare_word: defaultdict[str, list[int]] = defaultdict(list)
     for index, members in enumerate(sets):
         rarest_first = sorted(members, key=lambda word: (frequency[word], word))
         for word in rarest_first[: len(members) - math.ceil(NEAR_DUPLICATE * len(members)) + 1]:
@@ -147,7 +145,7 @@ def select(rows: Iterable[Row]) -> list[Row]:
     """Clean the rows; keep one of near duplicates, none if their labels differ, MAX_PER_LABEL of a label."""
     rows = sorted({Row(clean(row.text), row.label) for row in rows}, key=rank)
     rows = [row for row in rows if len(words(row.text)) >= MIN_WORDS]
-    kept = Counter()
+    kept: Counter[str] = Counter()
     selected = []
     for group in near_duplicates([row.text for row in rows]):
         row = rows[group[0]]
@@ -167,7 +165,7 @@ def split(rows: list[Row]) -> dict[str, list[Row]]:
     by_label = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)
-    splits = {name: [] for name in SPLITS}
+    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for members in by_label.values():
         start, share = 0, 0.0
         for name, part in SPLITS.items():
@@ -178,9 +176,8 @@ def split(rows: list[Row]) -> dict[str, list[Row]]:
     return {name: sorted(members, key=rank) for name, members in splits.items()}
 
 
-def digest(rows: Iterable[Row]) -> str:
-    """Identify the raw docstrings that a build read."""
-    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+def build(library: Path) -> dict[str, list[Row]]:
+    return split(select(documented(library)))
 
 
 def to_jsonl(rows: list[Row]) -> str:
@@ -188,13 +185,12 @@ def to_jsonl(rows: list[Row]) -> str:
 
 
 def main(folder: Path) -> None:
-    source = list(documented(Path(sysconfig.get_path("stdlib"))))
-    splits = split(select(source))
+    splits = build(Path(sysconfig.get_path("stdlib")))
     for name, rows in splits.items():
         (folder / f"{name}.jsonl").write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
 
     counts = {name: Counter(row.label for row in rows) for name, rows in splits.items()}
-    print(f"Python {sys.version.split()[0]}, {len(source)} docstrings, digest {digest(source)}\n")
+    print(f"Python {platform.python_version()}\n")
     print("| label |", " | ".join(splits), "|\n|---|" + "---:|" * len(splits))
     for label in TOPICS:
         print(f"| {label} |", " | ".join(str(count[label]) for count in counts.values()), "|")

@@ -1,13 +1,27 @@
-"""The adapter types, one file each. `ADAPTERS` is the registry that the CLI, the schema and the tables derive from."""
+"""The adapter types, one file each. `ADAPTERS` is the registry that the CLI, the schema and the tables derive from.
+
+Its order is also the order in which several adapters at one module act: DoRA needs the backbone's own output, what adds
+to it follows, and what scales the sum comes last. Merging follows the same order.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.bitfit import Bitfit
+from autopeft.search_space.adapters.bottleneck import Bottleneck
+from autopeft.search_space.adapters.dora import Dora
+from autopeft.search_space.adapters.full import Full
+from autopeft.search_space.adapters.ia3 import Ia3
 from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.norm import Norm
+from autopeft.search_space.adapters.prefix import Prefix
+from autopeft.search_space.adapters.ssf import Ssf
 
-ADAPTERS: dict[str, type[AdapterSpec]] = {spec.kind: spec for spec in (Lora,)}
+ADAPTERS: dict[str, type[AdapterSpec]] = {
+    spec.kind: spec for spec in (Full, Dora, Lora, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix)
+}
 
 
 def spec_from_dict(data: dict[str, Any]) -> AdapterSpec:
@@ -22,4 +36,18 @@ def spec_from_dict(data: dict[str, Any]) -> AdapterSpec:
         raise ValueError(f"adapter {kind}: {error}") from None
 
 
-__all__ = ["ADAPTERS", "AdapterSpec", "Lora", "Parameter", "spec_from_dict"]
+__all__ = [
+    "ADAPTERS",
+    "AdapterSpec",
+    "Bitfit",
+    "Bottleneck",
+    "Dora",
+    "Full",
+    "Ia3",
+    "Lora",
+    "Norm",
+    "Parameter",
+    "Prefix",
+    "Ssf",
+    "spec_from_dict",
+]

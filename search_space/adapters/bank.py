@@ -17,10 +17,10 @@ from autopeft.search_space.adapters.init import initialise
 from autopeft.search_space.backbone import Site
 
 
-def stream(*words: object) -> Generator:
+def stream(*words: object, device: torch.device | str = "cpu") -> Generator:
     """A random stream named by `words`: the same words give the same numbers, in any process and any pack."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Call:
         keep = torch.ones_like(x)
         for k, rate in enumerate(rates):
             if rate > 0.0:
-                drawn = torch.rand(x.shape[1:], generator=self.bank.dropout_streams[k])
+                drawn = torch.rand(x.shape[1:], generator=self.bank.dropout_streams[k], device=x.device)
                 keep[k] = (drawn >= rate).to(x) / (1.0 - rate)
         return x * keep
 
@@ -57,8 +57,14 @@ class Bank(nn.Module):
     `specs`: one per slot, of one structure (`AdapterSpec.structure`); sizes and per-slot fields may differ. `seeds`: one
     per slot; a slot's initial values and dropout depend on its seed and the site alone, so a slot alone equals the
     slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots that share a bank read nested
-    prefixes of it, which is a weight-sharing supernet. Raises ValueError when structures differ.
+    prefixes of it, which is a weight-sharing supernet. Raises ValueError when structures differ, and for a type that
+    cannot sit at `site`.
     """
+
+    #: Which bank each slot reads [K], or None if each reads its own.
+    bank_index: Tensor | None
+    #: See `Call`.
+    mask: Tensor | None
 
     def __init__(
         self,
@@ -71,27 +77,30 @@ class Bank(nn.Module):
         super().__init__()
         if len({spec.structure() for spec in specs}) != 1:
             raise ValueError(f"slots of one bank must agree in structure, got {[s.structure() for s in specs]}")
+        for spec in specs:
+            if site.role not in spec.roles or not spec.fits(site):
+                raise ValueError(f"an adapter of kind {spec.kind!r} cannot sit at {site.name!r}")
         self.site = site
         self.specs = tuple(specs)
         self.base = (base,)  # in a tuple: the backbone's module must not become a child of the adapter
         self.bank_of_slot = list(bank_of_slot if bank_of_slot is not None else range(len(specs)))
-        self.own_banks = self.bank_of_slot == list(range(len(specs)))
-        self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout") for seed in seeds]
+        own_banks = self.bank_of_slot == list(range(len(specs)))
+        self.register_buffer("bank_index", None if own_banks else torch.tensor(self.bank_of_slot))
+        device = next(base.parameters()).device
+        self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds]
 
         declared = [spec.parameters(site) for spec in self.specs]
-        self.elastic = {name: parameter.elastic for name, parameter in declared[0].items()}
         self.values = nn.ParameterDict()
         for name in declared[0]:
             shape = [max(dims) for dims in zip(*(d[name].shape for d in declared), strict=True)]
             values = torch.zeros(max(self.bank_of_slot) + 1, *shape)
             # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
             for k in sorted(range(len(specs)), key=lambda k: self.specs[k].size or 0):
-                drawn = initialise(declared[k][name], stream(seeds[k], site.name, specs[k].kind, name))
+                drawn = initialise(declared[k][name], stream(seeds[k], site.name, specs[k].kind, name), base)
                 values[self.bank_of_slot[k]][tuple(slice(n) for n in drawn.shape)] = drawn
             self.values[name] = nn.Parameter(values)
 
         sizes = [spec.size for spec in self.specs]
-        self.mask: Tensor | None
         if None in sizes or len(set(sizes)) == 1:
             self.register_buffer("mask", None)
         else:
@@ -104,9 +113,9 @@ class Bank(nn.Module):
 
     def slots(self) -> dict[str, Tensor]:
         """Parameters as the slots read them, each [K, ...]."""
-        if self.own_banks:
+        if self.bank_index is None:
             return dict(self.values.items())
-        return {name: value[self.bank_of_slot] for name, value in self.values.items()}
+        return {name: value[self.bank_index] for name, value in self.values.items()}
 
     def of_slot(self, k: int) -> dict[str, Tensor]:
         """The parameters of slot k in its own size, without the slot dimension: what a stand-alone adapter holds."""
@@ -123,14 +132,20 @@ class Bank(nn.Module):
             own.copy_(values[name])
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.values.values())).dtype
+
+    @property
     def call(self) -> Call:
         constants = {name: getattr(self, f"constant_{name}") for name in self.constant_names}
         return Call(bank=self, constants=constants, mask=self.mask)
 
+    # The adapters keep their own precision on a backbone of a lower one.
+
     def apply_input(self, x: Tensor) -> Tensor:
         """x: [K, M, D_in] to the same shape."""
-        return self.specs[0].apply_input(self.slots(), x, self.call)
+        return self.specs[0].apply_input(self.slots(), x.to(self.dtype), self.call).to(x.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: [K, M, D_in], y: [K, M, D_out]; returns the adapted y."""
-        return self.specs[0].apply(self.slots(), x, y, self.call)
+        return self.specs[0].apply(self.slots(), x.to(self.dtype), y.to(self.dtype), self.call).to(y.dtype)

@@ -56,6 +56,8 @@ class AdapterSpec(ABC):
     per_slot_fields: ClassVar[tuple[str, ...]] = ()
     #: Whether `merge` folds it into the backbone's weights exactly.
     mergeable: ClassVar[bool] = False
+    #: Whether several of this type may sit at one site.
+    repeatable: ClassVar[bool] = True
     #: Whether the network computes the backbone's function before the first step, for every setting of its fields.
     identity_at_start: ClassVar[bool] = True
     #: Where in the paper the mechanism is defined.
@@ -70,6 +72,10 @@ class AdapterSpec(ABC):
     @abstractmethod
     def flops_per_token(self, site: Site) -> int:
         """Floating-point operations of the matrix products of one forward pass, per token (a multiply-add is 2)."""
+
+    def fits(self, site: Site) -> bool:
+        """Whether the type can sit at `site`, which has one of its roles."""
+        return True
 
     def num_params(self, site: Site) -> int:
         return sum(prod(parameter.shape) for parameter in self.parameters(site).values())

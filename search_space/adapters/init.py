@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from autopeft.search_space.adapters.base import Parameter
+from autopeft.search_space.adapters.linear import weight_of
 
 
 def _kaiming(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -27,15 +28,30 @@ def _small_normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return 0.02 * torch.randn(shape, generator=generator)
 
 
+def _orthogonal(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Orthonormal rows (columns, if there are more rows than columns)."""
+    return nn.init.orthogonal_(torch.empty(shape), generator=generator)
+
+
+def _houlsby(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Normal with standard deviation 0.01, cut at two of them (Houlsby et al. 2019, section 3.6)."""
+    return nn.init.trunc_normal_(torch.empty(shape), std=0.01, a=-0.02, b=0.02, generator=generator)
+
+
 RULES: dict[str, Callable[[tuple[int, ...], Generator], Tensor]] = {
     "zeros": lambda shape, generator: torch.zeros(shape),
     "ones": lambda shape, generator: torch.ones(shape),
     "kaiming": _kaiming,
     "gaussian": _gaussian,
     "small_normal": _small_normal,
+    "normal": lambda shape, generator: torch.randn(shape, generator=generator),
+    "houlsby": _houlsby,
+    "orthogonal": _orthogonal,
 }
 
 
-def initialise(parameter: Parameter, generator: Generator) -> Tensor:
-    """A new tensor of `parameter.shape` in float32, drawn from `generator`."""
+def initialise(parameter: Parameter, generator: Generator, base: nn.Module) -> Tensor:
+    """A new tensor of `parameter.shape` in float32, drawn from `generator`; "row_norm" measures the weight of `base`."""
+    if parameter.init == "row_norm":
+        return weight_of(base).float().norm(dim=1)
     return RULES[parameter.init](parameter.shape, generator)

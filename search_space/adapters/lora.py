@@ -15,7 +15,7 @@ from autopeft.search_space.adapters.base import (
     check_probability,
 )
 
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class Lora(AdapterSpec):
 
     `scaling`: "alpha" divides alpha by the rank (Hu et al. 2021, section 4.1), "rslora" by its root (Kalajdzievski
     2023, theorem 3.2). `init`: "kaiming" is uniform with a = sqrt(5) as in the reference code, "gaussian" has standard
-    deviation 1/R.
+    deviation 1/R, "orthogonal" has orthonormal rows.
     """
 
     kind: ClassVar[str] = "lora"

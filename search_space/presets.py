@@ -1,0 +1,125 @@
+"""Published spaces to start from, and the fixed set-ups that every front is shown against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Full, Ia3, Lora
+from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.backbone import LINEAR_ROLES, Backbone
+from autopeft.search_space.domains import Choice
+from autopeft.search_space.space import AdapterChoice, OneOf
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A space by name. `space` gives the arguments of `SearchSpace` for a backbone, without the training."""
+
+    summary: str
+    source: str
+    space: Callable[[Backbone], dict[str, Any]]
+
+
+def linears(backbone: Backbone, prefix: str = "") -> tuple[str, ...]:
+    """The roles of linear layers that this backbone has."""
+    return tuple(role for role in LINEAR_ROLES if role in backbone.roles and role.startswith(prefix))
+
+
+def log2_sizes(hidden_size: int) -> tuple[int, ...]:
+    """0 and hidden_size / 512, ..., hidden_size / 2, hidden_size, rounded down: eleven sizes from 512 features on."""
+    return (0, *sorted({hidden_size >> k for k in range(10)} - {0}))
+
+
+def _autopeft(backbone: Backbone) -> dict[str, Any]:
+    sizes = Choice.of(log2_sizes(backbone.hidden_size))
+    bottleneck = {"size": sizes, "init": "zero", "activation": "relu"}
+    return {
+        "adapters": {
+            "serial": AdapterChoice(kind="bottleneck", at=("mlp",), fields={**bottleneck, "form": "serial"}),
+            "parallel": AdapterChoice(kind="bottleneck", at=("mlp",), fields={**bottleneck, "form": "parallel"}),
+            "prefix": AdapterChoice(kind="prefix", at=("attn",), fields={"length": sizes}),
+        },
+        "layer_gate": True,
+    }
+
+
+def _lora_per_layer(backbone: Backbone) -> dict[str, Any]:
+    rank = Choice.of((0, 1, 2, 4, 8, 16, 32))
+    adapters = {
+        part: AdapterChoice(
+            kind="lora", at=linears(backbone, part), fields={"rank": rank, "alpha": 16.0}, vary={"rank": "layer"}
+        )
+        for part in ("attn", "mlp")
+        if linears(backbone, part)
+    }
+    return {"adapters": adapters}
+
+
+def _mam(backbone: Backbone) -> dict[str, Any]:
+    parallel = {"form": "parallel", "init": "zero", "scale": 4.0, "size": Choice.of((8, 16, 32, 64, 128, 256, 512))}
+    return {
+        "adapters": {
+            "prefix": AdapterChoice(kind="prefix", at=("attn",), fields={"length": Choice.of((1, 5, 10, 30, 60))}),
+            "parallel": AdapterChoice(kind="bottleneck", at=("mlp",), fields=parallel),
+        }
+    }
+
+
+def _llm_adapters(backbone: Backbone) -> dict[str, Any]:
+    sizes = Choice.of((16, 32, 64, 128, 256, 512))
+    lora = {"rank": Choice.of((4, 8, 16, 32)), "alpha": Choice.of((16.0, 32.0, 64.0))}
+    return {
+        "adapters": {
+            "series": AdapterChoice(kind="bottleneck", at=("mlp",), fields={"size": sizes, "form": "serial"}),
+            "parallel": AdapterChoice(kind="bottleneck", at=("mlp",), fields={"size": sizes, "form": "parallel"}),
+            "lora": AdapterChoice(kind="lora", at=linears(backbone), fields=lora),
+        },
+        "one_of": (OneOf(name="type", members=("series", "parallel", "lora")),),
+    }
+
+
+PRESETS: dict[str, Preset] = {
+    "autopeft": Preset(
+        "serial and parallel bottlenecks and prefixes in log2 sizes, and one bit per layer",
+        "Zhou et al. 2024, AutoPEFT, section 3.1",
+        _autopeft,
+    ),
+    "lora-per-layer": Preset(
+        "LoRA on the linears of attention and mlp, with a rank of its own (0: none) in every layer",
+        "after Hu et al. 2021, LoRA, section 7",
+        _lora_per_layer,
+    ),
+    "mam": Preset(
+        "a prefix in attention and a parallel bottleneck at the mlp",
+        "He et al. 2022, Towards a Unified View, section 4.6",
+        _mam,
+    ),
+    "llm-adapters": Preset(
+        "one of a series adapter, a parallel adapter or LoRA, at their published sites",
+        "Hu et al. 2023, LLM-Adapters, section 3",
+        _llm_adapters,
+    ),
+}
+
+
+def everywhere(backbone: Backbone, spec: AdapterSpec, roles: tuple[str, ...] | None = None) -> Architecture:
+    """`spec` at every site of `roles` (default: its type's own) where it fits."""
+    wanted = spec.default_roles if roles is None else roles
+    sites = [site.name for site in backbone.sites if site.role in wanted and spec.fits(site)]
+    return Architecture.of({name: [spec] for name in sites})
+
+
+BASELINES: dict[str, Callable[[Backbone], Architecture]] = {
+    "head": lambda backbone: Architecture(),
+    # The library default that people copy; a fused projection stands in where query and value have none of their own.
+    "lora-r8-qv": lambda backbone: everywhere(
+        backbone, Lora(rank=8), ("attn.q", "attn.v") if "attn.q" in backbone.roles else ("attn.qkv",)
+    ),
+    "lora-all-linear": lambda backbone: everywhere(backbone, Lora(rank=8), linears(backbone)),
+    "houlsby": lambda backbone: everywhere(backbone, Bottleneck(size=64, init="houlsby"), ("attn", "mlp")),
+    "ia3": lambda backbone: everywhere(backbone, Ia3()),
+    "bitfit": lambda backbone: everywhere(backbone, Bitfit()),
+    "full": lambda backbone: everywhere(backbone, Full()),
+}

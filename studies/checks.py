@@ -1,0 +1,140 @@
+"""What is wrong with a study file whatever its model is: names that are not registered, settings that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autopeft.search_space.backbone import ROLES, Backbone, Site
+from autopeft.search_space.problem import METRICS
+from autopeft.search_space.space import SpaceError
+from autopeft.search_space.suggestions import did_you_mean
+from autopeft.studies.declaration import Problem, declare
+
+if TYPE_CHECKING:
+    from autopeft.studies.study_file import StudyFile
+
+#: Genes of these names mean something else: "layers.3.on", "training.learning_rate".
+_RESERVED = ("layers", "training")
+_OUTSIDE_LAYERS = ("embed", "backbone", "head")
+_SPLITS = ("train", "validation", "test")
+
+
+def problems_of(study: StudyFile) -> Iterator[Problem]:
+    """Every problem that can be seen without the model and the data."""
+    yield from _search_problems(study)
+    yield from _objective_problems(study)
+    yield from _data_problems(study)
+    yield from _name_problems(study)
+    yield from _space_problems(study)
+
+
+def _search_problems(study: StudyFile) -> Iterator[Problem]:
+    # Imported here, like everything that is slow to import: `autopeft --help` must not wait for it.
+    from autopeft.search_space.presets import BASELINES
+    from autopeft.searchers import SEARCHERS
+
+    searcher, rungs = study.search.searcher, list(study.search.rungs)
+    if searcher not in SEARCHERS:
+        yield ("search", "searcher"), f"unknown searcher {searcher!r}{did_you_mean(searcher, SEARCHERS)}"
+    if rungs != sorted(set(rungs)):
+        yield ("search", "rungs"), "must ascend"
+    for i, name in enumerate(study.baselines.names):
+        if name not in BASELINES:
+            yield ("baselines", "names", i), f"unknown baseline {name!r}{did_you_mean(name, BASELINES)}"
+
+
+def _objective_problems(study: StudyFile) -> Iterator[Problem]:
+    names = [objective.name for objective in study.objectives]
+    for i, name in enumerate(names):
+        if name not in METRICS:
+            yield ("objectives", i), f"unknown metric {name!r}{did_you_mean(name, METRICS)}"
+        elif name in names[:i]:
+            yield ("objectives", i), f"{name!r} stands twice"
+    if all(name in METRICS and METRICS[name].source != "quality" for name in names):
+        quality = " or ".join(name for name, metric in METRICS.items() if metric.source == "quality")
+        yield ("objectives",), f"one must be {quality}: by cost alone, no adapter at all is the best"
+
+
+def _data_problems(study: StudyFile) -> Iterator[Problem]:
+    for split in _SPLITS:
+        name = getattr(study.data, split)
+        if study.data.source == "files" and name is None:
+            yield ("data", split), "is missing: name a file"
+        if study.data.source == "embedded" and name is not None:
+            yield ("data", split), "the embedded data has its own; for yours, set data.source to files"
+    if study.task == "causal-lm":
+        if study.data.source == "embedded":
+            yield ("data", "source"), "the embedded data is for classification: name data of yours"
+        if study.model.id == "embedded":
+            yield ("model", "id"), "the embedded model is an encoder: name a causal language model"
+
+
+def _name_problems(study: StudyFile) -> Iterator[Problem]:
+    """Names become the beginnings of genes, so they must not meet."""
+    space = study.space
+    for section in ("adapters", "one_of"):
+        for name in getattr(space, section):
+            if name in _RESERVED:
+                yield ("space", section, name), f"{name!r} has a meaning of its own here: take another name"
+    for name in space.one_of.keys() & space.adapters.keys():
+        yield ("space", "one_of", name), "an adapter has this name too"
+    group_of: dict[str, str] = {}
+    for name, group in space.one_of.items():
+        for i, member in enumerate(group.members):
+            if member in group_of:
+                what = f"{member!r} is a member of {group_of[member]!r} already"
+                yield ("space", "one_of", name, "members", i), what
+            group_of[member] = name
+
+
+def _space_problems(study: StudyFile) -> Iterator[Problem]:
+    """The space, tried on a model that has every site."""
+    model = _model_with_everything(max(12, study.space.stages or 0))
+    declared = declare(study, model)
+    # Which layers there are is for the real model to say.
+    adapters = declared.arguments["adapters"]
+    declared.arguments["adapters"] = {name: replace(choice, layers=None) for name, choice in adapters.items()}
+    try:
+        space = declared.space(model)
+    except SpaceError as error:
+        yield from error.problems
+        return
+    if not space.genes:
+        yield ("space",), "nothing to search: every field has one value"
+
+
+def _model_with_everything(num_layers: int) -> Backbone:
+    def site(role: str, layer: int | None) -> Site:
+        name = role if layer is None else f"layers.{layer}.{role}"
+        return Site(
+            name=name,
+            layer=layer,
+            role=role,
+            module=name,
+            input_module=name,
+            in_features=768,
+            out_features=768,
+            bias=True,
+            attention_module=name,
+            num_key_value_heads=12,
+            head_dim=64,
+        )
+
+    inside = [role for role in ROLES if role not in _OUTSIDE_LAYERS]
+    return Backbone(
+        id="any",
+        revision=None,
+        family="any",
+        sites=(
+            *(site(role, None) for role in _OUTSIDE_LAYERS),
+            *(site(role, layer) for layer in range(num_layers) for role in inside),
+        ),
+        hidden_size=768,
+        num_layers=num_layers,
+        num_params=1,
+        head_modules=(),
+        num_head_params=0,
+        causal=False,
+    )

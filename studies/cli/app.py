@@ -1,0 +1,66 @@
+"""The app, and `main`, which turns exceptions into exit codes.
+
+A command is a function in a module of this package, listed in `COMMANDS`. Such a module imports torch, Optuna, MLflow and
+whatever else is slow inside its functions: `autopeft --help` is to answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import typer
+
+from autopeft.studies.cli.doctor import doctor
+from autopeft.studies.cli.files import init, schema, validate
+from autopeft.studies.errors import EnvironmentProblem, UserError
+
+DEBUG = "AUTOPEFT_DEBUG"
+INTERRUPTED = 130
+
+#: In the order of `--help`.
+COMMANDS: tuple[Callable[..., Any], ...] = (init, validate, schema, doctor)
+
+app = typer.Typer(
+    name="autopeft",
+    help="Search adapter type, rank, placement and training for a frozen transformer; the answer is a Pareto front.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 ok, 1 failed, 2 usage or configuration, 3 no feasible candidate, 4 environment,
+    130 interrupted.
+    """
+    try:
+        app(args=arguments, prog_name="autopeft")
+    except Exception as error:
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            raise
+        print(explain(error), file=sys.stderr)
+        sys.exit(exit_code(error))
+    sys.exit(0)
+
+
+def exit_code(error: Exception) -> int:
+    if isinstance(error, UserError):
+        return error.exit_code
+    return EnvironmentProblem.exit_code if isinstance(error, ModuleNotFoundError) else UserError.exit_code
+
+
+def explain(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is missing; `autopeft doctor` shows what else is"
+    return f"{type(error).__name__}: {error}\n({DEBUG}=1 shows where)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Commands around the study file: `init`, `validate`, `schema`."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
+from autopeft.studies.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.tasks.data import Splits
+    from autopeft.search_space.backbone import Backbone
+    from autopeft.search_space.space import SearchSpace
+    from autopeft.studies.study_file import StudyFile
+
+PLACEHOLDER = "my-study"
+
+
+def init(folder: Annotated[Path, typer.Argument(help="Folder to make; its name is the study's.")]) -> None:
+    """Write a commented study file that runs as it is."""
+    name = folder.resolve().name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ConfigurationError(f"{name!r} cannot name a study: use letters, digits, - and _")
+    path = folder / "study.yaml"
+    text = (files("autopeft.studies") / "templates" / "study.yaml").read_text(encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text.replace(PLACEHOLDER, name))
+    except FileExistsError:
+        raise ConfigurationError(f"{path if path.exists() else folder} exists already; nothing was written") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
+    typer.echo(f"wrote {path}\nnext:  autopeft validate {path}\n       autopeft run {path}")
+
+
+def schema() -> None:
+    """Print the JSON schema of the study file, for editors."""
+    from autopeft.studies.schema import json_schema
+
+    print_json(json_schema())
+
+
+def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check a study file, its data and its model, without loading weights or training."""
+    from autopeft.studies.study_file import load_study
+
+    settings = load_study(study, set_ or ())
+    splits, backbone, space = check(settings)
+    summary = _summary(settings, splits, backbone, space)
+    if as_json:
+        print_json(summary)
+        return
+    for warning in summary["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    size = "continuous" if space.cardinality is None else f"{space.cardinality:,} architectures"
+    rows = ", ".join(f"{count:,} {split}" for split, count in summary["rows"].items())
+    labels = f", {len(splits.labels)} labels" if splits.labels else ""
+    sites = ", ".join(f"{count} {role}" for role, count in summary["model"]["sites"].items())
+    typer.echo(f"{settings.study}: no problems found")
+    typer.echo(f"  model  {backbone.id} ({backbone.family}): {backbone.num_layers} layers,"
+               f" {backbone.num_params:,} parameters")  # fmt: skip
+    typer.echo(f"  sites  {sites}")
+    typer.echo(f"  data   {rows} rows{labels}")
+    typer.echo(f"  space  {len(space.genes)} genes, {size}")
+    typer.echo(f"  search {settings.search.trials} trials by {settings.search.searcher}"
+               f" for {', '.join(o.name for o in settings.objectives)}")  # fmt: skip
+
+
+def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
+    """Read the data, describe the model, and lay the space over it. Raises StudyFileError with every problem."""
+    from autopeft.evaluators.backbones import ModelError, describe_backbone
+    from autopeft.evaluators.tasks.data import DataError, load_splits
+    from autopeft.search_space.introspection import UnknownBackboneError
+    from autopeft.searchers import SEARCHERS
+    from autopeft.studies.study_file import StudyFileError
+
+    problems: list[str] = []
+    splits = backbone = space = None
+    try:
+        splits = load_splits(settings.data_settings(), settings.task)
+    except DataError as error:
+        problems += [settings.render(("data",), problem) for problem in error.problems]
+    try:
+        labels = splits.labels if splits else None
+        backbone = describe_backbone(
+            settings.model_id, settings.model.revision, settings.task, labels, settings.model.modules
+        )
+    except ModelError as error:
+        problems.append(settings.render(("model", "id"), str(error)))
+    except UnknownBackboneError as error:
+        problems.append(settings.render(("model", "modules"), str(error)))
+    if backbone is not None:
+        try:
+            problem = settings.problem(backbone)
+            space = problem.space
+            SEARCHERS[settings.search.searcher](problem, settings.seed)
+        except StudyFileError as error:
+            problems += error.problems
+        except ValueError as error:
+            problems.append(settings.render(("search", "searcher"), str(error)))
+    if problems:
+        raise StudyFileError(problems)
+    assert splits is not None and backbone is not None and space is not None
+    return splits, backbone, space
+
+
+def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: SearchSpace) -> dict[str, Any]:
+    roles = [site.role for site in backbone.sites]
+    return {
+        "study": settings.study,
+        "folder": str(settings.folder),
+        "model": {
+            "id": backbone.id,
+            "family": backbone.family,
+            "num_layers": backbone.num_layers,
+            "num_params": backbone.num_params,
+            "sites": {role: roles.count(role) for role in backbone.roles},
+        },
+        "rows": {split: len(getattr(splits, split)) for split in ("train", "validation", "test")},
+        "labels": list(splits.labels or ()),
+        "space": {"genes": [gene.name for gene in space.genes], "cardinality": space.cardinality},
+        "objectives": [objective.name for objective in settings.objectives],
+        "warnings": list(splits.warnings),
+    }

@@ -1,0 +1,148 @@
+"""From the settings of a study file to a search space over one backbone.
+
+Problems are pairs of the path in the file and what is wrong there; `study_file.py` adds the lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+from autopeft.search_space.adapters import ADAPTERS
+from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
+from autopeft.search_space.space import AdapterChoice, OneOf, SearchSpace, SpaceError
+from autopeft.search_space.suggestions import did_you_mean
+from autopeft.search_space.training import Training
+from autopeft.studies.settings import AdapterSettings, Range
+
+if TYPE_CHECKING:
+    from autopeft.studies.study_file import StudyFile
+
+#: The path of the offending key in the file, and what is wrong there.
+Problem = tuple[tuple[str | int, ...], str]
+PRESET = ("space", "preset")
+STAGES = 4
+
+
+@dataclass(slots=True)
+class Declaration:
+    """Arguments of `SearchSpace` as far as they could be read, and the problems found on the way."""
+
+    arguments: dict[str, Any]
+    problems: list[Problem] = field(default_factory=list)
+
+    def space(self, backbone: Backbone) -> SearchSpace:
+        """Raises SpaceError with all problems."""
+        problems = list(self.problems)
+        try:
+            space = SearchSpace(backbone=backbone, **self.arguments)
+        except SpaceError as error:
+            found = [(path if path[0] == "training" else ("space", *path), what) for path, what in error.problems]
+            if PRESET in (path for path, _ in problems):
+                # Nobody knows what it would have brought: no word about what is missing.
+                found = [(path, what) for path, what in found if path[:2] == ("space", "adapters") and len(path) > 2]
+            problems += found
+        if problems:
+            raise SpaceError(problems)
+        return space
+
+
+def declare(study: StudyFile, backbone: Backbone) -> Declaration:
+    """The space that the file describes over `backbone`; what the file says replaces what its preset says."""
+    settings = study.space
+    declared = Declaration({})
+    preset = _preset(study, backbone, declared.problems)
+    groups = {group.name: group for group in preset.get("one_of", ())}
+    for name, group in settings.one_of.items():
+        groups[name] = OneOf(name=name, members=group.members, per=group.per, optional=group.optional)
+    own = {name: _adapter(name, adapter, declared.problems) for name, adapter in settings.adapters.items()}
+    gate = settings.layer_gate
+    declared.arguments = {
+        "adapters": {**preset.get("adapters", {}), **own},
+        "one_of": tuple(groups.values()),
+        "layer_gate": preset.get("layer_gate", False) if gate is None else gate,
+        "stages": settings.stages or preset.get("stages") or min(STAGES, backbone.num_layers),
+        "training": dict(_settings(Training, dict(study.training), ("training",), declared.problems)),
+    }
+    return declared
+
+
+def _preset(study: StudyFile, backbone: Backbone, problems: list[Problem]) -> Mapping[str, Any]:
+    from autopeft.search_space.presets import PRESETS
+
+    name = study.space.preset
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        problems.append((PRESET, f"unknown preset {name!r}{did_you_mean(name, PRESETS)}"))
+        return {}
+    try:
+        return PRESETS[name].space(backbone)
+    except ValueError as error:
+        problems.append((PRESET, str(error)))
+        return {}
+
+
+def _adapter(name: str, settings: AdapterSettings, problems: list[Problem]) -> AdapterChoice:
+    path = ("space", "adapters", name)
+    kind = settings.kind or name
+    fields = dict(_settings(ADAPTERS.get(kind), settings.fields, path, problems))
+    broken = settings.fields.keys() - fields.keys()
+    return AdapterChoice(
+        kind=kind,
+        at=settings.at,
+        layers=settings.layers,
+        placement=settings.placement,
+        fields=fields,
+        vary={key: per for key, per in settings.vary.items() if key not in broken},
+    )
+
+
+def _settings(
+    owner: type | None, settings: Mapping[str, Any], path: tuple[str, ...], problems: list[Problem]
+) -> Iterator[tuple[str, Domain | Value]]:
+    """Pairs of field and domain or value, without those that are wrong."""
+    hints = get_type_hints(owner) if owner else {}
+    for key, setting in settings.items():
+        try:
+            yield key, domain(setting, scalar_type(hints.get(key)))
+        except ValueError as error:
+            problems.append(((*path, key), str(error)))
+
+
+def scalar_type(hint: Any) -> type | None:
+    """bool, int, float or str where a field is one of them (or None); else None: nothing is known."""
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((t for t in types if t in (bool, int, float, str)), None)
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+def domain(setting: Any, expected: type | None) -> Domain | Value:
+    """A setting as the space wants it. A range is one of whole numbers if its field is whole or, where that is not
+    known, if both its ends are. Numbers take the field's type: 16 and 16.0 would be two keys of one network.
+    """
+    if isinstance(setting, Range):
+        whole = isinstance(setting.low, int) and isinstance(setting.high, int)
+        if expected in (bool, str) or (expected is int and not whole):
+            raise ValueError(f"must be {_WORDS[expected]}, not {'this' if whole else 'a'} range")
+        if whole and expected is not float:
+            return Int(low=setting.low, high=setting.high, step=setting.step or 1, log=setting.log)
+        if setting.step is not None:
+            raise ValueError("step is for whole numbers; list the values instead")
+        return Float(low=float(setting.low), high=float(setting.high), log=setting.log)
+    if isinstance(setting, tuple):
+        return Choice.of([_value(value, expected) for value in setting])
+    return _value(setting, expected)
+
+
+def _value(value: Value, expected: type | None) -> Value:
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if expected is not None and type(value) is not expected:
+        raise ValueError(f"must be {_WORDS[expected]}, got {value!r}")
+    return value

@@ -1,0 +1,136 @@
+"""Axolotl's configuration: causal language models with LoRA, rsLoRA or DoRA, ranks and alphas by module.
+
+`lora_rank_pattern` and `lora_alpha_pattern` are in axolotl since July 2026 (its pull request 3673).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from autopeft.studies.exporters.base import Exporter, approximate, unsupported
+from autopeft.studies.exporters.peft_config import anchored, decayed_vectors, plan
+from autopeft.studies.exporters.trl_script import FILE_READERS
+from autopeft.studies.recipe import Recipe
+
+CONFIG_FILE = "axolotl.yaml"
+_HEADER = """\
+Written by autopeft from recipe.yaml beside it: axolotl train axolotl.yaml
+Random numbers and the order of the rows are not the study's. axolotl weighs every token alike; the study
+first takes the mean of each row. Of a chat, axolotl learns every answer, the study the last.
+"""
+# GPT-2 drops out inside its backbone when it trains; the study keeps the frozen backbone in evaluation mode.
+_DROPOUTS = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+
+
+class Axolotl(Exporter):
+    name = "axolotl"
+    summary = "axolotl.yaml (causal language models; LoRA, rsLoRA, DoRA)"
+    needs_state = False
+
+    def assess(self, recipe):
+        if recipe.task != "causal-lm":
+            return unsupported(f"task {recipe.task}: axolotl trains causal language models here")
+        peft = plan(recipe)
+        if peft.fit.level == "unsupported":
+            return peft.fit
+        if peft.config != "LoraConfig":
+            return unsupported(
+                *(f"{name} {spec.kind}: axolotl has LoRA alone" for name, spec in recipe.adapters)
+            )
+        default, pattern = peft.arguments["lora_alpha"], peft.arguments["alpha_pattern"]
+        alphas = {
+            name: pattern.get(anchored(recipe.sites[name].module), default) for name, _ in recipe.adapters
+        }
+        fractions = [
+            f"{name}: alpha {alpha} is not a whole number, which axolotl wants"
+            for name, alpha in alphas.items()
+            if not isinstance(alpha, int)
+        ]
+        if fractions:
+            return unsupported(*fractions)
+        lost = [*peft.fit.lost, *decayed_vectors(recipe)]
+        if recipe.data.max_train_rows is not None:
+            lost.append(f"data max_train_rows: {recipe.data.max_train_rows} becomes all rows")
+        return approximate(*lost)
+
+    def write(self, recipe, state, folder):
+        data = CommentedMap(settings(recipe))
+        data.yaml_set_start_comment(_HEADER)
+        yaml = YAML()
+        yaml.width = 1000
+        with (folder / CONFIG_FILE).open("w", encoding="utf-8") as file:
+            yaml.dump(data, file)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Axolotl's settings for a recipe that `Axolotl.assess` accepts."""
+    from autopeft.evaluators.backbones import resolve
+
+    peft, training = plan(recipe).arguments, recipe.training
+    found: dict[str, Any] = {
+        "base_model": resolve(recipe.backbone.id),
+        "revision_of_model": recipe.backbone.revision,
+        "adapter": "lora",
+        "lora_r": peft["r"],
+        "lora_alpha": peft["lora_alpha"],
+        "lora_dropout": peft["lora_dropout"],
+        "lora_target_modules": peft["target_modules"],
+        "lora_rank_pattern": peft["rank_pattern"],
+        "lora_alpha_pattern": peft["alpha_pattern"],
+        "lora_fan_in_fan_out": peft.get("fan_in_fan_out"),
+        "peft_use_dora": peft["use_dora"],
+        "peft_use_rslora": peft["use_rslora"],
+        "peft_init_lora_weights": peft["init_lora_weights"],
+        "datasets": [_rows(recipe, "train")],
+        "test_datasets": [_rows(recipe, "validation")],
+        "train_on_inputs": False,
+        "sequence_len": recipe.data.max_length,
+        "sample_packing": False,
+        "eval_sample_packing": False,
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "num_epochs": training.epochs,
+        "micro_batch_size": training.batch_size,
+        "gradient_accumulation_steps": 1,
+        "warmup_ratio": training.warmup,
+        "lr_scheduler": "constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        "max_grad_norm": training.max_grad_norm,
+        "optimizer": "adamw_torch",
+        "seed": recipe.seed,
+        "bf16": recipe.backbone.dtype == "bfloat16",
+        "fp16": recipe.backbone.dtype == "float16",
+        "tf32": False,
+        "overrides_of_model_config": dict.fromkeys(_DROPOUTS.get(recipe.backbone.family, ()), 0.0),
+        "output_dir": "./output",
+    }
+    # Absent and empty are the same to axolotl.
+    return {name: value for name, value in found.items() if value not in (None, {})}
+
+
+def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
+    data = recipe.data
+    if data.source == "files":
+        path = data.path(split)
+        rows = {"path": str(path), "ds_type": FILE_READERS[path.suffix], "split": "train"}
+    else:
+        rows = {"path": data.source, "split": getattr(data, split) or split}
+        if data.revision is not None:
+            rows["revision"] = data.revision
+    return rows | _row_type(recipe)
+
+
+def _row_type(recipe: Recipe) -> dict[str, Any]:
+    """How axolotl reads a row; the first one shows which of the three forms it has. Raises DataError."""
+    from autopeft.evaluators.tasks.data import load_splits
+
+    data = recipe.data
+    row = load_splits(data.for_loading(), recipe.task).train[0]
+    if "messages" in row:
+        return {"type": "chat_template", "field_messages": "messages", "roles_to_train": ["assistant"]}
+    if "prompt" in row:
+        form = {"format": "{instruction}", "no_input_format": "{instruction}"}
+        return {"type": {"field_instruction": data.prompt, "field_output": data.completion, **form}}
+    return {"type": "completion", "field": data.text}

@@ -1,0 +1,82 @@
+"""A plain transformers model with the adapters folded into its weights: any runtime loads it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autopeft.search_space.adapters import AdapterSpec
+from autopeft.search_space.backbone import Site
+from autopeft.studies.exporters.base import Exporter, ExportError, approximate, unsupported
+from autopeft.studies.exporters.native import attach
+from autopeft.studies.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+#: By the type of the weights, how far logits of one network may lie apart, relative to their size.
+_ROUNDING = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
+
+
+class Merged(Exporter):
+    name = "merged"
+    summary = "a plain transformers model with the adapters merged into its weights, and the tokenizer"
+
+    def assess(self, recipe):
+        reasons = []
+        for name, spec in recipe.adapters:
+            site = recipe.sites[name]
+            if site.role == "backbone":
+                continue  # the backbone's own weights were trained: there is nothing to merge
+            if not spec.mergeable:
+                reasons.append(f"{name} {spec.kind}: cannot be folded into the weights")
+            elif _adds_bias(spec, site):
+                reasons.append(
+                    f"{name} {spec.kind}: needs a bias, and the plain {recipe.backbone.family} has none"
+                )
+        if reasons:
+            return unsupported(*reasons)
+        if recipe.backbone.dtype != "float32" and recipe.adapters:
+            return approximate(
+                f"backbone dtype {recipe.backbone.dtype}: the merged weights are rounded to it"
+            )
+        return approximate()
+
+    def write(self, recipe, state, folder):
+        from autopeft.evaluators.backbones import load_tokenizer
+
+        model, attachment = attach(recipe, state)
+        with attachment:
+            adapted = _logits(model)
+            with attachment.merged():
+                _check_equal(adapted, _logits(model), recipe)
+                model.save_pretrained(folder)
+        load_tokenizer(recipe.backbone.id, recipe.backbone.revision).save_pretrained(folder)
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        return model(**model.dummy_inputs).logits.float()
+
+
+def _check_equal(adapted: Tensor, merged: Tensor, recipe: Recipe) -> None:
+    """Raises ExportError if merging changed the network by more than rounding (tied weights might)."""
+    largest = (adapted - merged).abs().max().item()
+    allowed = _ROUNDING[recipe.backbone.dtype] * (1.0 + adapted.abs().max().item())
+    if not largest <= allowed:
+        raise ExportError(f"the merged model is another network: its logits differ by {largest:.2g}")
+
+
+def _adds_bias(spec: AdapterSpec, site: Site) -> bool:
+    """Whether merging leaves a bias where the architecture has none; a plain model would not load it."""
+    import torch
+
+    if site.bias:
+        return False
+    values = {
+        name: torch.empty(parameter.shape, device="meta") for name, parameter in spec.parameters(site).items()
+    }
+    shape = (site.out_features,) if site.role == "norm" else (site.out_features, site.in_features)
+    return spec.merge(values, torch.empty(shape, device="meta"), None)[1] is not None

@@ -1,0 +1,62 @@
+"""Our own format: the recipe and the trained tensors. It holds everything that can be searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autopeft.studies.exporters.base import EXACT, RECIPE_FILE, Exporter, ExportError, State
+from autopeft.studies.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autopeft.evaluators.host import Attachment
+
+WEIGHTS_FILE = "adapter.safetensors"
+
+
+class Native(Exporter):
+    name = "native"
+    summary = "recipe.yaml and adapter.safetensors; loads with autopeft.studies.exporters.native.load"
+
+    def assess(self, recipe):
+        return EXACT
+
+    def write(self, recipe, state, folder):
+        from safetensors.torch import save_file
+
+        save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def attach(recipe: Recipe, state: State) -> tuple[nn.Module, Attachment]:
+    """The backbone with the trained adapters and head on it, in evaluation mode.
+
+    Raises ModelError for a backbone that does not load, KeyError or ValueError for weights of another recipe.
+    """
+    from autopeft.evaluators.backbones import load_model
+    from autopeft.evaluators.host import Attachment
+
+    origin = recipe.backbone
+    model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
+    attachment = Attachment(model, recipe.host, [recipe.adapters], [recipe.seed], pretrained_head=True)
+    attachment.load_state(dict(state))
+    return model, attachment.eval()
+
+
+def load(folder: str | Path) -> tuple[nn.Module, Attachment]:
+    """The model and the attachment that adapts it; `detach` the attachment to get the bare model back.
+
+    Raises RecipeError, ExportError for missing or damaged weights, and ModelError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    recipe = Recipe.load(folder / RECIPE_FILE)
+    try:
+        return attach(recipe, load_file(folder / WEIGHTS_FILE))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ExportError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None
+    except KeyError as error:
+        raise ExportError(f"{folder / WEIGHTS_FILE}: has no tensor {error}") from None

@@ -1,0 +1,93 @@
+"""HF peft's format: adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from autopeft.search_space.adapters import AdapterSpec
+from autopeft.studies.exporters.base import Exporter, ExportError, State
+from autopeft.studies.exporters.peft_config import plan
+from autopeft.studies.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADAPTER = "default"
+
+
+class PeftAdapter(Exporter):
+    name = "peft"
+    summary = "adapter_config.json and adapter_model.safetensors of HF peft"
+
+    def assess(self, recipe):
+        return plan(recipe).fit
+
+    def write(self, recipe, state, folder):
+        import torch
+        from peft import get_peft_model
+
+        from autopeft.evaluators.backbones import load_model
+
+        origin = recipe.backbone
+        model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
+        wrapped = get_peft_model(model, plan(recipe).build(), revision=origin.revision)
+        with torch.no_grad():
+            _fill(wrapped.base_model.model, recipe, state)
+        wrapped.save_pretrained(folder, save_embedding_layers=False)
+
+
+def _fill(model: Any, recipe: Recipe, state: State) -> None:
+    """Copy the trained tensors into peft's modules. Raises ExportError if peft adapts other modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    wanted = {recipe.sites[name].module for name, _ in recipe.adapters}
+    if adapted != wanted:
+        raise ExportError(f"peft adapts other modules than the recipe: {', '.join(sorted(adapted ^ wanted))}")
+    for name, spec in recipe.adapters:
+        module = model.get_submodule(recipe.sites[name].module)
+        _FILL[spec.kind](module, _tensors(state, name, spec.kind), spec)
+    for site in recipe.head_sites:
+        head = next(h for h in recipe.head_modules if site.module == h or site.module.startswith(f"{h}."))
+        trained = model.get_submodule(head).modules_to_save[ADAPTER]
+        linear = trained.get_submodule(site.module.removeprefix(head).lstrip("."))
+        values = _tensors(state, site.name, "head")
+        linear.weight.copy_(values["W"])
+        if "b" in values:
+            linear.bias.copy_(values["b"])
+
+
+def _tensors(state: State, site: str, kind: str) -> dict[str, Tensor]:
+    prefix = f"{site}/{kind}/"
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _fill_lora(module: Any, values: dict[str, Tensor], spec: Any) -> None:
+    module.lora_A[ADAPTER].weight.copy_(values["A"])
+    module.lora_B[ADAPTER].weight.copy_(values["B"])
+    if "m" in values:
+        module.lora_magnitude_vector[ADAPTER].weight.copy_(values["m"])
+    scale = module.scaling[ADAPTER]
+    assert abs(scale - spec.scale) <= 1e-6 * abs(spec.scale), (scale, spec)
+
+
+def _fill_ia3(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
+    (vector,) = values.values()
+    module.ia3_l[ADAPTER].copy_(vector.reshape(module.ia3_l[ADAPTER].shape))
+
+
+def _fill_norm(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
+    own = module.ln_tuning_layers[ADAPTER]
+    weight, bias = spec.merge(values, own.weight, getattr(own, "bias", None))
+    own.weight.copy_(weight)
+    if bias is not None:
+        own.bias.copy_(bias)
+
+
+_FILL: dict[str, Callable[[Any, dict[str, Tensor], Any], None]] = {
+    "lora": _fill_lora,
+    "dora": _fill_lora,
+    "ia3": _fill_ia3,
+    "norm": _fill_norm,
+}

@@ -1,0 +1,177 @@
+"""How HF peft would declare a recipe: the class of its configuration and the arguments, or why there is none.
+
+Shared by every target that configures peft. A peft configuration holds one adapter type, one dropout and one
+kind of initialisation; ranks and alphas may differ by module, through patterns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+from autopeft.search_space.adapters import AdapterSpec
+from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.backbone import Site
+from autopeft.studies.exporters.base import Fit, approximate, unsupported
+from autopeft.studies.recipe import Recipe
+
+_TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+_LORA_INITS = {"kaiming": True, "gaussian": "gaussian"}
+# Families whose linears keep [D_in, D_out]; peft wants to be told.
+_TRANSPOSED_FAMILIES = ("gpt2",)
+_NOT_IN_PEFT = {
+    "bitfit": "peft trains biases only beside LoRA, and then all of them",
+    "bottleneck": "peft has no bottleneck adapters",
+    "full": "the backbone itself was trained, which is no adapter",
+    "prefix": "peft shifts the tokens' positions by its prefix and has one length for all layers",
+    "ssf": "peft has no scale and shift",
+}
+
+Placed = Sequence[tuple[Site, AdapterSpec]]
+
+
+@dataclass(frozen=True, slots=True)
+class PeftPlan:
+    """`config`: the name of a class in `peft`. Both are empty where `fit` is "unsupported"."""
+
+    fit: Fit
+    config: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Any:
+        """The configuration, by peft's own class."""
+        import peft
+
+        return getattr(peft, self.config)(**self.arguments)
+
+
+def plan(recipe: Recipe) -> PeftPlan:
+    """The configuration of a recipe's adapters and task head."""
+    placed = [(recipe.sites[name], spec) for name, spec in recipe.adapters]
+    obstacles = _obstacles(placed)
+    if obstacles:
+        return PeftPlan(unsupported(*obstacles))
+    config, own_arguments = _TYPES[placed[0][1].kind]
+    arguments: dict[str, Any] = {
+        "task_type": _TASK_TYPES[recipe.task],
+        # Whole names: "layers.1.q" as the end of a name would also be the end of "other.layers.1.q".
+        "target_modules": [site.module for site, _ in placed],
+    }
+    if recipe.head_modules:
+        arguments["modules_to_save"] = list(recipe.head_modules)
+    if config != "LNTuningConfig" and recipe.backbone.family in _TRANSPOSED_FAMILIES:
+        arguments["fan_in_fan_out"] = True
+    own, lost = own_arguments(placed)
+    return PeftPlan(approximate(*lost), config, arguments | own)
+
+
+def _obstacles(placed: Placed) -> list[str]:
+    if not placed:
+        return ["no adapters: the task head alone was trained"]
+    reasons = [
+        f"{site.name} {spec.kind}: {_NOT_IN_PEFT.get(spec.kind, 'peft has no such adapter')}"
+        for site, spec in placed
+        if spec.kind not in _TYPES
+    ]
+    if reasons:
+        return reasons
+    majority = _most_common(spec.kind for _, spec in placed)
+    seen: set[str] = set()
+    for site, spec in placed:
+        if spec.kind != majority:
+            reasons.append(f"{site.name} {spec.kind}: one file holds one type, here {majority}")
+        elif site.module in seen:
+            reasons.append(f"{site.name} {spec.kind}: a second adapter at one module")
+        seen.add(site.module)
+    return reasons
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    """The most frequent value; of several, the first."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def _patterns(by_module: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The value of most modules, and the others by a regular expression that fits their module alone."""
+    default = _most_common(by_module.values())
+    return default, {anchored(module): value for module, value in by_module.items() if value != default}
+
+
+def anchored(module: str) -> str:
+    """A pattern for this module alone: without the anchor, peft fits it to the end of longer names too."""
+    return f"^{re.escape(module)}"
+
+
+def _whole(number: float) -> float:
+    """16.0 as 16: peft and its readers expect whole alphas where they are whole."""
+    return int(number) if number == int(number) else number
+
+
+def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
+    loras = [(site, spec) for site, spec in placed if isinstance(spec, Lora)]
+    root = all(spec.scaling == "rslora" for _, spec in loras)
+    ranks = {site.module: spec.rank for site, spec in loras}
+    # One flag says how alpha becomes a scale; where the rules are mixed, alpha is what gives the same scale.
+    alphas = {
+        site.module: _whole(spec.alpha if root or spec.scaling == "alpha" else spec.alpha * sqrt(spec.rank))
+        for site, spec in loras
+    }
+    rank, rank_pattern = _patterns(ranks)
+    alpha, alpha_pattern = _patterns(alphas)
+    dropout = _most_common(spec.dropout for _, spec in loras)
+    init = _most_common(spec.init for _, spec in loras)
+    lost = [
+        f"{site.name} {spec.kind}: {name} {getattr(spec, name)} becomes {kept} (one for all; training alone)"
+        for site, spec in loras
+        for name, kept in (("dropout", dropout), ("init", init))
+        if getattr(spec, name) != kept
+    ]
+    if init not in _LORA_INITS:
+        lost += [
+            f"{site.name} {spec.kind}: peft has no init {init!r} (training alone)" for site, spec in loras
+        ]
+    arguments = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": dropout,
+        "init_lora_weights": _LORA_INITS.get(init, True),
+        "bias": "none",
+        "use_rslora": root,
+        "use_dora": loras[0][1].kind == "dora",
+    }
+    return arguments, lost
+
+
+def _ia3(placed: Placed) -> tuple[dict[str, Any], list[str]]:
+    return {"feedforward_modules": [site.module for site, _ in placed if site.role == "mlp.down"]}, []
+
+
+def _norm(placed: Placed) -> tuple[dict[str, Any], list[str]]:
+    return {}, []
+
+
+# By kind of adapter: the class of peft's configuration and the arguments of its own.
+_TYPES: dict[str, tuple[str, Callable[[Placed], tuple[dict[str, Any], list[str]]]]] = {
+    "lora": ("LoraConfig", _lora),
+    "dora": ("LoraConfig", _lora),
+    "ia3": ("IA3Config", _ia3),
+    "norm": ("LNTuningConfig", _norm),
+}
+
+
+def decayed_vectors(recipe: Recipe) -> list[str]:
+    """What transformers' Trainer decays and the study does not: vectors named like weights. One line each."""
+    if recipe.training.weight_decay == 0.0:
+        return []
+    names = {"dora": "magnitude", "ia3": "scale"}
+    return [
+        f"{name} {spec.kind}: weight_decay {recipe.training.weight_decay} falls on its {names[spec.kind]} too"
+        for name, spec in recipe.adapters
+        if spec.kind in names
+    ]

@@ -1,0 +1,112 @@
+"""The Pareto front and its hypervolume. Points are rows of losses: every objective is minimised here.
+
+Notation: n points, m objectives. A point dominates another if it is no worse in every objective and better
+in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Exact (WFG: While, Bradstreet and Barone 2012) for any number of objectives. Optuna keeps it in a private
+# module, but the public alternative, botorch's, imports torch. tests/test_front.py compares it with
+# inclusion-exclusion.
+from optuna._hypervolume import compute_hypervolume
+
+from autopeft.search_space.problem import Objective, Trial
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontRow:
+    """One evaluated candidate as the reports show it. Values are in the metrics' own direction and unit."""
+
+    trial: int
+    label: str
+    values: Mapping[str, float]
+    #: Standard errors by metric name, where they are known.
+    std_err: Mapping[str, float] = field(default_factory=dict)
+    on_front: bool = False
+    recommended: bool = False
+    #: "search", "baseline:<name>" or "finalist".
+    role: str = "search"
+    #: The architecture in a line or two.
+    summary: str = ""
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.role.startswith("baseline:")
+
+
+def losses(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
+    """[n, m]. A trial that cannot be on the front (failed, running or beyond a bound) is a row of NaN."""
+    table = np.full((len(trials), len(objectives)), np.nan)
+    for row, trial in zip(table, trials, strict=True):
+        if trial.state == "complete" and trial.measurement is not None and trial.violation <= 0:
+            row[:] = [objective.loss(trial.measurement.values[objective.name]) for objective in objectives]
+    return table
+
+
+def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
+    """[n, m] -> [n]: which points no other dominates.
+
+    Equal points stand or fall together. A point with a NaN is never on the front and dominates nothing.
+    """
+    table = np.asarray(points, dtype=float)
+    known = ~np.isnan(table).any(axis=1)
+    mask = known.copy()
+    for i in np.flatnonzero(known):
+        mask[i] = not ((table <= table[i]).all(axis=1) & (table < table[i]).any(axis=1)).any()
+    return mask
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """Volume that the points [n, m] dominate, up to the reference point [m] (Zitzler and Thiele 1999).
+
+    A point beyond the reference in some objective, or with a NaN, adds nothing.
+    """
+    corner = np.asarray(reference, dtype=float)
+    table = np.asarray(points, dtype=float).reshape(-1, len(corner))
+    inside = (table <= corner).all(axis=1)
+    return float(compute_hypervolume(table[inside], corner))
+
+
+def reference_point(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
+    """[m] losses: the corner for the hypervolume.
+
+    An objective's own `reference` where it declares one, otherwise the worst value among the trials that
+    count plus a tenth of their range (a tenth of the value itself if they are all equal). Take it once, from
+    all trials, and use it for every point of a curve: hypervolumes up to different corners cannot be
+    compared. Raises ValueError if a reference is not declared and no trial counts.
+    """
+    table = losses(trials, objectives)
+    known = table[~np.isnan(table).any(axis=1)]
+    corner = []
+    for objective, column in zip(objectives, known.T, strict=True):
+        if objective.reference is not None:
+            corner.append(objective.loss(objective.reference))
+        elif len(column):
+            margin = 0.1 * (np.ptp(column) or abs(column[0]) or 1.0)
+            corner.append(column.max() + margin)
+        else:
+            raise ValueError(f"{objective.name}: no reference is declared and no feasible trial is complete")
+    return np.array(corner)
+
+
+def hypervolume_by_trial(
+    trials: Sequence[Trial], objectives: Sequence[Objective], reference: ArrayLike
+) -> Floats:
+    """[n]: the hypervolume of the first 1, 2, ..., n trials, in their order, up to one `reference` [m]."""
+    table = losses(trials, objectives)
+    curve = np.zeros(len(table))
+    front = table[:0]
+    for i, row in enumerate(table):
+        front = np.vstack([front, row])
+        front = front[non_dominated(front)]
+        curve[i] = hypervolume(front, reference)
+    return curve

@@ -1,0 +1,215 @@
+"""A study at one moment: its trials, its front, its hypervolume. Reports are made of this and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.problem import METRICS, Objective, Trial
+from autopeft.studies import comparison, front
+from autopeft.studies.comparison import Contender, Estimate, SeedSd
+from autopeft.studies.front import FrontRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One candidate with all its evaluations: the first one, and those with other seeds."""
+
+    trial: Trial
+    repeats: tuple[Trial, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Trial, ...]:
+        """The full evaluations that say how good it is: the re-seeded ones where there are any.
+
+        The first evaluation is what it was chosen by, so it flatters; fresh seeds do not.
+        """
+        return self.repeats or (self.trial,)
+
+    def scores(self, metric: str, split: str = "validation") -> np.ndarray:
+        """[seeds, examples], larger is better; empty if it was not scored on that split."""
+        sign = 1.0 if METRICS[metric].maximise else -1.0
+        columns = []
+        for run in self.runs:
+            assert run.measurement is not None
+            per_example = run.measurement.per_example if split == "validation" else run.measurement.test_per_example
+            if metric in per_example:
+                columns.append(per_example[metric])
+        return sign * np.asarray(columns, dtype=float)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """`trials`: every evaluation in the order of the ledger. Values are in the metrics' own direction and unit."""
+
+    study: str
+    study_id: str
+    #: The study file as it was run.
+    settings: str
+    objectives: tuple[Objective, ...]
+    backbone: Backbone
+    trials: tuple[Trial, ...]
+
+    def entries(self) -> list[Entry]:
+        """Complete candidates (of the search and of the baselines) in the order of their trials."""
+        repeats: dict[int, list[Trial]] = {}
+        for trial in self.trials:
+            if trial.of is not None and trial.state == "complete":
+                repeats.setdefault(trial.of, []).append(trial)
+        return [
+            Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())))
+            for trial in self.trials
+            if trial.of is None and trial.state == "complete"
+        ]
+
+    @property
+    def search_trials(self) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if trial.role == "search")
+
+    @property
+    def quality(self) -> str:
+        """The quality metric among the objectives that comparisons are about."""
+        names = [o.name for o in self.objectives if METRICS[o.name].source == "quality"]
+        return names[0] if names else "accuracy"
+
+    def seed_sd(self, split: str = "validation") -> SeedSd | None:
+        """The spread between seeds, pooled over every candidate that was trained more than once."""
+        means = [e.scores(self.quality, split) for e in self.entries() if e.repeats]
+        return comparison.pooled_seed_sd([m.mean(axis=1) for m in means if m.size])
+
+    def rows(self) -> list[FrontRow]:
+        """Every complete candidate as the reports show it, front and recommendation marked.
+
+        Once front members have been trained with fresh seeds, the front is drawn among those alone.
+        """
+        entries = self.entries()
+        seed_sd = self.seed_sd()
+        values = [self._values(entry, seed_sd) for entry in entries]
+        finalists = [e.trial.role == "search" and bool(e.repeats) for e in entries]
+        eligible = finalists if any(finalists) else [e.trial.role == "search" for e in entries]
+        points = np.full((len(entries), len(self.objectives)), np.nan)
+        for i, (entry, (value, _)) in enumerate(zip(entries, values, strict=True)):
+            if eligible[i] and entry.trial.violation <= 0:
+                points[i] = [o.loss(value[o.name]) for o in self.objectives]
+        on_front = front.non_dominated(points) if entries else []
+        pick = self._recommended([e for e, member in zip(entries, on_front, strict=True) if member], seed_sd)
+        return [
+            FrontRow(
+                trial=entry.trial.number,
+                label=f"trial {entry.trial.number}"
+                if entry.trial.role == "search"
+                else entry.trial.role.removeprefix("baseline:"),
+                values=value,
+                std_err=std_err,
+                on_front=bool(member),
+                recommended=entry.trial.number == pick,
+                role=entry.trial.role,
+                summary=summary(entry.trial, self.backbone),
+            )
+            for entry, (value, std_err), member in zip(entries, values, on_front, strict=True)
+        ]
+
+    def _values(self, entry: Entry, seed_sd: SeedSd | None) -> tuple[dict[str, float], dict[str, float]]:
+        assert entry.trial.measurement is not None
+        values, std_err = dict(entry.trial.measurement.values), dict(entry.trial.measurement.std_err)
+        for metric in ("accuracy", "loss"):
+            scores = entry.scores(metric)
+            if scores.size:
+                spread = seed_sd if metric == self.quality else None
+                found = comparison.estimate(scores, seed_sd=spread)
+                values[metric] = found.value if METRICS[metric].maximise else -found.value
+                std_err[metric] = found.std_err
+        return values, std_err
+
+    def _recommended(self, members: Sequence[Entry], seed_sd: SeedSd | None) -> int | None:
+        contenders = [
+            Contender(
+                trial=entry.trial.number,
+                scores=entry.scores(self.quality),
+                costs=comparison.costs(entry.trial.measurement.values, self.objectives),
+            )
+            for entry in members
+            if entry.trial.measurement is not None and entry.scores(self.quality).size
+        ]
+        return comparison.recommend(contenders, seed_sd=seed_sd).recommended if contenders else None
+
+    def entry(self, number: int) -> Entry:
+        """Raises KeyError if trial `number` is not a complete candidate."""
+        for entry in self.entries():
+            if entry.trial.number == number:
+                return entry
+        raise KeyError(number)
+
+    def promise(self, entry: Entry, metric: str) -> Estimate | None:
+        """Test score of `entry` and the interval in which one more training run with another seed will lie.
+
+        None if it was not scored on the test split or if no candidate was trained more than once.
+        """
+        scores = entry.scores(metric, "test")
+        pooled = comparison.pooled_seed_sd(
+            [e.scores(metric, "test").mean(axis=1) for e in self.entries() if e.repeats and e.scores(metric, "test").size]
+        )
+        if not scores.size or pooled is None:
+            return None
+        means = scores.mean(axis=1)
+        low, high = comparison.predictive_interval(means, pooled)
+        std_err = comparison.estimate(scores, seed_sd=pooled).std_err
+        sign = 1.0 if METRICS[metric].maximise else -1.0
+        low, high = sorted((sign * low, sign * high))
+        return Estimate(value=sign * float(means.mean()), std_err=std_err, low=low, high=high, num_seeds=len(means))
+
+    def reference(self) -> np.ndarray | None:
+        """The corner for the hypervolume, as losses; None as long as no feasible trial is complete."""
+        try:
+            return front.reference_point(self.search_trials, self.objectives)
+        except ValueError:
+            return None
+
+    def hypervolume(self) -> list[float]:
+        """After each trial of the search."""
+        corner = self.reference()
+        if corner is None:
+            return [0.0] * len(self.search_trials)
+        return front.hypervolume_by_trial(self.search_trials, self.objectives, corner).tolist()
+
+
+def summary(trial: Trial, backbone: Backbone) -> str:
+    """The architecture and the learning rate in a line: kinds with their sizes, roles and layers."""
+    groups: dict[str, dict[str, set[int]]] = {}
+    for name, spec in trial.candidate.architecture:
+        site = backbone.site(name)
+        word = spec.kind if spec.size is None else f"{spec.kind} {spec.size}"
+        layers = groups.setdefault(word, {}).setdefault(site.role, set())
+        if site.layer is not None:
+            layers.add(site.layer)
+    parts = []
+    for word, roles in groups.items():
+        by_layers: dict[str, list[str]] = {}
+        for role, layers in roles.items():
+            by_layers.setdefault(_ranges(layers, backbone.num_layers), []).append(role)
+        places = "; ".join(" ".join(names) + where for where, names in by_layers.items())
+        parts.append(f"{word} at {places}")
+    rate = trial.candidate.training.get("learning_rate")
+    return " + ".join(parts or ["no adapter"]) + (f", rate {rate:.2g}" if rate else "")
+
+
+def _ranges(layers: set[int], num_layers: int) -> str:
+    if len(layers) in (0, num_layers):
+        return ""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return " in layers " + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def state_counts(trials: Sequence[Trial]) -> Mapping[str, int]:
+    counts: dict[str, int] = {}
+    for trial in trials:
+        counts[trial.state] = counts.get(trial.state, 0) + 1
+    return counts

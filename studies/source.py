@@ -1,0 +1,162 @@
+"""Where the settings of a study come from: a YAML file, the environment, `--set`; and where each of them stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
+
+from autopeft.studies.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "AUTOPEFT__"
+Keys = tuple[str | int, ...]
+
+
+class StudyFileError(ConfigurationError):
+    """Everything wrong with a study file, one line for each problem: `file:line key: what`."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Source:
+    """The settings as plain data, and the place of each: a line of the file, a variable or an option.
+
+    `data` is what `file` < environment < `--set` make together; `problems` are those found on the way.
+    """
+
+    def __init__(self, name: str, document: Any) -> None:
+        self.name = name
+        self.data: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self._document = document
+        self._overrides: dict[Keys, str] = {}
+        if isinstance(document, Mapping):
+            self.data = _plain(document)
+        elif document is not None:
+            self.problems.append(f"{name}:1 a study file is a mapping of keys to values")
+
+    def override(self, key: str, text: str, origin: str) -> None:
+        """Set the value at a dotted `key`; `text` is YAML. Names may be spelt as environment variables can be."""
+        try:
+            value = _plain(YAML(typ="safe", pure=True).load(text))
+        except YAMLError as error:
+            self.problems.append(f"{origin}: not valid YAML: {_reason(error)}")
+            return
+        *parents, last = key.split(".")
+        node: Any = self.data
+        path: list[str | int] = []
+        for word in parents:
+            step = _step(node, word)
+            path.append(step)
+            if isinstance(node, dict) and node.get(step) is None:
+                node[step] = {}
+            try:
+                node = node[step]
+            except (IndexError, TypeError):
+                node = None
+            if not isinstance(node, (dict, list)):
+                self.problems.append(f"{origin}: {'.'.join(map(str, path))} has no settings of its own")
+                return
+        step = _step(node, last)
+        try:
+            node[step] = value
+        except (IndexError, TypeError):
+            self.problems.append(f"{origin}: no entry {last!r} in a list of {len(node)}")
+            return
+        self._overrides[(*path, step)] = origin
+
+    def render(self, path: Keys, what: str) -> str:
+        """The problem `what` at `path` as one line."""
+        key = ".".join(map(str, path))
+        for length in range(len(path), 0, -1):
+            origin = self._overrides.get(path[:length])
+            if origin is not None:
+                return f"{origin}: {what}" if length == len(path) else f"{origin}: {key}: {what}"
+        line, found = self._find(path)
+        if not found:  # an override may have made it on the way to a key of its own
+            for made, origin in self._overrides.items():
+                if made[: len(path)] == path:
+                    return f"{origin}: {key}: {what}"
+        where = self.name if line is None else f"{self.name}:{line}"
+        return f"{where} {key}: {what}".lstrip()
+
+    def line(self, path: Keys) -> int:
+        """The line of the last key of `path` that the file has; 0 without a file."""
+        return self._find(path)[0] or 0
+
+    def _find(self, path: Keys) -> tuple[int | None, bool]:
+        """The line of the last key of `path` that the file has, and whether that is the whole path."""
+        node = self._document
+        line = 1 if hasattr(node, "lc") else None
+        for key in path:
+            try:
+                # Keys of the data are text, whatever YAML made of them.
+                here = key if isinstance(node, list) else next(k for k in node if str(k) == str(key))
+                line = (node.lc.item(here) if isinstance(node, list) else node.lc.key(here))[0] + 1
+                node = node[here]
+            # absent, a scalar, or from a merge key, which has no line
+            except (KeyError, IndexError, StopIteration, TypeError, AttributeError):
+                return line, False
+        return line, True
+
+
+def read(path: Path, overrides: Iterable[str], environment: Mapping[str, str]) -> Source:
+    """Read the file and lay the environment and the overrides ("a.b=3") over it. Raises StudyFileError."""
+    try:
+        document = YAML(pure=True).load(StringIO(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise StudyFileError([f"{path}: no such file; `autopeft init NAME` writes one"]) from None
+    except UnicodeDecodeError:
+        raise StudyFileError([f"{path}: not a text in UTF-8"]) from None
+    except OSError as error:
+        raise StudyFileError([f"{path}: {error.strerror}"]) from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise StudyFileError([f"{where} not valid YAML: {_reason(error)}"]) from None
+    source = Source(str(path), document)
+    for name in sorted(environment):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            source.override(key, environment[name], name)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if equals and key:
+            source.override(key.strip(), text, f"--set {key.strip()}")
+        else:
+            source.problems.append(f"--set {override}: expected key=value, such as search.trials=5")
+    return source
+
+
+def _step(node: Any, word: str) -> str | int:
+    if isinstance(node, list):
+        return int(word) if word.isdecimal() else word
+    # Environment variables have neither lower case nor hyphens.
+    alike = (key for key in node if key.lower().replace("-", "_") == word.lower().replace("-", "_"))
+    return word if word in node else next(alike, word)
+
+
+def _reason(error: YAMLError) -> str:
+    text = error.problem if isinstance(error, MarkedYAMLError) and error.problem else str(error)
+    return text.strip().splitlines()[0]
+
+
+def _plain(node: Any) -> Any:
+    """Dicts, lists and scalars without the comments and formats that ruamel.yaml keeps with them."""
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_plain(value) for value in node]
+    if isinstance(node, ScalarBoolean):  # an anchored one: a whole number to Python
+        return bool(node)
+    if node is None or isinstance(node, bool):
+        return node
+    # Dates and values with a tag are text here.
+    return next((plain(node) for plain in (int, float) if isinstance(node, plain)), str(node))

@@ -1,0 +1,221 @@
+"""What every adapter type must pass: one row per kind. `test_adapters.py` runs the rows and checks that none is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+from autopeft.search_space.adapters import AdapterSpec, Bitfit, Dora, Full, Ia3, Lora, Norm, Ssf
+from autopeft.search_space.adapters.base import LINEAR_ROLES
+from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.introspection import describe
+
+VOCABULARY = 61
+
+
+def _bert() -> nn.Module:
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    return BertForSequenceClassification(BertConfig(**shape, vocab_size=VOCABULARY, num_labels=3))
+
+
+def _llama_config() -> LlamaConfig:
+    # Two query heads share one key head, so that the widths of q and k differ.
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 40, **heads}
+    return LlamaConfig(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0)
+
+
+def _gemma() -> nn.Module:
+    # Its norms store their scale minus one.
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 40, **heads}
+    return GemmaForCausalLM(GemmaConfig(**shape, vocab_size=VOCABULARY, pad_token_id=0))
+
+
+def _gpt2() -> nn.Module:
+    shape = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    return GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0))
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "bert": _bert,
+    "llama": lambda: LlamaForSequenceClassification(_llama_config()),
+    "llama-causal": lambda: LlamaForCausalLM(_llama_config()),
+    "gpt2": _gpt2,
+    "gemma": _gemma,
+}
+
+
+def tiny(family: str) -> tuple[nn.Module, Backbone]:
+    """A random backbone in evaluation mode and its description. No weight has a special value: norms and biases, which
+    start as ones and zeros, are perturbed.
+    """
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, describe(model, id=f"tiny-{family}")
+
+
+def tokens(examples: int = 3, length: int = 5, seed: int = 0) -> Tensor:
+    """Token ids [examples, length] without padding (id 0)."""
+    return torch.randint(1, VOCABULARY, (examples, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peft:
+    """How Hugging Face's peft says the same.
+
+    `config`: (spec, adapted sites) to a peft configuration. `values`: (trained tensors of one adapter, the backbone's
+    module) to peft's tensors, by the end of their names; shapes may differ in ones. `roles`: where peft can place it
+    (default: the row's). `without`: families whose linears it does not know.
+    """
+
+    config: Callable[[Any, Sequence[Site]], Any]
+    values: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+    roles: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One adapter type.
+
+    `specs`: settings to test, of different sizes where the type has a size. `peft`: the same in peft, or the reason why
+    there is nothing to compare. `roles`: where the tests place it (default: the type's own default).
+    """
+
+    kind: str
+    specs: tuple[AdapterSpec, ...]
+    peft: Peft | str
+    roles: tuple[str, ...] = ()
+
+    def sites(self, backbone: Backbone, roles: tuple[str, ...] = ()) -> list[Site]:
+        """The sites of `roles` (default: the row's) that the type fits."""
+        spec = self.specs[0]
+        wanted = roles or self.roles or spec.default_roles
+        return [site for site in backbone.sites if site.role in wanted and spec.fits(site)]
+
+    def place(self, spec: AdapterSpec, backbone: Backbone, roles: tuple[str, ...] = ()) -> Architecture:
+        """`spec` at each of `sites`."""
+        return Architecture.of({site.name: [spec] for site in self.sites(backbone, roles)})
+
+
+def _modules(sites: Sequence[Site]) -> list[str]:
+    return [site.module for site in sites]
+
+
+def _lora_config(spec: Lora, sites: Sequence[Site]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        use_rslora=spec.scaling == "rslora",
+        use_dora=spec.kind == "dora",
+        target_modules=_modules(sites),
+    )
+
+
+def _ia3_config(spec: Ia3, sites: Sequence[Site]) -> Any:
+    from peft import IA3Config
+
+    inner = [site for site in sites if site.role == "mlp.down"]
+    return IA3Config(target_modules=_modules(sites), feedforward_modules=_modules(inner))
+
+
+def _norm_config(spec: Norm, sites: Sequence[Site]) -> Any:
+    from peft import LNTuningConfig
+
+    return LNTuningConfig(target_modules=_modules(sites))
+
+
+def _bitfit_config(spec: Bitfit, sites: Sequence[Site]) -> Any:
+    from peft import BeftConfig
+
+    return BeftConfig(target_modules=_modules(sites))
+
+
+def _lora_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    names = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
+    return {f"{names[name]}.default.weight": value for name, value in values.items()}
+
+
+def _ia3_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    return {"ia3_l.default": value for value in values.values()}
+
+
+def _norm_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    return {f"ln_tuning_layers.default.{name}": getattr(base, name) + change for name, change in values.items()}
+
+
+def _bitfit_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    return {"beft_bias.default": values["b"]}
+
+
+_SOME_LINEARS = ("attn.q", "attn.v", "attn.qkv", "mlp.down")
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        kind="full",
+        specs=(Full(),),
+        peft="peft leaves training everything to the trainer",
+    ),
+    Row(
+        kind="dora",
+        specs=(
+            Dora(rank=3, alpha=6.0, dropout=0.2),
+            Dora(rank=5, alpha=4.0, scaling="rslora", init="gaussian"),
+            Dora(rank=1, alpha=1.0),
+        ),
+        peft=Peft(config=_lora_config, values=_lora_values),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="lora",
+        specs=(
+            Lora(rank=3, alpha=6.0, dropout=0.2),
+            Lora(rank=5, alpha=4.0, scaling="rslora", dropout=0.3, init="gaussian"),
+            Lora(rank=1, alpha=1.0, init="orthogonal"),
+        ),
+        peft=Peft(config=_lora_config, values=_lora_values),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="norm",
+        specs=(Norm(),),
+        peft=Peft(config=_norm_config, values=_norm_values),
+    ),
+    Row(
+        kind="bitfit",
+        specs=(Bitfit(),),
+        peft=Peft(config=_bitfit_config, values=_bitfit_values, roles=LINEAR_ROLES, without=("gpt2",)),
+    ),
+    Row(
+        kind="ssf",
+        specs=(Ssf(),),
+        peft="peft has no SSF",
+    ),
+    Row(
+        kind="ia3",
+        specs=(Ia3(),),
+        peft=Peft(config=_ia3_config, values=_ia3_values),
+    ),
+)
