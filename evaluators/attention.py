@@ -164,7 +164,7 @@ def install(model: nn.Module, banks: Sequence[tuple[Bank, Tensor | None]], num_s
         if bank.site.attention_module is None:
             raise ValueError(f"a prefix needs the attention module, which is not known at {bank.site.name!r}")
         by_path.setdefault(bank.site.attention_module, []).append((bank, slots))
-    modules = {path: model.get_submodule(path) for path in by_path}
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in by_path}
     for path, module in modules.items():
         if "ALL_ATTENTION_FUNCTIONS" not in _forward_function(module).__code__.co_names:
             raise ValueError(

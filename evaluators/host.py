@@ -158,7 +158,8 @@ class Attachment(nn.Module):
             outputs = [i for i in indices if overrides(self.banks[i].specs[0], "apply")]
             if outputs:
                 self._handles.append(module.register_forward_hook(self._output_hook(outputs)))
-        taps = {b.site.input_module for b in self.banks if b.site.input_module != b.site.module}
+        acting = [b.site for b in self.banks if overrides(b.specs[0], "apply")]
+        taps = {site.input_module for site in acting if site.input_module != site.module}
         for path in taps:
             # Prepended: a sub-layer's x is taken before an adapter at the tapped linear changes its input.
             handle = model.get_submodule(path).register_forward_pre_hook(self._tap(path), prepend=True)
@@ -186,8 +187,9 @@ class Attachment(nn.Module):
                 site = self.banks[index].site
                 x = self._by_slot(args[0] if site.input_module == site.module else self._inputs[site.input_module])
                 y = self._on_slots(index, y, lambda bank, part, x_part: bank(x_part, part), y, x)
-            for index in indices:  # the graph of a step must not outlive it
-                self._inputs.pop(self.banks[index].site.input_module, None)
+            for site in (self.banks[index].site for index in indices):
+                if site.input_module != site.module:  # the graph of a step must not outlive it
+                    self._inputs.pop(site.input_module, None)
             return y.reshape(output.shape)
 
         return hook

@@ -98,13 +98,18 @@ def _axes(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> tuple[Ax
 
 
 def _in_view(rows: Sequence[FrontRow], objective: Objective) -> list[FrontRow]:
-    """Rows that set the range of a linear axis: those within Tukey's outer fences of the highlighted ones.
+    """Rows that set the range of an axis: on a linear one, those within Tukey's outer fences of the front.
 
     A candidate that learned nothing (the learning rate is searched, too) would squeeze all others together.
+    Baselines and the recommended candidate are always in view.
     """
+
+    def always(row: FrontRow) -> bool:
+        return row.recommended or row.is_baseline
+
     known = [row for row in rows if isfinite(row.values.get(objective.name, nan))]
     values = column(known, objective.name)
-    focus = [row.on_front or row.recommended or row.is_baseline for row in known]
+    focus = [row.on_front or always(row) for row in known]
     if objective.unit in LOG_UNITS or not any(focus):
         return known
     lower, upper = np.quantile(values[focus], [0.25, 0.75])
@@ -112,7 +117,7 @@ def _in_view(rows: Sequence[FrontRow], objective: Objective) -> list[FrontRow]:
     if reach == 0:
         return known
     inside = (values >= lower - reach) & (values <= upper + reach)
-    return [row for row, seen in zip(known, inside, strict=True) if seen or row.recommended]
+    return [row for row, seen in zip(known, inside, strict=True) if seen or always(row)]
 
 
 def column(rows: Sequence[FrontRow], name: str) -> NDArray[np.float64]:

@@ -1,6 +1,6 @@
 """Pictures of a study as PNG: the front, training curves, hypervolume. `page` has the interactive front.
 
-Matplotlib's figures are used without pyplot: no display, no state that threads would share.
+Matplotlib's figures are used without pyplot, which would look for a display and keep every figure.
 """
 
 from __future__ import annotations

@@ -57,13 +57,24 @@ class Snapshot:
         """Complete candidates (of the search and of the baselines) in the order of their trials."""
         repeats: dict[int, list[Trial]] = {}
         for trial in self.trials:
-            if trial.of is not None and trial.state == "complete":
+            if trial.role == "finalist" and trial.state == "complete":
                 repeats.setdefault(trial.of, []).append(trial)
         return [
             Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())))
             for trial in self.trials
             if trial.of is None and trial.state == "complete"
         ]
+
+    def tuned(self) -> list[Entry]:
+        """The candidates of the search, and of each baseline the one with the best learning rate."""
+        sign = 1.0 if METRICS[self.quality].maximise else -1.0
+        best: dict[str, Entry] = {}
+        for entry in self.entries():
+            value = sign * entry.trial.measurement.values[self.quality]
+            key = f"trial {entry.trial.number}" if entry.trial.role == "search" else entry.trial.role
+            if key not in best or value > sign * best[key].trial.measurement.values[self.quality]:
+                best[key] = entry
+        return list(best.values())
 
     @property
     def search_trials(self) -> tuple[Trial, ...]:
@@ -85,7 +96,7 @@ class Snapshot:
 
         Once front members have been trained with fresh seeds, the front is drawn among those alone.
         """
-        entries = self.entries()
+        entries = self.tuned()
         seed_sd = self.seed_sd()
         values = [self._values(entry, seed_sd) for entry in entries]
         finalists = [e.trial.role == "search" and bool(e.repeats) for e in entries]

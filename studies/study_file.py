@@ -184,7 +184,10 @@ def _found(error: ValidationError, data: Any) -> Iterator[tuple[Keys, str, Keys]
         elif kind == "extra_forbidden":
             what = f"unknown key{did_you_mean(str(location[-1]), _section(location[:-1]).model_fields)}"
         elif kind == "too_short":
-            what = f"needs at least {context['min_length']} entries, has {context['actual_length']}"
+            given = len(_entry(data, path))  # pydantic counts the valid ones only
+            if given >= context["min_length"]:
+                continue
+            what = f"needs at least {context['min_length']} entries, has {given}"
         elif kind == "too_long":
             what = f"may have {context['max_length']} entries, has {context['actual_length']}"
         # A union reports a problem once for each of its members.
@@ -203,6 +206,12 @@ def _path(location: Keys, data: Any) -> Keys:
             data = data[key]
             path.append(key)
     return tuple(path)
+
+
+def _entry(data: Any, path: Keys) -> Any:
+    for key in path:
+        data = data[key]
+    return data
 
 
 def _section(location: Keys) -> type[BaseModel]:

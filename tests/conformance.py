@@ -20,7 +20,18 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from autopeft.search_space.adapters import AdapterSpec, Bitfit, Dora, Full, Ia3, Lora, Norm, Ssf
+from autopeft.search_space.adapters import (
+    AdapterSpec,
+    Bitfit,
+    Bottleneck,
+    Dora,
+    Full,
+    Ia3,
+    Lora,
+    Norm,
+    Prefix,
+    Ssf,
+)
 from autopeft.search_space.adapters.base import LINEAR_ROLES
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import Backbone, Site
@@ -217,5 +228,21 @@ ROWS: tuple[Row, ...] = (
         kind="ia3",
         specs=(Ia3(),),
         peft=Peft(config=_ia3_config, values=_ia3_values),
+    ),
+    Row(
+        kind="bottleneck",
+        specs=(
+            Bottleneck(size=4, init="kaiming", dropout=0.2),
+            Bottleneck(size=1, scale=3.0, dropout=0.1),
+            Bottleneck(size=3, form="parallel", activation="gelu", scale=4.0),
+            Bottleneck(size=2, form="parallel", activation="gelu", init="houlsby"),
+        ),
+        peft="peft has no bottleneck adapters",
+        roles=("attn", "mlp"),
+    ),
+    Row(
+        kind="prefix",
+        specs=(Prefix(length=3), Prefix(length=1, init="normal"), Prefix(length=5, init="zeros")),
+        peft="peft keeps the prefixes of all layers in one tensor and shifts positions: see test_prefix.py",
     ),
 )

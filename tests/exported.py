@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -41,10 +44,14 @@ _GPT2 = {"n_embd": 16, "n_layer": LAYERS, "n_head": 2, "n_positions": 64}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**_ENCODER, **_IDS, num_labels=3)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER, **_IDS, num_labels=3)),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(dim=16, n_layers=LAYERS, n_heads=2, hidden_dim=24, **_IDS, num_labels=3)
+    ),
+    "llama-score": lambda: LlamaForSequenceClassification(LlamaConfig(**_DECODER, **_IDS, num_labels=3)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_DECODER, **_IDS)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2, **_IDS)),
 }
-CLASSIFIERS = ("bert", "roberta")
+CLASSIFIERS = ("bert", "roberta", "distilbert", "llama-score")
 
 
 def save_model(family: str, folder: Path) -> Path:
@@ -99,9 +106,7 @@ def make_recipe(
         "labels": labels,
         "data": save_rows(family, model.parent),
         "seed": 3,
-        "measured": {
-            "accuracy": Measured(value=0.7, std_err=0.01, low=0.66, high=0.74, split="test", seeds=(1, 2))
-        },
+        "measured": {"accuracy": measured},
         "provenance": Provenance(
             study="demo", trial=7, autopeft="0.1.0", packages={"torch": "2"}, created="2026-01-01"
         ),
@@ -117,13 +122,13 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def trained(recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
-    """Random weights of a recipe, as if it had been trained, and the logits of that network by our own code."""
+    """Random weights of a recipe, as if it had been trained, and the logits of that network by our code."""
     origin = recipe.backbone
     loaded = load_backbone(origin.id, task=recipe.task, labels=recipe.labels)
     with Attachment(loaded.model, recipe.host, [recipe.adapters], [recipe.seed]) as attachment:
         generator = torch.Generator().manual_seed(5)
         state = {
-            name: value + 0.2 * torch.randn(value.shape, generator=generator)
+            name: value + 0.1 * torch.randn(value.shape, generator=generator)
             for name, value in attachment.state().items()
         }
         attachment.load_state(state)

@@ -44,8 +44,8 @@ from .exported import CLASSIFIERS, MODELS, logits, make_recipe, save_model, trai
 EXACT, APPROXIMATE, UNSUPPORTED = "exact", "approximate", "unsupported"
 TARGETS = ("native", "peft", "trl-script", "axolotl", "merged")
 
-# One row per adapter type: an adapter, its site, and how well each target holds it over a causal language model
-# with biases (GPT-2), in the order of TARGETS. The README shows this table.
+# One row per adapter type: an adapter, its site, and how well each target holds it over a causal language
+# model with biases (GPT-2), in the order of TARGETS. The README shows this table.
 ROWS: dict[str, tuple[AdapterSpec, str, tuple[str, ...]]] = {
     "lora": (Lora(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, EXACT, EXACT)),
     "dora": (Dora(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, EXACT, EXACT)),
@@ -126,12 +126,11 @@ def every_linear(family: str, spec: type[Lora], **fields: Any) -> dict[str, Adap
     """A rank of its own for each layer and role."""
     roles = {
         "bert": ("attn.q", "attn.o", "mlp.down"),
-        "roberta": ("attn.v", "mlp.up"),
         "llama": ("attn.q", "attn.k", "mlp.gate", "mlp.down"),
         "gpt2": ("attn.qkv", "mlp.up"),
-    }[family]
+    }.get(family, ("attn.v", "mlp.up"))
     return {
-        f"layers.{layer}.{role}": spec(rank=1 + (layer + i) % 5, alpha=3.0 + layer, **fields)
+        f"layers.{layer}.{role}": spec(rank=1 + (layer + i) % 5, alpha=1.0 + layer % 4, **fields)
         for layer in range(12)
         if layer != 4  # one layer without any
         for i, role in enumerate(roles)
@@ -320,7 +319,7 @@ def test_script_declares_the_same_network(models: Folders, tmp_path: Path, case:
     assert script.TRAINING["learning_rate"] == recipe.training.learning_rate
 
 
-@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize("family", ["roberta", "llama-score"])
 def test_classification_script_runs(models: Folders, tmp_path: Path, family: str) -> None:
     recipe = make_recipe(family, models[family], every_linear(family, Lora, dropout=0.1))
     EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")

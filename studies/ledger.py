@@ -1,0 +1,189 @@
+"""The ledger: every evaluation of a study, in an Optuna storage. It is the study's only memory.
+
+One evaluation is one Optuna trial; it is added whole, in state RUNNING, before it starts, so that a study killed at any
+moment finds it again and goes on with that very trial.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+import sqlalchemy.exc
+from optuna.trial import TrialState, create_trial
+
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.problem import Measurement, Objective, Problem, Trial
+from autopeft.searchers.optuna_samplers import distribution, to_optuna
+from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.study_file import differences
+
+# What belongs to an evaluation stands in one attribute, so that it is written in one step.
+TRIAL, RESULT = "autopeft.trial", "autopeft.result"
+FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
+# Scores per example are long and only read by machines.
+PACKED = ("per_example", "test_per_example")
+
+
+class Ledger:
+    """The trials of one study. Use `create` or `open`."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    @classmethod
+    def create(
+        cls, url: str, name: str, objectives: Sequence[Objective], fingerprint: Mapping[str, Any], settings: str
+    ) -> Ledger:
+        """A new study. Raises ConfigurationError if there is one of that name, EnvironmentProblem if the storage
+        cannot be used.
+        """
+        storage = _storage(url)
+        if name in _names(storage):
+            raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` goes on with it")
+        directions = ["maximize" if o.maximise else "minimize" for o in objectives]
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+        study.set_metric_names([o.name for o in objectives])
+        study.set_user_attr(IDENTITY, uuid.uuid4().hex)
+        study.set_user_attr(SETTINGS, settings)
+        # Last: a study without it was killed while it was made, and holds nothing.
+        study.set_user_attr(FINGERPRINT, dict(fingerprint))
+        return cls(study)
+
+    @classmethod
+    def open(cls, url: str, name: str, fingerprint: Mapping[str, Any] | None = None) -> Ledger:
+        """An existing study. With a `fingerprint`, raises ConfigurationError naming every setting that changed."""
+        storage = _storage(url)
+        names = _names(storage)
+        if name not in names:
+            others = f" (it holds {', '.join(map(repr, sorted(names)))})" if names else ""
+            raise ConfigurationError(f"{url} holds no study {name!r}{others}")
+        study = optuna.load_study(study_name=name, storage=storage)
+        known = study.user_attrs.get(FINGERPRINT)
+        if known is None:
+            raise ConfigurationError(f"the study {name!r} in {url} was not made by autopeft, or never started")
+        # Through JSON, as the ledger's side has been: tuples are lists there.
+        changed = differences(known, json.loads(json.dumps(fingerprint))) if fingerprint is not None else []
+        if changed:
+            raise ConfigurationError(
+                "the study was started with other settings; its trials cannot be compared with new ones:\n  "
+                + "\n  ".join(changed)
+            )
+        return cls(study)
+
+    @staticmethod
+    def exists(url: str, name: str) -> bool:
+        return name in _names(_storage(url))
+
+    @property
+    def study_id(self) -> str:
+        return self._study.user_attrs[IDENTITY]
+
+    @property
+    def settings(self) -> str:
+        """The study file as it was first run."""
+        return self._study.user_attrs[SETTINGS]
+
+    def trials(self) -> list[Trial]:
+        """Every evaluation, ended or not, in order."""
+        return [_read(frozen) for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
+
+    def begin(self, problem: Problem, role: str, candidate: Candidate, **fields: Any) -> Trial:
+        """A new running trial; `fields` are those of `Trial`."""
+        trial = Trial(number=len(self._study.get_trials(deepcopy=False)), role=role, candidate=candidate, **fields)
+        domains = {gene.name: gene.domain for gene in problem.space.genes}
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params={name: to_optuna(domains[name], value) for name, value in trial.genes.items()},
+                distributions={name: distribution(domains[name]) for name in trial.genes},
+                user_attrs={TRIAL: _declared(trial)},
+            )
+        )
+        return trial
+
+    def finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
+        """Record how a trial ended. May be repeated: what is written already stays."""
+        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        if frozen.state.is_finished():
+            return
+        handle = optuna.trial.Trial(self._study, frozen._trial_id)
+        handle.set_user_attr(RESULT, _result(trial))
+        if trial.state == "complete":
+            assert trial.measurement is not None
+            handle.set_constraint("limits", trial.violation)
+            self._study.tell(trial.number, [trial.measurement.values[o.name] for o in objectives])
+        else:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def unfinished(self, objectives: Sequence[Objective]) -> list[Trial]:
+        """Trials that were under way when the study stopped. One whose result is there already is closed."""
+        running = []
+        for trial in self.trials():
+            frozen = self._study.get_trials(deepcopy=False)[trial.number]
+            if trial.state != "running" and not frozen.state.is_finished():
+                self.finish(trial, objectives)
+            elif trial.state == "running":
+                running.append(trial)
+        return running
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    try:
+        return optuna.storages.RDBStorage(url)
+    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise EnvironmentProblem(f"the ledger {url} cannot be used: {reason}") from error
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"storage {url!r}: {str(error).splitlines()[0]}") from error
+
+
+def _names(storage: optuna.storages.RDBStorage) -> list[str]:
+    try:
+        return optuna.get_all_study_names(storage)
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise EnvironmentProblem(f"the ledger cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _declared(trial: Trial) -> dict[str, Any]:
+    return {
+        "role": trial.role,
+        "candidate": trial.candidate.to_dict(),
+        "genes": dict(trial.genes),
+        "seed": trial.seed,
+        "of": trial.of,
+        "searcher_state": dict(trial.searcher_state),
+    }
+
+
+def _result(trial: Trial) -> dict[str, Any]:
+    measurement = None
+    if trial.measurement is not None:
+        measurement = trial.measurement.to_dict()
+        for name in PACKED:
+            packed = zlib.compress(json.dumps(measurement[name]).encode())
+            measurement[name] = base64.b85encode(packed).decode()
+    return {
+        "state": trial.state,
+        "error": trial.error,
+        "violation": trial.violation,
+        "measurement": measurement,
+    }
+
+
+def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
+    declared = dict(frozen.user_attrs[TRIAL])
+    result = dict(frozen.user_attrs.get(RESULT, {}))
+    measurement = result.pop("measurement", None)
+    if measurement is not None:
+        measurement = dict(measurement)
+        for name in PACKED:
+            measurement[name] = json.loads(zlib.decompress(base64.b85decode(measurement[name])))
+        result["measurement"] = Measurement.from_dict(measurement)
+    declared["candidate"] = Candidate.from_dict(declared["candidate"])
+    return Trial(number=frozen.number, **declared, **result)

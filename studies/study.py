@@ -1,0 +1,312 @@
+"""A study: baselines, the search, and the final front, evaluation by evaluation; the ledger remembers all of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+from safetensors.torch import save_file
+
+from autopeft.evaluators.base import Evaluator, Outcome, Request
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.limits import Limits
+from autopeft.search_space.presets import BASELINES
+from autopeft.search_space.problem import METRICS, Fidelity, Measurement, Problem, Trial
+from autopeft.searchers import SEARCHERS
+from autopeft.studies import front
+from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
+from autopeft.studies.ledger import Ledger
+from autopeft.studies.snapshot import Snapshot
+from autopeft.studies.study_file import StudyFile
+from autopeft.studies.tracking import Tracker
+
+#: So many proposals in a row that needed no evaluation end the search: the space is exhausted or infeasible.
+MOST_REJECTIONS = 200
+#: Random candidates that are tried against the limits before a study starts.
+PROBES = 500
+SEARCH, FINALIST, COPY, BASELINE = "search", "finalist", "copy", "baseline:"
+
+
+class Watcher(Protocol):
+    """Whoever shows the progress of a study."""
+
+    def plan(self, evaluations: int, done: int) -> None: ...
+
+    def begin(self, trial: Trial, steps: int) -> None: ...
+
+    def step(self, done: int, total: int) -> None: ...
+
+    def end(self, trial: Trial, snapshot: Snapshot) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An evaluation that is still to be made."""
+
+    role: str
+    candidate: Candidate
+    seed: int
+    of: int | None = None
+
+
+class Study:
+    """Runs a study to its end, from wherever its ledger stands."""
+
+    def __init__(
+        self, settings: StudyFile, problem: Problem, evaluator: Evaluator, ledger: Ledger, tracker: Tracker | None
+    ) -> None:
+        self.settings = settings
+        self.problem = problem
+        self.evaluator = evaluator
+        self.ledger = ledger
+        self.tracker = tracker
+        self.limits = Limits.of(settings.constraints.model_dump(exclude_none=True), problem.space.backbone)
+        wanted = {o.name for o in problem.objectives} | self.limits.most.keys()
+        self.measured = frozenset(name for name in wanted if METRICS[name].source == "measured")
+        self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
+        self.started = time.monotonic()
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.problem.space.backbone
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            study=self.settings.study,
+            study_id=self.ledger.study_id,
+            settings=self.ledger.settings,
+            objectives=self.problem.objectives,
+            backbone=self.backbone,
+            trials=tuple(self.trials[number] for number in sorted(self.trials)),
+        )
+
+    def run(self, watcher: Watcher) -> Snapshot:
+        """Evaluate what is left. Raises NoFeasibleCandidate, EnvironmentProblem (the disk), KeyboardInterrupt."""
+        self._check_feasible()
+        watcher.plan(self.num_planned(), sum(t.state != "running" and t.role != COPY for t in self.trials.values()))
+        try:
+            for trial in self.ledger.unfinished(self.problem.objectives):
+                self._evaluate(trial, watcher)
+            self.trials = {trial.number: trial for trial in self.ledger.trials()}
+            for planned in self._baselines():
+                self._begin_and_evaluate(planned, watcher)
+            self._search(watcher)
+            watcher.plan(len(self._counted()) + len(list(self._finalists())), len(self._counted()))
+            for planned in list(self._finalists()):
+                self._begin_and_evaluate(planned, watcher)
+        except OSError as error:
+            raise EnvironmentProblem(f"{self.settings.output_folder}: {error.strerror or error}") from error
+        snapshot = self.snapshot()
+        if self.tracker is not None:
+            self.tracker.sync(snapshot, final=True)
+        if not any(row.on_front for row in snapshot.rows()):
+            raise NoFeasibleCandidate(self._why_nothing())
+        return snapshot
+
+    def num_planned(self) -> int:
+        """Evaluations of the whole study, finalists at their most."""
+        finalists = (self.settings.finalists.most + len(self.settings.baselines.names)) * self.settings.finalists.seeds
+        return len(list(self.all_baselines())) + self.settings.search.trials + finalists
+
+    def _counted(self) -> list[Trial]:
+        return [t for t in self.trials.values() if t.state in ("complete", "failed") and t.role != COPY]
+
+    # Baselines
+
+    def all_baselines(self) -> Iterator[Planned]:
+        """Every baseline at every learning rate; other training fields as in the study, at a fixed value."""
+        settings = self.settings.baselines
+        middle = self.problem.space.from_unit([0.5] * len(self.problem.space.genes))
+        training = dict(self.problem.space.decode(middle).training)
+        for name in settings.names:
+            architecture = BASELINES[name](self.backbone)
+            if not architecture and not self.backbone.head_modules:
+                continue  # "head only" of a model without a head trains nothing
+            rates = settings.full_learning_rates if name == "full" else settings.learning_rates
+            for rate in rates:
+                candidate = Candidate(architecture=architecture, training={**training, "learning_rate": rate})
+                yield Planned(BASELINE + name, candidate, self.settings.seed)
+
+    def _baselines(self) -> Iterator[Planned]:
+        known = {(t.role, t.candidate.key) for t in self.trials.values()}
+        return (p for p in self.all_baselines() if (p.role, p.candidate.key) not in known)
+
+    # The search
+
+    def _search(self, watcher: Watcher) -> None:
+        searcher = SEARCHERS[self.settings.search.searcher](self.problem, self.settings.seed)
+        rejected = 0
+        while self._num_searched() < self.settings.search.trials and not self._out_of_time():
+            ordered = [self.trials[number] for number in sorted(self.trials)]
+            searcher.update([t for t in ordered if t.role in (SEARCH, COPY)])
+            suggestions = searcher.suggest(1)
+            if not suggestions:
+                break
+            candidate = self.problem.space.decode(suggestions[0].genes)
+            twin = self._twin(candidate)
+            trial = self.ledger.begin(
+                self.problem,
+                SEARCH if twin is None else COPY,
+                candidate,
+                genes=suggestions[0].genes,
+                seed=self.settings.seed,
+                searcher_state=suggestions[0].state,
+                of=None if twin is None else twin.number,
+            )
+            if twin is not None:
+                self._finish(replace(twin, number=trial.number, role=COPY, of=twin.number, genes=trial.genes,
+                                     searcher_state=trial.searcher_state))  # fmt: skip
+                rejected += 1
+            else:
+                rejected = rejected + 1 if self._evaluate(trial, watcher).state == "infeasible" else 0
+            if rejected >= MOST_REJECTIONS:
+                break
+        if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
+            raise NoFeasibleCandidate(self._why_nothing())
+
+    def _num_searched(self) -> int:
+        return sum(t.role == SEARCH and t.state in ("complete", "failed") for t in self.trials.values())
+
+    def _out_of_time(self) -> bool:
+        limit = self.settings.search.timeout_s
+        return limit is not None and time.monotonic() - self.started > limit
+
+    def _twin(self, candidate: Candidate) -> Trial | None:
+        """A trial of the search with the same network and training; it is not evaluated again."""
+        key = candidate.key
+        ended = (t for t in self.trials.values() if t.role == SEARCH and t.state != "running")
+        return next((t for t in ended if t.candidate.key == key), None)
+
+    def _check_feasible(self) -> None:
+        """Fail before the first training where no candidate can meet the limits."""
+        if not self.limits.most:
+            return
+        space, rng = self.problem.space, Random(self.settings.seed)
+        probes = [space.smallest(), *(space.sample(rng) for _ in range(PROBES))]
+        reasons = [self._objection(space.decode(probe), measure=False) for probe in probes]
+        if all(reasons):
+            least = min(
+                (space.decode(probe).architecture for probe in probes if space.decode(probe).architecture),
+                key=lambda architecture: architecture.num_params(self.backbone),
+                default=Architecture(),
+            )
+            raise NoFeasibleCandidate(
+                f"no candidate meets the constraints: the smallest of {PROBES} that were drawn has"
+                f" {least.num_params(self.backbone):,} parameters; {reasons[-1][1]}"
+            )
+
+    def _why_nothing(self) -> str:
+        reasons = [t.error or "beyond a bound" for t in self.trials.values() if t.role == SEARCH]
+        shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
+        return f"none of {len(reasons)} candidates is feasible; the last ones:\n  {shown}"
+
+    # One evaluation
+
+    def _begin_and_evaluate(self, planned: Planned, watcher: Watcher) -> None:
+        trial = self.ledger.begin(self.problem, planned.role, planned.candidate, seed=planned.seed, of=planned.of)
+        self._evaluate(trial, watcher)
+
+    def _evaluate(self, trial: Trial, watcher: Watcher) -> Trial:
+        self.trials[trial.number] = trial
+        request = self._request(trial)
+        watcher.begin(trial, self.evaluator.num_steps(request))
+        objection = self._objection(trial.candidate) if trial.role == SEARCH else None
+        if objection is not None:
+            return self._end(replace(trial, state="infeasible", violation=objection[0], error=objection[1]), watcher)
+        costs = self.evaluator.costs(trial.candidate, self.measured)
+        outcome = self.evaluator.evaluate([request], watcher.step)[0]
+        if outcome.measurement is None:
+            violation = 1.0 if outcome.failure == "infeasible" else 0.0
+            return self._end(
+                replace(trial, state=outcome.failure, violation=violation, error=outcome.reason), watcher
+            )
+        measurement = replace(
+            outcome.measurement,
+            values={**outcome.measurement.values, **costs.values},
+            spread=costs.spread,
+        )
+        self._save_weights(trial, outcome)
+        return self._end(
+            replace(trial, state="complete", measurement=measurement, violation=self._violation(measurement)), watcher
+        )
+
+    def _request(self, trial: Trial) -> Request:
+        final = trial.role == FINALIST
+        share = self.settings.search.share if trial.role == SEARCH else 1.0
+        return Request(
+            candidate=trial.candidate,
+            seed=trial.seed,
+            fidelity=Fidelity(share=share, rungs=() if final else self.settings.search.rungs),
+            test=final,
+            keep_weights=final and trial.seed == self.settings.seed + 1,
+        )
+
+    def _objection(self, candidate: Candidate, measure: bool = True) -> tuple[float, str] | None:
+        """Why a candidate is not worth training: the size of the violation and the reason."""
+        if not candidate.architecture:
+            return 1.0, "no adapter is on: that is the baseline `head`"
+        measured = self.measured & self.limits.most.keys() if measure else frozenset()
+        return self.limits.objection(self.evaluator.costs(candidate, measured).values)
+
+    def _violation(self, measurement: Measurement) -> float:
+        return max(o.violation(measurement.values[o.name]) for o in self.problem.objectives)
+
+    def _end(self, trial: Trial, watcher: Watcher) -> Trial:
+        self._finish(trial)
+        snapshot = self.snapshot()
+        if self.tracker is not None and trial.role != COPY:
+            self.tracker.sync(snapshot)
+        watcher.end(trial, snapshot)
+        return trial
+
+    def _finish(self, trial: Trial) -> None:
+        self.ledger.finish(trial, self.problem.objectives)
+        self.trials[trial.number] = trial
+
+    # The final front
+
+    def contenders(self) -> list[Trial]:
+        """Members of the search's front, at most `finalists.most`, spread over its length; the best one is in."""
+        trials = [t for t in self.trials.values() if t.role == SEARCH and t.state == "complete"]
+        losses = front.losses(trials, self.problem.objectives)
+        members = [t for t, member in zip(trials, front.non_dominated(losses), strict=True) if member]
+        quality = self.snapshot().quality
+        sign = -1 if METRICS[quality].maximise else 1
+        members.sort(key=lambda t: sign * t.measurement.values[quality])
+        most = self.settings.finalists.most
+        if len(members) <= most:
+            return members
+        return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]
+
+    def tuned_baselines(self) -> list[Trial]:
+        """The best learning rate of each baseline."""
+        return [entry.trial for entry in self.snapshot().tuned() if entry.trial.role.startswith(BASELINE)]
+
+    def _finalists(self) -> Iterator[Planned]:
+        """Fresh seeds for every contender and every tuned baseline, at full length and with the test split."""
+        known = {(t.of, t.seed) for t in self.trials.values() if t.role == FINALIST}
+        for trial in [*self.tuned_baselines(), *self.contenders()]:
+            for offset in range(1, self.settings.finalists.seeds + 1):
+                seed = self.settings.seed + offset
+                if (trial.number, seed) not in known:
+                    yield Planned(FINALIST, trial.candidate, seed, of=trial.number)
+
+    def _save_weights(self, trial: Trial, outcome: Outcome) -> None:
+        if outcome.weights is None or trial.of is None:
+            return
+        path = weights_path(self.settings, trial.of)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".partial")
+        save_file(dict(outcome.weights), draft)
+        draft.replace(path)
+
+
+def weights_path(settings: StudyFile, number: int) -> Path:
+    """Where the trained weights of a finalist are."""
+    return settings.output_folder / "weights" / f"trial-{number}.safetensors"
+
