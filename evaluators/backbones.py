@@ -139,6 +139,20 @@ def load_model(
     return load_backbone(model_id, task=task, labels=labels, revision=revision, dtype=dtype).model
 
 
+def skeleton(
+    model_id: str, revision: str | None = None, task: str = "classification", labels: Sequence[str] | None = None
+) -> nn.Module:
+    """The model from its configuration, without weights (on torch's meta device). Raises ModelError."""
+    try:
+        config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, **_settings(task, labels))
+        with torch.device("meta"):
+            return _auto(task).from_config(config)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{model_id}: the configuration could not be loaded: {_first_line(error)}") from error
+
+
 def describe_backbone(
     model_id: str,
     revision: str | None = None,
@@ -147,15 +161,7 @@ def describe_backbone(
     modules: Mapping[str, str] | None = None,
 ) -> Backbone:
     """The description alone, from the configuration and without weights. Raises ModelError."""
-    try:
-        config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, **_settings(task, labels))
-        with torch.device("meta"):
-            model = _auto(task).from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{model_id}: the configuration could not be loaded: {_first_line(error)}") from error
-    return describe(model, id=model_id, revision=revision, modules=modules)
+    return describe(skeleton(model_id, revision, task, labels), id=model_id, revision=revision, modules=modules)
 
 
 def _first_line(error: Exception) -> str:

@@ -42,6 +42,10 @@ class Costs:
     spread: Mapping[str, float] = field(default_factory=dict)
 
 
+class OutOfMemory(RuntimeError):
+    """This machine cannot hold a candidate."""
+
+
 #: Called with the steps done and the steps there are, summed over the batch of requests.
 Progress = Callable[[int, int], None]
 
@@ -53,7 +57,10 @@ class Evaluator(ABC):
 
     @abstractmethod
     def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
-        """What a candidate costs, before any training: the declared metrics, and those named in `measured`."""
+        """What a candidate costs, before any training: the declared metrics, and those named in `measured`.
+
+        Raises OutOfMemory where measuring needs more than there is.
+        """
 
     @abstractmethod
     def num_steps(self, request: Request) -> int:

@@ -1,8 +1,8 @@
 """The host: attaches the adapters of K slots to one frozen backbone, and takes them off again.
 
-Notation: K slots, the batch is [K * N, tokens, D] with the N examples of a slot next to each other. Everything hangs on
-module hooks (and, for attention prefixes, on transformers' attention interface), so that the backbone's own modules and
-parameters are never replaced: detaching restores them bit for bit.
+Notation: K slots, the batch is [K * N, tokens, D] with the N examples of a slot next to each other.
+Everything hangs on module hooks (and, for attention prefixes, on transformers' attention interface), so that
+the backbone's own modules and parameters are never replaced: detaching restores them bit for bit.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ def head_sites(model: nn.Module, backbone: Backbone) -> tuple[Site, ...]:
                     )
                 )
             elif any(True for _ in module.parameters(recurse=False)):
-                raise ValueError(f"the task head has a trainable {type(module).__name__} at {name!r}, not a Linear")
+                raise ValueError(f"the task head has a {type(module).__name__} at {name!r}, not only Linears")
     return tuple(sites)
 
 
 class Attachment(nn.Module):
     """The adapters (and task heads) of K slots on one model. Use as a context manager, or call `detach`.
 
-    `architectures` and `seeds`: one per slot. `pretrained_head`: start from the head's weights in the model and not
-    from new ones. Raises ValueError for a candidate that trains the backbone in a pack of more than one, for a site
-    that the backbone lacks, and for an adapter that cannot sit where it is placed; the model is then unchanged.
+    `architectures` and `seeds`: one per slot. `pretrained_head`: start from the head's weights in the model
+    and not from new ones. Raises ValueError for a candidate that trains the backbone in a pack of more than
+    one, for a site that the backbone lacks, and for an adapter that cannot sit where it is placed; the model
+    is then unchanged.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Attachment(nn.Module):
                 structure = spec.structure()
                 nth = seen[structure] = seen.get(structure, -1) + 1
                 if nth and not spec.repeatable:
-                    raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: only one can act there")
+                    raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: there can be one")
                 slots, specs, _ = groups.setdefault((structure, nth), ([], [], nth))
                 slots.append(k)
                 specs.append(spec)
@@ -185,7 +186,8 @@ class Attachment(nn.Module):
             y = self._by_slot(output)
             for index in indices:
                 site = self.banks[index].site
-                x = self._by_slot(args[0] if site.input_module == site.module else self._inputs[site.input_module])
+                own = site.input_module == site.module
+                x = self._by_slot(args[0] if own else self._inputs[site.input_module])
                 y = self._on_slots(index, y, lambda bank, part, x_part: bank(x_part, part), y, x)
             for site in (self.banks[index].site for index in indices):
                 if site.input_module != site.module:  # the graph of a step must not outlive it
@@ -203,7 +205,8 @@ class Attachment(nn.Module):
         slots = self._slots_of[index]
         if slots is None:
             return change(self.banks[index], *tensors)
-        return whole.index_copy(0, slots, change(self.banks[index], *(t.index_select(0, slots) for t in tensors)))
+        parts = [tensor.index_select(0, slots) for tensor in tensors]
+        return whole.index_copy(0, slots, change(self.banks[index], *parts))
 
     # Use
 
@@ -224,15 +227,15 @@ class Attachment(nn.Module):
         return bool(self._trained)
 
     def train(self, mode: bool = True) -> Attachment:
-        """Training mode of the adapters. The frozen backbone stays in evaluation mode (its activations can then be
-        shared and cached); one that is trained itself follows `mode`.
+        """Training mode of the adapters. The frozen backbone stays in evaluation mode (its activations can
+        then be shared and cached); one that is trained itself follows `mode`.
         """
         super().train(mode)
         self.model[0].train(mode and self.trains_backbone)
         return self
 
     def state(self, k: int = 0) -> dict[str, Tensor]:
-        """The trained tensors of slot k as `site/kind/name` (a second adapter of that name gets `#2`), on the CPU."""
+        """The trained tensors of slot k on the CPU, as `site/kind/name`; a second of that name gets `#2`."""
         tensors = {f"{key}/{n}": v for key, bank, j in self._banks_of(k) for n, v in bank.of_slot(j).items()}
         if self._trained:
             names = {p: name for name, p in self.model[0].named_parameters()}
@@ -241,7 +244,7 @@ class Attachment(nn.Module):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], k: int = 0) -> None:
-        """The inverse of `state`. Raises KeyError for a missing tensor and ValueError for one of another shape."""
+        """The inverse of `state`. Raises KeyError for a missing tensor, ValueError for one of another shape."""
         for key, bank, j in self._banks_of(k):
             bank.load_slot(j, {name: state[f"{key}/{name}"] for name in bank.values})
         if self._trained:
@@ -250,7 +253,7 @@ class Attachment(nn.Module):
                 parameter.copy_(state[f"backbone/full/{names[parameter]}"])
 
     def _banks_of(self, k: int) -> Iterator[tuple[str, Bank, int]]:
-        """Banks that serve slot k: a name that does not depend on the pack, the bank, and the slot's place in it."""
+        """Banks that serve slot k: a name that is the same in any pack, the bank, the slot's place in it."""
         seen: dict[str, int] = {}
         for bank, slots in zip(self.banks, self._slots_of, strict=True):
             served = list(range(self.num_slots)) if slots is None else slots.tolist()
@@ -261,10 +264,10 @@ class Attachment(nn.Module):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """The adapters of a single slot folded into the backbone's weights, hooks off; undone bit for bit at the end.
+        """The adapters of a single slot folded into the backbone's weights; undone bit for bit at the end.
 
-        An adapter that cannot be merged keeps its hook, and so do those that act after it at the same module. Raises
-        ValueError for more than one slot.
+        An adapter that cannot be merged keeps its hook, and so do those that act after it at the same module.
+        Raises ValueError for more than one slot.
         """
         if self.num_slots != 1:
             raise ValueError("only a single slot can be merged into the backbone")
@@ -275,7 +278,8 @@ class Attachment(nn.Module):
         self._unhook()
         try:
             for bank in banks:
-                if not bank.specs[0].mergeable or any(bank.site.module == other.site.module for other in kept):
+                stays = any(bank.site.module == other.site.module for other in kept)
+                if stays or not bank.specs[0].mergeable:
                     kept.append(bank)
                     continue
                 module = model.get_submodule(bank.site.module)
@@ -310,7 +314,7 @@ class Attachment(nn.Module):
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Take everything off: hooks, gradient flags, and the backbone's own values where they were trained."""
+        """Take everything off: hooks, gradient flags, modes, and put back what was trained of the backbone."""
         self._unhook()
         for parameter, value in self._trained:
             parameter.copy_(value)

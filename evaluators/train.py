@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -13,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from autopeft.evaluators import batching
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request
+from autopeft.evaluators.base import Costs, Evaluator, OutOfMemory, Outcome, Request
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.measured import measure
 from autopeft.evaluators.tasks import TASKS, Batch, Example
@@ -22,6 +24,7 @@ from autopeft.search_space.problem import Measurement
 from autopeft.search_space.training import Training
 
 EVALUATION_BATCH_SIZE = 64
+logger = logging.getLogger(__name__)
 
 
 class TrainingFailed(RuntimeError):
@@ -68,7 +71,7 @@ class TrainEvaluator(Evaluator):
         }
         if not measured:
             return Costs(values=values)
-        with self.attach(Request(candidate=candidate)) as attachment:
+        with memory_errors(), self.attach(Request(candidate=candidate)) as attachment:
             found = measure(attachment, self.task, self.typical_batch(candidate), measured)
         return Costs(values={**values, **found.values}, spread=found.spread)
 
@@ -104,16 +107,15 @@ class TrainEvaluator(Evaluator):
 
     def _evaluate(self, request: Request, report: Callable[[int], None]) -> Outcome:
         try:
-            with self.attach(request) as attachment:
+            with memory_errors(), self.attach(request) as attachment:
                 return self._train(request, attachment, report)
+        except OutOfMemory as error:
+            return Outcome(failure="infeasible", reason=str(error))
         except TrainingFailed as error:
             return Outcome(failure="failed", reason=str(error))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            return Outcome(failure="infeasible", reason=f"out of memory: {str(error).splitlines()[0]}")
-        except RuntimeError as error:
-            if "allocate memory" in str(error):  # torch's CPU allocator has no exception class of its own
-                return Outcome(failure="infeasible", reason=f"out of memory: {str(error).splitlines()[0]}")
-            raise
+        except Exception as error:  # a candidate that breaks in a way of its own must not take the others along
+            logger.debug("candidate %s", request.candidate.key, exc_info=True)
+            return Outcome(failure="failed", reason=f"{type(error).__name__}: {error}")
 
     def _train(self, request: Request, attachment: Attachment, report: Callable[[int], None]) -> Outcome:
         begin = time.perf_counter()
@@ -200,6 +202,19 @@ class TrainEvaluator(Evaluator):
         if not all(map(math.isfinite, columns["loss"])):
             raise TrainingFailed(f"the loss on the {split} split is not a number")
         return columns
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns every way in which torch runs out of memory into OutOfMemory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch's CPU allocator has no exception class of its own
+            raise
+        raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
 
 
 def rate(step: int, steps: int, training: Training) -> float:

@@ -12,8 +12,9 @@ from torch import Tensor
 def packed_lora(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
     """The update scale * (x A^T) B^T of every slot (Hu et al. 2021, section 4.1).
 
-    x: [K, T, D_in], a: [K, R, D_in], b: [K, D_out, R], scale: [K], mask: [K, R] with 1 for the ranks that a slot owns
-    (None: all). Returns [K, T, D_out]. Grouped matrix products are `bmm` because slots are equal in length.
+    x: [K, T, D_in], a: [K, R, D_in], b: [K, D_out, R], scale: [K], mask: [K, R] with 1 for the ranks that a
+    slot owns (None: all). Returns [K, T, D_out]. Grouped matrix products are `bmm` because slots are equal in
+    length.
     """
     h = torch.bmm(x, a.transpose(1, 2))
     # The scale is applied to the narrow side: R numbers per token and not D_out.

@@ -1,4 +1,4 @@
-"""What is wrong with a study file whatever its model is: names that are not registered, settings that do not fit."""
+"""What is wrong with a study file whatever its model: unknown names, settings that do not fit."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from autopeft.search_space.backbone import ROLES, Backbone, Site
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.space import SpaceError
 from autopeft.search_space.suggestions import did_you_mean
-from autopeft.studies.declaration import Problem, declare
+from autopeft.studies.declaration import declare
+from autopeft.studies.source import Keys
 
 if TYPE_CHECKING:
     from autopeft.studies.study_file import StudyFile
 
+Finding = tuple[Keys, str]
 #: Genes of these names mean something else: "layers.3.on", "training.learning_rate".
 _RESERVED = ("layers", "training")
 _OUTSIDE_LAYERS = ("embed", "backbone", "head")
 _SPLITS = ("train", "validation", "test")
 
 
-def problems_of(study: StudyFile) -> Iterator[Problem]:
+def problems_of(study: StudyFile) -> Iterator[Finding]:
     """Every problem that can be seen without the model and the data."""
     yield from _search_problems(study)
     yield from _objective_problems(study)
@@ -30,7 +32,7 @@ def problems_of(study: StudyFile) -> Iterator[Problem]:
     yield from _space_problems(study)
 
 
-def _search_problems(study: StudyFile) -> Iterator[Problem]:
+def _search_problems(study: StudyFile) -> Iterator[Finding]:
     # Imported here, like everything that is slow to import: `autopeft --help` must not wait for it.
     from autopeft.search_space.presets import BASELINES
     from autopeft.searchers import SEARCHERS
@@ -40,12 +42,14 @@ def _search_problems(study: StudyFile) -> Iterator[Problem]:
         yield ("search", "searcher"), f"unknown searcher {searcher!r}{did_you_mean(searcher, SEARCHERS)}"
     if rungs != sorted(set(rungs)):
         yield ("search", "rungs"), "must ascend"
+    elif rungs and rungs[-1] >= study.search.share:
+        yield ("search", "rungs"), f"must lie below search.share, which is {study.search.share}"
     for i, name in enumerate(study.baselines.names):
         if name not in BASELINES:
             yield ("baselines", "names", i), f"unknown baseline {name!r}{did_you_mean(name, BASELINES)}"
 
 
-def _objective_problems(study: StudyFile) -> Iterator[Problem]:
+def _objective_problems(study: StudyFile) -> Iterator[Finding]:
     names = [objective.name for objective in study.objectives]
     for i, name in enumerate(names):
         if name not in METRICS:
@@ -57,7 +61,7 @@ def _objective_problems(study: StudyFile) -> Iterator[Problem]:
         yield ("objectives",), f"one must be {quality}: by cost alone, no adapter at all is the best"
 
 
-def _data_problems(study: StudyFile) -> Iterator[Problem]:
+def _data_problems(study: StudyFile) -> Iterator[Finding]:
     for split in _SPLITS:
         name = getattr(study.data, split)
         if study.data.source == "files" and name is None:
@@ -71,7 +75,7 @@ def _data_problems(study: StudyFile) -> Iterator[Problem]:
             yield ("model", "id"), "the embedded model is an encoder: name a causal language model"
 
 
-def _name_problems(study: StudyFile) -> Iterator[Problem]:
+def _name_problems(study: StudyFile) -> Iterator[Finding]:
     """Names become the beginnings of genes, so they must not meet."""
     space = study.space
     for section in ("adapters", "one_of"):
@@ -89,7 +93,7 @@ def _name_problems(study: StudyFile) -> Iterator[Problem]:
             group_of[member] = name
 
 
-def _space_problems(study: StudyFile) -> Iterator[Problem]:
+def _space_problems(study: StudyFile) -> Iterator[Finding]:
     """The space, tried on a model that has every site."""
     model = _model_with_everything(max(12, study.space.stages or 0))
     declared = declare(study, model)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from autopeft.studies.study_file import StudyFile
 
 #: The path of the offending key in the file, and what is wrong there.
-Problem = tuple[tuple[str | int, ...], str]
+Finding = tuple[tuple[str, ...], str]
 PRESET = ("space", "preset")
+#: Groups of layers where neither the file nor its preset says how many.
 STAGES = 4
 
 
@@ -32,7 +33,7 @@ class Declaration:
     """Arguments of `SearchSpace` as far as they could be read, and the problems found on the way."""
 
     arguments: dict[str, Any]
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)
 
     def space(self, backbone: Backbone) -> SearchSpace:
         """Raises SpaceError with all problems."""
@@ -40,11 +41,11 @@ class Declaration:
         try:
             space = SearchSpace(backbone=backbone, **self.arguments)
         except SpaceError as error:
-            found = [(path if path[0] == "training" else ("space", *path), what) for path, what in error.problems]
-            if PRESET in (path for path, _ in problems):
-                # Nobody knows what it would have brought: no word about what is missing.
-                found = [(path, what) for path, what in found if path[:2] == ("space", "adapters") and len(path) > 2]
-            problems += found
+            broken_preset = PRESET in dict(problems)
+            for path, what in error.problems:
+                # Nobody knows what a broken preset would have brought: only its adapters' own problems count.
+                if not broken_preset or (path[0] == "adapters" and len(path) > 1):
+                    problems.append((path if path[0] == "training" else ("space", *path), what))
         if problems:
             raise SpaceError(problems)
         return space
@@ -70,7 +71,7 @@ def declare(study: StudyFile, backbone: Backbone) -> Declaration:
     return declared
 
 
-def _preset(study: StudyFile, backbone: Backbone, problems: list[Problem]) -> Mapping[str, Any]:
+def _preset(study: StudyFile, backbone: Backbone, problems: list[Finding]) -> Mapping[str, Any]:
     from autopeft.search_space.presets import PRESETS
 
     name = study.space.preset
@@ -86,7 +87,7 @@ def _preset(study: StudyFile, backbone: Backbone, problems: list[Problem]) -> Ma
         return {}
 
 
-def _adapter(name: str, settings: AdapterSettings, problems: list[Problem]) -> AdapterChoice:
+def _adapter(name: str, settings: AdapterSettings, problems: list[Finding]) -> AdapterChoice:
     path = ("space", "adapters", name)
     kind = settings.kind or name
     fields = dict(_settings(ADAPTERS.get(kind), settings.fields, path, problems))
@@ -102,7 +103,7 @@ def _adapter(name: str, settings: AdapterSettings, problems: list[Problem]) -> A
 
 
 def _settings(
-    owner: type | None, settings: Mapping[str, Any], path: tuple[str, ...], problems: list[Problem]
+    owner: type | None, settings: Mapping[str, Any], path: tuple[str, ...], problems: list[Finding]
 ) -> Iterator[tuple[str, Domain | Value]]:
     """Pairs of field and domain or value, without those that are wrong."""
     hints = get_type_hints(owner) if owner else {}
@@ -123,15 +124,17 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def domain(setting: Any, expected: type | None) -> Domain | Value:
-    """A setting as the space wants it. A range is one of whole numbers if its field is whole or, where that is not
-    known, if both its ends are. Numbers take the field's type: 16 and 16.0 would be two keys of one network.
+    """A setting as the space wants it. Raises ValueError.
+
+    A range is one of whole numbers if its field is whole or, where that is not known, if both its ends are.
+    Numbers take the field's type: 16 and 16.0 would be two keys of one network.
     """
     if isinstance(setting, Range):
         whole = isinstance(setting.low, int) and isinstance(setting.high, int)
         if expected in (bool, str) or (expected is int and not whole):
             raise ValueError(f"must be {_WORDS[expected]}, not {'this' if whole else 'a'} range")
         if whole and expected is not float:
-            return Int(low=setting.low, high=setting.high, step=setting.step or 1, log=setting.log)
+            return Int(low=int(setting.low), high=int(setting.high), step=setting.step or 1, log=setting.log)
         if setting.step is not None:
             raise ValueError("step is for whole numbers; list the values instead")
         return Float(low=float(setting.low), high=float(setting.high), log=setting.log)

@@ -1,4 +1,4 @@
-"""Errors that are the user's to repair: one clear text on stderr, no traceback, and an exit code of their own."""
+"""Errors that are the user's to repair: a clear text on stderr, no traceback, an exit code of their own."""
 
 from __future__ import annotations
 

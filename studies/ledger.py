@@ -11,6 +11,7 @@ import json
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -18,6 +19,7 @@ import sqlalchemy.exc
 from optuna.trial import TrialState, create_trial
 
 from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.problem import Measurement, Objective, Problem, Trial
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
@@ -26,8 +28,20 @@ from autopeft.studies.study_file import differences
 # What belongs to an evaluation stands in one attribute, so that it is written in one step.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
+BACKBONE, LABELS = "autopeft.backbone", "autopeft.labels"
 # Scores per example are long and only read by machines.
 PACKED = ("per_example", "test_per_example")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a ledger keeps of its study beside the trials. `settings`: the study file as it was first run."""
+
+    objectives: Sequence[Objective]
+    backbone: Backbone
+    labels: tuple[str, ...] | None
+    settings: str
+    fingerprint: Mapping[str, Any]
 
 
 class Ledger:
@@ -37,22 +51,24 @@ class Ledger:
         self._study = study
 
     @classmethod
-    def create(
-        cls, url: str, name: str, objectives: Sequence[Objective], fingerprint: Mapping[str, Any], settings: str
-    ) -> Ledger:
+    def create(cls, url: str, name: str, about: About) -> Ledger:
         """A new study. Raises ConfigurationError if there is one of that name, EnvironmentProblem if the storage
         cannot be used.
         """
         storage = _storage(url)
         if name in _names(storage):
-            raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` goes on with it")
-        directions = ["maximize" if o.maximise else "minimize" for o in objectives]
+            study = optuna.load_study(study_name=name, storage=storage)
+            if FINGERPRINT in study.user_attrs:
+                raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` goes on with it")
+            optuna.delete_study(study_name=name, storage=storage)  # killed while it was made: it holds nothing
+        directions = ["maximize" if o.maximise else "minimize" for o in about.objectives]
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-        study.set_metric_names([o.name for o in objectives])
+        study.set_metric_names([o.name for o in about.objectives])
         study.set_user_attr(IDENTITY, uuid.uuid4().hex)
-        study.set_user_attr(SETTINGS, settings)
-        # Last: a study without it was killed while it was made, and holds nothing.
-        study.set_user_attr(FINGERPRINT, dict(fingerprint))
+        study.set_user_attr(SETTINGS, about.settings)
+        study.set_user_attr(BACKBONE, about.backbone.to_dict())
+        study.set_user_attr(LABELS, about.labels and list(about.labels))
+        study.set_user_attr(FINGERPRINT, dict(about.fingerprint))  # last: what has it is complete
         return cls(study)
 
     @classmethod
@@ -77,8 +93,9 @@ class Ledger:
         return cls(study)
 
     @staticmethod
-    def exists(url: str, name: str) -> bool:
-        return name in _names(_storage(url))
+    def names(url: str) -> list[str]:
+        """The studies that a storage holds."""
+        return _names(_storage(url))
 
     @property
     def study_id(self) -> str:
@@ -88,6 +105,15 @@ class Ledger:
     def settings(self) -> str:
         """The study file as it was first run."""
         return self._study.user_attrs[SETTINGS]
+
+    @property
+    def backbone(self) -> Backbone:
+        return Backbone.from_dict(self._study.user_attrs[BACKBONE])
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        labels = self._study.user_attrs[LABELS]
+        return None if labels is None else tuple(labels)
 
     def trials(self) -> list[Trial]:
         """Every evaluation, ended or not, in order."""

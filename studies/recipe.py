@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from autopeft.evaluators.tasks import data as task_data
 
 SCHEMA_VERSION = 1
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 _HEADER = """\
 autopeft recipe. `autopeft train` trains it, `autopeft verify` trains it again and checks what it promises,
@@ -99,7 +100,7 @@ class RecipeBackbone(_Part):
     num_layers: int
     num_params: int
     causal: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class RecipeData(DataSettings):
@@ -144,7 +145,7 @@ Spec = Annotated[AdapterSpec, PlainValidator(_spec), PlainSerializer(lambda spec
 
 
 class Recipe(_Part):
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     backbone: RecipeBackbone
     task: Literal["classification", "causal-lm"]
     labels: tuple[str, ...] | None = None
@@ -181,10 +182,10 @@ class Recipe(_Part):
         backbone: Backbone,
         candidate: Candidate,
         head_sites: Sequence[Site],
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         **rest: Any,
     ) -> Recipe:
-        """The recipe of a candidate; `rest`: the other fields. Raises pydantic's ValidationError."""
+        """The recipe of a candidate; `rest`: the other fields. Raises ValueError (pydantic's, for most)."""
         chosen = dict(candidate.architecture.adapters)
         # The backbone's order, which is that of the layers and that in which adapters are attached.
         used = [site for site in backbone.sites if site.name in chosen]
@@ -194,7 +195,7 @@ class Recipe(_Part):
             architecture={site.name: chosen[site.name] for site in used},
             sites={site.name: site for site in (*used, *head_sites)},
             head_modules=backbone.head_modules,
-            training=dict(candidate.training),
+            training=Training(**candidate.training),
             **rest,
         )
 

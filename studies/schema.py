@@ -41,6 +41,8 @@ def json_schema() -> dict[str, Any]:
         for kind in ADAPTERS
     }
     adapters["additionalProperties"] = named
+    (pattern,) = adapters.pop("patternProperties")  # it stands for the settings that were taken apart
+    adapters["propertyNames"] = {"pattern": pattern}
     return {"$schema": DIALECT, **schema, "title": "autopeft study file"}
 
 

@@ -1,5 +1,6 @@
-"""The sections of a study file. Their descriptions become the JSON schema; what a section alone cannot know (names
-in a registry, two settings that do not go together, the model) is checked in `declaration.py`.
+"""The sections of a study file. Their descriptions become the JSON schema.
+
+What a section alone cannot know (registered names, settings that do not go together) is in `checks.py`.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class Section(BaseModel):
 class Range(Section):
     """Every number from low to high."""
 
-    # Not a union of types, so that whole numbers stay whole and a wrong type is one problem.
+    # Both types, so that whole numbers stay whole; float first, so that a wrong type reads "a number".
     low: float | int = Field(description="smallest value")
     high: float | int = Field(description="largest value")
-    log: bool = Field(False, description="spread over orders of magnitude")
-    step: int | None = Field(None, ge=1, description="distance between whole numbers")
+    log: bool = Field(default=False, description="spread over orders of magnitude")
+    step: int | None = Field(default=None, ge=1, description="distance between whole numbers")
 
 
 def _scalar(value: Any) -> Any:
@@ -68,12 +69,16 @@ class ModelSettings(Section):
     """The frozen transformer."""
 
     id: str = Field(
-        "embedded", min_length=1, description="embedded (a small English encoder), a folder, or a hub id"
+        default="embedded",
+        min_length=1,
+        description="embedded (a small English encoder), a folder, or a hub id",
     )
-    revision: str | None = Field(None, description="commit or tag on the hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of its weights")
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="type of its weights"
+    )
     modules: dict[str, str] | None = Field(
-        None, description="paths of its modules by role, for a family that is not recognised"
+        default=None, description="paths of its modules by role, for a family that is not recognised"
     )
 
 
@@ -81,33 +86,45 @@ class DataSettings(Section):
     """Rows to train on and to choose by. Test rows are seen by the final front only."""
 
     source: str = Field(
-        "embedded", min_length=1, description="embedded (topics of docstrings), files, or the id of a hub dataset"
+        default="embedded",
+        min_length=1,
+        description="embedded (topics of docstrings), files, or the id of a hub dataset",
     )
-    revision: str | None = Field(None, description="commit or tag on the hub")
-    train: str | None = Field(None, description="file (.jsonl, .csv, .parquet) or, on the hub, split")
-    validation: str | None = Field(None, description="the same, for the rows that candidates are compared on")
-    test: str | None = Field(None, description="the same, for the final front")
-    text: str = Field("text", description="column of the text")
-    label: str = Field("label", description="column of the class")
-    prompt: str = Field("prompt", description="column of the prompt (causal-lm)")
-    completion: str = Field("completion", description="column of the text to learn (causal-lm)")
-    max_length: int = Field(64, ge=1, description="longest row in tokens; the rest is cut")
-    max_train_rows: int | None = Field(None, ge=1, description="train on the first so many rows; null: on all")
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+    train: str | None = Field(default=None, description="file (.jsonl, .csv, .parquet) or, on the hub, split")
+    validation: str | None = Field(
+        default=None, description="the same, for the rows that candidates are compared on"
+    )
+    test: str | None = Field(default=None, description="the same, for the final front")
+    text: str = Field(default="text", description="column of the text")
+    label: str = Field(default="label", description="column of the class")
+    prompt: str = Field(default="prompt", description="column of the prompt (causal-lm)")
+    completion: str = Field(default="completion", description="column of the text to learn (causal-lm)")
+    max_length: int = Field(default=64, ge=1, description="longest row in tokens; the rest is cut")
+    max_train_rows: int | None = Field(
+        default=None, ge=1, description="train on the first so many rows; null: on all"
+    )
 
 
 class AdapterSettings(Section):
-    """One adapter type in the space. Any field of its kind may stand beside these, as a value, list or range."""
+    """One adapter type in the space. Any field of its kind may stand here too, as a value, list or range."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Setting] = Field(init=False)
 
-    kind: str | None = Field(None, description="adapter type; default: the name of this entry")
-    at: tuple[str, ...] = Field((), description="roles of the sites it may take; default: the type's own")
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, description="those layers only")
-    placement: Granularity | None = Field(
-        None, description="search where it is on, at this granularity; null: always on"
+    kind: str | None = Field(default=None, description="adapter type; default: the name of this entry")
+    at: tuple[str, ...] = Field(
+        default=(), description="roles of the sites it may take; default: the type's own"
     )
-    vary: dict[str, Granularity] = Field({}, description="fields chosen per stage, layer or site, not once")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, description="those layers only"
+    )
+    placement: Granularity | None = Field(
+        default=None, description="search where it is on, at this granularity; null: always on"
+    )
+    vary: dict[str, Granularity] = Field(
+        default={}, description="fields chosen per stage, layer or site, not once"
+    )
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -119,19 +136,23 @@ class OneOfSettings(Section):
     """Exactly one of these adapters is present."""
 
     members: tuple[str, ...] = Field(min_length=1, description="names of adapters of this space")
-    per: Granularity = Field("model", description="how often the choice is made")
-    optional: bool = Field(False, description="none of them is a choice too")
+    per: Granularity = Field(default="model", description="how often the choice is made")
+    optional: bool = Field(default=False, description="none of them is a choice too")
 
 
 class SpaceSettings(Section):
     """Which adapters, of what size, where. A preset and adapters of the file's own may be combined."""
 
-    preset: str | None = Field(None, description="a published space to start from")
-    adapters: dict[Name, AdapterSettings] = Field({}, description="adapters by name")
-    one_of: dict[Name, OneOfSettings] = Field({}, description="groups that exclude each other, by name")
-    layer_gate: bool | None = Field(None, description="one on/off bit per layer that all adapters share")
+    preset: str | None = Field(default=None, description="a published space to start from")
+    adapters: dict[Name, AdapterSettings] = Field(default={}, description="adapters by name")
+    one_of: dict[Name, OneOfSettings] = Field(
+        default={}, description="groups that exclude each other, by name"
+    )
+    layer_gate: bool | None = Field(
+        default=None, description="one on/off bit per layer that all adapters share"
+    )
     stages: int | None = Field(
-        None, ge=1, description="equal groups of layers for 'stage'; default: the preset's, or 4"
+        default=None, ge=1, description="equal groups of layers for 'stage'; default: the preset's, or 4"
     )
 
 
@@ -141,22 +162,30 @@ _DEFAULTS = Training()
 class TrainingSettings(Section):
     """How each candidate is trained. Search the learning rate: the best one depends on the adapter's size."""
 
-    learning_rate: Setting = Field(Range(low=5e-4, high=1e-2, log=True), description="peak rate of AdamW")
-    weight_decay: Setting = Field(_DEFAULTS.weight_decay, description="decoupled weight decay")
-    epochs: Setting = Field(_DEFAULTS.epochs, description="passes over the training rows")
-    batch_size: Setting = Field(_DEFAULTS.batch_size, description="rows per step")
-    warmup: Setting = Field(_DEFAULTS.warmup, description="share of the steps with a rising rate")
-    schedule: Setting = Field(_DEFAULTS.schedule, description="linear, cosine or constant")
-    max_grad_norm: Setting = Field(_DEFAULTS.max_grad_norm, description="clip of the gradient norm; 0: none")
+    learning_rate: Setting = Field(
+        default=Range(low=5e-4, high=1e-2, log=True), description="peak rate of AdamW"
+    )
+    weight_decay: Setting = Field(default=_DEFAULTS.weight_decay, description="decoupled weight decay")
+    epochs: Setting = Field(default=_DEFAULTS.epochs, description="passes over the training rows")
+    batch_size: Setting = Field(default=_DEFAULTS.batch_size, description="rows per step")
+    warmup: Setting = Field(default=_DEFAULTS.warmup, description="share of the steps with a rising rate")
+    schedule: Setting = Field(default=_DEFAULTS.schedule, description="linear, cosine or constant")
+    max_grad_norm: Setting = Field(
+        default=_DEFAULTS.max_grad_norm, description="clip of the gradient norm; 0: none"
+    )
 
 
 class ObjectiveSettings(Section):
     """One thing that counts; a bare name will do."""
 
     name: str = Field(description="a metric")
-    bound: float | None = Field(None, description="worst value that you accept")
-    reference: float | None = Field(None, description="corner for the hypervolume; default: from the trials")
-    direction: Literal["maximise", "minimise"] | None = Field(None, description="default: the metric's own")
+    bound: float | None = Field(default=None, description="worst value that you accept")
+    reference: float | None = Field(
+        default=None, description="corner for the hypervolume; default: from the trials"
+    )
+    direction: Literal["maximise", "minimise"] | None = Field(
+        default=None, description="default: the metric's own"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -167,14 +196,14 @@ class ObjectiveSettings(Section):
 class ConstraintSettings(Section):
     """Upper limits. A candidate that must break one is rejected before it is trained."""
 
-    num_params: Positive | None = Field(None, description="trainable parameters, without the head")
+    num_params: Positive | None = Field(default=None, description="trainable parameters, without the head")
     trainable_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="the same as a share of the model's parameters"
+        default=None, description="the same as a share of the model's parameters"
     )
-    stored_bytes: Positive | None = Field(None, description="size of the adapters on disk")
-    flops_per_token: Positive | None = Field(None, description="operations added per token")
-    latency_s: Positive | None = Field(None, description="seconds of a forward pass, unmerged")
-    peak_memory_bytes: Positive | None = Field(None, description="memory of a training step")
+    stored_bytes: Positive | None = Field(default=None, description="size of the adapters on disk")
+    flops_per_token: Positive | None = Field(default=None, description="operations added per token")
+    latency_s: Positive | None = Field(default=None, description="seconds of a forward pass, unmerged")
+    peak_memory_bytes: Positive | None = Field(default=None, description="memory of a training step")
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -183,35 +212,41 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class SearchSettings(Section):
     """The search itself."""
 
-    searcher: str = Field("tpe", description="what proposes the candidates")
-    trials: int = Field(40, ge=1, description="candidates to try")
-    share: Share = Field(1.0, description="share of the training steps that a candidate gets")
-    rungs: tuple[Share, ...] = Field((), description="shares of the steps with a validation, ascending")
-    timeout_s: Positive | None = Field(None, description="stop after so many seconds")
+    searcher: str = Field(default="tpe", description="what proposes the candidates")
+    trials: int = Field(default=40, ge=1, description="candidates to try")
+    share: Share = Field(default=1.0, description="share of the training steps that a candidate gets")
+    rungs: tuple[Share, ...] = Field(
+        default=(), description="shares of the steps with a validation, ascending"
+    )
+    timeout_s: Positive | None = Field(default=None, description="stop after so many seconds")
 
 
 class BaselineSettings(Section):
     """What the front is shown against, tuned over the learning rate."""
 
-    names: tuple[str, ...] = Field(("head", "lora-r8-qv", "full"), description="fixed set-ups to train as well")
+    names: tuple[str, ...] = Field(
+        default=("head", "lora-r8-qv", "full"), description="fixed set-ups to train as well"
+    )
     learning_rates: tuple[Positive, ...] = Field(
-        (5e-4, 2e-3, 5e-3), min_length=1, description="rates tried for each"
+        default=(5e-4, 2e-3, 5e-3), min_length=1, description="rates tried for each"
     )
     full_learning_rates: tuple[Positive, ...] = Field(
-        (5e-5, 2e-4), min_length=1, description="rates tried for full fine-tuning"
+        default=(5e-5, 2e-4), min_length=1, description="rates tried for full fine-tuning"
     )
 
 
 class FinalistSettings(Section):
     """Candidates of the front that are trained again, for error bars."""
 
-    seeds: int = Field(3, ge=1, description="seeds per finalist")
-    most: int = Field(6, ge=1, description="finalists at most")
+    seeds: int = Field(default=3, ge=1, description="seeds per finalist")
+    most: int = Field(default=6, ge=1, description="finalists at most")
 
 
 class TrackingSettings(Section):
     """The MLflow report."""
 
-    enabled: bool = Field(True, description="write one")
-    uri: str | None = Field(None, description="MLflow server; default: mlflow.db in the output folder")
-    experiment: str | None = Field(None, description="its experiment; default: the name of the study")
+    enabled: bool = Field(default=True, description="write one")
+    uri: str | None = Field(
+        default=None, description="MLflow server; default: mlflow.db in the output folder"
+    )
+    experiment: str | None = Field(default=None, description="its experiment; default: the name of the study")

@@ -77,6 +77,15 @@ class Snapshot:
         return list(best.values())
 
     @property
+    def objectives_by_name(self) -> dict[str, Objective]:
+        return {objective.name: objective for objective in self.objectives}
+
+    @property
+    def ended(self) -> tuple[Trial, ...]:
+        """Evaluations that are over, whatever came of them; copies of another trial were none."""
+        return tuple(trial for trial in self.trials if trial.state != "running" and trial.role != "copy")
+
+    @property
     def search_trials(self) -> tuple[Trial, ...]:
         return tuple(trial for trial in self.trials if trial.role == "search")
 
@@ -122,6 +131,10 @@ class Snapshot:
             )
             for entry, (value, std_err), member in zip(entries, values, on_front, strict=True)
         ]
+
+    def values_of(self, entry: Entry) -> tuple[dict[str, float], dict[str, float]]:
+        """Values and standard errors by metric name, over all of its runs."""
+        return self._values(entry, self.seed_sd())
 
     def _values(self, entry: Entry, seed_sd: SeedSd | None) -> tuple[dict[str, float], dict[str, float]]:
         assert entry.trial.measurement is not None

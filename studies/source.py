@@ -1,4 +1,4 @@
-"""Where the settings of a study come from: a YAML file, the environment, `--set`; and where each of them stands."""
+"""Where the settings of a study come from (YAML, environment, `--set`) and where each of them stands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Source:
             self.problems.append(f"{name}:1 a study file is a mapping of keys to values")
 
     def override(self, key: str, text: str, origin: str) -> None:
-        """Set the value at a dotted `key`; `text` is YAML. Names may be spelt as environment variables can be."""
+        """Set the value at a dotted `key`; `text` is YAML. Case and hyphens of names do not count."""
         try:
             value = _plain(YAML(typ="safe", pure=True).load(text))
         except YAMLError as error:
@@ -93,7 +93,7 @@ class Source:
 
     def _find(self, path: Keys) -> tuple[int | None, bool]:
         """The line of the last key of `path` that the file has, and whether that is the whole path."""
-        node = self._document
+        node: Any = self._document
         line = 1 if hasattr(node, "lc") else None
         for key in path:
             try:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors.torch import save_file
 
-from autopeft.evaluators.base import Evaluator, Outcome, Request
+from autopeft.evaluators.base import Costs, Evaluator, OutOfMemory, Outcome, Request
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.limits import Limits
@@ -158,12 +158,8 @@ class Study:
                 searcher_state=suggestions[0].state,
                 of=None if twin is None else twin.number,
             )
-            if twin is not None:
-                self._finish(replace(twin, number=trial.number, role=COPY, of=twin.number, genes=trial.genes,
-                                     searcher_state=trial.searcher_state))  # fmt: skip
-                rejected += 1
-            else:
-                rejected = rejected + 1 if self._evaluate(trial, watcher).state == "infeasible" else 0
+            ended = self._evaluate(trial, watcher)
+            rejected = rejected + 1 if ended.role == COPY or ended.state == "infeasible" else 0
             if rejected >= MOST_REJECTIONS:
                 break
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
@@ -188,7 +184,7 @@ class Study:
             return
         space, rng = self.problem.space, Random(self.settings.seed)
         probes = [space.smallest(), *(space.sample(rng) for _ in range(PROBES))]
-        reasons = [self._objection(space.decode(probe), measure=False) for probe in probes]
+        reasons = [self._objection(space.decode(probe)) for probe in probes]
         if all(reasons):
             least = min(
                 (space.decode(probe).architecture for probe in probes if space.decode(probe).architecture),
@@ -213,27 +209,36 @@ class Study:
 
     def _evaluate(self, trial: Trial, watcher: Watcher) -> Trial:
         self.trials[trial.number] = trial
+        if trial.role == COPY:
+            return self._finish(replace(self.trials[trial.of], **_own(trial)))
         request = self._request(trial)
         watcher.begin(trial, self.evaluator.num_steps(request))
-        objection = self._objection(trial.candidate) if trial.role == SEARCH else None
+        try:
+            objection, costs = self._weigh(trial)
+        except OutOfMemory as error:
+            objection, costs = (1.0, str(error)), Costs(values={})
         if objection is not None:
             return self._end(replace(trial, state="infeasible", violation=objection[0], error=objection[1]), watcher)
-        costs = self.evaluator.costs(trial.candidate, self.measured)
         outcome = self.evaluator.evaluate([request], watcher.step)[0]
         if outcome.measurement is None:
             violation = 1.0 if outcome.failure == "infeasible" else 0.0
-            return self._end(
-                replace(trial, state=outcome.failure, violation=violation, error=outcome.reason), watcher
-            )
-        measurement = replace(
-            outcome.measurement,
-            values={**outcome.measurement.values, **costs.values},
-            spread=costs.spread,
-        )
+            ended = replace(trial, state=outcome.failure, violation=violation, error=outcome.reason)
+            return self._end(ended, watcher)
+        values = {**outcome.measurement.values, **costs.values}
+        measurement = replace(outcome.measurement, values=values, spread=costs.spread)
         self._save_weights(trial, outcome)
-        return self._end(
-            replace(trial, state="complete", measurement=measurement, violation=self._violation(measurement)), watcher
-        )
+        violation = max(o.violation(values[o.name]) for o in self.problem.objectives)
+        return self._end(replace(trial, state="complete", measurement=measurement, violation=violation), watcher)
+
+    def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:
+        """The objection to a candidate of the search, if there is one, and its costs. Declared costs come first:
+        nothing is measured of a candidate that they rule out.
+        """
+        objection = self._objection(trial.candidate) if trial.role == SEARCH else None
+        if objection is not None:
+            return objection, Costs(values={})
+        costs = self.evaluator.costs(trial.candidate, self.measured)
+        return (self.limits.objection(costs.values) if trial.role == SEARCH else None), costs
 
     def _request(self, trial: Trial) -> Request:
         final = trial.role == FINALIST
@@ -246,27 +251,24 @@ class Study:
             keep_weights=final and trial.seed == self.settings.seed + 1,
         )
 
-    def _objection(self, candidate: Candidate, measure: bool = True) -> tuple[float, str] | None:
-        """Why a candidate is not worth training: the size of the violation and the reason."""
+    def _objection(self, candidate: Candidate) -> tuple[float, str] | None:
+        """Why a candidate is not worth training by what it declares: the size of the violation and the reason."""
         if not candidate.architecture:
             return 1.0, "no adapter is on: that is the baseline `head`"
-        measured = self.measured & self.limits.most.keys() if measure else frozenset()
-        return self.limits.objection(self.evaluator.costs(candidate, measured).values)
-
-    def _violation(self, measurement: Measurement) -> float:
-        return max(o.violation(measurement.values[o.name]) for o in self.problem.objectives)
+        return self.limits.objection(self.evaluator.costs(candidate).values)
 
     def _end(self, trial: Trial, watcher: Watcher) -> Trial:
         self._finish(trial)
         snapshot = self.snapshot()
-        if self.tracker is not None and trial.role != COPY:
+        if self.tracker is not None:
             self.tracker.sync(snapshot)
         watcher.end(trial, snapshot)
         return trial
 
-    def _finish(self, trial: Trial) -> None:
+    def _finish(self, trial: Trial) -> Trial:
         self.ledger.finish(trial, self.problem.objectives)
         self.trials[trial.number] = trial
+        return trial
 
     # The final front
 
@@ -304,6 +306,11 @@ class Study:
         draft = path.with_suffix(".partial")
         save_file(dict(outcome.weights), draft)
         draft.replace(path)
+
+
+def _own(trial: Trial) -> dict[str, Any]:
+    """What a copy does not take from the trial that it repeats."""
+    return {name: getattr(trial, name) for name in ("number", "role", "genes", "of", "searcher_state")}
 
 
 def weights_path(settings: StudyFile, number: int) -> Path:

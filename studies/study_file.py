@@ -1,6 +1,6 @@
 """The study file: every setting of a study, read and checked as a whole.
 
-Precedence: defaults < file < environment (`AUTOPEFT__SEARCH__TRIALS=5`) < overrides (`--set search.trials=5`).
+Precedence: defaults < file < environment (`AUTOPEFT__SEARCH__TRIALS=5`) < `--set search.trials=5`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ class StudyFile(settings.Section):
     """The settings of one study."""
 
     study: settings.Name = Field(description="name of the study: letters, digits, - and _")
-    seed: int = Field(0, ge=0, description="the same seed gives the same study")
-    task: Literal["classification", "causal-lm"] = Field("classification", description="what is learnt")
+    seed: int = Field(default=0, ge=0, description="the same seed gives the same study")
+    task: Literal["classification", "causal-lm"] = Field(
+        default="classification", description="what is learnt"
+    )
     model: settings.ModelSettings = settings.ModelSettings()
     data: settings.DataSettings = settings.DataSettings()
     space: settings.SpaceSettings = settings.SpaceSettings()
     training: settings.TrainingSettings = settings.TrainingSettings()
     objectives: Annotated[tuple[settings.ObjectiveSettings, ...], Field(min_length=2, max_length=4)] = Field(
-        (settings.ObjectiveSettings(name="accuracy"), settings.ObjectiveSettings(name="num_params")),
+        default=(settings.ObjectiveSettings(name="accuracy"), settings.ObjectiveSettings(name="num_params")),
         description="two to four metrics that span the front",
     )
     constraints: settings.ConstraintSettings = settings.ConstraintSettings()
@@ -48,9 +50,15 @@ class StudyFile(settings.Section):
     baselines: settings.BaselineSettings = settings.BaselineSettings()
     finalists: settings.FinalistSettings = settings.FinalistSettings()
     tracking: settings.TrackingSettings = settings.TrackingSettings()
-    output: str | None = Field(None, description="folder of all results; default: runs/<study> beside this file")
-    storage: str | None = Field(None, description="Optuna storage URL; default: a database in the output folder")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto: a GPU if there is one")
+    output: str | None = Field(
+        default=None, description="folder of all results; default: runs/<study> beside this file"
+    )
+    storage: str | None = Field(
+        default=None, description="Optuna storage URL; default: a database in the output folder"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to train; auto: a GPU if there is one"
+    )
 
     _source: Source = PrivateAttr(default_factory=lambda: Source("", {}))
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
@@ -71,8 +79,8 @@ class StudyFile(settings.Section):
     @property
     def model_id(self) -> str:
         """`model.id`, with a folder beside the file made absolute."""
-        beside = self._folder / self.model.id
-        return str(beside) if beside.is_dir() else self.model.id
+        beside = self._folder / Path(self.model.id).expanduser()
+        return str(beside) if beside.is_dir() or self.model.id.startswith((".", "~")) else self.model.id
 
     def data_settings(self) -> DataSettings:
         """What `load_splits` wants; a hub's splits have their usual names unless the file says otherwise."""
@@ -86,7 +94,8 @@ class StudyFile(settings.Section):
         try:
             return declare(self, backbone).space(backbone)
         except SpaceError as error:
-            raise StudyFileError(self.render(path, what) for path, what in error.problems) from None
+            problems = sorted(error.problems, key=lambda problem: self._source.line(problem[0]))
+            raise StudyFileError(self.render(path, what) for path, what in problems) from None
 
     def objectives_list(self) -> tuple[Objective, ...]:
         return tuple(
@@ -112,7 +121,7 @@ class StudyFile(settings.Section):
 def load_study(
     path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ
 ) -> StudyFile:
-    """Read and check a study file (or the `study.yaml` of a folder). Raises StudyFileError with every problem."""
+    """Read and check a study file, or the `study.yaml` of a folder. Raises StudyFileError: every problem."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     return _checked(read(path, overrides, environment), path.resolve().parent)
@@ -140,8 +149,9 @@ def _checked(source: Source, folder: Path) -> StudyFile:
 
 
 def _salvaged(data: dict[str, Any]) -> tuple[StudyFile, list[tuple[Keys, str]], list[Keys]]:
-    """The settings, the problems with their form, and the entries taken out until the rest could be read, so that it
-    can be checked as well: all problems are to come at once.
+    """The settings, the problems with their form, and the entries taken out until the rest could be read.
+
+    So the rest can be checked as well: all problems are to come at once.
     """
     problems: list[tuple[Keys, str]] = []
     removed: list[Keys] = []
@@ -215,7 +225,7 @@ def _entry(data: Any, path: Keys) -> Any:
 
 
 def _section(location: Keys) -> type[BaseModel]:
-    """The section at `location`; names of entries and positions in lists stay in the section of their entries."""
+    """The section at `location`; names and positions of entries stay in the section of the entries."""
     section: type[BaseModel] = StudyFile
     for key in location:
         if key == settings.Range.__name__:
@@ -245,7 +255,7 @@ _LASTING = ("seed", "task", "model", "data", "space", "training", "objectives", 
 
 
 def fingerprint(study: StudyFile) -> dict[str, Any]:
-    """The settings under which trials can be compared: they must not change between `run` and `run --resume`."""
+    """What trials must share to be compared: it may not change between `run` and `run --resume`."""
     dump = study.model_dump(mode="json")
     search = {key: dump["search"][key] for key in ("searcher", "share")}
     return {key: dump[key] for key in _LASTING} | {"search": search}

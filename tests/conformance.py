@@ -1,4 +1,4 @@
-"""What every adapter type must pass: one row per kind. `test_adapters.py` runs the rows and checks that none is missing."""
+"""What every adapter type must pass: one row per kind, which `test_adapters.py` runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def _gemma() -> nn.Module:
 
 def _gpt2() -> nn.Module:
     shape = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    return GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0))
+    return GPT2ForSequenceClassification(
+        GPT2Config(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0)
+    )
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -74,8 +76,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 
 def tiny(family: str) -> tuple[nn.Module, Backbone]:
-    """A random backbone in evaluation mode and its description. No weight has a special value: norms and biases, which
-    start as ones and zeros, are perturbed.
+    """A random backbone in evaluation mode and its description. No weight has a special value: norms and
+    biases, which start as ones and zeros, are perturbed.
     """
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
@@ -94,9 +96,9 @@ def tokens(examples: int = 3, length: int = 5, seed: int = 0) -> Tensor:
 class Peft:
     """How Hugging Face's peft says the same.
 
-    `config`: (spec, adapted sites) to a peft configuration. `values`: (trained tensors of one adapter, the backbone's
-    module) to peft's tensors, by the end of their names; shapes may differ in ones. `roles`: where peft can place it
-    (default: the row's). `without`: families whose linears it does not know.
+    `config`: (spec, adapted sites) to a peft configuration. `values`: (trained tensors of one adapter, the
+    backbone's module) to peft's tensors, by the end of their names; shapes may differ in ones. `roles`: where
+    peft can place it (default: the row's). `without`: families whose linears it does not know.
     """
 
     config: Callable[[Any, Sequence[Site]], Any]
@@ -109,8 +111,9 @@ class Peft:
 class Row:
     """One adapter type.
 
-    `specs`: settings to test, of different sizes where the type has a size. `peft`: the same in peft, or the reason why
-    there is nothing to compare. `roles`: where the tests place it (default: the type's own default).
+    `specs`: settings to test, of different sizes where the type has a size. `peft`: the same in peft, or the
+    reason why there is nothing to compare. `roles`: where the tests place it (default: the type's own
+    default).
     """
 
     kind: str
@@ -170,11 +173,14 @@ def _lora_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor
 
 
 def _ia3_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
-    return {"ia3_l.default": value for value in values.values()}
+    (scale,) = values.values()
+    return {"ia3_l.default": scale}
 
 
 def _norm_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
-    return {f"ln_tuning_layers.default.{name}": getattr(base, name) + change for name, change in values.items()}
+    return {
+        f"ln_tuning_layers.default.{name}": getattr(base, name) + change for name, change in values.items()
+    }
 
 
 def _bitfit_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:

@@ -63,7 +63,9 @@ def gradients(attachment: Attachment, k: int = 0) -> dict[str, Tensor]:
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+        torch.testing.assert_close(
+            ours[name], theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance
+        )
 
 
 def test_every_type_has_a_row() -> None:
@@ -338,7 +340,9 @@ def test_equals_peft(row: Row, spec: AdapterSpec, family: str) -> None:
                 base = copy.deepcopy(base)
                 for parameter in base.parameters():
                     parameter.zero_()
-            named |= {f"base_model.model.{site.module}.{n}": v for n, v in row.peft.values(values, base).items()}
+            named |= {
+                f"base_model.model.{site.module}.{n}": v for n, v in row.peft.values(values, base).items()
+            }
         return named
 
     with Attachment(model, backbone, [architecture], [1], pretrained_head=True) as attachment:
@@ -367,7 +371,9 @@ def test_bitfit_is_training_the_bias() -> None:
     model(tokens()).logits.square().mean().backward()
     expected = {f"{site.name}/bitfit/b": model.get_submodule(site.module).bias.grad.clone() for site in sites}
     model.zero_grad()
-    with Attachment(model, backbone, [row.place(Bitfit(), backbone)], [1], pretrained_head=True) as attachment:
+    with Attachment(
+        model, backbone, [row.place(Bitfit(), backbone)], [1], pretrained_head=True
+    ) as attachment:
         attachment.eval()
         model(tokens()).logits.square().mean().backward()
         found = {n: v for n, v in gradients(attachment).items() if not n.startswith("head.")}

@@ -1,6 +1,7 @@
 """The study file: what is valid, and one line with a place for everything that is not."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from autopeft.search_space.problem import METRICS
 from autopeft.search_space.training import Training
 from autopeft.searchers import SEARCHERS
 from autopeft.studies.schema import json_schema
-from autopeft.studies.settings import ConstraintSettings, DataSettings, TrainingSettings
+from autopeft.studies.settings import ConstraintSettings, DataSettings, ModelSettings, TrainingSettings
 from autopeft.studies.study_file import (
     StudyFileError,
     differences,
@@ -74,9 +75,17 @@ def backbone(num_layers=4, roles=("attn.q", "attn.v", "mlp.up")):
 
 def test_defaults(load):
     study = load()
-    assert (study.seed, study.task, study.search.searcher, study.search.trials) == (0, "classification", "tpe", 40)
+    assert (study.seed, study.task, study.search.searcher, study.search.trials) == (
+        0,
+        "classification",
+        "tpe",
+        40,
+    )
     assert study.space_for(backbone()).training["learning_rate"] == Float(low=5e-4, high=1e-2, log=True)
-    assert [(o.name, o.maximise) for o in study.objectives_list()] == [("accuracy", True), ("num_params", False)]
+    assert [(o.name, o.maximise) for o in study.objectives_list()] == [
+        ("accuracy", True),
+        ("num_params", False),
+    ]
 
 
 def test_template_is_valid_and_says_the_defaults(load):
@@ -95,7 +104,9 @@ def test_settings_that_the_template_only_mentions_are_valid_too(load):
 
 
 def test_domains(load):
-    text = MINIMAL + """\
+    text = (
+        MINIMAL
+        + """\
       alpha: {low: 8, high: 32}
       dropout: [0, 0.1]
       init: kaiming
@@ -104,6 +115,7 @@ training:
   batch_size: {low: 8, high: 32, step: 8}
   schedule: [linear, cosine]
 """
+    )
     space = load(text).space_for(backbone())
     fields = space.adapters["lora"].fields
     assert fields["rank"] == Choice(choices=(0, 4, 8), ordered=True)
@@ -140,7 +152,8 @@ def test_stages_default_fits_a_shallow_model(load):
 
 
 def test_adapters_of_the_file_replace_those_of_the_preset(load):
-    text = "study: s\nspace:\n  preset: lora-per-layer\n  adapters:\n    mlp: {kind: lora, at: [mlp.up], rank: 3}\n"
+    own = "{mlp: {kind: lora, at: [mlp.up], rank: 3}}"
+    text = f"study: s\nspace: {{preset: lora-per-layer, adapters: {own}}}\n"
     adapters = load(text).space_for(backbone()).adapters
     assert adapters["mlp"].fields == {"rank": 3}
     assert adapters["attn"].vary == {"rank": "layer"}
@@ -155,7 +168,9 @@ def test_objectives(load):
     study = load(MINIMAL + "objectives: [loss, {name: latency_s, bound: 0.1, reference: 1}, num_params]\n")
     loss, latency, _ = study.objectives_list()
     assert (loss.maximise, latency.bound, latency.reference, latency.unit) == (False, 0.1, 1.0, "seconds")
-    turned = load(MINIMAL + "objectives: [accuracy, {name: num_params, direction: maximise}]\n").objectives_list()
+    turned = load(
+        MINIMAL + "objectives: [accuracy, {name: num_params, direction: maximise}]\n"
+    ).objectives_list()
     assert turned[1].maximise
     problem = study.problem(backbone())
     assert problem.num_trials == 40 and problem.objectives == study.objectives_list()
@@ -213,6 +228,8 @@ def test_paths_count_from_the_file(tmp_path, monkeypatch):
     assert study.output_folder == folder / "runs" / "small"
     assert study.tracking_uri == f"sqlite:///{folder}/runs/small/mlflow.db"
     assert study.model_id == str(folder / "model")
+    elsewhere = study.model_copy(update={"model": ModelSettings(id="./other")})
+    assert elsewhere.model_id == str(folder / "other")
     assert (study.data_settings().folder, study.data_settings().train) == (folder, "a.csv")
     assert study.model_copy(update={"output": "/else/where"}).output_folder == Path("/else/where")
 
@@ -234,7 +251,10 @@ def test_settings_that_are_data_already():
 WRONG = [
     ("sead: 1", "6 sead: unknown key; did you mean 'seed'?"),
     ("search:\n  trails: 3", "7 search.trails: unknown key; did you mean 'trials'?"),
-    ("training: {learning_rate: {low: 1, high: 2, lag: true}}", "6 training.learning_rate.lag: unknown key; did you"),
+    (
+        "training: {learning_rate: {low: 1, high: 2, lag: true}}",
+        "6 training.learning_rate.lag: unknown key; did you",
+    ),
     ("training: {epoch: 3}", "6 training.epoch: unknown key; did you mean 'epochs'?"),
     ("data:\n  text: 5", "7 data.text: must be a text"),
     ("search: 5", "6 search: must be a mapping"),
@@ -244,19 +264,35 @@ WRONG = [
     ("search: {share: 1.5}", "6 search.share: must be less than or equal to 1"),
     ("search: {timeout_s: .inf}", "6 search.timeout_s: must be a finite number"),
     ("search: {rungs: [0.5, 0.1]}", "6 search.rungs: must ascend"),
+    ("search: {rungs: [0.1, 0.5], share: 0.5}", "6 search.rungs: must lie below search.share"),
     ("search: {searcher: tpee}", "6 search.searcher: unknown searcher 'tpee'; did you mean 'tpe'?"),
     ("objectives: [accuracy]", "6 objectives: needs at least 2 entries, has 1"),
-    ("objectives: [accuracy, loss, num_params, step_s, latency_s]", "6 objectives: may have 4 entries, has 5"),
+    (
+        "objectives: [accuracy, loss, num_params, step_s, latency_s]",
+        "6 objectives: may have 4 entries, has 5",
+    ),
     ("objectives: [accuracy, accuracy]", "6 objectives.1: 'accuracy' stands twice"),
-    ("objectives:\n- accuracy\n- num_parms", "8 objectives.1: unknown metric 'num_parms'; did you mean 'num_params'?"),
+    (
+        "objectives:\n- accuracy\n- num_parms",
+        "8 objectives.1: unknown metric 'num_parms'; did you mean 'num_params'?",
+    ),
     ("objectives: [num_params, latency_s]", "6 objectives: one must be accuracy or loss"),
-    ("objectives: [accuracy, {name: loss, direction: up}]", "6 objectives.1.direction: must be 'maximise' or"),
+    (
+        "objectives: [accuracy, {name: loss, direction: up}]",
+        "6 objectives.1.direction: must be 'maximise' or",
+    ),
     ("constraints: {num_params: -1}", "6 constraints.num_params: must be greater than 0"),
     ("constraints: {parameters: 1}", "6 constraints.parameters: unknown key; "),
-    ("baselines: {names: [lora-r8]}", "6 baselines.names.0: unknown baseline 'lora-r8'; did you mean 'lora-r8-qv'?"),
+    (
+        "baselines: {names: [lora-r8]}",
+        "6 baselines.names.0: unknown baseline 'lora-r8'; did you mean 'lora-r8-qv'?",
+    ),
     ("baselines: {learning_rates: []}", "6 baselines.learning_rates: needs at least 1 entries"),
     ("training: {learning_rate: 0}", "6 training.learning_rate: learning_rate must be positive"),
-    ("training: {learning_rate: {low: 1.0e-2, high: 1.0e-3}}", "6 training.learning_rate: low must be below high"),
+    (
+        "training: {learning_rate: {low: 1.0e-2, high: 1.0e-3}}",
+        "6 training.learning_rate: low must be below high",
+    ),
     ("training: {learning_rate: [1.0e-3, 1.0e-3]}", "6 training.learning_rate: a value stands twice"),
     ("training: {learning_rate: []}", "6 training.learning_rate: a choice needs at least one value"),
     ("training: {learning_rate: null}", "6 training.learning_rate: must be a number, a word, true or false"),
@@ -264,7 +300,10 @@ WRONG = [
     ("training: {epochs: {low: 1, high: 3, step: 1}}", "6 training.epochs: step is for whole numbers"),
     ("training: {batch_size: [8, 16.5]}", "6 training.batch_size: must be a whole number, got 16.5"),
     ("training: {batch_size: {low: 8, high: 16.5}}", "6 training.batch_size: must be a whole number, not"),
-    ("training: {batch_size: {low: 8, high: 32, step: 5}}", "6 training.batch_size: step=5 does not lead from"),
+    (
+        "training: {batch_size: {low: 8, high: 32, step: 5}}",
+        "6 training.batch_size: step=5 does not lead from",
+    ),
     ("training: {schedule: [linear, cosin]}", "6 training.schedule: schedule must be one of"),
     ("data: {source: files, train: a, validation: b}", "6 data.test: is missing"),
     ("data: {train: mine.csv}", "6 data.train: the embedded data has its own"),
@@ -285,27 +324,54 @@ WRONG_SPACES = [
     ("{}", "2 space.adapters: the space is empty"),
     ("{adapters: {}}", "2 space.adapters: the space is empty"),
     ("{preset: autopef}", "2 space.preset: unknown preset 'autopef'; did you mean 'autopeft'?"),
-    ("{adapters: {lroa: {rank: 4}}}", "2 space.adapters.lroa.kind: unknown adapter 'lroa'; did you mean 'lora'?"),
-    ("{adapters: {a: {kind: lorra}}}", "2 space.adapters.a.kind: unknown adapter 'lorra'; did you mean 'lora'?"),
-    ("{adapters: {lora: {rnak: 4}}}", "2 space.adapters.lora.rnak: unknown field of lora; did you mean 'rank'?"),
+    (
+        "{adapters: {lroa: {rank: 4}}}",
+        "2 space.adapters.lroa.kind: unknown adapter 'lroa'; did you mean 'lora'?",
+    ),
+    (
+        "{adapters: {a: {kind: lorra}}}",
+        "2 space.adapters.a.kind: unknown adapter 'lorra'; did you mean 'lora'?",
+    ),
+    (
+        "{adapters: {lora: {rnak: 4}}}",
+        "2 space.adapters.lora.rnak: unknown field of lora; did you mean 'rank'?",
+    ),
     ("{adapters: {lora: {rank: 0}}}", "2 space.adapters.lora.rank: 0 is the only size"),
     ("{adapters: {lora: {rank: [0]}}}", "2 space.adapters.lora.rank: 0 is the only size"),
     ("{adapters: {lora: {rank: {low: 0, high: 0}}}}", "2 space.adapters.lora.rank: 0 is the only size"),
-    ("{adapters: {lora: {rank: {low: 8, high: 4}}}}", "2 space.adapters.lora.rank: low must not be above high"),
+    (
+        "{adapters: {lora: {rank: {low: 8, high: 4}}}}",
+        "2 space.adapters.lora.rank: low must not be above high",
+    ),
     ("{adapters: {lora: {rank: 2.5}}}", "2 space.adapters.lora.rank: must be a whole number, got 2.5"),
     ("{adapters: {lora: {rank: true}}}", "2 space.adapters.lora.rank: must be a whole number, got True"),
     ("{adapters: {lora: {rank: -1}}}", "2 space.adapters.lora.rank: rank must be at least 1"),
     ("{adapters: {lora: {at: [attn.z]}}}", "2 space.adapters.lora.at: lora cannot sit at 'attn.z'"),
-    ("{adapters: {lora: {layers: [-1]}}}", "2 space.adapters.lora.layers.0: must be greater than or equal to 0"),
+    (
+        "{adapters: {lora: {layers: [-1]}}}",
+        "2 space.adapters.lora.layers.0: must be greater than or equal to 0",
+    ),
     ("{adapters: {lora: {placement: head}}}", "2 space.adapters.lora.placement: must be 'model', 'stage'"),
-    ("{adapters: {lora: {rank: 4, vary: {rank: layer}}}}", "2 space.adapters.lora.vary.rank: only a field with"),
+    (
+        "{adapters: {lora: {rank: 4, vary: {rank: layer}}}}",
+        "2 space.adapters.lora.vary.rank: only a field with",
+    ),
     ("{adapters: {lora: 8}}", "2 space.adapters.lora: must be a mapping"),
     ("{adapters: {lora.q: {kind: lora}}}", "2 space.adapters.lora.q: must be made of letters"),
-    ("{adapters: {training: {kind: lora}}}", "2 space.adapters.training: 'training' has a meaning of its own"),
+    (
+        "{adapters: {training: {kind: lora}}}",
+        "2 space.adapters.training: 'training' has a meaning of its own",
+    ),
     ("{stages: 0, preset: mam}", "2 space.stages: must be greater than or equal to 1"),
-    ("{adapters: {lora: {}}, one_of: {g: {members: [lroa]}}}", "2 space.one_of.g: no adapter 'lroa'; did you mean"),
+    (
+        "{adapters: {lora: {}}, one_of: {g: {members: [lroa]}}}",
+        "2 space.one_of.g: no adapter 'lroa'; did you mean",
+    ),
     ("{adapters: {lora: {}}, one_of: {g: {}}}", "2 space.one_of.g.members: is missing"),
-    ("{adapters: {lora: {}}, one_of: {lora: {members: [lora]}}}", "2 space.one_of.lora: an adapter has this name"),
+    (
+        "{adapters: {lora: {}}, one_of: {lora: {members: [lora]}}}",
+        "2 space.one_of.lora: an adapter has this name",
+    ),
     (
         "{adapters: {lora: {}}, one_of: {g: {members: [lora]}, h: {members: [lora]}}}",
         "2 space.one_of.h.members.0: 'lora' is a member of 'g' already",
@@ -403,7 +469,10 @@ def test_missing_file(tmp_path):
         ("study.x=1", "--set study.x: study has no settings of its own"),
         ("space.adapters.lora.rank.9=1", "--set space.adapters.lora.rank.9: no entry '9' in a list of 3"),
         ("search.trials=[", "--set search.trials: not valid YAML: "),
-        ("space.adapters.lora={rank: 0}", "--set space.adapters.lora: space.adapters.lora.rank: 0 is the only size"),
+        (
+            "space.adapters.lora={rank: 0}",
+            "--set space.adapters.lora: space.adapters.lora.rank: 0 is the only size",
+        ),
     ],
 )
 def test_wrong_overrides(problems, override, problem):
@@ -421,9 +490,10 @@ def test_problems_with_a_model_have_lines_too(load, tmp_path):
     with pytest.raises(StudyFileError) as caught:
         study.space_for(backbone())
     assert [line.replace(f"{tmp_path}/", "") for line in caught.value.problems] == [
-        "study.yaml:8 space.stages: must be between 1 and the 4 layers of the model",
-        "study.yaml:6 space.adapters.lora.at: this model has no site 'mlp.gate'; it has attn.q, attn.v, mlp.up",
+        "study.yaml:6 space.adapters.lora.at: "
+        "this model has no site 'mlp.gate'; it has attn.q, attn.v, mlp.up",
         "study.yaml:7 space.adapters.lora.layers: no layer 9: the model has layers 0 to 3",
+        "study.yaml:8 space.stages: must be between 1 and the 4 layers of the model",
     ]
 
 
@@ -438,9 +508,18 @@ def test_problems_of_a_preset_with_a_model_point_at_the_preset(load):
 
 def test_fingerprint_and_differences(load):
     old = fingerprint(load())
-    assert fingerprint(load(MINIMAL, "search.trials=99", "output=x", "tracking.enabled=false", "device=cpu")) == old
+    assert (
+        fingerprint(load(MINIMAL, "search.trials=99", "output=x", "tracking.enabled=false", "device=cpu"))
+        == old
+    )
     new = fingerprint(
-        load(MINIMAL, "seed=1", "space.adapters.lora.rank=[1, 2]", "space.adapters.lora.alpha=8", "search.share=0.5")
+        load(
+            MINIMAL,
+            "seed=1",
+            "space.adapters.lora.rank=[1, 2]",
+            "space.adapters.lora.alpha=8",
+            "search.share=0.5",
+        )
     )
     assert differences(old, old) == []
     assert differences(old, new) == [
@@ -464,9 +543,9 @@ def test_data_settings_are_those_of_the_loader():
     loader = {f.name: f.default for f in dataclasses.fields(data.DataSettings)}
     ours = {name: field.default for name, field in DataSettings.model_fields.items()}
     assert ours.keys() == loader.keys() - {"folder"}
-    assert {name: default for name, default in ours.items() if name not in ("train", "validation", "test")} == {
-        name: loader[name] for name in ours.keys() - {"train", "validation", "test"}
-    }
+    assert {
+        name: default for name, default in ours.items() if name not in ("train", "validation", "test")
+    } == {name: loader[name] for name in ours.keys() - {"train", "validation", "test"}}
 
 
 def test_constraints_are_metrics():
@@ -479,7 +558,9 @@ def test_constraints_are_metrics():
 def test_schema_lists_the_registries_and_describes_every_setting():
     schema = json_schema()
     definitions = schema["$defs"]
-    assert {name.removeprefix("adapter.") for name in definitions if name.startswith("adapter.")} == set(ADAPTERS)
+    assert {name.removeprefix("adapter.") for name in definitions if name.startswith("adapter.")} == set(
+        ADAPTERS
+    )
     assert definitions["SearchSettings"]["properties"]["searcher"]["enum"] == list(SEARCHERS)
     assert definitions["ObjectiveSettings"]["properties"]["name"]["enum"] == list(METRICS)
     assert definitions["SpaceSettings"]["properties"]["preset"]["anyOf"][0]["enum"] == list(PRESETS)
@@ -487,6 +568,12 @@ def test_schema_lists_the_registries_and_describes_every_setting():
         if not name.startswith("adapter"):
             for key, setting in section["properties"].items():
                 assert "description" in setting or "$ref" in setting, f"{name}.{key}"
+
+
+def test_every_reference_of_the_schema_resolves():
+    schema = json_schema()
+    references = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(schema)))
+    assert references and references <= schema["$defs"].keys()
 
 
 def test_schema_accepts_the_template_and_refuses_mistakes():
@@ -498,7 +585,12 @@ def test_schema_accepts_the_template_and_refuses_mistakes():
     validator = jsonschema.Draft202012Validator(schema)
     template = YAML(typ="safe", pure=True).load(TEMPLATE.read_text())
     assert not list(validator.iter_errors(template))
-    for wrong in ({"lora": {"rnak": 1}}, {"a": {"rank": 1}}, {"a": {"kind": "lroa"}}, {"lora": {"rank": "x"}}):
+    for wrong in (
+        {"lora": {"rnak": 1}},
+        {"a": {"rank": 1}},
+        {"a": {"kind": "lroa"}},
+        {"lora": {"rank": "x"}},
+    ):
         assert list(validator.iter_errors({"study": "s", "space": {"adapters": wrong}})), wrong
     named = {"a": {"kind": "lora", "rank": [1, 2], "at": ["attn.q"]}}
     assert not list(validator.iter_errors({"study": "s", "space": {"adapters": named}}))

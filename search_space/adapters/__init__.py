@@ -1,7 +1,7 @@
-"""The adapter types, one file each. `ADAPTERS` is the registry that the CLI, the schema and the tables derive from.
+"""The adapter types, one file each. The CLI, the schema and the tables derive from the registry `ADAPTERS`.
 
-Its order is also the order in which several adapters at one module act: DoRA needs the backbone's own output, what adds
-to it follows, and what scales the sum comes last. Merging follows the same order.
+Its order is also the order in which several adapters at one module act: DoRA needs the backbone's own output,
+what adds to it follows, and what scales the sum comes last. Merging follows the same order.
 """
 
 from __future__ import annotations

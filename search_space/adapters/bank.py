@@ -54,11 +54,11 @@ class Call:
 class Bank(nn.Module):
     """Parameters of one adapter type at one site for K slots, and their forward pass.
 
-    `specs`: one per slot, of one structure (`AdapterSpec.structure`); sizes and per-slot fields may differ. `seeds`: one
-    per slot; a slot's initial values and dropout depend on its seed and the site alone, so a slot alone equals the
-    slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots that share a bank read nested
-    prefixes of it, which is a weight-sharing supernet. Raises ValueError when structures differ, and for a type that
-    cannot sit at `site`.
+    `specs`: one per slot, of one structure (`AdapterSpec.structure`); sizes and per-slot fields may differ.
+    `seeds`: one per slot; a slot's initial values and dropout depend on its seed and the site alone, so a
+    slot alone equals the slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots
+    that share a bank read nested prefixes of it, which is a weight-sharing supernet. Raises ValueError when
+    structures differ, and for a type that cannot sit at `site`.
     """
 
     #: Which bank each slot reads [K], or None if each reads its own.
@@ -76,7 +76,7 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         if len({spec.structure() for spec in specs}) != 1:
-            raise ValueError(f"slots of one bank must agree in structure, got {[s.structure() for s in specs]}")
+            raise ValueError(f"slots of one bank agree in structure, not {[s.structure() for s in specs]}")
         for spec in specs:
             if site.role not in spec.roles or not spec.fits(site):
                 raise ValueError(f"an adapter of kind {spec.kind!r} cannot sit at {site.name!r}")
@@ -87,7 +87,9 @@ class Bank(nn.Module):
         own_banks = self.bank_of_slot == list(range(len(specs)))
         self.register_buffer("bank_index", None if own_banks else torch.tensor(self.bank_of_slot))
         device = next(base.parameters()).device
-        self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds]
+        self.dropout_streams = [
+            stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds
+        ]
 
         declared = [spec.parameters(site) for spec in self.specs]
         self.values = nn.ParameterDict()
@@ -118,17 +120,18 @@ class Bank(nn.Module):
         return {name: value[self.bank_index] for name, value in self.values.items()}
 
     def of_slot(self, k: int) -> dict[str, Tensor]:
-        """The parameters of slot k in its own size, without the slot dimension: what a stand-alone adapter holds."""
+        """The parameters of slot k in its own size, without the slot dimension."""
         shapes = {name: parameter.shape for name, parameter in self.specs[k].parameters(self.site).items()}
         bank = self.bank_of_slot[k]
         return {name: self.values[name][bank][tuple(slice(n) for n in shapes[name])] for name in shapes}
 
     @torch.no_grad()
     def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
-        """Copy stand-alone values into slot k. Raises KeyError or ValueError for a missing name or another shape."""
+        """The inverse of `of_slot`. Raises KeyError for a missing name, ValueError for another shape."""
         for name, own in self.of_slot(k).items():
             if own.shape != values[name].shape:
-                raise ValueError(f"{self.site.name} {name}: shape {tuple(values[name].shape)}, not {tuple(own.shape)}")
+                shapes = f"{tuple(values[name].shape)}, not {tuple(own.shape)}"
+                raise ValueError(f"{self.site.name} {name}: shape {shapes}")
             own.copy_(values[name])
 
     @property

@@ -1,11 +1,11 @@
 """What an adapter type declares: its fields, its parameters, its costs and its one forward function.
 
-Notation: K slots, M tokens of one slot's examples (examples x tokens), D_in and D_out features, R the elastic size
-(LoRA's rank, a bottleneck's width, a prefix's length).
+Notation: K slots, M tokens of one slot's examples (examples x tokens), D_in and D_out features, R the elastic
+size (LoRA's rank, a bottleneck's width, a prefix's length).
 
-A type is written *slot-batched*: every tensor it sees leads with the slot dimension K. The same function then serves a
-single candidate (K = 1), a pack of candidates (K banks), and a weight-sharing supernet (one bank, K masks). Torch is
-imported inside the functions that need it, so that declaring a space stays free of it.
+A type is written *slot-batched*: every tensor it sees leads with the slot dimension K. The same function then
+serves a single candidate (K = 1), a pack of candidates (K banks), and a weight-sharing supernet (one bank, K
+masks). Torch is imported inside the functions that need it, so that declaring a space stays free of it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ FLOAT32_BITS = 32
 class Parameter:
     """One trainable tensor of an adapter at one site, without the bank dimension.
 
-    `elastic` is the axis that the adapter's size runs along (None: none does). `init` names a rule of `init.py`.
-    `decay`: whether weight decay applies (vectors and identity-centred scales are left out, as usual).
+    `elastic` is the axis that the adapter's size runs along (None: none does). `init` names a rule of
+    `init.py`. `decay`: whether weight decay applies (vectors and identity-centred scales are left out, as
+    usual).
     """
 
     shape: tuple[int, ...]
@@ -43,7 +44,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec(ABC):
-    """One adapter at one site. Subclasses add their fields (with defaults) and raise ValueError for bad values."""
+    """One adapter at one site. Subclasses add fields with defaults and raise ValueError for bad values."""
 
     kind: ClassVar[str]
     #: Roles of sites where this type may sit.
@@ -58,7 +59,7 @@ class AdapterSpec(ABC):
     mergeable: ClassVar[bool] = False
     #: Whether several of this type may sit at one site.
     repeatable: ClassVar[bool] = True
-    #: Whether the network computes the backbone's function before the first step, for every setting of its fields.
+    #: Whether it computes the backbone's function before the first step, for every setting of its fields.
     identity_at_start: ClassVar[bool] = True
     #: Where in the paper the mechanism is defined.
     source: ClassVar[str]
@@ -71,7 +72,7 @@ class AdapterSpec(ABC):
 
     @abstractmethod
     def flops_per_token(self, site: Site) -> int:
-        """Floating-point operations of the matrix products of one forward pass, per token (a multiply-add is 2)."""
+        """Operations of the matrix products of one forward pass, per token; a multiply-add is two."""
 
     def fits(self, site: Site) -> bool:
         """Whether the type can sit at `site`, which has one of its roles."""
@@ -98,19 +99,21 @@ class AdapterSpec(ABC):
         return {}
 
     def apply_input(self, p: Mapping[str, Tensor], x: Tensor, call: Call) -> Tensor:
-        """The site's input as this adapter changes it. x: [K, M, D_in]. Default: unchanged."""
+        """The site's input as changed by this adapter. x: [K, M, D_in]. Default: x."""
         return x
 
     def apply(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """The site's output as this adapter changes it. x: [K, M, D_in], y: [K, M, D_out]. Default: unchanged."""
+        """The site's output as changed by this adapter. x: [K, M, D_in], y: [K, M, D_out]. Default: y."""
         return y
 
     def extend_attention(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
         """Keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
         raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")
 
-    def merge(self, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight [D_out, D_in] (or [D] at a norm) and bias [D_out] with the adapter of *one* slot folded in."""
+    def merge(
+        self, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight [D_out, D_in] (a norm's: [D]) and bias [D_out] with the adapter of one slot folded in."""
         raise TypeError(f"an adapter of kind {self.kind!r} cannot be merged into the weights")
 
     def to_dict(self) -> dict[str, Any]:

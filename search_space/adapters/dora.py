@@ -13,9 +13,9 @@ from autopeft.search_space.adapters.lora import Lora
 class Dora(Lora):
     """y = m * V x / |V| + b with V = W + scale * B A and |V| the norm of each of its rows.
 
-    A: [R, D_in] random, B: [D_out, R] zero, m: [D_out] the row norms of W at the start, which is the identity. |V| is a
-    constant to the gradient (section 4.3). The other fields are LoRA's; dropout acts on every x but the frozen one's,
-    as in the authors' code: y = W x + b + (m / |V| - 1) W x' + m / |V| * scale * B A x' for the dropped-out x'.
+    A: [R, D_in] random, B: [D_out, R] zero, m: [D_out] the row norms of W at the start, which is the
+    identity. |V| is a constant to the gradient (section 4.3). The fields are LoRA's. With g = m / |V| and x'
+    the x after dropout, y = W x + b + (g - 1) W x' + g * scale * B A x', as in the authors' code.
     """
 
     kind: ClassVar[str] = "dora"

@@ -10,7 +10,7 @@ from autopeft.search_space.adapters.base import AdapterSpec, Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Full(AdapterSpec):
-    """Every parameter of the backbone but its head's is trained in place; it starts as the backbone, which is the identity.
+    """Every parameter of the backbone but the head's is trained in place; the start is the identity.
 
     It has no bank: the attachment trains the model's own tensors and puts the old values back on detach.
     """

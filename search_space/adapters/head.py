@@ -1,6 +1,6 @@
 """The task head: the linear layers that are trained beside the adapters.
 
-It is a bank like any other, so that each slot of a pack has a head of its own; it is not part of the search space.
+It is a bank like any other, so that each slot of a pack has a head of its own. It is not searched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from autopeft.search_space.adapters.base import AdapterSpec, Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head(AdapterSpec):
-    """Replaces a linear layer: W x + b, W: [D_out, D_in] with standard deviation 0.02, b zero at the start."""
+    """Replaces a linear: W x + b, W: [D_out, D_in] of standard deviation 0.02, b: [D_out] zero at the start."""
 
     kind: ClassVar[str] = "head"
     roles: ClassVar[tuple[str, ...]] = ("head",)
@@ -25,7 +25,8 @@ class Head(AdapterSpec):
 
     def parameters(self, site):
         weight = Parameter(shape=(site.out_features, site.in_features), init="small_normal")
-        return {"W": weight, "b": Parameter(shape=(site.out_features,), decay=False)} if site.bias else {"W": weight}
+        bias = Parameter(shape=(site.out_features,), decay=False)
+        return {"W": weight, "b": bias} if site.bias else {"W": weight}
 
     def flops_per_token(self, site):
         return 2 * site.in_features * site.out_features

@@ -10,8 +10,9 @@ from autopeft.search_space.adapters.base import AdapterSpec, Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ia3(AdapterSpec):
-    """y = l * (W x + b) at attention projections, y = W (l * x) + b at `mlp.down`; l is one at the start: the identity.
+    """y = l * (W x + b) at attention projections, y = W (l * x) + b at `mlp.down`.
 
+    l is one at the start, which is the identity.
     `output` or `input`: l as [D_out] or [D_in]. At a fused `attn.qkv` the queries are scaled too, as in peft.
     """
 

@@ -18,7 +18,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def set_weight(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Write `weight` [D_out, D_in] and `bias` in place; a bias is added where there was none, or removed for None."""
+    """Write `weight` [D_out, D_in] and `bias` in place; a bias is added where none was, removed for None."""
     module.weight.copy_(weight.T if _is_transposed(module) else weight)
     if bias is None:
         if getattr(module, "bias", None) is not None:

@@ -22,9 +22,9 @@ INITS = ("kaiming", "gaussian", "orthogonal")
 class Lora(AdapterSpec):
     """y + scale * B A x, with A: [R, D_in] random and B: [D_out, R] zero at the start.
 
-    `scaling`: "alpha" divides alpha by the rank (Hu et al. 2021, section 4.1), "rslora" by its root (Kalajdzievski
-    2023, theorem 3.2). `init`: "kaiming" is uniform with a = sqrt(5) as in the reference code, "gaussian" has standard
-    deviation 1/R, "orthogonal" has orthonormal rows.
+    `scaling`: "alpha" divides alpha by the rank (Hu et al. 2021, section 4.1), "rslora" by its root
+    (Kalajdzievski 2023, theorem 3.2). `init`: "kaiming" is uniform with a = sqrt(5) as in the reference code,
+    "gaussian" has standard deviation 1/R, "orthogonal" has orthonormal rows.
     """
 
     kind: ClassVar[str] = "lora"

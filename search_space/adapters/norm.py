@@ -10,10 +10,10 @@ from autopeft.search_space.adapters.base import AdapterSpec, Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm(AdapterSpec):
-    """y + weight * n(x) + bias, the changes of the norm's own weight and bias, each [D]; n(x) is the normalised input.
+    """y + weight * n(x) + bias: changes, each [D], of the norm's own scale and bias; n(x) has neither.
 
-    As changes they are zero at the start (the identity), and norms that store their scale minus one (Gemma's) need no
-    rule of their own. Norms without a bias have no `bias`.
+    As changes they are zero at the start (the identity), and norms that store their scale minus one (Gemma's)
+    need no rule of their own. Norms without a bias have no `bias`.
     """
 
     kind: ClassVar[str] = "norm"

@@ -10,7 +10,7 @@ from autopeft.search_space.adapters.base import LINEAR_ROLES, AdapterSpec, Param
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ssf(AdapterSpec):
-    """scale * y + shift, both [D_out]. One and zero at the start: the identity (the paper adds noise of 0.02)."""
+    """scale * y + shift, both [D_out]. One and zero at the start: the identity (the paper adds noise)."""
 
     kind: ClassVar[str] = "ssf"
     roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "norm")

@@ -1,7 +1,7 @@
 """The app, and `main`, which turns exceptions into exit codes.
 
-A command is a function in a module of this package, listed in `COMMANDS`. Such a module imports torch, Optuna, MLflow and
-whatever else is slow inside its functions: `autopeft --help` is to answer at once.
+A command is a function in a module of this package, listed in `COMMANDS`. Such a module imports torch,
+Optuna, MLflow and whatever else is slow inside its functions: `autopeft --help` is to answer at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (init, validate, schema, doctor)
 
 app = typer.Typer(
     name="autopeft",
-    help="Search adapter type, rank, placement and training for a frozen transformer; the answer is a Pareto front.",
+    help="Search adapter type, rank, placement and training for a frozen transformer, for a Pareto front.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,8 +35,8 @@ for command in COMMANDS:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 ok, 1 failed, 2 usage or configuration, 3 no feasible candidate, 4 environment,
-    130 interrupted.
+    """Run a command and exit: 0 ok, 1 failed, 2 usage or configuration, 3 no feasible candidate,
+    4 environment, 130 interrupted.
     """
     try:
         app(args=arguments, prog_name="autopeft")

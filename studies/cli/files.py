@@ -33,7 +33,8 @@ def init(folder: Annotated[Path, typer.Argument(help="Folder to make; its name i
         with path.open("x", encoding="utf-8") as file:
             file.write(text.replace(PLACEHOLDER, name))
     except FileExistsError:
-        raise ConfigurationError(f"{path if path.exists() else folder} exists already; nothing was written") from None
+        there = path if path.exists() else folder
+        raise ConfigurationError(f"{there} exists already; nothing was written") from None
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
     typer.echo(f"wrote {path}\nnext:  autopeft validate {path}\n       autopeft run {path}")
@@ -73,7 +74,7 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
 
 
 def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
-    """Read the data, describe the model, and lay the space over it. Raises StudyFileError with every problem."""
+    """Read the data, describe the model, lay the space over it. Raises StudyFileError with every problem."""
     from autopeft.evaluators.backbones import ModelError, describe_backbone
     from autopeft.evaluators.tasks.data import DataError, load_splits
     from autopeft.search_space.introspection import UnknownBackboneError

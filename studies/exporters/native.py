@@ -9,7 +9,7 @@ from autopeft.studies.exporters.base import EXACT, RECIPE_FILE, Exporter, Export
 from autopeft.studies.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from autopeft.evaluators.host import Attachment
 
@@ -29,7 +29,7 @@ class Native(Exporter):
         save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def attach(recipe: Recipe, state: State) -> tuple[nn.Module, Attachment]:
+def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
     """The backbone with the trained adapters and head on it, in evaluation mode.
 
     Raises ModelError for a backbone that does not load, KeyError or ValueError for weights of another recipe.
@@ -44,7 +44,7 @@ def attach(recipe: Recipe, state: State) -> tuple[nn.Module, Attachment]:
     return model, attachment.eval()
 
 
-def load(folder: str | Path) -> tuple[nn.Module, Attachment]:
+def load(folder: str | Path) -> tuple[PreTrainedModel, Attachment]:
     """The model and the attachment that adapts it; `detach` the attachment to get the bare model back.
 
     Raises RecipeError, ExportError for missing or damaged weights, and ModelError.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -95,7 +95,7 @@ def _most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _patterns(by_module: dict[str, float]) -> tuple[float, dict[str, float]]:
+def _patterns(by_module: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """The value of most modules, and the others by a regular expression that fits their module alone."""
     default = _most_common(by_module.values())
     return default, {anchored(module): value for module, value in by_module.items() if value != default}

@@ -19,8 +19,8 @@ _SPLITS = ("train", "validation", "test")
 _OPENING = Template('''\
 """Trains what `recipe.yaml` beside this file describes: $what.
 
-Written by autopeft $version. Needs $needs. Random numbers and the order of the rows are not the
-study's, so a run ends near the study's figures, not on them.
+Written by autopeft $version. Needs $needs.
+Random numbers and the order of the rows are not the study's: a run ends near its figures, not on them.
 
     python train.py [--output FOLDER] [--max-steps N]
 """
@@ -32,7 +32,9 @@ from pathlib import Path
 import torch
 from datasets import $datasets_names
 from peft import $config, get_peft_model
-from transformers import $transformers_names
+from transformers import (
+    $transformers_names,
+)
 
 MODEL = $model
 REVISION = $revision
@@ -212,7 +214,7 @@ def script(recipe: Recipe) -> str:
         version=metadata.version("autopeft"),
         needs="peft, transformers>=5, datasets, accelerate" + ("" if classification else ", trl"),
         datasets_names="ClassLabel, load_dataset" if classification else "load_dataset",
-        transformers_names=", ".join(names),
+        transformers_names=",\n    ".join(names),
         config=peft.config,
         model=_model(recipe.backbone.id),
         revision=repr(recipe.backbone.revision),

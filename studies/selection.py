@@ -1,0 +1,108 @@
+"""From a finished study to a recipe: which candidate, and what is promised of it."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from operator import ge, gt, le, lt
+
+from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate
+from autopeft.studies.ledger import Ledger
+from autopeft.studies.recipe import Measured, Provenance, Recipe, RecipeData
+from autopeft.studies.snapshot import Entry, Snapshot
+from autopeft.studies.study_file import StudyFile
+
+PACKAGES = ("torch", "transformers", "peft", "optuna", "mlflow", "numpy")
+_COMPARE = {"<=": le, ">=": ge, "<": lt, ">": gt}
+_CONDITION = re.compile(r"(\w+)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
+
+
+def pick(snapshot: Snapshot, wish: str) -> int:
+    """The trial that `wish` names: recommended, best, trial:N, or a condition as num_params<=50000 (the best of the
+    front that meets it). Raises ConfigurationError for a wish that makes no sense and NoFeasibleCandidate.
+    """
+    rows = [row for row in snapshot.rows() if row.on_front]
+    quality = snapshot.objectives_by_name[snapshot.quality]
+    if wish.startswith("trial:"):
+        number = wish.removeprefix("trial:")
+        complete = [entry.trial.number for entry in snapshot.entries()]
+        if not number.isdigit() or int(number) not in complete:
+            raise ConfigurationError(f"{wish}: no complete trial has that number; {_known(complete)}")
+        return int(number)
+    if wish == "recommended":
+        rows = [row for row in rows if row.recommended]
+    elif wish != "best":
+        condition = _CONDITION.fullmatch(wish.strip())
+        if condition is None:
+            raise ConfigurationError(
+                f"--pick {wish}: use recommended, best, trial:N, or a condition as num_params<=50000"
+            )
+        name, sign, number = condition.groups()
+        if any(name not in row.values for row in rows):
+            raise ConfigurationError(f"--pick {wish}: {name} was not measured in this study")
+        rows = [row for row in rows if _COMPARE[sign](row.values[name], float(number))]
+    if not rows:
+        raise NoFeasibleCandidate(f"--pick {wish}: no member of the front qualifies")
+    return min(rows, key=lambda row: quality.loss(row.values[quality.name])).trial
+
+
+def _known(numbers: list[int]) -> str:
+    return f"complete are {', '.join(map(str, numbers[:20]))}" if numbers else "none is complete yet"
+
+
+def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: int) -> Recipe:
+    """The recipe of a complete trial. Promises are made for candidates that were trained with several seeds."""
+    from autopeft.evaluators.backbones import skeleton
+    from autopeft.evaluators.host import head_sites
+
+    entry = snapshot.entry(number)
+    model = skeleton(settings.model_id, settings.model.revision, settings.task, ledger.labels)
+    data = RecipeData(**settings.data.model_dump(exclude_none=True), folder=str(settings.folder))
+    return Recipe.of(
+        backbone=snapshot.backbone,
+        candidate=entry.trial.candidate,
+        head_sites=head_sites(model, snapshot.backbone),
+        dtype=settings.model.dtype,
+        task=settings.task,
+        labels=ledger.labels,
+        data=data,
+        seed=entry.runs[0].seed,
+        measured=_measured(snapshot, entry),
+        provenance=Provenance(
+            study=snapshot.study,
+            trial=number,
+            autopeft=_version("autopeft"),
+            packages={name: _version(name) for name in PACKAGES},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        ),
+    )
+
+
+def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
+    """Costs as they were measured; qualities on the test split with their promise, where there is one."""
+    assert entry.trial.measurement is not None
+    values, std_err = snapshot.values_of(entry)
+    seeds = tuple(run.seed for run in entry.runs)
+    found = {}
+    for name, value in values.items():
+        promise = snapshot.promise(entry, name) if name in ("accuracy", "loss") else None
+        if promise is not None:
+            found[name] = Measured(
+                value=promise.value,
+                std_err=promise.std_err,
+                low=promise.low,
+                high=promise.high,
+                split="test",
+                seeds=seeds,
+            )
+        else:
+            found[name] = Measured(value=value, std_err=std_err.get(name), split="validation", seeds=seeds)
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

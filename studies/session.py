@@ -1,0 +1,150 @@
+"""Opens a study for work: folder, lock, data, model, ledger and tracking, from its file."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ruamel.yaml import YAML
+
+from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.ledger import About, Ledger
+from autopeft.studies.snapshot import Snapshot
+from autopeft.studies.study_file import StudyFile, fingerprint
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.tasks.data import Splits
+    from autopeft.evaluators.train import TrainEvaluator
+    from autopeft.search_space.problem import Problem
+    from autopeft.studies.study import Study
+
+LEAST_FREE_BYTES = 50_000_000
+
+
+def storage_url(settings: StudyFile) -> str:
+    return settings.storage or f"sqlite:///{settings.output_folder / 'ledger.db'}"
+
+
+def device_of(settings: StudyFile) -> str:
+    """Raises EnvironmentProblem when a GPU is asked for and there is none."""
+    import torch
+
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem("device: cuda was asked for, and torch sees no GPU here")
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device
+
+
+def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
+    """The `train` evaluator over the study's model and data, on its device."""
+    from autopeft.evaluators.backbones import load_backbone
+    from autopeft.evaluators.train import TrainEvaluator
+    from autopeft.search_space.problem import Problem
+
+    loaded = load_backbone(
+        settings.model_id,
+        task=settings.task,
+        labels=splits.labels,
+        revision=settings.model.revision,
+        dtype=settings.model.dtype,
+        modules=settings.model.modules,
+        device=device_of(settings),
+    )
+    return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
+
+
+@contextmanager
+def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[Study]:
+    """The study, held against a second process. Raises ConfigurationError (it exists, it does not, it changed, it is
+    under way) and EnvironmentProblem (the folder cannot be written, the ledger cannot be read).
+    """
+    from filelock import FileLock, Timeout
+
+    from autopeft.studies.study import Study
+    from autopeft.studies.tracking import Tracker
+
+    _check_folder(settings, resume)
+    lock = FileLock(settings.output_folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigurationError(f"{settings.output_folder}: another process is working on this study") from None
+    try:
+        ledger = Ledger.open(storage_url(settings), settings.study, fingerprint(settings)) if resume else None
+        if ledger is None:
+            _check_new(settings)
+        evaluator = evaluator_for(settings, splits)
+        problem = settings.problem(evaluator.backbone)
+        if ledger is None:
+            ledger = _new_ledger(settings, problem, splits)
+        tracker = None
+        if settings.tracking.enabled:
+            experiment = settings.tracking.experiment or settings.study
+            tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
+        yield Study(settings, problem, evaluator, ledger, tracker)
+    finally:
+        lock.release()
+
+
+def _check_new(settings: StudyFile) -> None:
+    """Before anything slow is loaded."""
+    others = Ledger.names(storage_url(settings))
+    if settings.study in others:
+        raise ConfigurationError(
+            f"{settings.output_folder} already holds the study {settings.study!r}: `autopeft resume` goes on with it"
+        )
+    if others and settings.storage is None:
+        raise ConfigurationError(f"{settings.output_folder} holds another study, {others[0]!r}: set another output")
+
+
+def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger:
+    text = io.StringIO()
+    YAML().dump(settings.model_dump(mode="json", exclude_none=True), text)
+    about = About(
+        objectives=problem.objectives,
+        backbone=problem.space.backbone,
+        labels=splits.labels,
+        settings=text.getvalue(),
+        fingerprint=fingerprint(settings),
+    )
+    return Ledger.create(storage_url(settings), settings.study, about)
+
+
+def _check_folder(settings: StudyFile, resume: bool) -> None:
+    folder = settings.output_folder
+    if resume and not folder.is_dir():
+        raise ConfigurationError(f"{folder}: there is nothing to resume; `autopeft run` starts the study")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+        status = os.statvfs(folder)
+    except OSError as error:
+        raise EnvironmentProblem(f"{folder}: cannot be written: {error.strerror}") from error
+    free = status.f_bavail * status.f_frsize
+    if free < LEAST_FREE_BYTES:
+        raise EnvironmentProblem(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs more")
+
+
+def open_ledger(settings: StudyFile) -> Ledger:
+    """The ledger for reading, safe while the study runs. Raises ConfigurationError if it was never started."""
+    if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
+        raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
+    return Ledger.open(storage_url(settings), settings.study)
+
+
+def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
+    """The study as its ledger has it; neither data nor weights are loaded."""
+    return Snapshot(
+        study=settings.study,
+        study_id=ledger.study_id,
+        settings=ledger.settings,
+        objectives=settings.objectives_list(),
+        backbone=ledger.backbone,
+        trials=tuple(ledger.trials()),
+    )
