@@ -54,7 +54,7 @@ def resolve(model_id: str) -> str:
             raise ModelError(f"{model_id}: no config.json in this folder, so it is not a transformers model")
         return str(path)
     looks_local = path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1
-    if looks_local or os.sep == "\\" and "\\" in model_id:
+    if looks_local or (os.sep == "\\" and "\\" in model_id):
         raise ModelError(f"{model_id}: there is no such folder")
     return model_id
 
@@ -95,9 +95,13 @@ def load_backbone(
     revision: str | None = None,
     dtype: str = "float32",
     modules: Mapping[str, str] | None = None,
+    backbone: Backbone | None = None,
     device: str = "cpu",
 ) -> LoadedBackbone:
-    """Model, description and tokenizer. Raises ModelError; `describe`'s own error for a model without known sites."""
+    """Model, description and tokenizer. A `backbone` that is known already (from a recipe) is not sought again.
+
+    Raises ModelError; `describe`'s own error for a model without known sites.
+    """
     source = resolve(model_id)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # "some weights were newly initialised" is what we expect here
@@ -122,7 +126,7 @@ def load_backbone(
     tokenizer = load_tokenizer(model_id, revision)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    backbone = describe(model, id=model_id, revision=revision, modules=modules)
+    backbone = backbone or describe(model, id=model_id, revision=revision, modules=modules)
     new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     fresh = any(key.startswith(f"{head}.") for key in new for head in backbone.head_modules)
     return LoadedBackbone(model, backbone, tokenizer, pretrained_head=not fresh)

@@ -7,8 +7,9 @@ the backbone's own modules and parameters are never replaced: detaching restores
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from autopeft.search_space.backbone import Backbone, Site
 
 # At one module, linears and norms are adapted before the sub-layer that ends there.
 SUBLAYER_ROLES = ("attn", "mlp")
+#: A bank and the slots that it serves, None for all of them.
+Served = tuple[Bank, Tensor | None]
 
 
 def head_sites(model: nn.Module, backbone: Backbone) -> tuple[Site, ...]:
@@ -70,9 +73,9 @@ class Attachment(nn.Module):
         self.backbone = backbone
         self.architectures = tuple(architectures)
         self.num_slots = len(architectures)
-        self.banks = nn.ModuleList()
+        self.banks = _registered([])
         self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all of them
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[Any] = []
         self._inputs: dict[str, Tensor] = {}
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -86,7 +89,7 @@ class Attachment(nn.Module):
                     self._add(Bank(site, specs, model.get_submodule(site.module), own_seeds), slots)
         every = list(range(self.num_slots))
         for site in head_sites(model, backbone):
-            base = model.get_submodule(site.module)
+            base = cast(nn.Linear, model.get_submodule(site.module))
             bank = Bank(site, [Head()] * self.num_slots, base, seeds)
             if pretrained_head:
                 for k in every:
@@ -139,59 +142,58 @@ class Attachment(nn.Module):
                 self._trained.append((parameter, parameter.detach().clone()))
 
     def _hook(self, model: nn.Module) -> None:
+        served: list[Served] = list(zip(self.banks, self._slots_of, strict=True))
         # The prefixes first: their installation refuses some models, before anything has changed.
-        prefixes = [bank for bank in self.banks if overrides(bank.specs[0], "extend_attention")]
+        prefixes = [(bank, slots) for bank, slots in served if overrides(bank.specs[0], "extend_attention")]
         if prefixes:
             from autopeft.evaluators.attention import install
 
-            slots_of = {id(b): s for b, s in zip(self.banks, self._slots_of, strict=True)}
-            self._handles += install(model, [(bank, slots_of[id(bank)]) for bank in prefixes], self.num_slots)
-        points: dict[str, list[int]] = {}
-        for index, bank in enumerate(self.banks):
-            points.setdefault(bank.site.module, []).append(index)
-        for path, indices in points.items():
+            self._handles += install(model, prefixes, self.num_slots)
+        points: dict[str, list[Served]] = {}
+        for bank, slots in served:
+            points.setdefault(bank.site.module, []).append((bank, slots))
+        taps: set[str] = set()
+        for path, here in points.items():
             # Sorting is stable: within a class the canonical order of `_groups` stands.
-            indices.sort(key=lambda i: self.banks[i].site.role in SUBLAYER_ROLES)
+            here.sort(key=lambda pair: pair[0].site.role in SUBLAYER_ROLES)
             module = model.get_submodule(path)
-            inputs = [i for i in indices if overrides(self.banks[i].specs[0], "apply_input")]
+            inputs = [pair for pair in here if overrides(pair[0].specs[0], "apply_input")]
             if inputs:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(inputs)))
-            outputs = [i for i in indices if overrides(self.banks[i].specs[0], "apply")]
+            outputs = [pair for pair in here if overrides(pair[0].specs[0], "apply")]
             if outputs:
                 self._handles.append(module.register_forward_hook(self._output_hook(outputs)))
-        acting = [b.site for b in self.banks if overrides(b.specs[0], "apply")]
-        taps = {site.input_module for site in acting if site.input_module != site.module}
+            taps |= {bank.site.input_module for bank, _ in outputs} - {path}
         for path in taps:
             # Prepended: a sub-layer's x is taken before an adapter at the tapped linear changes its input.
             handle = model.get_submodule(path).register_forward_pre_hook(self._tap(path), prepend=True)
             self._handles.append(handle)
 
-    def _tap(self, path: str):
+    def _tap(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple) -> None:
             self._inputs[path] = args[0]
 
         return hook
 
-    def _input_hook(self, indices: list[int]):
+    def _input_hook(self, here: list[Served]) -> Callable[..., tuple]:
         def hook(module: nn.Module, args: tuple) -> tuple:
             x = self._by_slot(args[0])
-            for index in indices:
-                x = self._on_slots(index, x, lambda bank, part: bank.apply_input(part), x)
+            for bank, slots in here:
+                x = _on_slots(slots, x, bank.apply_input, x)
             return (x.reshape(args[0].shape), *args[1:])
 
         return hook
 
-    def _output_hook(self, indices: list[int]):
+    def _output_hook(self, here: list[Served]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             y = self._by_slot(output)
-            for index in indices:
-                site = self.banks[index].site
-                own = site.input_module == site.module
-                x = self._by_slot(args[0] if own else self._inputs[site.input_module])
-                y = self._on_slots(index, y, lambda bank, part, x_part: bank(x_part, part), y, x)
-            for site in (self.banks[index].site for index in indices):
-                if site.input_module != site.module:  # the graph of a step must not outlive it
-                    self._inputs.pop(site.input_module, None)
+            for bank, slots in here:
+                tapped = bank.site.input_module != bank.site.module
+                x = self._by_slot(self._inputs[bank.site.input_module] if tapped else args[0])
+                y = _on_slots(slots, y, bank, x, y)
+            for bank, _ in here:
+                if bank.site.input_module != bank.site.module:  # the graph of a step must not outlive it
+                    self._inputs.pop(bank.site.input_module, None)
             return y.reshape(output.shape)
 
         return hook
@@ -199,14 +201,6 @@ class Attachment(nn.Module):
     def _by_slot(self, tensor: Tensor) -> Tensor:
         """[K * N, ..., D] to [K, M, D]."""
         return tensor.reshape(self.num_slots, -1, tensor.shape[-1])
-
-    def _on_slots(self, index: int, whole: Tensor, change, *tensors: Tensor) -> Tensor:
-        """`whole` with the slots of bank `index` replaced by `change(bank, *their parts)`."""
-        slots = self._slots_of[index]
-        if slots is None:
-            return change(self.banks[index], *tensors)
-        parts = [tensor.index_select(0, slots) for tensor in tensors]
-        return whole.index_copy(0, slots, change(self.banks[index], *parts))
 
     # Use
 
@@ -244,7 +238,7 @@ class Attachment(nn.Module):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], k: int = 0) -> None:
-        """The inverse of `state`. Raises KeyError for a missing tensor, ValueError for one of another shape."""
+        """The inverse of `state`. Raises KeyError for a missing tensor, ValueError for another shape."""
         for key, bank, j in self._banks_of(k):
             bank.load_slot(j, {name: state[f"{key}/{name}"] for name in bank.values})
         if self._trained:
@@ -287,7 +281,7 @@ class Attachment(nn.Module):
                 saved.append((module, weight.clone(), None if bias is None else bias.detach().clone()))
                 with torch.no_grad():
                     set_weight(module, *bank.specs[0].merge(bank.of_slot(0), weight, bias))
-            self.banks, self._slots_of = nn.ModuleList(kept), [None] * len(kept)
+            self.banks, self._slots_of = _registered(kept), [None] * len(kept)
             self._hook(model)
             yield
         finally:
@@ -314,7 +308,7 @@ class Attachment(nn.Module):
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Take everything off: hooks, gradient flags, modes, and put back what was trained of the backbone."""
+        """Take everything off and put the backbone's flags, modes and trained values back."""
         self._unhook()
         for parameter, value in self._trained:
             parameter.copy_(value)
@@ -328,6 +322,18 @@ class Attachment(nn.Module):
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+
+def _registered(banks: list[Bank]) -> list[Bank]:
+    """As modules of the attachment: mypy does not know what a ModuleList holds."""
+    return cast(list[Bank], nn.ModuleList(banks))
+
+
+def _on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`whole` with the parts of `slots` replaced by what `change` makes of their parts of `tensors`."""
+    if slots is None:
+        return change(*tensors)
+    return whole.index_copy(0, slots, change(*(tensor.index_select(0, slots) for tensor in tensors)))
 
 
 def overrides(spec: AdapterSpec, method: str) -> bool:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from autopeft.evaluators import batching
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Costs, Evaluator, OutOfMemory, Outcome, Request
+from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.measured import measure
 from autopeft.evaluators.tasks import TASKS, Batch, Example

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from operator import ge, gt, le, lt
+from typing import Any
 
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.backbone import Backbone, Site
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate
 from autopeft.studies.ledger import Ledger
 from autopeft.studies.recipe import Measured, Provenance, Recipe, RecipeData
@@ -53,29 +57,56 @@ def _known(numbers: list[int]) -> str:
 
 def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: int) -> Recipe:
     """The recipe of a complete trial. Promises are made for candidates that were trained with several seeds."""
+    entry = snapshot.entry(number)
+    backbone, labels = snapshot.backbone, ledger.labels
+    sites = recipe_head_sites(settings, labels, backbone)
+    return bare_recipe(
+        settings,
+        labels,
+        backbone,
+        entry.trial.candidate,
+        sites,
+        trial=number,
+        seed=entry.runs[0].seed,
+        measured=_measured(snapshot, entry),
+    )
+
+
+def recipe_head_sites(settings: StudyFile, labels: Sequence[str] | None, backbone: Backbone) -> tuple[Site, ...]:
+    """The linears of the task head, from the model's configuration."""
     from autopeft.evaluators.backbones import skeleton
     from autopeft.evaluators.host import head_sites
 
-    entry = snapshot.entry(number)
-    model = skeleton(settings.model_id, settings.model.revision, settings.task, ledger.labels)
-    data = RecipeData(**settings.data.model_dump(exclude_none=True), folder=str(settings.folder))
+    return head_sites(skeleton(settings.model_id, settings.model.revision, settings.task, labels), backbone)
+
+
+def bare_recipe(
+    settings: StudyFile,
+    labels: Sequence[str] | None,
+    backbone: Backbone,
+    candidate: Candidate,
+    head_sites: Sequence[Site],
+    *,
+    trial: int = -1,
+    **fields: Any,
+) -> Recipe:
+    """The recipe of a candidate of the study that need not have been trained."""
     return Recipe.of(
-        backbone=snapshot.backbone,
-        candidate=entry.trial.candidate,
-        head_sites=head_sites(model, snapshot.backbone),
+        backbone=backbone,
+        candidate=candidate,
+        head_sites=head_sites,
         dtype=settings.model.dtype,
         task=settings.task,
-        labels=ledger.labels,
-        data=data,
-        seed=entry.runs[0].seed,
-        measured=_measured(snapshot, entry),
+        labels=labels,
+        data=RecipeData(**settings.data.model_dump(exclude_none=True), folder=str(settings.folder)),
         provenance=Provenance(
-            study=snapshot.study,
-            trial=number,
+            study=settings.study,
+            trial=trial,
             autopeft=_version("autopeft"),
             packages={name: _version(name) for name in PACKAGES},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         ),
+        **fields,
     )
 
 

@@ -28,22 +28,21 @@ def storage_url(settings: StudyFile) -> str:
     return settings.storage or f"sqlite:///{settings.output_folder / 'ledger.db'}"
 
 
-def device_of(settings: StudyFile) -> str:
-    """Raises EnvironmentProblem when a GPU is asked for and there is none."""
+def torch_device(wish: str) -> str:
+    """ "cpu" or "cuda". Raises EnvironmentProblem when a GPU is asked for and there is none."""
     import torch
 
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    if wish not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(f"device {wish!r}: use auto, cpu or cuda")
+    if wish == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem("device: cuda was asked for, and torch sees no GPU here")
-    if settings.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return settings.device
+    return "cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
     """The `train` evaluator over the study's model and data, on its device."""
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.train import TrainEvaluator
-    from autopeft.search_space.problem import Problem
 
     loaded = load_backbone(
         settings.model_id,
@@ -52,7 +51,7 @@ def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
         revision=settings.model.revision,
         dtype=settings.model.dtype,
         modules=settings.model.modules,
-        device=device_of(settings),
+        device=torch_device(settings.device),
     )
     return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
 

@@ -98,8 +98,9 @@ class Source:
         for key in path:
             try:
                 # Keys of the data are text, whatever YAML made of them.
-                here = key if isinstance(node, list) else next(k for k in node if str(k) == str(key))
-                line = (node.lc.item(here) if isinstance(node, list) else node.lc.key(here))[0] + 1
+                in_list = isinstance(node, list)
+                here = key if in_list else next(k for k in node if str(k) == str(key))
+                line = (node.lc.item if in_list else node.lc.key)(here)[0] + 1
                 node = node[here]
             # absent, a scalar, or from a merge key, which has no line
             except (KeyError, IndexError, StopIteration, TypeError, AttributeError):

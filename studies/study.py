@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 from safetensors.torch import save_file
 
-from autopeft.evaluators.base import Costs, Evaluator, OutOfMemory, Outcome, Request
+from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.presets import BASELINES
-from autopeft.search_space.problem import METRICS, Fidelity, Measurement, Problem, Trial
+from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
+from autopeft.search_space.space import SearchSpace
 from autopeft.searchers import SEARCHERS
 from autopeft.studies import front
 from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
@@ -88,7 +89,7 @@ class Study:
     def run(self, watcher: Watcher) -> Snapshot:
         """Evaluate what is left. Raises NoFeasibleCandidate, EnvironmentProblem (the disk), KeyboardInterrupt."""
         self._check_feasible()
-        watcher.plan(self.num_planned(), sum(t.state != "running" and t.role != COPY for t in self.trials.values()))
+        watcher.plan(num_evaluations(self.settings, self.problem.space), len(self._counted()))
         try:
             for trial in self.ledger.unfinished(self.problem.objectives):
                 self._evaluate(trial, watcher)
@@ -108,33 +109,14 @@ class Study:
             raise NoFeasibleCandidate(self._why_nothing())
         return snapshot
 
-    def num_planned(self) -> int:
-        """Evaluations of the whole study, finalists at their most."""
-        finalists = (self.settings.finalists.most + len(self.settings.baselines.names)) * self.settings.finalists.seeds
-        return len(list(self.all_baselines())) + self.settings.search.trials + finalists
-
     def _counted(self) -> list[Trial]:
         return [t for t in self.trials.values() if t.state in ("complete", "failed") and t.role != COPY]
 
     # Baselines
 
-    def all_baselines(self) -> Iterator[Planned]:
-        """Every baseline at every learning rate; other training fields as in the study, at a fixed value."""
-        settings = self.settings.baselines
-        middle = self.problem.space.from_unit([0.5] * len(self.problem.space.genes))
-        training = dict(self.problem.space.decode(middle).training)
-        for name in settings.names:
-            architecture = BASELINES[name](self.backbone)
-            if not architecture and not self.backbone.head_modules:
-                continue  # "head only" of a model without a head trains nothing
-            rates = settings.full_learning_rates if name == "full" else settings.learning_rates
-            for rate in rates:
-                candidate = Candidate(architecture=architecture, training={**training, "learning_rate": rate})
-                yield Planned(BASELINE + name, candidate, self.settings.seed)
-
     def _baselines(self) -> Iterator[Planned]:
         known = {(t.role, t.candidate.key) for t in self.trials.values()}
-        return (p for p in self.all_baselines() if (p.role, p.candidate.key) not in known)
+        return (p for p in baselines(self.settings, self.problem.space) if (p.role, p.candidate.key) not in known)
 
     # The search
 
@@ -306,6 +288,29 @@ class Study:
         draft = path.with_suffix(".partial")
         save_file(dict(outcome.weights), draft)
         draft.replace(path)
+
+
+def baselines(settings: StudyFile, space: SearchSpace) -> Iterator[Planned]:
+    """Every baseline at every learning rate; other training fields as in the study, searched ones at their middle."""
+    middle = dict(space.decode(space.from_unit([0.5] * len(space.genes))).training)
+    for name in settings.baselines.names:
+        architecture = BASELINES[name](space.backbone)
+        if not architecture and not space.backbone.head_modules:
+            continue  # "head" of a model without a head trains nothing
+        own = settings.baselines.full_learning_rates if name == "full" else settings.baselines.learning_rates
+        for rate in own:
+            candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
+            yield Planned(BASELINE + name, candidate, settings.seed)
+
+
+def num_finals(settings: StudyFile) -> int:
+    """Evaluations of the final front at most: contenders and tuned baselines, each with every fresh seed."""
+    return (settings.finalists.most + len(settings.baselines.names)) * settings.finalists.seeds
+
+
+def num_evaluations(settings: StudyFile, space: SearchSpace) -> int:
+    """Evaluations of the whole study at most."""
+    return len(list(baselines(settings, space))) + settings.search.trials + num_finals(settings)
 
 
 def _own(trial: Trial) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class StudyFile(settings.Section):
     """The settings of one study."""
 
     study: settings.Name = Field(description="name of the study: letters, digits, - and _")
-    seed: int = Field(default=0, ge=0, description="the same seed gives the same study")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="the same seed gives the same study")
     task: Literal["classification", "causal-lm"] = Field(
         default="classification", description="what is learnt"
     )
@@ -61,16 +61,21 @@ class StudyFile(settings.Section):
     )
 
     _source: Source = PrivateAttr(default_factory=lambda: Source("", {}))
-    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _file: Path = PrivateAttr(default_factory=lambda: Path.cwd() / FILE_NAME)
+
+    @property
+    def path(self) -> Path:
+        """The file, as the user named it."""
+        return self._file
 
     @property
     def folder(self) -> Path:
-        """The folder of the file: relative paths count from here."""
-        return self._folder
+        """The folder of the file, absolute: relative paths count from here."""
+        return self._file.resolve().parent
 
     @property
     def output_folder(self) -> Path:
-        return self._folder / Path(self.output or f"runs/{self.study}").expanduser()
+        return self.folder / Path(self.output or f"runs/{self.study}").expanduser()
 
     @property
     def tracking_uri(self) -> str:
@@ -79,7 +84,7 @@ class StudyFile(settings.Section):
     @property
     def model_id(self) -> str:
         """`model.id`, with a folder beside the file made absolute."""
-        beside = self._folder / Path(self.model.id).expanduser()
+        beside = self.folder / Path(self.model.id).expanduser()
         return str(beside) if beside.is_dir() or self.model.id.startswith((".", "~")) else self.model.id
 
     def data_settings(self) -> DataSettings:
@@ -87,7 +92,7 @@ class StudyFile(settings.Section):
         from autopeft.evaluators.tasks.data import DataSettings
 
         set_here = {key: value for key, value in dict(self.data).items() if value is not None}
-        return DataSettings(**set_here, folder=self._folder)
+        return DataSettings(**set_here, folder=self.folder)
 
     def space_for(self, backbone: Backbone) -> SearchSpace:
         """The space over `backbone`. Raises StudyFileError, as for the file itself."""
@@ -124,27 +129,34 @@ def load_study(
     """Read and check a study file, or the `study.yaml` of a folder. Raises StudyFileError: every problem."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    return _checked(read(path, overrides, environment), path.resolve().parent)
+    return _checked(read(path, overrides, environment), path)
 
 
 def study_from_mapping(data: Mapping[str, Any], folder: str | Path = ".") -> StudyFile:
     """The same for settings that are data already; relative paths count from `folder`."""
-    return _checked(Source("", dict(data)), Path(folder).resolve())
+    # By way of JSON: a copy of our own, with lists for tuples.
+    return _checked(Source("", json.loads(json.dumps(dict(data)))), Path(folder) / FILE_NAME)
 
 
-def _checked(source: Source, folder: Path) -> StudyFile:
+def _checked(source: Source, path: Path) -> StudyFile:
     # A section whose entries are all commented out is null in YAML.
     data = {key: value for key, value in source.data.items() if value is not None}
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise StudyFileError(
+            [f"{source.name}: a text has half of a surrogate pair (\\ud800 to \\udfff)"]
+        ) from None
     study, found, removed = _salvaged(data)
-    for path, what in checks.problems_of(study):
+    for keys, what in checks.problems_of(study):
         # Next to an entry that was removed, it may come of the removal.
-        if not any(path[: len(gone)] == gone or gone[: len(path)] == path for gone in removed):
-            found.append((path, what))
+        if not any(keys[: len(gone)] == gone or gone[: len(keys)] == keys for gone in removed):
+            found.append((keys, what))
     found.sort(key=lambda problem: source.line(problem[0]))
-    problems = source.problems + [source.render(path, what) for path, what in found]
+    problems = source.problems + [source.render(keys, what) for keys, what in found]
     if problems:
         raise StudyFileError(problems)
-    study._source, study._folder = source, folder
+    study._source, study._file = source, path
     return study
 
 
@@ -212,7 +224,8 @@ def _path(location: Keys, data: Any) -> Keys:
     """The keys among `location`, which holds the members of unions too."""
     path: list[str | int] = []
     for key in location:
-        if (isinstance(data, dict) and key in data) or (isinstance(data, list) and isinstance(key, int)):
+        here = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int)
+        if here:
             data = data[key]
             path.append(key)
     return tuple(path)
@@ -242,7 +255,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(argument)
 
 
-def _remove(data: dict[str, Any], path: Keys) -> None:
+def _remove(data: dict[Any, Any], path: Keys) -> None:
     *parents, last = path or ("study",)
     for key in parents:
         data = data.get(key, {})

@@ -32,9 +32,8 @@ from autopeft.search_space.adapters import (
     Prefix,
     Ssf,
 )
-from autopeft.search_space.adapters.base import LINEAR_ROLES
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.search_space.introspection import describe
 
 VOCABULARY = 61

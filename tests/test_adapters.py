@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopeft.evaluators.host import Attachment, overrides
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Bitfit, Dora, Full, Ia3, Lora, Norm, Ssf
 from autopeft.search_space.adapters import dora as dora_module
-from autopeft.search_space.adapters.bank import Bank
+from autopeft.search_space.adapters.bank import Bank, Call
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import Backbone
 
@@ -364,6 +364,33 @@ def test_equals_peft(row: Row, spec: AdapterSpec, family: str) -> None:
         assert_same({n: v.view_as(expected[n]) for n, v in found.items()}, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("spec", [Lora(rank=2, dropout=0.5), Dora(rank=2, dropout=0.5)], ids=lambda s: s.kind)
+def test_dropout_acts_where_it_does_in_peft(spec: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import get_peft_model
+
+    class Half(nn.Module):
+        """Stands in for the random dropout of both."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * x
+
+    monkeypatch.setattr(Call, "dropout", lambda self, x: 0.5 * x)
+    model, backbone = tiny("llama-causal")
+    row = next(row for row in ROWS if row.kind == spec.kind)
+    sites = row.sites(backbone)
+    theirs = get_peft_model(copy.deepcopy(model), row.peft.config(spec, sites)).train()
+    with Attachment(model, backbone, [row.place(spec, backbone)], [1]) as attachment, torch.no_grad():
+        attachment.load_state(noisy(attachment))
+        for bank in attachment.banks:
+            layer = theirs.get_submodule(f"base_model.model.{bank.site.module}")
+            layer.lora_dropout["default"] = Half()
+            for name, value in row.peft.values(bank.of_slot(0), bank.base[0]).items():
+                layer.get_parameter(name).copy_(value)
+        attachment.train()
+        expected = theirs(input_ids=tokens()).logits
+        torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_bitfit_is_training_the_bias() -> None:
     model, backbone = tiny("bert")
     row = next(row for row in ROWS if row.kind == "bitfit")
@@ -381,6 +408,14 @@ def test_bitfit_is_training_the_bias() -> None:
 
 
 # The host
+
+
+def test_norm_of_an_unknown_formula_is_refused() -> None:
+    model, backbone = tiny("bert")
+    site = backbone.site("norm.embed")
+    bank = Bank(site, [Norm()], nn.GroupNorm(2, site.in_features), [1])
+    with pytest.raises(ValueError, match="formula of GroupNorm"):
+        bank(*torch.randn(2, 1, 3, site.in_features))
 
 
 def test_full_trains_all_but_the_head_in_place() -> None:

@@ -225,6 +225,7 @@ def test_paths_count_from_the_file(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     study = load_study("there", environment={})
+    assert study.path == Path("there/study.yaml")
     assert study.output_folder == folder / "runs" / "small"
     assert study.tracking_uri == f"sqlite:///{folder}/runs/small/mlflow.db"
     assert study.model_id == str(folder / "model")
@@ -310,6 +311,7 @@ WRONG = [
     ("task: causal-lm\nmodel: {id: some/model}", "1 data.source: the embedded data is for classification"),
     ("task: causal-lm\ndata: {source: org/data}", "1 model.id: the embedded model is an encoder"),
     ("task: regression", "6 task: must be 'classification' or 'causal-lm'"),
+    ("seed: 4294967296", "6 seed: must be less than 2147483648"),
     ("device: gpu", "6 device: must be 'auto', 'cpu' or 'cuda'"),
 ]
 
@@ -457,6 +459,20 @@ def test_missing_file(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(StudyFileError, match="not a text in UTF-8"):
         load_study(tmp_path / "binary.yaml")
+
+
+def test_text_that_is_no_unicode(problems):
+    assert problems(MINIMAL + r'output: "\ud800"') == [
+        r"study.yaml: a text has half of a surrogate pair (\ud800 to \udfff)"
+    ]
+
+
+def test_data_of_the_caller_is_left_alone():
+    data = {"study": "s", "space": {"adapters": {"lora": {"rnak": 1}}}, "search": {"trails": 1}}
+    copy = json.loads(json.dumps(data))
+    with pytest.raises(StudyFileError):
+        study_from_mapping(data)
+    assert data == copy
 
 
 @pytest.mark.parametrize(

@@ -102,12 +102,9 @@ class Bank(nn.Module):
                 values[self.bank_of_slot[k]][tuple(slice(n) for n in drawn.shape)] = drawn
             self.values[name] = nn.Parameter(values)
 
-        sizes = [spec.size for spec in self.specs]
-        if None in sizes or len(set(sizes)) == 1:
-            self.register_buffer("mask", None)
-        else:
-            owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
-            self.register_buffer("mask", owned.float())
+        sizes = [spec.size or 0 for spec in self.specs]  # types without a size need no mask
+        owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
+        self.register_buffer("mask", None if owned.all() else owned.float())
         constants = [spec.constants(site) for spec in self.specs]
         for name in constants[0]:
             self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from autopeft.search_space.adapters.bank import Call
 
-LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 FLOAT32_BITS = 32
 
 

@@ -13,7 +13,7 @@ from autopeft.search_space.adapters.base import AdapterSpec, Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head(AdapterSpec):
-    """Replaces a linear: W x + b, W: [D_out, D_in] of standard deviation 0.02, b: [D_out] zero at the start."""
+    """Replaces a linear: W x + b, W: [D_out, D_in] of standard deviation 0.02, b: [D_out] zero at first."""
 
     kind: ClassVar[str] = "head"
     roles: ClassVar[tuple[str, ...]] = ("head",)

@@ -51,7 +51,7 @@ RULES: dict[str, Callable[[tuple[int, ...], Generator], Tensor]] = {
 
 
 def initialise(parameter: Parameter, generator: Generator, base: nn.Module) -> Tensor:
-    """A new tensor of `parameter.shape` in float32, from `generator`; "row_norm" measures the weight of `base`."""
+    """A new float32 tensor of `parameter.shape`; "row_norm" measures the weight of `base`."""
     if parameter.init == "row_norm":
         return weight_of(base).float().norm(dim=1)
     return RULES[parameter.init](parameter.shape, generator)

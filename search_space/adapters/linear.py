@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,13 +13,13 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: Any) -> Tensor:
     """The weight as [D_out, D_in] (norms: [D]); a view, not a copy."""
     return module.weight.detach().T if _is_transposed(module) else module.weight.detach()
 
 
 @torch.no_grad()
-def set_weight(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def set_weight(module: Any, weight: Tensor, bias: Tensor | None) -> None:
     """Write `weight` [D_out, D_in] and `bias` in place; a bias is added where none was, removed for None."""
     module.weight.copy_(weight.T if _is_transposed(module) else weight)
     if bias is None:

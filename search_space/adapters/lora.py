@@ -7,13 +7,13 @@ from math import sqrt
 from typing import ClassVar
 
 from autopeft.search_space.adapters.base import (
-    LINEAR_ROLES,
     AdapterSpec,
     Parameter,
     check_at_least,
     check_one_of,
     check_probability,
 )
+from autopeft.search_space.backbone import LINEAR_ROLES
 
 INITS = ("kaiming", "gaussian", "orthogonal")
 

@@ -15,13 +15,17 @@ import typer
 
 from autopeft.studies.cli.doctor import doctor
 from autopeft.studies.cli.files import init, schema, validate
+from autopeft.studies.cli.results import export, pareto
+from autopeft.studies.cli.retraining import train, verify
+from autopeft.studies.cli.running import plan, resume, run, status
 from autopeft.studies.errors import EnvironmentProblem, UserError
 
 DEBUG = "AUTOPEFT_DEBUG"
-INTERRUPTED = 130
 
 #: In the order of `--help`.
-COMMANDS: tuple[Callable[..., Any], ...] = (init, validate, schema, doctor)
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor,
+)  # fmt: skip
 
 app = typer.Typer(
     name="autopeft",

@@ -1,0 +1,93 @@
+"""What a person sees while a study runs: one bar with an ETA, and a line for every evaluation. All on stderr."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from autopeft.search_space.problem import Objective, Trial
+from autopeft.studies.snapshot import Snapshot, summary
+
+
+def number(value: float) -> str:
+    """A value as people read it: 12,345 or 0.7123 or 1.2e-05."""
+    if float(value).is_integer() and abs(value) >= 1:
+        return f"{value:,.0f}"
+    return f"{value:,.4g}"
+
+
+def measured(objective: Objective, values, std_err) -> str:
+    error = std_err.get(objective.name)
+    return number(values[objective.name]) + (f" ± {number(error)}" if error else "")
+
+
+class ProgressView:
+    """A `Watcher` for terminals; without a terminal only the lines are printed. Use as a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]:.0f}/{task.total:.0f} evaluations"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[front]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            # An ETA over the last evaluations, not over the last seconds: they differ in length.
+            speed_estimate_period=600,
+        )
+        self.task = self.progress.add_task("starting", total=1, done=0, front="")
+        self.done = 0
+        self.begun = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ):
+        self.progress.stop()
+
+    def plan(self, evaluations: int, done: int) -> None:
+        self.done = done
+        self.progress.update(self.task, total=evaluations, completed=done, done=done)
+
+    def begin(self, trial: Trial, steps: int) -> None:
+        self.begun = time.monotonic()
+        self.progress.update(self.task, description=_name(trial))
+
+    def step(self, done: int, total: int) -> None:
+        # The last tenth of an evaluation is its validation.
+        self.progress.update(self.task, completed=self.done + 0.9 * done / total)
+
+    def end(self, trial: Trial, snapshot: Snapshot) -> None:
+        if trial.state != "infeasible":
+            self.done += 1
+        members = sum(row.on_front for row in snapshot.rows())
+        self.progress.update(
+            self.task, completed=self.done, done=self.done, front=f"front of {members}" if members else ""
+        )
+        self.console.print(self._line(trial, snapshot), soft_wrap=True, markup=False)
+
+    def _line(self, trial: Trial, snapshot: Snapshot) -> str:
+        opening = f"{_name(trial):>24}  "
+        if trial.state != "complete" or trial.measurement is None:
+            return f"{opening}{trial.state}: {trial.error}"
+        values, std_err = trial.measurement.values, trial.measurement.std_err
+        figures = "  ".join(f"{o.name} {measured(o, values, std_err)}" for o in snapshot.objectives)
+        seconds = time.monotonic() - self.begun
+        return f"{opening}{figures}  ({seconds:.1f} s)  {summary(trial, snapshot.backbone)}"
+
+
+def _name(trial: Trial) -> str:
+    if trial.role == "finalist":
+        return f"trial {trial.of} again, seed {trial.seed}"
+    return f"trial {trial.number}" if trial.role == "search" else trial.role.removeprefix("baseline:")

@@ -1,0 +1,122 @@
+"""Commands about what a study found: `pareto` and `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
+from autopeft.studies.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from autopeft.studies.snapshot import Snapshot
+
+PickOption = Annotated[
+    str, typer.Option("--pick", help="recommended, best, trial:N, or a condition as num_params<=50000.")
+]
+TargetOption = Annotated[str, typer.Option("--to", help="native, peft, trl-script, axolotl or merged.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder to write; default: exports/<pick>-<target> in the output folder.")
+]
+LossyOption = Annotated[bool, typer.Option("--allow-lossy", help="Export even if the format loses something.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier export.")]
+
+
+def pareto(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """The front so far, best quality first, with standard errors and the recommendation."""
+    from autopeft.studies.report import front_data
+    from autopeft.studies.session import open_ledger, read_snapshot
+    from autopeft.studies.study_file import load_study
+
+    settings = load_study(study, set_ or ())
+    snapshot = read_snapshot(settings, open_ledger(settings))
+    if as_json:
+        print_json(front_data(snapshot))
+    else:
+        print_front(snapshot)
+
+
+def print_front(snapshot: Snapshot) -> None:
+    """The front and the tuned baselines as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from autopeft.studies.cli.progress import measured
+
+    quality = snapshot.objectives_by_name[snapshot.quality]
+    rows = sorted(snapshot.rows(), key=lambda row: quality.loss(row.values[quality.name]))
+    members = [row for row in rows if row.on_front]
+    table = Table(title=f"{snapshot.study}: front of {len(members)} from {len(snapshot.ended)} evaluations")
+    table.add_column("")
+    table.add_column("candidate", no_wrap=True)
+    # The number of parameters always stands there, also where it is not an objective.
+    names = list(dict.fromkeys([o.name for o in snapshot.objectives] + ["num_params"]))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(f"test {snapshot.quality}", justify="right", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    shown = (members, [row for row in rows if row.is_baseline])
+    for position, group in enumerate(shown):
+        for row in group:
+            promise = snapshot.promise(snapshot.entry(row.trial), snapshot.quality)
+            test = f"{promise.value:.4f} ± {promise.std_err:.4f}" if promise else "-"
+            figures = [
+                measured(snapshot.objectives_by_name[name], row.values, row.std_err)
+                if name in snapshot.objectives_by_name
+                else f"{row.values[name]:,.0f}"
+                for name in names
+            ]
+            table.add_row("*" if row.recommended else "", row.label, *figures, test, row.summary)
+        if position == 0:
+            table.add_section()
+    console = Console()
+    # Without a terminal there is no width to respect: a table cut at 80 columns is of no use in a log.
+    Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
+    typer.echo("*: recommended, the cheapest that the paired test cannot tell from the best (95 %);"
+               " ±: standard error over examples and seeds")  # fmt: skip
+
+
+def export(
+    study: StudyArgument,
+    pick: PickOption = "recommended",
+    to: TargetOption = "native",
+    out: OutOption = None,
+    allow_lossy: LossyOption = False,
+    force: ForceOption = False,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a candidate of the front in the format of another tool, with its trained weights and its recipe."""
+    from safetensors.torch import load_file
+
+    from autopeft.search_space.suggestions import did_you_mean
+    from autopeft.studies import selection
+    from autopeft.studies.exporters import EXPORTERS
+    from autopeft.studies.session import open_ledger, read_snapshot
+    from autopeft.studies.study import weights_path
+    from autopeft.studies.study_file import load_study
+
+    if to not in EXPORTERS:
+        raise ConfigurationError(f"--to {to}: unknown target{did_you_mean(to, EXPORTERS)}")
+    settings = load_study(study, set_ or ())
+    ledger = open_ledger(settings)
+    snapshot = read_snapshot(settings, ledger)
+    number = selection.pick(snapshot, pick)
+    recipe = selection.recipe_of(settings, ledger, snapshot, number)
+    weights = weights_path(settings, number)
+    state = load_file(weights) if weights.is_file() else None
+    folder = out or settings.output_folder / "exports" / f"trial-{number}-{to}"
+    fit = EXPORTERS[to].export(recipe, state, folder, allow_lossy=allow_lossy, force=force)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    if as_json:
+        print_json({"trial": number, "target": to, "fit": fit.level, "lost": list(fit.lost), "folder": str(folder)})
+        return
+    typer.echo(f"trial {number} as {to} ({fit.level}) in {folder}")
+    for name in files:
+        typer.echo(f"  {name}")
+    for line in fit.lost:
+        typer.echo(f"  lost: {line}")
+    typer.echo(f"train it anew:    autopeft train {folder / 'recipe.yaml'}")
+    typer.echo(f"check its promise: autopeft verify {folder / 'recipe.yaml'}")

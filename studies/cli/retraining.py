@@ -1,0 +1,99 @@
+"""Commands that train from a recipe: `train` and `verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autopeft.studies.cli.options import JsonOption, print_json
+from autopeft.studies.errors import ConfigurationError, UserError
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+
+def train(
+    recipe: RecipeArgument,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: trained beside it.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: the recipe's own.")] = None,
+    device: DeviceOption = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a recipe from scratch; write the adapter and its metrics."""
+    from autopeft.studies.exporters import EXPORTERS
+    from autopeft.studies.recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    folder = out or recipe.parent / "trained"
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise ConfigurationError(f"{folder} is not empty (--force replaces an earlier run)")
+    run = _retrain(loaded, [loaded.seed if seed is None else seed], device)[0]
+    EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
+    metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": run.kept}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(metrics)
+        return
+    _print(loaded, [run])
+    typer.echo(f"adapter, recipe and metrics in {folder}")
+
+
+def verify(
+    recipe: RecipeArgument,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many new seeds.")] = 2,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a recipe with seeds that its study has not used, and check the promised interval. Exit 1 if it fails."""
+    from autopeft.studies.recipe import Recipe
+    from autopeft.studies.retraining import fresh_seeds, promises
+
+    loaded = Recipe.load(recipe)
+    if not promises(loaded):
+        raise UserError(f"{recipe}: promises nothing: its study trained no candidate with more than one seed")
+    runs = _retrain(loaded, fresh_seeds(loaded, seeds), device)
+    kept = all(all(run.kept.values()) for run in runs)
+    if as_json:
+        found = [{"seed": run.seed, "test": run.test, "kept": run.kept} for run in runs]
+        print_json({"kept": kept, "promised": _promised(loaded), "runs": found})
+    else:
+        _print(loaded, runs)
+    if not kept:
+        raise UserError("the promise was not kept")
+    typer.echo("the promise was kept", err=as_json)
+
+
+def _retrain(recipe: Any, seeds: list[int], device: str) -> list[Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from autopeft.studies.retraining import retrain
+    from autopeft.studies.session import torch_device
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"training with seed {', '.join(map(str, seeds))}", total=None)
+        return retrain(
+            recipe, seeds, torch_device(device), lambda done, total: bar.update(task, completed=done, total=total)
+        )
+
+
+def _promised(recipe: Any) -> dict[str, list[float | None]]:
+    from autopeft.studies.retraining import promises
+
+    return {name: [m.low, m.high] for name, m in promises(recipe).items()}
+
+
+def _print(recipe: Any, runs: list[Any]) -> None:
+    promised = _promised(recipe)
+    for run in runs:
+        for name, value in run.test.items():
+            line = f"seed {run.seed}: test {name} {value:.4f}"
+            if name in promised:
+                low, high = promised[name]
+                line += f", promised {low:.4f} to {high:.4f}: {'kept' if run.kept[name] else 'NOT KEPT'}"
+            typer.echo(line)

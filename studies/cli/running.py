@@ -1,0 +1,127 @@
+"""Commands that run a study or look at it: `plan`, `run`, `resume`, `status`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autopeft.studies.cli.files import check
+from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
+
+if TYPE_CHECKING:
+    from autopeft.studies.study_file import StudyFile
+
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with the study if it was started before.")
+]
+
+
+def run(
+    study: StudyArgument, set_: SetOption = None, resume: ResumeOption = False, as_json: JsonOption = False
+) -> None:
+    """Run a study: baselines, the search, the final front. Ctrl-C is safe; `autopeft resume` goes on."""
+    from autopeft.studies.session import open_ledger
+    from autopeft.studies.study_file import load_study
+
+    settings = load_study(study, set_ or ())
+    if resume:
+        try:
+            open_ledger(settings)
+        except Exception:
+            resume = False  # nothing to go on with: start
+    run_study(settings, resume=resume, as_json=as_json)
+
+
+def resume(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Go on with a study that was interrupted. Finished trials stay; more `search.trials` may be asked for."""
+    from autopeft.studies.study_file import load_study
+
+    run_study(load_study(study, set_ or ()), resume=True, as_json=as_json)
+
+
+def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> None:
+    from autopeft.studies.cli.progress import ProgressView
+    from autopeft.studies.cli.results import print_front
+    from autopeft.studies.report import front_data, write_report
+    from autopeft.studies.session import open_study
+
+    splits, _, _ = check(settings)
+    for warning in splits.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    with interruptible(settings), open_study(settings, splits, resume=resume) as study:
+        with ProgressView() as view:
+            snapshot = study.run(view)
+        files = write_report(snapshot, settings.output_folder / "report")
+    if as_json:
+        print_json(front_data(snapshot))
+        return
+    print_front(snapshot)
+    typer.echo(f"\npictures  {files[0]} (and front.png, curves.png, hypervolume.png beside it)")
+    if settings.tracking.enabled:
+        from autopeft.studies.tracking import ui_command
+
+        typer.echo(f"MLflow    {ui_command(settings.tracking_uri)}")
+        typer.echo("          filter of the front: tags.`autopeft.pareto` = 'true'")
+    typer.echo(f"export    autopeft export {settings.path} --pick recommended --to peft")
+
+
+@contextmanager
+def interruptible(settings: StudyFile):
+    """Ctrl-C and a polite kill stop between two steps; say how to go on, and exit with 130."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted; nothing is lost. Go on with: autopeft resume {settings.path}", err=True)
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Where a study stands; safe while it runs."""
+    from autopeft.studies.session import open_ledger, read_snapshot
+    from autopeft.studies.snapshot import state_counts
+    from autopeft.studies.study_file import load_study
+
+    settings = load_study(study, set_ or ())
+    snapshot = read_snapshot(settings, open_ledger(settings))
+    counts = state_counts(snapshot.trials)
+    curve = snapshot.hypervolume()
+    if as_json:
+        volume = curve[-1] if curve else 0.0
+        print_json({"study": snapshot.study, "trials": dict(counts), "hypervolume": volume})
+        return
+    rows = snapshot.rows()
+    states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none yet"
+    typer.echo(f"{snapshot.study}: evaluations {states}")
+    typer.echo(f"  search       {len(snapshot.search_trials)} of {settings.search.trials} trials")
+    typer.echo(f"  front        {sum(row.on_front for row in rows)} candidates")
+    typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
+    trained = sum(t.measurement.train_s for t in snapshot.ended if t.measurement)
+    walls = sum(t.measurement.wall_s for t in snapshot.ended if t.measurement)
+    if walls:
+        typer.echo(f"  evaluations  {walls:,.0f} s, {trained / walls:.0%} of it in training steps")
+
+
+def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """What a study would do: size of the space, range of parameters, time, memory, what stays exportable."""
+    from autopeft.studies.planning import plan_study
+    from autopeft.studies.study_file import load_study
+
+    settings = load_study(study, set_ or ())
+    splits, _, _ = check(settings)
+    found = plan_study(settings, splits)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for line in found.lines():
+        typer.echo(line)

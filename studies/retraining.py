@@ -1,0 +1,73 @@
+"""Training from a recipe, away from its study: with its own seed, and with others to check what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autopeft.evaluators.base import Outcome, Request
+from autopeft.search_space.problem import METRICS
+from autopeft.studies.errors import UserError
+from autopeft.studies.recipe import Measured, Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retrained:
+    """One training run from a recipe. `test`: scores on the test split; `kept`: per promised metric, whether the score
+    lies in the promised interval or is better.
+    """
+
+    seed: int
+    test: dict[str, float]
+    kept: dict[str, bool]
+    outcome: Outcome
+
+
+def retrain(
+    recipe: Recipe, seeds: Sequence[int], device: str = "cpu", progress: Callable[[int, int], None] | None = None
+) -> list[Retrained]:
+    """Full training runs with these seeds, scored on the test split. Raises UserError if one fails."""
+    from autopeft.evaluators.backbones import load_backbone
+    from autopeft.evaluators.tasks.data import load_splits
+    from autopeft.evaluators.train import TrainEvaluator
+
+    splits = load_splits(recipe.data.for_loading(), recipe.task)
+    if recipe.labels is not None and splits.labels != recipe.labels:
+        raise UserError(f"the data has the labels {splits.labels}, the recipe {recipe.labels}")
+    loaded = load_backbone(
+        recipe.backbone.id,
+        task=recipe.task,
+        labels=recipe.labels,
+        revision=recipe.backbone.revision,
+        dtype=recipe.backbone.dtype,
+        device=device,
+        backbone=recipe.host,
+    )
+    evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length)
+    requests = [Request(candidate=recipe.candidate, seed=seed, test=True, keep_weights=True) for seed in seeds]
+    runs = []
+    for seed, outcome in zip(seeds, evaluator.evaluate(requests, progress), strict=True):
+        if outcome.measurement is None:
+            raise UserError(f"training with seed {seed} {outcome.failure}: {outcome.reason}")
+        test = dict(outcome.measurement.test)
+        kept = {name: keeps(m, name, test[name]) for name, m in promises(recipe).items()}
+        runs.append(Retrained(seed=seed, test=test, kept=kept, outcome=outcome))
+    return runs
+
+
+def promises(recipe: Recipe) -> dict[str, Measured]:
+    """The metrics for which the recipe names an interval on the test split."""
+    return {name: m for name, m in recipe.measured.items() if m.split == "test" and m.low is not None}
+
+
+def keeps(promised: Measured, name: str, value: float) -> bool:
+    """Whether a score keeps the promise: within the interval, or beyond its good end."""
+    assert promised.low is not None and promised.high is not None
+    return value >= promised.low if METRICS[name].maximise else value <= promised.high
+
+
+def fresh_seeds(recipe: Recipe, count: int) -> list[int]:
+    """Seeds that the study has not used."""
+    used = {seed for m in recipe.measured.values() for seed in m.seeds} | {recipe.seed}
+    start = max(used) + 1
+    return list(range(start, start + count))
