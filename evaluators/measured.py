@@ -42,7 +42,8 @@ from autopeft.evaluators.tasks import Batch, Task
 
 #: Repeats go on until the median's standard error is below this share of it, within the bounds that follow.
 PRECISION = 0.01
-MIN_REPEATS = 5
+#: Five of them can fall into one burst of other work and agree on a wrong value.
+MIN_REPEATS = 8
 MAX_REPEATS = 40
 MAX_SECONDS = 2.0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import uuid
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ class Ledger:
             optuna.delete_study(study_name=name, storage=storage)  # killed while it was made: it holds nothing
         directions = ["maximize" if o.maximise else "minimize" for o in about.objectives]
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-        study.set_metric_names([o.name for o in about.objectives])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([o.name for o in about.objectives])
         study.set_user_attr(IDENTITY, uuid.uuid4().hex)
         study.set_user_attr(SETTINGS, about.settings)
         study.set_user_attr(BACKBONE, about.backbone.to_dict())

@@ -61,7 +61,7 @@ class Plan:
 
 
 def plan_study(settings: StudyFile, splits: Splits) -> Plan:
-    """Loads the model and measures one candidate of the sampled ones (of median size) and the largest; writes nothing."""
+    """Loads the model and measures a candidate of median size and the largest one; writes nothing."""
     from autopeft.evaluators.base import Request
     from autopeft.studies.study import baselines, num_evaluations, num_finals
 

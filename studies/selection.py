@@ -111,13 +111,14 @@ def bare_recipe(
 
 
 def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
-    """Costs as they were measured; qualities on the test split with their promise, where there is one."""
+    """Costs and qualities as they were measured; the main quality on the test split with its promise, if it has one."""
     assert entry.trial.measurement is not None
     values, std_err = snapshot.values_of(entry)
     seeds = tuple(run.seed for run in entry.runs)
     found = {}
     for name, value in values.items():
-        promise = snapshot.promise(entry, name) if name in ("accuracy", "loss") else None
+        # Promised is what the study is about: of many intervals, one would fail by chance.
+        promise = snapshot.promise(entry, name) if name == snapshot.quality else None
         if promise is not None:
             found[name] = Measured(
                 value=promise.value,

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
 from autopeft.studies.ledger import About, Ledger
 from autopeft.studies.snapshot import Snapshot
-from autopeft.studies.study_file import StudyFile, fingerprint
+from autopeft.studies.study_file import StudyFile, fingerprint, study_from_mapping
 
 if TYPE_CHECKING:
     from autopeft.evaluators.tasks.data import Splits
@@ -64,7 +64,6 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
     from filelock import FileLock, Timeout
 
     from autopeft.studies.study import Study
-    from autopeft.studies.tracking import Tracker
 
     _check_folder(settings, resume)
     lock = FileLock(settings.output_folder / ".lock")
@@ -82,6 +81,8 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
             ledger = _new_ledger(settings, problem, splits)
         tracker = None
         if settings.tracking.enabled:
+            from autopeft.studies.tracking import Tracker
+
             experiment = settings.tracking.experiment or settings.study
             tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
         yield Study(settings, problem, evaluator, ledger, tracker)
@@ -130,11 +131,23 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
         raise EnvironmentProblem(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs more")
 
 
+def was_started(settings: StudyFile) -> bool:
+    """Whether there is a ledger of this study; Raises EnvironmentProblem if it cannot be read."""
+    if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
+        return False
+    return settings.study in Ledger.names(storage_url(settings))
+
+
 def open_ledger(settings: StudyFile) -> Ledger:
     """The ledger for reading, safe while the study runs. Raises ConfigurationError if it was never started."""
     if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
         raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
     return Ledger.open(storage_url(settings), settings.study)
+
+
+def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
+    """The settings that the study was run with; the file may have changed since. Paths count from the file's folder."""
+    return study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
 
 
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:

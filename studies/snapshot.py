@@ -96,9 +96,16 @@ class Snapshot:
         return names[0] if names else "accuracy"
 
     def seed_sd(self, split: str = "validation") -> SeedSd | None:
-        """The spread between seeds, pooled over every candidate that was trained more than once."""
-        means = [e.scores(self.quality, split) for e in self.entries() if e.repeats]
-        return comparison.pooled_seed_sd([m.mean(axis=1) for m in means if m.size])
+        """The spread of the quality between seeds, pooled over the contenders. The baselines would mislead: a head
+        alone hardly varies, and full fine-tuning varies in its own way.
+        """
+        return self._seed_sd(self.quality, split)
+
+    def _seed_sd(self, metric: str, split: str) -> SeedSd | None:
+        repeated = [e for e in self.entries() if len(e.repeats) > 1]
+        searched = [e for e in repeated if e.trial.role == "search"]
+        scores = [e.scores(metric, split) for e in searched or repeated]
+        return comparison.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
 
     def rows(self) -> list[FrontRow]:
         """Every complete candidate as the reports show it, front and recommendation marked.
@@ -173,9 +180,7 @@ class Snapshot:
         None if it was not scored on the test split or if no candidate was trained more than once.
         """
         scores = entry.scores(metric, "test")
-        pooled = comparison.pooled_seed_sd(
-            [e.scores(metric, "test").mean(axis=1) for e in self.entries() if e.repeats and e.scores(metric, "test").size]
-        )
+        pooled = self._seed_sd(metric, "test")
         if not scores.size or pooled is None:
             return None
         means = scores.mean(axis=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors.torch import save_file
 
@@ -24,7 +24,9 @@ from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
 from autopeft.studies.ledger import Ledger
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFile
-from autopeft.studies.tracking import Tracker
+
+if TYPE_CHECKING:
+    from autopeft.studies.tracking import Tracker
 
 #: So many proposals in a row that needed no evaluation end the search: the space is exhausted or infeasible.
 MOST_REJECTIONS = 200

@@ -7,47 +7,40 @@ process at a time may sync a study.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
-import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import digest
-from autopeft.search_space.genes import TRAINING
-from autopeft.search_space.problem import METRICS, Measurement, Trial
+from autopeft.search_space.problem import Trial
+from autopeft.studies import tracked
+from autopeft.studies.front import FrontRow
 from autopeft.studies.report import front_data, write_report
-from autopeft.studies.snapshot import Snapshot, state_counts, summary
+from autopeft.studies.snapshot import Snapshot, state_counts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Run
 
 LOGGER = logging.getLogger(__name__)
 
-# What MLflow accepts.
-MAX_PARAM, MAX_TAG, MAX_NAME = 6000, 8000, 250
+# MLflow takes 1000 of both together.
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 900
-
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 STATUS = {"complete": "FINISHED", "infeasible": "FINISHED", "failed": "FAILED"}
-STUDY = "study"
-FRONT_FILTER = "tags.`autopeft.pareto` = 'true'"
 
 
 def absolute_uri(uri: str) -> str:
-    """`uri`, with the path of an SQLite file made absolute: a relative one means another file in another folder."""
+    """`uri`, with the path of an SQLite file made absolute: a relative one is another file in another folder."""
     scheme, _, path = uri.partition(":///")
     return f"{scheme}:///{Path(path).absolute()}" if scheme == "sqlite" and path else uri
 
@@ -62,7 +55,7 @@ def ui_command(uri: str) -> str:
 class Tracker:
     """Keeps the MLflow experiment `experiment` at `uri` in step with a study.
 
-    `folder`: where artifacts go when no server keeps them, in `mlartifacts`.
+    `folder`: where artifacts go (in `mlartifacts`) unless a server keeps them.
     """
 
     def __init__(self, uri: str, experiment: str, folder: Path) -> None:
@@ -76,8 +69,8 @@ class Tracker:
     def sync(self, snapshot: Snapshot, *, final: bool = False) -> bool:
         """Write what MLflow lacks of `snapshot`; whether that worked. Failures are logged, never raised.
 
-        After a failure, nothing is tried before a pause has passed, except by a `final` sync. That one also ends
-        the parent run and looks everything up afresh.
+        After a failure nothing is tried before a pause has passed, unless the sync is `final`. A final one looks
+        everything up afresh and ends the parent run; the next one that is not opens it again.
         """
         if not final and time.monotonic() < self._retry_at:
             return False
@@ -85,7 +78,7 @@ class Tracker:
             with _mlflow_settings():
                 self._sync(snapshot, final)
         except Exception as error:
-            # What was written of it is looked up by the next one.
+            # How much of it was written, the next one looks up.
             self._runs = None
             self._failures += 1
             self._retry_at = time.monotonic() + min(FIRST_PAUSE_S * 2 ** (self._failures - 1), LONGEST_PAUSE_S)
@@ -102,12 +95,12 @@ class Tracker:
         return True
 
     def _sync(self, snapshot: Snapshot, final: bool) -> None:
-        # Whether anybody answers shows soon; after that, there is time for long requests.
-        with _http(timeout_s=2, retries=0):
+        # Whether anybody answers shows soon; after that there is time for long requests.
+        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="3", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
             client, experiment_id = self._connect()
-        with _http(timeout_s=20, retries=1):
+        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1"):
             if self._runs is None or final:
-                self._runs = _Runs.find(client, experiment_id, snapshot.study_id)
+                self._runs = _Runs.find(client, experiment_id, snapshot)
             self._runs.write(snapshot, final)
 
     def _connect(self) -> tuple[MlflowClient, str]:
@@ -135,140 +128,194 @@ class _Run:
     running: bool
     tags: dict[str, str]
     #: The latest values.
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float]
 
     @classmethod
-    def of(cls, run: Any) -> _Run:
-        running = run.info.status == "RUNNING"
-        return cls(run.info.run_id, run.info.start_time, running, dict(run.data.tags), dict(run.data.metrics))
+    def of(cls, run: Run) -> _Run:
+        return cls(
+            id=run.info.run_id,
+            start_ms=run.info.start_time,
+            running=run.info.status == "RUNNING",
+            tags=dict(run.data.tags),
+            metrics=dict(run.data.metrics),
+        )
 
 
 class _Runs:
-    """The runs of one study in one experiment."""
+    """The runs of one study. A child whose status is RUNNING has not been written to its end."""
 
-    def __init__(self, client: MlflowClient, experiment_id: str, found: list[_Run]) -> None:
+    def __init__(self, client: MlflowClient, experiment_id: str, parent: _Run, children: dict[int, _Run]) -> None:
         self.client = client
         self.experiment_id = experiment_id
-        self.parent = next((run for run in found if run.tags.get("autopeft.role") == STUDY), None)
-        self.children = {
-            int(run.tags["autopeft.trial"]): run for run in reversed(found) if "autopeft.trial" in run.tags
-        }
+        self.parent = parent
+        self.children = children
 
     @classmethod
-    def find(cls, client: MlflowClient, experiment_id: str, study_id: str) -> _Runs:
+    def find(cls, client: MlflowClient, experiment_id: str, snapshot: Snapshot) -> _Runs:
+        """Look the runs up by their tags; create the parent if there is none."""
         found: list[_Run] = []
-        token = None
-        while token is not None or not found:
+        token: str | None = ""
+        while token is not None:
             page = client.search_runs(
                 [experiment_id],
-                filter_string=f"tags.`autopeft.study_id` = '{study_id}'",
+                filter_string=f"tags.`autopeft.study_id` = '{snapshot.study_id}'",
                 max_results=1000,
-                order_by=["attributes.start_time ASC"],
-                page_token=token,
+                page_token=token or None,
             )
             found += map(_Run.of, page)
-            token = page.token
-            if not page:
-                break
-        return cls(client, experiment_id, found)
+            token = page.token or None
+        children = {int(run.tags["autopeft.trial"]): run for run in found if "autopeft.trial" in run.tags}
+        parent = next((run for run in found if run.tags.get("autopeft.role") == tracked.STUDY_ROLE), None)
+        if parent is None:
+            # Children that were missed until now began before this moment.
+            before_s = max((t.measurement.wall_s for t in snapshot.ended if t.measurement), default=0.0)
+            start_ms = tracked.now_ms() - round(1000 * before_s)
+            tags = {**tracked.study_tags(snapshot), "autopeft.role": tracked.STUDY_ROLE}
+            parent = _Run.of(client.create_run(experiment_id, start_ms, tags, snapshot.study))
+        return cls(client, experiment_id, parent, children)
 
     def write(self, snapshot: Snapshot, final: bool) -> None:
-        """Children first: the parent speaks of them. A run whose status is RUNNING is not complete yet."""
-        rows = {row.trial: row for row in snapshot.rows()}
-        parent = self.parent or self._create(STUDY, snapshot.study, _common_tags(snapshot, STUDY), _longest_s(snapshot))
-        self.parent = parent
+        rows = snapshot.rows()
+        by_trial = {row.trial: row for row in rows}
         for trial in snapshot.ended:
-            row = rows.get(trial.number)
-            tags = {
-                **_common_tags(snapshot, trial.role),
-                **trial_tags(trial),
-                "autopeft.pareto": _text(row is not None and row.on_front),
-                "autopeft.recommended": _text(row is not None and row.recommended),
-                "mlflow.parentRunId": parent.id,
-            }
-            self._write_child(snapshot, trial, tags)
-        self._write_parent(snapshot, parent, final)
+            tags = tracked.trial_tags(trial, snapshot, by_trial.get(trial.number))
+            self._write_child(snapshot, trial, {**tags, "mlflow.parentRunId": self.parent.id})
+        self._write_parent(snapshot, rows, final)
 
     def _write_child(self, snapshot: Snapshot, trial: Trial, tags: Mapping[str, str]) -> None:
-        wall_s = trial.measurement.wall_s if trial.measurement else 0.0
+        wall_ms = round(1000 * trial.measurement.wall_s) if trial.measurement else 0
         run = self.children.get(trial.number)
         if run is None:
-            run = self._create(trial.number, run_name(trial, snapshot), tags, wall_s)
+            start_ms, name = tracked.now_ms() - wall_ms, tracked.run_name(trial, snapshot)
+            run = _Run.of(self.client.create_run(self.experiment_id, start_ms, dict(tags), name))
             self.children[trial.number] = run
         if run.running:
-            # A second writing after an interruption changes nothing: times count from the start that MLflow holds.
-            self._log(run.id, trial_params(trial, snapshot), trial_metrics(trial, snapshot, run.start_ms))
+            # Times count from the start that MLflow holds: to write it all a second time changes nothing.
+            metrics = tracked.trial_metrics(trial, snapshot, run.start_ms)
+            self._log(run, tracked.trial_params(trial, snapshot), metrics)
             self.client.log_dict(run.id, trial.candidate.to_dict(), "architecture.json")
-            self.client.set_terminated(run.id, STATUS[trial.state], run.start_ms + round(1000 * wall_s))
+            self.client.set_terminated(run.id, STATUS[trial.state], run.start_ms + wall_ms)
             run.running = False
         self._tag(run, tags)
 
-    def _write_parent(self, snapshot: Snapshot, run: _Run, final: bool) -> None:
-        self._log(run.id, {}, [*self._counts(snapshot, run), *self._hypervolume(snapshot, run, final)])
+    def _write_parent(self, snapshot: Snapshot, rows: Sequence[FrontRow], final: bool) -> None:
+        run = self.parent
+        self._log(run, {}, [*self._counts(snapshot, rows), *self._hypervolume(snapshot, final)])
+        # With the numbers: a front of the same members moves when they are trained again.
         front = digest(front_data(snapshot))
         if final or run.tags.get("autopeft.front") != front:
-            self._write_artifacts(snapshot, run)
-        picked = [row for row in snapshot.rows() if row.recommended]
-        self._tag(run, {
-            "autopeft.state": "complete" if final else "running",
-            "autopeft.front": front,
-            **({"autopeft.recommended": str(picked[0].trial)} if picked else {}),
-            "mlflow.note.content": note(snapshot),
-        })  # fmt: skip
+            self._write_artifacts(snapshot)
+        recommended = [str(row.trial) for row in rows if row.recommended]
+        self._tag(
+            run,
+            {
+                "autopeft.state": "complete" if final else "running",
+                "autopeft.front": front,
+                "autopeft.recommended": recommended[0] if recommended else "none",
+                "mlflow.note.content": tracked.note(snapshot, rows),
+            },
+        )
         if final:
             self.client.set_terminated(run.id)
         elif not run.running:
             self.client.update_run(run.id, status="RUNNING")
         run.running = not final
 
-    def _counts(self, snapshot: Snapshot, run: _Run) -> list[Metric]:
+    def _counts(self, snapshot: Snapshot, rows: Sequence[FrontRow]) -> list[Metric]:
         """Those that have changed; step: the number of ended evaluations."""
-        searched = [trial for trial in snapshot.search_trials if trial.state != "running"]
-        feasible = [trial for trial in searched if trial.state == "complete" and trial.violation <= 0]
         values = {f"trials/{state}": float(count) for state, count in state_counts(snapshot.ended).items()}
-        values["front_size"] = float(sum(row.on_front for row in snapshot.rows()))
+        values["front_size"] = float(sum(row.on_front for row in rows))
+        searched = [trial for trial in snapshot.search_trials if trial.state != "running"]
         if searched:
+            feasible = [trial for trial in searched if trial.state == "complete" and trial.violation <= 0]
             values["feasible_share"] = len(feasible) / len(searched)
-        changed = {name: value for name, value in values.items() if run.metrics.get(name) != value}
-        run.metrics.update(changed)
-        return [_metric(name, value, _now_ms(), len(snapshot.ended)) for name, value in changed.items()]
+        changed = {name: value for name, value in values.items() if self.parent.metrics.get(name) != value}
+        self.parent.metrics |= changed
+        step, at_ms = len(snapshot.ended), tracked.now_ms()
+        return [tracked.metric(name, value, at_ms, step) for name, value in changed.items()]
 
-    def _hypervolume(self, snapshot: Snapshot, run: _Run, final: bool) -> list[Metric]:
-        """Its points that MLflow lacks; step: the number of the trial.
+    def _hypervolume(self, snapshot: Snapshot, final: bool) -> list[Metric]:
+        """The points that MLflow lacks; step: the number of the trial.
 
-        As long as the corner moves with the trials, points of different syncs cannot be compared, and MLflow never
-        forgets a point. So they go under a name of their own, and the curve up to one corner is written at the end.
+        MLflow never forgets a point, but as long as the corner moves with the trials, those of different syncs
+        cannot be compared. They go under a name of their own; the curve up to one corner is written at the end.
         """
         fixed = final or all(objective.reference is not None for objective in snapshot.objectives)
         name = "hypervolume" if fixed else "hypervolume_so_far"
-        ended = list(takewhile(lambda trial: trial.state != "running", snapshot.search_trials))
-        known = {point.step for point in self.client.get_metric_history(run.id, name)}
+        ended = takewhile(lambda trial: trial.state != "running", snapshot.search_trials)
+        known = {point.step for point in self.client.get_metric_history(self.parent.id, name)}
         points = zip(ended, snapshot.hypervolume(), strict=False)
-        return [_metric(name, value, _now_ms(), t.number) for t, value in points if t.number not in known]
+        at_ms = tracked.now_ms()
+        return [tracked.metric(name, v, at_ms, trial.number) for trial, v in points if trial.number not in known]
 
-    def _write_artifacts(self, snapshot: Snapshot, run: _Run) -> None:
+    def _write_artifacts(self, snapshot: Snapshot) -> None:
         with TemporaryDirectory() as folder:
             for file in write_report(snapshot, Path(folder)):
-                self.client.log_artifact(run.id, str(file), "pareto" if file.stem == "front" else None)
-        self.client.log_text(run.id, snapshot.settings, "study.yaml")
-        self.client.log_dict(run.id, environment(), "environment.json")
+                self.client.log_artifact(self.parent.id, str(file), "pareto" if file.stem == "front" else None)
+        self.client.log_text(self.parent.id, snapshot.settings, "study.yaml")
+        self.client.log_dict(self.parent.id, tracked.environment(), "environment.json")
 
-    def _create(self, what: int | str, name: str, tags: Mapping[str, str], wall_s: float) -> _Run:
-        start_ms = _now_ms() - round(1000 * wall_s)
-        return _Run.of(self.client.create_run(self.experiment_id, start_ms, dict(tags), name[:MAX_NAME]))
-
-    def _log(self, run_id: str, params: Mapping[str, str], metrics: list[Metric]) -> None:
+    def _log(self, run: _Run, params: Mapping[str, str], metrics: Sequence[Metric]) -> None:
         from mlflow.entities import Param
 
         rows = [Param(name, value) for name, value in params.items()]
         while rows or metrics:
-            self.client.log_batch(run_id, metrics[:METRICS_PER_BATCH], rows[:PARAMS_PER_BATCH])
+            self.client.log_batch(run.id, metrics[:METRICS_PER_BATCH], rows[:PARAMS_PER_BATCH])
             rows, metrics = rows[PARAMS_PER_BATCH:], metrics[METRICS_PER_BATCH:]
 
     def _tag(self, run: _Run, tags: Mapping[str, str]) -> None:
+        """Write those that have changed."""
         from mlflow.entities import RunTag
 
         changed = {name: value for name, value in tags.items() if run.tags.get(name) != value}
         if changed:
             self.client.log_batch(run.id, tags=[RunTag(name, value) for name, value in changed.items()])
-            run.tags.update(changed)
+            run.tags |= changed
+
+
+def _check_database(uri: str) -> None:
+    """Raise at once if the database cannot be opened: MLflow itself would try for almost two minutes."""
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(uri)
+    options: dict[str, Any] = {}
+    if uri.startswith("sqlite"):
+        Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+    elif uri.startswith(("postgresql", "mysql")):
+        options["connect_args"] = {"connect_timeout": 2}
+    sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options).connect().close()
+
+
+@contextmanager
+def _mlflow_settings() -> Iterator[None]:
+    """No reports to its makers, nothing on stdout, and errors only as the exceptions that they are."""
+    with _environment(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true"):
+        import mlflow  # noqa: F401  (it sets the level of its logger as it is imported)
+
+        logger = logging.getLogger("mlflow")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for a while. What the user has set stays as it is."""
+    mine = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was wrong in the first place; MLflow wraps it in pages of text."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

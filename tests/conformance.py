@@ -60,9 +60,7 @@ def _gemma() -> nn.Module:
 
 def _gpt2() -> nn.Module:
     shape = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    return GPT2ForSequenceClassification(
-        GPT2Config(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0)
-    )
+    return GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0))
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -177,9 +175,7 @@ def _ia3_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]
 
 
 def _norm_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"ln_tuning_layers.default.{name}": getattr(base, name) + change for name, change in values.items()
-    }
+    return {f"ln_tuning_layers.default.{name}": getattr(base, name) + change for name, change in values.items()}
 
 
 def _bitfit_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.evaluators.host import Attachment, overrides
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Bitfit, Dora, Full, Ia3, Lora, Norm, Ssf
+from autopeft.search_space.adapters import (
+    ADAPTERS,
+    AdapterSpec,
+    Bitfit,
+    Bottleneck,
+    Dora,
+    Full,
+    Ia3,
+    Lora,
+    Norm,
+    Prefix,
+    Ssf,
+)
 from autopeft.search_space.adapters import dora as dora_module
 from autopeft.search_space.adapters.bank import Bank, Call
 from autopeft.search_space.architecture import Architecture
@@ -63,9 +75,7 @@ def gradients(attachment: Attachment, k: int = 0) -> dict[str, Tensor]:
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(
-            ours[name], theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance
-        )
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
 def test_every_type_has_a_row() -> None:
@@ -263,6 +273,23 @@ def test_several_adapters_at_one_site(family: str) -> None:
             torch.testing.assert_close(model(tokens()).logits, apart, atol=1e-5, rtol=1e-5)
 
 
+def test_merging_leaves_the_others_hooked() -> None:
+    model, backbone = tiny("bert")
+    specs = (Lora(rank=2), Ia3(), Bottleneck(size=3), Bottleneck(size=2, form="parallel"), Prefix(length=2))
+    architecture = Architecture.of(
+        {site.name: [spec for spec in specs if site.role in spec.roles] for site in backbone.sites}
+    )
+    with Attachment(model, backbone, [architecture], [1]) as attachment:
+        attachment.load_state(noisy(attachment))
+        attachment.eval()
+        apart = model(tokens()).logits
+        with attachment.merged():
+            torch.testing.assert_close(model(tokens()).logits, apart, atol=1e-5, rtol=1e-5)
+            with attachment.bare():
+                assert (model(tokens()).logits - apart).abs().max() > 1e-3
+        assert torch.equal(model(tokens()).logits, apart)
+
+
 @kinds(ACTING)
 def test_supernet_slice_is_a_stand_alone_module(row: Row) -> None:
     model, backbone = tiny("bert")
@@ -340,9 +367,7 @@ def test_equals_peft(row: Row, spec: AdapterSpec, family: str) -> None:
                 base = copy.deepcopy(base)
                 for parameter in base.parameters():
                     parameter.zero_()
-            named |= {
-                f"base_model.model.{site.module}.{n}": v for n, v in row.peft.values(values, base).items()
-            }
+            named |= {f"base_model.model.{site.module}.{n}": v for n, v in row.peft.values(values, base).items()}
         return named
 
     with Attachment(model, backbone, [architecture], [1], pretrained_head=True) as attachment:
@@ -398,9 +423,7 @@ def test_bitfit_is_training_the_bias() -> None:
     model(tokens()).logits.square().mean().backward()
     expected = {f"{site.name}/bitfit/b": model.get_submodule(site.module).bias.grad.clone() for site in sites}
     model.zero_grad()
-    with Attachment(
-        model, backbone, [row.place(Bitfit(), backbone)], [1], pretrained_head=True
-    ) as attachment:
+    with Attachment(model, backbone, [row.place(Bitfit(), backbone)], [1], pretrained_head=True) as attachment:
         attachment.eval()
         model(tokens()).logits.square().mean().backward()
         found = {n: v for n, v in gradients(attachment).items() if not n.startswith("head.")}
@@ -411,8 +434,7 @@ def test_bitfit_is_training_the_bias() -> None:
 
 
 def test_norm_of_an_unknown_formula_is_refused() -> None:
-    model, backbone = tiny("bert")
-    site = backbone.site("norm.embed")
+    site = tiny("bert")[1].site("norm.embed")
     bank = Bank(site, [Norm()], nn.GroupNorm(2, site.in_features), [1])
     with pytest.raises(ValueError, match="formula of GroupNorm"):
         bank(*torch.randn(2, 1, 3, site.in_features))

@@ -87,9 +87,7 @@ class Bank(nn.Module):
         own_banks = self.bank_of_slot == list(range(len(specs)))
         self.register_buffer("bank_index", None if own_banks else torch.tensor(self.bank_of_slot))
         device = next(base.parameters()).device
-        self.dropout_streams = [
-            stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds
-        ]
+        self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds]
 
         declared = [spec.parameters(site) for spec in self.specs]
         self.values = nn.ParameterDict()

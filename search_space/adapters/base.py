@@ -109,9 +109,7 @@ class AdapterSpec(ABC):
         """Keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
         raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")
 
-    def merge(
-        self, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight [D_out, D_in] (a norm's: [D]) and bias [D_out] with the adapter of one slot folded in."""
         raise TypeError(f"an adapter of kind {self.kind!r} cannot be merged into the weights")
 

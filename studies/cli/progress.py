@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -13,16 +15,20 @@ from autopeft.search_space.problem import Objective, Trial
 from autopeft.studies.snapshot import Snapshot, summary
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """A value as people read it: 12,345 or 0.7123 or 1.2e-05."""
     if float(value).is_integer() and abs(value) >= 1:
         return f"{value:,.0f}"
-    return f"{value:,.4g}"
+    return f"{value:,.{digits}g}"
 
 
-def measured(objective: Objective, values, std_err) -> str:
-    error = std_err.get(objective.name)
-    return number(values[objective.name]) + (f" ± {number(error)}" if error else "")
+def measured(objective: Objective, values: Mapping[str, float], std_err: Mapping[str, float]) -> str:
+    """A value with its standard error, cut to the digits that the error leaves."""
+    value, error = values[objective.name], std_err.get(objective.name)
+    if not error:
+        return number(value)
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
 
 
 class ProgressView:

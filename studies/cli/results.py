@@ -11,7 +11,9 @@ from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, p
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from autopeft.studies.ledger import Ledger
     from autopeft.studies.snapshot import Snapshot
+    from autopeft.studies.study_file import StudyFile
 
 PickOption = Annotated[
     str, typer.Option("--pick", help="recommended, best, trial:N, or a condition as num_params<=50000.")
@@ -27,15 +29,22 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier e
 def pareto(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """The front so far, best quality first, with standard errors and the recommendation."""
     from autopeft.studies.report import front_data
-    from autopeft.studies.session import open_ledger, read_snapshot
-    from autopeft.studies.study_file import load_study
-
-    settings = load_study(study, set_ or ())
-    snapshot = read_snapshot(settings, open_ledger(settings))
+    _, _, snapshot = finished(study, set_)
     if as_json:
         print_json(front_data(snapshot))
     else:
         print_front(snapshot)
+
+
+def finished(study: Path, set_: list[str] | None) -> tuple[StudyFile, Ledger, Snapshot]:
+    """A study as its ledger has it, under the settings that it was run with."""
+    from autopeft.studies.session import open_ledger, read_snapshot, recorded_settings
+    from autopeft.studies.study_file import load_study
+
+    settings = load_study(study, set_ or ())
+    ledger = open_ledger(settings)
+    settings = recorded_settings(settings, ledger)
+    return settings, ledger, read_snapshot(settings, ledger)
 
 
 def print_front(snapshot: Snapshot) -> None:
@@ -94,15 +103,11 @@ def export(
     from autopeft.search_space.suggestions import did_you_mean
     from autopeft.studies import selection
     from autopeft.studies.exporters import EXPORTERS
-    from autopeft.studies.session import open_ledger, read_snapshot
     from autopeft.studies.study import weights_path
-    from autopeft.studies.study_file import load_study
 
     if to not in EXPORTERS:
         raise ConfigurationError(f"--to {to}: unknown target{did_you_mean(to, EXPORTERS)}")
-    settings = load_study(study, set_ or ())
-    ledger = open_ledger(settings)
-    snapshot = read_snapshot(settings, ledger)
+    settings, ledger, snapshot = finished(study, set_)
     number = selection.pick(snapshot, pick)
     recipe = selection.recipe_of(settings, ledger, snapshot, number)
     weights = weights_path(settings, number)

@@ -26,6 +26,7 @@ def train(
     """Train a recipe from scratch; write the adapter and its metrics."""
     from autopeft.studies.exporters import EXPORTERS
     from autopeft.studies.recipe import Recipe
+    from autopeft.studies.retraining import kept
 
     loaded = Recipe.load(recipe)
     folder = out or recipe.parent / "trained"
@@ -33,7 +34,7 @@ def train(
         raise ConfigurationError(f"{folder} is not empty (--force replaces an earlier run)")
     run = _retrain(loaded, [loaded.seed if seed is None else seed], device)[0]
     EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
-    metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": run.kept}
+    metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": kept(loaded, [run])}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json(metrics)
@@ -50,19 +51,19 @@ def verify(
 ) -> None:
     """Train a recipe with seeds that its study has not used, and check the promised interval. Exit 1 if it fails."""
     from autopeft.studies.recipe import Recipe
-    from autopeft.studies.retraining import fresh_seeds, promises
+    from autopeft.studies.retraining import fresh_seeds, kept, promises
 
     loaded = Recipe.load(recipe)
     if not promises(loaded):
         raise UserError(f"{recipe}: promises nothing: its study trained no candidate with more than one seed")
     runs = _retrain(loaded, fresh_seeds(loaded, seeds), device)
-    kept = all(all(run.kept.values()) for run in runs)
+    verdicts = kept(loaded, runs)
     if as_json:
-        found = [{"seed": run.seed, "test": run.test, "kept": run.kept} for run in runs]
-        print_json({"kept": kept, "promised": _promised(loaded), "runs": found})
+        found = [{"seed": run.seed, "test": run.test} for run in runs]
+        print_json({"kept": verdicts, "promised": _promised(loaded), "runs": found})
     else:
         _print(loaded, runs)
-    if not kept:
+    if not all(verdicts.values()):
         raise UserError("the promise was not kept")
     typer.echo("the promise was kept", err=as_json)
 
@@ -89,11 +90,13 @@ def _promised(recipe: Any) -> dict[str, list[float | None]]:
 
 
 def _print(recipe: Any, runs: list[Any]) -> None:
-    promised = _promised(recipe)
+    """A line per run, and the promise with the mean of the runs."""
+    from autopeft.studies.retraining import kept
+
     for run in runs:
-        for name, value in run.test.items():
-            line = f"seed {run.seed}: test {name} {value:.4f}"
-            if name in promised:
-                low, high = promised[name]
-                line += f", promised {low:.4f} to {high:.4f}: {'kept' if run.kept[name] else 'NOT KEPT'}"
-            typer.echo(line)
+        typer.echo(f"seed {run.seed}: " + ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items()))
+    verdicts = kept(recipe, runs)
+    for name, (low, high) in _promised(recipe).items():
+        mean = sum(run.test[name] for run in runs) / len(runs)
+        verdict = "kept" if verdicts[name] else "NOT KEPT"
+        typer.echo(f"test {name}: mean {mean:.4f}, promised {low:.4f} to {high:.4f}: {verdict}")

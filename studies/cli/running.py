@@ -24,16 +24,11 @@ def run(
     study: StudyArgument, set_: SetOption = None, resume: ResumeOption = False, as_json: JsonOption = False
 ) -> None:
     """Run a study: baselines, the search, the final front. Ctrl-C is safe; `autopeft resume` goes on."""
-    from autopeft.studies.session import open_ledger
+    from autopeft.studies.session import was_started
     from autopeft.studies.study_file import load_study
 
     settings = load_study(study, set_ or ())
-    if resume:
-        try:
-            open_ledger(settings)
-        except Exception:
-            resume = False  # nothing to go on with: start
-    run_study(settings, resume=resume, as_json=as_json)
+    run_study(settings, resume=resume and was_started(settings), as_json=as_json)
 
 
 def resume(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
@@ -88,12 +83,10 @@ def interruptible(settings: StudyFile):
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Where a study stands; safe while it runs."""
-    from autopeft.studies.session import open_ledger, read_snapshot
+    from autopeft.studies.cli.results import finished
     from autopeft.studies.snapshot import state_counts
-    from autopeft.studies.study_file import load_study
 
-    settings = load_study(study, set_ or ())
-    snapshot = read_snapshot(settings, open_ledger(settings))
+    settings, _, snapshot = finished(study, set_)
     counts = state_counts(snapshot.trials)
     curve = snapshot.hypervolume()
     if as_json:

@@ -1,0 +1,1 @@
+"""Studies to run and to copy from."""

@@ -1,0 +1,188 @@
+"""What MLflow is told of a study: the params, metrics and tags of its runs, and a note on how to read them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from autopeft.search_space.genes import TRAINING
+from autopeft.search_space.problem import METRICS, Trial
+from autopeft.studies.front import FrontRow
+from autopeft.studies.snapshot import Snapshot, summary
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+# What MLflow accepts.
+MAX_PARAM, MAX_TAG, MAX_NAME = 6000, 8000, 250
+
+STUDY_ROLE = "study"
+FRONT_FILTER = "tags.`autopeft.pareto` = 'true'"
+
+
+def now_ms() -> int:
+    return round(1000 * time.time())
+
+
+def metric(name: str, value: float, at_ms: int, step: int = 0) -> Metric:
+    from mlflow.entities import Metric
+
+    return Metric(_name(name), float(value), at_ms, step)
+
+
+def run_name(trial: Trial, snapshot: Snapshot) -> str:
+    """``trial 7: lora 8 at attn.q attn.v, rate 0.002``"""
+    who = f"trial {trial.number}"
+    if trial.of is not None:
+        who += f" (trial {trial.of}, seed {trial.seed})"
+    elif trial.role != "search":
+        who += f" ({trial.role.replace(':', ' ')})"
+    return _cut(f"{who}: {summary(trial, snapshot.backbone)}", MAX_NAME)
+
+
+def trial_params(trial: Trial, snapshot: Snapshot) -> dict[str, str]:
+    """Every searched gene by its name, every training field, and the architecture in words."""
+    architecture = trial.candidate.architecture
+    values = {
+        "architecture": summary(trial, snapshot.backbone),
+        "kinds": ", ".join(architecture.kinds) or "none",
+        "role": trial.role,
+        "seed": trial.seed,
+        **trial.genes,
+        **{TRAINING + name: value for name, value in trial.candidate.training.items()},
+    }
+    return {_name(name): _cut(text(value), MAX_PARAM) for name, value in values.items()}
+
+
+def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metric]:
+    """All that was measured, with its errors and spreads; the loss of each step; the rungs by their step.
+
+    Times count from `start_ms`, so that the same trial always gives the same points.
+    """
+    found = trial.measurement
+    if found is None:
+        return []
+    prefixes = {objective.name: "obj" for objective in snapshot.objectives}
+    values = {"time/wall_s": found.wall_s, "time/train_s": found.train_s}
+    for suffix, numbers in (("", found.values), ("_std_err", found.std_err), ("_iqr", found.spread)):
+        for name, value in numbers.items():
+            values[f"{prefixes.get(name, 'metric')}/{name}{suffix}"] = value
+    values |= {f"test/{name}": value for name, value in found.test.items()}
+    end_ms = start_ms + round(1000 * found.wall_s)
+    points = [metric(name, value, end_ms) for name, value in values.items()]
+
+    num_steps = len(found.losses)
+
+    def reached_ms(share: float) -> int:
+        return start_ms + round(1000 * found.train_s * share)
+
+    for step, loss in enumerate(found.losses, start=1):
+        points.append(metric("train/loss", loss, reached_ms(step / num_steps), step))
+    for share, rung in found.rungs:
+        # In percent where the steps are not known.
+        step = round(share * (num_steps or 100))
+        points += [metric(f"rung/{name}", value, reached_ms(share), step) for name, value in rung.items()]
+    return points
+
+
+def study_tags(snapshot: Snapshot) -> dict[str, str]:
+    """What every run of a study carries."""
+    return {"autopeft.study": snapshot.study, "autopeft.study_id": snapshot.study_id}
+
+
+def trial_tags(trial: Trial, snapshot: Snapshot, row: FrontRow | None) -> dict[str, str]:
+    """`row`: the candidate as the front's reports show it, if they do."""
+    tags = {
+        **study_tags(snapshot),
+        "autopeft.trial": text(trial.number),
+        "autopeft.key": trial.candidate.key,
+        "autopeft.state": trial.state,
+        "autopeft.role": trial.role,
+        "autopeft.pareto": text(row is not None and row.on_front),
+        "autopeft.recommended": text(row is not None and row.recommended),
+    }
+    if trial.of is not None:
+        tags["autopeft.of"] = text(trial.of)
+    if trial.error:
+        tags["autopeft.error"] = _cut(trial.error, MAX_TAG)
+    return tags
+
+
+def note(snapshot: Snapshot, rows: Sequence[FrontRow]) -> str:
+    """The description of the study's run, in Markdown."""
+    mine = f"{FRONT_FILTER} and tags.`autopeft.study` = '{snapshot.study}'"
+    lines = [
+        f"The runs below this one are the evaluations of the study **{snapshot.study}**.",
+        "",
+        "Paste this into the search box of the experiment to see the Pareto front alone:",
+        "",
+        f"    {FRONT_FILTER}",
+        "",
+        f"or, where the experiment holds several studies, `` {mine} ``. Charts show ten runs unless told otherwise.",
+        "The front with its error bars is among the artifacts, in `pareto/front.html`.",
+        "",
+    ]
+    for row in rows:
+        if row.recommended:
+            values = ", ".join(f"{o.name} {_number(row, o.name)}" for o in snapshot.objectives)
+            lines += [f"Recommended: **{row.label}**, {row.summary}: {values}.", ""]
+    lines += ["| column | meaning |", "|---|---|"]
+    for objective in snapshot.objectives:
+        better = "higher" if objective.maximise else "lower"
+        about = f"{METRICS[objective.name].summary}; {objective.unit}, {better} is better"
+        lines.append(f"| `obj/{objective.name}` | {about} |")
+    lines += [
+        "| `obj/..._std_err`, `..._iqr` | standard error, interquartile range |",
+        "| `metric/...` | what was measured besides |",
+        "| `test/...` | on the test split: finalists only |",
+        "| `train/loss`, `rung/...` | on the way, by step |",
+        "| `hypervolume` | dominated by the search's trials up to this one, the step; corner as in the picture |",
+        "| `hypervolume_so_far` | the same, up to the corner known at the time: compare no two points |",
+        "| `autopeft.pareto` | on the front (true, false) |",
+        "| `autopeft.recommended` | the cheapest that the best cannot be told from |",
+        "| `autopeft.role` | search, baseline:..., or finalist: `autopeft.of` trained with another seed |",
+    ]
+    return _cut("\n".join(lines), MAX_TAG)
+
+
+def environment() -> dict[str, Any]:
+    """What results may depend on. No paths and no names of hosts: it is made to be shared."""
+    import torch
+
+    packages = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def text(value: Any) -> str:
+    """As people read it; the exact numbers are in `architecture.json`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _number(row: FrontRow, name: str) -> str:
+    error = row.std_err.get(name)
+    return f"{row.values[name]:.6g}" + (f" ± {error:.2g}" if error else "")
+
+
+def _name(name: str) -> str:
+    """MLflow takes letters, digits and ``_ - .`` and blanks, and reads the whole as a path."""
+    parts = (re.sub(r"[^\w. -]", "_", part).strip(".") or "_" for part in name.split("/"))
+    return "/".join(parts)[:MAX_NAME]
+
+
+def _cut(words: str, limit: int) -> str:
+    return words if len(words) <= limit else words[: limit - 1] + "…"
