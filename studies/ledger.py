@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 import uuid
 import warnings
 import zlib
@@ -164,12 +165,25 @@ class Ledger:
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
     try:
-        return optuna.storages.RDBStorage(url)
+        return _connect(url)
     except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise EnvironmentProblem(f"the ledger {url} cannot be used: {reason}") from error
     except (ImportError, ValueError) as error:
         raise ConfigurationError(f"storage {url!r}: {str(error).splitlines()[0]}") from error
+
+
+def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
+    """Two processes that open a new database at once (`run`, and `status` beside it) may both try to make its tables;
+    the one that comes too late finds them at the next try.
+    """
+    try:
+        return optuna.storages.RDBStorage(url)
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        if tries == 1 or "already exists" not in str(error):
+            raise
+        time.sleep(0.2)
+        return _connect(url, tries - 1)
 
 
 def _names(storage: optuna.storages.RDBStorage) -> list[str]:

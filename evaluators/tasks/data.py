@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from random import Random
 from typing import Any
 
 EMBEDDED = "embedded"
@@ -30,6 +33,7 @@ class DataSettings:
     """Where the rows are and what their fields are called. `source`: "embedded", "files" or a data set of the hub.
 
     `train`, `validation`, `test`: files (JSONL, CSV, Parquet; relative to `folder`), or names of the hub's splits.
+    `max_train_rows`: train on so many rows, drawn at random (the same ones every time) with every label among them.
     """
 
     source: str = EMBEDDED
@@ -48,7 +52,7 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows with the canonical fields of their task; `labels` for classification, in sorted order.
+    """Rows with the canonical fields of their task; `labels` for classification, sorted (numbers by their value).
 
     `warnings`: what is legal but worth knowing (texts that stand in two splits).
     """
@@ -67,43 +71,66 @@ def load_splits(data: DataSettings, task: str) -> Splits:
     for split in SPLITS:
         name = getattr(data, split)
         try:
-            numbered = list(_read(data, name, split))
+            found, wrong = _canonical(_read(data, name, split), data, task)
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
             continue
-        if not numbered:
+        if not wrong:
+            rows[split] = found
+        if not found and not wrong:
             problems.append(f"{name}: the {split} split is empty")
-            continue
-        rows[split], wrong = _canonical(numbered, data, task)
         problems += [f"{name}{place}: {what}" for place, what in wrong[:MOST_PROBLEMS_PER_FILE]]
         if len(wrong) > MOST_PROBLEMS_PER_FILE:
             problems.append(f"{name}: {len(wrong) - MOST_PROBLEMS_PER_FILE} more rows like these")
-    if problems:
-        raise DataError(problems)
     labels = None
-    if task == "classification":
-        labels = tuple(sorted({row["label"] for row in rows["train"]}))
-        for split in ("validation", "test"):
-            unseen = sorted({row["label"] for row in rows[split]} - set(labels))
-            if unseen:
-                problems.append(
-                    f"{getattr(data, split)}: labels {', '.join(map(repr, unseen[:5]))} do not occur in the training"
-                    f" split, which has {', '.join(map(repr, labels[:20]))}"
-                )
-        if len(labels) < 2:
-            problems.append(f"{data.train}: only one label, {labels[0]!r}: there is nothing to classify")
+    if task == "classification" and rows.get("train"):  # not next to rows that are left out
+        labels = tuple(sorted({row["label"] for row in rows["train"]}, key=_natural))
+        problems += _label_problems(rows, labels, data)
     if problems:
         raise DataError(problems)
     if data.max_train_rows is not None:
-        rows["train"] = rows["train"][: data.max_train_rows]
+        rows["train"] = _drawn(rows["train"], data.max_train_rows)
     return Splits(rows["train"], rows["validation"], rows["test"], labels, tuple(_leaks(rows)))
 
 
-def _read(data: DataSettings, name: str, split: str) -> Iterator[tuple[str, Row]]:
-    """Rows with the place to name in a message (":12" for line 12)."""
+def _natural(label: str) -> tuple[bool, int, str]:
+    """Numbers by value, before names by letter."""
+    number = label.removeprefix("-").isdecimal()
+    return not number, int(label) if number else 0, label
+
+
+def _label_problems(rows: dict[str, list[Row]], labels: tuple[str, ...], data: DataSettings) -> Iterator[str]:
+    for split in rows:
+        unseen = sorted({row["label"] for row in rows[split]} - set(labels), key=_natural)
+        if unseen:
+            yield (
+                f"{getattr(data, split)}: labels {', '.join(map(repr, unseen[:5]))} do not occur in the training"
+                f" split, which has {', '.join(map(repr, labels[:20]))}"
+            )
+    if len(labels) < 2:
+        yield f"{data.train}: only one label, {labels[0]!r}: there is nothing to classify"
+    if data.max_train_rows is not None and data.max_train_rows < len(labels):
+        yield f"max_train_rows {data.max_train_rows} is less than one row for each of the {len(labels)} labels"
+
+
+def _drawn(rows: list[Row], count: int) -> list[Row]:
+    """So many rows at random, in the order of the file: a file sorted by label has few labels at its beginning."""
+    order = list(range(len(rows)))
+    Random("max_train_rows").shuffle(order)
+    first = {rows[i].get("label"): i for i in reversed(order)}  # one row of each label is in
+    chosen = dict.fromkeys([*first.values(), *order])
+    return [rows[i] for i in sorted(list(chosen)[:count])]
+
+
+# Reading. A row comes with the place to name in a message (":12" for line 12); what cannot be read as one, as text.
+
+Found = Iterator[tuple[str, Row | str]]
+
+
+def _read(data: DataSettings, name: str, split: str) -> Found:
     if data.source == EMBEDDED:
-        path = files("autopeft.evaluators.topics") / f"{split}.jsonl"
-        yield from _jsonl(path.read_text(encoding="utf-8"))
+        with (files("autopeft.evaluators.topics") / f"{split}.jsonl").open(encoding="utf-8") as lines:
+            yield from _jsonl(lines)
     elif data.source == FILES:
         path = Path(data.folder) / Path(name).expanduser()
         if not path.is_file():
@@ -113,65 +140,102 @@ def _read(data: DataSettings, name: str, split: str) -> Iterator[tuple[str, Row]
         yield from _hub(data, name)
 
 
-def _file(path: Path) -> Iterator[tuple[str, Row]]:
-    if path.suffix in (".jsonl", ".json"):
-        yield from _jsonl(path.read_text(encoding="utf-8"))
-        return
-    import pandas
-
-    if path.suffix == ".csv":
-        frame = pandas.read_csv(path) if path.stat().st_size else pandas.DataFrame()
-        first = 2  # the header is line 1
-    elif path.suffix == ".parquet":
-        frame, first = pandas.read_parquet(path), 1
-    else:
-        raise ValueError(f"files of type {path.suffix!r} are not read: use .jsonl, .csv or .parquet")
-    frame = frame.astype(object).where(frame.notna(), None)
-    for number, row in enumerate(frame.to_dict("records")):
-        yield f":{number + first}", row
+def _file(path: Path) -> Found:
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            with path.open(encoding="utf-8-sig") as lines:
+                yield from _jsonl(lines)
+        elif path.suffix == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as lines:
+                yield from _csv(lines)
+        elif path.suffix == ".parquet":
+            yield from _parquet(path)
+        else:
+            raise ValueError(f"files of type {path.suffix!r} are not read: use .jsonl, .csv or .parquet")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"this is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _jsonl(text: str) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+def _jsonl(lines: Iterable[str]) -> Found:
+    # Lines as a file has them: str.splitlines would also cut at characters that JSON allows inside a text.
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not a JSON object")
+            row = f"this is not JSON: {error.msg}"
+        else:
+            row = row if isinstance(row, dict) else "this is not a JSON object"
         yield f":{number}", row
 
 
-def _hub(data: DataSettings, name: str) -> Iterator[tuple[str, Row]]:
+def _csv(lines: Iterable[str]) -> Found:
+    csv.field_size_limit(2**31 - 1)  # a text may be long
+    reader = csv.DictReader(lines, strict=True)
+    end = 1  # of the row before; a row may take several lines
+    try:
+        for row in reader:
+            yield f":{end + 1}", "more values than the header has names" if None in row else row
+            end = reader.line_num
+    except csv.Error as error:
+        yield f":{reader.line_num}", f"this is not CSV: {error}"
+
+
+def _parquet(path: Path) -> Found:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        rows = read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ValueError(f"this is not a Parquet file: {_first_line(error)}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f":{number}", row
+
+
+def _hub(data: DataSettings, name: str) -> Found:
     from datasets import ClassLabel, load_dataset
 
     try:
         rows = load_dataset(data.source, split=name, revision=data.revision)
     except Exception as error:  # the hub's client raises many kinds: connection, not found, gated, bad split
-        raise ValueError(f"{data.source} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{data.source} could not be loaded: {_first_line(error)}") from error
     feature = rows.features.get(data.label)
     for number, row in enumerate(rows):
         if isinstance(feature, ClassLabel):
-            row[data.label] = feature.int2str(row[data.label])
+            label = row[data.label]
+            row = {**row, data.label: None if label in (None, -1) else feature.int2str(label)}  # -1: not given
         yield f"[{number}]", row
 
 
-def _canonical(numbered: list[tuple[str, Row]], data: DataSettings, task: str) -> tuple[list[Row], list]:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Checking
+
+def _canonical(found: Found, data: DataSettings, task: str) -> tuple[list[Row], list[tuple[str, str]]]:
     """Rows with canonical field names, and pairs of place and problem."""
     rows, wrong = [], []
-    for place, row in numbered:
+    for place, row in found:
         try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            row = {name: value for name, value in row.items() if value not in (None, "")}
             rows.append(_classification_row(row, data) if task == "classification" else _causal_row(row, data))
         except ValueError as error:
             wrong.append((place, str(error)))
     return rows, wrong
 
 
+def _fields(row: Row) -> str:
+    return ", ".join(map(repr, row)) or "none"
+
+
 def _field(row: Row, name: str) -> Any:
-    if row.get(name) is None:
-        raise ValueError(f"no field {name!r}; this row has {', '.join(map(repr, row)) or 'none'}")
+    if name not in row:
+        raise ValueError(f"no field {name!r}; this row has {_fields(row)}")
     return row[name]
 
 
@@ -182,34 +246,53 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
+def _label(row: Row, name: str) -> str:
+    value = _field(row, name)
+    if not isinstance(value, (str, int, float)) or value != value or not str(value).strip():
+        raise ValueError(f"field {name!r} is not a label: {value!r:.40}")
+    # A column of whole numbers becomes one of floats where a value is missing.
+    return str(int(value) if isinstance(value, float) and math.isfinite(value) and value == int(value) else value)
+
+
 def _classification_row(row: Row, data: DataSettings) -> Row:
-    return {"text": _text(row, data.text), "label": str(_field(row, data.label))}
+    return {"text": _text(row, data.text), "label": _label(row, data.label)}
 
 
 def _causal_row(row: Row, data: DataSettings) -> Row:
     """prompt + completion (loss on the completion), messages, or text (loss on everything), as TRL has them."""
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
-            raise ValueError("'messages' must be a list that ends with a message of the role 'assistant'")
-        return {"messages": messages}
+        return {"messages": _messages(row["messages"])}
     if data.prompt in row or data.completion in row:
         return {"prompt": _text(row, data.prompt), "completion": _text(row, data.completion)}
     if data.text in row:
         return {"text": _text(row, data.text)}
     raise ValueError(
         f"neither {data.prompt!r} and {data.completion!r}, nor 'messages', nor {data.text!r} among its fields:"
-        f" {', '.join(map(repr, row)) or 'none'}"
+        f" {_fields(row)}"
     )
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError("'messages' must be a list of objects with 'role' and 'content'")
+    messages = [{"role": message.get("role"), "content": message.get("content")} for message in value]
+    for number, message in enumerate(messages):
+        if not all(isinstance(text, str) for text in message.values()):
+            raise ValueError(f"message {number}: 'role' and 'content' must be texts")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("'messages' must end with a message of the role 'assistant', after what it answers")
+    return messages
 
 
 def _leaks(rows: dict[str, list[Row]]) -> Iterator[str]:
     """Inputs that stand in two splits flatter every candidate."""
 
-    def inputs(split: str) -> set[str]:
-        return {json.dumps(row.get("text") or row.get("prompt") or row.get("messages")) for row in rows[split]}
+    def key(row: Row) -> str:
+        return json.dumps(row.get("text") or row.get("prompt") or row["messages"][:-1])
 
+    inputs = {split: {key(row) for row in rows[split]} for split in SPLITS}
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        both = len(inputs(first) & inputs(second))
+        both = len(inputs[first] & inputs[second])
         if both:
-            yield f"{both} inputs stand in both {first} and {second}: the scores will be too good"
+            what = "1 input stands" if both == 1 else f"{both} inputs stand"
+            yield f"{what} in both {first} and {second}: the scores will be too good"

@@ -1,0 +1,281 @@
+"""A whole study over a tiny model: phases, ledger, front, resumption, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from autopeft.search_space.problem import Trial
+from autopeft.studies import selection
+from autopeft.studies.cli.files import check
+from autopeft.studies.ledger import Ledger
+from autopeft.studies.recipe import Recipe
+from autopeft.studies.session import open_ledger, open_study, read_snapshot, storage_url
+from autopeft.studies.snapshot import Snapshot
+from autopeft.studies.study import baselines, num_evaluations, weights_path
+from autopeft.studies.study_file import StudyFile, load_study
+
+from .tiny_study import save_study
+
+
+class Quiet:
+    """A watcher that counts; `stop_after` evaluations it interrupts, as Ctrl-C does, in the middle of the next one."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.ended: list[Trial] = []
+        self.planned = 0
+        self.stop_after = stop_after
+
+    def plan(self, evaluations: int, done: int) -> None:
+        self.planned = evaluations
+
+    def begin(self, trial: Trial, steps: int) -> None:
+        self.steps = steps
+
+    def step(self, done: int, total: int) -> None:
+        assert 1 <= done <= total == self.steps
+        if self.stop_after is not None and len(self.ended) >= self.stop_after and done == 2:
+            raise KeyboardInterrupt
+
+    def end(self, trial: Trial, snapshot: Snapshot) -> None:
+        self.ended.append(trial)
+
+
+def run(settings: StudyFile, *, resume: bool = False, watcher: Quiet | None = None) -> Snapshot:
+    splits, _, _ = check(settings)
+    with open_study(settings, splits, resume=resume) as study:
+        return study.run(watcher or Quiet())
+
+
+def facts(trials: list[Trial]) -> list[tuple]:
+    """What must be equal between two runs of one study: everything but times."""
+    return [
+        (
+            t.number, t.role, t.candidate.key, t.seed, t.of, t.state, t.error, dict(t.genes),
+            t.measurement and (dict(t.measurement.values), t.measurement.losses, dict(t.measurement.per_example)),
+        )
+        for t in trials
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFile, Snapshot, Quiet]:
+    settings = load_study(save_study(tmp_path_factory.mktemp("finished") / "study"))
+    watcher = Quiet()
+    return settings, run(settings, watcher=watcher), watcher
+
+
+def test_phases(finished) -> None:
+    settings, snapshot, watcher = finished
+    roles = [trial.role for trial in snapshot.trials]
+    searched = [t for t in snapshot.trials if t.role == "search" and t.state == "complete"]
+    assert roles[:2] == ["baseline:head", "baseline:lora-r8-qv"]
+    assert len(searched) == settings.search.trials
+    finalists = [t for t in snapshot.trials if t.role == "finalist"]
+    assert roles[-len(finalists) :] == ["finalist"] * len(finalists), "the final front comes last"
+    assert {t.seed for t in finalists} == {1, 2}
+    assert all(t.measurement.test and t.measurement.test_per_example for t in finalists)
+    assert not any(t.measurement.test for t in searched), "the search never sees the test split"
+    assert len(watcher.ended) <= num_evaluations(settings, settings.problem(snapshot.backbone).space) + 20
+    assert [t.number for t in snapshot.trials] == list(range(len(snapshot.trials)))
+
+
+def test_empty_candidates_are_rejected_before_training(finished) -> None:
+    _, snapshot, _ = finished
+    for trial in snapshot.search_trials:
+        assert bool(trial.candidate.architecture) == (trial.state != "infeasible")
+
+
+def test_nothing_is_evaluated_twice(finished) -> None:
+    _, snapshot, _ = finished
+    keys = [t.candidate.key for t in snapshot.trials if t.role == "search"]
+    assert len(keys) == len(set(keys))
+
+
+def test_front_and_recommendation(finished) -> None:
+    _, snapshot, _ = finished
+    rows = snapshot.rows()
+    members = [row for row in rows if row.on_front]
+    assert members and sum(row.recommended for row in rows) == 1
+    assert all(row.role == "search" for row in members)
+    assert all(row.std_err["accuracy"] > 0 for row in members)
+    for row in members:
+        worse = [r for r in members if r.values["num_params"] > row.values["num_params"]]
+        assert all(r.values["accuracy"] > row.values["accuracy"] for r in worse)
+    curve = snapshot.hypervolume()
+    assert curve == sorted(curve) and curve[-1] > 0
+
+
+def test_baselines_take_the_study_training(finished) -> None:
+    settings, snapshot, _ = finished
+    planned = list(baselines(settings, settings.problem(snapshot.backbone).space))
+    assert [p.candidate.training["learning_rate"] for p in planned] == [1e-2, 1e-2]
+    assert all(p.candidate.training["batch_size"] == 8 for p in planned)
+
+
+def test_the_ledger_alone_gives_the_same_snapshot(finished) -> None:
+    settings, snapshot, _ = finished
+    read = read_snapshot(settings, open_ledger(settings))
+    assert facts(list(read.trials)) == facts(list(snapshot.trials))
+    assert read.rows() == snapshot.rows()
+
+
+def test_picks(finished) -> None:
+    _, snapshot, _ = finished
+    members = [row for row in snapshot.rows() if row.on_front]
+    best = max(members, key=lambda row: row.values["accuracy"])
+    assert selection.pick(snapshot, "best") == best.trial
+    assert selection.pick(snapshot, "trial:1") == 1
+    assert selection.pick(snapshot, "recommended") == next(row.trial for row in members if row.recommended)
+    limit = min(row.values["num_params"] for row in members)
+    assert selection.pick(snapshot, f"num_params<={limit:.0f}") in {row.trial for row in members}
+    for wish, message in (("trial:99", "no complete trial"), ("cheapest", "use recommended"), ("size<=3", "size")):
+        with pytest.raises(selection.ConfigurationError, match=message):
+            selection.pick(snapshot, wish)
+    with pytest.raises(selection.NoFeasibleCandidate):
+        selection.pick(snapshot, "num_params<=1")
+
+
+def test_recipe_promises_what_was_measured(finished, tmp_path: Path) -> None:
+    settings, snapshot, _ = finished
+    number = selection.pick(snapshot, "recommended")
+    recipe = selection.recipe_of(settings, open_ledger(settings), snapshot, number)
+    recipe.save(tmp_path / "recipe.yaml")
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    promised = recipe.measured["accuracy"]
+    tests = [t.measurement.test["accuracy"] for t in snapshot.trials if t.of == number and t.role == "finalist"]
+    assert promised.split == "test" and promised.seeds == (1, 2)
+    assert promised.low <= min(tests) <= max(tests) <= promised.high
+    assert promised.value == pytest.approx(sum(tests) / 2)
+    assert recipe.candidate.key == snapshot.entry(number).trial.candidate.key
+    assert weights_path(settings, number).is_file()
+
+
+def test_an_interrupted_study_ends_as_an_uninterrupted_one(finished, tmp_path: Path) -> None:
+    _, whole, _ = finished
+    settings = load_study(save_study(tmp_path / "study"))
+    for stop_after in (1, 3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, resume=stop_after > 1, watcher=Quiet(stop_after))
+    running = [t for t in open_ledger(settings).trials() if t.state == "running"]
+    assert len(running) == 1, "the trial that was under way is still there"
+    snapshot = run(settings, resume=True)
+    assert facts(list(snapshot.trials)) == facts(list(whole.trials))
+
+
+def test_sigkill_in_mid_trial(finished, tmp_path: Path) -> None:
+    """Killed as no handler can catch it, twice at different moments; then resumed to the end."""
+    _, whole, _ = finished
+    path = save_study(tmp_path / "study")
+    settings = load_study(path)
+    for trials, command in ((3, "run"), (6, "resume")):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "autopeft.studies.cli.app", command, str(path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_for_trials(settings, trials, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert len(open_ledger(settings).trials()) < len(whole.trials), "killed too late to say anything"
+    snapshot = run(settings, resume=True)
+    assert facts(list(snapshot.trials)) == facts(list(whole.trials))
+
+
+def wait_for_trials(settings: StudyFile, count: int, process: subprocess.Popen, limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline and process.poll() is None:
+        if (settings.output_folder / "ledger.db").is_file() and settings.study in Ledger.names(storage_url(settings)):
+            if len(open_ledger(settings).trials()) >= count:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"the study did not reach trial {count}")
+
+
+def test_sigint_is_polite(tmp_path: Path) -> None:
+    path = save_study(tmp_path / "study")
+    settings = load_study(path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autopeft.studies.cli.app", "run", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_trials(settings, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "autopeft resume" in errors and "Traceback" not in errors
+
+
+def test_more_trials_may_be_asked_for(finished, tmp_path: Path) -> None:
+    path = save_study(tmp_path / "study", finalists={"seeds": 1, "most": 1})
+    first = run(load_study(path, ["search.trials=3"]))
+    second = run(load_study(path, ["search.trials=5"]), resume=True)
+    complete = [t for t in second.search_trials if t.state == "complete"]
+    assert len(complete) == 5
+    assert facts(list(second.trials))[: len(first.trials)] == facts(list(first.trials))
+
+
+def test_a_bound_keeps_candidates_off_the_front(tmp_path: Path) -> None:
+    objectives = ["accuracy", {"name": "num_params", "bound": 400}]
+    settings = load_study(save_study(tmp_path / "study", objectives=objectives))
+    snapshot = run(settings)
+    assert all(row.values["num_params"] <= 400 for row in snapshot.rows() if row.on_front)
+    assert any(t.violation > 0 and t.state == "complete" for t in snapshot.search_trials)
+
+
+def test_measured_objectives(tmp_path: Path) -> None:
+    objectives = ["loss", "num_params", "peak_memory_bytes", "latency_s"]
+    changes = {"objectives": objectives, "search": {"searcher": "nsga2", "trials": 2}}
+    snapshot = run(load_study(save_study(tmp_path / "study", **changes, finalists={"seeds": 1, "most": 1})))
+    trial = next(t for t in snapshot.search_trials if t.state == "complete")
+    assert trial.measurement.values["peak_memory_bytes"] > 0
+    assert trial.measurement.spread["latency_s"] >= 0
+    assert snapshot.quality == "loss"
+
+
+@pytest.mark.parametrize("searcher", ["random", "qmc", "nsga2", "grid"])
+def test_every_searcher_runs_a_study(searcher: str, tmp_path: Path) -> None:
+    changes = {
+        "search": {"searcher": searcher, "trials": 2},
+        "space": {"adapters": {"lora": {"rank": [1, 2]}}},
+        "baselines": {"names": ["head"], "learning_rates": [1e-2]},
+        "finalists": {"seeds": 1, "most": 1},
+    }
+    snapshot = run(load_study(save_study(tmp_path / "study", **changes)))
+    assert len([t for t in snapshot.search_trials if t.state == "complete"]) == 2
+
+
+def test_an_exhausted_grid_ends_the_search(tmp_path: Path) -> None:
+    changes = {
+        "search": {"searcher": "grid", "trials": 50},
+        "space": {"adapters": {"lora": {"rank": [1, 2]}}},
+        "training": {"learning_rate": 1e-2, "epochs": 1, "batch_size": 8},
+        "finalists": {"seeds": 1, "most": 1},
+    }
+    snapshot = run(load_study(save_study(tmp_path / "study", **changes)))
+    assert len(snapshot.search_trials) == 2
+
+
+def test_json_on_stdout_alone(finished, capfd: pytest.CaptureFixture) -> None:
+    from autopeft.studies.cli.app import main
+
+    settings, snapshot, _ = finished
+    for command in ("pareto", "status"):
+        with pytest.raises(SystemExit) as exit_:
+            main([command, str(settings.path), "--json"])
+        assert exit_.value.code == 0
+        printed = json.loads(capfd.readouterr().out)
+        if command == "pareto":
+            assert {"trial", "key", "values", "std_err", "recommended"} <= printed[0].keys()
+        else:
+            assert printed["study"] == "tiny" and printed["trials"]["complete"] > 0 and printed["hypervolume"] > 0
