@@ -11,7 +11,7 @@ POOLED_BATCHES = 16
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
-    return max(1, math.ceil(math.ceil(num_examples / batch_size) * epochs))
+    return max(1, math.ceil(round(math.ceil(num_examples / batch_size) * epochs, 6)))
 
 
 def epoch(lengths: Sequence[int], batch_size: int, rng: Random) -> list[list[int]]:

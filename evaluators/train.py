@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from autopeft.evaluators import batching
 from autopeft.evaluators.backbones import LoadedBackbone
@@ -19,7 +20,8 @@ from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Req
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.measured import measure
 from autopeft.evaluators.tasks import TASKS, Batch, Example
-from autopeft.evaluators.tasks.data import Splits
+from autopeft.evaluators.tasks.data import SPLITS, DataError, Splits
+from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import Measurement
 from autopeft.search_space.training import Training
 
@@ -35,7 +37,8 @@ class TrainEvaluator(Evaluator):
     """Full or partial training by AdamW; see `Fidelity`.
 
     The frozen backbone stays in evaluation mode (no dropout of its own); a candidate that trains the backbone itself
-    has the backbone's dropout. Minibatches depend on the seed alone, so candidates of a seed see the same ones.
+    has the backbone's dropout. Minibatches depend on the seed and the batch size alone, so candidates of a seed see
+    the same ones. Raises DataError for rows that the model cannot read.
     """
 
     name = "train"
@@ -46,12 +49,21 @@ class TrainEvaluator(Evaluator):
         self.pretrained_head = loaded.pretrained_head
         self.task = TASKS[task](loaded.tokenizer, max_length, splits.labels)
         self.examples: dict[str, list[Example]] = {
-            "train": self.task.encode(splits.train),
-            "validation": self.task.encode(splits.validation),
-            "test": self.task.encode(splits.test),
+            split: self.task.encode(getattr(splits, split)) for split in SPLITS
         }
         self.lengths = {split: [len(e["input_ids"]) for e in rows] for split, rows in self.examples.items()}
+        self._check_examples(loaded)
         self.device = next(self.model.parameters()).device
+
+    def _check_examples(self, loaded: LoadedBackbone) -> None:
+        """Before every candidate fails on them."""
+        longest, most = max(max(lengths) for lengths in self.lengths.values()), max_tokens(self.model)
+        if longest > most:
+            raise DataError([f"max_length: a row has {longest} tokens, and the model takes {most} at most"])
+        known = self.model.get_input_embeddings().num_embeddings
+        ids = [token for rows in self.examples.values() for example in rows for token in example["input_ids"]]
+        if max(*ids, loaded.tokenizer.pad_token_id) >= known:
+            raise DataError([f"the tokenizer has tokens beyond the {known} that the model has embeddings for"])
 
     def attach(self, request: Request) -> Attachment:
         return Attachment(
@@ -75,20 +87,22 @@ class TrainEvaluator(Evaluator):
             found = measure(attachment, self.task, self.typical_batch(candidate), measured)
         return Costs(values={**values, **found.values}, spread=found.spread)
 
-    def typical_batch(self, candidate) -> Batch:
+    def typical_batch(self, candidate: Candidate) -> Batch:
         """A training batch of median length: the same one for every candidate of a batch size."""
         size = self.training(candidate).batch_size
         batches = batching.ordered_batches(self.lengths["train"], size)
         return self.batch("train", batches[len(batches) // 2])
 
     @staticmethod
-    def training(candidate) -> Training:
+    def training(candidate: Candidate) -> Training:
         return Training(**candidate.training)
 
     def num_steps(self, request):
-        training = self.training(request.candidate)
-        full = batching.num_steps(len(self.examples["train"]), training.batch_size, training.epochs)
-        return max(1, math.ceil(full * request.fidelity.share))
+        return steps_at(request.fidelity.share, self.full_steps(self.training(request.candidate)))
+
+    def full_steps(self, training: Training) -> int:
+        """Steps of a run at full fidelity."""
+        return batching.num_steps(len(self.examples["train"]), training.batch_size, training.epochs)
 
     def batch(self, split: str, indices: Sequence[int]) -> Batch:
         batch = self.task.collate([self.examples[split][i] for i in indices])
@@ -120,12 +134,12 @@ class TrainEvaluator(Evaluator):
     def _train(self, request: Request, attachment: Attachment, report: Callable[[int], None]) -> Outcome:
         begin = time.perf_counter()
         training = self.training(request.candidate)
-        steps = self.num_steps(request)
-        rungs = {max(1, math.ceil(steps * rung / request.fidelity.share)): rung for rung in request.fidelity.rungs}
+        full, steps = self.full_steps(training), self.num_steps(request)
+        rungs = {steps_at(rung, full): rung for rung in request.fidelity.rungs}
         losses: list[float] = []
         found: list[tuple[float, dict[str, float]]] = []
         train_s = 0.0
-        for step, seconds, loss in self._steps(request, attachment, training, steps):
+        for step, seconds, loss in self._steps(request, attachment, training, steps, full):
             train_s += seconds
             losses.append(loss)
             report(step)
@@ -151,9 +165,12 @@ class TrainEvaluator(Evaluator):
         return Outcome(measurement=measurement, weights=attachment.state() if request.keep_weights else None)
 
     def _steps(
-        self, request: Request, attachment: Attachment, training: Training, steps: int
+        self, request: Request, attachment: Attachment, training: Training, steps: int, full: int
     ) -> Iterator[tuple[int, float, float]]:
-        """Trains; yields step number, seconds and loss. Raises TrainingFailed when the loss is not a number."""
+        """The first `steps` of `full` steps; yields step number, seconds and loss.
+
+        Raises TrainingFailed when the loss is not a number. Leaves the attachment in training mode between steps.
+        """
         parameters = list(attachment.trainable())
         if not parameters:
             raise TrainingFailed("nothing to train: no adapter is on and the model has no task head")
@@ -162,15 +179,14 @@ class TrainEvaluator(Evaluator):
             {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
         ]
         optimizer = AdamW([g for g in groups if g["params"]], lr=training.learning_rate, fused=True)
-        full = math.ceil(steps / request.fidelity.share)
-        schedule = LambdaLR(optimizer, lambda step: rate(step, full, training))
         order = batching.training_batches(self.lengths["train"], training.batch_size, request.seed)
         attachment.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(request.seed)
+            torch.manual_seed(request.seed)  # a backbone that is trained itself draws its dropout here
             for step in range(1, steps + 1):
                 start = time.perf_counter()
-                attachment.train()
+                for group in optimizer.param_groups:
+                    group["lr"] = training.learning_rate * rate(step - 1, full, training)
                 batch = self.batch("train", next(order))
                 targets = batch.pop("targets")
                 loss = self.task.score(self.model(**batch).logits, targets)[0].mean()
@@ -178,14 +194,14 @@ class TrainEvaluator(Evaluator):
                 if training.max_grad_norm:
                     clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
                 optimizer.step()
-                schedule.step()
                 optimizer.zero_grad()
                 value = loss.item()
                 if not math.isfinite(value):
                     raise TrainingFailed(f"the training loss became {value} at step {step} of {steps}")
                 yield step, time.perf_counter() - start, value
 
-    @torch.inference_mode()
+    # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
+    @torch.no_grad()
     def scores(self, attachment: Attachment, split: str) -> dict[str, list[float]]:
         """Loss and accuracy of every example of a split, in the order of the file."""
         attachment.eval()
@@ -194,14 +210,28 @@ class TrainEvaluator(Evaluator):
         for indices in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
             batch = self.batch(split, indices)
             targets = batch.pop("targets")
-            losses, correct = self.task.score(self.model(**batch).logits, targets)
-            for row, index in enumerate(indices):
-                columns["loss"][index] = losses[row].item()
-                columns["accuracy"][index] = correct[row].item()
+            scored = self.task.score(self.model(**batch).logits, targets)
+            for column, values in zip(columns.values(), scored, strict=True):
+                for index, value in zip(indices, values.tolist(), strict=True):
+                    column[index] = value
         attachment.train()
         if not all(map(math.isfinite, columns["loss"])):
             raise TrainingFailed(f"the loss on the {split} split is not a number")
         return columns
+
+
+def max_tokens(model: nn.Module) -> int:
+    """Tokens of the longest row that has positions."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from the one after the padding's.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+
+
+def steps_at(share: float, full: int) -> int:
+    """Steps that are a share of the full run: rounded up, at least one."""
+    return max(1, math.ceil(round(share * full, 6)))  # 0.07 x 100 is a little more than 7 in binary
 
 
 @contextmanager
@@ -212,14 +242,15 @@ def memory_errors() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch's CPU allocator has no exception class of its own
+        # Neither torch's CPU allocator nor CUDA's libraries have an exception class of their own.
+        if not any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")):
             raise
         raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
 
 
 def rate(step: int, steps: int, training: Training) -> float:
     """The learning rate's factor at a step: linear warm-up, then the schedule down to zero."""
-    warmup = math.ceil(steps * training.warmup)
+    warmup = math.ceil(round(steps * training.warmup, 6))
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)

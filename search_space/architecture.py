@@ -13,7 +13,16 @@ from autopeft.search_space.backbone import Backbone
 
 
 def canonical_json(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+    """JSON with sorted keys, and without a fraction where there is none: 16 and 16.0 are one number."""
+    return json.dumps(_canonical(data), sort_keys=True, separators=(",", ":"))
+
+
+def _canonical(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _canonical(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_canonical(value) for value in data]
+    return int(data) if isinstance(data, float) and data.is_integer() else data
 
 
 def digest(data: Any) -> str:
@@ -23,7 +32,7 @@ def digest(data: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Adapters by site name. Sites without adapters do not appear; the order of sites and of adapters does not count."""
+    """Adapters by site name. Sites without adapters do not appear; the order of sites and adapters does not count."""
 
     adapters: tuple[tuple[str, tuple[AdapterSpec, ...]], ...] = ()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from autopeft.search_space.suggestions import did_you_mean
 
 LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ROLES = (*LINEAR_ROLES, "attn", "mlp", "norm", "embed", "backbone", "head")
@@ -18,12 +19,6 @@ _INSTEAD = {
     "attn.qkv": ("attn.q", "its query, key and value are separate linears: use attn.q, attn.k, attn.v"),
     "mlp.gate": ("mlp.up", "its mlp is not gated: use mlp.up"),
 }
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'attn.q'?"`` for the nearest known word, or nothing when none is near."""
-    near = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +73,10 @@ class Backbone:
     head_modules: tuple[str, ...]
     num_head_params: int
     causal: bool
+    _site_by_name: Mapping[str, Site] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_site_by_name", {site.name: site for site in self.sites})
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -116,16 +115,14 @@ class Backbone:
 
     def site(self, name: str) -> Site:
         """The site of this canonical name."""
-        for site in self.sites:
-            if site.name == name:
-                return site
-        names = [site.name for site in self.sites]
-        raise ValueError(f"{self.id!r} has no site {name!r}{did_you_mean(name, names)}")
+        if name not in self._site_by_name:
+            raise ValueError(f"{self.id!r} has no site {name!r}{did_you_mean(name, self._site_by_name)}")
+        return self._site_by_name[name]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping that ``from_dict`` reads back to an equal backbone."""
-        return asdict(self) | {"sites": [asdict(site) for site in self.sites],
-                               "head_modules": list(self.head_modules)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return own | {"sites": [asdict(site) for site in self.sites], "head_modules": list(self.head_modules)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Backbone:

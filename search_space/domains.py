@@ -10,22 +10,28 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Union
+from typing import Any
 
-Value = Union[int, float, str, bool]
+Value = int | float | str | bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Float:
-    """Real numbers in [low, high], on a logarithmic scale if `log`."""
+    """Real numbers in [low, high], on a logarithmic scale if `log`.
+
+    `from_unit` yields the bounds and, between them, numbers of few digits: recipes stay readable, and such a value
+    survives the way to the unit interval and back to the bit.
+    """
 
     low: float
     high: float
     log: bool = False
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ValueError(f"low must be below high, got low={self.low}, high={self.high}")
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
+        if not (self.low < self.high and math.isfinite(self.high - self.low)):
+            raise ValueError(f"low must be below high and both finite, got low={self.low}, high={self.high}")
         if self.log and self.low <= 0:
             raise ValueError(f"a log range needs low > 0, got low={self.low}")
 
@@ -37,29 +43,45 @@ class Float:
     def contains(self, value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
 
-    def to_unit(self, value: float) -> float:
+    def to_unit(self, value: Any) -> float:
         if self.log:
-            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
-        return (value - self.low) / (self.high - self.low)
+            unit = (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        else:
+            unit = (value - self.low) / (self.high - self.low)
+        return min(max(unit, 0.0), 1.0)
 
     def from_unit(self, unit: float) -> float:
-        unit = min(max(unit, 0.0), 1.0)
+        if unit <= 0.0:
+            return self.low
+        if unit >= 1.0:
+            return self.high
         if self.log:
             value = math.exp(math.log(self.low) + unit * (math.log(self.high) - math.log(self.low)))
         else:
             value = self.low + unit * (self.high - self.low)
-        # Six digits: recipes stay readable, and a value survives the way to the unit interval and back to the bit.
-        return min(max(float(f"{value:.6g}"), self.low), self.high)
+        value = self._short(value)
+        # A bound stands for all that is as short as it, so that no two values are closer than the digits tell.
+        if value <= self._short(self.low):
+            return self.low
+        return self.high if value >= self._short(self.high) else value
+
+    def _short(self, value: float) -> float:
+        """Six significant digits on a log scale; else a millionth of the range, and no more than floats can hold."""
+        if self.log:
+            return float(f"{value:.6g}")
+        exponent = math.floor(math.log10(self.high - self.low))
+        largest = math.floor(math.log10(max(abs(self.low), abs(self.high))))
+        return round(value, min(6 - exponent, 12 - largest))
 
     def sample(self, rng: Random) -> float:
         return self.from_unit(rng.random())
 
-    def neighbours(self, value: float) -> Iterator[float]:
-        """One fifth of the range down and up."""
+    def neighbours(self, value: Any) -> Iterator[float]:
+        """One fifth of the range down and up, or the bound if that is nearer."""
         unit = self.to_unit(value)
-        for step in (-0.2, 0.2):
-            if 0.0 <= unit + step <= 1.0:
-                yield self.from_unit(unit + step)
+        for other in dict.fromkeys((self.from_unit(unit - 0.2), self.from_unit(unit + 0.2))):
+            if other != value:
+                yield other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +94,8 @@ class Int:
     log: bool = False
 
     def __post_init__(self) -> None:
+        if not all(isinstance(n, int) for n in (self.low, self.high, self.step)):
+            raise ValueError(f"must be whole: low={self.low}, high={self.high}, step={self.step}")
         if not self.low <= self.high:
             raise ValueError(f"low must not be above high, got low={self.low}, high={self.high}")
         if self.step < 1 or (self.high - self.low) % self.step:
@@ -91,18 +115,16 @@ class Int:
             and (value - self.low) % self.step == 0
         )
 
-    def to_unit(self, value: int) -> float:
-        if self.low == self.high:
-            return 0.5
+    def to_unit(self, value: Any) -> float:
         if self.log:
-            # Cells of equal probability per whole number's share of the log axis, as [v - 1/2, v + 1/2].
+            # Each whole number has the share of the log axis from v - 1/2 to v + 1/2.
             low, high = math.log(self.low - 0.5), math.log(self.high + 0.5)
             return (math.log(value) - low) / (high - low)
         return ((value - self.low) // self.step + 0.5) / self.cardinality
 
     def from_unit(self, unit: float) -> int:
         unit = min(max(unit, 0.0), 1.0)
-        if self.log and self.low != self.high:
+        if self.log:
             low, high = math.log(self.low - 0.5), math.log(self.high + 0.5)
             return min(max(round(math.exp(low + unit * (high - low))), self.low), self.high)
         return self.low + self.step * min(int(unit * self.cardinality), self.cardinality - 1)
@@ -110,7 +132,8 @@ class Int:
     def sample(self, rng: Random) -> int:
         return self.from_unit(rng.random())
 
-    def neighbours(self, value: int) -> Iterator[int]:
+    def neighbours(self, value: Any) -> Iterator[int]:
+        """The next ones down and up."""
         for other in (value - self.step, value + self.step):
             if self.contains(other):
                 yield other
@@ -126,7 +149,9 @@ class Choice:
     def __post_init__(self) -> None:
         if not self.choices:
             raise ValueError("a choice needs at least one value")
-        if len({(type(c), c) for c in self.choices}) != len(self.choices):
+        object.__setattr__(self, "choices", tuple(self.choices))
+        # True is not 1 here, but 16 is 16.0.
+        if len({(isinstance(c, bool), c) for c in self.choices}) != len(self.choices):
             raise ValueError(f"a value stands twice in {list(self.choices)}")
 
     @classmethod
@@ -140,7 +165,7 @@ class Choice:
     def cardinality(self) -> int:
         return len(self.choices)
 
-    def index(self, value: Value) -> int:
+    def index(self, value: Any) -> int:
         """The position of `value`; True is not 1 here. Raises ValueError for a value that is not in the list."""
         for position, choice in enumerate(self.choices):
             if choice == value and isinstance(choice, bool) == isinstance(value, bool):
@@ -154,7 +179,7 @@ class Choice:
             return False
         return True
 
-    def to_unit(self, value: Value) -> float:
+    def to_unit(self, value: Any) -> float:
         return (self.index(value) + 0.5) / len(self.choices)
 
     def from_unit(self, unit: float) -> Value:
@@ -164,14 +189,15 @@ class Choice:
     def sample(self, rng: Random) -> Value:
         return self.choices[rng.randrange(len(self.choices))]
 
-    def neighbours(self, value: Value) -> Iterator[Value]:
+    def neighbours(self, value: Any) -> Iterator[Value]:
+        """The ones beside it in the list; all others if the list has no order."""
         here = self.index(value)
         for position, choice in enumerate(self.choices):
             if position != here and (not self.ordered or abs(position - here) == 1):
                 yield choice
 
 
-Domain = Union[Float, Int, Choice]
+Domain = Float | Int | Choice
 BOOLEAN = Choice(choices=(False, True))
 
 

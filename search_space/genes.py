@@ -25,8 +25,10 @@ class Gene:
     name: str
     domain: Domain
     conditions: frozenset[Condition] = frozenset({frozenset()})
-    #: Counted together with this gene in the cardinality (a size with its "is it on").
-    size_of: str | None = None
+    #: The adapter whose gene it is; None for layer gates, types (`one_of`) and the training.
+    adapter: str | None = None
+    #: For "is it on": the gene of the size, with which it is counted as one choice.
+    size: str | None = None
 
     def is_active(self, assignment: Mapping[str, Value]) -> bool:
         """Whether it matters, given the values of the genes before it (inactive ones absent)."""

@@ -25,9 +25,18 @@ class Limits:
 
     def objection(self, costs: Mapping[str, float]) -> tuple[float, str] | None:
         """The largest relative excess (0.5: half as much again) and every reason; None if all known costs are fine."""
-        excess = {name: costs[name] / most - 1 for name, most in self.most.items() if name in costs}
+        excess = {name: _excess(costs[name], most) for name, most in self.most.items() if name in costs}
         beyond = {name: value for name, value in excess.items() if value > 0}
         if not beyond:
             return None
-        reasons = [f"{name} {costs[name]:,.6g} is above the limit {self.most[name]:,.6g}" for name in beyond]
+        reasons = [f"{name} {_shown(costs[name])} is above the limit {_shown(self.most[name])}" for name in beyond]
         return max(beyond.values()), "; ".join(reasons)
+
+
+def _excess(cost: float, most: float) -> float:
+    """Relative to the limit; a limit of 0 has no relation to anything."""
+    return cost / most - 1 if most > 0 else cost - most
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"

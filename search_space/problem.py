@@ -29,7 +29,7 @@ def _metrics(*rows: tuple[str, str, bool, Literal["quality", "declared", "measur
 
 METRICS = _metrics(
     ("accuracy", "share", True, "quality", "correct validation examples, or an example's correct completion tokens"),
-    ("loss", "nats", False, "quality", "validation cross-entropy per example (causal: mean over its completion tokens)"),
+    ("loss", "nats", False, "quality", "validation cross-entropy per example (causal: mean over completion tokens)"),
     ("num_params", "parameters", False, "declared", "trainable parameters of the adapters, without the head"),
     ("stored_bytes", "bytes", False, "declared", "size of the trained adapters on disk"),
     ("flops_per_token", "operations", False, "declared", "what the adapters add to one forward pass"),
@@ -70,8 +70,10 @@ class Objective:
         return -loss if self.maximise else loss
 
     def violation(self, value: float) -> float:
-        """How far `value` lies beyond the bound; <= 0 is within."""
-        return -1.0 if self.bound is None else self.loss(value) - self.loss(self.bound)
+        """How far `value` lies beyond the bound, relative to it as in `Limits`; <= 0 is within."""
+        if self.bound is None:
+            return -1.0
+        return (self.loss(value) - self.loss(self.bound)) / (abs(self.bound) or 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """How much of the full training is spent: the share of its steps, in (0, 1]. The schedule is that of the full run."""
+    """How much of the full training is spent: the share of its steps, in (0, 1]; the schedule is the full run's."""
 
     share: float = 1.0
     #: Shares of the steps at which validation is run on the way, ascending.

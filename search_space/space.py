@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from random import Random
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
@@ -57,14 +58,18 @@ class OneOf:
 
 
 OFF = "off"
+#: Names of adapters and groups begin the names of genes, where a dot follows.
+NAME = r"[A-Za-z0-9_-]+"
+#: Groups of layers where a declaration does not say how many.
+STAGES = 4
 
 
 class SearchSpace:
     """Genes compiled from a declaration over one backbone.
 
     `adapters`: choices by name. `one_of`: exclusive groups. `layer_gate`: one more bit per layer that all adapters
-    share. `stages`: number of equal groups of layers for the granularity "stage". `training`: value or domain per
-    field of `Training`. Raises SpaceError with every problem found.
+    share. `stages`: number of equal groups of layers for the granularity "stage" (default: 4, or the number of layers
+    if that is less). `training`: value or domain per field of `Training`. Raises SpaceError with every problem found.
     """
 
     def __init__(
@@ -74,14 +79,14 @@ class SearchSpace:
         adapters: Mapping[str, AdapterChoice],
         one_of: Sequence[OneOf] = (),
         layer_gate: bool = False,
-        stages: int = 4,
+        stages: int | None = None,
         training: Mapping[str, Domain | Value] | None = None,
     ) -> None:
         self.backbone = backbone
         self.adapters = dict(adapters)
         self.one_of = tuple(one_of)
         self.layer_gate = layer_gate
-        self.stages = stages
+        self.stages = min(STAGES, backbone.num_layers) if stages is None else stages
         self.training = dict(training or {})
         problems = list(self._problems())
         if problems:
@@ -101,14 +106,13 @@ class SearchSpace:
         if not 1 <= self.stages <= self.backbone.num_layers:
             yield ("stages",), f"must be between 1 and the {self.backbone.num_layers} layers of the model"
         for name, choice in self.adapters.items():
+            if not re.fullmatch(NAME, name):
+                yield ("adapters", name), "a name is made of letters, digits, - and _"
             for path, what in self._choice_problems(choice):
                 yield ("adapters", name, *path), what
         for group in self.one_of:
-            for member in group.members:
-                if member not in self.adapters:
-                    yield ("one_of", group.name), f"no adapter {member!r}{did_you_mean(member, self.adapters)}"
-                elif self.adapters[member].placement is not None:
-                    yield ("adapters", member, "placement"), f"{group.name!r} decides where it is on; leave this out"
+            for path, what in self._group_problems(group):
+                yield path, what
         known = [f.name for f in fields(Training)]
         for key, domain in self.training.items():
             if key not in known:
@@ -117,41 +121,76 @@ class SearchSpace:
             for what in _field_problems(Training, key, domain):
                 yield ("training", key), what
 
+    def _group_problems(self, group: OneOf) -> Iterator[tuple[tuple[str, ...], str]]:
+        path = ("one_of", group.name)
+        if not re.fullmatch(NAME, group.name):
+            yield path, "a name is made of letters, digits, - and _"
+        if [other.name for other in self.one_of].count(group.name) > 1:
+            yield path, "two groups have this name"
+        if not group.members:
+            yield path, "name at least one member"
+        if group.per not in GRANULARITIES:
+            yield (*path, "per"), f"unknown granularity {group.per!r}{did_you_mean(group.per, GRANULARITIES)}"
+        if group.optional and OFF in group.members:
+            yield path, f"{OFF!r} means none of the members here: take another name"
+        for member in group.members:
+            if member not in self.adapters:
+                yield path, f"no adapter {member!r}{did_you_mean(member, self.adapters)}"
+            elif self.adapters[member].placement is not None:
+                yield ("adapters", member, "placement"), f"{group.name!r} decides where it is on; leave this out"
+
     def _choice_problems(self, choice: AdapterChoice) -> Iterator[tuple[tuple[str, ...], str]]:
         if choice.kind not in ADAPTERS:
             yield ("kind",), f"unknown adapter {choice.kind!r}{did_you_mean(choice.kind, ADAPTERS)}"
             return
         spec = ADAPTERS[choice.kind]
-        present = {site.role for site in self.backbone.sites}
-        for role in choice.at:
-            if role not in spec.roles:
-                yield ("at",), f"{choice.kind} cannot sit at {role!r}{did_you_mean(role, spec.roles)}"
-            elif role not in present:
-                yield ("at",), f"this model has no site {role!r}; it has {', '.join(sorted(present))}"
-        if not choice.at and not self._sites_of(choice):
-            yield ("at",), f"none of {', '.join(spec.default_roles)} is in this model; name sites of your own"
-        for layer in choice.layers or ():
-            if not 0 <= layer < self.backbone.num_layers:
-                yield ("layers",), f"no layer {layer}: the model has layers 0 to {self.backbone.num_layers - 1}"
+        yield from self._place_problems(choice)
         known = [f.name for f in fields(spec)]
         for key, domain in choice.fields.items():
             if key not in known:
                 yield (key,), f"unknown field of {choice.kind}{did_you_mean(key, known)}"
                 continue
             if key == spec.size_field:
-                if domain == 0 and not isinstance(domain, bool):
-                    yield (key,), "0 is the only size: nothing could ever be on"
-                    continue
                 try:
-                    domain = without_zero(domain) if isinstance(domain, (Float, Int, Choice)) else domain
+                    domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))
                 except ValueError as error:
                     yield (key,), str(error)
                     continue
             for what in _field_problems(spec, key, domain):
                 yield (key,), what
-        for key in choice.vary:
-            if key not in choice.fields or not isinstance(choice.fields[key], (Float, Int, Choice)):
+        for key, per in choice.vary.items():
+            if not isinstance(choice.fields.get(key), Domain):
                 yield ("vary", key), "only a field with several values can vary"
+            if per not in GRANULARITIES:
+                yield ("vary", key), f"unknown granularity {per!r}{did_you_mean(per, GRANULARITIES)}"
+        if choice.placement is not None and choice.placement not in GRANULARITIES:
+            what = f"unknown granularity {choice.placement!r}{did_you_mean(choice.placement, GRANULARITIES)}"
+            yield ("placement",), what
+
+    def _place_problems(self, choice: AdapterChoice) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What is wrong with its roles and layers, or that no site is left."""
+        spec, present = ADAPTERS[choice.kind], self.backbone.roles
+        fine = True
+        for role in choice.at:
+            if role not in spec.roles:
+                fine = False
+                yield ("at",), f"{choice.kind} cannot sit at {role!r}{did_you_mean(role, spec.roles)}"
+            elif role not in present:
+                fine = False
+                yield ("at",), f"this model has no site {role!r}; it has {', '.join(sorted(present))}"
+        for layer in choice.layers or ():
+            if not 0 <= layer < self.backbone.num_layers:
+                fine = False
+                yield ("layers",), f"no layer {layer}: the model has layers 0 to {self.backbone.num_layers - 1}"
+        if not fine or self._sites_of(choice):
+            return
+        roles = choice.at or spec.default_roles
+        if not choice.at and not set(roles) & set(present):
+            yield ("at",), f"none of {', '.join(roles)} is in this model; name sites of your own"
+        elif choice.layers is not None and self._sites_of(replace(choice, layers=None)):
+            yield ("layers",), f"no site {' or '.join(roles)} is in these layers"
+        else:
+            yield ("at",), f"no site {' or '.join(roles)} of this model can take a {choice.kind}"
 
     def _sites_of(self, choice: AdapterChoice) -> tuple[Site, ...]:
         roles = choice.at or ADAPTERS[choice.kind].default_roles
@@ -176,12 +215,12 @@ class SearchSpace:
     def _group_of(self, name: str) -> OneOf | None:
         return next((group for group in self.one_of if name in group.members), None)
 
-    def _is_sized(self, name: str) -> bool:
-        """Whether the size domain contains 0, so that "is it on" is a gene of its own."""
+    def _size_gate(self, name: str) -> str | None:
+        """The size field if its domain contains 0, so that "is it on" is a gene of its own."""
         choice = self.adapters[name]
         size = ADAPTERS[choice.kind].size_field
         domain = choice.fields.get(size) if size else None
-        return isinstance(domain, (Int, Choice)) and domain.contains(0)
+        return size if isinstance(domain, (Int, Choice)) and domain.contains(0) else None
 
     def _gates_of(self, name: str, site: Site) -> tuple[tuple[str, Value], ...]:
         """Genes, with the values they must have, for the adapter to be on at `site`, highest order first."""
@@ -194,35 +233,49 @@ class SearchSpace:
             gates.append((f"{group.name}{self._scope(group.per, site)}", name))
         if choice.placement is not None:
             gates.append((f"{name}.on{self._scope(choice.placement, site)}", True))
-        if self._is_sized(name):
-            size = ADAPTERS[choice.kind].size_field
+        size = self._size_gate(name)
+        if size is not None:
             gates.append((f"{name}.{size}.on{self._scope(choice.vary.get(size, 'model'), site)}", True))
         return tuple(gates)
 
     def _compile(self) -> Iterator[Gene]:
-        gates: dict[str, set[Condition]] = {}
+        conditions: dict[str, set[Condition]] = {}
         order: dict[str, int] = {}
-        for chain in self._gates.values():
-            for position, (gene, _) in enumerate(chain):
-                gates.setdefault(gene, set()).add(frozenset(chain[:position]))
+        passing: dict[str, dict[Value, str]] = {}  # per gate: the values that let something through, and whose
+        for (name, _), chain in self._gates.items():
+            for position, (gene, value) in enumerate(chain):
+                conditions.setdefault(gene, set()).add(frozenset(chain[:position]))
                 order[gene] = max(order.get(gene, 0), position)
+                passing.setdefault(gene, {})[value] = name
         sizes = {}
-        for name, choice in self.adapters.items():
-            size = ADAPTERS[choice.kind].size_field
-            if self._is_sized(name):
-                sizes |= {f"{name}.{size}.on{s}": f"{name}.{size}{s}" for s in self._scopes(name, size)}
-        for gene in sorted(gates, key=lambda g: order[g]):
-            group = next((g for g in self.one_of if gene == g.name or gene.startswith(f"{g.name}.")), None)
-            domain: Domain = BOOLEAN
-            if group is not None:
-                domain = Choice(choices=((OFF,) if group.optional else ()) + group.members)
-            yield Gene(name=gene, domain=domain, conditions=_absorb(gates[gene]), size_of=sizes.get(gene))
+        for name in self.adapters:
+            size = self._size_gate(name)
+            if size is not None:
+                sizes |= {f"{name}.{size}.on{scope}": f"{name}.{size}{scope}" for scope in self._scopes(name, size)}
+        layer_gates = {f"layers.{layer}.on" for layer in range(self.backbone.num_layers)}
+        for gene in sorted(conditions, key=lambda g: order[g]):
+            domain, adapter = BOOLEAN, None
+            if True not in passing[gene]:
+                # A type: of the members, those that have a site in this scope.
+                group = self._group_of(next(iter(passing[gene].values())))
+                assert group is not None
+                members = tuple(member for member in dict.fromkeys(group.members) if member in passing[gene])
+                domain = Choice(choices=((OFF,) if group.optional else ()) + members)
+            elif gene not in layer_gates:
+                adapter = passing[gene][True]
+            yield Gene(
+                name=gene,
+                domain=domain,
+                conditions=_absorb(conditions[gene]),
+                adapter=adapter,
+                size=sizes.get(gene),
+            )
         for name, choice in self.adapters.items():
             for key, domain in choice.fields.items():
-                if isinstance(domain, (Float, Int, Choice)):
+                if isinstance(domain, Domain):
                     yield from self._field_genes(name, key, domain)
         for key, domain in self.training.items():
-            if isinstance(domain, (Float, Int, Choice)):
+            if isinstance(domain, Domain):
                 yield Gene(name=TRAINING + key, domain=domain)
 
     def _scopes(self, name: str, key: str) -> dict[str, list[Site]]:
@@ -236,7 +289,7 @@ class SearchSpace:
             domain = without_zero(domain)
         for scope, sites in self._scopes(name, key).items():
             conditions = {frozenset(self._gates[name, site.name]) for site in sites}
-            yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions))
+            yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions), adapter=name)
 
     # Assignments
 
@@ -268,13 +321,13 @@ class SearchSpace:
                 if all(assignment.get(gene) == value for gene, value in self._gates[name, site.name]):
                     values = {
                         key: assignment[f"{name}.{key}{self._scope(choice.vary.get(key, 'model'), site)}"]
-                        if isinstance(domain, (Float, Int, Choice))
+                        if isinstance(domain, Domain)
                         else domain
                         for key, domain in choice.fields.items()
                     }
                     placed.setdefault(site.name, []).append(ADAPTERS[choice.kind](**values))
         training = {
-            key: assignment[TRAINING + key] if isinstance(domain, (Float, Int, Choice)) else domain
+            key: assignment[TRAINING + key] if isinstance(domain, Domain) else domain
             for key, domain in self.training.items()
         }
         return Candidate(architecture=Architecture.of(placed), training=training)
@@ -315,7 +368,8 @@ class SearchSpace:
             return gene.domain.from_unit(1.0 if sign > 0 else 0.0)
 
         best = self.complete({}, fill)
-        # Sizes and gates are at their extremes already; one greedy pass settles types and fields such as a bias.
+        # Sizes and gates are at their extremes already. One greedy pass settles the types, whose sites are apart, and
+        # the fields without an order.
         for gene in self.genes:
             if isinstance(gene.domain, Choice) and not gene.domain.ordered and gene.domain != BOOLEAN:
                 for value in gene.domain.choices:
@@ -326,20 +380,42 @@ class SearchSpace:
 
     @property
     def cardinality(self) -> int | None:
-        """Number of gene vectors over the architecture (training apart), an on/off gene and its size counting as one
-        choice; None if a gene is continuous. Distinct networks are fewer: an absent adapter's fields do not matter.
+        """Number of settings of the architecture's genes (training apart); None if one is continuous.
+
+        As in the literature it is a product over the genes, whether or not they matter in a given setting; an on/off
+        gene and its size count as one choice. Only types that are chosen once for the model are added up, each with
+        its own genes. Distinct networks are fewer: a layer that is switched off can have any type.
         """
-        counts = {gene.name: gene.domain.cardinality for gene in self.genes if not gene.name.startswith(TRAINING)}
+        total, own = 1, dict.fromkeys(self.adapters, 1)
+        types: list[Domain] = []
         for gene in self.genes:
-            if gene.size_of is not None and counts[gene.size_of] is not None:
-                counts[gene.name] = 1
-                counts[gene.size_of] += 1
-        return None if None in counts.values() else prod(counts.values())
+            count = gene.domain.cardinality
+            if gene.name.startswith(TRAINING):
+                continue
+            if count is None:
+                return None
+            if gene.size is not None:
+                continue
+            if any(gate.size == gene.name for gate in self.genes):
+                count += 1
+            if gene.adapter is not None:
+                own[gene.adapter] *= count
+            elif any(gene.name == group.name for group in self.one_of):
+                types.append(gene.domain)
+            else:
+                total *= count
+        for domain in types:
+            assert isinstance(domain, Choice)
+            total *= sum(own.pop(str(name), 1) for name in domain.choices)  # "off" is one more
+        return total * prod(own.values())
 
 
 def _absorb(conditions: set[Condition]) -> frozenset[Condition]:
     """Drop conditions that another, weaker one implies."""
     return frozenset(c for c in conditions if not any(other < c for other in conditions))
+
+
+_WORDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
 
 
 def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[str]:
@@ -350,7 +426,11 @@ def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[s
         values = (domain.low, domain.high)
     else:
         values = (domain,)
+    expected = get_type_hints(owner)[key]
     for value in values:
+        if expected in _WORDS and type(value) is not expected and (expected, type(value)) != (float, int):
+            yield f"must be {_WORDS[expected]}, got {value!r}"
+            continue
         try:
             owner(**{key: value})
         except (ValueError, TypeError) as error:

@@ -12,7 +12,8 @@ import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,14 +128,14 @@ class Ledger:
         """A new running trial; `fields` are those of `Trial`."""
         trial = Trial(number=len(self._study.get_trials(deepcopy=False)), role=role, candidate=candidate, **fields)
         domains = {gene.name: gene.domain for gene in problem.space.genes}
-        self._study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params={name: to_optuna(domains[name], value) for name, value in trial.genes.items()},
-                distributions={name: distribution(domains[name]) for name in trial.genes},
-                user_attrs={TRIAL: _declared(trial)},
-            )
+        frozen = create_trial(
+            state=TrialState.RUNNING,
+            params={name: to_optuna(domains[name], value) for name, value in trial.genes.items()},
+            distributions={name: distribution(domains[name]) for name in trial.genes},
+            user_attrs={TRIAL: _declared(trial)},
         )
+        with _readable_errors("written"):
+            self._study.add_trial(frozen)
         return trial
 
     def finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
@@ -142,14 +143,16 @@ class Ledger:
         frozen = self._study.get_trials(deepcopy=False)[trial.number]
         if frozen.state.is_finished():
             return
-        handle = optuna.trial.Trial(self._study, frozen._trial_id)
-        handle.set_user_attr(RESULT, _result(trial))
-        if trial.state == "complete":
-            assert trial.measurement is not None
-            handle.set_constraint("limits", trial.violation)
-            self._study.tell(trial.number, [trial.measurement.values[o.name] for o in objectives])
-        else:
-            self._study.tell(trial.number, state=TrialState.FAIL)
+        with _readable_errors("written"):
+            handle = optuna.trial.Trial(self._study, frozen._trial_id)
+            handle.set_user_attr(RESULT, _result(trial))
+            if trial.state == "complete":
+                assert trial.measurement is not None
+                if "limits" not in frozen.constraints:
+                    handle.set_constraint("limits", trial.violation)
+                self._study.tell(trial.number, [trial.measurement.values[o.name] for o in objectives])
+            else:
+                self._study.tell(trial.number, state=TrialState.FAIL)
 
     def unfinished(self, objectives: Sequence[Objective]) -> list[Trial]:
         """Trials that were under way when the study stopped. One whose result is there already is closed."""
@@ -166,11 +169,10 @@ class Ledger:
 def _storage(url: str) -> optuna.storages.RDBStorage:
     try:
         return _connect(url)
-    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise EnvironmentProblem(f"the ledger {url} cannot be used: {reason}") from error
-    except (ImportError, ValueError) as error:
+    except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:
         raise ConfigurationError(f"storage {url!r}: {str(error).splitlines()[0]}") from error
+    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        raise EnvironmentProblem(f"the ledger {url} cannot be used: {_reason(error)}") from error
 
 
 def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
@@ -187,10 +189,26 @@ def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
 
 
 def _names(storage: optuna.storages.RDBStorage) -> list[str]:
-    try:
+    with _readable_errors("read"):
         return optuna.get_all_study_names(storage)
+
+
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    """A full disk, a broken file, a server that went away: EnvironmentProblem with the database's own words."""
+    try:
+        yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise EnvironmentProblem(f"the ledger cannot be read: {str(error).splitlines()[0]}") from error
+        raise EnvironmentProblem(
+            f"the ledger cannot be {what}: {_reason(error)}; what it holds is safe, and `autopeft resume` goes on"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The database's own words, under the layers of libraries."""
+    while getattr(error, "orig", None) is None and error.__cause__ is not None:
+        error = error.__cause__
+    return str(getattr(error, "orig", None) or error).splitlines()[0]
 
 
 def _declared(trial: Trial) -> dict[str, Any]:

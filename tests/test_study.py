@@ -15,9 +15,8 @@ import pytest
 from autopeft.search_space.problem import Trial
 from autopeft.studies import selection
 from autopeft.studies.cli.files import check
-from autopeft.studies.ledger import Ledger
 from autopeft.studies.recipe import Recipe
-from autopeft.studies.session import open_ledger, open_study, read_snapshot, storage_url
+from autopeft.studies.session import open_ledger, open_study, read_snapshot, was_started
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study import baselines, num_evaluations, weights_path
 from autopeft.studies.study_file import StudyFile, load_study
@@ -193,9 +192,8 @@ def test_sigkill_in_mid_trial(finished, tmp_path: Path) -> None:
 def wait_for_trials(settings: StudyFile, count: int, process: subprocess.Popen, limit_s: float = 120) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline and process.poll() is None:
-        if (settings.output_folder / "ledger.db").is_file() and settings.study in Ledger.names(storage_url(settings)):
-            if len(open_ledger(settings).trials()) >= count:
-                return
+        if was_started(settings) and len(open_ledger(settings).trials()) >= count:
+            return
         time.sleep(0.02)
     raise AssertionError(f"the study did not reach trial {count}")
 
@@ -269,7 +267,7 @@ def test_an_exhausted_grid_ends_the_search(tmp_path: Path) -> None:
 def test_json_on_stdout_alone(finished, capfd: pytest.CaptureFixture) -> None:
     from autopeft.studies.cli.app import main
 
-    settings, snapshot, _ = finished
+    settings, _, _ = finished
     for command in ("pareto", "status"):
         with pytest.raises(SystemExit) as exit_:
             main([command, str(settings.path), "--json"])

@@ -1,0 +1,147 @@
+"""The ledger: what is written comes back, and what is wrong with a storage is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autopeft.search_space import Backbone, Choice, Float, Measurement, Objective, Problem, SearchSpace, Site
+from autopeft.search_space.problem import Trial
+from autopeft.search_space.space import AdapterChoice
+from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.ledger import About, Ledger
+
+OBJECTIVES = (Objective.of("accuracy"), Objective.of("num_params"))
+
+
+def backbone() -> Backbone:
+    sites = tuple(
+        Site(
+            name=f"layers.{i}.attn.q", layer=i, role="attn.q", module=f"l.{i}.q", input_module=f"l.{i}.q",
+            in_features=8, out_features=8, bias=True,
+        )
+        for i in range(2)
+    )  # fmt: skip
+    return Backbone(
+        id="toy", revision=None, family="toy", sites=sites, hidden_size=8, num_layers=2, num_params=128,
+        head_modules=("classifier",), num_head_params=8, causal=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def problem() -> Problem:
+    lora = AdapterChoice(kind="lora", at=("attn.q",), fields={"rank": Choice.of((0, 1, 4))}, vary={"rank": "layer"})
+    training = {"learning_rate": Float(low=1e-4, high=1e-2, log=True)}
+    space = SearchSpace(backbone=backbone(), adapters={"lora": lora}, training=training, stages=1)
+    return Problem(space=space, objectives=OBJECTIVES, num_trials=4)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'ledger.db'}"
+
+
+def about(**fingerprint: object) -> About:
+    return About(
+        objectives=OBJECTIVES,
+        backbone=backbone(),
+        labels=("a", "b"),
+        settings="study: toy\n",
+        fingerprint=fingerprint or {"seed": 0},
+    )
+
+
+def begin(ledger: Ledger, problem: Problem, **fields: object) -> Trial:
+    genes = problem.space.largest()
+    return ledger.begin(problem, "search", problem.space.decode(genes), genes=genes, **fields)
+
+
+MEASUREMENT = Measurement(
+    values={"accuracy": 0.5, "num_params": 64.0},
+    std_err={"accuracy": 0.1},
+    seed=3,
+    losses=(2.0, 1.5),
+    rungs=((0.5, {"accuracy": 0.4}),),
+    per_example={"accuracy": (1.0, 0.0)},
+    test_per_example={"accuracy": (1.0,)},
+    test={"accuracy": 1.0},
+)
+
+
+def test_a_trial_comes_back_whole(problem: Problem, url: str) -> None:
+    ledger = Ledger.create(url, "toy", about())
+    trial = begin(ledger, problem, seed=3, searcher_state={"nsga2:generation": 1})
+    ended = replace(trial, state="complete", measurement=MEASUREMENT, violation=-0.5)
+    ledger.finish(ended, OBJECTIVES)
+    again = Ledger.open(url, "toy", {"seed": 0})
+    assert again.trials() == [ended]
+    assert again.backbone == backbone() and again.labels == ("a", "b") and again.settings == "study: toy\n"
+    assert again.study_id == ledger.study_id
+
+
+@pytest.mark.parametrize("state", ["failed", "infeasible"])
+def test_an_ended_trial_without_values(state: str, problem: Problem, url: str) -> None:
+    ledger = Ledger.create(url, "toy", about())
+    ended = replace(begin(ledger, problem), state=state, error="why", violation=1.0)
+    ledger.finish(ended, OBJECTIVES)
+    ledger.finish(ended, OBJECTIVES)  # repeating does no harm
+    assert Ledger.open(url, "toy").trials() == [ended]
+    assert ledger.unfinished(OBJECTIVES) == []
+
+
+def test_unfinished_trials_are_found_and_half_closed_ones_closed(problem: Problem, url: str) -> None:
+    ledger = Ledger.create(url, "toy", about())
+    running, written = begin(ledger, problem), begin(ledger, problem)
+    # As a kill between the two steps of `finish` leaves it.
+    ended = replace(written, state="complete", measurement=MEASUREMENT, violation=-1.0)
+    tell, ledger._study.tell = ledger._study.tell, lambda *args, **kwargs: None
+    ledger.finish(ended, OBJECTIVES)
+    ledger._study.tell = tell
+    again = Ledger.open(url, "toy")
+    assert again.unfinished(OBJECTIVES) == [running]
+    assert again.trials() == [running, ended]
+    assert [t.state.name for t in again._study.trials] == ["RUNNING", "COMPLETE"]
+
+
+def test_a_study_is_made_once(url: str) -> None:
+    Ledger.create(url, "toy", about())
+    with pytest.raises(ConfigurationError, match=r"already holds the study 'toy'.*resume"):
+        Ledger.create(url, "toy", about())
+
+
+def test_a_study_killed_while_it_was_made_is_made_anew(url: str) -> None:
+    import optuna
+
+    optuna.create_study(storage=url, study_name="toy", directions=["maximize", "minimize"])
+    with pytest.raises(ConfigurationError, match="never started"):
+        Ledger.open(url, "toy")
+    assert Ledger.create(url, "toy", about()).trials() == []
+
+
+def test_changed_settings_are_named(url: str) -> None:
+    Ledger.create(url, "toy", about(seed=0, model={"id": "a"}))
+    with pytest.raises(ConfigurationError) as error:
+        Ledger.open(url, "toy", {"seed": 1, "model": {"id": "b"}})
+    assert "seed: was 0, is 1" in str(error.value) and 'model.id: was "a", is "b"' in str(error.value)
+
+
+def test_another_study(url: str) -> None:
+    Ledger.create(url, "toy", about())
+    with pytest.raises(ConfigurationError, match=r"no study 'mine'.*'toy'"):
+        Ledger.open(url, "mine")
+    assert Ledger.names(url) == ["toy"]
+
+
+def test_a_corrupt_ledger(tmp_path: Path, url: str) -> None:
+    (tmp_path / "ledger.db").write_bytes(b"not a database, " * 100)
+    with pytest.raises(EnvironmentProblem, match="cannot be used: file is not a database"):
+        Ledger.open(url, "toy")
+
+
+def test_a_storage_that_is_none() -> None:
+    with pytest.raises(ConfigurationError, match="storage"):
+        Ledger.names("nonsense")
+    with pytest.raises(EnvironmentProblem, match="unable to open"):
+        Ledger.names("sqlite:////no/such/folder/ledger.db")
