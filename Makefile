@@ -13,13 +13,14 @@ STAMP := $(VENV)/.installed
 LINK := .typecheck/autopeft
 LINT_IMPORTS := PYTHONPATH=.typecheck $(BIN)/lint-imports --no-logo
 
-.PHONY: help install demo test lint browser-test clean
+.PHONY: help install demo test slow-test lint browser-test clean
 
 help:
 	@echo "make demo          a complete search, offline, on the CPU"
 	@echo "make test          the tests and the import rules"
 	@echo "make lint          ruff, mypy and the import rules"
-	@echo "make browser-test  the tests that need a web browser"
+	@echo "make slow-test     the tests that take minutes or start servers"
+	@echo "make browser-test  the tests that need a web browser (Chromium)"
 	@echo "make install       only fill .venv (PYTHON=python3.12 picks the interpreter)"
 	@echo "make clean         remove .venv and everything built"
 
@@ -41,8 +42,9 @@ $(LINK):
 	@mkdir -p $(@D)
 	@ln -s .. $@
 
+# A demo that was interrupted goes on; one that is finished shows its front again.
 demo: $(STAMP)
-	@$(BIN)/python -m autopeft.studies.demo
+	@$(BIN)/autopeft run studies/examples/demo.yaml --resume
 
 # loadfile keeps a file on one worker, so that what it loads once (a backbone) is loaded once.
 test: $(STAMP) $(LINK)
@@ -54,6 +56,9 @@ lint: $(STAMP) $(LINK)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(LINT_IMPORTS)
+
+slow-test: $(STAMP)
+	@$(BIN)/pytest --quiet -m slow
 
 browser-test: $(STAMP)
 	@$(BIN)/pytest --quiet -m browser

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,12 +58,16 @@ class TrainEvaluator(Evaluator):
 
     def _check_examples(self, loaded: LoadedBackbone) -> None:
         """Before every candidate fails on them."""
-        longest, most = max(max(lengths) for lengths in self.lengths.values()), max_tokens(self.model)
+        model: Any = loaded.model
+        lengths = [length for column in self.lengths.values() for length in column]
+        if not min(lengths):
+            raise DataError(["a row has no tokens: the model's tokenizer knows none of its characters"])
+        longest, most = max(lengths), max_tokens(model)
         if longest > most:
             raise DataError([f"max_length: a row has {longest} tokens, and the model takes {most} at most"])
-        known = self.model.get_input_embeddings().num_embeddings
-        ids = [token for rows in self.examples.values() for example in rows for token in example["input_ids"]]
-        if max(*ids, loaded.tokenizer.pad_token_id) >= known:
+        known = model.get_input_embeddings().num_embeddings
+        ids = (token for rows in self.examples.values() for example in rows for token in example["input_ids"])
+        if max(loaded.tokenizer.pad_token_id, max(ids)) >= known:
             raise DataError([f"the tokenizer has tokens beyond the {known} that the model has embeddings for"])
 
     def attach(self, request: Request) -> Attachment:
@@ -220,7 +225,7 @@ class TrainEvaluator(Evaluator):
         return columns
 
 
-def max_tokens(model: nn.Module) -> int:
+def max_tokens(model: Any) -> int:
     """Tokens of the longest row that has positions."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):

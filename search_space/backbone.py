@@ -94,11 +94,11 @@ class Backbone:
                 stand_in, hint = _INSTEAD.get(role, ("", ""))
                 problems.append(f"no site has role {role!r}" + (f" ({hint})" if stand_in in present else ""))
         if problems:
-            raise ValueError(f"{self.family} backbone {self.id!r}: {'; '.join(problems)}. "
-                             f"Roles present: {', '.join(present)}")
+            raise ValueError(
+                f"{self.family} backbone {self.id!r}: {'; '.join(problems)}. Roles present: {', '.join(present)}"
+            )
 
-    def select(self, *, roles: Iterable[str] | None = None,
-               layers: Iterable[int] | None = None) -> tuple[Site, ...]:
+    def select(self, *, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> tuple[Site, ...]:
         """The sites with one of these roles in one of these layers, in canonical order; ``None`` means any.
 
         Sites outside the layers (``embed``, ``norm.final``, ...) are left out when ``layers`` is given.
@@ -109,9 +109,12 @@ class Backbone:
             self.require(wanted_roles)
         if wanted_layers is not None and (outside := wanted_layers - set(range(self.num_layers))):
             raise ValueError(f"no layers {sorted(outside)} in {self.id!r}: it has 0 to {self.num_layers - 1}")
-        return tuple(site for site in self.sites
-                     if (wanted_roles is None or site.role in wanted_roles)
-                     and (wanted_layers is None or site.layer in wanted_layers))
+        return tuple(
+            site
+            for site in self.sites
+            if (wanted_roles is None or site.role in wanted_roles)
+            and (wanted_layers is None or site.layer in wanted_layers)
+        )
 
     def site(self, name: str) -> Site:
         """The site of this canonical name."""
@@ -127,5 +130,10 @@ class Backbone:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Backbone:
         """The backbone that ``to_dict`` wrote."""
-        return cls(**{**data, "sites": tuple(Site(**site) for site in data["sites"]),
-                      "head_modules": tuple(data["head_modules"])})
+        return cls(
+            **{
+                **data,
+                "sites": tuple(Site(**site) for site in data["sites"]),
+                "head_modules": tuple(data["head_modules"]),
+            }
+        )

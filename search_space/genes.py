@@ -33,3 +33,13 @@ class Gene:
     def is_active(self, assignment: Mapping[str, Value]) -> bool:
         """Whether it matters, given the values of the genes before it (inactive ones absent)."""
         return any(all(assignment.get(name) == value for name, value in condition) for condition in self.conditions)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A gene and the value that it must have for an adapter to be on at some site; see `Gene` for the rest."""
+
+    gene: str
+    value: Value
+    adapter: str | None = None
+    size: str | None = None

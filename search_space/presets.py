@@ -9,8 +9,10 @@ from typing import Any
 from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Full, Ia3, Lora
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import LINEAR_ROLES, Backbone
-from autopeft.search_space.domains import Choice
+from autopeft.search_space.domains import Choice, Domain, Value
 from autopeft.search_space.space import AdapterChoice, OneOf
+
+Fields = dict[str, Domain | Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ def log2_sizes(hidden_size: int) -> tuple[int, ...]:
 
 def _autopeft(backbone: Backbone) -> dict[str, Any]:
     sizes = Choice.of(log2_sizes(backbone.hidden_size))
-    bottleneck = {"size": sizes, "init": "zero", "activation": "relu"}
+    bottleneck: Fields = {"size": sizes, "init": "zero", "activation": "relu"}
     return {
         "adapters": {
             "serial": AdapterChoice(kind="bottleneck", at=("mlp",), fields={**bottleneck, "form": "serial"}),
@@ -58,7 +60,8 @@ def _lora_per_layer(backbone: Backbone) -> dict[str, Any]:
 
 
 def _mam(backbone: Backbone) -> dict[str, Any]:
-    parallel = {"form": "parallel", "init": "zero", "scale": 4.0, "size": Choice.of((8, 16, 32, 64, 128, 256, 512))}
+    sizes = Choice.of((8, 16, 32, 64, 128, 256, 512))
+    parallel: Fields = {"form": "parallel", "init": "zero", "scale": 4.0, "size": sizes}
     return {
         "adapters": {
             "prefix": AdapterChoice(kind="prefix", at=("attn",), fields={"length": Choice.of((1, 5, 10, 30, 60))}),
@@ -69,7 +72,7 @@ def _mam(backbone: Backbone) -> dict[str, Any]:
 
 def _llm_adapters(backbone: Backbone) -> dict[str, Any]:
     sizes = Choice.of((16, 32, 64, 128, 256, 512))
-    lora = {"rank": Choice.of((4, 8, 16, 32)), "alpha": Choice.of((16.0, 32.0, 64.0))}
+    lora: Fields = {"rank": Choice.of((4, 8, 16, 32)), "alpha": Choice.of((16.0, 32.0, 64.0))}
     return {
         "adapters": {
             "series": AdapterChoice(kind="bottleneck", at=("mlp",), fields={"size": sizes, "form": "serial"}),

@@ -13,7 +13,7 @@ from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int, Value, without_zero
-from autopeft.search_space.genes import TRAINING, Condition, Gene
+from autopeft.search_space.genes import TRAINING, Condition, Gate, Gene
 from autopeft.search_space.suggestions import did_you_mean
 from autopeft.search_space.training import Training
 
@@ -222,53 +222,40 @@ class SearchSpace:
         domain = choice.fields.get(size) if size else None
         return size if isinstance(domain, (Int, Choice)) and domain.contains(0) else None
 
-    def _gates_of(self, name: str, site: Site) -> tuple[tuple[str, Value], ...]:
-        """Genes, with the values they must have, for the adapter to be on at `site`, highest order first."""
+    def _gates_of(self, name: str, site: Site) -> tuple[Gate, ...]:
+        """What decides whether the adapter is on at `site`, highest order first."""
         choice = self.adapters[name]
-        gates: list[tuple[str, Value]] = []
+        gates: list[Gate] = []
         if self.layer_gate and site.layer is not None:
-            gates.append((f"layers.{site.layer}.on", True))
+            gates.append(Gate(f"layers.{site.layer}.on", True))
         group = self._group_of(name)
         if group is not None:
-            gates.append((f"{group.name}{self._scope(group.per, site)}", name))
+            gates.append(Gate(f"{group.name}{self._scope(group.per, site)}", name))
         if choice.placement is not None:
-            gates.append((f"{name}.on{self._scope(choice.placement, site)}", True))
+            gates.append(Gate(f"{name}.on{self._scope(choice.placement, site)}", True, name))
         size = self._size_gate(name)
         if size is not None:
-            gates.append((f"{name}.{size}.on{self._scope(choice.vary.get(size, 'model'), site)}", True))
+            scope = self._scope(choice.vary.get(size, "model"), site)
+            gates.append(Gate(f"{name}.{size}.on{scope}", True, name, f"{name}.{size}{scope}"))
         return tuple(gates)
 
     def _compile(self) -> Iterator[Gene]:
+        gates: dict[str, list[Gate]] = {}
         conditions: dict[str, set[Condition]] = {}
         order: dict[str, int] = {}
-        passing: dict[str, dict[Value, str]] = {}  # per gate: the values that let something through, and whose
-        for (name, _), chain in self._gates.items():
-            for position, (gene, value) in enumerate(chain):
-                conditions.setdefault(gene, set()).add(frozenset(chain[:position]))
-                order[gene] = max(order.get(gene, 0), position)
-                passing.setdefault(gene, {})[value] = name
-        sizes = {}
-        for name in self.adapters:
-            size = self._size_gate(name)
-            if size is not None:
-                sizes |= {f"{name}.{size}.on{scope}": f"{name}.{size}{scope}" for scope in self._scopes(name, size)}
-        layer_gates = {f"layers.{layer}.on" for layer in range(self.backbone.num_layers)}
-        for gene in sorted(conditions, key=lambda g: order[g]):
-            domain, adapter = BOOLEAN, None
-            if True not in passing[gene]:
-                # A type: of the members, those that have a site in this scope.
-                group = self._group_of(next(iter(passing[gene].values())))
-                assert group is not None
-                members = tuple(member for member in dict.fromkeys(group.members) if member in passing[gene])
-                domain = Choice(choices=((OFF,) if group.optional else ()) + members)
-            elif gene not in layer_gates:
-                adapter = passing[gene][True]
+        for chain in self._gates.values():
+            for position, gate in enumerate(chain):
+                gates.setdefault(gate.gene, []).append(gate)
+                conditions.setdefault(gate.gene, set()).add(_all(chain[:position]))
+                order[gate.gene] = max(order.get(gate.gene, 0), position)
+        for gene in sorted(gates, key=lambda gene: order[gene]):
+            gate = gates[gene][0]
             yield Gene(
                 name=gene,
-                domain=domain,
+                domain=BOOLEAN if gate.value is True else self._types(gates[gene]),
                 conditions=_absorb(conditions[gene]),
-                adapter=adapter,
-                size=sizes.get(gene),
+                adapter=gate.adapter,
+                size=gate.size,
             )
         for name, choice in self.adapters.items():
             for key, domain in choice.fields.items():
@@ -277,6 +264,14 @@ class SearchSpace:
         for key, domain in self.training.items():
             if isinstance(domain, Domain):
                 yield Gene(name=TRAINING + key, domain=domain)
+
+    def _types(self, gates: Sequence[Gate]) -> Choice:
+        """The members of a group that have a site in the scope of these gates."""
+        here = [gate.value for gate in gates]
+        group = self._group_of(str(here[0]))
+        assert group is not None
+        members = tuple(member for member in dict.fromkeys(group.members) if member in here)
+        return Choice(choices=((OFF,) if group.optional else ()) + members)
 
     def _scopes(self, name: str, key: str) -> dict[str, list[Site]]:
         scopes: dict[str, list[Site]] = {}
@@ -288,7 +283,7 @@ class SearchSpace:
         if key == ADAPTERS[self.adapters[name].kind].size_field:
             domain = without_zero(domain)
         for scope, sites in self._scopes(name, key).items():
-            conditions = {frozenset(self._gates[name, site.name]) for site in sites}
+            conditions = {_all(self._gates[name, site.name]) for site in sites}
             yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions), adapter=name)
 
     # Assignments
@@ -318,7 +313,7 @@ class SearchSpace:
         placed: dict[str, list[AdapterSpec]] = {}
         for name, choice in self.adapters.items():
             for site in self._sites[name]:
-                if all(assignment.get(gene) == value for gene, value in self._gates[name, site.name]):
+                if all(assignment.get(gate.gene) == gate.value for gate in self._gates[name, site.name]):
                     values = {
                         key: assignment[f"{name}.{key}{self._scope(choice.vary.get(key, 'model'), site)}"]
                         if isinstance(domain, Domain)
@@ -387,7 +382,8 @@ class SearchSpace:
         its own genes. Distinct networks are fewer: a layer that is switched off can have any type.
         """
         total, own = 1, dict.fromkeys(self.adapters, 1)
-        types: list[Domain] = []
+        types: list[Choice] = []
+        sizes = {gate.size for gate in self.genes}
         for gene in self.genes:
             count = gene.domain.cardinality
             if gene.name.startswith(TRAINING):
@@ -396,18 +392,21 @@ class SearchSpace:
                 return None
             if gene.size is not None:
                 continue
-            if any(gate.size == gene.name for gate in self.genes):
+            if gene.name in sizes:
                 count += 1
             if gene.adapter is not None:
                 own[gene.adapter] *= count
-            elif any(gene.name == group.name for group in self.one_of):
+            elif isinstance(gene.domain, Choice) and any(gene.name == group.name for group in self.one_of):
                 types.append(gene.domain)
             else:
                 total *= count
         for domain in types:
-            assert isinstance(domain, Choice)
             total *= sum(own.pop(str(name), 1) for name in domain.choices)  # "off" is one more
         return total * prod(own.values())
+
+
+def _all(gates: Sequence[Gate]) -> Condition:
+    return frozenset((gate.gene, gate.value) for gate in gates)
 
 
 def _absorb(conditions: set[Condition]) -> frozenset[Condition]:

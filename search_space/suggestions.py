@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 #: More names than these are not listed.
 MOST_LISTED = 20
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """"; did you mean 'x'?" if a known name is close, else the list of known names unless it is long."""
+    """ "; did you mean 'x'?" if a known name is close, else the list of known names unless it is long."""
     names = sorted(known)
     close = get_close_matches(word, names, n=1, cutoff=0.6)
     if close:

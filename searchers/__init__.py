@@ -1,4 +1,4 @@
-"""Searchers: random, QMC, TPE, NSGA-II and grid. `SEARCHERS` is the registry that CLI, schema and tables derive from."""
+"""Searchers: random, QMC, TPE, NSGA-II, grid. CLI, schema and tables derive from the registry `SEARCHERS`."""
 
 from __future__ import annotations
 

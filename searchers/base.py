@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,10 +48,14 @@ class Searcher(ABC):
         """Up to `count` points to evaluate next; fewer (or none) once the space is exhausted."""
 
     def losses(self, trial: Trial) -> list[float] | None:
-        """A complete trial's objectives, all to be minimised; None for one that has no values."""
+        """A complete trial's objectives, all to be minimised; None for one without values, or with one that is no
+        finite number.
+        """
         if trial.state != "complete" or trial.measurement is None:
             return None
-        return [objective.loss(trial.measurement.values[objective.name]) for objective in self.problem.objectives]
+        values = trial.measurement.values
+        losses = [objective.loss(values[objective.name]) for objective in self.problem.objectives]
+        return losses if all(map(math.isfinite, losses)) else None
 
     @property
     def num_suggested(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from random import Random
 
+import numpy as np
 from scipy.stats import qmc
 
-from autopeft.search_space.domains import Choice, Float, Int, Value
-from autopeft.search_space.genes import Gene
-from autopeft.search_space.space import Assignment
+from autopeft.search_space.domains import Choice, Domain, Int, Value
+from autopeft.search_space.problem import Problem
+from autopeft.search_space.space import Assignment, SearchSpace
 from autopeft.searchers.base import Searcher, Suggestion
 
 GRID_POINTS_OF_A_RANGE = 5
@@ -27,47 +29,54 @@ class Qmc(Searcher):
 
     def suggest(self, count: int = 1) -> list[Suggestion]:
         space = self.problem.space
-        sequence = qmc.Sobol(d=len(space.genes), scramble=True, seed=self.seed)
+        sequence = qmc.Sobol(max(1, len(space.genes)), scramble=True, rng=np.random.default_rng(self.seed))
         sequence.fast_forward(self.num_suggested)
-        points = [sequence.random(1)[0] for _ in range(count)]
-        return [Suggestion(genes=space.from_unit(list(map(float, point)))) for point in points]
+        points = [sequence.random(1)[0, : len(space.genes)] for _ in range(count)]
+        return [Suggestion(genes=space.from_unit(point.tolist())) for point in points]
 
 
 class Grid(Searcher):
-    """Every point once; ranges are cut into five values. Raises ValueError for more than 100,000 points."""
+    """Every point once, in an order drawn from the seed: a search that ends early has seen all of the grid thinly.
+
+    Whole and real ranges of more than five values are cut into five. Raises ValueError for more than 100,000 points.
+    """
 
     name = "grid"
     summary = "every point of a small space once"
 
-    def __init__(self, problem, seed):
+    def __init__(self, problem: Problem, seed: int) -> None:
         super().__init__(problem, seed)
         self._points: list[Assignment] = []
-        for point in self._walk(0, {}):
-            self._points.append(point)
-            if len(self._points) > LARGEST_GRID:
+        for point in _points(problem.space):
+            if len(self._points) == LARGEST_GRID:
                 raise ValueError(f"the grid has more than {LARGEST_GRID:,} points: use another searcher")
-
-    def _walk(self, position: int, assignment: Assignment) -> Iterator[Assignment]:
-        genes = self.problem.space.genes
-        while position < len(genes) and not genes[position].is_active(assignment):
-            position += 1
-        if position == len(genes):
-            yield assignment
-            return
-        for value in _values(genes[position]):
-            yield from self._walk(position + 1, {**assignment, genes[position].name: value})
+            self._points.append(point)
+        Random(seed).shuffle(self._points)
 
     def suggest(self, count: int = 1) -> list[Suggestion]:
         start = self.num_suggested
-        return [Suggestion(genes=point) for point in self._points[start : start + count]]
+        return [Suggestion(genes=dict(point)) for point in self._points[start : start + count]]
 
 
-def _values(gene: Gene) -> list[Value]:
-    domain = gene.domain
+def _points(space: SearchSpace) -> Iterator[Assignment]:
+    """All assignments over the grid values, depth first."""
+    open_ends: list[tuple[int, Assignment]] = [(0, {})]
+    while open_ends:
+        position, assignment = open_ends.pop()
+        while position < len(space.genes) and not space.genes[position].is_active(assignment):
+            position += 1
+        if position == len(space.genes):
+            yield assignment
+            continue
+        gene = space.genes[position]
+        open_ends += [(position + 1, {**assignment, gene.name: value}) for value in grid_values(gene.domain)]
+
+
+def grid_values(domain: Domain) -> list[Value]:
+    """All values of a choice or of a short range of whole numbers; else five, equally spaced on the domain's scale."""
     if isinstance(domain, Choice):
         return list(domain.choices)
     if isinstance(domain, Int) and domain.cardinality <= GRID_POINTS_OF_A_RANGE:
         return list(range(domain.low, domain.high + 1, domain.step))
-    assert isinstance(domain, (Int, Float))
     units = [i / (GRID_POINTS_OF_A_RANGE - 1) for i in range(GRID_POINTS_OF_A_RANGE)]
     return list(dict.fromkeys(domain.from_unit(unit) for unit in units))

@@ -1,15 +1,17 @@
 """Random search, TPE and NSGA-II by Optuna, through ask and tell.
 
-An in-memory Optuna study is rebuilt from the trials for every call, and its sampler gets a seed made of the study's seed
-and the number of trials: state comes from the trials alone. What a sampler keeps in a trial's system attributes (NSGA-II
-its generation) travels in `Trial.searcher_state`.
+An in-memory Optuna study is rebuilt from the trials for every suggestion, and its sampler gets a seed made of the
+study's seed and the number of trials: state comes from the trials alone. What a sampler keeps in a trial's system
+attributes (NSGA-II its generation) travels in `Trial.searcher_state`.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import optuna
 from optuna.distributions import (
@@ -19,10 +21,10 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.problem import Problem, Trial
 from autopeft.searchers.base import Searcher, Suggestion
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -47,7 +49,7 @@ def ask(trial: optuna.Trial, name: str, domain: Domain) -> Value:
         return trial.suggest_int(name, domain.low, domain.high, log=domain.log, step=domain.step)
     if domain.ordered:
         return from_optuna(domain, trial.suggest_int(name, 0, len(domain.choices) - 1))
-    return trial.suggest_categorical(name, domain.choices)
+    return cast(Value, trial.suggest_categorical(name, domain.choices))
 
 
 def to_optuna(domain: Domain, value: Value) -> Any:
@@ -62,42 +64,68 @@ def from_optuna(domain: Domain, value: Any) -> Value:
 
 
 class OptunaSearcher(Searcher):
+    def __init__(self, problem: Problem, seed: int) -> None:
+        super().__init__(problem, seed)
+        self._domains = {gene.name: gene.domain for gene in problem.space.genes}
+        self._distributions = {name: distribution(domain) for name, domain in self._domains.items()}
+
     @abstractmethod
     def sampler(self, seed: int) -> BaseSampler:
         """A new sampler of this searcher's kind."""
 
-    def suggest(self, count: int = 1) -> list[Suggestion]:
-        study = self._rebuild()
-        suggestions = []
-        for _ in range(count):
-            number = len(study.get_trials(deepcopy=False))
-            study.sampler = self.sampler((self.seed * 1_000_003 + number) % 2**32)
-            trial = study.ask()
-            genes = self.problem.space.complete({}, lambda gene, trial=trial: ask(trial, gene.name, gene.domain))
-            state = study.get_trials(deepcopy=False)[trial.number].system_attrs
-            suggestions.append(Suggestion(genes=genes, state=dict(state)))
-        return suggestions
+    def known_genes(self, number: int, genes: Mapping[str, Value]) -> Mapping[str, Value]:
+        """The genes of trial `number` as the sampler is to know them. Default: the active ones."""
+        return genes
 
-    def _rebuild(self) -> optuna.Study:
-        study = optuna.create_study(directions=["minimize"] * len(self.problem.objectives), sampler=self.sampler(0))
-        known = [losses for trial in self.completed if (losses := self.losses(trial))]
+    def suggest(self, count: int = 1) -> list[Suggestion]:
+        trials = sorted((*self.completed, *self.pending), key=lambda trial: trial.number)
+        known = [losses for trial in trials if (losses := self.losses(trial))]
         # An infeasible trial has no values of its own; by its constraint it ranks behind every feasible one anyway.
         worst = [max(column) for column in zip(*known, strict=True)] or [0.0] * len(self.problem.objectives)
-        for trial in sorted((*self.completed, *self.pending), key=lambda t: t.number):
-            study.add_trial(self._frozen(trial, worst))
-        return study
+        past = [self._ended(trial, worst) for trial in trials]
+        suggestions: list[Suggestion] = []
+        for _ in range(count):
+            suggestions.append(self._suggest(past))
+            # The next one meets it as it would after an `update`.
+            past.append(self._frozen(TrialState.RUNNING, len(past), suggestions[-1].genes, suggestions[-1].state))
+        return suggestions
 
-    def _frozen(self, trial: Trial, worst: list[float]) -> optuna.trial.FrozenTrial:
-        domains = {gene.name: gene.domain for gene in self.problem.space.genes}
-        states = {"running": TrialState.RUNNING, "failed": TrialState.FAIL}
-        ended = trial.state in ("complete", "infeasible")
-        return optuna.trial.create_trial(
-            state=states.get(trial.state, TrialState.COMPLETE),
-            params={name: to_optuna(domains[name], value) for name, value in trial.genes.items()},
-            distributions={name: distribution(domains[name]) for name in trial.genes},
-            values=(self.losses(trial) or worst) if ended else None,
-            constraints={"limits": trial.violation} if ended else None,
-            system_attrs=dict(trial.searcher_state),
+    def _suggest(self, past: Sequence[FrozenTrial]) -> Suggestion:
+        sampler = self.sampler((self.seed * 1_000_003 + len(past)) % 2**32)
+        study = optuna.create_study(directions=["minimize"] * len(self.problem.objectives), sampler=sampler)
+        for frozen in past:
+            study.add_trial(frozen)
+        trial = study.ask()
+        genes = self.problem.space.complete({}, lambda gene: ask(trial, gene.name, gene.domain))
+        return Suggestion(genes=genes, state=dict(study.get_trials(deepcopy=False)[trial.number].system_attrs))
+
+    def _ended(self, trial: Trial, worst: Sequence[float]) -> FrozenTrial:
+        state, values = TrialState.FAIL, None
+        if trial.state == "running":
+            state = TrialState.RUNNING
+        elif trial.state == "infeasible":
+            state, values = TrialState.COMPLETE, worst
+        elif (losses := self.losses(trial)) is not None:
+            state, values = TrialState.COMPLETE, losses
+        return self._frozen(state, trial.number, trial.genes, trial.searcher_state, values, trial.violation)
+
+    def _frozen(
+        self,
+        state: TrialState,
+        number: int,
+        genes: Mapping[str, Value],
+        searcher_state: Mapping[str, Any],
+        values: Sequence[float] | None = None,
+        violation: float = 0.0,
+    ) -> FrozenTrial:
+        genes = self.known_genes(number, genes)
+        return create_trial(
+            state=state,
+            params={name: to_optuna(self._domains[name], value) for name, value in genes.items()},
+            distributions={name: self._distributions[name] for name in genes},
+            values=values,
+            constraints=None if values is None else {"limits": violation},
+            system_attrs=dict(searcher_state),
         )
 
 
@@ -121,10 +149,31 @@ class Tpe(OptunaSearcher):
 
 
 class NsgaII(OptunaSearcher):
+    """Optuna lets only those genes evolve that every trial has. So that conditional ones do too, a trial passes on
+    random values of its inactive genes beside its own: over the fixed encoding every individual has every gene.
+    """
+
     name = "nsga2"
     summary = "evolution by non-dominated rank and crowding (Deb et al. 2002)"
 
     def sampler(self, seed):
         # A population of about the square root of the budget, doubled: some generations even in short studies.
         population = max(4, min(50, 2 * round(self.problem.num_trials**0.5)))
-        return NSGAIISampler(seed=seed, population_size=population)
+        return _Evolution(population_size=population, seed=seed)
+
+    def known_genes(self, number, genes):
+        rng = random.Random(f"{self.seed}/{number}")
+        return {gene.name: genes.get(gene.name, gene.domain.sample(rng)) for gene in self.problem.space.genes}
+
+
+class _Evolution(NSGAIISampler):
+    """Optuna seeds mutation and crossover alike. With a new sampler per trial a mutated value would then hang on the
+    very number that has decided about the crossover; here it is drawn from a stream of its own.
+    """
+
+    def __init__(self, *, population_size: int, seed: int) -> None:
+        super().__init__(population_size=population_size, seed=seed)
+        self._mutations = RandomSampler(seed=(seed + 2**31) % 2**32)
+
+    def sample_independent(self, study, trial, param_name, param_distribution):
+        return self._mutations.sample_independent(study, trial, param_name, param_distribution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from autopeft.search_space.architecture import digest
 from autopeft.search_space.genes import TRAINING
 from autopeft.search_space.problem import METRICS, Trial
 from autopeft.studies.front import FrontRow
@@ -113,18 +115,33 @@ def trial_tags(trial: Trial, snapshot: Snapshot, row: FrontRow | None) -> dict[s
     return tags
 
 
-def note(snapshot: Snapshot, rows: Sequence[FrontRow]) -> str:
+def front_view(snapshot: Snapshot) -> tuple[str, str]:
+    """Key and contents of a view of MLflow's UI, such as its Share button makes: the front with its objectives."""
+    key = digest(["front", snapshot.study_id, [objective.name for objective in snapshot.objectives]])
+    metrics = [f"obj/{objective.name}" for objective in snapshot.objectives] + [f"obj/{snapshot.quality}_std_err"]
+    state = {
+        "searchFilter": f"{FRONT_FILTER} and tags.`autopeft.study_id` = '{snapshot.study_id}'",
+        # Sorted by date, the UI folds the runs into their parent.
+        "orderByKey": f"metrics.`{metrics[0]}`",
+        "orderByAsc": not snapshot.objectives[0].maximise,
+        "selectedColumns": [f"metrics.`{name}`" for name in metrics] + ["tags.`autopeft.recommended`"],
+    }
+    return key, json.dumps(state)
+
+
+def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> str:
     """The description of the study's run, in Markdown."""
-    mine = f"{FRONT_FILTER} and tags.`autopeft.study` = '{snapshot.study}'"
+    key, _ = front_view(snapshot)
     lines = [
         f"The runs below this one are the evaluations of the study **{snapshot.study}**.",
         "",
-        "Paste this into the search box of the experiment to see the Pareto front alone:",
+        f"[Show the Pareto front alone](#/experiments/{experiment_id}/runs?viewStateShareKey={key}), or paste this into",
+        "the search box of the experiment and sort by a metric (sorted by date, runs are folded into this one):",
         "",
         f"    {FRONT_FILTER}",
         "",
-        f"or, where the experiment holds several studies, `` {mine} ``. Charts show ten runs unless told otherwise.",
-        "The front with its error bars is among the artifacts, in `pareto/front.html`.",
+        "Charts show ten runs unless told otherwise. The front with its error bars is among the artifacts of this run,",
+        "in `pareto/front.html`.",
         "",
     ]
     for row in rows:

@@ -172,6 +172,8 @@ class _Runs:
             start_ms = tracked.now_ms() - round(1000 * before_s)
             tags = {**tracked.study_tags(snapshot), "autopeft.role": tracked.STUDY_ROLE}
             parent = _Run.of(client.create_run(experiment_id, start_ms, tags, snapshot.study))
+            key, view = tracked.front_view(snapshot)
+            client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", view)
         return cls(client, experiment_id, parent, children)
 
     def write(self, snapshot: Snapshot, final: bool) -> None:
@@ -212,7 +214,7 @@ class _Runs:
                 "autopeft.state": "complete" if final else "running",
                 "autopeft.front": front,
                 "autopeft.recommended": recommended[0] if recommended else "none",
-                "mlflow.note.content": tracked.note(snapshot, rows),
+                "mlflow.note.content": tracked.note(snapshot, rows, self.experiment_id),
             },
         )
         if final:

@@ -179,7 +179,7 @@ def _csv(lines: Iterable[str]) -> Found:
             yield f":{end + 1}", "more values than the header has names" if None in row else row
             end = reader.line_num
     except csv.Error as error:
-        yield f":{reader.line_num}", f"this is not CSV: {error}"
+        yield f":{end + 1}", f"this is not CSV: {error}"
 
 
 def _parquet(path: Path) -> Found:

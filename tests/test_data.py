@@ -1,0 +1,319 @@
+"""The rows of a study: read alike from every format, and every problem named with its place."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+
+from autopeft.evaluators.tasks.data import DataError, DataSettings, load_splits
+
+ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(6)]
+FILES = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+
+
+def jsonl(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three good splits, for a test to spoil."""
+    for start, file in enumerate(FILES.values()):
+        jsonl(tmp_path / file, [row | {"text": f"{row['text']} of {start}"} for row in ROWS])
+    return tmp_path
+
+
+def load(folder: Path, task: str = "classification", **settings: Any) -> Any:
+    return load_splits(DataSettings(source="files", folder=folder, **{**FILES, **settings}), task)
+
+
+def problems(folder: Path, task: str = "classification", **settings: Any) -> list[str]:
+    with pytest.raises(DataError) as error:
+        load(folder, task, **settings)
+    assert str(error.value) == "\n".join(error.value.problems)
+    return list(error.value.problems)
+
+
+def test_good_rows(folder):
+    splits = load(folder)
+    assert splits.train[0] == {"text": "text 0 of 0", "label": "a"} and len(splits.test) == 6
+    assert splits.labels == ("a", "b") and splits.warnings == ()
+
+
+def test_embedded_rows():
+    splits = load_splits(DataSettings(), "classification")
+    assert len(splits.labels) == 16 and splits.warnings == () and len(splits.train) > 3000
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "train.jsonl: there is no such file"),
+        ("", "train.jsonl: the train split is empty"),
+        ("\n  \n", "train.jsonl: the train split is empty"),
+        ('{"text": "x", "label": "a"}\n{"label": "b"}\n',
+         "train.jsonl:2: no field 'text'; this row has 'label'"),
+        ('{"text": "x"}\n', "train.jsonl:1: no field 'label'; this row has 'text'"),
+        ('\n{"text": null, "label": "a"}\n', "train.jsonl:2: no field 'text'; this row has 'label'"),
+        ("{}\n", "train.jsonl:1: no field 'text'; this row has none"),
+        ('{"text": "x", "label": "a"}\n{"text": "y", \n', "train.jsonl:2: this is not JSON: "),
+        ("[1, 2]\n", "train.jsonl:1: this is not a JSON object"),
+        ('"words"\n', "train.jsonl:1: this is not a JSON object"),
+        ('{"text": 5, "label": "a"}\n', "train.jsonl:1: field 'text' is not a text: 5"),
+        ('{"text": "  ", "label": "a"}\n', "train.jsonl:1: field 'text' is not a text: '  '"),
+        ('{"text": "x", "label": ["a"]}\n', "train.jsonl:1: field 'label' is not a label: ['a']"),
+        ('{"text": "x", "label": NaN}\n', "train.jsonl:1: field 'label' is not a label: nan"),
+        ('{"text": "x", "label": " "}\n', "train.jsonl:1: field 'label' is not a label: ' '"),
+    ],
+)  # fmt: skip
+def test_bad_training_file(folder, content, expected):
+    (folder / "train.jsonl").unlink()
+    if content is not None:
+        (folder / "train.jsonl").write_text(content)
+    (problem,) = problems(folder)
+    assert problem.startswith(expected)
+
+
+def test_unknown_suffix_and_encoding(folder):
+    (folder / "train.txt").write_text("x")
+    assert problems(folder, train="train.txt") == [
+        "train.txt: files of type '.txt' are not read: use .jsonl, .csv or .parquet"
+    ]
+    (folder / "train.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    assert problems(folder) == ["train.jsonl: this is not UTF-8 text: invalid continuation byte at byte 10"]
+    (folder / "train.parquet").write_bytes(b"nothing of the kind")
+    (problem,) = problems(folder, train="train.parquet")
+    assert problem.startswith("train.parquet: this is not a Parquet file: ")
+
+
+def test_all_problems_come_at_once(folder):
+    jsonl(folder / "train.jsonl", [{"text": "x"}] * 7)
+    (folder / "validation.jsonl").unlink()
+    jsonl(folder / "test.jsonl", [{"text": "x", "label": "zebra"}, {"label": "a"}])
+    assert problems(folder) == [
+        *(f"train.jsonl:{i}: no field 'label'; this row has 'text'" for i in range(1, 6)),
+        "train.jsonl: 2 more rows like these",
+        "validation.jsonl: there is no such file",
+        "test.jsonl:2: no field 'text'; this row has 'label'",
+    ]
+
+
+def test_labels_that_training_lacks(folder):
+    jsonl(folder / "validation.jsonl", [{"text": "x", "label": "z"}, {"text": "y", "label": "a"}])
+    jsonl(folder / "test.jsonl", [{"text": "u", "label": "y"}])
+    assert problems(folder) == [
+        "validation.jsonl: labels 'z' do not occur in the training split, which has 'a', 'b'",
+        "test.jsonl: labels 'y' do not occur in the training split, which has 'a', 'b'",
+    ]
+
+
+def test_one_label_only(folder):
+    for file in FILES.values():
+        jsonl(folder / file, [{"text": "x", "label": "a"}])
+    assert problems(folder) == ["train.jsonl: only one label, 'a': there is nothing to classify"]
+
+
+ODD = [
+    {"text": 'one, "two"\nthree', "label": 3},
+    {"text": "NA", "label": 10},
+    {"text": "007", "label": 3},
+    {"text": "\u2028 line \x85 separators \x0b", "label": 10},
+    {"text": " spaces kept ", "label": -1},
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_every_format_gives_the_same_rows(folder, suffix):
+    jsonl(folder / "train.jsonl", ODD)
+    jsonl(folder / "validation.jsonl", ODD[:1])
+    jsonl(folder / "test.jsonl", ODD[1:2])
+    expected = load(folder)
+    assert [row["text"] for row in expected.train] == [row["text"] for row in ODD]
+    # Whole numbers are labels, in the order of their values.
+    assert expected.labels == ("-1", "3", "10") and expected.train[0]["label"] == "3"
+
+    for split in FILES:
+        frame = pandas.DataFrame([json.loads(line) for line in (folder / f"{split}.jsonl").open()])
+        path = folder / f"{split}.{suffix}"
+        if suffix == "csv":
+            frame.to_csv(path, index=False, lineterminator="\n")
+        elif suffix == "parquet":
+            frame.to_parquet(path)
+    assert load(folder, **{split: f"{split}.{suffix}" for split in FILES}) == expected
+
+
+def test_lines_of_csv(folder):
+    (folder / "train.csv").write_text('text,label\n"two\nlines",a\nx,\ny,b,c\nz,b\n')
+    assert problems(folder, train="train.csv") == [
+        "train.csv:4: no field 'label'; this row has 'text'",
+        "train.csv:5: more values than the header has names",
+    ]
+    (folder / "train.csv").write_text("")
+    assert problems(folder, train="train.csv") == ["train.csv: the train split is empty"]
+    (folder / "train.csv").write_text('text,label\n"never closed,a\n')
+    assert problems(folder, train="train.csv") == ["train.csv:2: this is not CSV: unexpected end of data"]
+
+
+def test_csv_with_a_byte_order_mark_and_long_texts(folder):
+    (folder / "train.csv").write_text(f"text,label\n{'word ' * 60_000},a\ny,b\n", encoding="utf-8-sig")
+    assert load(folder, train="train.csv").labels == ("a", "b")
+
+
+def test_missing_values_do_not_change_numbers_of_parquet(folder):
+    pandas.DataFrame({"text": ["x", "y", "z"], "label": [1, 2, None]}).to_parquet(folder / "train.parquet")
+    assert problems(folder, train="train.parquet") == ["train.parquet:3: no field 'label'; this row has 'text'"]
+    for split in FILES:
+        pandas.DataFrame({"text": ["x", "y"], "label": [1.0, 2.0]}).to_parquet(folder / f"{split}.parquet")
+    assert load(folder, **{split: f"{split}.parquet" for split in FILES}).labels == ("1", "2")
+
+
+def test_own_column_names(folder):
+    jsonl(folder / "train.jsonl", [{"sentence": "x", "text": "-", "topic": "a"}, {"sentence": "y", "topic": "b"}])
+    for file in ("validation.jsonl", "test.jsonl"):
+        jsonl(folder / file, [{"sentence": "z", "topic": "b"}])
+    assert load(folder, text="sentence", label="topic").train[0] == {"text": "x", "label": "a"}
+
+
+# Fewer rows
+
+
+def test_fewer_training_rows_keep_every_label(folder):
+    """Files are often sorted by label: their first rows have one label only."""
+    rows = [{"text": f"{label} {i}", "label": label} for label in "abcdefgh" for i in range(25)]
+    for file in FILES.values():
+        jsonl(folder / file, rows)
+    some = load(folder, max_train_rows=40).train
+    assert some == load(folder, max_train_rows=40).train and len(some) == 40
+    assert [row["text"] for row in some] == [row["text"] for row in rows if row in some], "in the order of the file"
+    counts = Counter(row["label"] for row in some)
+    assert len(counts) == 8 and max(counts.values()) <= 12
+    assert len({row["label"] for row in load(folder, max_train_rows=8).train}) == 8
+    assert load(folder, max_train_rows=10_000).train == rows
+    assert problems(folder, max_train_rows=7) == [
+        "max_train_rows 7 is less than one row for each of the 8 labels"
+    ]
+    # The others are whole.
+    assert len(load(folder, max_train_rows=40).validation) == len(rows)
+
+
+def test_fewer_training_rows_of_a_language_model(folder):
+    for file in FILES.values():
+        jsonl(folder / file, [{"text": str(i)} for i in range(100)])
+    some = [int(row["text"]) for row in load(folder, "causal-lm", max_train_rows=20).train]
+    assert len(some) == 20 and some == sorted(some) and max(some) > 50
+
+
+# Rows of language models
+
+
+def test_causal_rows(folder):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r", "extra": 1}]
+    jsonl(folder / "train.jsonl", [
+        {"prompt": "a", "completion": "b", "text": "not this"},
+        {"text": "c"},
+        {"prompt": None, "completion": None, "text": "d"},
+        {"messages": chat},
+    ])  # fmt: skip
+    splits = load(folder, "causal-lm")
+    assert splits.labels is None
+    assert splits.train == [
+        {"prompt": "a", "completion": "b"},
+        {"text": "c"},
+        {"text": "d"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+    ]
+    frame = pandas.DataFrame({"messages": [splits.train[3]["messages"]]})
+    frame.to_parquet(folder / "train.parquet")
+    assert load(folder, "causal-lm", train="train.parquet").train == splits.train[3:]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a"}, "no field 'completion'; this row has 'prompt'"),
+        ({"completion": "a", "text": "b"}, "no field 'prompt'"),
+        ({"prompt": "a", "completion": ""}, "no field 'completion'"),
+        ({"prompt": "a", "completion": 4}, "field 'completion' is not a text: 4"),
+        ({"words": "a"}, "neither 'prompt' and 'completion', nor 'messages', nor 'text' among its fields: 'words'"),
+        ({"messages": "a"}, "'messages' must be a list of objects"),
+        ({"messages": ["a", "b"]}, "'messages' must be a list of objects"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, "'messages' must end with a message of the role"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "'messages' must end with a message of the role"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 0: 'role' and 'content' must be texts"),
+    ],
+)
+def test_bad_causal_rows(folder, row, expected):
+    jsonl(folder / "train.jsonl", [{"text": "fine"}, row])
+    (problem,) = problems(folder, "causal-lm")
+    assert problem.startswith(f"train.jsonl:2: {expected}")
+
+
+# Leaks
+
+
+def test_inputs_in_two_splits_are_named(folder):
+    shared = ROWS[:2]
+    jsonl(folder / "train.jsonl", [*ROWS])
+    jsonl(folder / "validation.jsonl", [{"text": "new", "label": "a"}, *shared])
+    jsonl(folder / "test.jsonl", [{"text": "new", "label": "b"}])
+    assert load(folder).warnings == (
+        "2 inputs stand in both train and validation: the scores will be too good",
+        "1 input stands in both validation and test: the scores will be too good",
+    )
+
+
+def test_leaks_of_chats_are_sought_in_what_is_answered(folder):
+    def chat(answer: str) -> list[dict]:
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+        return [{"messages": messages}]
+
+    jsonl(folder / "train.jsonl", chat("yes"))
+    jsonl(folder / "validation.jsonl", chat("no"))
+    (warning,) = load(folder, "causal-lm").warnings
+    assert warning.startswith("1 input stands in both train and validation")
+
+
+# The hub
+
+
+def test_rows_of_the_hub(monkeypatch):
+    asked = []
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+
+    def load_dataset(path: str, **settings: Any) -> datasets.Dataset:
+        asked.append((path, settings))
+        labels = [1, 0] if settings["split"] != "test" else [1, -1]
+        columns = {"sentence": [f"{settings['split']} {i}" for i in range(2)], "label": labels}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = {"source": "org/data", "revision": "abc", "text": "sentence", "validation": "dev"}
+    with pytest.raises(DataError) as error:
+        load_splits(DataSettings(**settings), "classification")
+    assert error.value.problems == ("test[1]: no field 'label'; this row has 'sentence'",)  # -1: not told
+
+    splits = load_splits(DataSettings(**settings, test="other"), "classification")
+    assert splits.train == [{"text": "train 0", "label": "good"}, {"text": "train 1", "label": "bad"}]
+    assert splits.labels == ("bad", "good")
+    assert asked[-1] == ("org/data", {"split": "other", "revision": "abc"})
+
+
+@pytest.mark.parametrize("message", ["no connection\nand much more", ""])
+def test_failure_of_the_hub(monkeypatch, message):
+    def load_dataset(path: str, **settings: Any) -> datasets.Dataset:
+        raise ConnectionError(message)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as error:
+        load_splits(DataSettings(source="org/data", train="train"), "classification")
+    reason = message.split("\n")[0] or "ConnectionError"
+    assert error.value.problems[0] == f"train: org/data could not be loaded: {reason}"
+    assert len(error.value.problems) == 3
