@@ -72,12 +72,16 @@ def _mam(backbone: Backbone) -> dict[str, Any]:
 
 def _llm_adapters(backbone: Backbone) -> dict[str, Any]:
     sizes = Choice.of((16, 32, 64, 128, 256, 512))
+    # As in the authors' commands: neither the output of attention nor the gate of the mlp has one.
+    lora_roles = ("attn.q", "attn.k", "attn.v", "attn.qkv", "mlp.up", "mlp.down")
     lora: Fields = {"rank": Choice.of((4, 8, 16, 32)), "alpha": Choice.of((16.0, 32.0, 64.0))}
     return {
         "adapters": {
             "series": AdapterChoice(kind="bottleneck", at=("mlp",), fields={"size": sizes, "form": "serial"}),
             "parallel": AdapterChoice(kind="bottleneck", at=("mlp",), fields={"size": sizes, "form": "parallel"}),
-            "lora": AdapterChoice(kind="lora", at=linears(backbone), fields=lora),
+            "lora": AdapterChoice(
+                kind="lora", at=tuple(role for role in lora_roles if role in backbone.roles), fields=lora
+            ),
         },
         "one_of": (OneOf(name="type", members=("series", "parallel", "lora")),),
     }

@@ -155,3 +155,9 @@ class Trial:
     searcher_state: Mapping[str, Any] = field(default_factory=dict)
     #: Largest violation of a constraint or bound; <= 0 is feasible.
     violation: float = 0.0
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """The metrics of a complete trial."""
+        assert self.measurement is not None, f"trial {self.number} is {self.state}"
+        return self.measurement.values

@@ -19,6 +19,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy.exc
+from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from autopeft.search_space.architecture import Candidate
@@ -64,7 +65,7 @@ class Ledger:
             if FINGERPRINT in study.user_attrs:
                 raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` goes on with it")
             optuna.delete_study(study_name=name, storage=storage)  # killed while it was made: it holds nothing
-        directions = ["maximize" if o.maximise else "minimize" for o in about.objectives]
+        directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in about.objectives]
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

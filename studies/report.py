@@ -47,13 +47,13 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     front_png(rows, snapshot.objectives, folder / "front.png", **about)
     (folder / "front.json").write_text(json.dumps(front_data(snapshot), indent=2) + "\n", encoding="utf-8")
     _write_csv(snapshot, folder / "front.csv")
-    numbers = {row.trial for row in rows if row.on_front}
+    numbers = [row.trial for row in rows if row.on_front]
     curves_png(snapshot.search_trials, numbers, folder / "curves.png", study=snapshot.study)
     files = ["front.html", "front.png", "front.json", "front.csv", "curves.png"]
     corner = snapshot.reference()
     if corner is not None:
         values = snapshot.hypervolume()
-        hypervolume_png(values, corner, snapshot.objectives, folder / "hypervolume.png", study=snapshot.study)
+        hypervolume_png(values, corner.tolist(), snapshot.objectives, folder / "hypervolume.png", study=snapshot.study)
         files.append("hypervolume.png")
     return [folder / name for name in files]
 

@@ -57,7 +57,7 @@ class Snapshot:
         """Complete candidates (of the search and of the baselines) in the order of their trials."""
         repeats: dict[int, list[Trial]] = {}
         for trial in self.trials:
-            if trial.role == "finalist" and trial.state == "complete":
+            if trial.role == "finalist" and trial.of is not None and trial.state == "complete":
                 repeats.setdefault(trial.of, []).append(trial)
         return [
             Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())))
@@ -70,9 +70,9 @@ class Snapshot:
         sign = 1.0 if METRICS[self.quality].maximise else -1.0
         best: dict[str, Entry] = {}
         for entry in self.entries():
-            value = sign * entry.trial.measurement.values[self.quality]
+            value = sign * entry.trial.values[self.quality]
             key = f"trial {entry.trial.number}" if entry.trial.role == "search" else entry.trial.role
-            if key not in best or value > sign * best[key].trial.measurement.values[self.quality]:
+            if key not in best or value > sign * best[key].trial.values[self.quality]:
                 best[key] = entry
         return list(best.values())
 
@@ -121,7 +121,7 @@ class Snapshot:
         for i, (entry, (value, _)) in enumerate(zip(entries, values, strict=True)):
             if eligible[i] and entry.trial.violation <= 0:
                 points[i] = [o.loss(value[o.name]) for o in self.objectives]
-        on_front = front.non_dominated(points) if entries else []
+        on_front = front.non_dominated(points).tolist()
         pick = self._recommended([e for e, member in zip(entries, on_front, strict=True) if member], seed_sd)
         return [
             FrontRow(
@@ -131,7 +131,7 @@ class Snapshot:
                 else entry.trial.role.removeprefix("baseline:"),
                 values=value,
                 std_err=std_err,
-                on_front=bool(member),
+                on_front=member,
                 recommended=entry.trial.number == pick,
                 role=entry.trial.role,
                 summary=summary(entry.trial, self.backbone),
@@ -160,10 +160,10 @@ class Snapshot:
             Contender(
                 trial=entry.trial.number,
                 scores=entry.scores(self.quality),
-                costs=comparison.costs(entry.trial.measurement.values, self.objectives),
+                costs=comparison.costs(entry.trial.values, self.objectives),
             )
             for entry in members
-            if entry.trial.measurement is not None and entry.scores(self.quality).size
+            if entry.scores(self.quality).size
         ]
         return comparison.recommend(contenders, seed_sd=seed_sd).recommended if contenders else None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safetensors.torch import save_file
 
 from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request
-from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.presets import BASELINES
@@ -167,18 +167,14 @@ class Study:
         if not self.limits.most:
             return
         space, rng = self.problem.space, Random(self.settings.seed)
-        probes = [space.smallest(), *(space.sample(rng) for _ in range(PROBES))]
-        reasons = [self._objection(space.decode(probe)) for probe in probes]
-        if all(reasons):
-            least = min(
-                (space.decode(probe).architecture for probe in probes if space.decode(probe).architecture),
-                key=lambda architecture: architecture.num_params(self.backbone),
-                default=Architecture(),
-            )
-            raise NoFeasibleCandidate(
-                f"no candidate meets the constraints: the smallest of {PROBES} that were drawn has"
-                f" {least.num_params(self.backbone):,} parameters; {reasons[-1][1]}"
-            )
+        probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
+        # The smallest that trains anything: where even that is too large, no number of draws would have helped.
+        probes.append(space.decode(space.smallest()))
+        objections = [(candidate, self._objection(candidate)) for candidate in probes]
+        if any(objection is None for _, objection in objections):
+            return
+        _, reason = min((o for c, o in objections if o and c.architecture), default=(1.0, "every one is empty"))
+        raise NoFeasibleCandidate(f"no candidate meets the constraints; the closest of {PROBES} draws: {reason}")
 
     def _why_nothing(self) -> str:
         reasons = [t.error or "beyond a bound" for t in self.trials.values() if t.role == SEARCH]
@@ -193,7 +189,7 @@ class Study:
 
     def _evaluate(self, trial: Trial, watcher: Watcher) -> Trial:
         self.trials[trial.number] = trial
-        if trial.role == COPY:
+        if trial.role == COPY and trial.of is not None:
             return self._finish(replace(self.trials[trial.of], **_own(trial)))
         request = self._request(trial)
         watcher.begin(trial, self.evaluator.num_steps(request))
@@ -205,9 +201,9 @@ class Study:
             return self._end(replace(trial, state="infeasible", violation=objection[0], error=objection[1]), watcher)
         outcome = self.evaluator.evaluate([request], watcher.step)[0]
         if outcome.measurement is None:
-            violation = 1.0 if outcome.failure == "infeasible" else 0.0
-            ended = replace(trial, state=outcome.failure, violation=violation, error=outcome.reason)
-            return self._end(ended, watcher)
+            state = outcome.failure or "failed"
+            violation = 1.0 if state == "infeasible" else 0.0
+            return self._end(replace(trial, state=state, violation=violation, error=outcome.reason), watcher)
         values = {**outcome.measurement.values, **costs.values}
         measurement = replace(outcome.measurement, values=values, spread=costs.spread)
         self._save_weights(trial, outcome)
@@ -263,7 +259,7 @@ class Study:
         members = [t for t, member in zip(trials, front.non_dominated(losses), strict=True) if member]
         quality = self.snapshot().quality
         sign = -1 if METRICS[quality].maximise else 1
-        members.sort(key=lambda t: sign * t.measurement.values[quality])
+        members.sort(key=lambda t: sign * t.values[quality])
         most = self.settings.finalists.most
         if len(members) <= most:
             return members

@@ -132,11 +132,12 @@ def front_view(snapshot: Snapshot) -> tuple[str, str]:
 def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> str:
     """The description of the study's run, in Markdown."""
     key, _ = front_view(snapshot)
+    front = f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}&workflowType=machine_learning"
     lines = [
         f"The runs below this one are the evaluations of the study **{snapshot.study}**.",
         "",
-        f"[Show the Pareto front alone](#/experiments/{experiment_id}/runs?viewStateShareKey={key}), or paste this into",
-        "the search box of the experiment and sort by a metric (sorted by date, runs are folded into this one):",
+        f"[Show the Pareto front alone]({front}), or paste this into the search box of the experiment",
+        "and sort by a metric (sorted by date, runs are folded into this one):",
         "",
         f"    {FRONT_FILTER}",
         "",

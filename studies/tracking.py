@@ -63,7 +63,8 @@ class Tracker:
         self.experiment = experiment
         self.folder = Path(folder).absolute()
         self._runs: _Runs | None = None
-        self._failures = 0
+        #: Not 0 while MLflow is out of reach.
+        self._pause_s = 0.0
         self._retry_at = 0.0
 
     def sync(self, snapshot: Snapshot, *, final: bool = False) -> bool:
@@ -78,20 +79,19 @@ class Tracker:
             with _mlflow_settings():
                 self._sync(snapshot, final)
         except Exception as error:
-            # How much of it was written, the next one looks up.
-            self._runs = None
-            self._failures += 1
-            self._retry_at = time.monotonic() + min(FIRST_PAUSE_S * 2 ** (self._failures - 1), LONGEST_PAUSE_S)
+            level = logging.WARNING if final or not self._pause_s else logging.INFO
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if self._pause_s else FIRST_PAUSE_S
+            self._retry_at = time.monotonic() + self._pause_s
             LOGGER.log(
-                logging.WARNING if final or self._failures == 1 else logging.INFO,
+                level,
                 "MLflow is out of reach (%s): the study goes on; what was missed is written later",
                 _reason(error),
             )
             LOGGER.debug("while writing to %s", self.uri, exc_info=True)
             return False
-        if self._failures:
+        if self._pause_s:
             LOGGER.info("MLflow is back; what was missed is written")
-        self._failures, self._retry_at = 0, 0.0
+        self._pause_s, self._retry_at = 0.0, 0.0
         return True
 
     def _sync(self, snapshot: Snapshot, final: bool) -> None:
@@ -99,9 +99,12 @@ class Tracker:
         with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="3", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
             client, experiment_id = self._connect()
         with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1"):
-            if self._runs is None or final:
-                self._runs = _Runs.find(client, experiment_id, snapshot)
-            self._runs.write(snapshot, final)
+            runs, self._runs = self._runs, None
+            if runs is None or final:
+                runs = _Runs.find(client, experiment_id, snapshot)
+            runs.write(snapshot, final)
+        # Known again only now: how far a sync came that broke off, the next one looks up.
+        self._runs = runs
 
     def _connect(self) -> tuple[MlflowClient, str]:
         from mlflow import MlflowClient
@@ -167,13 +170,13 @@ class _Runs:
         children = {int(run.tags["autopeft.trial"]): run for run in found if "autopeft.trial" in run.tags}
         parent = next((run for run in found if run.tags.get("autopeft.role") == tracked.STUDY_ROLE), None)
         if parent is None:
+            key, view = tracked.front_view(snapshot)
+            client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", view)
             # Children that were missed until now began before this moment.
             before_s = max((t.measurement.wall_s for t in snapshot.ended if t.measurement), default=0.0)
             start_ms = tracked.now_ms() - round(1000 * before_s)
             tags = {**tracked.study_tags(snapshot), "autopeft.role": tracked.STUDY_ROLE}
             parent = _Run.of(client.create_run(experiment_id, start_ms, tags, snapshot.study))
-            key, view = tracked.front_view(snapshot)
-            client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", view)
         return cls(client, experiment_id, parent, children)
 
     def write(self, snapshot: Snapshot, final: bool) -> None:

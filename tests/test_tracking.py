@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from math import inf, isnan, nan
@@ -24,7 +22,7 @@ from mlflow.entities import Run
 from autopeft.studies import tracking
 from autopeft.studies.tracking import Tracker, absolute_uri, ui_command
 
-from .tracked_study import BACKBONE, FRONT, NUM_STEPS, OBJECTIVES, SETTINGS, TRIALS, snapshot, trial
+from .tracked_study import FRONT, NUM_STEPS, OBJECTIVES, SETTINGS, TRIALS, mlflow_server, snapshot, trial
 
 FRONT_FILTER = "tags.`autopeft.pareto` = 'true'"
 NOWHERE = "http://127.0.0.1:9"
@@ -183,6 +181,9 @@ def test_the_parent_holds_the_study(store: Store) -> None:
     assert socket.gethostname() not in environment and str(Path.home()) not in environment
     note = run.data.tags["mlflow.note.content"]
     assert FRONT_FILTER in note and "trial 4" in note and "`obj/accuracy`" in note
+    (view,) = re.findall(r"viewStateShareKey=(\w+)", note)
+    state = json.loads(store.client.get_experiment(run.info.experiment_id).tags[f"mlflow.sharedViewState.{view}"])
+    assert len(store.runs(state["searchFilter"])) == len(FRONT)
 
 
 def test_a_failure_is_there_with_its_reason(store: Store) -> None:
@@ -307,12 +308,14 @@ def test_a_child_that_was_cut_off_is_completed(store: Store, monkeypatch: pytest
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
+    tracker = store.tracker()
+    tracker.sync(snapshot([]))
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, stop, killed)
         with pytest.raises(KeyboardInterrupt):
-            store.tracker().sync(snapshot())
+            tracker.sync(snapshot())
     assert store.child(0).info.status == "RUNNING"
-    assert store.tracker().sync(snapshot())
+    assert tracker.sync(snapshot())
     assert store.child(0).info.status == "FINISHED"
     assert len(store.runs()) == 1 + len(TRIALS)
     found = TRIALS[0].measurement
@@ -382,7 +385,7 @@ def test_a_database_that_cannot_be_written(store: Store, caplog: pytest.LogCaptu
     journal = store.folder / "mlflow.db-journal"
     journal.mkdir()  # SQLite wants a file of that name for every transaction
     tracker = store.tracker()
-    check_out_of_reach(tracker, caplog, "unable to open database file")
+    check_out_of_reach(tracker, caplog, "disk I/O error")
     journal.rmdir()
     assert tracker.sync(snapshot(), final=True)
     assert store.front() == set(FRONT)
@@ -419,44 +422,24 @@ def test_pauses_grow_and_the_warning_comes_once(
 
 @pytest.mark.slow
 def test_a_server(store: Store) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri, "--port", str(port)]
-    command += ["--artifacts-destination", str(store.folder / "served"), "--workers", "1"]
-    uri = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, cwd=store.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            _wait_for(f"{uri}/health")
-            served = Store(store.folder, uri)
-            tracker = served.tracker()
-            values = {"accuracy": 0.3, "num_params": 300.0, "loss": nan}
-            odd = trial(6, 0.3, 2)
-            assert odd.measurement is not None
-            odd = replace(odd, measurement=replace(odd.measurement, values=values, losses=(1.0, nan)))
-            assert tracker.sync(snapshot(TRIALS[:2]))
-            assert tracker.sync(snapshot([*TRIALS, odd]), final=True)
-            before = served.everything()
-            assert tracker.sync(snapshot([*TRIALS, odd]), final=True)
-            assert repr(served.everything()) == repr(before)
-            assert served.front() == set(FRONT)
-            assert isnan(served.child(6).data.metrics["metric/loss"])
-            assert len(json.loads(served.artifact(served.parent(), "pareto/front.json"))) == len(FRONT)
-            assert served.artifact(served.child(4), "architecture.json")
-        finally:
-            server.terminate()
+    odd = trial(6, 0.3, 2)
+    assert odd.measurement is not None
+    values = {"accuracy": 0.3, "num_params": 300.0, "loss": nan}
+    odd = replace(odd, measurement=replace(odd.measurement, values=values, losses=(1.0, nan)))
+    with mlflow_server(store.uri, store.folder / "served") as uri:
+        served = Store(store.folder, uri)
+        tracker = served.tracker()
+        assert tracker.sync(snapshot(TRIALS[:2]))
+        assert tracker.sync(snapshot([*TRIALS, odd]), final=True)
+        before = served.everything()
+        assert tracker.sync(snapshot([*TRIALS, odd]), final=True)
+        assert repr(served.everything()) == repr(before)
+        assert served.front() == set(FRONT)
+        assert isnan(served.child(6).data.metrics["metric/loss"])
+        assert len(json.loads(served.artifact(served.parent(), "pareto/front.json"))) == len(FRONT)
+        assert served.artifact(served.child(4), "architecture.json")
     assert (store.folder / "served").is_dir()
     assert not (store.folder / "mlartifacts").exists()
-
-
-def _wait_for(url: str) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url, timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(url)
 
 
 # Names of places
@@ -478,4 +461,3 @@ def test_the_command_that_opens_it() -> None:
 
 def test_the_made_up_study_is_what_the_tests_take_it_for() -> None:
     assert {row.trial for row in snapshot().rows() if row.on_front} == set(FRONT)
-    assert BACKBONE.num_layers == 2

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(30)]
 
@@ -38,8 +39,6 @@ def byte_tokenizer(texts: Iterable[str], size: int = 300, begin: bool = True) ->
     tokenizer.train_from_iterator(texts, trainer)
     if begin:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    from tokenizers import decoders
-
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
@@ -50,9 +49,12 @@ def save(model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase | No
     return str(folder)
 
 
-def seeded(make, config, seed: int = 0) -> nn.Module:
-    """A random model that is the same in every process."""
-    set_seed(seed)
+def seeded(make: Callable[[Any], nn.Module], config: Any, seed: int = 0) -> nn.Module:
+    """A random model that is the same in every process, with no weight at a special value."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return make(config)
+        model = make(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()

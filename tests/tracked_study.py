@@ -1,10 +1,17 @@
-"""A made-up study for the tests of its report: five trials of the search, a baseline and a failure."""
+"""A made-up study for the tests of its report (a baseline, four trials of a search, a failure), and a server for it."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from autopeft.search_space.adapters import Lora, Prefix
@@ -110,3 +117,33 @@ def snapshot(trials: Sequence[Trial] = TRIALS, **changes: Any) -> Snapshot:
         trials=tuple(trials),
     )
     return replace(made, **changes)
+
+
+@contextmanager
+def mlflow_server(store: str, folder: Path) -> Iterator[str]:
+    """A server of MLflow on this machine over the database `store`; artifacts of its own go to `folder`."""
+    uri = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    command += ["--artifacts-destination", str(folder), "--port", uri.rpartition(":")[2]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(f"{uri}/health")
+            yield uri
+        finally:
+            server.terminate()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(url: str) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(url)

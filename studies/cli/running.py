@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +66,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
 
 
 @contextmanager
-def interruptible(settings: StudyFile):
+def interruptible(settings: StudyFile) -> Iterator[None]:
     """Ctrl-C and a polite kill stop between two steps; say how to go on, and exit with 130."""
 
     def stop(number: int, frame: Any) -> None:

@@ -1,0 +1,123 @@
+"""Backbones made by hand, and random declarations of spaces over a small one. No torch, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import strategies as st
+
+from autopeft.search_space import AdapterChoice, Backbone, Choice, Float, Int, OneOf, SearchSpace, Site
+from autopeft.search_space.domains import Domain
+from autopeft.search_space.space import GRANULARITIES
+
+BERT_LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+
+
+def encoder(
+    num_layers: int = 12,
+    hidden_size: int = 768,
+    inner_size: int = 3072,
+    linears: Sequence[str] = BERT_LINEARS,
+    bias: bool = True,
+) -> Backbone:
+    """A backbone with the sites of BERT: BERT-base unless told otherwise."""
+
+    def site(name: str, layer: int | None, role: str, sizes: tuple[int, int], **more: Any) -> Site:
+        more = {"bias": bias, **more}
+        return Site(name=name, layer=layer, role=role, module=name, input_module=name,
+                    in_features=sizes[0], out_features=sizes[1], **more)  # fmt: skip
+
+    width = (hidden_size, hidden_size)
+    wide = {
+        "mlp.up": (hidden_size, inner_size),
+        "mlp.gate": (hidden_size, inner_size),
+        "mlp.down": (inner_size, hidden_size),
+        "attn.qkv": (hidden_size, 3 * hidden_size),
+    }
+    heads = {"attention_module": "a", "num_key_value_heads": hidden_size // 8, "head_dim": 8, "bias": False}
+    sites = [site("embed", None, "embed", (100, hidden_size), bias=False), site("norm.embed", None, "norm", width)]
+    for layer in range(num_layers):
+        here = f"layers.{layer}"
+        sites += [site(f"{here}.{role}", layer, role, wide.get(role, width)) for role in linears]
+        sites += [site(f"{here}.attn", layer, "attn", width, **heads), site(f"{here}.mlp", layer, "mlp", width)]
+        sites += [site(f"{here}.norm.{i}", layer, "norm", width) for i in range(2)]
+    sites.append(site("backbone", None, "backbone", (1, 1), bias=False, num_params=108_310_272))
+    return Backbone(id="encoder", revision=None, family="Bert", sites=tuple(sites), hidden_size=hidden_size,
+                    num_layers=num_layers, num_params=108_310_272, head_modules=("classifier",),
+                    num_head_params=1538, causal=False)  # fmt: skip
+
+
+SMALL = encoder(num_layers=3, hidden_size=16, inner_size=24, linears=("attn.q", "attn.v", "mlp.up"))
+
+granularities = st.sampled_from(GRANULARITIES)
+sizes = st.one_of(
+    st.sets(st.sampled_from((0, 1, 2, 3, 4, 8)), min_size=1).filter(lambda s: s != {0}).map(lambda s: Choice.of([*s])),
+    st.builds(Int, low=st.sampled_from((0, 1)), high=st.integers(2, 6)),
+    st.just(Int(low=1, high=32, log=True)),
+    st.just(Int(low=0, high=12, step=4)),
+    st.integers(1, 4),
+)
+dropouts = st.sampled_from((0.0, 0.1, Float(low=0.0, high=0.3), Choice.of((0.0, 0.05))))
+numbers = st.sampled_from((16.0, Float(low=1.0, high=64.0, log=True), Float(low=0.1, high=0.7), Choice.of((4.0, 8.0))))
+activations = st.sets(st.sampled_from(("relu", "gelu", "tanh")), min_size=1).map(lambda s: Choice(choices=tuple(sorted(s))))
+lora_fields = {"rank": sizes, "alpha": numbers, "dropout": dropouts,
+               "scaling": st.just(Choice(choices=("alpha", "rslora")))}  # fmt: skip
+#: Roles of the small backbone that a kind can take, and fields to search.
+KINDS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "lora": (("attn.q", "attn.v", "mlp.up"), lora_fields),
+    "dora": (("attn.q", "mlp.up"), {"rank": sizes}),
+    "bottleneck": (("attn", "mlp"), {"size": sizes, "activation": activations, "scale": numbers, "dropout": dropouts,
+                                     "form": st.just(Choice(choices=("serial", "parallel")))}),
+    "prefix": (("attn",), {"length": sizes}),
+    "bitfit": (("attn.q", "mlp.up", "norm"), {}),
+    "norm": (("norm",), {}),
+    "ia3": (("attn.v",), {}),
+}  # fmt: skip
+trainings = st.fixed_dictionaries(
+    {},
+    optional={
+        "learning_rate": st.sampled_from((1e-3, Float(low=1e-4, high=3e-2, log=True), Choice.of((1e-3, 1e-2)))),
+        "batch_size": st.sampled_from((16, Int(low=8, high=64, log=True), Choice.of((16, 32)))),
+        "weight_decay": st.sampled_from((0.0, Float(low=0.0, high=0.1))),
+        "schedule": st.just(Choice(choices=("linear", "cosine"))),
+    },
+)
+
+
+@st.composite
+def choices(draw: st.DrawFn, placement: bool = True) -> AdapterChoice:
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    roles, fields = KINDS[kind]
+    chosen = draw(st.fixed_dictionaries({}, optional=fields))
+    varying = [key for key, value in chosen.items() if isinstance(value, Domain)]
+    return AdapterChoice(
+        kind=kind,
+        at=tuple(draw(st.lists(st.sampled_from(roles), min_size=1, unique=True))),
+        # A layer's norms are not the only ones: without a restriction there are sites outside the layers too.
+        layers=draw(st.none() | st.lists(st.integers(0, 2), min_size=1, unique=True).map(tuple)),
+        placement=draw(st.none() | granularities) if placement else None,
+        fields=chosen,
+        vary={key: draw(granularities) for key in varying if draw(st.booleans())},
+    )
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> SearchSpace:
+    """Several adapters, exclusive groups, a layer gate, placements and fields at every granularity."""
+    grouped = draw(st.lists(st.lists(choices(placement=False), min_size=1, max_size=3), max_size=2))
+    alone = draw(st.lists(choices(), min_size=0 if grouped else 1, max_size=2))
+    adapters = {f"a{i}": choice for i, choice in enumerate(alone)}
+    groups = []
+    for g, members in enumerate(grouped):
+        names = {f"g{g}m{i}": choice for i, choice in enumerate(members)}
+        adapters |= names
+        groups.append(OneOf(name=f"g{g}", members=tuple(names), per=draw(granularities), optional=draw(st.booleans())))
+    return SearchSpace(
+        backbone=SMALL,
+        adapters=adapters,
+        one_of=groups,
+        layer_gate=draw(st.booleans()),
+        stages=draw(st.none() | st.integers(1, 3)),
+        training=draw(trainings),
+    )
