@@ -414,7 +414,13 @@ def _absorb(conditions: set[Condition]) -> frozenset[Condition]:
     return frozenset(c for c in conditions if not any(other < c for other in conditions))
 
 
-_WORDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+#: Per type of a field: its name, and what may stand there.
+_TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a word", (str,)),
+    bool: ("true or false", (bool,)),
+}
 
 
 def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[str]:
@@ -425,10 +431,13 @@ def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[s
         values = (domain.low, domain.high)
     else:
         values = (domain,)
-    expected = get_type_hints(owner)[key]
+    expected, allowed = _TYPES.get(get_type_hints(owner)[key], ("", (int, float, str, bool)))
+    if isinstance(domain, (Float, Int)) and type(domain.low) not in allowed:
+        yield f"must be {expected}, not a range like this"
+        return
     for value in values:
-        if expected in _WORDS and type(value) is not expected and (expected, type(value)) != (float, int):
-            yield f"must be {_WORDS[expected]}, got {value!r}"
+        if type(value) not in allowed:
+            yield f"must be {expected}, got {value!r}"
             continue
         try:
             owner(**{key: value})

@@ -177,13 +177,13 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
 
 
 def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
-    """Two processes that open a new database at once (`run`, and `status` beside it) may both try to make its tables;
-    the one that comes too late finds them at the next try.
+    """Two processes that open a new database at once (`run`, and `status` beside it) both try to make its tables;
+    the one that comes too late fails in one of several ways, and finds them at the next try.
     """
     try:
         return optuna.storages.RDBStorage(url)
-    except sqlalchemy.exc.SQLAlchemyError as error:
-        if tries == 1 or "already exists" not in str(error):
+    except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError):
+        if tries == 1:
             raise
         time.sleep(0.2)
         return _connect(url, tries - 1)

@@ -59,7 +59,7 @@ class ProgressView:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ):
+    ) -> None:
         self.progress.stop()
 
     def plan(self, evaluations: int, done: int) -> None:
