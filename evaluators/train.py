@@ -206,7 +206,7 @@ class TrainEvaluator(Evaluator):
                 yield step, time.perf_counter() - start, value
 
     # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
-    @torch.inference_mode()
+    @torch.no_grad()
     def scores(self, attachment: Attachment, split: str) -> dict[str, list[float]]:
         """Loss and accuracy of every example of a split, in the order of the file."""
         attachment.eval()
