@@ -1,0 +1,240 @@
+"""Language models: which tokens count, how long rows are cut, and that an adapter learns from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers, processors
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from autopeft.evaluators.backbones import LoadedBackbone, load_backbone
+from autopeft.evaluators.base import Request
+from autopeft.evaluators.tasks.base import IGNORED
+from autopeft.evaluators.tasks.causal_lm import CausalLM
+from autopeft.evaluators.tasks.data import DataError, Splits
+from autopeft.evaluators.train import TrainEvaluator
+from autopeft.search_space.adapters import Lora
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.presets import everywhere, linears
+
+from .tiny_models import byte_tokenizer, save, seeded
+
+torch.set_num_threads(1)
+
+LETTERS = "abcdefgh"
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def rows(split: str, count: int) -> list[dict[str, str]]:
+    """Words of letters, to be written backwards."""
+    rng = Random(split)
+    words = ["".join(rng.choices(LETTERS, k=rng.randint(2, 5))) for _ in range(count)]
+    return [{"prompt": f"{word} backwards is", "completion": f" {word[::-1]}."} for word in words]
+
+
+TRAIN = rows("train", 160)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return byte_tokenizer([row["prompt"] + row["completion"] for row in TRAIN], size=280)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedBackbone:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**shape, vocab_size=280, intermediate_size=48, max_position_embeddings=64)
+    tokenizer = byte_tokenizer([row["prompt"] + row["completion"] for row in TRAIN], size=280)
+    folder = save(seeded(LlamaForCausalLM, config), tmp_path_factory.mktemp("llama"), tokenizer)
+    return load_backbone(folder, task="causal-lm")
+
+
+def task(tokenizer: PreTrainedTokenizerBase, max_length: int = 64) -> CausalLM:
+    return CausalLM(tokenizer, max_length, None)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int = 64) -> dict[str, list[int]]:
+    (example,) = task(tokenizer, max_length).encode([row])
+    assert len(example["input_ids"]) == len(example["labels"]) <= max_length
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (IGNORED, token)
+    return dict(example)
+
+
+def predicted(example: dict[str, list[int]]) -> list[int]:
+    return [label for label in example["labels"] if label != IGNORED]
+
+
+# Which tokens count
+
+
+def test_the_completion_counts_and_the_end_of_text(tokenizer):
+    example = encoded(tokenizer, {"prompt": "abc backwards is", "completion": " cba."})
+    prompt = tokenizer("abc backwards is")["input_ids"]
+    assert prompt[0] == tokenizer.bos_token_id
+    assert example["input_ids"][: len(prompt)] == prompt
+    assert example["labels"][: len(prompt)] == [IGNORED] * len(prompt)
+    assert tokenizer.decode(predicted(example)) == " cba.</s>"
+
+
+def test_of_a_text_everything_counts(tokenizer):
+    example = encoded(tokenizer, {"text": "abc is"})
+    assert example["input_ids"] == example["labels"]
+    assert tokenizer.decode(example["input_ids"]) == "<s>abc is</s>"
+
+
+def test_special_tokens_stand_at_the_ends_only(tokenizer):
+    """A tokenizer that ends every text, as classifiers want it, ends neither prompts nor the row twice."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    for row in ({"prompt": "abc is", "completion": " cba"}, {"text": "abc is cba"}):
+        assert tokenizer.decode(encoded(tokenizer, row)["input_ids"]) == "<s>abc is cba</s>"
+
+
+def test_the_seam(tokenizer):
+    """Tokens are those of the whole text, but none of them reaches from the prompt into the completion."""
+    assert tokenizer.tokenize("is") == ["is"]
+    example = encoded(tokenizer, {"prompt": "abc i", "completion": "s"})
+    assert tokenizer.decode(predicted(example)) == "s</s>"
+    assert tokenizer.decode(example["input_ids"]) == "<s>abc is</s>"
+    # Such tokenizers put a space before whatever they see: before a completion that has none, it would be wrong.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    example = encoded(tokenizer, {"prompt": "abc", "completion": ".d"})
+    assert tokenizer.decode(predicted(example)) == ".d</s>"
+
+
+# Long rows
+
+
+def test_long_prompts_lose_their_beginning(tokenizer):
+    prompt, completion = "ab" * 50 + " backwards is", " ba."
+    example = encoded(tokenizer, {"prompt": prompt, "completion": completion}, max_length=12)
+    whole = encoded(tokenizer, {"prompt": prompt, "completion": completion}, max_length=1000)
+    assert len(whole["input_ids"]) > 50
+    assert example["input_ids"] == whole["input_ids"][-12:] and predicted(example) == predicted(whole)
+
+
+def test_long_completions_lose_their_end(tokenizer):
+    example = encoded(tokenizer, {"prompt": "ab is", "completion": " " + "xy" * 50}, max_length=9)
+    assert len(predicted(example)) == 9 and tokenizer.eos_token_id not in example["input_ids"]
+    long_text = encoded(tokenizer, {"text": "xy" * 50}, max_length=9)
+    assert long_text["input_ids"] == tokenizer("xy" * 50)["input_ids"][:9]
+
+
+def test_rows_in_which_nothing_is_left(tokenizer):
+    with pytest.raises(DataError, match="max_length 1 leaves nothing to predict in the row {'prompt': 'a'"):
+        encoded(tokenizer, {"prompt": "a", "completion": "b"}, max_length=1)
+
+
+# Chats
+
+
+def test_messages(tokenizer):
+    tokenizer.chat_template = CHATML
+    chat = [{"role": role, "content": text} for role, text in (("user", "abc"), ("assistant", "cba"))]
+    example = encoded(tokenizer, {"messages": [*chat, *chat]})
+    assert tokenizer.decode(predicted(example)) == "cba</s>"
+    text = "<|user|>abc</s><|assistant|>cba</s>"
+    assert tokenizer.decode(example["input_ids"]) == text * 2, "the template has all special tokens"
+
+
+def test_chat_templates_that_cannot_be_used(tokenizer):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError, match="need a chat template"):
+        encoded(tokenizer, row)
+    tokenizer.chat_template = "{{ messages|length }}: {{ messages[-1].content }}"
+    with pytest.raises(DataError, match="chat template changes what stands before the last message"):
+        encoded(tokenizer, row)
+
+
+# Scores
+
+
+def scores(loaded: LoadedBackbone, examples: list[Any]) -> tuple[list[float], list[float]]:
+    own = task(loaded.tokenizer)
+    batch = own.collate(examples)
+    targets = batch.pop("targets")
+    with torch.no_grad():
+        losses, correct = own.score(loaded.model(**batch).logits, targets)
+    return losses.tolist(), correct.tolist()
+
+
+def test_scores_are_those_of_transformers(loaded):
+    for row in (TRAIN[0], TRAIN[1], {"text": "abc is cba"}):
+        example = encoded(loaded.tokenizer, row)
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+        with torch.no_grad():
+            out = loaded.model(input_ids=ids, labels=labels)
+        (loss,), (accuracy,) = scores(loaded, [example])
+        assert loss == pytest.approx(float(out.loss), rel=1e-5)
+        right = [out.logits[0, i - 1].argmax() == label for i, label in enumerate(example["labels"])
+                 if i and label != IGNORED]  # fmt: skip
+        assert accuracy == pytest.approx(sum(map(float, right)) / len(right))
+
+
+def test_padding_changes_nothing(loaded):
+    examples = [encoded(loaded.tokenizer, row) for row in [*TRAIN[:5], {"text": "a"}, {"text": "abc " * 12}]]
+    together = scores(loaded, examples)
+    alone = [scores(loaded, [example]) for example in examples]
+    torch.testing.assert_close(together[0], [loss for (loss,), _ in alone], rtol=1e-5, atol=1e-5)
+    assert together[1] == pytest.approx([accuracy for _, (accuracy,) in alone])
+
+
+def test_loss_and_gradient_by_their_definition(loaded):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, 11, generator=generator).requires_grad_()
+    targets = torch.randint(0, 11, (3, 6), generator=generator)
+    targets[0, :4], targets[1], targets[2, 5] = IGNORED, IGNORED, IGNORED
+    losses, accuracies = task(loaded.tokenizer).score(logits, targets)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+
+    expected = []
+    for row in range(3):
+        own = [cross_entropy(logits[row, t - 1], targets[row, t]) for t in range(1, 6) if targets[row, t] != IGNORED]
+        expected.append(sum(own) / len(own) if own else torch.zeros(()))
+    torch.testing.assert_close(losses, torch.stack(expected))
+    torch.testing.assert_close(gradient, torch.autograd.grad(torch.stack(expected).sum(), logits)[0])
+    assert losses[1] == 0 and accuracies[1] == 0
+
+    perfect = torch.full((1, 3, 5), -9.0)
+    perfect[0, 0, 4] = perfect[0, 1, 2] = 9.0
+    assert task(loaded.tokenizer).score(perfect, torch.tensor([[0, 4, 3]]))[1].tolist() == [0.5]
+    low = task(loaded.tokenizer).score(logits.bfloat16(), targets)[0]
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, losses, rtol=0.05, atol=0.05)
+
+
+# Training
+
+
+def test_lora_learns(loaded):
+    splits = Splits(TRAIN, rows("validation", 40), rows("test", 10), None)
+    evaluator = TrainEvaluator(loaded, "causal-lm", splits, max_length=32)
+    lora = everywhere(loaded.backbone, Lora(rank=8), linears(loaded.backbone))
+    candidate = Candidate(
+        architecture=lora, training={"learning_rate": 1e-2, "batch_size": 16, "epochs": 6.0}
+    )
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    found = [evaluator.evaluate([Request(candidate=candidate, seed=seed)])[0].measurement for seed in (0, 0, 1)]
+    first, again, other = found
+    assert first.losses == again.losses != other.losses and first.values == again.values
+    assert first.losses[0] > 4.5 and first.values["loss"] < 2.5
+    assert first.values["accuracy"] > 0.4
+    torch.testing.assert_close(loaded.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_saved_in_another_place(tmp_path: Path, loaded):
+    """The folder of a user, with its tokenizer, gives the same rows."""
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    copy = load_backbone(str(tmp_path), task="causal-lm")
+    assert encoded(copy.tokenizer, TRAIN[0]) == encoded(loaded.tokenizer, TRAIN[0])
