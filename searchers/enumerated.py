@@ -30,7 +30,8 @@ class Qmc(Searcher):
     def suggest(self, count: int = 1) -> list[Suggestion]:
         space = self.problem.space
         sequence = qmc.Sobol(max(1, len(space.genes)), scramble=True, rng=np.random.default_rng(self.seed))
-        sequence.fast_forward(self.num_suggested)
+        if self.num_suggested:  # scipy overflows on a jump of 0
+            sequence.fast_forward(self.num_suggested)
         points = [sequence.random(1)[0, : len(space.genes)] for _ in range(count)]
         return [Suggestion(genes=space.from_unit(point.tolist())) for point in points]
 
@@ -78,5 +79,6 @@ def grid_values(domain: Domain) -> list[Value]:
         return list(domain.choices)
     if isinstance(domain, Int) and domain.cardinality <= GRID_POINTS_OF_A_RANGE:
         return list(range(domain.low, domain.high + 1, domain.step))
-    units = [i / (GRID_POINTS_OF_A_RANGE - 1) for i in range(GRID_POINTS_OF_A_RANGE)]
-    return list(dict.fromkeys(domain.from_unit(unit) for unit in units))
+    low, high = domain.to_unit(domain.low), domain.to_unit(domain.high)
+    shares = [i / (GRID_POINTS_OF_A_RANGE - 1) for i in range(GRID_POINTS_OF_A_RANGE)]
+    return list(dict.fromkeys(domain.from_unit(low + share * (high - low)) for share in shares))

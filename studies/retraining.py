@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from autopeft.evaluators.base import Outcome, Request
 from autopeft.search_space.problem import METRICS
-from autopeft.studies.errors import UserError
+from autopeft.studies.errors import ConfigurationError, UserError
 from autopeft.studies.recipe import Measured, Recipe
+from autopeft.studies.session import inputs_checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,24 +24,26 @@ class Retrained:
 def retrain(
     recipe: Recipe, seeds: Sequence[int], device: str = "cpu", progress: Callable[[int, int], None] | None = None
 ) -> list[Retrained]:
-    """Full training runs with these seeds, scored on the test split. Raises UserError if one fails."""
+    """Full training runs with these seeds, scored on the test split. Raises ConfigurationError for a model or data
+    that is not what the recipe says, and UserError if a run fails."""
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.tasks.data import load_splits
     from autopeft.evaluators.train import TrainEvaluator
 
-    splits = load_splits(recipe.data.for_loading(), recipe.task)
-    if recipe.labels is not None and splits.labels != recipe.labels:
-        raise UserError(f"the data has the labels {splits.labels}, the recipe {recipe.labels}")
-    loaded = load_backbone(
-        recipe.backbone.id,
-        task=recipe.task,
-        labels=recipe.labels,
-        revision=recipe.backbone.revision,
-        dtype=recipe.backbone.dtype,
-        device=device,
-        backbone=recipe.host,
-    )
-    evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length)
+    with inputs_checked():
+        splits = load_splits(recipe.data.for_loading(), recipe.task)
+        if recipe.labels is not None and splits.labels != recipe.labels:
+            raise ConfigurationError(f"the data has the labels {splits.labels}, the recipe {recipe.labels}")
+        loaded = load_backbone(
+            recipe.backbone.id,
+            task=recipe.task,
+            labels=recipe.labels,
+            revision=recipe.backbone.revision,
+            dtype=recipe.backbone.dtype,
+            device=device,
+            backbone=recipe.host,
+        )
+        evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length)
     requests = [Request(candidate=recipe.candidate, seed=seed, test=True, keep_weights=True) for seed in seeds]
     runs = []
     for seed, outcome in zip(seeds, evaluator.evaluate(requests, progress), strict=True):

@@ -39,21 +39,35 @@ def torch_device(wish: str) -> str:
     return "cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+@contextmanager
+def inputs_checked() -> Iterator[None]:
+    """What is wrong with a model or with data becomes a ConfigurationError."""
+    from autopeft.evaluators.backbones import ModelError
+    from autopeft.evaluators.tasks.data import DataError
+    from autopeft.search_space.introspection import UnknownBackboneError
+
+    try:
+        yield
+    except (ModelError, DataError, UnknownBackboneError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
 def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
-    """The `train` evaluator over the study's model and data, on its device."""
+    """The `train` evaluator over the study's model and data, on its device. Raises ConfigurationError."""
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.train import TrainEvaluator
 
-    loaded = load_backbone(
-        settings.model_id,
-        task=settings.task,
-        labels=splits.labels,
-        revision=settings.model.revision,
-        dtype=settings.model.dtype,
-        modules=settings.model.modules,
-        device=torch_device(settings.device),
-    )
-    return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
+    with inputs_checked():
+        loaded = load_backbone(
+            settings.model_id,
+            task=settings.task,
+            labels=splits.labels,
+            revision=settings.model.revision,
+            dtype=settings.model.dtype,
+            modules=settings.model.modules,
+            device=torch_device(settings.device),
+        )
+        return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
 
 
 @contextmanager

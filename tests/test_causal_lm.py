@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,15 +11,17 @@ from tokenizers import pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from autopeft.evaluators.backbones import LoadedBackbone, load_backbone
+from autopeft.evaluators.backbones import LoadedBackbone, describe_backbone, load_backbone, load_tokenizer
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.tasks.base import IGNORED
 from autopeft.evaluators.tasks.causal_lm import CausalLM
-from autopeft.evaluators.tasks.data import DataError, Splits
+from autopeft.evaluators.tasks.data import DataError, Splits, load_splits
 from autopeft.evaluators.train import TrainEvaluator
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.presets import everywhere, linears
+from autopeft.studies.examples import tiny_llama
+from autopeft.studies.study_file import load_study
 
 from .tiny_models import byte_tokenizer, save, seeded
 
@@ -51,7 +52,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedBackbone:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**shape, vocab_size=280, intermediate_size=48, max_position_embeddings=64)
+    # Large weights, so that the frozen output layer can say something.
+    size = {"vocab_size": 280, "intermediate_size": 48, "max_position_embeddings": 64}
+    config = LlamaConfig(**shape, **size, initializer_range=0.3)
     tokenizer = byte_tokenizer([row["prompt"] + row["completion"] for row in TRAIN], size=280)
     folder = save(seeded(LlamaForCausalLM, config), tmp_path_factory.mktemp("llama"), tokenizer)
     return load_backbone(folder, task="causal-lm")
@@ -131,7 +134,7 @@ def test_long_completions_lose_their_end(tokenizer):
 
 
 def test_rows_in_which_nothing_is_left(tokenizer):
-    with pytest.raises(DataError, match="max_length 1 leaves nothing to predict in the row {'prompt': 'a'"):
+    with pytest.raises(DataError, match="max_length 1 leaves nothing to predict in the row"):
         encoded(tokenizer, {"prompt": "a", "completion": "b"}, max_length=1)
 
 
@@ -227,14 +230,42 @@ def test_lora_learns(loaded):
     found = [evaluator.evaluate([Request(candidate=candidate, seed=seed)])[0].measurement for seed in (0, 0, 1)]
     first, again, other = found
     assert first.losses == again.losses != other.losses and first.values == again.values
-    assert first.losses[0] > 4.5 and first.values["loss"] < 2.5
-    assert first.values["accuracy"] > 0.4
+    assert first.values["loss"] < 0.5 * first.losses[0]
+    assert first.values["accuracy"] > 0.2  # by chance: 0.004
     torch.testing.assert_close(loaded.model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_saved_in_another_place(tmp_path: Path, loaded):
-    """The folder of a user, with its tokenizer, gives the same rows."""
-    loaded.model.save_pretrained(tmp_path)
-    loaded.tokenizer.save_pretrained(tmp_path)
-    copy = load_backbone(str(tmp_path), task="causal-lm")
-    assert encoded(copy.tokenizer, TRAIN[0]) == encoded(loaded.tokenizer, TRAIN[0])
+# The example
+
+
+def test_the_example_is_a_study(tmp_path):
+    tiny_llama.write(tmp_path, num_steps=2)
+    study = load_study(tmp_path)
+    assert study.task == "causal-lm" and study.model_id == str(tmp_path / "model")
+    splits = load_splits(study.data_settings(), study.task)
+    assert splits.warnings == () and len(splits.train) > 400
+    described = describe_backbone(study.model_id, task=study.task)
+    assert study.problem(described).space.cardinality == 625
+    # No row is cut, and every letter is a token.
+    words = load_tokenizer(study.model_id)
+    assert words.convert_ids_to_tokens(words(" a z")["input_ids"]) == ["<s>", "\u0120a", "\u0120z"]
+    own = CausalLM(words, study.data.max_length, None)
+    assert all(len(predicted(example)) == tiny_llama.CONTINUED + 1 for example in own.encode(splits.train))
+    with pytest.raises(FileExistsError):
+        tiny_llama.write(tmp_path, num_steps=2)
+
+
+@pytest.mark.slow
+def test_adapters_have_something_to_adapt_in_the_example(tmp_path):
+    tiny_llama.write(tmp_path)
+    study = load_study(tmp_path)
+    loaded = load_backbone(study.model_id, task=study.task)
+    splits = load_splits(study.data_settings(), study.task)
+    evaluator = TrainEvaluator(loaded, study.task, splits, study.data.max_length)
+    found = {}
+    for name, rank in (("small", 1), ("large", 8)):
+        lora = everywhere(loaded.backbone, Lora(rank=rank), ("attn.q", "attn.v", "mlp.up", "mlp.down"))
+        training = {"learning_rate": 1e-2, "batch_size": 32, "epochs": 15.0}
+        (outcome,) = evaluator.evaluate([Request(candidate=Candidate(architecture=lora, training=training))])
+        found[name] = outcome.measurement.values["accuracy"]
+    assert 0.2 < found["small"] < found["large"]

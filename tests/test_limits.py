@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from autopeft.search_space.problem import METRICS, Fidelity, Measurement, Object
 
 from .spaces import encoder
 
-costs = st.dictionaries(st.sampled_from(sorted(METRICS)), st.floats(0, 1e12))
+costs = st.dictionaries(st.sampled_from(sorted(METRICS)), st.just(0.0) | st.floats(1e-6, 1e12))
 
 
 @given(costs, costs)
@@ -77,8 +78,6 @@ def test_directions_can_be_turned() -> None:
 
 
 def test_measurements_survive_json() -> None:
-    import json
-
     measurement = Measurement(
         values={"accuracy": 0.5},
         std_err={"accuracy": 0.1},

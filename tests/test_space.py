@@ -384,7 +384,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
      "adapters.a.placement", "'t' decides where it is on"),
     ({"adapters": {"a": a}, "stages": 4}, "stages", "must be between 1 and the 3 layers"),
     ({"adapters": {"a": a}, "stages": 0}, "stages", "must be between 1 and the 3 layers"),
-    ({"adapters": {"a": a}, "training": {"learning_rte": 1.0}}, "training.learning_rte", "did you mean 'learning_rate'"),
+    ({"adapters": {"a": a}, "training": {"learning_rte": 1.0}}, "training.learning_rte", "did you mean 'learning_rate"),
     ({"adapters": {"a": a}, "training": {"learning_rate": Float(low=-1, high=1)}}, "training.learning_rate",
      "must be positive, got -1"),
     ({"adapters": {"a": a}, "training": {"batch_size": 1.5}}, "training.batch_size", "must be a whole number"),
