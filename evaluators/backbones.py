@@ -64,7 +64,7 @@ def resolve(model_id: str) -> str:
     return model_id
 
 
-def _auto(task: str) -> type:
+def _auto(task: str) -> Any:
     if task not in TASKS:
         raise ModelError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     return TASKS[task]

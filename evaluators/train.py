@@ -49,9 +49,7 @@ class TrainEvaluator(Evaluator):
         self.backbone = loaded.backbone
         self.pretrained_head = loaded.pretrained_head
         self.task = TASKS[task](loaded.tokenizer, max_length, splits.labels)
-        self.examples: dict[str, list[Example]] = {
-            split: self.task.encode(getattr(splits, split)) for split in SPLITS
-        }
+        self.examples: dict[str, list[Example]] = {split: self.task.encode(getattr(splits, split)) for split in SPLITS}
         self.lengths = {split: [len(e["input_ids"]) for e in rows] for split, rows in self.examples.items()}
         self._check_examples(loaded)
         self.device = next(self.model.parameters()).device

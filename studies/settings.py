@@ -102,7 +102,7 @@ class DataSettings(Section):
     completion: str = Field(default="completion", description="column of the text to learn (causal-lm)")
     max_length: int = Field(default=64, ge=1, description="longest row in tokens; the rest is cut")
     max_train_rows: int | None = Field(
-        default=None, ge=1, description="train on the first so many rows; null: on all"
+        default=None, ge=1, description="train on a fixed random subset of so many rows, with every label; null: on all"
     )
 
 

@@ -292,4 +292,3 @@ def test_verbosity_is_put_back():
     with pytest.raises(ModelError):
         load_tokenizer("no-such-organisation/no-such-model")
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
-

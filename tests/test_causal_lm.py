@@ -223,9 +223,7 @@ def test_lora_learns(loaded):
     splits = Splits(TRAIN, rows("validation", 40), rows("test", 10), None)
     evaluator = TrainEvaluator(loaded, "causal-lm", splits, max_length=32)
     lora = everywhere(loaded.backbone, Lora(rank=8), linears(loaded.backbone))
-    candidate = Candidate(
-        architecture=lora, training={"learning_rate": 1e-2, "batch_size": 16, "epochs": 6.0}
-    )
+    candidate = Candidate(architecture=lora, training={"learning_rate": 1e-2, "batch_size": 16, "epochs": 6.0})
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     found = [evaluator.evaluate([Request(candidate=candidate, seed=seed)])[0].measurement for seed in (0, 0, 1)]
     first, again, other = found

@@ -195,9 +195,7 @@ def test_fewer_training_rows_keep_every_label(folder):
     assert len(counts) == 8 and max(counts.values()) <= 12
     assert len({row["label"] for row in load(folder, max_train_rows=8).train}) == 8
     assert load(folder, max_train_rows=10_000).train == rows
-    assert problems(folder, max_train_rows=7) == [
-        "max_train_rows 7 is less than one row for each of the 8 labels"
-    ]
+    assert problems(folder, max_train_rows=7) == ["max_train_rows 7 is less than one row for each of the 8 labels"]
     # The others are whole.
     assert len(load(folder, max_train_rows=40).validation) == len(rows)
 

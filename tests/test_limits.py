@@ -35,9 +35,7 @@ def test_the_violation_is_the_largest_excess() -> None:
     objection = limits.objection({"num_params": 1_500_000, "latency_s": 0.2, "step_s": 0.5})
     assert objection is not None
     assert objection[0] == pytest.approx(1.0)
-    assert objection[1] == (
-        "num_params 1,500,000 is above the limit 1,000,000; latency_s 0.2 is above the limit 0.1"
-    )
+    assert objection[1] == ("num_params 1,500,000 is above the limit 1,000,000; latency_s 0.2 is above the limit 0.1")
     assert limits.objection({"peak_memory_bytes": 1e12}) is None, "what has no limit has no objection"
 
 

@@ -147,12 +147,21 @@ def test_modules_of_kernels_are_found_from_anywhere(tmp_path: Path) -> None:
 # The direction of imports
 
 
-def test_search_space_imports_without_torch() -> None:
+def test_declaring_a_space_needs_no_torch() -> None:
+    site = {"name": "layers.0.attn", "layer": 0, "role": "attn", "module": "a", "input_module": "a"}
+    site |= {"in_features": 8, "out_features": 8, "bias": True, "num_key_value_heads": 2, "head_dim": 4}
+    mlp = site | {"name": "layers.0.mlp", "role": "mlp"}
+    backbone = {"id": "any", "revision": None, "family": "any", "sites": [site, mlp], "hidden_size": 8}
+    backbone |= {"num_layers": 1, "num_params": 9, "head_modules": [], "num_head_params": 0, "causal": False}
     run_python(
         "import sys\n"
-        "import autopeft.search_space\n"
-        "heavy = {'torch', 'transformers', 'peft', 'optuna', 'mlflow'} & set(sys.modules)\n"
-        "assert not heavy, f'importing autopeft.search_space imports {sorted(heavy)}'\n"
+        "from random import Random\n"
+        "from autopeft.search_space import PRESETS, Backbone, SearchSpace\n"
+        f"backbone = Backbone.from_dict({backbone!r})\n"
+        "space = SearchSpace(backbone=backbone, **PRESETS['autopeft'].space(backbone))\n"
+        "space.decode(space.sample(Random(0))).architecture.num_params(backbone)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'optuna', 'mlflow', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, f'declaring a space imports {sorted(heavy)}'\n"
     )
 
 

@@ -38,9 +38,7 @@ def test_every_preset_is_a_space_over_every_family(preset: str, family: str) -> 
     assert PRESETS[preset].summary and PRESETS[preset].source
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "hidden_size", "points"), [(12, 768, 5_451_776), (24, 1024, 22_330_474_496)]
-)
+@pytest.mark.parametrize(("num_layers", "hidden_size", "points"), [(12, 768, 5_451_776), (24, 1024, 22_330_474_496)])
 def test_the_space_of_autopeft_has_the_published_number_of_points(
     num_layers: int, hidden_size: int, points: int
 ) -> None:

@@ -358,7 +358,7 @@ def run_out(searcher: Searcher, count: int) -> list[Trial]:
     [
         (Choice(choices=("a", "b")), ["a", "b"]),
         (Int(low=0, high=8, step=2), [0, 2, 4, 6, 8]),
-        (Int(low=1, high=100), [1, 26, 51, 76, 100]),
+        (Int(low=1, high=100), [1, 26, 51, 75, 100]),
         (Int(low=1, high=16, log=True), [1, 2, 4, 8, 16]),
         (Float(low=0, high=1), [0, 0.25, 0.5, 0.75, 1]),
         (Float(low=1e-4, high=1, log=True), [1e-4, 1e-3, 1e-2, 1e-1, 1]),
@@ -407,23 +407,23 @@ def test_nsga2_passes_on_conditional_genes() -> None:
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2"])
 def test_infeasible_regions_are_left(name: str) -> None:
-    """Ranks above 4 are beyond a limit: their share falls."""
+    """Ranks above 2 are beyond a limit: their share falls."""
 
     def end(problem: Problem, number: int, genes: Assignment, suggested: Any) -> Trial:
         ranks = [value for gene, value in genes.items() if ".rank.layers" in gene]
-        if any(rank > 4 for rank in ranks):
-            fields = {"state": "infeasible", "measurement": None, "violation": 1.0 * sum(r > 4 for r in ranks)}
+        if any(rank > 2 for rank in ranks):
+            fields = {"state": "infeasible", "measurement": None, "violation": 1.0 * sum(r > 2 for r in ranks)}
             return ended(problem, number, genes, suggested, **fields)
         return ended(problem, number, genes, suggested)
 
     lora = AdapterChoice(kind="lora", fields={"rank": RANKS}, vary={"rank": "layer"})
     space = SearchSpace(backbone=SMALL, adapters={"lora": lora})
     shares = []
-    for seed in range(3):
-        trials = run(SEARCHERS[name](problem_of(space, num_trials=48), seed), 48, end)
-        shares.append([sum(t.state == "infeasible" for t in part) / 16 for part in (trials[:16], trials[32:])])
+    for seed in range(4):
+        trials = run(SEARCHERS[name](problem_of(space, num_trials=64), seed), 64, end)
+        shares.append([sum(t.state == "infeasible" for t in part) / 16 for part in (trials[:16], trials[48:])])
     first, last = (sum(column) / len(column) for column in zip(*shares, strict=True))
-    assert last < 0.7 * first
+    assert last < 0.6 * first
 
 
 # Better than random
@@ -463,11 +463,19 @@ def hypervolume(trials: Sequence[Trial]) -> float:
     return area
 
 
+def front_of(searcher: Searcher, num_trials: int) -> float:
+    """Hypervolume after so many evaluations; as in a study, a network that was measured already costs nothing."""
+    trials: list[Trial] = []
+    while len({t.candidate.key for t in trials}) < num_trials:
+        trials = run(searcher, len(trials) + 1, plausible, trials)
+    return hypervolume(trials)
+
+
 def test_model_based_search_and_evolution_beat_random_search() -> None:
     found = {}
     for name in ("random", "tpe", "nsga2"):
-        searchers = [SEARCHERS[name](problem_of(deep_space(), num_trials=48), seed) for seed in range(8)]
-        found[name] = median(hypervolume(run(searcher, 48, plausible)) for searcher in searchers)
+        searchers = [SEARCHERS[name](problem_of(deep_space(), num_trials=72), seed) for seed in range(8)]
+        found[name] = median(front_of(searcher, 72) for searcher in searchers)
     assert found["tpe"] > found["random"]
     assert found["nsga2"] > found["random"]
 

@@ -215,6 +215,7 @@ def _first_line(error: Exception) -> str:
 
 # Checking
 
+
 def _canonical(found: Found, data: DataSettings, task: str) -> tuple[list[Row], list[tuple[str, str]]]:
     """Rows with canonical field names, and pairs of place and problem."""
     rows, wrong = [], []

@@ -123,9 +123,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     texts = [row["prompt"] + row["completion"] for row in rows(KNOWN_STEPS + NEW_STEPS)]
     own.train_from_iterator(texts, trainer)
     own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def pretrained(words: PreTrainedTokenizerBase, num_steps: int, seed: int = 0) -> LlamaForCausalLM:

@@ -195,7 +195,10 @@ class TrlScript(Exporter):
         fit = plan(recipe).fit
         if fit.level == "unsupported":
             return fit
-        return approximate(*fit.lost, *decayed_vectors(recipe))
+        lost = [*fit.lost, *decayed_vectors(recipe)]
+        if recipe.data.max_train_rows is not None:
+            lost.append(f"data max_train_rows: the first {recipe.data.max_train_rows} rows, not the study's random ones")
+        return approximate(*lost)
 
     def write(self, recipe, state, folder):
         (folder / SCRIPT_FILE).write_text(script(recipe), encoding="utf-8")
