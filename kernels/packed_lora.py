@@ -22,9 +22,7 @@ def packed_lora(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | N
     return torch.bmm(h, b.transpose(1, 2))
 
 
-def packed_lora_reference(
-    x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None
-) -> Tensor:
+def packed_lora_reference(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same, slot by slot in the obvious way."""
     out = []
     for k in range(x.shape[0]):

@@ -3,10 +3,11 @@
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.choices import AdapterChoice, OneOf, SpaceError
 from autopeft.search_space.domains import Choice, Float, Int
 from autopeft.search_space.presets import BASELINES, PRESETS
 from autopeft.search_space.problem import METRICS, Fidelity, Measurement, Objective, Problem, Trial
-from autopeft.search_space.space import AdapterChoice, Assignment, OneOf, SearchSpace, SpaceError
+from autopeft.search_space.space import Assignment, SearchSpace
 from autopeft.search_space.training import Training
 
 __all__ = [

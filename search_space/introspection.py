@@ -55,8 +55,7 @@ class _Layer:
 _Stacks = Mapping[str, Sequence[_Layer]]
 
 
-def describe(model: Any, *, id: str, revision: str | None = None,
-             modules: Mapping[str, str] | None = None) -> Backbone:
+def describe(model: Any, *, id: str, revision: str | None = None, modules: Mapping[str, str] | None = None) -> Backbone:
     """Describe ``model``: its sites, sizes and task head.
 
     ``modules`` names what cannot be found: ``"layers"`` is the dotted path of the list of layers, a linear
@@ -81,8 +80,11 @@ def describe(model: Any, *, id: str, revision: str | None = None,
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_heads = getattr(text_config, "num_attention_heads", None)
     before, after = _outer_sites(model, tree, stack, width, by_hand.get("embed"))
-    inside = [site for index, (layer, paths) in enumerate(zip(layers, roles, strict=True))
-              for site in _layer_sites(index, layer, paths, width, num_heads)]
+    inside = [
+        site
+        for index, (layer, paths) in enumerate(zip(layers, roles, strict=True))
+        for site in _layer_sites(index, layer, paths, width, num_heads)
+    ]
 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     heads = (by_hand["head"],) if "head" in by_hand else tuple(path for path in tree if path in _HEADS)
@@ -130,8 +132,8 @@ def _stacks(tree: Mapping[str, Any]) -> dict[str, list[_Layer]]:
         parts = path.split(".")
         for depth in range(1, len(parts)):
             if parts[depth].isdecimal():
-                inside = members.setdefault(".".join(parts[:depth + 1]), {})
-                if name := ".".join(parts[depth + 1:]):
+                inside = members.setdefault(".".join(parts[: depth + 1]), {})
+                if name := ".".join(parts[depth + 1 :]):
                     inside[name] = module
     stacks: dict[str, list[_Layer]] = {}
     for path, inside in members.items():
@@ -141,8 +143,12 @@ def _stacks(tree: Mapping[str, Any]) -> dict[str, list[_Layer]]:
 
 
 def _role(path: str) -> str | None:
-    fits = [(len(ending), role) for role, endings in _ENDINGS.items() for ending in endings
-            if path == ending or path.endswith(f".{ending}")]
+    fits = [
+        (len(ending), role)
+        for role, endings in _ENDINGS.items()
+        for ending in endings
+        if path == ending or path.endswith(f".{ending}")
+    ]
     return max(fits)[1] if fits else None
 
 
@@ -202,35 +208,64 @@ def _is_table(module: Any) -> bool:
 
 def _site(name: str, layer: int | None, role: str, path: str, module: Any, shape: tuple[int, int]) -> Site:
     """A site that reads and changes the same module."""
-    return Site(name=name, layer=layer, role=role, module=path, input_module=path, in_features=shape[0],
-                out_features=shape[1], bias=getattr(module, "bias", None) is not None)
+    return Site(
+        name=name,
+        layer=layer,
+        role=role,
+        module=path,
+        input_module=path,
+        in_features=shape[0],
+        out_features=shape[1],
+        bias=getattr(module, "bias", None) is not None,
+    )
 
 
-def _layer_sites(index: int, layer: _Layer, paths: Mapping[str, str], width: int,
-                 num_heads: int | None) -> list[Site]:
+def _layer_sites(index: int, layer: _Layer, paths: Mapping[str, str], width: int, num_heads: int | None) -> list[Site]:
     def whole(role: str, first: Site, last: Site, **attention: Any) -> Site:
-        return Site(name=f"{name}.{role}", layer=index, role=role, module=last.module,
-                    input_module=first.module, in_features=first.in_features,
-                    out_features=last.out_features, bias=last.bias, **attention)
+        return Site(
+            name=f"{name}.{role}",
+            layer=index,
+            role=role,
+            module=last.module,
+            input_module=first.module,
+            in_features=first.in_features,
+            out_features=last.out_features,
+            bias=last.bias,
+            **attention,
+        )
 
     name = f"layers.{index}"
-    linears = {role: _site(f"{name}.{role}", index, role, f"{layer.path}.{path}", layer.modules[path],
-                           layer.linears[path])
-               for role in LINEAR_ROLES if (path := paths.get(role)) is not None}
+    linears = {
+        role: _site(f"{name}.{role}", index, role, f"{layer.path}.{path}", layer.modules[path], layer.linears[path])
+        for role in LINEAR_ROLES
+        if (path := paths.get(role)) is not None
+    }
     sites = list(linears.values())
     query = linears.get("attn.q") or linears.get("attn.qkv")
     if query and "attn.o" in linears:
-        sites.append(whole("attn", query, linears["attn.o"], attention_module=_parent(query.module),
-                           **_head_geometry(linears, num_heads)))
+        sites.append(
+            whole(
+                "attn",
+                query,
+                linears["attn.o"],
+                attention_module=_parent(query.module),
+                **_head_geometry(linears, num_heads),
+            )
+        )
     first = linears.get("mlp.gate") or linears.get("mlp.up")
     if first and "mlp.down" in linears:
         sites.append(whole("mlp", first, linears["mlp.down"]))
     # A norm inside the attention works on queries or keys (Qwen3, Gemma3), not on the residual stream.
     inner = {_parent(query.module)} - {layer.path} if query else set()
-    norms = [path for path, module in layer.modules.items()
-             if _is_norm(module, width) and not _within(f"{layer.path}.{path}", inner)]
-    sites += [_site(f"{name}.norm.{j}", index, "norm", f"{layer.path}.{path}", layer.modules[path],
-                    (width, width)) for j, path in enumerate(norms)]
+    norms = [
+        path
+        for path, module in layer.modules.items()
+        if _is_norm(module, width) and not _within(f"{layer.path}.{path}", inner)
+    ]
+    sites += [
+        _site(f"{name}.norm.{j}", index, "norm", f"{layer.path}.{path}", layer.modules[path], (width, width))
+        for j, path in enumerate(norms)
+    ]
     return sites
 
 
@@ -249,8 +284,9 @@ def _head_geometry(linears: Mapping[str, Site], num_heads: int | None) -> dict[s
     return {"num_key_value_heads": key_width // head_dim, "head_dim": head_dim}
 
 
-def _outer_sites(model: Any, tree: Mapping[str, Any], stack: str, width: int,
-                 embed: str | None) -> tuple[list[Site], list[Site]]:
+def _outer_sites(
+    model: Any, tree: Mapping[str, Any], stack: str, width: int, embed: str | None
+) -> tuple[list[Site], list[Site]]:
     """The sites ahead of the layers and the sites behind them."""
     before: list[Site] = []
     entrance = embed or _input_embedding(model, tree)
@@ -268,8 +304,7 @@ def _outer_sites(model: Any, tree: Mapping[str, Any], stack: str, width: int,
     norms = [path for path in order if _is_norm(tree[path], width) and not _within(path, [stack])]
     ahead = [path for path in norms if order.index(path) < order.index(stack)]
     before += [_site("norm.embed", None, "norm", path, tree[path], (width, width)) for path in ahead[-1:]]
-    after = [_site("norm.final", None, "norm", path, tree[path], (width, width))
-             for path in norms[len(ahead):][:1]]
+    after = [_site("norm.final", None, "norm", path, tree[path], (width, width)) for path in norms[len(ahead) :][:1]]
     return before, after
 
 
@@ -281,11 +316,15 @@ def _input_embedding(model: Any, tree: Mapping[str, Any]) -> str | None:
 def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: _Stacks) -> None:
     """Refuse keys that mean nothing and paths that do not exist, all of them at once."""
     keys = (*_ROOT_KEYS, *LINEAR_ROLES)
-    problems = [f"{key!r} is not one of {', '.join(keys)}{did_you_mean(key, keys)}"
-                for key in by_hand if key not in keys]
+    problems = [
+        f"{key!r} is not one of {', '.join(keys)}{did_you_mean(key, keys)}" for key in by_hand if key not in keys
+    ]
     tables = [path for path, module in tree.items() if _is_table(module)]
-    for key, what, known in (("layers", "list of layers", stacks), ("embed", "embedding", tables),
-                             ("head", "module", tree)):
+    for key, what, known in (
+        ("layers", "list of layers", stacks),
+        ("embed", "embedding", tables),
+        ("head", "module", tree),
+    ):
         if key in by_hand and by_hand[key] not in known:
             problems.append(f"{key!r}: no {what} {by_hand[key]!r}{did_you_mean(by_hand[key], known)}")
     roles = [role for role in LINEAR_ROLES if role in by_hand]
@@ -295,20 +334,26 @@ def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: 
         path, layers = by_hand[role], stacks.get(by_hand.get("layers", ""), ())
         absent = [layer for layer in layers if path not in layer.linears]
         if absent:
-            problems.append(f"{role!r}: no linear {path!r} in {len(absent)} of {len(layers)} layers, "
-                            f"first in {absent[0].path}{did_you_mean(path, absent[0].linears)}")
+            problems.append(
+                f"{role!r}: no linear {path!r} in {len(absent)} of {len(layers)} layers, "
+                f"first in {absent[0].path}{did_you_mean(path, absent[0].linears)}"
+            )
     if problems:
         raise UnknownBackboneError("modules named by hand do not fit:\n  " + "\n  ".join(problems))
 
 
 def _what_was_seen(model: Any, stacks: _Stacks, problem: str) -> str:
     """The message that shows what the model has and how to name it."""
-    seen = [f"    {path} ({len(layers)} layers): "
-            + ", ".join(f"{name} {shape[0]}->{shape[1]}" for name, shape in layers[0].linears.items())
-            for path, layers in stacks.items()]
-    return "\n".join([
-        f"cannot find the adapter sites of {type(model).__name__}: {problem}.",
-        "Lists of layers seen, with the linears of their first layer:",
-        *(seen or ["    none"]),
-        _BY_HAND.format(layers=next(iter(stacks), "encoder.blocks")),
-    ])
+    seen = [
+        f"    {path} ({len(layers)} layers): "
+        + ", ".join(f"{name} {shape[0]}->{shape[1]}" for name, shape in layers[0].linears.items())
+        for path, layers in stacks.items()
+    ]
+    return "\n".join(
+        [
+            f"cannot find the adapter sites of {type(model).__name__}: {problem}.",
+            "Lists of layers seen, with the linears of their first layer:",
+            *(seen or ["    none"]),
+            _BY_HAND.format(layers=next(iter(stacks), "encoder.blocks")),
+        ]
+    )

@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
 from math import prod
 from random import Random
-from typing import Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone, Site
-from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int, Value, without_zero
+from autopeft.search_space.choices import OFF, STAGES, AdapterChoice, OneOf, SpaceError, problems_of, sites_of
+from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, without_zero
 from autopeft.search_space.genes import TRAINING, Condition, Gate, Gene
-from autopeft.search_space.suggestions import did_you_mean
-from autopeft.search_space.training import Training
 
-Granularity = Literal["model", "stage", "layer", "site"]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 Assignment = dict[str, Value]
-
-
-class SpaceError(ValueError):
-    """Everything wrong with a declaration: pairs of the path to the offending key and what is wrong there."""
-
-    def __init__(self, problems: Sequence[tuple[tuple[str, ...], str]]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("; ".join(f"{'.'.join(path)}: {what}" for path, what in problems))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterChoice:
-    """One adapter type in the space.
-
-    `at`: roles of the sites it may take (empty: the type's own). `layers`: those layers only (None: all). `placement`:
-    the granularity of its on/off gene (None: always on). `fields`: a value or a domain per field; a size domain may
-    contain 0, which is "off". `vary`: the granularity at which a field is chosen (default: once for the model).
-    """
-
-    kind: str
-    at: tuple[str, ...] = ()
-    layers: tuple[int, ...] | None = None
-    placement: Granularity | None = None
-    fields: Mapping[str, Domain | Value] = field(default_factory=dict)
-    vary: Mapping[str, Granularity] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OneOf:
-    """Exactly one of `members` (names of adapter choices) is present, or none if `optional`; chosen `per` scope."""
-
-    name: str
-    members: tuple[str, ...]
-    per: Granularity = "model"
-    optional: bool = False
-
-
-OFF = "off"
-#: Names of adapters and groups begin the names of genes, where a dot follows.
-NAME = r"[A-Za-z0-9_-]+"
-#: Groups of layers where a declaration does not say how many.
-STAGES = 4
 
 
 class SearchSpace:
@@ -88,10 +40,10 @@ class SearchSpace:
         self.layer_gate = layer_gate
         self.stages = min(STAGES, backbone.num_layers) if stages is None else stages
         self.training = dict(training or {})
-        problems = list(self._problems())
+        problems = list(problems_of(backbone, self.adapters, self.one_of, self.stages, self.training))
         if problems:
             raise SpaceError(problems)
-        self._sites = {name: self._sites_of(choice) for name, choice in self.adapters.items()}
+        self._sites = {name: sites_of(choice, backbone) for name, choice in self.adapters.items()}
         self._gates = {
             (name, site.name): self._gates_of(name, site) for name, sites in self._sites.items() for site in sites
         }
@@ -99,108 +51,6 @@ class SearchSpace:
         self._by_name = {gene.name: gene for gene in self.genes}
 
     # Declaration -> genes
-
-    def _problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        if not self.adapters:
-            yield ("adapters",), "the space is empty: name at least one adapter"
-        if not 1 <= self.stages <= self.backbone.num_layers:
-            yield ("stages",), f"must be between 1 and the {self.backbone.num_layers} layers of the model"
-        for name, choice in self.adapters.items():
-            if not re.fullmatch(NAME, name):
-                yield ("adapters", name), "a name is made of letters, digits, - and _"
-            for path, what in self._choice_problems(choice):
-                yield ("adapters", name, *path), what
-        for group in self.one_of:
-            for path, what in self._group_problems(group):
-                yield path, what
-        known = [f.name for f in fields(Training)]
-        for key, domain in self.training.items():
-            if key not in known:
-                yield ("training", key), f"unknown training field{did_you_mean(key, known)}"
-                continue
-            for what in _field_problems(Training, key, domain):
-                yield ("training", key), what
-
-    def _group_problems(self, group: OneOf) -> Iterator[tuple[tuple[str, ...], str]]:
-        path = ("one_of", group.name)
-        if not re.fullmatch(NAME, group.name):
-            yield path, "a name is made of letters, digits, - and _"
-        if [other.name for other in self.one_of].count(group.name) > 1:
-            yield path, "two groups have this name"
-        if not group.members:
-            yield path, "name at least one member"
-        if group.per not in GRANULARITIES:
-            yield (*path, "per"), f"unknown granularity {group.per!r}{did_you_mean(group.per, GRANULARITIES)}"
-        if group.optional and OFF in group.members:
-            yield path, f"{OFF!r} means none of the members here: take another name"
-        for member in group.members:
-            if member not in self.adapters:
-                yield path, f"no adapter {member!r}{did_you_mean(member, self.adapters)}"
-            elif self.adapters[member].placement is not None:
-                yield ("adapters", member, "placement"), f"{group.name!r} decides where it is on; leave this out"
-
-    def _choice_problems(self, choice: AdapterChoice) -> Iterator[tuple[tuple[str, ...], str]]:
-        if choice.kind not in ADAPTERS:
-            yield ("kind",), f"unknown adapter {choice.kind!r}{did_you_mean(choice.kind, ADAPTERS)}"
-            return
-        spec = ADAPTERS[choice.kind]
-        yield from self._place_problems(choice)
-        known = [f.name for f in fields(spec)]
-        for key, domain in choice.fields.items():
-            if key not in known:
-                yield (key,), f"unknown field of {choice.kind}{did_you_mean(key, known)}"
-                continue
-            if key == spec.size_field:
-                try:
-                    domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))
-                except ValueError as error:
-                    yield (key,), str(error)
-                    continue
-            for what in _field_problems(spec, key, domain):
-                yield (key,), what
-        for key, per in choice.vary.items():
-            if not isinstance(choice.fields.get(key), Domain):
-                yield ("vary", key), "only a field with several values can vary"
-            if per not in GRANULARITIES:
-                yield ("vary", key), f"unknown granularity {per!r}{did_you_mean(per, GRANULARITIES)}"
-        if choice.placement is not None and choice.placement not in GRANULARITIES:
-            what = f"unknown granularity {choice.placement!r}{did_you_mean(choice.placement, GRANULARITIES)}"
-            yield ("placement",), what
-
-    def _place_problems(self, choice: AdapterChoice) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What is wrong with its roles and layers, or that no site is left."""
-        spec, present = ADAPTERS[choice.kind], self.backbone.roles
-        fine = True
-        for role in choice.at:
-            if role not in spec.roles:
-                fine = False
-                yield ("at",), f"{choice.kind} cannot sit at {role!r}{did_you_mean(role, spec.roles)}"
-            elif role not in present:
-                fine = False
-                yield ("at",), f"this model has no site {role!r}; it has {', '.join(sorted(present))}"
-        for layer in choice.layers or ():
-            if not 0 <= layer < self.backbone.num_layers:
-                fine = False
-                yield ("layers",), f"no layer {layer}: the model has layers 0 to {self.backbone.num_layers - 1}"
-        if not fine or self._sites_of(choice):
-            return
-        roles = choice.at or spec.default_roles
-        if not choice.at and not set(roles) & set(present):
-            yield ("at",), f"none of {', '.join(roles)} is in this model; name sites of your own"
-        elif choice.layers is not None and self._sites_of(replace(choice, layers=None)):
-            yield ("layers",), f"no site {' or '.join(roles)} is in these layers"
-        else:
-            yield ("at",), f"no site {' or '.join(roles)} of this model can take a {choice.kind}"
-
-    def _sites_of(self, choice: AdapterChoice) -> tuple[Site, ...]:
-        roles = choice.at or ADAPTERS[choice.kind].default_roles
-        return tuple(
-            site
-            for site in self.backbone.sites
-            if site.role in roles
-            and ADAPTERS[choice.kind]().fits(site)
-            and (choice.layers is None or site.layer in choice.layers)
-        )
 
     def _scope(self, granularity: str, site: Site) -> str:
         """The suffix of the gene that decides for `site`; sites without a layer decide for themselves."""
@@ -412,34 +262,3 @@ def _all(gates: Sequence[Gate]) -> Condition:
 def _absorb(conditions: set[Condition]) -> frozenset[Condition]:
     """Drop conditions that another, weaker one implies."""
     return frozenset(c for c in conditions if not any(other < c for other in conditions))
-
-
-#: Per type of a field: its name, and what may stand there.
-_TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
-    int: ("a whole number", (int,)),
-    float: ("a number", (int, float)),
-    str: ("a word", (str,)),
-    bool: ("true or false", (bool,)),
-}
-
-
-def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[str]:
-    """What `owner` says against the values of `domain` (all of a choice, the ends of a range)."""
-    if isinstance(domain, Choice):
-        values: Sequence[Value] = domain.choices
-    elif isinstance(domain, (Float, Int)):
-        values = (domain.low, domain.high)
-    else:
-        values = (domain,)
-    expected, allowed = _TYPES.get(get_type_hints(owner)[key], ("", (int, float, str, bool)))
-    if isinstance(domain, (Float, Int)) and type(domain.low) not in allowed:
-        yield f"must be {expected}, not a range like this"
-        return
-    for value in values:
-        if type(value) not in allowed:
-            yield f"must be {expected}, got {value!r}"
-            continue
-        try:
-            owner(**{key: value})
-        except (ValueError, TypeError) as error:
-            yield str(error)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autopeft.search_space.backbone import ROLES, Backbone, Site
+from autopeft.search_space.choices import SpaceError
 from autopeft.search_space.problem import METRICS
-from autopeft.search_space.space import SpaceError
 from autopeft.search_space.suggestions import did_you_mean
 from autopeft.studies.declaration import declare
 from autopeft.studies.source import Keys

@@ -87,9 +87,7 @@ def estimate(scores: ArrayLike, *, seed_sd: SeedSd | None = None, level: float =
     return _combine([(+1, _as_runs(scores))], seed_sd, level)
 
 
-def paired_difference(
-    a: ArrayLike, b: ArrayLike, *, seed_sd: SeedSd | None = None, level: float = 0.95
-) -> Estimate:
+def paired_difference(a: ArrayLike, b: ArrayLike, *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Estimate:
     """Mean of `a` minus mean of `b`: [seeds, examples] each, the same examples in the same order.
 
     Pairing takes the difficulty of an example out of the comparison. `seed_sd` stands in for both candidates'
@@ -136,9 +134,7 @@ def _combine(signed: Sequence[tuple[int, Floats]], seed_sd: SeedSd | None, level
     dof = 1 / sum((term / variance) ** 2 / term_dof for term, term_dof in terms)
     std_err = sqrt(variance)
     margin = std_err * float(student_t.ppf(0.5 + level / 2, dof))
-    return Estimate(
-        value=value, std_err=std_err, low=value - margin, high=value + margin, num_seeds=num_seeds
-    )
+    return Estimate(value=value, std_err=std_err, low=value - margin, high=value + margin, num_seeds=num_seeds)
 
 
 def _noise(runs: Floats) -> float:
@@ -158,9 +154,7 @@ def costs(values: Mapping[str, float], objectives: Sequence[Objective]) -> tuple
     return tuple(objective.loss(values[objective.name]) for objective in declared) or (values["num_params"],)
 
 
-def recommend(
-    contenders: Sequence[Contender], *, seed_sd: SeedSd | None = None, level: float = 0.95
-) -> Recommendation:
+def recommend(contenders: Sequence[Contender], *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Recommendation:
     """The cheapest contender that the paired test cannot tell from the best one.
 
     Best is the highest mean. A contender is tied with it while the interval of their difference reaches 0.
@@ -205,9 +199,7 @@ def pooled_seed_sd(seed_means: Sequence[Sequence[float]]) -> SeedSd | None:
     return SeedSd(sd=sqrt(squares / dof), dof=dof)
 
 
-def predictive_interval(
-    seed_means: Sequence[float], seed_sd: SeedSd, *, level: float = 0.95
-) -> tuple[float, float]:
+def predictive_interval(seed_means: Sequence[float], seed_sd: SeedSd, *, level: float = 0.95) -> tuple[float, float]:
     """Where the mean score of one more run, with a new seed and on the same examples, will lie.
 
     mean +- t s sqrt(1 + 1/S), s being the pooled spread (Hahn and Meeker, Statistical Intervals, 1991, ch.

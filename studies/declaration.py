@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 from autopeft.search_space.adapters import ADAPTERS
 from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.choices import AdapterChoice, OneOf, SpaceError
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
-from autopeft.search_space.space import AdapterChoice, OneOf, SearchSpace, SpaceError
+from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.suggestions import did_you_mean
 from autopeft.search_space.training import Training
 from autopeft.studies.settings import AdapterSettings, Range

@@ -98,9 +98,7 @@ def reference_point(trials: Sequence[Trial], objectives: Sequence[Objective]) ->
     return np.array(corner)
 
 
-def hypervolume_by_trial(
-    trials: Sequence[Trial], objectives: Sequence[Objective], reference: ArrayLike
-) -> Floats:
+def hypervolume_by_trial(trials: Sequence[Trial], objectives: Sequence[Objective], reference: ArrayLike) -> Floats:
     """[n]: the hypervolume of the first 1, 2, ..., n trials, in their order, up to one `reference` [m]."""
     table = losses(trials, objectives)
     curve = np.zeros(len(table))

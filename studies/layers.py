@@ -136,9 +136,7 @@ def staircase(rows: Sequence[FrontRow], x: Axis, y: Axis) -> tuple[NDArray[np.fl
     return x.place(column(members, x.name)), y.place(column(members, y.name))
 
 
-def sides_of(
-    layers: Sequence[Layer], x: Axis, y: Axis, panel_px: tuple[float, float]
-) -> dict[int, tuple[int, int]]:
+def sides_of(layers: Sequence[Layer], x: Axis, y: Axis, panel_px: tuple[float, float]) -> dict[int, tuple[int, int]]:
     """On which side of its point each row is named, by `id` of the row; rows without room are missing."""
     rows = [row for layer in layers for row in layer.rows]
     points = np.column_stack([x.fraction(column(rows, x.name)), y.fraction(column(rows, y.name))])

@@ -237,12 +237,7 @@ def _columns(picture: Composition) -> str:
 def _table_rows(picture: Composition) -> list[str]:
     """Rows of the table, the best quality first."""
     y = picture.y
-    shown = [
-        (layer, row)
-        for layer in picture.layers
-        for row in layer.rows
-        if row.on_front or layer.labels == "always"
-    ]
+    shown = [(layer, row) for layer in picture.layers for row in layer.rows if row.on_front or layer.labels == "always"]
     shown.sort(key=lambda pair: pair[1].values.get(y.name, nan), reverse=y.maximise)
     lines = []
     for layer, row in shown:

@@ -101,9 +101,7 @@ def front_png(
         figure.savefig(path, format="png")
 
 
-def _draw_layer(
-    panel: Axes, layer: Layer, x: Axis, y: Axis, sides: Mapping[int, tuple[int, int]], zorder: int
-) -> None:
+def _draw_layer(panel: Axes, layer: Layer, x: Axis, y: Axis, sides: Mapping[int, tuple[int, int]], zorder: int) -> None:
     across, up = x.place(column(layer.rows, x.name)), y.place(column(layer.rows, y.name))
     panel.errorbar(
         across,
@@ -160,9 +158,7 @@ def smooth(losses: ArrayLike, share: float = 0.05) -> NDArray[np.float64]:
     return out
 
 
-def curves_png(
-    trials: Sequence[Trial], front: Sequence[int], path: str | PathLike[str], *, study: str
-) -> None:
+def curves_png(trials: Sequence[Trial], front: Sequence[int], path: str | PathLike[str], *, study: str) -> None:
     """Training losses, smoothed. `front`: numbers of the trials to colour, in the order of the legend."""
     curves = {
         trial.number: (trial, smooth(trial.measurement.losses))
@@ -171,9 +167,7 @@ def curves_png(
     }
     coloured = [number for number in front if number in curves]
     baselines = [
-        number
-        for number, (trial, _) in curves.items()
-        if number not in front and trial.role.startswith("baseline:")
+        number for number, (trial, _) in curves.items() if number not in front and trial.role.startswith("baseline:")
     ]
     named = len(coloured) + len(baselines)
     with matplotlib.rc_context(STYLE):

@@ -70,9 +70,9 @@ def plan_study(settings: StudyFile, splits: Splits) -> Plan:
     rng = Random(settings.seed)
     largest = space.decode(space.largest())
     drawn = [space.decode(space.sample(rng)) for _ in range(SAMPLES)]
-    samples = sorted(
-        (c for c in drawn if c.architecture), key=lambda c: c.architecture.num_params(backbone)
-    ) or [largest]
+    samples = sorted((c for c in drawn if c.architecture), key=lambda c: c.architecture.num_params(backbone)) or [
+        largest
+    ]
     typical = samples[len(samples) // 2]
 
     measured = evaluator.costs(typical, frozenset({"step_s", "latency_s"})).values

@@ -71,9 +71,7 @@ def _declared(cls: type) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError("must be a mapping")
         known = [field.name for field in fields(cls)]
-        unknown = [
-            f"unknown key {name!r}{did_you_mean(str(name), known)}" for name in value if name not in known
-        ]
+        unknown = [f"unknown key {name!r}{did_you_mean(str(name), known)}" for name in value if name not in known]
         if unknown:
             raise ValueError("; ".join(unknown))
         try:
@@ -164,9 +162,7 @@ class Recipe(_Part):
         for name, spec in ((name, spec) for name, specs in self.architecture.items() for spec in specs):
             site = self.sites.get(name)
             if site is None:
-                problems.append(
-                    f"architecture: {name} is not among the sites{did_you_mean(name, self.sites)}"
-                )
+                problems.append(f"architecture: {name} is not among the sites{did_you_mean(name, self.sites)}")
             elif site.role not in spec.roles or not spec.fits(site):
                 problems.append(f"architecture: {name} {spec.kind}: cannot sit at this site ({site.role})")
         if problems:

@@ -7,8 +7,8 @@ from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
+from autopeft.search_space.choices import GRANULARITIES
 from autopeft.search_space.problem import METRICS
-from autopeft.search_space.space import GRANULARITIES
 from autopeft.studies.declaration import scalar_type
 from autopeft.studies.study_file import StudyFile
 

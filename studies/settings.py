@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from autopeft.search_space.space import Granularity
+from autopeft.search_space.choices import Granularity
 from autopeft.search_space.training import Training
 
 Positive = Annotated[float, Field(gt=0)]
@@ -58,9 +58,7 @@ def _shape(value: Any) -> str:
 Scalar = Annotated[Any, AfterValidator(_scalar), WithJsonSchema({"type": ["number", "string", "boolean"]})]
 #: A value (fixed), a list of values (choose one) or a range.
 Setting = Annotated[
-    Annotated[Range, Tag("Range")]
-    | Annotated[tuple[Scalar, ...], Tag("list")]
-    | Annotated[Scalar, Tag("value")],
+    Annotated[Range, Tag("Range")] | Annotated[tuple[Scalar, ...], Tag("list")] | Annotated[Scalar, Tag("value")],
     Discriminator(_shape),
 ]
 
@@ -74,9 +72,7 @@ class ModelSettings(Section):
         description="embedded (a small English encoder), a folder, or a hub id",
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="type of its weights"
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="type of its weights")
     modules: dict[str, str] | None = Field(
         default=None, description="paths of its modules by role, for a family that is not recognised"
     )
@@ -92,9 +88,7 @@ class DataSettings(Section):
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
     train: str | None = Field(default=None, description="file (.jsonl, .csv, .parquet) or, on the hub, split")
-    validation: str | None = Field(
-        default=None, description="the same, for the rows that candidates are compared on"
-    )
+    validation: str | None = Field(default=None, description="the same, for the rows that candidates are compared on")
     test: str | None = Field(default=None, description="the same, for the final front")
     text: str = Field(default="text", description="column of the text")
     label: str = Field(default="label", description="column of the class")
@@ -113,18 +107,12 @@ class AdapterSettings(Section):
     __pydantic_extra__: dict[str, Setting] = Field(init=False)
 
     kind: str | None = Field(default=None, description="adapter type; default: the name of this entry")
-    at: tuple[str, ...] = Field(
-        default=(), description="roles of the sites it may take; default: the type's own"
-    )
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        default=None, description="those layers only"
-    )
+    at: tuple[str, ...] = Field(default=(), description="roles of the sites it may take; default: the type's own")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, description="those layers only")
     placement: Granularity | None = Field(
         default=None, description="search where it is on, at this granularity; null: always on"
     )
-    vary: dict[str, Granularity] = Field(
-        default={}, description="fields chosen per stage, layer or site, not once"
-    )
+    vary: dict[str, Granularity] = Field(default={}, description="fields chosen per stage, layer or site, not once")
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -145,12 +133,8 @@ class SpaceSettings(Section):
 
     preset: str | None = Field(default=None, description="a published space to start from")
     adapters: dict[Name, AdapterSettings] = Field(default={}, description="adapters by name")
-    one_of: dict[Name, OneOfSettings] = Field(
-        default={}, description="groups that exclude each other, by name"
-    )
-    layer_gate: bool | None = Field(
-        default=None, description="one on/off bit per layer that all adapters share"
-    )
+    one_of: dict[Name, OneOfSettings] = Field(default={}, description="groups that exclude each other, by name")
+    layer_gate: bool | None = Field(default=None, description="one on/off bit per layer that all adapters share")
     stages: int | None = Field(
         default=None, ge=1, description="equal groups of layers for 'stage'; default: the preset's, or 4"
     )
@@ -162,17 +146,13 @@ _DEFAULTS = Training()
 class TrainingSettings(Section):
     """How each candidate is trained. Search the learning rate: the best one depends on the adapter's size."""
 
-    learning_rate: Setting = Field(
-        default=Range(low=5e-4, high=1e-2, log=True), description="peak rate of AdamW"
-    )
+    learning_rate: Setting = Field(default=Range(low=5e-4, high=1e-2, log=True), description="peak rate of AdamW")
     weight_decay: Setting = Field(default=_DEFAULTS.weight_decay, description="decoupled weight decay")
     epochs: Setting = Field(default=_DEFAULTS.epochs, description="passes over the training rows")
     batch_size: Setting = Field(default=_DEFAULTS.batch_size, description="rows per step")
     warmup: Setting = Field(default=_DEFAULTS.warmup, description="share of the steps with a rising rate")
     schedule: Setting = Field(default=_DEFAULTS.schedule, description="linear, cosine or constant")
-    max_grad_norm: Setting = Field(
-        default=_DEFAULTS.max_grad_norm, description="clip of the gradient norm; 0: none"
-    )
+    max_grad_norm: Setting = Field(default=_DEFAULTS.max_grad_norm, description="clip of the gradient norm; 0: none")
 
 
 class ObjectiveSettings(Section):
@@ -180,12 +160,8 @@ class ObjectiveSettings(Section):
 
     name: str = Field(description="a metric")
     bound: float | None = Field(default=None, description="worst value that you accept")
-    reference: float | None = Field(
-        default=None, description="corner for the hypervolume; default: from the trials"
-    )
-    direction: Literal["maximise", "minimise"] | None = Field(
-        default=None, description="default: the metric's own"
-    )
+    reference: float | None = Field(default=None, description="corner for the hypervolume; default: from the trials")
+    direction: Literal["maximise", "minimise"] | None = Field(default=None, description="default: the metric's own")
 
     @model_validator(mode="before")
     @classmethod
@@ -215,18 +191,14 @@ class SearchSettings(Section):
     searcher: str = Field(default="tpe", description="what proposes the candidates")
     trials: int = Field(default=40, ge=1, description="candidates to try")
     share: Share = Field(default=1.0, description="share of the training steps that a candidate gets")
-    rungs: tuple[Share, ...] = Field(
-        default=(), description="shares of the steps with a validation, ascending"
-    )
+    rungs: tuple[Share, ...] = Field(default=(), description="shares of the steps with a validation, ascending")
     timeout_s: Positive | None = Field(default=None, description="stop after so many seconds")
 
 
 class BaselineSettings(Section):
     """What the front is shown against, tuned over the learning rate."""
 
-    names: tuple[str, ...] = Field(
-        default=("head", "lora-r8-qv", "full"), description="fixed set-ups to train as well"
-    )
+    names: tuple[str, ...] = Field(default=("head", "lora-r8-qv", "full"), description="fixed set-ups to train as well")
     learning_rates: tuple[Positive, ...] = Field(
         default=(5e-4, 2e-3, 5e-3), min_length=1, description="rates tried for each"
     )
@@ -246,7 +218,5 @@ class TrackingSettings(Section):
     """The MLflow report."""
 
     enabled: bool = Field(default=True, description="write one")
-    uri: str | None = Field(
-        default=None, description="MLflow server; default: mlflow.db in the output folder"
-    )
+    uri: str | None = Field(default=None, description="MLflow server; default: mlflow.db in the output folder")
     experiment: str | None = Field(default=None, description="its experiment; default: the name of the study")

@@ -293,8 +293,8 @@ def baselines(settings: StudyFile, space: SearchSpace) -> Iterator[Planned]:
     middle = dict(space.decode(space.from_unit([0.5] * len(space.genes))).training)
     for name in settings.baselines.names:
         architecture = BASELINES[name](space.backbone)
-        if not architecture and not space.backbone.head_modules:
-            continue  # "head" of a model without a head trains nothing
+        if not architecture and not (name == "head" and space.backbone.head_modules):
+            continue  # a model without a head, or without what the baseline trains (biases): nothing to compare with
         own = settings.baselines.full_learning_rates if name == "full" else settings.baselines.learning_rates
         for rate in own:
             candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
@@ -319,4 +319,3 @@ def _own(trial: Trial) -> dict[str, Any]:
 def weights_path(settings: StudyFile, number: int) -> Path:
     """Where the trained weights of a finalist are."""
     return settings.output_folder / "weights" / f"trial-{number}.safetensors"
-

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.choices import SpaceError
 from autopeft.search_space.problem import METRICS, Objective, Problem
-from autopeft.search_space.space import SearchSpace, SpaceError
+from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.suggestions import did_you_mean
 from autopeft.studies import checks, settings
 from autopeft.studies.declaration import declare
@@ -34,9 +35,7 @@ class StudyFile(settings.Section):
 
     study: settings.Name = Field(description="name of the study: letters, digits, - and _")
     seed: int = Field(default=0, ge=0, lt=2**31, description="the same seed gives the same study")
-    task: Literal["classification", "causal-lm"] = Field(
-        default="classification", description="what is learnt"
-    )
+    task: Literal["classification", "causal-lm"] = Field(default="classification", description="what is learnt")
     model: settings.ModelSettings = settings.ModelSettings()
     data: settings.DataSettings = settings.DataSettings()
     space: settings.SpaceSettings = settings.SpaceSettings()
@@ -144,9 +143,7 @@ def _checked(source: Source, path: Path) -> StudyFile:
     try:
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise StudyFileError(
-            [f"{source.name}: a text has half of a surrogate pair (\\ud800 to \\udfff)"]
-        ) from None
+        raise StudyFileError([f"{source.name}: a text has half of a surrogate pair (\\ud800 to \\udfff)"]) from None
     study, found, removed = _salvaged(data)
     for keys, what in checks.problems_of(study):
         # Next to an entry that was removed, it may come of the removal.

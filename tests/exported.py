@@ -94,9 +94,7 @@ def make_recipe(
     task = "classification" if family in CLASSIFIERS else "causal-lm"
     labels = LABELS if family in CLASSIFIERS else None
     loaded = load_backbone(str(model), task=task, labels=labels)
-    adapters = {
-        name: [specs] if isinstance(specs, AdapterSpec) else list(specs) for name, specs in placement.items()
-    }
+    adapters = {name: [specs] if isinstance(specs, AdapterSpec) else list(specs) for name, specs in placement.items()}
     candidate = Candidate(
         architecture=Architecture.of(adapters), training={"learning_rate": 1e-5, "batch_size": 4, **training}
     )

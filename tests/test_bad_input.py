@@ -111,6 +111,7 @@ def test_data(name: str, cli, tmp_path: Path) -> None:
 
 # Constraints
 
+
 def test_a_constraint_that_nothing_meets(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, constraints={"num_params": 3}, **SHORT)
     expect(cli("run", path), 3, "no candidate meets the constraints", "num_params", "limit 3")
@@ -131,6 +132,7 @@ def test_a_bound_that_nothing_meets(cli, tmp_path: Path) -> None:
 
 
 # The folder and the ledger
+
 
 def test_a_folder_that_cannot_be_written(cli, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -218,6 +220,7 @@ def test_two_processes_on_one_study(cli, tmp_path: Path) -> None:
 
 # While it runs
 
+
 def run_tiny(cli, path: Path, *more: object) -> Any:
     code, _, errors = cli("run", path, *more)
     study = load_study(path)
@@ -289,6 +292,7 @@ def test_an_unexpected_error_fails_its_trial_alone(cli, tmp_path: Path, monkeypa
 
 
 # Recipes and options
+
 
 def test_options(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, **SHORT)

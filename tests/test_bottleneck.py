@@ -107,10 +107,7 @@ def test_the_serial_form_is_a_module_after_the_last_linear() -> None:
     model, backbone = build("bert")
     replaced = copy.deepcopy(model)
     architecture = Architecture.of(
-        {
-            s.name: [Bottleneck(size=4, init="kaiming", scale=2.0)]
-            for s in backbone.select(roles=["attn", "mlp"])
-        }
+        {s.name: [Bottleneck(size=4, init="kaiming", scale=2.0)] for s in backbone.select(roles=["attn", "mlp"])}
     )
 
     class Serial(nn.Module):
@@ -126,9 +123,7 @@ def test_the_serial_form_is_a_module_after_the_last_linear() -> None:
         for bank in attachment.banks:
             randomise(bank)
             adapter = module_of(bank.specs[0], bank.of_slot(0))
-            replaced.set_submodule(
-                bank.site.module, Serial(replaced.get_submodule(bank.site.module), adapter)
-            )
+            replaced.set_submodule(bank.site.module, Serial(replaced.get_submodule(bank.site.module), adapter))
         torch.testing.assert_close(model(TOKENS).last_hidden_state, replaced(TOKENS).last_hidden_state)
 
 
@@ -176,9 +171,7 @@ def test_a_slot_alone_equals_the_slot_in_a_pack_with_dropout() -> None:
         with Attachment(model, backbone, architectures, seeds=chosen) as attachment:
             attachment.train()
             for _ in range(2):  # the streams stay in step, too
-                hidden = model(torch.cat([TOKENS] * len(chosen))).last_hidden_state.unflatten(
-                    0, (len(chosen), -1)
-                )
+                hidden = model(torch.cat([TOKENS] * len(chosen))).last_hidden_state.unflatten(0, (len(chosen), -1))
                 hidden.square().sum().backward()
             gradients = {
                 (index, name): value.grad

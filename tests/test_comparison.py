@@ -40,9 +40,7 @@ def share_covered(intervals):
 @pytest.mark.parametrize("num_seeds", [2, 3, 8])
 def test_estimate_covers_the_mean(num_seeds, seed_sd):
     rng = np.random.default_rng(num_seeds)
-    found = [
-        estimate(draw(rng, num_seeds, rng.normal(0, 0.4, NUM_EXAMPLES), seed_sd, 0.7)) for _ in range(RUNS)
-    ]
+    found = [estimate(draw(rng, num_seeds, rng.normal(0, 0.4, NUM_EXAMPLES), seed_sd, 0.7)) for _ in range(RUNS)]
     assert share_covered((0.7, e.low, e.high) for e in found) == pytest.approx(0.95, abs=TOLERANCE)
 
 

@@ -80,9 +80,7 @@ def plain_model(recipe: Recipe, folder: str | Path | None = None) -> nn.Module:
     folder = folder or recipe.backbone.id
     if recipe.task == "causal-lm":
         return AutoModelForCausalLM.from_pretrained(folder).eval()
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(recipe.labels or ())
-    ).eval()
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(recipe.labels or ())).eval()
 
 
 def trainable(model: nn.Module) -> int:
@@ -162,9 +160,7 @@ PEFT_CASES = {
     "ia3-attention": Case("llama", {"layers.1.attn.k": Ia3(), "layers.11.attn.v": Ia3()}),
     "ia3-gpt2": Case("gpt2", {"layers.1.attn.qkv": Ia3(), "layers.11.mlp.down": Ia3()}),
     "norm-bert": Case("bert", {"embed.norm": Norm(), "layers.1.norm.0": Norm(), "layers.11.norm.1": Norm()}),
-    "norm-llama": Case(
-        "llama", {"layers.1.norm.0": Norm(), "layers.11.norm.1": Norm(), "norm.final": Norm()}
-    ),
+    "norm-llama": Case("llama", {"layers.1.norm.0": Norm(), "layers.11.norm.1": Norm(), "norm.final": Norm()}),
 }
 
 
@@ -312,9 +308,7 @@ def test_script_declares_the_same_network(models: Folders, tmp_path: Path, case:
     model = script.load_model(tokenizer) if case.family in CLASSIFIERS else script.load_model()
     assert trainable(model) == trained_params(recipe)
     assert not any(
-        module.p
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Dropout) and "lora" not in name
+        module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and "lora" not in name
     )
     assert script.TRAINING["learning_rate"] == recipe.training.learning_rate
 
@@ -401,9 +395,7 @@ def simple(models: Folders) -> Recipe:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_half_written(
-    models: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
-) -> None:
+def test_nothing_half_written(models: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     exporter = EXPORTERS[target]
     recipe = make_recipe("gpt2", models["gpt2"], {"layers.1.attn.qkv": Lora()})
     state, _ = trained(recipe)
@@ -442,9 +434,7 @@ def test_a_folder_in_use_is_kept(simple: Recipe, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}
 
 
-def test_a_folder_that_cannot_be_written(
-    simple: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written(simple: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, *arguments: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -471,9 +461,7 @@ def test_weights_must_be_those_of_the_recipe(simple: Recipe, tmp_path: Path) -> 
 
 
 def test_a_backbone_that_is_gone_is_the_users_error(simple: Recipe, tmp_path: Path) -> None:
-    gone = simple.model_copy(
-        update={"backbone": simple.backbone.model_copy(update={"id": str(tmp_path / "gone")})}
-    )
+    gone = simple.model_copy(update={"backbone": simple.backbone.model_copy(update={"id": str(tmp_path / "gone")})})
     with pytest.raises(ExportError, match="no such folder"):
         EXPORTERS["peft"].export(gone, trained(simple)[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -21,8 +21,7 @@ from autopeft.search_space.introspection import UnknownBackboneError, describe
 
 LAYERS, WIDTH, INNER, HEADS, VOCAB = 3, 32, 48, 4, 64
 
-_ENCODER = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "intermediate_size": INNER,
-            "num_attention_heads": HEADS}
+_ENCODER = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS}
 _TEXT = _ENCODER | {"vocab_size": VOCAB, "pad_token_id": 0}
 _DECODER = _TEXT | {"num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2}
 _BERT_ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
@@ -48,10 +47,23 @@ class Family:
     causal: bool = True
 
 
-def _llama_like(name: str, config: Any, *, norms: str = "pre",
-                tasks: tuple[str, ...] = ("Model", "ForCausalLM", "ForSequenceClassification")) -> Family:
-    return Family(name=name, config=config, tasks=tasks, layers="layers", attention="self_attn",
-                  linears=_LLAMA_ROLES, norms=norms, outer=("embed", "norm.final", "backbone"))
+def _llama_like(
+    name: str,
+    config: Any,
+    *,
+    norms: str = "pre",
+    tasks: tuple[str, ...] = ("Model", "ForCausalLM", "ForSequenceClassification"),
+) -> Family:
+    return Family(
+        name=name,
+        config=config,
+        tasks=tasks,
+        layers="layers",
+        attention="self_attn",
+        linears=_LLAMA_ROLES,
+        norms=norms,
+        outer=("embed", "norm.final", "backbone"),
+    )
 
 
 def _families() -> list[Family]:
@@ -59,42 +71,97 @@ def _families() -> list[Family]:
     encoder_tasks = ("Model", "ForSequenceClassification")
     encoder_outer = ("embed", "norm.embed", "backbone")
     return [
-        Family(name="Bert", config=t.BertConfig(**_TEXT), tasks=(*encoder_tasks, "ForMaskedLM"),
-               layers="encoder.layer", attention="attention.self", linears=_BERT_ROLES, norms="post",
-               outer=encoder_outer, heads=("classifier",), causal=False),
-        Family(name="Roberta", config=t.RobertaConfig(**_TEXT), tasks=(*encoder_tasks, "ForMaskedLM"),
-               layers="encoder.layer", attention="attention.self", linears=_BERT_ROLES, norms="post",
-               outer=encoder_outer, heads=("classifier",), causal=False),
-        Family(name="DistilBert", tasks=(*encoder_tasks, "ForMaskedLM"),
-               config=t.DistilBertConfig(vocab_size=VOCAB, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS,
-                                         hidden_dim=INNER, pad_token_id=0),
-               layers="transformer.layer", attention="attention", linears=_BERT_ROLES, norms="post",
-               outer=encoder_outer, heads=("pre_classifier", "classifier"), causal=False),
-        Family(name="ViT", config=t.ViTConfig(**_ENCODER, image_size=8, patch_size=4),
-               tasks=("Model", "ForImageClassification"), layers="layers", attention="attention",
-               linears=_BERT_ROLES, norms="pre", outer=("norm.final", "backbone"), heads=("classifier",),
-               causal=False),
-        Family(name="GPT2", tasks=("Model", "LMHeadModel", "ForSequenceClassification"),
-               config=t.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-                                   n_inner=INNER, bos_token_id=1, eos_token_id=2, pad_token_id=0),
-               layers="h", attention="attn", linears=("attn.qkv", "attn.o", "mlp.up", "mlp.down"),
-               norms="pre", outer=("embed", "norm.final", "backbone")),
+        Family(
+            name="Bert",
+            config=t.BertConfig(**_TEXT),
+            tasks=(*encoder_tasks, "ForMaskedLM"),
+            layers="encoder.layer",
+            attention="attention.self",
+            linears=_BERT_ROLES,
+            norms="post",
+            outer=encoder_outer,
+            heads=("classifier",),
+            causal=False,
+        ),
+        Family(
+            name="Roberta",
+            config=t.RobertaConfig(**_TEXT),
+            tasks=(*encoder_tasks, "ForMaskedLM"),
+            layers="encoder.layer",
+            attention="attention.self",
+            linears=_BERT_ROLES,
+            norms="post",
+            outer=encoder_outer,
+            heads=("classifier",),
+            causal=False,
+        ),
+        Family(
+            name="DistilBert",
+            tasks=(*encoder_tasks, "ForMaskedLM"),
+            config=t.DistilBertConfig(
+                vocab_size=VOCAB, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=INNER, pad_token_id=0
+            ),
+            layers="transformer.layer",
+            attention="attention",
+            linears=_BERT_ROLES,
+            norms="post",
+            outer=encoder_outer,
+            heads=("pre_classifier", "classifier"),
+            causal=False,
+        ),
+        Family(
+            name="ViT",
+            config=t.ViTConfig(**_ENCODER, image_size=8, patch_size=4),
+            tasks=("Model", "ForImageClassification"),
+            layers="layers",
+            attention="attention",
+            linears=_BERT_ROLES,
+            norms="pre",
+            outer=("norm.final", "backbone"),
+            heads=("classifier",),
+            causal=False,
+        ),
+        Family(
+            name="GPT2",
+            tasks=("Model", "LMHeadModel", "ForSequenceClassification"),
+            config=t.GPT2Config(
+                vocab_size=VOCAB,
+                n_embd=WIDTH,
+                n_layer=LAYERS,
+                n_head=HEADS,
+                n_inner=INNER,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            ),
+            layers="h",
+            attention="attn",
+            linears=("attn.qkv", "attn.o", "mlp.up", "mlp.down"),
+            norms="pre",
+            outer=("embed", "norm.final", "backbone"),
+        ),
         _llama_like("Llama", t.LlamaConfig(**_DECODER)),
         _llama_like("Qwen2", t.Qwen2Config(**_DECODER | {"head_dim": WIDTH // HEADS})),
         _llama_like("Qwen3", t.Qwen3Config(**_DECODER | {"head_dim": WIDTH})),  # its q_norm is WIDTH wide
         _llama_like("Mistral", t.MistralConfig(**_DECODER)),
         _llama_like("Gemma", t.GemmaConfig(**_DECODER)),
         _llama_like("Gemma2", t.Gemma2Config(**_DECODER), norms="sandwich"),
-        _llama_like("Gemma3", t.Gemma3TextConfig(**_DECODER), norms="sandwich",
-                    tasks=("TextModel", "ForCausalLM", "TextForSequenceClassification")),
+        _llama_like(
+            "Gemma3",
+            t.Gemma3TextConfig(**_DECODER),
+            norms="sandwich",
+            tasks=("TextModel", "ForCausalLM", "TextForSequenceClassification"),
+        ),
     ]
 
 
 FAMILIES = _families()
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 every_model = pytest.mark.parametrize(
-    ("family", "task"), [(family, task) for family in FAMILIES for task in family.tasks],
-    ids=lambda value: value if isinstance(value, str) else value.name)
+    ("family", "task"),
+    [(family, task) for family in FAMILIES for task in family.tasks],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 
 
 def _build(family: Family, task: str) -> Any:
@@ -133,6 +200,7 @@ class Trace:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             self.x[path] = inputs[0]
             self.y[path] = output[0] if isinstance(output, tuple) else output
+
         return hook
 
 
@@ -167,8 +235,9 @@ def test_sites_have_the_shapes_of_their_weights(family: Family, task: str) -> No
         shape = tuple(module.weight.shape)
         if site.role in LINEAR_ROLES:
             stored_transposed = type(module).__name__ == "Conv1D"
-            assert shape == ((site.in_features, site.out_features) if stored_transposed
-                             else (site.out_features, site.in_features))
+            assert shape == (
+                (site.in_features, site.out_features) if stored_transposed else (site.out_features, site.in_features)
+            )
         elif site.role == "embed":
             assert shape == (site.in_features, site.out_features) == (VOCAB, WIDTH)
         else:
@@ -214,7 +283,8 @@ def test_a_sub_layer_reads_its_input_and_writes_the_residual_stream(family: Fami
 
 @every_family
 def test_the_attention_module_is_the_one_transformers_passes_to_its_attention_function(
-        family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = _build(family, family.tasks[0])
     sites = describe(model, id="tiny").select(roles=["attn"])
     called: list[tuple[nn.Module, int, int]] = []
@@ -226,10 +296,12 @@ def test_the_attention_module_is_the_one_transformers_passes_to_its_attention_fu
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "recording", recording)
     model.set_attn_implementation("recording")
     _run(model)
-    assert [site.attention_module for site in sites] == \
-        [f"{family.layers}.{i}.{family.attention}" for i in range(LAYERS)]
-    assert called == [(model.get_submodule(site.attention_module), site.num_key_value_heads, site.head_dim)
-                      for site in sites]
+    assert [site.attention_module for site in sites] == [
+        f"{family.layers}.{i}.{family.attention}" for i in range(LAYERS)
+    ]
+    assert called == [
+        (model.get_submodule(site.attention_module), site.num_key_value_heads, site.head_dim) for site in sites
+    ]
 
 
 def test_a_bert_that_is_a_decoder_is_causal() -> None:
@@ -242,7 +314,8 @@ def test_the_language_half_of_a_vision_language_model_is_described() -> None:
         # As wide as the text: widths cannot tell the two halves apart.
         vision = _ENCODER | {"image_size": 8, "patch_size": 4}
         model = transformers.Gemma3ForConditionalGeneration(
-            transformers.Gemma3Config(text_config=_DECODER, vision_config=vision, mm_tokens_per_image=4))
+            transformers.Gemma3Config(text_config=_DECODER, vision_config=vision, mm_tokens_per_image=4)
+        )
     backbone = describe(model, id="tiny")
     assert all(site.module.startswith("model.language_model.") for site in backbone.sites[:-1])
     assert backbone.site("layers.0.attn").num_key_value_heads == 2
@@ -281,9 +354,17 @@ class Toy(nn.Module):
         self.topics = nn.Linear(width, 3)
 
 
-TOY_MODULES = {"layers": "blocks", "attn.q": "attention.wq", "attn.k": "attention.wk",
-               "attn.v": "attention.wv", "attn.o": "attention.out", "mlp.up": "grow", "mlp.down": "shrink",
-               "embed": "words", "head": "topics"}
+TOY_MODULES = {
+    "layers": "blocks",
+    "attn.q": "attention.wq",
+    "attn.k": "attention.wk",
+    "attn.v": "attention.wv",
+    "attn.o": "attention.out",
+    "mlp.up": "grow",
+    "mlp.down": "shrink",
+    "embed": "words",
+    "head": "topics",
+}
 
 
 def test_an_unknown_model_is_refused_with_what_was_seen_and_the_way_by_hand() -> None:
@@ -298,8 +379,9 @@ def test_an_unknown_model_is_refused_with_what_was_seen_and_the_way_by_hand() ->
 def test_a_model_named_by_hand_has_the_same_kind_of_sites() -> None:
     backbone = describe(Toy(), id="toy", modules=TOY_MODULES)
     assert [site.name for site in backbone.select(layers=[1])] == [
-        f"layers.1.{part}" for part in
-        ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "attn", "mlp", "norm.0")]
+        f"layers.1.{part}"
+        for part in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "attn", "mlp", "norm.0")
+    ]
     assert {"embed", "norm.final", "backbone"} <= {site.name for site in backbone.sites}
     attn, mlp = backbone.site("layers.0.attn"), backbone.site("layers.0.mlp")
     assert (attn.input_module, attn.module) == ("blocks.0.attention.wq", "blocks.0.attention.out")
@@ -369,7 +451,11 @@ def test_a_backbone_survives_json(bert: Backbone) -> None:
 
 def test_select_and_site(bert: Backbone) -> None:
     assert [site.name for site in bert.select(roles=["attn.q", "mlp"], layers=[0, 2])] == [
-        "layers.0.attn.q", "layers.0.mlp", "layers.2.attn.q", "layers.2.mlp"]
+        "layers.0.attn.q",
+        "layers.0.mlp",
+        "layers.2.attn.q",
+        "layers.2.mlp",
+    ]
     assert bert.select() == bert.sites
     assert [site.name for site in bert.select(roles=["norm"])][:2] == ["norm.embed", "layers.0.norm.0"]
     with pytest.raises(ValueError, match=r"no layers \[3\]"):
@@ -393,12 +479,19 @@ def test_require_names_every_unknown_and_absent_role(bert: Backbone) -> None:
 
 def test_a_site_refuses_a_role_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'attn\.q'\?"):
-        Site(name="layers.0.attn.query", layer=0, role="attn.query", module="q", input_module="q",
-             in_features=1, out_features=1, bias=False)
+        Site(
+            name="layers.0.attn.query",
+            layer=0,
+            role="attn.query",
+            module="q",
+            input_module="q",
+            in_features=1,
+            out_features=1,
+            bias=False,
+        )
 
 
 def test_describing_needs_no_torch() -> None:
-    code = ("import sys, autopeft.search_space.introspection; "
-            "assert not {'torch', 'transformers'} & set(sys.modules)")
+    code = "import sys, autopeft.search_space.introspection; assert not {'torch', 'transformers'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from autopeft.search_space import Backbone, Choice, Float, Measurement, Objective, Problem, SearchSpace, Site
+from autopeft.search_space.choices import AdapterChoice
 from autopeft.search_space.problem import Trial
-from autopeft.search_space.space import AdapterChoice
 from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
 from autopeft.studies.ledger import About, Ledger
 

@@ -32,8 +32,14 @@ MEASURED = frozenset(name for name, metric in METRICS.items() if metric.source =
 @pytest.fixture
 def bert() -> tuple[nn.Module, Backbone]:
     torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=LAYERS, hidden_size=32, intermediate_size=64, num_attention_heads=4,
-                        vocab_size=50, num_labels=len(LABELS))
+    config = BertConfig(
+        num_hidden_layers=LAYERS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        vocab_size=50,
+        num_labels=len(LABELS),
+    )
     model = BertForSequenceClassification(config).eval()
     return model, describe(model, id="tiny")
 
@@ -118,7 +124,8 @@ def test_measuring_leaves_no_trace(bert, task, batch, spec) -> None:
         def snapshot() -> list[torch.Tensor]:
             tensors = [*model.state_dict().values(), *attachment.state_dict().values()]
             return [t.detach().clone().view(torch.uint8) for t in tensors] + [
-                torch.get_rng_state(), *(stream.get_state() for stream in streams)
+                torch.get_rng_state(),
+                *(stream.get_state() for stream in streams),
             ]
 
         before, modes = snapshot(), [m.training for m in (*model.modules(), *attachment.modules())]
@@ -135,8 +142,9 @@ def test_what_a_failing_step_changed_is_put_back(bert, task, batch, monkeypatch)
         with pytest.raises(MemoryError):
             measure(attachment, task, batch, frozenset({"step_s"}))
         assert all(parameter.grad is None for parameter, _ in attachment.trainable())
-        assert all(torch.equal(s, b.dropout_streams[0].get_state())
-                   for s, b in zip(states, attachment.banks, strict=True))
+        assert all(
+            torch.equal(s, b.dropout_streams[0].get_state()) for s, b in zip(states, attachment.banks, strict=True)
+        )
 
 
 # Which metrics

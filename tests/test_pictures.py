@@ -89,9 +89,7 @@ def test_front_html_draws_in_a_browser_without_a_network(tmp_path):
     assert len(points) >= 2 * len(ROWS)
 
 
-@pytest.mark.parametrize(
-    ("count", "size"), [(1, (1200, 810)), (2, (1200, 810)), (3, (1320, 810)), (4, (1980, 810))]
-)
+@pytest.mark.parametrize(("count", "size"), [(1, (1200, 810)), (2, (1200, 810)), (3, (1320, 810)), (4, (1980, 810))])
 def test_front_png(tmp_path, count, size):
     front_png(ROWS, OBJECTIVES[:count], tmp_path / "front.png", **SETTINGS)
     assert png_size(tmp_path / "front.png") == size

@@ -35,9 +35,7 @@ def modules() -> list[Path]:
 
 def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     # PYTHONSAFEPATH would keep the working directory off sys.path, which is what some tests here are about.
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")
-    }
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -61,9 +59,7 @@ def test_every_sub_package_is_listed() -> None:
     listed = set(CONFIG["tool"]["setuptools"]["packages"])
     found = {".".join(("autopeft", *path.parent.parts)) for path in shipped_files()}
     assert found <= listed, f"add to [tool.setuptools] packages in pyproject.toml: {sorted(found - listed)}"
-    assert listed <= found, (
-        f"remove from [tool.setuptools] packages, no such folder: {sorted(listed - found)}"
-    )
+    assert listed <= found, f"remove from [tool.setuptools] packages, no such folder: {sorted(listed - found)}"
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +126,7 @@ def test_transformers_model_builds_with_the_root_first_on_the_path() -> None:
 
 
 def test_modules_of_kernels_are_found_from_anywhere(tmp_path: Path) -> None:
-    names = [
-        ".".join(("autopeft", *path.with_suffix("").parts))
-        for path in modules()
-        if path.parts[0] == "kernels"
-    ]
+    names = [".".join(("autopeft", *path.with_suffix("").parts)) for path in modules() if path.parts[0] == "kernels"]
     assert names, "the namespace portion exists only while there is a module in it"
     run_python(
         "from importlib.util import find_spec\n"
@@ -237,7 +229,5 @@ def test_portions_are_imported_by_their_full_name() -> None:
 def test_no_module_is_called_utils_helpers_or_manager() -> None:
     vague = {"util", "utils", "helper", "helpers", "manager", "managers"}
     files = [*modules(), *(test.relative_to(ROOT) for test in (ROOT / "tests").rglob("*.py"))]
-    words = {
-        path: {word for part in path.with_suffix("").parts for word in part.split("_")} for path in files
-    }
+    words = {path: {word for part in path.with_suffix("").parts for word in part.split("_")} for path in files}
     assert not [str(path) for path in files if words[path] & vague]

@@ -63,9 +63,7 @@ def build(family: str, attention: str = "sdpa", task: str | None = None) -> tupl
     """A random model in which no weight has a special value, and its description."""
     torch.manual_seed(0)
     name, config = FAMILIES[family]
-    model = getattr(transformers, task or name)._from_config(
-        copy.deepcopy(config), attn_implementation=attention
-    )
+    model = getattr(transformers, task or name)._from_config(copy.deepcopy(config), attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -92,10 +90,7 @@ def repeated(batch: dict[str, Tensor], slots: int) -> dict[str, Tensor]:
 def placed(backbone: Backbone, *lengths: int, init: str = "normal") -> Architecture:
     """A prefix of `lengths[i]` in layer i; 0 for none."""
     return Architecture.of(
-        {
-            f"layers.{i}.attn": [Prefix(length=length, init=init)] if length else []
-            for i, length in enumerate(lengths)
-        }
+        {f"layers.{i}.attn": [Prefix(length=length, init=init)] if length else [] for i, length in enumerate(lengths)}
     )
 
 
@@ -106,9 +101,7 @@ def prefixes_of(attachment: Attachment, k: int) -> dict[str, dict[str, Tensor]]:
         served = list(range(attachment.num_slots)) if slots is None else slots.tolist()
         if k in served:
             values = bank.of_slot(served.index(k))
-            found[bank.site.attention_module] = {
-                n: v.detach().clone().requires_grad_() for n, v in values.items()
-            }
+            found[bank.site.attention_module] = {n: v.detach().clone().requires_grad_() for n, v in values.items()}
     return found
 
 
@@ -179,9 +172,7 @@ def test_every_slot_equals_a_slow_attention(family: str, attention: str) -> None
                 for name, value in bank.values.items():
                     if k in served:
                         reference = leaves[bank.site.attention_module][name].grad
-                        own, rest = value.grad[served.index(k)].split(
-                            [len(reference), value.shape[1] - len(reference)]
-                        )
+                        own, rest = value.grad[served.index(k)].split([len(reference), value.shape[1] - len(reference)])
                         torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-5)
                         assert not rest.any()
             for path in leaves:
@@ -242,9 +233,7 @@ def test_slots_that_share_a_bank_read_prefixes_of_it() -> None:
 def test_two_prefixes_at_one_site_are_one_of_their_joint_length() -> None:
     model, backbone = build("Bert")
     batch = inputs("Bert", examples=2)
-    two = Architecture.of(
-        {"layers.0.attn": [Prefix(length=2, init="normal"), Prefix(length=3, init="normal")]}
-    )
+    two = Architecture.of({"layers.0.attn": [Prefix(length=2, init="normal"), Prefix(length=3, init="normal")]})
     with Attachment(model, backbone, [two], seeds=[0]) as attachment:
         expected = outputs(model, batch)
         halves = [bank.of_slot(0) for bank in attachment.banks]
@@ -403,9 +392,7 @@ def test_an_attention_of_its_own_is_refused_before_anything_changes() -> None:
     own = HandMade()
     own.query, own.config = model.get_submodule(path).query, model.config
     model.set_submodule(path, own)
-    with pytest.raises(
-        ValueError, match=r"encoder\.layer\.1.*HandMade does not look its attention function up"
-    ):
+    with pytest.raises(ValueError, match=r"encoder\.layer\.1.*HandMade does not look its attention function up"):
         install(model, _banks(model, backbone), 1)
     assert model.config._attn_implementation == "sdpa"
     assert not any(hasattr(module, "autopeft_prefixes") for module in model.modules())

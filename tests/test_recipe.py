@@ -56,9 +56,7 @@ def test_sites_are_those_in_use_in_the_order_of_the_layers(recipe: Recipe) -> No
         "head.classifier",
     ]
     assert [site.name for site in recipe.head_sites] == ["head.classifier"]
-    assert recipe.num_adapter_params == sum(
-        spec.num_params(recipe.sites[name]) for name, spec in recipe.adapters
-    )
+    assert recipe.num_adapter_params == sum(spec.num_params(recipe.sites[name]) for name, spec in recipe.adapters)
 
 
 def test_it_is_for_people_too(recipe: Recipe, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, SearchSpace, SpaceError
-from autopeft.search_space.space import OFF, Assignment
+from autopeft.search_space.choices import OFF
+from autopeft.search_space.space import Assignment
 from autopeft.searchers.enumerated import _points
 
 from .spaces import SMALL, encoder, spaces

@@ -169,9 +169,7 @@ def test_objectives(load):
     study = load(MINIMAL + "objectives: [loss, {name: latency_s, bound: 0.1, reference: 1}, num_params]\n")
     loss, latency, _ = study.objectives_list()
     assert (loss.maximise, latency.bound, latency.reference, latency.unit) == (False, 0.1, 1.0, "seconds")
-    turned = load(
-        MINIMAL + "objectives: [accuracy, {name: num_params, direction: maximise}]\n"
-    ).objectives_list()
+    turned = load(MINIMAL + "objectives: [accuracy, {name: num_params, direction: maximise}]\n").objectives_list()
     assert turned[1].maximise
     problem = study.problem(backbone())
     assert problem.num_trials == 40 and problem.objectives == study.objectives_list()
@@ -507,8 +505,7 @@ def test_problems_with_a_model_have_lines_too(load, tmp_path):
     with pytest.raises(StudyFileError) as caught:
         study.space_for(backbone())
     assert [line.replace(f"{tmp_path}/", "") for line in caught.value.problems] == [
-        "study.yaml:6 space.adapters.lora.at: "
-        "this model has no site 'mlp.gate'; it has attn.q, attn.v, mlp.up",
+        "study.yaml:6 space.adapters.lora.at: this model has no site 'mlp.gate'; it has attn.q, attn.v, mlp.up",
         "study.yaml:7 space.adapters.lora.layers: no layer 9: the model has layers 0 to 3",
         "study.yaml:8 space.stages: must be between 1 and the 4 layers of the model",
     ]
@@ -525,10 +522,7 @@ def test_problems_of_a_preset_with_a_model_point_at_the_preset(load):
 
 def test_fingerprint_and_differences(load):
     old = fingerprint(load())
-    assert (
-        fingerprint(load(MINIMAL, "search.trials=99", "output=x", "tracking.enabled=false", "device=cpu"))
-        == old
-    )
+    assert fingerprint(load(MINIMAL, "search.trials=99", "output=x", "tracking.enabled=false", "device=cpu")) == old
     new = fingerprint(
         load(
             MINIMAL,
@@ -560,9 +554,9 @@ def test_data_settings_are_those_of_the_loader():
     loader = {f.name: f.default for f in dataclasses.fields(data.DataSettings)}
     ours = {name: field.default for name, field in DataSettings.model_fields.items()}
     assert ours.keys() == loader.keys() - {"folder"}
-    assert {
-        name: default for name, default in ours.items() if name not in ("train", "validation", "test")
-    } == {name: loader[name] for name in ours.keys() - {"train", "validation", "test"}}
+    assert {name: default for name, default in ours.items() if name not in ("train", "validation", "test")} == {
+        name: loader[name] for name in ours.keys() - {"train", "validation", "test"}
+    }
 
 
 def test_constraints_are_metrics():
@@ -575,9 +569,7 @@ def test_constraints_are_metrics():
 def test_schema_lists_the_registries_and_describes_every_setting():
     schema = json_schema()
     definitions = schema["$defs"]
-    assert {name.removeprefix("adapter.") for name in definitions if name.startswith("adapter.")} == set(
-        ADAPTERS
-    )
+    assert {name.removeprefix("adapter.") for name in definitions if name.startswith("adapter.")} == set(ADAPTERS)
     assert definitions["SearchSettings"]["properties"]["searcher"]["enum"] == list(SEARCHERS)
     assert definitions["ObjectiveSettings"]["properties"]["name"]["enum"] == list(METRICS)
     assert definitions["SpaceSettings"]["properties"]["preset"]["anyOf"][0]["enum"] == list(PRESETS)

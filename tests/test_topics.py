@@ -66,9 +66,7 @@ def test_every_split_has_all_labels_in_equal_shares():
     for split, share in build.SPLITS.items():
         assert set(counts[split]) == set(build.TOPICS)
         for label in build.TOPICS:
-            assert counts[split][label] == pytest.approx(
-                share * sum(count[label] for count in counts.values()), abs=1
-            )
+            assert counts[split][label] == pytest.approx(share * sum(count[label] for count in counts.values()), abs=1)
 
 
 def test_no_text_has_a_near_duplicate_in_any_split():

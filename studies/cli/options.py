@@ -9,14 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-StudyArgument = Annotated[
-    Path, typer.Argument(metavar="STUDY", help="Study file, or the folder of a study.yaml.")
-]
+StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file, or the folder of a study.yaml.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change one setting: --set search.trials=5. May be repeated."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: --set search.trials=5. May be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
 

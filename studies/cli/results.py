@@ -29,6 +29,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier e
 def pareto(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """The front so far, best quality first, with standard errors and the recommendation."""
     from autopeft.studies.report import front_data
+
     _, _, snapshot = finished(study, set_)
     if as_json:
         print_json(front_data(snapshot))

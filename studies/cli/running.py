@@ -16,9 +16,7 @@ from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, p
 if TYPE_CHECKING:
     from autopeft.studies.study_file import StudyFile
 
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on with the study if it was started before.")
-]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the study if it was started before.")]
 
 
 def run(

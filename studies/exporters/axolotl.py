@@ -37,13 +37,9 @@ class Axolotl(Exporter):
         if peft.fit.level == "unsupported":
             return peft.fit
         if peft.config != "LoraConfig":
-            return unsupported(
-                *(f"{name} {spec.kind}: axolotl has LoRA alone" for name, spec in recipe.adapters)
-            )
+            return unsupported(*(f"{name} {spec.kind}: axolotl has LoRA alone" for name, spec in recipe.adapters))
         default, pattern = peft.arguments["lora_alpha"], peft.arguments["alpha_pattern"]
-        alphas = {
-            name: pattern.get(anchored(recipe.sites[name].module), default) for name, _ in recipe.adapters
-        }
+        alphas = {name: pattern.get(anchored(recipe.sites[name].module), default) for name, _ in recipe.adapters}
         fractions = [
             f"{name}: alpha {alpha} is not a whole number, which axolotl wants"
             for name, alpha in alphas.items()

@@ -31,15 +31,11 @@ class Merged(Exporter):
             if not spec.mergeable:
                 reasons.append(f"{name} {spec.kind}: cannot be folded into the weights")
             elif _adds_bias(spec, site):
-                reasons.append(
-                    f"{name} {spec.kind}: needs a bias, and the plain {recipe.backbone.family} has none"
-                )
+                reasons.append(f"{name} {spec.kind}: needs a bias, and the plain {recipe.backbone.family} has none")
         if reasons:
             return unsupported(*reasons)
         if recipe.backbone.dtype != "float32" and recipe.adapters:
-            return approximate(
-                f"backbone dtype {recipe.backbone.dtype}: the merged weights are rounded to it"
-            )
+            return approximate(f"backbone dtype {recipe.backbone.dtype}: the merged weights are rounded to it")
         return approximate()
 
     def write(self, recipe, state, folder):
@@ -75,8 +71,6 @@ def _adds_bias(spec: AdapterSpec, site: Site) -> bool:
 
     if site.bias:
         return False
-    values = {
-        name: torch.empty(parameter.shape, device="meta") for name, parameter in spec.parameters(site).items()
-    }
+    values = {name: torch.empty(parameter.shape, device="meta") for name, parameter in spec.parameters(site).items()}
     shape = (site.out_features,) if site.role == "norm" else (site.out_features, site.in_features)
     return spec.merge(values, torch.empty(shape, device="meta"), None)[1] is not None

@@ -131,9 +131,7 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
         if getattr(spec, name) != kept
     ]
     if init not in _LORA_INITS:
-        lost += [
-            f"{site.name} {spec.kind}: peft has no init {init!r} (training alone)" for site, spec in loras
-        ]
+        lost += [f"{site.name} {spec.kind}: peft has no init {init!r} (training alone)" for site, spec in loras]
     arguments = {
         "r": rank,
         "lora_alpha": alpha,

@@ -197,7 +197,7 @@ class TrlScript(Exporter):
             return fit
         lost = [*fit.lost, *decayed_vectors(recipe)]
         if recipe.data.max_train_rows is not None:
-            lost.append(f"data max_train_rows: the first {recipe.data.max_train_rows} rows, not the study's random ones")
+            lost.append(f"data max_train_rows: the first {recipe.data.max_train_rows} rows, not the study's own")
         return approximate(*lost)
 
     def write(self, recipe, state, folder):
@@ -227,9 +227,7 @@ def script(recipe: Recipe) -> str:
         training=_literal(_training(recipe)),
         data=_literal({split: _rows(recipe, split) for split in _SPLITS}),
         max_train_rows=recipe.data.max_train_rows,
-        columns=_literal(
-            {name: getattr(recipe.data, name) for name in ("text", "label", "prompt", "completion")}
-        ),
+        columns=_literal({name: getattr(recipe.data, name) for name in ("text", "label", "prompt", "completion")}),
         own_settings=f"LABELS = {_literal(list(recipe.labels or ()))}\n" if classification else "",
     )
     return opening + (_CLASSIFICATION if classification else _CAUSAL)

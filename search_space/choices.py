@@ -1,0 +1,205 @@
+"""Choices: what a user declares of a space (which adapters, exclusive or not), and all that can be wrong with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, get_args, get_type_hints
+
+from autopeft.search_space.adapters import ADAPTERS
+from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
+from autopeft.search_space.suggestions import did_you_mean
+from autopeft.search_space.training import Training
+
+Granularity = Literal["model", "stage", "layer", "site"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+Problem = tuple[tuple[str, ...], str]
+
+
+class SpaceError(ValueError):
+    """Everything wrong with a declaration: pairs of the path to the offending key and what is wrong there."""
+
+    def __init__(self, problems: Sequence[tuple[tuple[str, ...], str]]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(f"{'.'.join(path)}: {what}" for path, what in problems))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterChoice:
+    """One adapter type in the space.
+
+    `at`: roles of the sites it may take (empty: the type's own). `layers`: those layers only (None: all). `placement`:
+    the granularity of its on/off gene (None: always on). `fields`: a value or a domain per field; a size domain may
+    contain 0, which is "off". `vary`: the granularity at which a field is chosen (default: once for the model).
+    """
+
+    kind: str
+    at: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    placement: Granularity | None = None
+    fields: Mapping[str, Domain | Value] = field(default_factory=dict)
+    vary: Mapping[str, Granularity] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneOf:
+    """Exactly one of `members` (names of adapter choices) is present, or none if `optional`; chosen `per` scope."""
+
+    name: str
+    members: tuple[str, ...]
+    per: Granularity = "model"
+    optional: bool = False
+
+
+OFF = "off"
+#: Names of adapters and groups begin the names of genes, where a dot follows.
+NAME = r"[A-Za-z0-9_-]+"
+#: Groups of layers where a declaration does not say how many.
+STAGES = 4
+
+
+def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
+    """The sites that a choice may take: of its roles and layers, where its type fits."""
+    roles = choice.at or ADAPTERS[choice.kind].default_roles
+    return tuple(
+        site
+        for site in backbone.sites
+        if site.role in roles
+        and ADAPTERS[choice.kind]().fits(site)
+        and (choice.layers is None or site.layer in choice.layers)
+    )
+
+
+def problems_of(
+    backbone: Backbone,
+    adapters: Mapping[str, AdapterChoice],
+    one_of: Sequence[OneOf],
+    stages: int,
+    training: Mapping[str, Domain | Value],
+) -> Iterator[Problem]:
+    """Everything wrong with a declaration over `backbone`."""
+    if not adapters:
+        yield ("adapters",), "the space is empty: name at least one adapter"
+    if not 1 <= stages <= backbone.num_layers:
+        yield ("stages",), f"must be between 1 and the {backbone.num_layers} layers of the model"
+    for name, choice in adapters.items():
+        if not re.fullmatch(NAME, name):
+            yield ("adapters", name), "a name is made of letters, digits, - and _"
+        for path, what in _choice_problems(choice, backbone):
+            yield ("adapters", name, *path), what
+    for group in one_of:
+        yield from _group_problems(group, one_of, adapters)
+    known = [f.name for f in fields(Training)]
+    for key, domain in training.items():
+        if key not in known:
+            yield ("training", key), f"unknown training field{did_you_mean(key, known)}"
+            continue
+        for what in _field_problems(Training, key, domain):
+            yield ("training", key), what
+
+
+def _group_problems(group: OneOf, groups: Sequence[OneOf], adapters: Mapping[str, AdapterChoice]) -> Iterator[Problem]:
+    path = ("one_of", group.name)
+    if not re.fullmatch(NAME, group.name):
+        yield path, "a name is made of letters, digits, - and _"
+    if [other.name for other in groups].count(group.name) > 1:
+        yield path, "two groups have this name"
+    if not group.members:
+        yield path, "name at least one member"
+    if group.per not in GRANULARITIES:
+        yield (*path, "per"), f"unknown granularity {group.per!r}{did_you_mean(group.per, GRANULARITIES)}"
+    if group.optional and OFF in group.members:
+        yield path, f"{OFF!r} means none of the members here: take another name"
+    for member in group.members:
+        if member not in adapters:
+            yield path, f"no adapter {member!r}{did_you_mean(member, adapters)}"
+        elif adapters[member].placement is not None:
+            yield ("adapters", member, "placement"), f"{group.name!r} decides where it is on; leave this out"
+
+
+def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
+    if choice.kind not in ADAPTERS:
+        yield ("kind",), f"unknown adapter {choice.kind!r}{did_you_mean(choice.kind, ADAPTERS)}"
+        return
+    spec = ADAPTERS[choice.kind]
+    yield from _place_problems(choice, backbone)
+    known = [f.name for f in fields(spec)]
+    for key, domain in choice.fields.items():
+        if key not in known:
+            yield (key,), f"unknown field of {choice.kind}{did_you_mean(key, known)}"
+            continue
+        if key == spec.size_field:
+            try:
+                domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))
+            except ValueError as error:
+                yield (key,), str(error)
+                continue
+        for what in _field_problems(spec, key, domain):
+            yield (key,), what
+    for key, per in choice.vary.items():
+        if not isinstance(choice.fields.get(key), Domain):
+            yield ("vary", key), "only a field with several values can vary"
+        if per not in GRANULARITIES:
+            yield ("vary", key), f"unknown granularity {per!r}{did_you_mean(per, GRANULARITIES)}"
+    if choice.placement is not None and choice.placement not in GRANULARITIES:
+        what = f"unknown granularity {choice.placement!r}{did_you_mean(choice.placement, GRANULARITIES)}"
+        yield ("placement",), what
+
+
+def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
+    """What is wrong with its roles and layers, or that no site is left."""
+    spec, present = ADAPTERS[choice.kind], backbone.roles
+    fine = True
+    for role in choice.at:
+        if role not in spec.roles:
+            fine = False
+            yield ("at",), f"{choice.kind} cannot sit at {role!r}{did_you_mean(role, spec.roles)}"
+        elif role not in present:
+            fine = False
+            yield ("at",), f"this model has no site {role!r}; it has {', '.join(sorted(present))}"
+    for layer in choice.layers or ():
+        if not 0 <= layer < backbone.num_layers:
+            fine = False
+            yield ("layers",), f"no layer {layer}: the model has layers 0 to {backbone.num_layers - 1}"
+    if not fine or sites_of(choice, backbone):
+        return
+    roles = choice.at or spec.default_roles
+    if not choice.at and not set(roles) & set(present):
+        yield ("at",), f"none of {', '.join(roles)} is in this model; name sites of your own"
+    elif choice.layers is not None and sites_of(replace(choice, layers=None), backbone):
+        yield ("layers",), f"no site {' or '.join(roles)} is in these layers"
+    else:
+        yield ("at",), f"no site {' or '.join(roles)} of this model can take a {choice.kind}"
+
+
+#: Per type of a field: its name, and what may stand there.
+_TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a word", (str,)),
+    bool: ("true or false", (bool,)),
+}
+
+
+def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[str]:
+    """What `owner` says against the values of `domain` (all of a choice, the ends of a range)."""
+    if isinstance(domain, Choice):
+        values: Sequence[Value] = domain.choices
+    elif isinstance(domain, (Float, Int)):
+        values = (domain.low, domain.high)
+    else:
+        values = (domain,)
+    expected, allowed = _TYPES.get(get_type_hints(owner)[key], ("", (int, float, str, bool)))
+    if isinstance(domain, (Float, Int)) and type(domain.low) not in allowed:
+        yield f"must be {expected}, not a range like this"
+        return
+    for value in values:
+        if type(value) not in allowed:
+            yield f"must be {expected}, got {value!r}"
+            continue
+        try:
+            owner(**{key: value})
+        except (ValueError, TypeError) as error:
+            yield str(error)
