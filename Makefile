@@ -60,7 +60,7 @@ lint: $(STAMP) $(LINK)
 slow-test: $(STAMP)
 	@$(BIN)/pytest --quiet -m slow
 
-browser-test: $(STAMP)
+browser-test: demo
 	@$(BIN)/pytest --quiet -m browser
 
 clean:

@@ -175,3 +175,27 @@ def test_the_page_of_the_front_draws_without_a_network(browser: Browser, store: 
     labels = browser.run("return [...document.querySelectorAll('.plotly .textpoint')].map(t => t.textContent.trim())")
     assert {"trial 1", "trial 2", "trial 4", "lora-r2"} <= set(labels)
     browser.picture("front")
+
+
+DEMO = Path(__file__).parent.parent / "runs" / "demo" / "mlflow.db"
+
+
+@pytest.mark.skipif(not DEMO.is_file(), reason="there is no demo's database: `make demo` makes it")
+def test_the_demo(browser: Browser, tmp_path: Path) -> None:
+    """The same on what `make demo` has left: the filter lists the front's runs, and its page draws."""
+    store = MlflowClient(f"sqlite:///{DEMO}")
+    experiment = store.get_experiment_by_name("demo")
+    assert experiment is not None
+    front = store.search_runs([experiment.experiment_id], "tags.`autopeft.pareto` = 'true'")
+    (parent,) = store.search_runs([experiment.experiment_id], "tags.`autopeft.role` = 'study'")
+    with mlflow_server(store.tracking_uri, tmp_path) as uri:
+        browser.open(f"{uri}/#/experiments/{experiment.experiment_id}/runs/{parent.info.run_id}")
+        browser.open(browser.wait("return document.querySelector('a[href*=viewStateShareKey]')?.href", bool))
+        found = browser.wait(TRIAL_LINKS, lambda found: len(found) >= len(front))
+        assert sorted(found) == sorted(run.info.run_name for run in front)
+        browser.wait("return document.body.innerText", lambda text: "obj/accuracy_std_err" in text)
+        browser.picture("demo-mlflow")
+    browser.open(Path(store.download_artifacts(parent.info.run_id, "pareto/front.html", str(tmp_path))).as_uri())
+    points = "return document.querySelectorAll('.plotly .scatterlayer path.point').length"
+    assert browser.wait(points, lambda count: count >= len(front)) >= len(front)
+    browser.picture("demo-front")
