@@ -110,13 +110,14 @@ class Snapshot:
     def rows(self) -> list[FrontRow]:
         """Every complete candidate as the reports show it, front and recommendation marked.
 
-        Once front members have been trained with fresh seeds, the front is drawn among those alone.
+        A tuned baseline is a candidate like any other: where plain LoRA is not beaten, it is on the front. Once
+        candidates have been trained with fresh seeds, the front is drawn among those alone.
         """
         entries = self.tuned()
         seed_sd = self.seed_sd()
         values = [self._values(entry, seed_sd) for entry in entries]
-        finalists = [e.trial.role == "search" and bool(e.repeats) for e in entries]
-        eligible = finalists if any(finalists) else [e.trial.role == "search" for e in entries]
+        repeated = [bool(entry.repeats) for entry in entries]
+        eligible = repeated if any(repeated) else [True] * len(entries)
         points = np.full((len(entries), len(self.objectives)), np.nan)
         for i, (entry, (value, _)) in enumerate(zip(entries, values, strict=True)):
             if eligible[i] and entry.trial.violation <= 0:

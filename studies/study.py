@@ -208,6 +208,8 @@ class Study:
         measurement = replace(outcome.measurement, values=values, spread=costs.spread)
         self._save_weights(trial, outcome)
         violation = max(o.violation(values[o.name]) for o in self.problem.objectives)
+        if trial.role != SEARCH:  # a candidate of the search that breaks a limit does not come this far
+            violation = max(violation, (self.limits.objection(values) or (-1.0, ""))[0])
         return self._end(replace(trial, state="complete", measurement=measurement, violation=violation), watcher)
 
     def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:

@@ -67,7 +67,7 @@ def print_front(snapshot: Snapshot) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(f"test {snapshot.quality}", justify="right", no_wrap=True)
     table.add_column("what", overflow="fold")
-    shown = (members, [row for row in rows if row.is_baseline])
+    shown = (members, [row for row in rows if row.is_baseline and not row.on_front])
     for position, group in enumerate(shown):
         for row in group:
             promise = snapshot.promise(snapshot.entry(row.trial), snapshot.quality)
