@@ -140,7 +140,7 @@ def test_picks(finished) -> None:
         with pytest.raises(selection.ConfigurationError, match=message):
             selection.pick(snapshot, wish)
     with pytest.raises(selection.NoFeasibleCandidate):
-        selection.pick(snapshot, "num_params<=1")
+        selection.pick(snapshot, "num_params<=-1")
 
 
 def test_recipe_promises_what_was_measured(finished, tmp_path: Path) -> None:
