@@ -95,9 +95,9 @@ def trial(number: int, accuracy: float, rank: int, **changes: Any) -> Trial:
     return Trial(number=number, candidate=made, **{**fields, **changes})
 
 
-#: Accuracy 0.5, 0.7, 0.6, 0.8 at ranks 1, 4, 8, 16: trial 3 is dominated by trial 2.
+#: Accuracy 0.5, 0.7, 0.6, 0.8 at ranks 1, 4, 8, 16: trial 3 is dominated by trial 2, and the baseline by trial 1.
 TRIALS = (
-    trial(0, 0.6, 2, role="baseline:lora-r2", genes={}),
+    trial(0, 0.4, 2, role="baseline:lora-r2", genes={}),
     trial(1, 0.5, 1),
     trial(2, 0.7, 4),
     trial(3, 0.6, 8),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 ok, 1 failed, 2 usage or configuration, 3 no feasible candidate,
     4 environment, 130 interrupted.
     """
+    # What one library says to another is nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app(args=arguments, prog_name="autopeft")
     except Exception as error:
