@@ -74,7 +74,7 @@ class StudyFile(settings.Section):
 
     @property
     def output_folder(self) -> Path:
-        return self.folder / Path(self.output or f"runs/{self.study}").expanduser()
+        return Path(os.path.normpath(self.folder / Path(self.output or f"runs/{self.study}").expanduser()))
 
     @property
     def tracking_uri(self) -> str:
