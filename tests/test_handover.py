@@ -39,9 +39,12 @@ def recommended(study: Path):
 
 def test_peft_gives_the_scores_of_the_study(study: Path, tmp_path: Path) -> None:
     """The exported adapter, loaded by peft alone, has the accuracy that the study measured for these weights."""
-    assert call("export", study, "--pick", "recommended", "--to", "peft", "--out", tmp_path / "peft") == 0
-    snapshot, row = recommended(study)
-    run = snapshot.entry(row.trial).runs[0]
+    snapshot, _ = recommended(study)
+    # On this toy the head alone may be as good, and peft has no format for that.
+    entry = next(entry for entry in snapshot.entries() if entry.trial.role == "search" and entry.repeats)
+    pick = f"trial:{entry.trial.number}"
+    assert call("export", study, "--pick", pick, "--to", "peft", "--out", tmp_path / "peft") == 0
+    run = entry.runs[0]
     base = AutoModelForSequenceClassification.from_pretrained(study.parent / "model", num_labels=3)
     model = PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval()
     tokenizer = AutoTokenizer.from_pretrained(study.parent / "model")
