@@ -113,7 +113,7 @@ def bare_recipe(
 def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
     """Costs and qualities as they were measured; the main quality on the test split with its promise, if it has one."""
     assert entry.trial.measurement is not None
-    values, std_err = snapshot.values_of(entry)
+    values, std_err = snapshot.values_of(entry, snapshot.seed_sd())
     seeds = tuple(run.seed for run in entry.runs)
     found = {}
     for name, value in values.items():

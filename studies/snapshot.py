@@ -115,7 +115,7 @@ class Snapshot:
         """
         entries = self.tuned()
         seed_sd = self.seed_sd()
-        values = [self._values(entry, seed_sd) for entry in entries]
+        values = [self.values_of(entry, seed_sd) for entry in entries]
         repeated = [bool(entry.repeats) for entry in entries]
         eligible = repeated if any(repeated) else [True] * len(entries)
         points = np.full((len(entries), len(self.objectives)), np.nan)
@@ -140,11 +140,8 @@ class Snapshot:
             for entry, (value, std_err), member in zip(entries, values, on_front, strict=True)
         ]
 
-    def values_of(self, entry: Entry) -> tuple[dict[str, float], dict[str, float]]:
-        """Values and standard errors by metric name, over all of its runs."""
-        return self._values(entry, self.seed_sd())
-
-    def _values(self, entry: Entry, seed_sd: SeedSd | None) -> tuple[dict[str, float], dict[str, float]]:
+    def values_of(self, entry: Entry, seed_sd: SeedSd | None) -> tuple[dict[str, float], dict[str, float]]:
+        """Values and standard errors by metric name, over all of its runs; see `seed_sd`."""
         assert entry.trial.measurement is not None
         values, std_err = dict(entry.trial.measurement.values), dict(entry.trial.measurement.std_err)
         for metric in ("accuracy", "loss"):

@@ -95,7 +95,6 @@ class Study:
         try:
             for trial in self.ledger.unfinished(self.problem.objectives):
                 self._evaluate(trial, watcher)
-            self.trials = {trial.number: trial for trial in self.ledger.trials()}
             for planned in self._baselines():
                 self._begin_and_evaluate(planned, watcher)
             self._search(watcher)
