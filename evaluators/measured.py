@@ -104,9 +104,9 @@ class _Bench:
         self.model = attachment.model[0]
         self.task = task
         self.inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
-        self.targets = batch["targets"]
+        self.batch = batch
         self.trained = [parameter for parameter, _ in attachment.trainable()]
-        self.device = self.targets.device
+        self.device = batch["targets"].device
 
     # What is run
 
@@ -115,7 +115,7 @@ class _Bench:
         self.model(**self.inputs)
 
     def loss(self) -> Tensor:
-        return self.task.score(self.model(**self.inputs).logits, self.targets)[0].mean()
+        return self.task.scores(self.model, self.batch)[0].mean()
 
     def training_step(self) -> Callable[[], None]:
         """The step with an optimiser of its own; the forward pass alone where there is nothing to train."""

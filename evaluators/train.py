@@ -191,8 +191,7 @@ class TrainEvaluator(Evaluator):
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * rate(step - 1, full, training)
                 batch = self.batch("train", next(order))
-                targets = batch.pop("targets")
-                loss = self.task.score(self.model(**batch).logits, targets)[0].mean()
+                loss = self.task.scores(self.model, batch)[0].mean()
                 loss.backward()
                 if training.max_grad_norm:
                     clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
@@ -211,9 +210,7 @@ class TrainEvaluator(Evaluator):
         lengths = self.lengths[split]
         columns = {"loss": [0.0] * len(lengths), "accuracy": [0.0] * len(lengths)}
         for indices in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
-            batch = self.batch(split, indices)
-            targets = batch.pop("targets")
-            scored = self.task.score(self.model(**batch).logits, targets)
+            scored = self.task.scores(self.model, self.batch(split, indices))
             for column, values in zip(columns.values(), scored, strict=True):
                 for index, value in zip(indices, values.tolist(), strict=True):
                     column[index] = value

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 Example = Mapping[str, Any]
@@ -39,6 +39,11 @@ class Task(ABC):
     @abstractmethod
     def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy [N], differentiable, and accuracy [N] of each example."""
+
+    def scores(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and accuracy, each [N], of a collated batch: the forward pass and `score`."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+        return self.score(model(**inputs).logits, batch["targets"])
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """input_ids and attention_mask [N, T], padded on the right to the longest example, and the targets."""
