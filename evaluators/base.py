@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,6 +50,13 @@ class OutOfMemory(RuntimeError):
 Progress = Callable[[int, int], None]
 
 
+#: Called with the place of a request and its outcome.
+Ended = Callable[[int, Outcome], None]
+#: Called at a rung with its share of the steps and, of every candidate that came so far, the place of the request and
+#: held-out loss and accuracy; returns the places of those that go on.
+Select = Callable[[float, Sequence[tuple[int, Mapping[str, float]]]], Collection[int]]
+
+
 class Evaluator(ABC):
     """Turns candidates into measurements. It sees architectures and data, never search strategies."""
 
@@ -67,5 +74,16 @@ class Evaluator(ABC):
         """Training steps that the request will take."""
 
     @abstractmethod
-    def evaluate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Outcome]:
-        """One outcome per request, in order. Failures of a candidate are outcomes, not exceptions."""
+    def evaluate(
+        self,
+        requests: Sequence[Request],
+        progress: Progress | None = None,
+        *,
+        ended: Ended | None = None,
+        select: Select | None = None,
+    ) -> list[Outcome]:
+        """One outcome per request, in order. Failures of a candidate are outcomes, not exceptions.
+
+        With `select`, all requests have one fidelity, and a candidate that it leaves out at a rung ends there: its
+        measurement has that rung's share and values. `ended` is called as soon as an outcome is certain.
+        """

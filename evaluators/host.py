@@ -7,7 +7,7 @@ the backbone's own modules and parameters are never replaced: detaching restores
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -73,6 +73,8 @@ class Attachment(nn.Module):
         self.backbone = backbone
         self.architectures = tuple(architectures)
         self.num_slots = len(architectures)
+        #: Layers below the lowest adapter of all slots: what they compute is the same for every slot.
+        self.depth = min(architecture.lowest_layer(backbone) for architecture in architectures)
         self.banks = _registered([])
         self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all of them
         self._handles: list[Any] = []
@@ -245,6 +247,28 @@ class Attachment(nn.Module):
             names = {p: name for name, p in self.model[0].named_parameters()}
             for parameter, _ in self._trained:
                 parameter.copy_(state[f"backbone/full/{names[parameter]}"])
+
+    def parts(self, k: int, of: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+        """Slot k's views of tensors that are kept per trained parameter of the banks, by the names of `state`."""
+        return {
+            f"{key}/{name}": part
+            for key, bank, j in self._banks_of(k)
+            for name, part in bank.of_slot(j, {n: of[v] for n, v in bank.values.items()}).items()
+        }
+
+    def dropout_streams(self, k: int) -> dict[str, torch.Generator]:
+        """Slot k's random streams, by the first words of the names of `state`."""
+        return {key: bank.dropout_streams[j] for key, bank, j in self._banks_of(k)}
+
+    def slots_of_rows(self) -> Iterator[tuple[nn.Parameter, bool, list[int]]]:
+        """Every tensor of the banks, whether weight decay applies to it, and the slot of each of its rows.
+
+        Only where no two slots share a bank.
+        """
+        for bank, slots in zip(self.banks, self._slots_of, strict=True):
+            served = list(range(self.num_slots)) if slots is None else slots.tolist()
+            declared = bank.specs[0].parameters(bank.site)
+            yield from ((value, declared[name].decay, served) for name, value in bank.values.items())
 
     def _banks_of(self, k: int) -> Iterator[tuple[str, Bank, int]]:
         """Banks that serve slot k: a name that is the same in any pack, the bank, the slot's place in it."""

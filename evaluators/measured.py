@@ -96,6 +96,11 @@ def _without_trace(attachment: Attachment) -> Iterator[None]:
         model.train(modes[1])
 
 
+def step_bytes(attachment: Attachment, task: Task, batch: Batch) -> int:
+    """Bytes that a training step holds beside the parameters; see the top of this file."""
+    return _Bench(attachment, task, batch).step_bytes()
+
+
 class _Bench:
     """One attachment and one batch, and what can be run and read off them. Results are value and spread."""
 
@@ -138,8 +143,11 @@ class _Bench:
         if self.device.type == "cuda":
             return float(self.high_water_mark()), 0.0
         parameters = dict.fromkeys([*self.model.parameters(), *self.attachment.parameters()])
-        total = sum(p.nbytes for p in parameters) + 3 * sum(p.nbytes for p in self.trained) + self.saved_bytes()
-        return float(total), 0.0
+        return float(sum(p.nbytes for p in parameters) + self.step_bytes()), 0.0
+
+    def step_bytes(self) -> int:
+        """What a step holds beside the parameters."""
+        return 3 * sum(p.nbytes for p in self.trained) + self.saved_bytes()
 
     def high_water_mark(self) -> int:
         step = self.training_step()

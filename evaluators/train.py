@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
@@ -27,6 +28,8 @@ from autopeft.search_space.problem import Measurement
 from autopeft.search_space.training import Training
 
 EVALUATION_BATCH_SIZE = 64
+#: Validation examples that are scored at a rung, about.
+RUNG_EXAMPLES = 256
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +55,9 @@ class TrainEvaluator(Evaluator):
         self.examples: dict[str, list[Example]] = {split: self.task.encode(getattr(splits, split)) for split in SPLITS}
         self.lengths = {split: [len(e["input_ids"]) for e in rows] for split, rows in self.examples.items()}
         self._check_examples(loaded)
+        # Evenly over the file, whatever its order: enough to rank by the loss, few enough to cost little.
+        held_out = len(self.examples["validation"])
+        self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
         self.device = next(self.model.parameters()).device
 
     def _check_examples(self, loaded: LoadedBackbone) -> None:
@@ -111,14 +117,18 @@ class TrainEvaluator(Evaluator):
         batch = self.task.collate([self.examples[split][i] for i in indices])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def evaluate(self, requests, progress=None):
+    def evaluate(self, requests, progress=None, *, ended=None, select=None):
+        if select is not None:
+            raise ValueError(f"the {self.name!r} evaluator trains one candidate after the other: there is no selection")
         total = sum(self.num_steps(request) for request in requests)
         done = 0
         outcomes = []
-        for request in requests:
+        for index, request in enumerate(requests):
             start = done
             report = (lambda step, start=start: progress(start + step, total)) if progress else (lambda step: None)
             outcomes.append(self._evaluate(request, report))
+            if ended is not None:
+                ended(index, outcomes[-1])
             done += self.num_steps(request)
         return outcomes
 
@@ -126,46 +136,29 @@ class TrainEvaluator(Evaluator):
         try:
             with memory_errors(), self.attach(request) as attachment:
                 return self._train(request, attachment, report)
-        except OutOfMemory as error:
-            return Outcome(failure="infeasible", reason=str(error))
-        except TrainingFailed as error:
-            return Outcome(failure="failed", reason=str(error))
-        except Exception as error:  # a candidate that breaks in a way of its own must not take the others along
-            logger.debug("candidate %s", request.candidate.key, exc_info=True)
-            return Outcome(failure="failed", reason=f"{type(error).__name__}: {error}")
+        except Exception as error:
+            return failure(request, error)
 
     def _train(self, request: Request, attachment: Attachment, report: Callable[[int], None]) -> Outcome:
         begin = time.perf_counter()
         training = self.training(request.candidate)
         full, steps = self.full_steps(training), self.num_steps(request)
         rungs = {steps_at(rung, full): rung for rung in request.fidelity.rungs}
-        losses: list[float] = []
-        found: list[tuple[float, dict[str, float]]] = []
-        train_s = 0.0
+        record = Record()
         for step, seconds, loss in self._steps(request, attachment, training, steps, full):
-            train_s += seconds
-            losses.append(loss)
+            record.train_s += seconds
+            record.losses.append(loss)
             report(step)
             if step in rungs and step < steps:
-                found.append((rungs[step], _means(self.scores(attachment, "validation"))))
-        scores = self.scores(attachment, "validation")
-        test = self.scores(attachment, "test") if request.test else {}
-        values = _means(scores)
-        measurement = Measurement(
-            values=values,
-            std_err={name: _standard_error(column) for name, column in scores.items()},
-            seed=request.seed,
-            share=request.fidelity.share,
-            evaluator=self.name,
-            wall_s=time.perf_counter() - begin,
-            train_s=train_s,
-            losses=tuple(round(loss, 5) for loss in losses),
-            rungs=tuple(found),
-            per_example={name: _rounded(column) for name, column in scores.items()},
-            test=_means(test),
-            test_per_example={name: _rounded(column) for name, column in test.items()},
-        )
-        return Outcome(measurement=measurement, weights=attachment.state() if request.keep_weights else None)
+                (columns,) = self.columns(attachment, "validation", self.rung_examples)
+                record.rung(rungs[step], columns)
+        (columns,) = self.columns(attachment, "validation")
+        record.validation = finite(columns)
+        if request.test:
+            record.test = finite(self.columns(attachment, "test")[0])
+        record.wall_s = time.perf_counter() - begin
+        weights = attachment.state() if request.keep_weights else None
+        return Outcome(measurement=record.measurement(request, self.name), weights=weights)
 
     def _steps(
         self, request: Request, attachment: Attachment, training: Training, steps: int, full: int
@@ -204,20 +197,77 @@ class TrainEvaluator(Evaluator):
 
     # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
     @torch.no_grad()
-    def scores(self, attachment: Attachment, split: str) -> dict[str, list[float]]:
-        """Loss and accuracy of every example of a split, in the order of the file."""
+    def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
+        """For every slot, loss and accuracy of these examples of a split (default: all of them), in their order."""
         attachment.eval()
-        lengths = self.lengths[split]
-        columns = {"loss": [0.0] * len(lengths), "accuracy": [0.0] * len(lengths)}
-        for indices in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
-            scored = self.task.scores(self.model, self.batch(split, indices))
-            for column, values in zip(columns.values(), scored, strict=True):
-                for index, value in zip(indices, values.tolist(), strict=True):
-                    column[index] = value
+        chosen = range(len(self.examples[split])) if examples is None else examples
+        lengths = [self.lengths[split][i] for i in chosen]
+        found = torch.zeros(2, attachment.num_slots, len(chosen))
+        for places in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
+            scored = self.scores(attachment, split, [chosen[place] for place in places])
+            found[:, :, places] = torch.stack(scored).cpu()
         attachment.train()
-        if not all(map(math.isfinite, columns["loss"])):
-            raise TrainingFailed(f"the loss on the {split} split is not a number")
-        return columns
+        return [{"loss": loss.tolist(), "accuracy": accuracy.tolist()} for loss, accuracy in found.unbind(1)]
+
+    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of these examples, each [K, N]."""
+        losses, accuracies = self.task.scores(self.model, self.batch(split, indices))
+        return losses[None], accuracies[None]
+
+
+Columns = dict[str, list[float]]
+
+
+@dataclass(slots=True)
+class Record:
+    """What has been seen of a candidate's training."""
+
+    losses: list[float] = field(default_factory=list)
+    rungs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    validation: Columns = field(default_factory=dict)
+    test: Columns = field(default_factory=dict)
+    train_s: float = 0.0
+    wall_s: float = 0.0
+
+    def rung(self, share: float, columns: Columns) -> None:
+        """Raises TrainingFailed for a loss that is not a number."""
+        self.rungs.append((share, _means(finite(columns))))
+
+    def measurement(self, request: Request, evaluator: str) -> Measurement:
+        """Raises IndexError for a training that ended before its first rung."""
+        # One that ended at a rung has that rung's values.
+        share, values = (request.fidelity.share, _means(self.validation)) if self.validation else self.rungs[-1]
+        return Measurement(
+            values=values,
+            std_err={name: _standard_error(column) for name, column in self.validation.items()},
+            seed=request.seed,
+            share=share,
+            evaluator=evaluator,
+            wall_s=self.wall_s,
+            train_s=self.train_s,
+            losses=tuple(round(loss, 5) for loss in self.losses),
+            rungs=tuple(self.rungs),
+            per_example={name: _rounded(column) for name, column in self.validation.items()},
+            test=_means(self.test),
+            test_per_example={name: _rounded(column) for name, column in self.test.items()},
+        )
+
+
+def failure(request: Request, error: Exception) -> Outcome:
+    """The outcome of a candidate that broke: it must not take the others along."""
+    if isinstance(error, OutOfMemory):
+        return Outcome(failure="infeasible", reason=str(error))
+    if isinstance(error, TrainingFailed):
+        return Outcome(failure="failed", reason=str(error))
+    logger.debug("candidate %s", request.candidate.key, exc_info=error)
+    return Outcome(failure="failed", reason=f"{type(error).__name__}: {error}")
+
+
+def finite(columns: Columns) -> Columns:
+    """Raises TrainingFailed for a loss that is not a number."""
+    if not all(map(math.isfinite, columns["loss"])):
+        raise TrainingFailed("the held-out loss is not a number")
+    return columns
 
 
 def max_tokens(model: Any) -> int:
@@ -261,7 +311,7 @@ def rate(step: int, steps: int, training: Training) -> float:
     return 1.0
 
 
-def _means(scores: dict[str, list[float]]) -> dict[str, float]:
+def _means(scores: Columns) -> dict[str, float]:
     return {name: sum(column) / len(column) for name, column in scores.items()}
 
 

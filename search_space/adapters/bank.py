@@ -6,7 +6,7 @@ Notation: N banks, K slots (each reads one bank), M tokens per slot, R the size 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,11 +114,15 @@ class Bank(nn.Module):
             return dict(self.values.items())
         return {name: value[self.bank_index] for name, value in self.values.items()}
 
-    def of_slot(self, k: int) -> dict[str, Tensor]:
-        """The parameters of slot k in its own size, without the slot dimension."""
+    def of_slot(self, k: int, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The parameters of slot k in its own size, without the slot dimension; views of the bank's.
+
+        With `values`: the same parts of other tensors in the shape of the parameters, such as an optimiser's moments.
+        """
+        own: Mapping[str, Tensor] = dict(self.values.items()) if values is None else values
         shapes = {name: parameter.shape for name, parameter in self.specs[k].parameters(self.site).items()}
         bank = self.bank_of_slot[k]
-        return {name: self.values[name][bank][tuple(slice(n) for n in shapes[name])] for name in shapes}
+        return {name: own[name][bank][tuple(slice(n) for n in shapes[name])] for name in shapes}
 
     @torch.no_grad()
     def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
