@@ -46,10 +46,12 @@ $(LINK):
 demo: $(STAMP)
 	@$(BIN)/autopeft run studies/examples/demo.yaml --resume
 
-# loadfile keeps a file on one worker, so that what it loads once (a backbone) is loaded once.
+# loadfile keeps a file on one worker, so that what it loads once (a backbone) is loaded once. Triton's interpreter is
+# chosen for a whole process, before triton is imported: its tests have their own.
 test: $(STAMP) $(LINK)
 	@$(LINT_IMPORTS)
 	@$(BIN)/pytest --quiet -n $(WORKERS) --dist loadfile
+	@TRITON_INTERPRET=1 $(BIN)/pytest --quiet -n $(WORKERS) --dist loadfile tests/interpreted
 
 lint: $(STAMP) $(LINK)
 	@$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """The host: attaches the adapters of K slots to one frozen backbone, and takes them off again.
 
 Notation: K slots, the batch is [K * N, tokens, D] with the N examples of a slot next to each other.
-Everything hangs on module hooks (and, for attention prefixes, on transformers' attention interface), so that
-the backbone's own modules and parameters are never replaced: detaching restores them bit for bit.
+Everything hangs on module hooks, on forward functions of single instances (a linear and its LoRA in one operation) and,
+for attention prefixes, on transformers' attention interface. The backbone's own modules and parameters are never
+replaced: detaching restores them bit for bit.
 """
 
 from __future__ import annotations
@@ -163,6 +164,8 @@ class Attachment(nn.Module):
             if inputs:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(inputs)))
             outputs = [pair for pair in here if overrides(pair[0].specs[0], "apply")]
+            if outputs and self._fuses(outputs[0][0], module):
+                self._handles.append(ForwardReplacement(module, self._linear(module, *outputs.pop(0))))
             if outputs:
                 self._handles.append(module.register_forward_hook(self._output_hook(outputs)))
             taps |= {bank.site.input_module for bank, _ in outputs} - {path}
@@ -170,6 +173,23 @@ class Attachment(nn.Module):
             # Prepended: a sub-layer's x is taken before an adapter at the tapped linear changes its input.
             handle = model.get_submodule(path).register_forward_pre_hook(self._tap(path), prepend=True)
             self._handles.append(handle)
+
+    @staticmethod
+    def _fuses(bank: Bank, module: nn.Module) -> bool:
+        """Whether the first adapter that acts on the output of `module` may run with it in one operation."""
+        plain = type(module) is nn.Linear and bank.site.module == bank.site.input_module
+        return plain and overrides(bank.specs[0], "apply_linear") and "forward" not in vars(module)
+
+    def _linear(self, module: nn.Module, bank: Bank, slots: Tensor | None) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            x = self._by_slot(input)
+            y = bank.apply_linear(x, slots)
+            if y is None:
+                y = type(module).forward(module, x)
+                y = _on_slots(slots, y, bank, x, y)
+            return y.reshape(*input.shape[:-1], -1)
+
+        return forward
 
     def _tap(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple) -> None:
@@ -346,6 +366,17 @@ class Attachment(nn.Module):
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+
+class ForwardReplacement:
+    """Another forward function for one module, put on the instance; without it, its class's own is found again."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._module = module
+        module.forward = forward
+
+    def remove(self) -> None:
+        del self._module.forward
 
 
 def _registered(banks: list[Bank]) -> list[Bank]:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autopeft.evaluators.host import ForwardReplacement
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.backbone import Backbone
 
@@ -73,14 +74,12 @@ class Prefix:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             return hidden
 
-        # On the instances, and off again: the classes' own forward is what is found without them.
-        for layer in self.layers[:depth]:
-            layer.forward = forward
+        replacements = [ForwardReplacement(layer, forward) for layer in self.layers[:depth]]
         try:
             yield
         finally:
-            for layer in self.layers[:depth]:
-                del layer.forward
+            for replacement in replacements:
+                replacement.remove()
 
 
 class Activations:

@@ -1,32 +1,162 @@
-"""Packed LoRA: the low-rank update of K slots on one linear layer.
+"""Packed LoRA: the low-rank update of K slots on one linear layer, alone or together with the frozen layer.
 
-Letters: K slots, T tokens per slot, D_in, D_out features, R rank (the largest of the slots).
+Letters: K slots in the batch, S slots that the adapter serves (S <= K), T tokens per slot, D_in, D_out features,
+R rank (the largest of the slots).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from autopeft.kernels.slot_products import expand, expand_, outer, shrink
 
 
 def packed_lora(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
     """The update scale * (x A^T) B^T of every slot (Hu et al. 2021, section 4.1).
 
     x: [K, T, D_in], a: [K, R, D_in], b: [K, D_out, R], scale: [K], mask: [K, R] with 1 for the ranks that a
-    slot owns (None: all). Returns [K, T, D_out]. Grouped matrix products are `bmm` because slots are equal in
-    length.
+    slot owns (None: all). Returns [K, T, D_out] in x's type. Gradients: x, a, b; scale and mask are constants.
     """
-    h = torch.bmm(x, a.transpose(1, 2))
-    # The scale is applied to the narrow side: R numbers per token and not D_out.
-    h = h * (scale[:, None] * mask if mask is not None else scale[:, None].expand(-1, a.shape[1]))[:, None, :]
-    return torch.bmm(h, b.transpose(1, 2))
+    return _packed_lora(x, None, None, a, b, _factor(a, scale, mask), None)[0]
+
+
+def packed_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear layer with the updates of some slots: x W^T + bias, and there + scale * (x A^T) B^T.
+
+    x: [K, T, D_in], weight: [D_out, D_in], bias: [D_out], a: [S, R, D_in], b: [S, D_out, R], scale: [S],
+    mask: [S, R], slots: [S] int64, the distinct slots that a, b, scale and mask belong to (None: S = K, all).
+    Returns [K, T, D_out] in the type of the frozen product, the only tensor of that size that is made. a and b may be
+    wider than weight and x: the update is then computed in their type and rounded when it is added.
+    Gradients: x, a, b. weight and bias are frozen and get none; scale and mask are constants.
+    """
+    return _packed_lora(x, weight, bias, a, b, _factor(a, scale, mask), slots)[0]
 
 
 def packed_lora_reference(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same, slot by slot in the obvious way."""
+    """`packed_lora`, slot by slot in the obvious way."""
     out = []
     for k in range(x.shape[0]):
         kept = slice(None) if mask is None else mask[k].bool()
         delta = b[k][:, kept] @ a[k][kept]
         out.append(scale[k] * (x[k] @ delta.T))
     return torch.stack(out)
+
+
+def packed_lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """`packed_lora_linear`, slot by slot in the obvious way."""
+    served = list(range(x.shape[0])) if slots is None else slots.tolist()
+    out = []
+    for k in range(x.shape[0]):
+        effective = weight
+        if k in served:
+            i = served.index(k)
+            kept = slice(None) if mask is None else mask[i].bool()
+            effective = weight + scale[i] * (b[i][:, kept] @ a[i][kept])
+        out.append(F.linear(x[k], effective, bias))
+    return torch.stack(out)
+
+
+def _factor(a: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
+    """[S, R]: scale where a slot owns the rank, else 0. On the narrow side it costs R numbers per token, not D_out."""
+    factor = scale[:, None].expand(-1, a.shape[1]) if mask is None else scale[:, None] * mask
+    return factor.detach().to(a.dtype)
+
+
+# Both functions are one operation; without a weight it is the update alone. h = (x A^T) * factor [S, T, R] is kept for
+# the gradient of B.
+
+
+@torch.library.custom_op("autopeft::packed_lora", mutates_args=())
+def _packed_lora(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, factor: Tensor, slots: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    h = shrink(x, a, factor, slots)
+    if weight is None:
+        return expand(h, b, None, x.dtype), h
+    y = F.linear(x.reshape(-1, x.shape[2]), weight, bias).view(*x.shape[:2], -1)
+    return expand_(y, h, b, slots), h
+
+
+@torch.library.custom_op("autopeft::packed_lora_backward", mutates_args=())
+def _packed_lora_backward(
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    factor: Tensor,
+    slots: Tensor | None,
+    h: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (empty if nothing below is trained), a, and b transposed: [S, R, D_out]."""
+    gh = shrink(gy, b.transpose(1, 2), factor, slots)
+    ga, gb = outer(gh, x, slots), outer(h, gy, slots)
+    if not needs_x:
+        gx = x.new_empty(0)
+    elif weight is None:
+        gx = expand(gh, a.transpose(1, 2), None, x.dtype)
+    else:
+        gx = (gy.reshape(-1, gy.shape[2]) @ weight).view(x.shape)
+        expand_(gx, gh, a.transpose(1, 2), slots)
+    return gx, ga, gb
+
+
+@_packed_lora.register_fake
+def _(x, weight, bias, a, b, factor, slots):
+    return x.new_empty(*x.shape[:2], b.shape[1]), a.new_empty(a.shape[0], x.shape[1], a.shape[1])
+
+
+@_packed_lora_backward.register_fake
+def _(gy, x, weight, a, b, factor, slots, h, needs_x):
+    return x.new_empty(x.shape if needs_x else 0), a.new_empty(a.shape), b.new_empty(b.transpose(1, 2).shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, a, b, factor, slots = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, a, b, factor, slots, output[1])
+
+
+@once_differentiable
+def _backward(ctx, gy, _):
+    gx, ga, gb = _packed_lora_backward(gy, *ctx.saved_tensors, ctx.needs_input_grad[0])
+    return gx if ctx.needs_input_grad[0] else None, None, None, ga, gb.transpose(1, 2), None, None
+
+
+_packed_lora.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.autopeft.packed_lora)
+def _flops(x, weight, bias, a, b, factor, slots, *, out_shape=None):
+    (k, t, d_in), (s, r, _), d_out = x, a, b[1]
+    return 2 * t * ((k * d_in * d_out if weight else 0) + s * r * (d_in + d_out))
+
+
+@register_flop_formula(torch.ops.autopeft.packed_lora_backward)
+def _flops_backward(gy, x, weight, a, b, factor, slots, h, needs_x, *, out_shape=None):
+    (k, t, d_in), (s, r, _), d_out = x, a, b[1]
+    below = (k * d_in * d_out if weight else 0) + s * r * d_in
+    return 2 * t * ((below if needs_x else 0) + s * r * (d_in + 2 * d_out))

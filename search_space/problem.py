@@ -9,7 +9,8 @@ from typing import Any, Literal
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.space import SearchSpace
 
-State = Literal["running", "complete", "failed", "infeasible"]
+#: "pruned": ended at a rung; its measurement has the values there.
+State = Literal["running", "complete", "pruned", "failed", "infeasible"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +148,7 @@ class Trial:
     seed: int = 0
     state: State = "running"
     measurement: Measurement | None = None
-    #: Why it failed or is infeasible.
+    #: Why it failed, is infeasible or was pruned.
     error: str | None = None
     #: For a finalist: the number of the trial that it repeats.
     of: int | None = None

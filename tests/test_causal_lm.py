@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import pre_tokenizers, processors
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from autopeft.evaluators.backbones import LoadedBackbone, describe_backbone, load_backbone, load_tokenizer
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.tasks.base import IGNORED
+from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.tasks import causal_lm
+from autopeft.evaluators.tasks.base import IGNORED, Batch, Task
 from autopeft.evaluators.tasks.causal_lm import CausalLM
 from autopeft.evaluators.tasks.data import DataError, Splits, load_splits
 from autopeft.evaluators.train import TrainEvaluator
-from autopeft.search_space.adapters import Lora
-from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.adapters import Full, Lora, Prefix
+from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.presets import everywhere, linears
 from autopeft.studies.examples import tiny_llama
 from autopeft.studies.study_file import load_study
@@ -214,6 +230,108 @@ def test_loss_and_gradient_by_their_definition(loaded):
     low = task(loaded.tokenizer).score(logits.bfloat16(), targets)[0]
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, losses, rtol=0.05, atol=0.05)
+
+
+# Scores without logits of all tokens
+
+
+def from_logits(own: CausalLM, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return Task.scores(own, model, batch)
+
+
+def without_logits(own: CausalLM, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """`scores`, of a model that nothing is known of yet, and that is not allowed to make logits."""
+    causal_lm._plain.pop(model, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", only_probed(type(model).forward))
+        return own.scores(model, batch)
+
+
+def only_probed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(self, input_ids, **kwargs):
+        assert input_ids.shape == (1, 2), "the model makes its logits"
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    return checked
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_pack_is_scored_without_its_logits(loaded, slots):
+    own = task(loaded.tokenizer)
+    examples = own.encode([*TRAIN[:5], {"text": "abc is cba"}])
+    # Examples of a slot lie next to each other; the second has its own, and both draw dropout.
+    batch = own.collate([*examples, *reversed(examples)][: slots * len(examples)])
+    batch["targets"][0] = IGNORED
+    backbone = loaded.backbone
+    loras = [everywhere(backbone, Lora(rank=r, dropout=0.1 * r), linears(backbone)) for r in (4, 2)]
+    prefixes = everywhere(backbone, Prefix(length=3), ("attn",))
+    pack = [loras[0], Architecture.of(dict((*loras[1].adapters, *prefixes.adapters)))][:slots]
+
+    def outcome(scores: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with Attachment(loaded.model, backbone, pack, range(slots)) as attachment:
+            generator = torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                for parameter, _ in attachment.trainable():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            losses, correct = scores(own, loaded.model, batch)
+            weights = torch.linspace(1.0, 2.0, len(losses))
+            gradients = torch.autograd.grad((losses * weights).sum(), [p for p, _ in attachment.trainable()])
+            attachment.eval()
+            with torch.no_grad():
+                evaluated = scores(own, loaded.model, batch)[0]
+        return losses, correct, evaluated, torch.cat([gradient.flatten() for gradient in gradients])
+
+    ours, expected = outcome(without_logits), outcome(from_logits)
+    assert ours[0][0] == 0 and ours[0][1:].min() > 0 and not torch.equal(ours[0], ours[2])
+    for own_part, part in zip(ours, expected, strict=True):
+        assert (own_part - part).norm() <= 1e-6 * part.norm()
+
+
+SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZE = {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32}
+GPT2 = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "plain"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**SHAPE, **SIZE), True),
+        (GPT2LMHeadModel, GPT2, True),
+        (Gemma2ForCausalLM, Gemma2Config(**SHAPE, **SIZE, final_logit_softcapping=None), True),
+        (Gemma2ForCausalLM, Gemma2Config(**SHAPE, **SIZE, final_logit_softcapping=3.0), False),
+        (GraniteForCausalLM, GraniteConfig(**SHAPE, **SIZE, logits_scaling=4.0), False),
+        (CohereForCausalLM, CohereConfig(**SHAPE, **SIZE, eos_token_id=1), False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_do_something_to_their_logits_are_asked_for_them(make, config, plain, dtype):
+    model = seeded(make, config).requires_grad_(False).to(dtype)
+    ids = torch.randint(0, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "targets": ids}
+    own = CausalLM(None, 32, None)
+    found, expected = own.scores(model, batch), from_logits(own, model, batch)
+    assert causal_lm._plain[model] == plain
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    if plain:
+        torch.testing.assert_close(without_logits(own, model, batch), found, rtol=0, atol=0)
+
+
+def test_an_output_layer_that_is_trained_or_adapted_gives_its_own_logits(loaded):
+    own = task(loaded.tokenizer)
+    batch = own.collate(own.encode(TRAIN[:3]))
+    with Attachment(loaded.model, loaded.backbone, [Architecture.of({"backbone": [Full()]})], [0]) as attachment:
+        attachment.eval()
+        own.scores(loaded.model, batch)[0].sum().backward()
+        assert loaded.model.lm_head.weight.grad.abs().max() > 0
+    with Attachment(loaded.model, loaded.backbone, [Architecture()], [0]), torch.no_grad():
+        plain = own.scores(loaded.model, batch)[0]
+        handle = loaded.model.lm_head.register_forward_hook(lambda layer, args, output: 2 * output)
+        try:
+            found, expected = own.scores(loaded.model, batch)[0], from_logits(own, loaded.model, batch)[0]
+        finally:
+            handle.remove()
+    torch.testing.assert_close(found, expected)
+    assert (found - plain).abs().min() > 0.01
 
 
 # Training

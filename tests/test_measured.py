@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -190,8 +191,15 @@ class Clock:
 
     def watch(self, attachment: Attachment) -> Attachment:
         for bank in attachment.banks:
-            bank.register_forward_hook(lambda *_: setattr(self, "time", self.time + self.speed / 10))
+            bank.slots = self._taking_time(bank.slots)
         return attachment
+
+    def _taking_time(self, slots: Callable[[], Any]) -> Callable[[], Any]:
+        def read() -> Any:
+            self.time += self.speed / 10
+            return slots()
+
+        return read
 
 
 @pytest.fixture

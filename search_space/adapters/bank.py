@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -38,13 +39,21 @@ class Call:
         """The backbone's module at the site."""
         return self.bank.base[0]
 
+    @property
+    def rates(self) -> list[float]:
+        """Each slot's probability of dropout."""
+        return [getattr(spec, "dropout", 0.0) for spec in self.bank.specs]
+
+    @property
+    def drops(self) -> bool:
+        return self.bank.training and any(self.rates)
+
     def dropout(self, x: Tensor) -> Tensor:
         """Dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
-        rates = [getattr(spec, "dropout", 0.0) for spec in self.bank.specs]
-        if not self.bank.training or not any(rates):
+        if not self.drops:
             return x
         keep = torch.ones_like(x)
-        for k, rate in enumerate(rates):
+        for k, rate in enumerate(self.rates):
             if rate > 0.0:
                 drawn = torch.rand(x.shape[1:], generator=self.bank.dropout_streams[k], device=x.device)
                 keep[k] = (drawn >= rate).to(x) / (1.0 - rate)
@@ -147,6 +156,11 @@ class Bank(nn.Module):
     def apply_input(self, x: Tensor) -> Tensor:
         """x: [K, M, D_in] to the same shape."""
         return self.specs[0].apply_input(self.slots(), x.to(self.dtype), self.call).to(x.dtype)
+
+    def apply_linear(self, x: Tensor, slots: Tensor | None) -> Tensor | None:
+        """x: [K, M, D_in] of all slots of a pack, of which the bank serves `slots`; see `AdapterSpec.apply_linear`."""
+        base: Any = self.base[0]
+        return self.specs[0].apply_linear(self.slots(), x, base.weight, base.bias, self.call, slots)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: [K, M, D_in], y: [K, M, D_out]; returns the adapted y."""

@@ -105,6 +105,21 @@ class AdapterSpec(ABC):
         """The site's output as changed by this adapter. x: [K, M, D_in], y: [K, M, D_out]. Default: y."""
         return y
 
+    def apply_linear(
+        self,
+        p: Mapping[str, Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: Call,
+        slots: Tensor | None,
+    ) -> Tensor | None:
+        """A frozen linear and this adapter in one: weight [D_out, D_in] and bias [D_out] on x [K, M, D_in], and what
+        `apply` does to the served `slots` [S] (None: all). p and `call` are those of the S slots. Default, and where it
+        cannot: None, and the two run one after the other.
+        """
+        return None
+
     def extend_attention(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
         """Keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
         raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")

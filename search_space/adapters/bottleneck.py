@@ -80,15 +80,11 @@ class Bottleneck(AdapterSpec):
         return {"scale": self.scale}
 
     def apply(self, p, x, y, call):
-        import torch
+        from autopeft.kernels.packed_bottleneck import packed_bottleneck
 
-        scale = call.constants["scale"][:, None]
         z = y if self.form == "serial" else x
-        h = torch.baddbmm(p["down_bias"][:, None, :], z, p["down"].transpose(1, 2))
-        if self.activation != "none":
-            h = getattr(torch.nn.functional, self.activation)(h)
-        # After the activation: a unit that a slot does not own has a bias in the bank. The scale goes along,
-        # on the narrow side.
-        h = h * (scale if call.mask is None else scale * call.mask)[:, None, :]
-        update = torch.baddbmm((scale * p["up_bias"])[:, None, :], h, p["up"].transpose(1, 2))
-        return y + call.dropout(update)
+        weights = (p["down"], p["down_bias"], p["up"], p["up_bias"])
+        rest = (*weights, call.constants["scale"], call.mask, self.activation)
+        if call.bank.training and any(spec.dropout for spec in call.bank.specs):
+            return y + call.dropout(packed_bottleneck(z, None, *rest))
+        return packed_bottleneck(z, y, *rest)

@@ -69,5 +69,12 @@ class Lora(AdapterSpec):
 
         return y + packed_lora(call.dropout(x), p["A"], p["B"], call.constants["scale"], call.mask)
 
+    def apply_linear(self, p, x, weight, bias, call, slots):
+        from autopeft.kernels.packed_lora import packed_lora_linear
+
+        if call.drops:
+            return None
+        return packed_lora_linear(x, weight, bias, p["A"], p["B"], call.constants["scale"], call.mask, slots)
+
     def merge(self, p, weight, bias):
         return weight + self.scale * (p["B"] @ p["A"]), bias
