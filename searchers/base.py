@@ -37,7 +37,7 @@ class Searcher(ABC):
         self.pending: tuple[Trial, ...] = ()
 
     def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
-        """All trials so far, in the order in which they were suggested: the ended ones (complete, failed or
+        """All trials so far, in the order in which they were suggested: the ended ones (complete, pruned, failed or
         infeasible) and those still under way. Replaces what was known before.
         """
         self.completed = tuple(completed)
@@ -48,10 +48,12 @@ class Searcher(ABC):
         """Up to `count` points to evaluate next; fewer (or none) once the space is exhausted."""
 
     def losses(self, trial: Trial) -> list[float] | None:
-        """A complete trial's objectives, all to be minimised; None for one without values, or with one that is no
-        finite number.
+        """A trial's objectives, all to be minimised; None for one without values, or with one that is no finite number.
+
+        Those of a pruned trial are worse than its full training would have made them. It was pruned for being worse
+        than others at the same rung, and that is what a searcher learns from them.
         """
-        if trial.state != "complete" or trial.measurement is None:
+        if trial.state not in ("complete", "pruned") or trial.measurement is None:
             return None
         values = trial.measurement.values
         losses = [objective.loss(values[objective.name]) for objective in self.problem.objectives]

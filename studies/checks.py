@@ -42,6 +42,10 @@ def _search_problems(study: StudyFile) -> Iterator[Finding]:
         yield ("search", "searcher"), f"unknown searcher {searcher!r}{did_you_mean(searcher, SEARCHERS)}"
     if rungs != sorted(set(rungs)):
         yield ("search", "rungs"), "must ascend"
+    elif study.search.keep < 1.0 and study.evaluation.evaluator != "packed":
+        yield ("search", "keep"), "needs the evaluator packed: the others do not train candidates side by side"
+    elif study.search.keep < 1.0 and not rungs:
+        yield ("search", "keep"), "needs search.rungs: the shares of the steps at which candidates are compared"
     elif rungs and rungs[-1] >= study.search.share:
         yield ("search", "rungs"), f"must lie below search.share, which is {study.search.share}"
     for i, name in enumerate(study.baselines.names):

@@ -153,7 +153,8 @@ class Ledger:
                     handle.set_constraint("limits", trial.violation)
                 self._study.tell(trial.number, [trial.measurement.values[o.name] for o in objectives])
             else:
-                self._study.tell(trial.number, state=TrialState.FAIL)
+                state = TrialState.PRUNED if trial.state == "pruned" else TrialState.FAIL
+                self._study.tell(trial.number, state=state)
 
     def unfinished(self, objectives: Sequence[Objective]) -> list[Trial]:
         """Trials that were under way when the study stopped. One whose result is there already is closed."""

@@ -53,10 +53,13 @@ def inputs_checked() -> Iterator[None]:
 
 
 def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
-    """The `train` evaluator over the study's model and data, on its device. Raises ConfigurationError."""
+    """The study's evaluator over its model and data, on its device. Raises ConfigurationError."""
     from autopeft.evaluators.backbones import load_backbone
+    from autopeft.evaluators.packed import PackedEvaluator
+    from autopeft.evaluators.prefix import PrefixCache
     from autopeft.evaluators.train import TrainEvaluator
 
+    wish = settings.evaluation
     with inputs_checked():
         loaded = load_backbone(
             settings.model_id,
@@ -67,7 +70,11 @@ def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
             modules=settings.model.modules,
             device=torch_device(settings.device),
         )
-        return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
+        if wish.evaluator == "train":
+            return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
+        folder = None if wish.cache_folder is None else settings.folder / wish.cache_folder
+        cache = PrefixCache(wish.cache_bytes, folder, wish.cache_folder_bytes) if wish.cache_bytes else None
+        return PackedEvaluator(loaded, settings.task, splits, settings.data.max_length, pack=wish.pack, cache=cache)
 
 
 @contextmanager

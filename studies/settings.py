@@ -191,8 +191,28 @@ class SearchSettings(Section):
     searcher: str = Field(default="tpe", description="what proposes the candidates")
     trials: int = Field(default=40, ge=1, description="candidates to try")
     share: Share = Field(default=1.0, description="share of the training steps that a candidate gets")
-    rungs: tuple[Share, ...] = Field(default=(), description="shares of the steps with a validation, ascending")
+    rungs: tuple[Share, ...] = Field(
+        default=(), description="shares of the steps at which the loss on held-out examples is taken, ascending"
+    )
+    keep: Share = Field(
+        default=1.0, description="share of a batch that goes on at each rung, by the ranks of loss and costs; 1: all"
+    )
+    batch: int = Field(default=8, ge=1, description="candidates that are proposed, and compared at the rungs, at once")
     timeout_s: Positive | None = Field(default=None, description="stop after so many seconds")
+
+
+class EvaluationSettings(Section):
+    """How candidates are trained. It changes how long a study takes and nothing that it finds, but for rounding."""
+
+    evaluator: Literal["packed", "train"] = Field(
+        default="packed", description="several candidates side by side on one backbone, or one after the other"
+    )
+    pack: int | None = Field(default=None, ge=1, description="candidates side by side; null: by the memory there is")
+    cache_bytes: int = Field(
+        default=10**9, ge=0, description="memory for what the layers below all adapters compute; 0: compute it again"
+    )
+    cache_folder: str | None = Field(default=None, description="keeps the same on disk, from study to study")
+    cache_folder_bytes: int = Field(default=10**10, ge=0, description="limit of that folder; the oldest go first")
 
 
 class BaselineSettings(Section):

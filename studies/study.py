@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors.torch import save_file
 
-from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request
+from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
 from autopeft.search_space.space import SearchSpace
-from autopeft.searchers import SEARCHERS
+from autopeft.searchers import SEARCHERS, Searcher
+from autopeft.searchers.halving import survivors
 from autopeft.studies import front
 from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
 from autopeft.studies.ledger import Ledger
@@ -40,7 +41,7 @@ class Watcher(Protocol):
 
     def plan(self, evaluations: int, done: int) -> None: ...
 
-    def begin(self, trial: Trial, steps: int) -> None: ...
+    def begin(self, trials: Sequence[Trial]) -> None: ...
 
     def step(self, done: int, total: int) -> None: ...
 
@@ -93,14 +94,13 @@ class Study:
         self._check_feasible()
         watcher.plan(num_evaluations(self.settings, self.problem.space), len(self._counted()))
         try:
-            for trial in self.ledger.unfinished(self.problem.objectives):
-                self._evaluate(trial, watcher)
-            for planned in self._baselines():
-                self._begin_and_evaluate(planned, watcher)
-            self._search(watcher)
-            watcher.plan(len(self._counted()) + len(list(self._finalists())), len(self._counted()))
-            for planned in list(self._finalists()):
-                self._begin_and_evaluate(planned, watcher)
+            unfinished = self.ledger.unfinished(self.problem.objectives)
+            self._evaluate_planned(BASELINE, unfinished, self._baselines(), watcher)
+            self._search(unfinished, watcher)
+            finalists = list(self._finalists())
+            done = len(self._counted())
+            watcher.plan(done + len(finalists) + sum(t.role == FINALIST for t in unfinished), done)
+            self._evaluate_planned(FINALIST, unfinished, finalists, watcher)
         except OSError as error:
             raise EnvironmentProblem(f"{self.settings.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()
@@ -111,7 +111,7 @@ class Study:
         return snapshot
 
     def _counted(self) -> list[Trial]:
-        return [t for t in self.trials.values() if t.state in ("complete", "failed") and t.role != COPY]
+        return [t for t in self.trials.values() if t.state in ("complete", "pruned", "failed") and t.role != COPY]
 
     # Baselines
 
@@ -121,17 +121,43 @@ class Study:
 
     # The search
 
-    def _search(self, watcher: Watcher) -> None:
+    def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
         searcher = SEARCHERS[self.settings.search.searcher](self.problem, self.settings.seed)
-        rejected = 0
-        while self._num_searched() < self.settings.search.trials and not self._out_of_time():
-            ordered = [self.trials[number] for number in sorted(self.trials)]
-            searcher.update([t for t in ordered if t.role in (SEARCH, COPY)])
+        pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
+        # A batch is filled one by one, each suggestion knowing those before it: wherever a study was killed, it goes on
+        # with the very batch that it had.
+        while batch := self._fill(pending, searcher):
+            self._evaluate_batch([trial for trial in batch if trial.role == SEARCH], watcher, halving=True)
+            for trial in batch:
+                if trial.role == COPY and trial.of is not None:
+                    self._finish(replace(self.trials[trial.of], **_own(trial)))
+            pending = []
+        if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
+            raise NoFeasibleCandidate(self._why_nothing())
+
+    def _fill(self, pending: Sequence[Trial], searcher: Searcher) -> list[Trial]:
+        """The next batch: the trials `pending` and new ones, until it is full or the search has what it may ask for.
+
+        Copies of a candidate in the batch come on top; the infeasible and copies of what is known are ended at once.
+        """
+        batch, rejected = list(pending), 0
+
+        def num_new() -> int:
+            return sum(trial.role == SEARCH for trial in batch)
+
+        while (
+            num_new() < self.settings.search.batch
+            and self._num_searched() + num_new() < self.settings.search.trials
+            and rejected < MOST_REJECTIONS
+            and not self._out_of_time()
+        ):
+            ended = [self.trials[number] for number in sorted(self.trials) if self.trials[number].state != "running"]
+            searcher.update([t for t in ended if t.role in (SEARCH, COPY)], batch)
             suggestions = searcher.suggest(1)
             if not suggestions:
                 break
             candidate = self.problem.space.decode(suggestions[0].genes)
-            twin = self._twin(candidate)
+            twin = self._twin(candidate, batch)
             trial = self.ledger.begin(
                 self.problem,
                 SEARCH if twin is None else COPY,
@@ -141,25 +167,29 @@ class Study:
                 searcher_state=suggestions[0].state,
                 of=None if twin is None else twin.number,
             )
-            ended = self._evaluate(trial, watcher)
-            rejected = rejected + 1 if ended.role == COPY or ended.state == "infeasible" else 0
-            if rejected >= MOST_REJECTIONS:
-                break
-        if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
-            raise NoFeasibleCandidate(self._why_nothing())
+            self.trials[trial.number] = trial
+            objection = self._objection(candidate)
+            if twin is not None and twin.state != "running":
+                self._finish(replace(twin, **_own(trial)))
+            elif twin is None and objection is not None:
+                self._finish(replace(trial, state="infeasible", violation=objection[0], error=objection[1]))
+            else:
+                batch.append(trial)
+            rejected = 0 if trial in batch and twin is None else rejected + 1
+        return batch
 
     def _num_searched(self) -> int:
-        return sum(t.role == SEARCH and t.state in ("complete", "failed") for t in self.trials.values())
+        return sum(t.role == SEARCH and t.state in ("complete", "pruned", "failed") for t in self.trials.values())
 
     def _out_of_time(self) -> bool:
         limit = self.settings.search.timeout_s
         return limit is not None and time.monotonic() - self.started > limit
 
-    def _twin(self, candidate: Candidate) -> Trial | None:
+    def _twin(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
         """A trial of the search with the same network and training; it is not evaluated again."""
         key = candidate.key
-        ended = (t for t in self.trials.values() if t.role == SEARCH and t.state != "running")
-        return next((t for t in ended if t.candidate.key == key), None)
+        known = (t for t in self.trials.values() if t.role == SEARCH and (t.state != "running" or t in batch))
+        return next((t for t in known if t.candidate.key == key), None)
 
     def _check_feasible(self) -> None:
         """Fail before the first training where no candidate can meet the limits."""
@@ -180,36 +210,76 @@ class Study:
         shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
         return f"none of {len(reasons)} candidates is feasible; the last ones:\n  {shown}"
 
-    # One evaluation
+    # Evaluations
 
-    def _begin_and_evaluate(self, planned: Planned, watcher: Watcher) -> None:
-        trial = self.ledger.begin(self.problem, planned.role, planned.candidate, seed=planned.seed, of=planned.of)
-        self._evaluate(trial, watcher)
+    def _evaluate_planned(
+        self, role: str, unfinished: Sequence[Trial], planned: Iterable[Planned], watcher: Watcher
+    ) -> None:
+        """The evaluations of a role: those that were under way, and new ones."""
+        trials = [trial for trial in unfinished if trial.role.startswith(role)]
+        for p in planned:
+            trials.append(self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of))
+        self._evaluate_batch(trials, watcher)
 
-    def _evaluate(self, trial: Trial, watcher: Watcher) -> Trial:
-        self.trials[trial.number] = trial
-        if trial.role == COPY and trial.of is not None:
-            return self._finish(replace(self.trials[trial.of], **_own(trial)))
-        request = self._request(trial)
-        watcher.begin(trial, self.evaluator.num_steps(request))
-        try:
-            objection, costs = self._weigh(trial)
-        except OutOfMemory as error:
-            objection, costs = (1.0, str(error)), Costs(values={})
-        if objection is not None:
-            return self._end(replace(trial, state="infeasible", violation=objection[0], error=objection[1]), watcher)
-        outcome = self.evaluator.evaluate([request], watcher.step)[0]
+    def _evaluate_batch(self, trials: Sequence[Trial], watcher: Watcher, halving: bool = False) -> None:
+        """Evaluate trials side by side and record how they ended."""
+        weighed: list[tuple[Trial, Costs]] = []
+        for trial in trials:
+            self.trials[trial.number] = trial
+            try:
+                objection, costs = self._weigh(trial)
+            except OutOfMemory as error:
+                objection, costs = (1.0, str(error)), Costs(values={})
+            if objection is None:
+                weighed.append((trial, costs))
+            else:
+                self._end([replace(trial, state="infeasible", violation=objection[0], error=objection[1])], watcher)
+        requests = [self._request(trial) for trial, _ in weighed]
+        select = self._selection([costs for _, costs in weighed]) if halving else None
+        watcher.begin([trial for trial, _ in weighed])
+
+        def ended(index: int, outcome: Outcome) -> None:
+            self._end([self._ended(*weighed[index], outcome)], watcher)
+
+        # Who goes on at a rung hangs on the whole batch. Its trials are recorded together, so that a study that is
+        # killed has either all of them or none.
+        if select is None:
+            self.evaluator.evaluate(requests, watcher.step, ended=ended)
+        elif requests:
+            outcomes = self.evaluator.evaluate(requests, watcher.step, select=select)
+            self._end([self._ended(*pair, o) for pair, o in zip(weighed, outcomes, strict=True)], watcher)
+
+    def _selection(self, costs: Sequence[Costs]) -> Select | None:
+        """Successive halving on the held-out loss and the costs among the objectives."""
+        keep = self.settings.search.keep
+        if keep == 1.0 or not self.settings.search.rungs:
+            return None
+        priced = [o for o in self.problem.objectives if METRICS[o.name].source != "quality"]
+
+        def select(rung: float, found: Sequence[tuple[int, Mapping[str, float]]]) -> list[int]:
+            losses = [
+                [values["loss"], *(o.loss(costs[index].values[o.name]) for o in priced)] for index, values in found
+            ]
+            return [found[place][0] for place in survivors(losses, keep)]
+
+        return select
+
+    def _ended(self, trial: Trial, costs: Costs, outcome: Outcome) -> Trial:
+        """A trial with what came of it."""
         if outcome.measurement is None:
             state = outcome.failure or "failed"
             violation = 1.0 if state == "infeasible" else 0.0
-            return self._end(replace(trial, state=state, violation=violation, error=outcome.reason), watcher)
+            return replace(trial, state=state, violation=violation, error=outcome.reason)
         values = {**outcome.measurement.values, **costs.values}
         measurement = replace(outcome.measurement, values=values, spread=costs.spread)
+        if measurement.share < self._request(trial).fidelity.share:
+            why = f"loss {values['loss']:.4g} after {measurement.share:.0%} of the steps"
+            return replace(trial, state="pruned", measurement=measurement, error=why)
         self._save_weights(trial, outcome)
         violation = max(o.violation(values[o.name]) for o in self.problem.objectives)
         if trial.role != SEARCH:  # a candidate of the search that breaks a limit does not come this far
             violation = max(violation, (self.limits.objection(values) or (-1.0, ""))[0])
-        return self._end(replace(trial, state="complete", measurement=measurement, violation=violation), watcher)
+        return replace(trial, state="complete", measurement=measurement, violation=violation)
 
     def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:
         """The objection to a candidate of the search, if there is one, and its costs. Declared costs come first:
@@ -238,13 +308,14 @@ class Study:
             return 1.0, "no adapter is on: that is the baseline `head`"
         return self.limits.objection(self.evaluator.costs(candidate).values)
 
-    def _end(self, trial: Trial, watcher: Watcher) -> Trial:
-        self._finish(trial)
+    def _end(self, trials: Sequence[Trial], watcher: Watcher) -> None:
+        for trial in trials:
+            self._finish(trial)
         snapshot = self.snapshot()
         if self.tracker is not None:
             self.tracker.sync(snapshot)
-        watcher.end(trial, snapshot)
-        return trial
+        for trial in trials:
+            watcher.end(trial, snapshot)
 
     def _finish(self, trial: Trial) -> Trial:
         self.ledger.finish(trial, self.problem.objectives)

@@ -48,6 +48,7 @@ class StudyFile(settings.Section):
     search: settings.SearchSettings = settings.SearchSettings()
     baselines: settings.BaselineSettings = settings.BaselineSettings()
     finalists: settings.FinalistSettings = settings.FinalistSettings()
+    evaluation: settings.EvaluationSettings = settings.EvaluationSettings()
     tracking: settings.TrackingSettings = settings.TrackingSettings()
     output: str | None = Field(
         default=None, description="folder of all results; default: runs/<study> beside this file"
@@ -267,7 +268,7 @@ _LASTING = ("seed", "task", "model", "data", "space", "training", "objectives", 
 def fingerprint(study: StudyFile) -> dict[str, Any]:
     """What trials must share to be compared: it may not change between `run` and `run --resume`."""
     dump = study.model_dump(mode="json")
-    search = {key: dump["search"][key] for key in ("searcher", "share")}
+    search = {key: dump["search"][key] for key in ("searcher", "share", "rungs", "keep", "batch")}
     return {key: dump[key] for key in _LASTING} | {"search": search}
 
 

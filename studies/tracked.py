@@ -71,24 +71,26 @@ def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metri
         return []
     prefixes = {objective.name: "obj" for objective in snapshot.objectives}
     values = {"time/wall_s": found.wall_s, "time/train_s": found.train_s}
-    for suffix, numbers in (("", found.values), ("_std_err", found.std_err), ("_iqr", found.spread)):
-        for name, value in numbers.items():
-            values[f"{prefixes.get(name, 'metric')}/{name}{suffix}"] = value
+    if trial.state != "pruned":  # the values of a rung do not belong beside those of a full training
+        for suffix, numbers in (("", found.values), ("_std_err", found.std_err), ("_iqr", found.spread)):
+            for name, value in numbers.items():
+                values[f"{prefixes.get(name, 'metric')}/{name}{suffix}"] = value
     values |= {f"test/{name}": value for name, value in found.test.items()}
     end_ms = start_ms + round(1000 * found.wall_s)
     points = [metric(name, value, end_ms) for name, value in values.items()]
 
     num_steps = len(found.losses)
 
-    def reached_ms(share: float) -> int:
-        return start_ms + round(1000 * found.train_s * share)
+    def reached_ms(part: float) -> int:
+        return start_ms + round(1000 * found.train_s * part)
 
     for step, loss in enumerate(found.losses, start=1):
         points.append(metric("train/loss", loss, reached_ms(step / num_steps), step))
     for share, rung in found.rungs:
         # In percent where the steps are not known.
-        step = round(share * (num_steps or 100))
-        points += [metric(f"rung/{name}", value, reached_ms(share), step) for name, value in rung.items()]
+        part = share / found.share
+        step = round(part * (num_steps or 100))
+        points += [metric(f"rung/{name}", value, reached_ms(part), step) for name, value in rung.items()]
     return points
 
 

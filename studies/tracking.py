@@ -36,7 +36,7 @@ LOGGER = logging.getLogger(__name__)
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 900
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-STATUS = {"complete": "FINISHED", "infeasible": "FINISHED", "failed": "FAILED"}
+STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "infeasible": "FINISHED", "failed": "FAILED"}
 
 
 def absolute_uri(uri: str) -> str:

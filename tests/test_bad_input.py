@@ -257,16 +257,16 @@ def test_a_nan_loss_fails_its_trial_alone(cli, tmp_path: Path) -> None:
 
 
 def test_out_of_memory_is_infeasible(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autopeft.evaluators import train
+    from autopeft.evaluators import packed
 
-    steps = train.TrainEvaluator._steps
+    steps = packed.PackedEvaluator._steps_of
 
-    def scarce(self, request, *rest):
-        if request.candidate.architecture.num_params(self.backbone) > 400 and request.seed == 0:
+    def scarce(self, pack, *rest):
+        if any(r.request.candidate.architecture.num_params(self.backbone) > 400 and r.request.seed == 0 for r in pack):
             raise torch.OutOfMemoryError("tried to allocate 80 GiB")
-        return steps(self, request, *rest)
+        return steps(self, pack, *rest)
 
-    monkeypatch.setattr(train.TrainEvaluator, "_steps", scarce)
+    monkeypatch.setattr(packed.PackedEvaluator, "_steps_of", scarce)
     code, _, snapshot = run_tiny(cli, save_study(tmp_path, **SHORT))
     states = {t.state for t in snapshot.search_trials}
     assert code == 0 and states == {"complete", "infeasible"}
@@ -274,18 +274,17 @@ def test_out_of_memory_is_infeasible(cli, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_unexpected_error_fails_its_trial_alone(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autopeft.evaluators import train
+    from autopeft.evaluators import packed
 
-    steps = train.TrainEvaluator._steps
-    calls = []
+    steps = packed.PackedEvaluator._steps_of
 
-    def brittle(self, request, *rest):
-        calls.append(request)
-        if len(calls) == 2:
+    def brittle(self, pack, *rest):
+        searched = [run for run in pack if run.request.seed == 0 and "lora" in run.request.candidate.architecture.kinds]
+        if any(run.index == 1 for run in searched):
             raise IndexError("a bug of this candidate")
-        return steps(self, request, *rest)
+        return steps(self, pack, *rest)
 
-    monkeypatch.setattr(train.TrainEvaluator, "_steps", brittle)
+    monkeypatch.setattr(packed.PackedEvaluator, "_steps_of", brittle)
     code, _, snapshot = run_tiny(cli, save_study(tmp_path, **SHORT), "--set", "search.trials=3")
     assert code == 0
     assert [t.error for t in snapshot.trials if t.state == "failed"] == ["IndexError: a bug of this candidate"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from .tiny_study import save_study
 
 
 class Quiet:
-    """A watcher that counts; `stop_after` evaluations it interrupts, as Ctrl-C does, in the middle of the next one."""
+    """A watcher that counts; `stop_after` evaluations it interrupts, as Ctrl-C does, amid the next batch."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.ended: list[Trial] = []
@@ -35,12 +36,12 @@ class Quiet:
     def plan(self, evaluations: int, done: int) -> None:
         self.planned = evaluations
 
-    def begin(self, trial: Trial, steps: int) -> None:
-        self.steps = steps
+    def begin(self, trials: Sequence[Trial]) -> None:
+        self.running = trials
 
     def step(self, done: int, total: int) -> None:
-        assert 1 <= done <= total == self.steps
-        if self.stop_after is not None and len(self.ended) >= self.stop_after and done == 2:
+        assert 1 <= done <= total
+        if self.stop_after is not None and len(self.ended) >= self.stop_after and total / 4 < done < total:
             raise KeyboardInterrupt
 
     def end(self, trial: Trial, snapshot: Snapshot) -> None:
@@ -161,11 +162,11 @@ def test_recipe_promises_what_was_measured(finished, tmp_path: Path) -> None:
 def test_an_interrupted_study_ends_as_an_uninterrupted_one(finished, tmp_path: Path) -> None:
     _, whole, _ = finished
     settings = load_study(save_study(tmp_path / "study"))
-    for stop_after in (1, 3, 4):
+    for resume, stop_after in ((False, 0), (True, 2), (True, 3)):
         with pytest.raises(KeyboardInterrupt):
-            run(settings, resume=stop_after > 1, watcher=Quiet(stop_after))
+            run(settings, resume=resume, watcher=Quiet(stop_after))
     running = [t for t in open_ledger(settings).trials() if t.state == "running"]
-    assert len(running) == 1, "the trial that was under way is still there"
+    assert len(running) == 3, "the batch that was under way is still there"
     snapshot = run(settings, resume=True)
     assert facts(list(snapshot.trials)) == facts(list(whole.trials))
 
@@ -175,14 +176,14 @@ def test_sigkill_in_mid_trial(finished, tmp_path: Path) -> None:
     _, whole, _ = finished
     path = save_study(tmp_path / "study")
     settings = load_study(path)
-    for trials, command in ((3, "run"), (6, "resume")):
+    for ended, command in ((2, "run"), (5, "resume")):
         process = subprocess.Popen(
             [sys.executable, "-m", "autopeft.studies.cli.app", command, str(path)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_for_trials(settings, trials, process)
+        wait_for_ended(settings, ended, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert len(open_ledger(settings).trials()) < len(whole.trials), "killed too late to say anything"
@@ -190,13 +191,16 @@ def test_sigkill_in_mid_trial(finished, tmp_path: Path) -> None:
     assert facts(list(snapshot.trials)) == facts(list(whole.trials))
 
 
-def wait_for_trials(settings: StudyFile, count: int, process: subprocess.Popen, limit_s: float = 120) -> None:
+def wait_for_ended(settings: StudyFile, count: int, process: subprocess.Popen, limit_s: float = 120) -> None:
+    """Until so many evaluations have ended and others are under way."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline and process.poll() is None:
-        if was_started(settings) and len(open_ledger(settings).trials()) >= count:
-            return
+        if was_started(settings):
+            states = [trial.state for trial in open_ledger(settings).trials()]
+            if len(states) - states.count("running") >= count and "running" in states:
+                return
         time.sleep(0.02)
-    raise AssertionError(f"the study did not reach trial {count}")
+    raise AssertionError(f"the study did not come to {count} evaluations")
 
 
 def test_sigint_is_polite(tmp_path: Path) -> None:
@@ -208,7 +212,7 @@ def test_sigint_is_polite(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_trials(settings, 3, process)
+    wait_for_ended(settings, 2, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -278,3 +282,31 @@ def test_json_on_stdout_alone(finished, capfd: pytest.CaptureFixture) -> None:
             assert {"trial", "key", "values", "std_err", "recommended"} <= printed[0].keys()
         else:
             assert printed["study"] == "tiny" and printed["trials"]["complete"] > 0 and printed["hypervolume"] > 0
+
+
+def test_halving_prunes_and_resumes(tmp_path: Path) -> None:
+    """A batch of six, half of it goes on at each of two rungs; interrupted in mid-batch it ends the same."""
+    search = {"searcher": "tpe", "trials": 12, "batch": 6, "rungs": [0.25, 0.5], "keep": 0.5}
+    changes = {"search": search, "finalists": {"seeds": 1, "most": 1}}
+    whole = run(load_study(save_study(tmp_path / "whole", **changes)))
+    states = [t.state for t in whole.search_trials if t.state != "infeasible"]
+    assert states.count("pruned") == 8 and states.count("complete") == 4
+    pruned = [t for t in whole.search_trials if t.state == "pruned"]
+    assert {t.measurement.share for t in pruned} == {0.25, 0.5}
+    assert all("of the steps" in t.error for t in pruned)
+    assert not any(row.trial == t.number for row in whole.rows() for t in pruned), "no pruned candidate on the front"
+    settings = load_study(save_study(tmp_path / "stopped", **changes))
+    for resume, stop_after in ((False, 2), (True, 0)):  # in the search, which is recorded batch by batch
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, resume=resume, watcher=Quiet(stop_after))
+    assert facts(list(run(settings, resume=True).trials)) == facts(list(whole.trials))
+
+
+def test_one_by_one_and_packed_find_the_same(finished, tmp_path: Path) -> None:
+    """The evaluator is no setting of what is found."""
+    _, whole, _ = finished
+    settings = load_study(save_study(tmp_path / "study", evaluation={"evaluator": "train"}))
+    for ours, theirs in zip(run(settings).trials, whole.trials, strict=True):
+        assert (ours.candidate.key, ours.seed, ours.state) == (theirs.candidate.key, theirs.seed, theirs.state)
+        if ours.measurement and theirs.measurement:
+            assert ours.measurement.values == pytest.approx(theirs.measurement.values, rel=1e-4)

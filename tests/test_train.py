@@ -282,7 +282,7 @@ def test_kept_weights_score_the_same(evaluator, kind):
     again = request(evaluator, kind, seed=77)
     with evaluator.attach(again) as attachment:
         attachment.load_state(dict(outcome.weights))
-        scores = evaluator.scores(attachment, "validation")
+        (scores,) = evaluator.columns(attachment, "validation")
         assert attachment.training
     for name, column in outcome.measurement.per_example.items():
         assert tuple(round(x, 4) for x in scores[name]) == column
@@ -371,7 +371,7 @@ def test_a_loss_that_is_not_a_number(evaluator, kind):
 def test_a_score_that_is_not_a_number(evaluator):
     """The last step may be the one that diverges."""
     outcome = evaluate(evaluator, "full", {"learning_rate": 1e30}, fidelity=Fidelity(share=0.01))
-    assert (outcome.failure, outcome.reason) == ("failed", "the loss on the validation split is not a number")
+    assert (outcome.failure, outcome.reason) == ("failed", "the held-out loss is not a number")
 
 
 def breaking(monkeypatch, evaluator: TrainEvaluator, error: BaseException, at: int = 3) -> None:

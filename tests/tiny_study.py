@@ -70,7 +70,7 @@ def settings(**changes: Any) -> dict[str, Any]:
             "adapters": {"lora": {"at": ["attn.q", "attn.v"], "rank": [0, 1, 2, 4], "vary": {"rank": "layer"}}},
         },
         "training": {"learning_rate": {"low": 1.0e-3, "high": 1.0e-1, "log": True}, "epochs": 4, "batch_size": 8},
-        "search": {"searcher": "tpe", "trials": 6},
+        "search": {"searcher": "tpe", "trials": 6, "batch": 3},
         "baselines": {"names": ["head", "lora-r8-qv"], "learning_rates": [1.0e-2]},
         "finalists": {"seeds": 2, "most": 2},
         "tracking": {"enabled": False},

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -51,7 +50,9 @@ class ProgressView:
         )
         self.task = self.progress.add_task("starting", total=1, done=0, front="")
         self.done = 0
-        self.begun = time.monotonic()
+        #: The evaluations that are under way, and how many were done before them.
+        self.running: Sequence[Trial] = ()
+        self.before = 0
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -66,13 +67,16 @@ class ProgressView:
         self.done = done
         self.progress.update(self.task, total=evaluations, completed=done, done=done)
 
-    def begin(self, trial: Trial, steps: int) -> None:
-        self.begun = time.monotonic()
-        self.progress.update(self.task, description=_name(trial))
+    def begin(self, trials: Sequence[Trial]) -> None:
+        self.running, self.before = trials, self.done
+        names = [_name(trial) for trial in trials]
+        words = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        self.progress.update(self.task, description=words)
 
     def step(self, done: int, total: int) -> None:
         # The last tenth of an evaluation is its validation.
-        self.progress.update(self.task, completed=self.done + 0.9 * done / total)
+        reached = self.before + 0.9 * len(self.running) * done / total
+        self.progress.update(self.task, completed=max(self.done, reached))
 
     def end(self, trial: Trial, snapshot: Snapshot) -> None:
         if trial.state != "infeasible":
@@ -89,8 +93,7 @@ class ProgressView:
             return f"{opening}{trial.state}: {trial.error}"
         values, std_err = trial.measurement.values, trial.measurement.std_err
         figures = "  ".join(f"{o.name} {measured(o, values, std_err)}" for o in snapshot.objectives)
-        seconds = time.monotonic() - self.begun
-        return f"{opening}{figures}  ({seconds:.1f} s)  {summary(trial, snapshot.backbone)}"
+        return f"{opening}{figures}  ({trial.measurement.wall_s:.1f} s)  {summary(trial, snapshot.backbone)}"
 
 
 def _name(trial: Trial) -> str:

@@ -1,0 +1,48 @@
+"""Successive halving with several objectives: who goes on at a rung."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def survivors(losses: Sequence[Sequence[float]], keep: float) -> list[int]:
+    """The places of the candidates that go on: the share `keep` of them, rounded up; all losses are minimised.
+
+    By non-dominated rank, as in the multi-objective successive halving of Schmucker et al. 2021. Within the rank that
+    does not fit whole: the best in the first objective, then the one farthest from all that were taken (the epsilon-net
+    of Salinas et al. 2021). Distances are between ranks, because the objectives have no common unit. A loss that is not
+    finite counts as infinite.
+    """
+    points = np.array([[x if math.isfinite(x) else math.inf for x in row] for row in losses], dtype=float)
+    count = math.ceil(round(keep * len(points), 6))
+    places = np.column_stack([_ranks(column) for column in points.T]) if len(points) else points
+    chosen: list[int] = []
+    left = list(range(len(points)))
+    while len(chosen) < count:
+        layer = [i for i in left if not any(_dominates(points[j], points[i]) for j in left)]
+        left = [i for i in left if i not in layer]
+        room = count - len(chosen)
+        chosen += layer if len(layer) <= room else _spread(layer, places, room)
+    return sorted(chosen)
+
+
+def _dominates(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.all(a <= b) and np.any(a < b))
+
+
+def _ranks(column: np.ndarray) -> np.ndarray:
+    """Position among the distinct values, in [0, 1]."""
+    values, places = np.unique(column, return_inverse=True)
+    return places / max(1, len(values) - 1)
+
+
+def _spread(layer: list[int], places: np.ndarray, room: int) -> list[int]:
+    """`room` members of a layer: greedily the one farthest from all that were taken, from the best one on."""
+    taken = [min(layer, key=lambda i: (places[i][0], i))]
+    while len(taken) < room:
+        rest = [i for i in layer if i not in taken]
+        taken.append(max(rest, key=lambda i: (min(float(np.linalg.norm(places[i] - places[j])) for j in taken), -i)))
+    return taken
