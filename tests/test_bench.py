@@ -115,7 +115,7 @@ def test_the_loop_trains_what_the_evaluator_trains(bench: Bench, share: float, t
         assert run.loss == pytest.approx(own.values["loss"], rel=1e-4)
         assert run.accuracy == pytest.approx(own.values["accuracy"])
         assert run.seconds > run.step_s * len(run.losses) + run.validation_s > 0
-    assert not any(isinstance(m, torch.nn.Module) and m.training for m in bench.single.model.modules())
+    assert not any(module.training for module in bench.single.model.modules()), "it trained copies"
 
 
 def test_what_peft_does_not_hold(bench: Bench) -> None:
@@ -183,7 +183,8 @@ def test_correlations() -> None:
     assert Correlation.of([1.0, 1.0, 1.0], [3.0, 2.0, 1.0]) == Correlation(value=None, low=None, high=None)
     loose = Correlation.of([1, 2, 3, 4, 5, 6, 7, 8], [2, 1, 4, 3, 6, 5, 8, 7])
     assert loose.value is not None and loose.low is not None and loose.high is not None
-    assert loose.low < loose.value == pytest.approx(19 / 21) <= loose.high <= 1.0
+    assert loose.value == pytest.approx(19 / 21)
+    assert loose.low < loose.value <= loose.high <= 1.0
 
 
 def test_the_top_half() -> None:
@@ -296,7 +297,7 @@ def test_markdown_and_json_have_the_same_figures() -> None:
     data = json.loads(json.dumps(result.to_dict()))
     assert data == json.loads(json.dumps(asdict(result)))
     for value in figures({key: data[key] for key in ("equal_work", "overhead", "ranking")}):
-        forms = {f"{value:.2f}", f"{value:,.0f}", f"{value:.0%}", f"{value:.3g}"}
+        forms = {f"{value:,}"} if isinstance(value, int) else {f"{value:.2f}", f"{value:.0%}"}
         assert any(form in text for form in forms), value
     assert "| t (64 steps) | 2.34 (2.11 to 2.56) |" in text
     assert "| 15% | 0.67 (0.12 to 0.89) | - |" in text

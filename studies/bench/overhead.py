@@ -1,0 +1,92 @@
+"""What adapters cost beside the backbone: a packed step over the bare backbone's forward and backward pass.
+
+Notation: K slots; rho as in "cost of a step against the bare frozen backbone on the same tokens".
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopeft.evaluators import batching
+from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.optimizer import PackedAdamW
+from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.training import Training
+from autopeft.studies.bench.arms import Bench, Spread
+from autopeft.studies.bench.loop import now
+
+SLOTS = 8
+RANK = 16
+REPEATS = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """`rho`: median of the ratios of neighbours in time, and their quartiles."""
+
+    slots: int
+    rank: int
+    tokens: int
+    rho: Spread
+
+
+def attention_lora(backbone: Backbone, rank: int, lowest: int = 0) -> Architecture:
+    """LoRA on query and value, or on a fused projection, of all layers from `lowest` on."""
+    roles = ("attn.q", "attn.v") if "attn.q" in backbone.roles else ("attn.qkv",)
+    sites = [site for site in backbone.sites if site.role in roles and (site.layer or 0) >= lowest]
+    return Architecture.of({site.name: [Lora(rank=rank)] for site in sites})
+
+
+def measure_overhead(bench: Bench, training: Training, seed: int) -> Overhead:
+    """A step of `SLOTS` candidates, no layer of which is shared, over forward and backward pass of the same rows
+    through the bare backbone, down to the output of its embedding.
+    """
+    evaluator = bench.packed(share_prefix=False)
+    batches = batching.ordered_batches(evaluator.lengths["train"], training.batch_size)
+    indices = batches[len(batches) // 2]
+    one = evaluator.batch("train", indices)
+    batch = {name: tensor.repeat(SLOTS, *[1] * (tensor.dim() - 1)) for name, tensor in one.items()}
+    architecture = attention_lora(evaluator.backbone, RANK)
+    with Attachment(evaluator.model, evaluator.backbone, [architecture] * SLOTS, [seed] * SLOTS) as attachment:
+        optimizer = PackedAdamW(attachment, [training] * SLOTS)
+        rates = torch.full((SLOTS,), 0.0, device=evaluator.device)  # every step does the same work
+
+        def packed() -> float:
+            begin = now(evaluator.device)
+            evaluator.scores(attachment, "train", indices)[0].mean(1).sum().backward()
+            optimizer.step(1, rates)
+            return now(evaluator.device) - begin
+
+        def bare() -> float:
+            model: Any = evaluator.model
+            with attachment.bare():
+                hook = model.get_input_embeddings().register_forward_hook(_require_gradient)
+                try:
+                    begin = now(evaluator.device)
+                    evaluator.task.scores(model, batch)[0].mean().backward()
+                    return now(evaluator.device) - begin
+                finally:
+                    hook.remove()
+
+        bench.watch.stage(f"overhead of {SLOTS} x rank {RANK}")
+        arms = cycle([(packed, bare), (bare, packed)])
+        ratios = []
+        for _ in range(REPEATS + 2):
+            taken = {arm: arm() for arm in next(arms)}
+            ratios.append(taken[packed] / taken[bare])
+    low, median, high = statistics.quantiles(ratios[2:], n=4, method="inclusive")  # two to warm up
+    return Overhead(
+        slots=SLOTS, rank=RANK, tokens=batch["input_ids"].numel(), rho=Spread(median=median, low=low, high=high)
+    )
+
+
+def _require_gradient(module: Any, args: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_()
