@@ -322,7 +322,7 @@ def test_the_command(study: Path, capsys: Any) -> None:
     data = json.loads(out)
     assert data["conditions"]["seed"] == 4 and data["conditions"]["versions"]["peft"]
     assert data["ranking"] is None
-    assert [table["lowest_layer"] for table in data["equal_work"][1:]] == [0, 1, 2]
+    assert [table["lowest_layer"] for table in data["equal_work"][1:]] == [1, 2]
     for table in data["equal_work"]:
         assert [row["arm"] for row in table["rows"]] == list(arms.ARMS)
         assert table["rows"][0]["speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 #: Draws from the space for each candidate that is wanted.
 TRIES = 200
 PLACED_RANK = 8
-#: Steps of the candidates whose lowest layer is fixed, about.
-PLACED_STEPS = 20
 #: Of shorter trainings, neighbouring shares would be the same step.
 LEAST_STEPS = 20
 #: Every share at which a loss may be wanted.
@@ -110,19 +108,15 @@ def _without_dropout(candidate: Candidate) -> Candidate:
 
 
 def _placed(bench: Bench, like: Candidate, count: int) -> Iterator[tuple[str, list[Request]]]:
-    """For several lowest layers, candidates that differ in the learning rate alone, for a few steps."""
+    """For adapters in the upper half alone and in the last layer, candidates that differ in the learning rate."""
     backbone, training = bench.single.backbone, bench.single.training(like)
-    share = min(1.0, PLACED_STEPS / bench.single.full_steps(training))
-    for lowest in sorted({0, backbone.num_layers // 2, backbone.num_layers - 1}):
+    for lowest in sorted({backbone.num_layers // 2, backbone.num_layers - 1}):
         architecture = attention_lora(backbone, PLACED_RANK, lowest)
         rates = [training.learning_rate * 0.5 ** (i / count) for i in range(count)]
         candidates = [
             Candidate(architecture=architecture, training={**like.training, "learning_rate": rate}) for rate in rates
         ]
-        requests = [
-            Request(candidate=candidate, seed=bench.settings.seed, fidelity=Fidelity(share=share))
-            for candidate in candidates
-        ]
+        requests = [Request(candidate=candidate, seed=bench.settings.seed) for candidate in candidates]
         yield f"LoRA of rank {PLACED_RANK} from layer {lowest} of {backbone.num_layers} on", requests
 
 
