@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from autopeft.search_space.architecture import Candidate
@@ -44,6 +46,20 @@ class Costs:
 
 class OutOfMemory(RuntimeError):
     """This machine cannot hold a candidate."""
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns every way in which torch runs out of memory into OutOfMemory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
+    except RuntimeError as error:
+        # Neither torch's CPU allocator nor CUDA's libraries have an exception class of their own.
+        if not any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")):
+            raise
+        raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
 
 
 #: Called with the steps done and the steps there are, summed over the batch of requests.

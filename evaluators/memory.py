@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from autopeft.evaluators import batching
-from autopeft.evaluators.base import Request
+from autopeft.evaluators.base import OutOfMemory, Request, memory_errors
 from autopeft.evaluators.measured import step_bytes
 
 if TYPE_CHECKING:
@@ -31,14 +30,17 @@ def fitting_slots(evaluator: TrainEvaluator, requests: Sequence[Request]) -> int
         architecture = request.candidate.architecture
         return -architecture.lowest_layer(backbone), architecture.num_params(backbone)
 
-    largest = max(requests, key=size)
-    lengths = evaluator.lengths["train"]
-    longest = batching.ordered_batches(lengths, evaluator.training(largest.candidate).batch_size)[-2:]
-    batch = evaluator.batch("train", max(longest, key=len))
-    with evaluator.attach(largest) as attachment:
-        needed = step_bytes(attachment, evaluator.task, batch)
-    free = free_bytes(evaluator.device)
-    return max(1, min(MOST_SLOTS[evaluator.device.type], int(FILLED * free / needed)))
+    for request in sorted(requests, key=size, reverse=True):
+        try:
+            with memory_errors(), evaluator.attach(request) as attachment:
+                needed = step_bytes(attachment, evaluator.task, evaluator.longest_batch(request.candidate))
+        except OutOfMemory:
+            return 1
+        except ValueError:
+            continue  # it cannot be attached: its own training will say why
+        free = free_bytes(evaluator.device)
+        return max(1, min(MOST_SLOTS[evaluator.device.type], int(FILLED * free / max(1, needed))))
+    return 1
 
 
 def free_bytes(device: torch.device) -> int:

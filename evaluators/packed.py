@@ -22,7 +22,7 @@ from torch import Tensor
 
 from autopeft.evaluators import batching
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Outcome, OutOfMemory, Request
+from autopeft.evaluators.base import Outcome, OutOfMemory, Request, memory_errors
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.memory import fitting_slots, keep_freed_memory
 from autopeft.evaluators.optimizer import PackedAdamW
@@ -37,7 +37,6 @@ from autopeft.evaluators.train import (
     TrainingFailed,
     failure,
     finite,
-    memory_errors,
     rate,
     steps_at,
 )
@@ -48,10 +47,33 @@ from autopeft.search_space.training import Training
 STEPS_BETWEEN_LOOKS = 16
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A slot without its pack: values and moments by name, and the states of its random streams."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    streams: dict[str, Tensor]
+
+    @classmethod
+    def taken_off(cls, attachment: Attachment, optimizer: PackedAdamW, k: int) -> _Kept:
+        groups = optimizer.parts(k)
+        return cls(
+            {group: {name: view.clone() for name, view in views.items()} for group, views in groups.items()},
+            {name: stream.get_state() for name, stream in attachment.dropout_streams(k).items()},
+        )
+
+    def put_on(self, attachment: Attachment, optimizer: PackedAdamW, k: int) -> None:
+        for group, views in optimizer.parts(k).items():
+            for name, view in views.items():
+                view.copy_(self.tensors[group][name])
+        for name, stream in attachment.dropout_streams(k).items():
+            stream.set_state(self.streams[name])
+
+
 @dataclass(slots=True, eq=False)
 class _Run:
     """One candidate on its way. `stops`: step and share of each rung and of the end; `depth`: layers below its lowest
-    adapter; `kept`: its values and moments by name; `streams`: the states of its dropout.
+    adapter; `kept`: what it is between two packs, None at its first step.
     """
 
     index: int
@@ -64,8 +86,7 @@ class _Run:
     passed: int = 0
     step: int = 0
     record: Record = field(default_factory=Record)
-    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    streams: dict[str, Tensor] = field(default_factory=dict)
+    kept: _Kept | None = None
     outcome: Outcome | None = None
 
     @property
@@ -87,27 +108,13 @@ class _Run:
         """Runs with the same one see the same minibatches from here on."""
         return self.request.seed, self.training.batch_size, self.step
 
-    def put_on(self, attachment: Attachment, optimizer: PackedAdamW, k: int) -> None:
-        if not self.kept:
-            return  # at its first step: as it was initialised
-        for group, views in optimizer.parts(k).items():
-            for name, view in views.items():
-                view.copy_(self.kept[group][name])
-        for name, stream in attachment.dropout_streams(k).items():
-            stream.set_state(self.streams[name])
-
-    def take_off(self, attachment: Attachment, optimizer: PackedAdamW, k: int) -> None:
-        parts = optimizer.parts(k)
-        self.kept = {group: {name: view.clone() for name, view in views.items()} for group, views in parts.items()}
-        self.streams = {name: stream.get_state() for name, stream in attachment.dropout_streams(k).items()}
-
 
 class PackedEvaluator(TrainEvaluator):
     """Trains what `TrainEvaluator` trains, several candidates at a time.
 
     `pack`: candidates side by side, None for as many as the memory holds. `share_prefix`: the layers below the lowest
     adapter of a pack run once for all its slots. `cache`: keeps their results; None: they are computed at each step.
-    Candidates that train the backbone itself are trained alone.
+    Candidates that train the backbone itself are trained alone, and to their end.
     """
 
     name = "packed"
@@ -130,7 +137,7 @@ class PackedEvaluator(TrainEvaluator):
         self._model_key = fingerprint(self.model, self.backbone) if share_prefix and cache is not None else ""
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
-        self._fitting: dict[int, int] = {}
+        self._fitting: dict[tuple[int, int], int] = {}
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -147,7 +154,7 @@ class PackedEvaluator(TrainEvaluator):
 
         def end(run: _Run, outcome: Outcome) -> None:
             run.outcome = outcome
-            run.kept.clear()
+            run.kept = None
             report()
             if ended is not None:
                 ended(run.index, outcome)
@@ -201,10 +208,10 @@ class PackedEvaluator(TrainEvaluator):
 
     def _most(self, runs: Sequence[_Run]) -> int:
         """Slots of a pack of such candidates."""
-        size = runs[0].training.batch_size
-        if size not in self._fitting:
-            self._fitting[size] = self.pack or fitting_slots(self, [run.request for run in runs])
-        return self._fitting[size]
+        key = _memory_key(runs)
+        if key not in self._fitting:
+            self._fitting[key] = self.pack or fitting_slots(self, [run.request for run in runs])
+        return self._fitting[key]
 
     def _train_pack(
         self, pack: Sequence[_Run], report: Callable[[int], None], end: Callable[[_Run, Outcome], None]
@@ -215,17 +222,17 @@ class PackedEvaluator(TrainEvaluator):
                 ended = self._train_slots(pack, report)
         except Exception as error:
             if len(pack) == 1:
-                return end(pack[0], failure(pack[0].request, error))
-            # The runs are as they were before. Memory: from now on in smaller packs. Otherwise find the one.
-            size = 1
-            if isinstance(error, OutOfMemory):
-                size = self._fitting[pack[0].training.batch_size] = len(pack) // 2
-            for start in range(0, len(pack), size):
-                self._train_pack(pack[start : start + size], report, end)
-            return None
+                ended = [(pack[0], failure(pack[0].request, error))]
+            else:
+                # The runs are as they were before. Memory: from now on in smaller packs. Otherwise find the one.
+                size = 1
+                if isinstance(error, OutOfMemory):
+                    size = self._fitting[_memory_key(pack)] = len(pack) // 2
+                for start in range(0, len(pack), size):
+                    self._train_pack(pack[start : start + size], report, end)
+                ended = []
         for run, outcome in ended:
             end(run, outcome)
-        return None
 
     def _train_slots(self, pack: Sequence[_Run], report: Callable[[int], None]) -> list[tuple[_Run, Outcome]]:
         """Train a pack to the first stop of its runs, or to the step at which the loss of one is not a number.
@@ -243,21 +250,22 @@ class PackedEvaluator(TrainEvaluator):
                 raise TrainingFailed("nothing to train: no adapter is on and the model has no task head")
             optimizer = PackedAdamW(attachment, [run.training for run in pack])
             for k, run in enumerate(pack):
-                run.put_on(attachment, optimizer, k)
+                if run.kept is not None:
+                    run.kept.put_on(attachment, optimizer, k)
             losses = self._steps_of(pack, attachment, optimizer, last, report)
             train_s = time.perf_counter() - begin
             step = first + len(losses)
             broken = {k: n for n, row in reversed([*enumerate(losses, first + 1)]) for k in _not_finite(row)}
             stopped = [k for k, run in enumerate(pack) if run.stop == step and k not in broken]
             scored = self._score(pack, stopped, attachment)
-            for k, run in enumerate(pack):
-                run.take_off(attachment, optimizer, k)
+            going_on = [k for k, run in enumerate(pack) if step < run.num_steps and k not in broken]
+            kept = {k: _Kept.taken_off(attachment, optimizer, k) for k in going_on}
             weights = {k: attachment.state(k) for k in stopped if pack[k].request.keep_weights}
         wall_s = time.perf_counter() - begin
 
         ended: list[tuple[_Run, Outcome]] = []
         for k, run in enumerate(pack):
-            run.step = step
+            run.step, run.kept = step, kept.get(k)
             run.record.losses += [column[k] for column in losses]
             run.record.train_s += train_s / len(pack)
             run.record.wall_s += wall_s / len(pack)
@@ -374,6 +382,11 @@ class PackedEvaluator(TrainEvaluator):
 def _repeated(tensor: Tensor, slots: int) -> Tensor:
     """[N, ...] to [K * N, ...], the examples of a slot next to each other."""
     return tensor.repeat(slots, *[1] * (tensor.dim() - 1))
+
+
+def _memory_key(runs: Sequence[_Run]) -> tuple[int, int]:
+    """What the memory of a pack depends on above all: rows, and layers that keep their activations."""
+    return runs[0].training.batch_size, min(run.depth for run in runs)
 
 
 def _not_finite(losses: Sequence[float]) -> list[int]:

@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.optim import AdamW
 
 from autopeft.evaluators import batching
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request
+from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request, memory_errors
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.measured import measure
 from autopeft.evaluators.tasks import TASKS, Batch, Example
@@ -101,6 +100,11 @@ class TrainEvaluator(Evaluator):
         size = self.training(candidate).batch_size
         batches = batching.ordered_batches(self.lengths["train"], size)
         return self.batch("train", batches[len(batches) // 2])
+
+    def longest_batch(self, candidate: Candidate) -> Batch:
+        """A full training batch of the longest rows."""
+        order = sorted(range(len(self.lengths["train"])), key=lambda i: self.lengths["train"][i])
+        return self.batch("train", order[-self.training(candidate).batch_size :])
 
     @staticmethod
     def training(candidate: Candidate) -> Training:
@@ -282,20 +286,6 @@ def max_tokens(model: Any) -> int:
 def steps_at(share: float, full: int) -> int:
     """Steps that are a share of the full run: rounded up, at least one."""
     return max(1, math.ceil(round(share * full, 6)))  # 0.07 x 100 is a little more than 7 in binary
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns every way in which torch runs out of memory into OutOfMemory."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
-    except RuntimeError as error:
-        # Neither torch's CPU allocator nor CUDA's libraries have an exception class of their own.
-        if not any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")):
-            raise
-        raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
 
 
 def rate(step: int, steps: int, training: Training) -> float:

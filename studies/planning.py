@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.selection import bare_recipe, recipe_head_sites
 from autopeft.studies.session import evaluator_for
+from autopeft.studies.settings import SearchSettings
 from autopeft.studies.study_file import StudyFile
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def plan_study(settings: StudyFile, splits: Splits) -> Plan:
     memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]
     finals, searched = num_finals(settings), settings.search.trials
     full_runs = len(list(baselines(settings, space))) + finals
-    num_steps = evaluator.num_steps(Request(candidate=typical)) * (searched * settings.search.share + full_runs)
+    num_steps = evaluator.num_steps(Request(candidate=typical)) * (searched * mean_share(settings.search) + full_runs)
     batch_size = evaluator.training(typical).batch_size
     scored = len(splits.validation) * (searched + full_runs) + len(splits.test) * finals
     exportable, reasons = _exportable(settings, splits, samples, backbone)
@@ -97,6 +99,12 @@ def plan_study(settings: StudyFile, splits: Splits) -> Plan:
         exportable=exportable,
         reasons=reasons,
     )
+
+
+def mean_share(search: SearchSettings) -> float:
+    """Share of the training steps that a candidate of the search gets on average, with what its rungs save."""
+    stops = (0.0, *search.rungs, search.share)
+    return sum((end - start) * search.keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
 
 
 def _exportable(

@@ -18,9 +18,10 @@ from autopeft.evaluators.tasks.data import load_splits
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Fidelity
-from autopeft.studies.bench import arms, ranking
+from autopeft.studies.bench import arms, kernels, ranking
 from autopeft.studies.bench.arms import ArmRow, Bench, ParityError, Spread, Table, check_parity
 from autopeft.studies.bench.benchmark import run_bench
+from autopeft.studies.bench.kernels import KernelRow
 from autopeft.studies.bench.loop import Run
 from autopeft.studies.bench.overhead import Overhead
 from autopeft.studies.bench.ranking import (
@@ -45,6 +46,13 @@ from autopeft.studies.study_file import load_study
 from .tiny_study import save_study
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def tiny_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their times say nothing here."""
+    monkeypatch.setitem(kernels.SHAPES, "cpu", (4, 16, 2, 32))
+
 
 QUICK = ("--candidates", "2", "--rounds", "1", "--ranking", "0")
 
@@ -271,6 +279,7 @@ def made_up(peak: int | None = None) -> Result:
             "load": 0.3, "versions": {"torch": "2.13.0", "triton": None},
         },
         equal_work=(Table(title="t", candidates=8, steps=64, lowest_layer=None, rows=tuple(rows)),),
+        kernels=(KernelRow(kernel="LoRA", shape="8 x 2", over_reference=Spread.of([1.51, 1.52]), over_pytorch=None),),
         overhead=Overhead(slots=8, rank=16, tokens=4096, rho=Spread(median=1.31, low=1.29, high=1.37)),
         ranking=Ranking(
             candidates=24, ceiling=both, budgets=(Budget(share=0.15, agreement=both),), matched_share=0.15,
@@ -296,7 +305,7 @@ def test_markdown_and_json_have_the_same_figures() -> None:
     text = to_markdown(result)
     data = json.loads(json.dumps(result.to_dict()))
     assert data == json.loads(json.dumps(asdict(result)))
-    for value in figures({key: data[key] for key in ("equal_work", "overhead", "ranking")}):
+    for value in figures({key: data[key] for key in ("equal_work", "overhead", "kernels", "ranking")}):
         forms = {f"{value:,}"} if isinstance(value, int) else {f"{value:.2f}", f"{value:.0%}"}
         assert any(form in text for form in forms), value
     assert "| t (64 steps) | 2.34 (2.11 to 2.56) |" in text

@@ -196,6 +196,20 @@ def test_a_failure_is_there_with_its_reason(store: Store) -> None:
     assert store.artifact(run, "architecture.json")
 
 
+def test_a_pruned_trial_shows_its_rung_and_no_objectives(store: Store) -> None:
+    whole = trial(6, 0.9, 32)
+    found = whole.measurement
+    assert found is not None
+    cut = replace(found, share=0.5, losses=found.losses[: NUM_STEPS // 2], values={**found.values, "accuracy": 0.45})
+    why = "loss 1.2 after 50% of the steps"
+    store.tracker().sync(snapshot([*TRIALS, replace(whole, state="pruned", measurement=cut, error=why)]))
+    run = store.child(6)
+    assert (run.info.status, run.data.tags["autopeft.state"]) == ("FINISHED", "pruned")
+    assert run.data.metrics.keys() == {"train/loss", "rung/accuracy", "time/wall_s", "time/train_s"}
+    assert store.history(run, "rung/accuracy") == [(NUM_STEPS // 2, 0.45)]
+    assert store.front() == set(FRONT)
+
+
 def test_only_evaluations_that_are_over_have_a_run(store: Store) -> None:
     more = [
         trial(6, 0.0, 2, state="running", measurement=None),

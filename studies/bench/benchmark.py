@@ -17,6 +17,7 @@ from autopeft.evaluators.train import steps_at
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Fidelity, Measurement
 from autopeft.studies.bench.arms import ARMS, Bench, Spread, Table, Watch, compare
+from autopeft.studies.bench.kernels import measure_kernels
 from autopeft.studies.bench.loop import LoopRun
 from autopeft.studies.bench.overhead import attention_lora, measure_overhead
 from autopeft.studies.bench.ranking import (
@@ -77,6 +78,7 @@ def run_bench(
         conditions=before,
         equal_work=tuple(tables),
         overhead=overhead,
+        kernels=measure_kernels(bench.device),
         ranking=_ranking(bench, drawn[:ranked], rounds, first, loops) if ranked else None,
     )
 

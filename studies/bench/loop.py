@@ -30,7 +30,7 @@ from autopeft.evaluators.base import Request
 from autopeft.evaluators.host import head_sites
 from autopeft.evaluators.train import EVALUATION_BATCH_SIZE, TrainEvaluator, rate
 from autopeft.search_space.architecture import Candidate
-from autopeft.studies.exporters.peft_adapter import _fill
+from autopeft.studies.exporters.peft_adapter import fill
 from autopeft.studies.exporters.peft_config import PeftPlan, plan
 from autopeft.studies.recipe import Recipe
 from autopeft.studies.selection import bare_recipe
@@ -86,7 +86,7 @@ class Loop:
             begin = self._now()
             model = get_peft_model(_without_dropout(copy.deepcopy(self.evaluator.model)), planned.build())
             with torch.no_grad():
-                _fill(model.base_model.model, recipe, state)
+                fill(model.base_model.model, recipe, state)
             _trained_in_float32(model)
             trainer = self._trainer(model, request, folder)
             prepared = self._now()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from autopeft.studies.bench.arms import Bench, Spread, Table
+from autopeft.studies.bench.kernels import KernelRow
 from autopeft.studies.bench.overhead import Overhead
 from autopeft.studies.bench.ranking import WANTED, Agreement, Budget, Correlation
 
@@ -52,6 +53,7 @@ class Result:
     conditions: dict[str, Any]
     equal_work: tuple[Table, ...]
     overhead: Overhead
+    kernels: tuple[KernelRow, ...]
     ranking: Ranking | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +103,7 @@ def _version(package: str) -> str | None:
 
 def to_markdown(result: Result) -> str:
     parts = [_conditions(result.conditions), _equal_work(result.equal_work), _overhead(result.overhead)]
+    parts.append(_kernels(result.kernels))
     if result.ranking is not None:
         parts += [_budgets(result.ranking), _hours(result.ranking)]
     return "\n\n".join(parts) + "\n"
@@ -137,6 +140,18 @@ def _overhead(found: Overhead) -> str:
         f"A packed step of {found.slots} candidates of rank {found.rank} ({found.tokens:,} tokens) takes"
         f" {_spread(found.rho)} times the forward and backward pass of the bare backbone."
     )
+
+
+def _kernels(rows: Sequence[KernelRow]) -> str:
+    head = ["Kernel, forward and backward: time over its", "shape", "reference"]
+    on_gpu = any(row.over_pytorch is not None for row in rows)
+    lines = [[*head, *(["PyTorch"] if on_gpu else [])]]
+    for row in rows:
+        line = [row.kernel, row.shape, _spread(row.over_reference)]
+        if on_gpu:
+            line.append("-" if row.over_pytorch is None else _spread(row.over_pytorch))
+        lines.append(line)
+    return _table(lines)
 
 
 def _budgets(found: Ranking) -> str:

@@ -33,11 +33,11 @@ class PeftAdapter(Exporter):
         model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
         wrapped = get_peft_model(model, plan(recipe).build(), revision=origin.revision)
         with torch.no_grad():
-            _fill(wrapped.base_model.model, recipe, state)
+            fill(wrapped.base_model.model, recipe, state)
         wrapped.save_pretrained(folder, save_embedding_layers=False)
 
 
-def _fill(model: Any, recipe: Recipe, state: State) -> None:
+def fill(model: Any, recipe: Recipe, state: State) -> None:
     """Copy the trained tensors into peft's modules. Raises ExportError if peft adapts other modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -1,0 +1,129 @@
+"""The kernels alone: forward and backward pass of each against its reference, and on a GPU against PyTorch too.
+
+A Triton kernel that is not 1.2 times as fast as PyTorch does not earn its place.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from autopeft.kernels import linear_cross_entropy as cross_entropy
+from autopeft.kernels import packed_bottleneck as bottleneck
+from autopeft.kernels import packed_lora as lora
+from autopeft.kernels import slot_products
+from autopeft.studies.bench.arms import Spread
+from autopeft.studies.bench.loop import now
+
+REPEATS = 15
+SLOTS = 8
+#: Tokens per slot, features, rank, vocabulary: of the embedded model's order, and of a model of a billion parameters.
+SHAPES = {"cpu": (512, 384, 8, 8192), "cuda": (1024, 2048, 16, 131072)}
+Pass = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelRow:
+    """Times of the reference, and of the same operator without Triton (None: on a CPU it has none), over the kernel's:
+    medians of the ratios of neighbours in time, and their quartiles.
+    """
+
+    kernel: str
+    shape: str
+    over_reference: Spread
+    over_pytorch: Spread | None
+
+
+def measure_kernels(device: torch.device) -> tuple[KernelRow, ...]:
+    return tuple(
+        KernelRow(
+            kernel=name,
+            shape=shape,
+            over_reference=_ratio(reference, kernel, inputs, device),
+            over_pytorch=_over_pytorch(kernel, inputs, device),
+        )
+        for name, shape, inputs, kernel, reference in _cases(device)
+    )
+
+
+def _cases(device: torch.device) -> Iterator[tuple[str, str, list[Tensor], Pass, Pass]]:
+    """Name, shape, the tensors that want a gradient, kernel and reference."""
+    tokens, features, rank, vocabulary = SHAPES[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5).requires_grad_()
+
+    x, weight = draw(SLOTS, tokens, features), draw(features, features).detach()
+    a, b = draw(SLOTS, rank, features), draw(SLOTS, features, rank)
+    scale = torch.ones(SLOTS, device=device)
+    some = torch.arange(0, SLOTS, 2, device=device)
+    sizes = f"{SLOTS} slots x {tokens} tokens, {features} to {features}, rank {rank}"
+
+    def linear(op: Callable[..., Tensor], slots: Tensor | None) -> Pass:
+        own = slice(None) if slots is None else slots
+        return lambda: op(x, weight, None, a[own], b[own], scale[own], None, slots)
+
+    for words, slots in (("", None), (", half of the slots", some)):
+        yield (
+            f"LoRA with its linear{words}", sizes, [x, a, b],
+            linear(lora.packed_lora_linear, slots), linear(lora.packed_lora_linear_reference, slots),
+        )  # fmt: skip
+    biases = draw(SLOTS, rank), draw(SLOTS, features)
+
+    def adapter(op: Callable[..., Tensor]) -> Pass:
+        return lambda: op(x, x, a, biases[0], b, biases[1], scale, None, "gelu")
+
+    yield (
+        "bottleneck", sizes, [x, a, b, *biases],
+        adapter(bottleneck.packed_bottleneck), adapter(bottleneck.packed_bottleneck_reference),
+    )  # fmt: skip
+    hidden, output = draw(SLOTS * tokens, features), draw(vocabulary, features).detach()
+    targets = torch.randint(vocabulary, (len(hidden),), generator=generator, device=device)
+    yield (
+        "linear cross-entropy", f"{len(hidden)} tokens, {features} features, {vocabulary} words", [hidden],
+        lambda: cross_entropy.linear_cross_entropy(hidden, output, targets)[0],
+        lambda: cross_entropy.linear_cross_entropy_reference(hidden, output, targets)[0],
+    )  # fmt: skip
+
+
+def _over_pytorch(kernel: Pass, inputs: list[Tensor], device: torch.device) -> Spread | None:
+    if device.type != "cuda" or slot_products.triton is None:
+        return None
+
+    def without_triton() -> Tensor:
+        with _triton_off():
+            return kernel()
+
+    return _ratio(without_triton, kernel, inputs, device)
+
+
+@contextmanager
+def _triton_off() -> Iterator[None]:
+    """PyTorch's implementation for CUDA tensors too."""
+    triton, slot_products.triton = slot_products.triton, None
+    try:
+        yield
+    finally:
+        slot_products.triton = triton
+
+
+def _ratio(other: Pass, kernel: Pass, inputs: list[Tensor], device: torch.device) -> Spread:
+    def seconds(run: Pass) -> float:
+        begin = now(device)
+        torch.autograd.grad(run().float().sum(), inputs)
+        return now(device) - begin
+
+    arms = cycle([(other, kernel), (kernel, other)])
+    ratios = []
+    for _ in range(REPEATS + 2):
+        taken = {arm: seconds(arm) for arm in next(arms)}
+        ratios.append(taken[other] / taken[kernel])
+    low, median, high = statistics.quantiles(ratios[2:], n=4, method="inclusive")  # two to warm up
+    return Spread(median=median, low=low, high=high)
