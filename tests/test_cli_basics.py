@@ -158,7 +158,7 @@ def test_validate_json_is_alone_on_stdout(study, run):
 
 
 def test_validate_reports_all_problems_of_the_file(study, run):
-    study.write_text(study.read_text().replace("trials: 16", "trails: 16").replace("rank: [0,", "rank: [0.5,"))
+    study.write_text(study.read_text().replace("trials: 24", "trails: 24").replace("rank: [0,", "rank: [0.5,"))
     code, out, err = run("validate", study)
     assert (code, out) == (2, "")
     lines = study.read_text().splitlines()
