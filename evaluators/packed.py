@@ -2,10 +2,11 @@
 
 Notation: K slots, one per candidate of a pack; N examples of a minibatch, the same for every slot.
 
-A pack is formed of candidates that stand at the same step of the same order of minibatches, and trains until the first
-of them comes to a rung or to its end. Then all are taken off, and the next packs are formed of those that go on: no
-slot waits for another candidate. What a candidate is between two packs (`_Run`) is its own tensors, its moments and its
-random streams, so the pack it is in changes nothing but the order of a few sums.
+A pack is formed of candidates that stand at the same step of the same order of minibatches and, on a CPU, leave the
+same layers free. It trains until the first of them comes to a rung or to its end. Then all are taken off, and the next
+packs are formed of those that go on: no slot waits for another candidate. What a candidate is between two packs
+(`_Kept`) is its own tensors, its moments and its random streams, so the pack it is in changes nothing but the order of
+a few sums.
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ class PackedEvaluator(TrainEvaluator):
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
         self._fitting: dict[tuple[int, int], int] = {}
+        # One candidate keeps a CPU busy: there a pack is worth what it shares, and a full one is no end in itself.
+        self.mixes_depths = self.device.type != "cpu"
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -198,13 +201,15 @@ class PackedEvaluator(TrainEvaluator):
         # Candidates with the same lower layers in common go together: they share the most.
         waiting = sorted(runs, key=lambda run: (-run.depth, run.index))
         while waiting:
-            order = waiting[0].order
-            alike = [run for run in waiting if run.order == order]
+            alike = [run for run in waiting if self._fit_together(run, waiting[0])]
             pack = alike[: self._most(alike)]
             self._train_pack(pack, report, end)
             rest = [run for run in waiting if run not in pack]
             # At the front: with others of their kind they fill the next pack.
             waiting = [run for run in pack if run.outcome is None and run.share == share] + rest
+
+    def _fit_together(self, a: _Run, b: _Run) -> bool:
+        return a.order == b.order and (a.depth == b.depth or self.mixes_depths)
 
     def _most(self, runs: Sequence[_Run]) -> int:
         """Slots of a pack of such candidates."""

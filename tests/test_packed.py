@@ -59,8 +59,11 @@ def alone(loaded: LoadedBackbone) -> TrainEvaluator:
     return TrainEvaluator(loaded, "classification", SPLITS, max_length=16)
 
 
-def together(loaded: LoadedBackbone, **settings: Any) -> PackedEvaluator:
-    return PackedEvaluator(loaded, "classification", SPLITS, max_length=16, **settings)
+def together(loaded: LoadedBackbone, mixes_depths: bool = True, **settings: Any) -> PackedEvaluator:
+    """Packs as they are on a GPU, candidates of all depths side by side, unless `mixes_depths` says otherwise."""
+    evaluator = PackedEvaluator(loaded, "classification", SPLITS, max_length=16, **settings)
+    evaluator.mixes_depths = mixes_depths
+    return evaluator
 
 
 def at(loaded: LoadedBackbone, spec: AdapterSpec, lowest: int, roles: Sequence[str] = ()) -> Architecture:
@@ -127,6 +130,22 @@ def test_every_pack_size_and_cache(loaded: LoadedBackbone, tmp_path: Path) -> No
             for name, value in ours.weights.items():
                 torch.testing.assert_close(value, theirs.weights[name], rtol=1e-3, atol=1e-5)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3, "one file per split"
+
+
+def test_depths_are_kept_apart_on_a_cpu(loaded: LoadedBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack runs every layer above the lowest adapter of all its slots: one deep candidate makes all of them pay."""
+    packs: list[list[int]] = []
+    steps = PackedEvaluator._steps_of
+
+    def watched(self: PackedEvaluator, pack: Sequence[Any], *rest: Any) -> Any:
+        packs.append([run.depth for run in pack])
+        return steps(self, pack, *rest)
+
+    monkeypatch.setattr(PackedEvaluator, "_steps_of", watched)
+    wanted = requests([*mixed(loaded), Architecture()])
+    found = together(loaded, mixes_depths=False, pack=8).evaluate(wanted)
+    assert packs == [[4], [3], [2, 2, 2]]
+    compare(found, alone(loaded).evaluate(wanted))
 
 
 def test_orders_are_kept_apart(loaded: LoadedBackbone) -> None:
