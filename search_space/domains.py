@@ -79,9 +79,10 @@ class Float:
     def neighbours(self, value: Any) -> Iterator[float]:
         """One fifth of the range down and up, or the bound if that is nearer."""
         unit = self.to_unit(value)
-        for other in dict.fromkeys((self.from_unit(unit - 0.2), self.from_unit(unit + 0.2))):
-            if other != value:
-                yield other
+        steps = dict.fromkeys((self.from_unit(unit - 0.2), self.from_unit(unit + 0.2)))
+        # In a range of a few representable numbers a fifth rounds to nothing.
+        bounds = dict.fromkeys((self.from_unit(0.0), self.from_unit(1.0)))
+        yield from [other for other in steps if other != value] or [other for other in bounds if other != value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

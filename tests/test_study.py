@@ -204,7 +204,7 @@ def wait_for_ended(settings: StudyFile, count: int, process: subprocess.Popen, l
 
 
 def test_sigint_is_polite(tmp_path: Path) -> None:
-    path = save_study(tmp_path / "study")
+    path = save_study(tmp_path / "study", search={"searcher": "random", "trials": 300, "batch": 3})
     settings = load_study(path)
     process = subprocess.Popen(
         [sys.executable, "-m", "autopeft.studies.cli.app", "run", str(path)],
