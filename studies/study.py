@@ -142,12 +142,15 @@ class Study:
         """
         batch, rejected = list(pending), 0
 
-        def num_new() -> int:
-            return sum(trial.role == SEARCH for trial in batch)
+        def num_admitted() -> int:
+            return self._num_searched() + sum(trial.role == SEARCH for trial in batch)
 
+        # Batches are blocks of the trials in their order. One that was killed when a part of it had ended is not filled
+        # up again: its trials were chosen without what that part has shown.
+        size, admitted = self.settings.search.batch, num_admitted()
+        end = admitted if batch and admitted % size == 0 else (admitted // size + 1) * size
         while (
-            num_new() < self.settings.search.batch
-            and self._num_searched() + num_new() < self.settings.search.trials
+            num_admitted() < min(end, self.settings.search.trials)
             and rejected < MOST_REJECTIONS
             and not self._out_of_time()
         ):
