@@ -70,14 +70,16 @@ def interruptible(settings: StudyFile) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    # SIGINT too: a shell starts what it runs in the background with that signal ignored.
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; nothing is lost. Go on with: autopeft resume {settings.path}", err=True)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
