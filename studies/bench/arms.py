@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Protocol
 
 import torch
@@ -26,6 +27,8 @@ from autopeft.studies.session import evaluator_for
 from autopeft.studies.study_file import StudyFile
 
 CACHE_BYTES = 2**31
+#: Pairs of a ratio that is taken in turns.
+REPEATS = 15
 #: Steps whose losses are compared: later, rounding has grown.
 COMPARED_STEPS = 20
 #: Relative differences from `single` that another order of summation explains.
@@ -65,6 +68,17 @@ class Spread:
 
     def times(self, factor: float) -> Spread:
         return Spread(median=factor * self.median, low=factor * self.low, high=factor * self.high)
+
+
+def interleaved(other: Callable[[], float], own: Callable[[], float]) -> Spread:
+    """Seconds of `other` over those of `own`, in turns: median and quartiles of the ratios of neighbours in time."""
+    arms = cycle([(other, own), (own, other)])
+    ratios = []
+    for _ in range(REPEATS + 2):
+        taken = {arm: arm() for arm in next(arms)}
+        ratios.append(taken[other] / taken[own])
+    low, median, high = statistics.quantiles(ratios[2:], n=4, method="inclusive")  # two to warm up
+    return Spread(median=median, low=low, high=high)
 
 
 @dataclass(slots=True)

@@ -5,11 +5,9 @@ A Triton kernel that is not 1.2 times as fast as PyTorch does not earn its place
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -18,10 +16,9 @@ from autopeft.kernels import linear_cross_entropy as cross_entropy
 from autopeft.kernels import packed_bottleneck as bottleneck
 from autopeft.kernels import packed_lora as lora
 from autopeft.kernels import slot_products
-from autopeft.studies.bench.arms import Spread
+from autopeft.studies.bench.arms import Spread, interleaved
 from autopeft.studies.bench.loop import now
 
-REPEATS = 15
 SLOTS = 8
 #: Tokens per slot, features, rank, vocabulary: of the embedded model's order, and of a model of a billion parameters.
 SHAPES = {"cpu": (512, 384, 8, 8192), "cuda": (1024, 2048, 16, 131072)}
@@ -120,10 +117,4 @@ def _ratio(other: Pass, kernel: Pass, inputs: list[Tensor], device: torch.device
         torch.autograd.grad(run().float().sum(), inputs)
         return now(device) - begin
 
-    arms = cycle([(other, kernel), (kernel, other)])
-    ratios = []
-    for _ in range(REPEATS + 2):
-        taken = {arm: seconds(arm) for arm in next(arms)}
-        ratios.append(taken[other] / taken[kernel])
-    low, median, high = statistics.quantiles(ratios[2:], n=4, method="inclusive")  # two to warm up
-    return Spread(median=median, low=low, high=high)
+    return interleaved(lambda: seconds(other), lambda: seconds(kernel))

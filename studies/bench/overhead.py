@@ -5,9 +5,7 @@ Notation: K slots; rho as in "cost of a step against the bare frozen backbone on
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -20,12 +18,11 @@ from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.training import Training
-from autopeft.studies.bench.arms import Bench, Spread
+from autopeft.studies.bench.arms import Bench, Spread, interleaved
 from autopeft.studies.bench.loop import now
 
 SLOTS = 8
 RANK = 16
-REPEATS = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +74,8 @@ def measure_overhead(bench: Bench, training: Training, seed: int) -> Overhead:
                     hook.remove()
 
         bench.watch.stage(f"overhead of {SLOTS} x rank {RANK}")
-        arms = cycle([(packed, bare), (bare, packed)])
-        ratios = []
-        for _ in range(REPEATS + 2):
-            taken = {arm: arm() for arm in next(arms)}
-            ratios.append(taken[packed] / taken[bare])
-    low, median, high = statistics.quantiles(ratios[2:], n=4, method="inclusive")  # two to warm up
-    return Overhead(
-        slots=SLOTS, rank=RANK, tokens=batch["input_ids"].numel(), rho=Spread(median=median, low=low, high=high)
-    )
+        rho = interleaved(packed, bare)
+    return Overhead(slots=SLOTS, rank=RANK, tokens=batch["input_ids"].numel(), rho=rho)
 
 
 def _require_gradient(module: Any, args: Any, output: Tensor) -> Tensor:
