@@ -23,7 +23,7 @@ from autopeft.evaluators.measured import measure
 from autopeft.evaluators.tasks import TASKS, Batch, Example
 from autopeft.evaluators.tasks.data import SPLITS, DataError, Splits
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.problem import Measurement
+from autopeft.search_space.problem import Measurement, declared_costs
 from autopeft.search_space.training import Training
 
 EVALUATION_BATCH_SIZE = 64
@@ -83,12 +83,7 @@ class TrainEvaluator(Evaluator):
         )
 
     def costs(self, candidate, measured=frozenset()):
-        architecture = candidate.architecture
-        values: dict[str, float] = {
-            "num_params": architecture.num_params(self.backbone),
-            "stored_bytes": architecture.stored_bytes(self.backbone),
-            "flops_per_token": architecture.flops_per_token(self.backbone),
-        }
+        values = declared_costs(candidate.architecture, self.backbone)
         if not measured:
             return Costs(values=values)
         with memory_errors(), self.attach(Request(candidate=candidate)) as attachment:

@@ -21,9 +21,9 @@ Problem = tuple[tuple[str, ...], str]
 class SpaceError(ValueError):
     """Everything wrong with a declaration: pairs of the path to the offending key and what is wrong there."""
 
-    def __init__(self, problems: Sequence[tuple[tuple[str, ...], str]]) -> None:
+    def __init__(self, problems: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
         self.problems = tuple(problems)
-        super().__init__("; ".join(f"{'.'.join(path)}: {what}" for path, what in problems))
+        super().__init__("; ".join(f"{'.'.join(map(str, path))}: {what}" for path, what in problems))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

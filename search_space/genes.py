@@ -30,6 +30,12 @@ class Gene:
     #: For "is it on": the gene of the size, with which it is counted as one choice.
     size: str | None = None
 
+    @property
+    def setting(self) -> str:
+        """Its name without the scope: "lora.rank", "training.epochs", a group's name, "layers"."""
+        words = self.name.split(".")
+        return ".".join(words[: 1 if self.adapter is None and not self.name.startswith(TRAINING) else 2])
+
     def is_active(self, assignment: Mapping[str, Value]) -> bool:
         """Whether it matters, given the values of the genes before it (inactive ones absent)."""
         return any(all(assignment.get(name) == value for name, value in condition) for condition in self.conditions)

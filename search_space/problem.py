@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.limits import Limits
+from autopeft.search_space.space import Assignment, SearchSpace
 
 #: "pruned": ended at a rung; its measurement has the values there.
 State = Literal["running", "complete", "pruned", "failed", "infeasible"]
+
+#: "smooth": every gene may matter a little; "sparse": few genes matter.
+Surrogate = Literal["smooth", "sparse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,12 @@ METRICS = _metrics(
     ("latency_s", "seconds", False, "measured", "one forward pass of a batch, adapters unmerged"),
     ("merged_latency_s", "seconds", False, "measured", "the same with what can be merged merged"),
 )
+
+
+def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, float]:
+    """The metrics that follow from an architecture alone, without a model or data: the methods of those names."""
+    declared = (name for name, metric in METRICS.items() if metric.source == "declared")
+    return {name: getattr(architecture, name)(backbone) for name in declared}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +90,22 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A search space, what counts in it, and how many evaluations may be spent."""
+    """A search space, what counts in it, and how many evaluations may be spent.
+
+    What is known beforehand helps the searchers that can use it: `limits` that rule candidates out before training;
+    `start`, points to evaluate first; `initial`, how many points to spread over the space before a model is trusted
+    (None: the searcher's own); `earlier`, trials of a related study, their genes those of this space; `surrogate`, the
+    kind of model (None: the searcher's choice).
+    """
 
     space: SearchSpace
     objectives: tuple[Objective, ...]
     num_trials: int
+    limits: Limits = field(default_factory=lambda: Limits({}))
+    initial: int | None = None
+    start: tuple[Assignment, ...] = ()
+    earlier: tuple[Trial, ...] = ()
+    surrogate: Surrogate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import product
 from math import prod
 from random import Random
 
@@ -14,6 +17,28 @@ from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, w
 from autopeft.search_space.genes import TRAINING, Condition, Gate, Gene
 
 Assignment = dict[str, Value]
+#: So many partial readings of a candidate are looked at before it counts as outside the space.
+MOST_READINGS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """An adapter that may sit at a site. `gates` decide whether it does, `genes` name the gene of each field that is
+    searched, `fixed` has the values of the others.
+    """
+
+    adapter: str
+    kind: str
+    site: Site
+    gates: tuple[Gate, ...]
+    genes: Mapping[str, str]
+    fixed: Mapping[str, Value]
+
+    def is_on(self, assignment: Mapping[str, Value]) -> bool:
+        return all(assignment.get(gate.gene) == gate.value for gate in self.gates)
+
+    def spec(self, assignment: Mapping[str, Value]) -> AdapterSpec:
+        return ADAPTERS[self.kind](**self.fixed, **{key: assignment[gene] for key, gene in self.genes.items()})
 
 
 class SearchSpace:
@@ -48,6 +73,8 @@ class SearchSpace:
             (name, site.name): self._gates_of(name, site) for name, sites in self._sites.items() for site in sites
         }
         self.genes: tuple[Gene, ...] = tuple(self._compile())
+        #: Every adapter at every site that it may take.
+        self.placements: tuple[Placement, ...] = tuple(self._place())
         self._by_name = {gene.name: gene for gene in self.genes}
 
     # Declaration -> genes
@@ -136,6 +163,17 @@ class SearchSpace:
             conditions = {_all(self._gates[name, site.name]) for site in sites}
             yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions), adapter=name)
 
+    def _place(self) -> Iterator[Placement]:
+        for name, choice in self.adapters.items():
+            for site in self._sites[name]:
+                genes = {
+                    key: f"{name}.{key}{self._scope(choice.vary.get(key, 'model'), site)}"
+                    for key, domain in choice.fields.items()
+                    if isinstance(domain, Domain)
+                }
+                fixed = {key: value for key, value in choice.fields.items() if not isinstance(value, Domain)}
+                yield Placement(name, choice.kind, site, self._gates[name, site.name], genes, fixed)
+
     # Assignments
 
     def complete(self, partial: Mapping[str, Value], fill: Callable[[Gene], Value]) -> Assignment:
@@ -161,21 +199,93 @@ class SearchSpace:
     def decode(self, assignment: Mapping[str, Value]) -> Candidate:
         """The candidate that an assignment of the active genes stands for."""
         placed: dict[str, list[AdapterSpec]] = {}
-        for name, choice in self.adapters.items():
-            for site in self._sites[name]:
-                if all(assignment.get(gate.gene) == gate.value for gate in self._gates[name, site.name]):
-                    values = {
-                        key: assignment[f"{name}.{key}{self._scope(choice.vary.get(key, 'model'), site)}"]
-                        if isinstance(domain, Domain)
-                        else domain
-                        for key, domain in choice.fields.items()
-                    }
-                    placed.setdefault(site.name, []).append(ADAPTERS[choice.kind](**values))
+        for place in self.placements:
+            if place.is_on(assignment):
+                placed.setdefault(place.site.name, []).append(place.spec(assignment))
         training = {
             key: assignment[TRAINING + key] if isinstance(domain, Domain) else domain
             for key, domain in self.training.items()
         }
         return Candidate(architecture=Architecture.of(placed), training=training)
+
+    def locate(self, candidate: Candidate) -> Assignment | None:
+        """An assignment that decodes to the candidate's architecture, with its values of the searched training fields.
+
+        None if there is none. Training fields that the candidate does not name take their middle; those that the space
+        fixes do not count. A gate that nothing needs is off.
+        """
+        training: Assignment = {}
+        for key, domain in self.training.items():
+            if isinstance(domain, Domain):
+                value = candidate.training.get(key, domain.from_unit(0.5))
+                if not domain.contains(value):
+                    return None
+                training[TRAINING + key] = value
+        wanted = dict(candidate.architecture.adapters)
+        here: dict[str, list[Placement]] = {}
+        gated: dict[str, list[Placement]] = {}
+        for place in self.placements:
+            here.setdefault(place.site.name, []).append(place)
+            for gate in place.gates:
+                gated.setdefault(gate.gene, []).append(place)
+        if not wanted.keys() <= here.keys():
+            return None
+
+        def crowded(genes: Assignment, places: Iterable[Placement]) -> bool:
+            """Whether more is on at the sites of `places` than is wanted there."""
+            touched = {place.site.name for place in places}
+            return any(sum(p.is_on(genes) for p in here[site]) > len(wanted.get(site, ())) for site in touched)
+
+        if crowded(training, self.placements):  # by what is always on
+            return None
+        # Adapters of one kind may be taken for each other at one site and told apart at the next: the sites that leave
+        # no choice come first, and where a later one contradicts, another way is tried.
+        steps = sorted(
+            ((self._readings(here[site], specs), here[site]) for site, specs in wanted.items()),
+            key=lambda step: len(step[0]),
+        )
+        open_ends = [(0, training)]
+        for _ in range(MOST_READINGS):
+            if not open_ends:
+                return None
+            position, genes = open_ends.pop()
+            if position < len(steps):
+                readings, places = steps[position]
+                for reading in readings:
+                    if all(genes.get(name, value) == value for name, value in reading.items()):
+                        more = {**genes, **reading}
+                        fresh = [place for name in more.keys() - genes.keys() for place in gated.get(name, ())]
+                        if not crowded(more, [*places, *fresh]):
+                            open_ends.append((position + 1, more))
+                continue
+            assignment = self.complete(genes, partial(_idle, gated, genes))
+            if self.decode(assignment).architecture == candidate.architecture:
+                return assignment
+        return None
+
+    def _readings(self, places: Sequence[Placement], specs: Sequence[AdapterSpec]) -> list[Assignment]:
+        """The genes that put `specs` at one site: an assignment for each way to share them among its places."""
+        readings = []
+        for taken in product(*([place for place in places if self._takes(place, spec)] for spec in specs)):
+            pairs = [(gate.gene, gate.value) for place in taken for gate in place.gates]
+            for place, spec in zip(taken, specs, strict=True):
+                pairs += [(gene, getattr(spec, key)) for key, gene in place.genes.items()]
+            reading = dict(pairs)
+            # Two members of a group contradict each other.
+            if len({place.adapter for place in taken}) == len(specs) and all(reading[name] == v for name, v in pairs):
+                readings.append(reading)
+        return readings
+
+    def _takes(self, place: Placement, spec: AdapterSpec) -> bool:
+        """Whether `spec` can be what the place holds."""
+        if place.kind != spec.kind:
+            return False
+        declared = self.adapters[place.adapter].fields
+        for field in fields(spec):
+            value, domain = getattr(spec, field.name), declared.get(field.name, field.default)
+            if not (domain.contains(value) if isinstance(domain, Domain) else domain == value):
+                return False
+        return True
 
     def encode(self, assignment: Mapping[str, Value]) -> tuple[list[float], list[bool]]:
         """Position on the unit interval per gene and whether the gene is active; inactive genes stand at 0.5."""
@@ -253,6 +363,15 @@ class SearchSpace:
         for domain in types:
             total *= sum(own.pop(str(name), 1) for name in domain.choices)  # "off" is one more
         return total * prod(own.values())
+
+
+def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], gene: Gene) -> Value:
+    """A value of a gate with which none of the places `gated` by it is on; the middle where there is none."""
+    places = gated.get(gene.name, ())
+    for value in gene.domain.choices if isinstance(gene.domain, Choice) and places else ():
+        if not any(place.is_on({**genes, gene.name: value}) for place in places):
+            return value
+    return gene.domain.from_unit(0.5)
 
 
 def _all(gates: Sequence[Gate]) -> Condition:

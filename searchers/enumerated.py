@@ -55,7 +55,7 @@ class Grid(Searcher):
         Random(seed).shuffle(self._points)
 
     def suggest(self, count: int = 1) -> list[Suggestion]:
-        start = self.num_suggested
+        start = max(0, self.num_suggested - len(self.problem.start))
         return [Suggestion(genes=dict(point)) for point in self._points[start : start + count]]
 
 

@@ -11,6 +11,7 @@ import random
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import optuna
@@ -164,6 +165,12 @@ class NsgaII(OptunaSearcher):
     def known_genes(self, number, genes):
         rng = random.Random(f"{self.seed}/{number}")
         return {gene.name: genes.get(gene.name, gene.domain.sample(rng)) for gene in self.problem.space.genes}
+
+    def update(self, completed, pending=()):
+        """Trials that it did not propose (start points, those of another searcher) belong to its first generation."""
+        key = _Evolution._get_generation_key()
+        own = [t if key in t.searcher_state else replace(t, searcher_state={key: 0}) for t in completed]
+        super().update(own, pending)
 
 
 class _Evolution(NSGAIISampler):

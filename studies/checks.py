@@ -48,6 +48,13 @@ def _search_problems(study: StudyFile) -> Iterator[Finding]:
         yield ("search", "keep"), "needs search.rungs: the shares of the steps at which candidates are compared"
     elif rungs and rungs[-1] >= study.search.share:
         yield ("search", "rungs"), f"must lie below search.share, which is {study.search.share}"
+    if study.search.initial is not None and study.search.initial > study.search.trials:
+        yield ("search", "initial"), f"must not be above search.trials, which is {study.search.trials}"
+    if len(study.search.start) > study.search.trials:
+        yield ("search", "start"), f"has more entries than search.trials, which is {study.search.trials}"
+    for i, entry in enumerate(study.search.start):
+        if isinstance(entry, str) and entry not in BASELINES:
+            yield ("search", "start", i), f"unknown baseline {entry!r}{did_you_mean(entry, BASELINES)}"
     for i, name in enumerate(study.baselines.names):
         if name not in BASELINES:
             yield ("baselines", "names", i), f"unknown baseline {name!r}{did_you_mean(name, BASELINES)}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from autopeft.studies.study_file import StudyFile
 
 #: The path of the offending key in the file, and what is wrong there.
-Finding = tuple[tuple[str, ...], str]
+Finding = tuple[tuple[str | int, ...], str]
 PRESET = ("space", "preset")
 #: Groups of layers where neither the file nor its preset says how many.
 STAGES = 4

@@ -32,20 +32,25 @@ from autopeft.studies.study_file import differences
 # What belongs to an evaluation stands in one attribute, so that it is written in one step.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
-BACKBONE, LABELS = "autopeft.backbone", "autopeft.labels"
+BACKBONE, LABELS, EARLIER = "autopeft.backbone", "autopeft.labels", "autopeft.earlier"
 # Scores per example are long and only read by machines.
 PACKED = ("per_example", "test_per_example")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """What a ledger keeps of its study beside the trials. `settings`: the study file as it was first run."""
+    """What a ledger keeps of its study beside the trials. `settings`: the study file as it was first run.
+
+    `earlier`: the trials of `search.prior`, copied, with no more than a searcher reads of them. The other study may go
+    on, move or be deleted: what this one proposes after an interruption must not hang on that.
+    """
 
     objectives: Sequence[Objective]
     backbone: Backbone
     labels: tuple[str, ...] | None
     settings: str
     fingerprint: Mapping[str, Any]
+    earlier: Sequence[Trial] = ()
 
 
 class Ledger:
@@ -74,6 +79,7 @@ class Ledger:
         study.set_user_attr(SETTINGS, about.settings)
         study.set_user_attr(BACKBONE, about.backbone.to_dict())
         study.set_user_attr(LABELS, about.labels and list(about.labels))
+        study.set_user_attr(EARLIER, _pack([_earlier(trial) for trial in about.earlier]))
         study.set_user_attr(FINGERPRINT, dict(about.fingerprint))  # last: what has it is complete
         return cls(study)
 
@@ -120,6 +126,12 @@ class Ledger:
     def labels(self) -> tuple[str, ...] | None:
         labels = self._study.user_attrs[LABELS]
         return None if labels is None else tuple(labels)
+
+    @property
+    def earlier(self) -> tuple[Trial, ...]:
+        """The trials of an earlier study as they were when this one began; see `About`."""
+        packed = self._study.user_attrs.get(EARLIER)
+        return tuple(_read_earlier(data) for data in _unpack(packed)) if packed else ()
 
     def trials(self) -> list[Trial]:
         """Every evaluation, ended or not, in order."""
@@ -229,14 +241,40 @@ def _result(trial: Trial) -> dict[str, Any]:
     if trial.measurement is not None:
         measurement = trial.measurement.to_dict()
         for name in PACKED:
-            packed = zlib.compress(json.dumps(measurement[name]).encode())
-            measurement[name] = base64.b85encode(packed).decode()
+            measurement[name] = _pack(measurement[name])
     return {
         "state": trial.state,
         "error": trial.error,
         "violation": trial.violation,
         "measurement": measurement,
     }
+
+
+def _pack(data: Any) -> str:
+    return base64.b85encode(zlib.compress(json.dumps(data).encode())).decode()
+
+
+def _unpack(text: str) -> Any:
+    return json.loads(zlib.decompress(base64.b85decode(text)))
+
+
+def _earlier(trial: Trial) -> dict[str, Any]:
+    assert trial.measurement is not None
+    return {
+        "number": trial.number,
+        "role": trial.role,
+        "candidate": trial.candidate.to_dict(),
+        "genes": dict(trial.genes),
+        "values": dict(trial.values),
+        "std_err": dict(trial.measurement.std_err),
+    }
+
+
+def _read_earlier(data: Mapping[str, Any]) -> Trial:
+    declared = dict(data)
+    measurement = Measurement(values=declared.pop("values"), std_err=declared.pop("std_err"))
+    declared["candidate"] = Candidate.from_dict(declared["candidate"])
+    return Trial(state="complete", measurement=measurement, **declared)
 
 
 def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
@@ -246,7 +284,7 @@ def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
     if measurement is not None:
         measurement = dict(measurement)
         for name in PACKED:
-            measurement[name] = json.loads(zlib.decompress(base64.b85decode(measurement[name])))
+            measurement[name] = _unpack(measurement[name])
         result["measurement"] = Measurement.from_dict(measurement)
     declared["candidate"] = Candidate.from_dict(declared["candidate"])
     return Trial(number=frozen.number, **declared, **result)

@@ -23,8 +23,11 @@ def json_schema() -> dict[str, Any]:
 
     schema = StudyFile.model_json_schema()
     definitions = schema["$defs"]
-    _restrict(definitions["SearchSettings"]["properties"]["searcher"], SEARCHERS)
+    search = definitions["SearchSettings"]["properties"]
+    _restrict(search["searcher"], SEARCHERS)
     _restrict(definitions["SpaceSettings"]["properties"]["preset"]["anyOf"][0], PRESETS)
+    by_name = next(form for form in search["start"]["items"]["oneOf"] if form["type"] == "string")
+    _restrict(by_name, BASELINES)
     _restrict(definitions["BaselineSettings"]["properties"]["names"]["items"], BASELINES)
     _restrict(definitions["ObjectiveSettings"]["properties"]["name"], METRICS)
     objective = {"anyOf": [{"type": "string", "enum": list(METRICS)}, {"$ref": "#/$defs/ObjectiveSettings"}]}

@@ -6,6 +6,8 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
@@ -13,15 +15,16 @@ from ruamel.yaml import YAML
 from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
 from autopeft.studies.ledger import About, Ledger
 from autopeft.studies.snapshot import Snapshot
-from autopeft.studies.study_file import StudyFile, fingerprint, study_from_mapping
+from autopeft.studies.study_file import StudyFile, StudyFileError, fingerprint, load_study, study_from_mapping
 
 if TYPE_CHECKING:
     from autopeft.evaluators.tasks.data import Splits
     from autopeft.evaluators.train import TrainEvaluator
-    from autopeft.search_space.problem import Problem
+    from autopeft.search_space.problem import Problem, Trial
     from autopeft.studies.study import Study
 
 LEAST_FREE_BYTES = 50_000_000
+PRIOR = ("search", "prior")
 
 
 def storage_url(settings: StudyFile) -> str:
@@ -100,6 +103,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = settings.problem(evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits)
+        problem = replace(problem, earlier=ledger.earlier)  # the copy, at once and after an interruption
         tracker = None
         if settings.tracking.enabled:
             from autopeft.studies.tracking import Tracker
@@ -131,6 +135,7 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger
         labels=splits.labels,
         settings=text.getvalue(),
         fingerprint=fingerprint(settings),
+        earlier=earlier_trials(settings, problem),
     )
     return Ledger.create(storage_url(settings), settings.study, about)
 
@@ -181,3 +186,41 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
         backbone=ledger.backbone,
         trials=tuple(ledger.trials()),
     )
+
+
+def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
+    """The complete trials of `search.prior`, of its search and its baselines, that lie in this space: with its genes,
+    and what they declare to cost counted for this backbone. Their copy, once this study was started. Raises
+    StudyFileError if there is none.
+    """
+    from autopeft.search_space.problem import declared_costs
+
+    if settings.search.prior is None:
+        return ()
+    if was_started(settings):
+        return open_ledger(settings).earlier
+    path = settings.folder / Path(settings.search.prior).expanduser()
+    try:
+        other = load_study(path, environment={})  # the variables are for this study
+        trials = [
+            trial
+            for trial in open_ledger(other).trials()
+            if trial.state == "complete" and trial.measurement is not None and trial.role not in ("finalist", "copy")
+        ]
+    except ConfigurationError as error:
+        raise StudyFileError([settings.render(PRIOR, str(error))]) from error
+    wanted = {objective.name for objective in problem.objectives}
+    found = []
+    for trial in trials:
+        genes = problem.space.locate(trial.candidate)
+        if genes is None or trial.measurement is None:
+            continue
+        candidate = problem.space.decode(genes)
+        costs = declared_costs(candidate.architecture, problem.space.backbone)
+        measurement = replace(trial.measurement, values={**trial.values, **costs})
+        if wanted <= measurement.values.keys():
+            found.append(replace(trial, candidate=candidate, genes=genes, measurement=measurement))
+    if not found:
+        what = f"{path}: of its {len(trials)} complete trials none lies in this space with a value of every objective"
+        raise StudyFileError([settings.render(PRIOR, what)])
+    return tuple(found)

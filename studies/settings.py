@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from autopeft.search_space.choices import Granularity
+from autopeft.search_space.problem import Surrogate
 from autopeft.search_space.training import Training
 
 Positive = Annotated[float, Field(gt=0)]
@@ -185,6 +186,16 @@ class ConstraintSettings(Section):
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def _start_shape(value: Any) -> str:
+    return "settings" if isinstance(value, dict) else "name"
+
+
+#: The name of a baseline, or values by setting: ``{lora.rank: 8, training.learning_rate: 0.01}``.
+Start = Annotated[
+    Annotated[dict[str, Scalar], Tag("settings")] | Annotated[str, Tag("name")], Discriminator(_start_shape)
+]
+
+
 class SearchSettings(Section):
     """The search itself."""
 
@@ -198,6 +209,24 @@ class SearchSettings(Section):
         default=1.0, description="share of a batch that goes on at each rung, by the ranks of loss and costs; 1: all"
     )
     batch: int = Field(default=8, ge=1, description="candidates that are proposed, and compared at the rungs, at once")
+    initial: int | None = Field(
+        default=None,
+        ge=1,
+        description="points to spread over the space before a model is trusted; null: the searcher's own",
+    )
+    surrogate: Surrogate | None = Field(
+        default=None,
+        description="smooth: every gene may matter a little; sparse: few matter; null: the searcher's choice",
+    )
+    start: tuple[Start, ...] = Field(
+        default=(),
+        description="configurations to evaluate first: baselines by name, or values such as {lora.rank: 8}",
+    )
+    prior: str | None = Field(
+        default=None,
+        min_length=1,
+        description="an earlier study on a related task, its file or folder: its trials guide the first proposals",
+    )
     timeout_s: Positive | None = Field(default=None, description="stop after so many seconds")
 
 

@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
-from autopeft.search_space.limits import Limits
 from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
 from autopeft.search_space.space import SearchSpace
-from autopeft.searchers import SEARCHERS, Searcher
+from autopeft.searchers import SEARCHERS, Searcher, Suggestion
 from autopeft.searchers.halving import survivors
 from autopeft.studies import front
 from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
@@ -69,8 +68,7 @@ class Study:
         self.evaluator = evaluator
         self.ledger = ledger
         self.tracker = tracker
-        self.limits = Limits.of(settings.constraints.model_dump(exclude_none=True), problem.space.backbone)
-        wanted = {o.name for o in problem.objectives} | self.limits.most.keys()
+        wanted = {o.name for o in problem.objectives} | problem.limits.most.keys()
         self.measured = frozenset(name for name in wanted if METRICS[name].source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
         self.started = time.monotonic()
@@ -154,20 +152,18 @@ class Study:
             and rejected < MOST_REJECTIONS
             and not self._out_of_time()
         ):
-            ended = [self.trials[number] for number in sorted(self.trials) if self.trials[number].state != "running"]
-            searcher.update([t for t in ended if t.role in (SEARCH, COPY)], batch)
-            suggestions = searcher.suggest(1)
-            if not suggestions:
+            suggestion = self._suggestion(searcher, batch)
+            if suggestion is None:
                 break
-            candidate = self.problem.space.decode(suggestions[0].genes)
+            candidate = self.problem.space.decode(suggestion.genes)
             twin = self._twin(candidate, batch)
             trial = self.ledger.begin(
                 self.problem,
                 SEARCH if twin is None else COPY,
                 candidate,
-                genes=suggestions[0].genes,
+                genes=suggestion.genes,
                 seed=self.settings.seed,
-                searcher_state=suggestions[0].state,
+                searcher_state=suggestion.state,
                 of=None if twin is None else twin.number,
             )
             self.trials[trial.number] = trial
@@ -180,6 +176,15 @@ class Study:
                 batch.append(trial)
             rejected = 0 if trial in batch and twin is None else rejected + 1
         return batch
+
+    def _suggestion(self, searcher: Searcher, batch: Sequence[Trial]) -> Suggestion | None:
+        """The point to try next: what the file names to start with, then the searcher's; None where it has no more."""
+        known = [self.trials[number] for number in sorted(self.trials) if self.trials[number].role in (SEARCH, COPY)]
+        # Each suggestion is a trial, whatever came of it, so the ledger tells how far a killed study had come.
+        if len(known) < len(self.problem.start):
+            return Suggestion(genes=self.problem.start[len(known)])
+        searcher.update([trial for trial in known if trial.state != "running"], batch)
+        return next(iter(searcher.suggest(1)), None)
 
     def _num_searched(self) -> int:
         return sum(t.role == SEARCH and t.state in ("complete", "pruned", "failed") for t in self.trials.values())
@@ -196,7 +201,7 @@ class Study:
 
     def _check_feasible(self) -> None:
         """Fail before the first training where no candidate can meet the limits."""
-        if not self.limits.most:
+        if not self.problem.limits.most:
             return
         space, rng = self.problem.space, Random(self.settings.seed)
         probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
@@ -281,7 +286,7 @@ class Study:
         self._save_weights(trial, outcome)
         violation = max(o.violation(values[o.name]) for o in self.problem.objectives)
         if trial.role != SEARCH:  # a candidate of the search that breaks a limit does not come this far
-            violation = max(violation, (self.limits.objection(values) or (-1.0, ""))[0])
+            violation = max(violation, (self.problem.limits.objection(values) or (-1.0, ""))[0])
         return replace(trial, state="complete", measurement=measurement, violation=violation)
 
     def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:
@@ -292,7 +297,7 @@ class Study:
         if objection is not None:
             return objection, Costs(values={})
         costs = self.evaluator.costs(trial.candidate, self.measured)
-        return (self.limits.objection(costs.values) if trial.role == SEARCH else None), costs
+        return (self.problem.limits.objection(costs.values) if trial.role == SEARCH else None), costs
 
     def _request(self, trial: Trial) -> Request:
         final = trial.role == FINALIST
@@ -309,7 +314,7 @@ class Study:
         """Why a candidate is not worth training by what it declares: the size of the violation and the reason."""
         if not candidate.architecture:
             return 1.0, "no adapter is on: that is the baseline `head`"
-        return self.limits.objection(self.evaluator.costs(candidate).values)
+        return self.problem.limits.objection(self.evaluator.costs(candidate).values)
 
     def _end(self, trials: Sequence[Trial], watcher: Watcher) -> None:
         for trial in trials:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -15,12 +16,14 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.choices import SpaceError
+from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import METRICS, Objective, Problem
 from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.suggestions import did_you_mean
 from autopeft.studies import checks, settings
 from autopeft.studies.declaration import declare
 from autopeft.studies.source import Keys, Source, StudyFileError, read
+from autopeft.studies.starting import start_points
 
 if TYPE_CHECKING:
     from autopeft.evaluators.tasks.data import DataSettings
@@ -96,8 +99,14 @@ class StudyFile(settings.Section):
 
     def space_for(self, backbone: Backbone) -> SearchSpace:
         """The space over `backbone`. Raises StudyFileError, as for the file itself."""
-        try:
+        with self._rendered():
             return declare(self, backbone).space(backbone)
+
+    @contextmanager
+    def _rendered(self) -> Iterator[None]:
+        """A SpaceError becomes a StudyFileError, its problems in the order of the file."""
+        try:
+            yield
         except SpaceError as error:
             problems = sorted(error.problems, key=lambda problem: self._source.line(problem[0]))
             raise StudyFileError(self.render(path, what) for path, what in problems) from None
@@ -114,9 +123,20 @@ class StudyFile(settings.Section):
         )
 
     def problem(self, backbone: Backbone) -> Problem:
-        """What a searcher works on. Raises StudyFileError."""
+        """What a searcher works on, but for the trials of an earlier study. Raises StudyFileError."""
         space = self.space_for(backbone)
-        return Problem(space=space, objectives=self.objectives_list(), num_trials=self.search.trials)
+        limits = Limits.of(self.constraints.model_dump(exclude_none=True), backbone)
+        with self._rendered():
+            start = start_points(self, space, limits)
+        return Problem(
+            space=space,
+            objectives=self.objectives_list(),
+            num_trials=self.search.trials,
+            limits=limits,
+            initial=self.search.initial,
+            surrogate=self.search.surrogate,
+            start=start,
+        )
 
     def render(self, path: Keys, what: str) -> str:
         """The problem `what` with the setting at `path`, as `file:line key: what`."""
@@ -269,6 +289,8 @@ def fingerprint(study: StudyFile) -> dict[str, Any]:
     """What trials must share to be compared: it may not change between `run` and `run --resume`."""
     dump = study.model_dump(mode="json")
     search = {key: dump["search"][key] for key in ("searcher", "share", "rungs", "keep", "batch")}
+    # These came later: where they are not set, a study of before goes on.
+    search |= {key: dump["search"][key] for key in ("initial", "surrogate", "start", "prior") if dump["search"][key]}
     return {key: dump[key] for key in _LASTING} | {"search": search}
 
 

@@ -163,6 +163,7 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
         "| `train/loss`, `rung/...` | on the way, by step |",
         "| `hypervolume` | dominated by the search's trials up to this one, the step; corner as in the picture |",
         "| `hypervolume_so_far` | the same, up to the corner known at the time: compare no two points |",
+        "| `surrogate/rank_correlation/...` | of the searcher's model with trials left out, if it has one |",
         "| `autopeft.pareto` | on the front (true, false) |",
         "| `autopeft.recommended` | the cheapest that the best cannot be told from |",
         "| `autopeft.role` | search, baseline:..., or finalist: `autopeft.of` trained with another seed |",

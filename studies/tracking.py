@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import Trial
 from autopeft.studies import tracked
+from autopeft.studies.diagnostics import diagnostics
 from autopeft.studies.front import FrontRow
 from autopeft.studies.report import front_data, write_report
 from autopeft.studies.snapshot import Snapshot, state_counts
@@ -205,7 +206,8 @@ class _Runs:
 
     def _write_parent(self, snapshot: Snapshot, rows: Sequence[FrontRow], final: bool) -> None:
         run = self.parent
-        self._log(run, {}, [*self._counts(snapshot, rows), *self._hypervolume(snapshot, final)])
+        points = [*self._counts(snapshot, rows), *self._hypervolume(snapshot, final), *self._surrogate(snapshot)]
+        self._log(run, {}, points)
         # With the numbers: a front of the same members moves when they are trained again.
         front = digest(front_data(snapshot))
         if final or run.tags.get("autopeft.front") != front:
@@ -253,10 +255,26 @@ class _Runs:
         at_ms = tracked.now_ms()
         return [tracked.metric(name, v, at_ms, trial.number) for trial, v in points if trial.number not in known]
 
+    def _surrogate(self, snapshot: Snapshot) -> list[Metric]:
+        """What a searcher tells of its model, as far as MLflow lacks it; step: the number of the trial."""
+        told = [found for found in diagnostics(snapshot.trials) if found.rank_correlation]
+        points, at_ms = [], tracked.now_ms()
+        for metric in dict.fromkeys(metric for found in told for metric in found.rank_correlation):
+            name = f"surrogate/rank_correlation/{metric}"
+            known = {point.step for point in self.client.get_metric_history(self.parent.id, name)}
+            points += [
+                tracked.metric(name, found.rank_correlation[metric], at_ms, found.trial)
+                for found in told
+                if metric in found.rank_correlation and found.trial not in known
+            ]
+        return points
+
     def _write_artifacts(self, snapshot: Snapshot) -> None:
         with TemporaryDirectory() as folder:
             for file in write_report(snapshot, Path(folder)):
                 self.client.log_artifact(self.parent.id, str(file), "pareto" if file.stem == "front" else None)
+        for last in diagnostics(snapshot.trials)[-1:]:
+            self.client.log_dict(self.parent.id, last.to_dict(), "surrogate.json")
         self.client.log_text(self.parent.id, snapshot.settings, "study.yaml")
         self.client.log_dict(self.parent.id, tracked.environment(), "environment.json")
 

@@ -119,6 +119,19 @@ def test_init_writes_a_valid_study_of_that_name(study):
     assert "my-study" not in study.read_text()
 
 
+@pytest.mark.parametrize("preset", ["study", "autopeft"])
+def test_every_preset_of_init_runs_as_it_is(tmp_path, run, preset):
+    assert run("init", tmp_path / "first", "--preset", preset)[0] == 0
+    code, out, err = run("validate", tmp_path / "first")
+    assert (code, err) == (0, "") and out.startswith("first: no problems found\n")
+
+
+def test_init_suggests_a_preset(tmp_path, run):
+    code, _, err = run("init", tmp_path / "first", "--preset", "autopef")
+    assert (code, err) == (2, "--preset autopef: no such study; did you mean 'autopeft'?\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_init_does_not_overwrite(study, run):
     study.write_text("mine")
     code, _, err = run("init", study.parent)

@@ -70,6 +70,18 @@ MEASUREMENT = Measurement(
 )
 
 
+def test_trials_of_an_earlier_study_come_back(problem: Problem, url: str) -> None:
+    genes = problem.space.largest()
+    small = Measurement(values=MEASUREMENT.values, std_err=MEASUREMENT.std_err)
+    trial = Trial(number=7, role="search", candidate=problem.space.decode(genes), genes=genes, state="complete",
+                  measurement=small)  # fmt: skip
+    whole = replace(trial, measurement=MEASUREMENT, searcher_state={"x": 1}, seed=3)
+    Ledger.create(url, "toy", replace(about(), earlier=[whole]))
+    assert Ledger.open(url, "toy").earlier == (trial,), "no more than a searcher reads"
+    Ledger.create(url, "other", about())
+    assert Ledger.open(url, "other").earlier == ()
+
+
 def test_a_trial_comes_back_whole(problem: Problem, url: str) -> None:
     ledger = Ledger.create(url, "toy", about())
     trial = begin(ledger, problem, seed=3, searcher_state={"nsga2:generation": 1})

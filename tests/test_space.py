@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, SearchSpace, SpaceError
+from autopeft.search_space.adapters import Lora
+from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.choices import OFF
 from autopeft.search_space.space import Assignment
 from autopeft.searchers.enumerated import _points
@@ -149,6 +151,23 @@ def test_a_declaration_gives_the_same_genes_again(space: SearchSpace) -> None:
     assert again.genes == space.genes
 
 
+@settings(max_examples=100, deadline=None)
+@given(spaces(), st.integers(0, 2**32))
+def test_a_candidate_is_found_again_in_its_space(space: SearchSpace, seed: int) -> None:
+    candidate = space.decode(space.sample(Random(seed)))
+    found = space.locate(candidate)
+    assert found is not None and space.contains(found)
+    assert space.decode(found) == candidate
+
+
+@settings(max_examples=60, deadline=None)
+@given(spaces(), spaces(), st.integers(0, 2**32))
+def test_a_candidate_of_another_space_is_the_same_one_or_none(one: SearchSpace, other: SearchSpace, seed: int) -> None:
+    candidate = one.decode(one.sample(Random(seed)))
+    found = other.locate(candidate)
+    assert found is None or other.decode(found).architecture == candidate.architecture
+
+
 # Equal networks have equal keys
 
 
@@ -278,6 +297,35 @@ def test_completing_keeps_what_is_given() -> None:
     space = space_of({"a": lora(rank=Choice.of([0, 2, 4]), placement="model")})
     assert space.complete({"a.on": False, "a.rank": 4}, lambda gene: gene.domain.from_unit(0.9)) == {"a.on": False}
     assert space.complete({"a.rank": 2}, lambda gene: gene.domain.from_unit(0.9))["a.rank"] == 2
+
+
+def test_locating_a_candidate() -> None:
+    """What is told apart, what falls outside, and what the training must have."""
+    rate = Float(low=1e-4, high=1e-2, log=True)
+    space = space_of(
+        {"a": lora(rank=Choice.of([0, 2, 4]), at=("attn.q",), vary={"rank": "layer"}),
+         "b": lora(rank=Choice.of([4, 8]), at=("attn.q",), placement="model")},
+        layer_gate=True,
+        training={"learning_rate": rate, "epochs": 2.0},
+    )  # fmt: skip
+
+    def find(*ranks: int, **training: Any) -> Assignment | None:
+        """LoRA of these ranks at the query of each layer."""
+        sites = {f"layers.{i}.attn.q": [Lora(rank=rank) for rank in ranks] for i in range(3)}
+        return space.locate(Candidate(architecture=Architecture.of(sites), training=training))
+
+    both = find(2, 8)
+    assert both is not None and (both["b.on"], both["b.rank"], both["a.rank.layers.2"]) == (True, 8, 2)
+    assert find(4, 4) is not None and find(8) is not None
+    assert find(2, 2) is None and find(16) is None and find(2, 4, 8) is None
+    nothing = find()
+    assert nothing is not None and nothing["layers.0.on"] is False, "what nothing needs is off"
+    middle, given_, outside = find(2), find(2, learning_rate=1e-2, epochs=5.0), find(2, learning_rate=1.0)
+    assert middle is not None and middle["training.learning_rate"] == rate.from_unit(0.5)
+    assert given_ is not None and given_["training.learning_rate"] == 1e-2
+    assert outside is None
+    elsewhere = Architecture.of({"layers.7.attn.q": [Lora(rank=2)]})
+    assert space.locate(Candidate(architecture=elsewhere)) is None
 
 
 # Extremes

@@ -104,6 +104,19 @@ def test_settings_that_the_template_only_mentions_are_valid_too(load):
     assert mentioned == ("main", "test.jsonl", 3600, "runs/my-study")
 
 
+def test_the_study_of_autopeft(load):
+    """The numbers of the paper; what it only mentions is valid too."""
+    template = TEMPLATE.with_name("autopeft.yaml")
+    study = load_study(template, environment={})
+    search = study.search
+    assert (search.searcher, search.trials, search.initial, search.batch, search.rungs) == ("bo", 200, 100, 4, ())
+    assert (study.space.preset, study.finalists.seeds) == ("autopeft", 5)
+    assert [objective.name for objective in study.objectives] == ["accuracy", "num_params"]
+    text = re.sub(r"^( *)# (?=[a-z_]+: )", r"\1", template.read_text(), flags=re.MULTILINE)
+    mentioned = load(text, "data.source=files").search
+    assert mentioned.start == ({"parallel.size": 48},) and mentioned.prior == "../earlier-study"
+
+
 def test_domains(load):
     text = (
         MINIMAL
@@ -601,5 +614,9 @@ def test_schema_accepts_the_template_and_refuses_mistakes():
         {"lora": {"rank": "x"}},
     ):
         assert list(validator.iter_errors({"study": "s", "space": {"adapters": wrong}})), wrong
+    for start in (["lora-r8"], [3], [{"lora.rank": [1]}]):
+        assert list(validator.iter_errors({"study": "s", "search": {"start": start}})), start
+    start = ["lora-r8-qv", {"lora.rank": 8, "lora.scaling": "rslora"}]
+    assert not list(validator.iter_errors({"study": "s", "search": {"start": start, "prior": "../a", "initial": 4}}))
     named = {"a": {"kind": "lora", "rank": [1, 2], "at": ["attn.q"]}}
     assert not list(validator.iter_errors({"study": "s", "space": {"adapters": named}}))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import inf, isnan, nan
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -184,6 +185,25 @@ def test_the_parent_holds_the_study(store: Store) -> None:
     (view,) = re.findall(r"viewStateShareKey=(\w+)", note)
     state = json.loads(store.client.get_experiment(run.info.experiment_id).tags[f"mlflow.sharedViewState.{view}"])
     assert len(store.runs(state["searchFilter"])) == len(FRONT)
+
+
+def test_what_a_searcher_tells_of_its_model(store: Store) -> None:
+    def told(number: int, correlation: float) -> dict[str, Any]:
+        relevance = {"accuracy": {"lora.rank": 0.7, "training.learning_rate": 0.3}}
+        return {
+            "diagnostics": {"phase": "model", "rank_correlation": {"accuracy": correlation}, "relevance": relevance}
+        }
+
+    trials = [TRIALS[0], TRIALS[1], replace(TRIALS[2], searcher_state={"diagnostics": {"phase": "initial"}})]
+    tracker = store.tracker()
+    tracker.sync(snapshot([*trials, replace(TRIALS[3], searcher_state=told(3, 0.25))]))
+    trials += [replace(TRIALS[i], searcher_state=told(i, i / 10)) for i in (3, 4)]
+    for _ in range(2):
+        tracker.sync(snapshot(trials), final=True)
+    run = store.parent()
+    assert store.history(run, "surrogate/rank_correlation/accuracy") == [(3, 0.25), (4, 0.4)]
+    last = json.loads(store.artifact(run, "surrogate.json"))
+    assert last["trial"] == 4 and last["relevance"]["accuracy"]["lora.rank"] == 0.7
 
 
 def test_a_failure_is_there_with_its_reason(store: Store) -> None:

@@ -21,13 +21,25 @@ if TYPE_CHECKING:
 PLACEHOLDER = "my-study"
 
 
-def init(folder: Annotated[Path, typer.Argument(help="Folder to make; its name is the study's.")]) -> None:
+FolderArgument = Annotated[Path, typer.Argument(help="Folder to make; its name is the study's.")]
+PresetOption = Annotated[
+    str, typer.Option("--preset", help="study, a first one in minutes; autopeft, the procedure of Zhou et al. 2024.")
+]
+
+
+def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
     """Write a commented study file that runs as it is."""
+    from autopeft.search_space.suggestions import did_you_mean
+
+    templates = {Path(file.name).stem: file for file in (files("autopeft.studies") / "templates").iterdir()
+                 if file.name.endswith(".yaml")}  # fmt: skip
+    if preset not in templates:
+        raise ConfigurationError(f"--preset {preset}: no such study{did_you_mean(preset, templates)}")
     name = folder.resolve().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ConfigurationError(f"{name!r} cannot name a study: use letters, digits, - and _")
     path = folder / "study.yaml"
-    text = (files("autopeft.studies") / "templates" / "study.yaml").read_text(encoding="utf-8")
+    text = templates[preset].read_text(encoding="utf-8")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
@@ -71,6 +83,8 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
     typer.echo(f"  space  {len(space.genes)} genes, {size}")
     typer.echo(f"  search {settings.search.trials} trials by {settings.search.searcher}"
                f" for {', '.join(o.name for o in settings.objectives)}")  # fmt: skip
+    if settings.search.prior is not None:
+        typer.echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} lie in this space")
 
 
 def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
@@ -79,6 +93,7 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
     from autopeft.evaluators.tasks.data import DataError, load_splits
     from autopeft.search_space.introspection import UnknownBackboneError
     from autopeft.searchers import SEARCHERS
+    from autopeft.studies.session import earlier_trials
     from autopeft.studies.study_file import StudyFileError
 
     problems: list[str] = []
@@ -101,6 +116,7 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
             problem = settings.problem(backbone)
             space = problem.space
             SEARCHERS[settings.search.searcher](problem, settings.seed)
+            earlier_trials(settings, problem)
         except StudyFileError as error:
             problems += error.problems
         except ValueError as error:
@@ -112,6 +128,8 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
 
 
 def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: SearchSpace) -> dict[str, Any]:
+    from autopeft.studies.session import earlier_trials
+
     roles = [site.role for site in backbone.sites]
     return {
         "study": settings.study,
@@ -127,5 +145,6 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
         "labels": list(splits.labels or ()),
         "space": {"genes": [gene.name for gene in space.genes], "cardinality": space.cardinality},
         "objectives": [objective.name for objective in settings.objectives],
+        "earlier_trials": len(earlier_trials(settings, settings.problem(backbone))),
         "warnings": list(splits.warnings),
     }

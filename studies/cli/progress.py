@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from autopeft.search_space.problem import Objective, Trial
+from autopeft.studies.diagnostics import diagnostics
 from autopeft.studies.snapshot import Snapshot, summary
 
 
@@ -89,11 +90,12 @@ class ProgressView:
 
     def _line(self, trial: Trial, snapshot: Snapshot) -> str:
         opening = f"{_name(trial):>24}  "
+        note = "".join(f"  [{told.note}]" for told in diagnostics([trial]) if told.note)
         if trial.state != "complete" or trial.measurement is None:
-            return f"{opening}{trial.state}: {trial.error}"
+            return f"{opening}{trial.state}: {trial.error}{note}"
         values, std_err = trial.measurement.values, trial.measurement.std_err
         figures = "  ".join(f"{o.name} {measured(o, values, std_err)}" for o in snapshot.objectives)
-        return f"{opening}{figures}  ({trial.measurement.wall_s:.1f} s)  {summary(trial, snapshot.backbone)}"
+        return f"{opening}{figures}  ({trial.measurement.wall_s:.1f} s)  {summary(trial, snapshot.backbone)}{note}"
 
 
 def _name(trial: Trial) -> str:

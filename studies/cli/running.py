@@ -85,14 +85,22 @@ def interruptible(settings: StudyFile) -> Iterator[None]:
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Where a study stands; safe while it runs."""
     from autopeft.studies.cli.results import finished
+    from autopeft.studies.diagnostics import diagnostics
     from autopeft.studies.snapshot import state_counts
 
     settings, _, snapshot = finished(study, set_)
     counts = state_counts(snapshot.trials)
     curve = snapshot.hypervolume()
+    told = diagnostics(snapshot.trials)[-1:]
     if as_json:
-        volume = curve[-1] if curve else 0.0
-        print_json({"study": snapshot.study, "trials": dict(counts), "hypervolume": volume})
+        print_json(
+            {
+                "study": snapshot.study,
+                "trials": dict(counts),
+                "hypervolume": curve[-1] if curve else 0.0,
+                "diagnostics": told[0].to_dict() if told else None,
+            }
+        )
         return
     rows = snapshot.rows()
     states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none yet"
@@ -104,6 +112,8 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     walls = sum(t.measurement.wall_s for t in snapshot.ended if t.measurement)
     if walls:
         typer.echo(f"  evaluations  {walls:,.0f} s, {trained / walls:.0%} of it in training steps")
+    for word, what in (line for last in told for line in last.lines()):
+        typer.echo(f"  {word:<11}  {what}")
 
 
 def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:

@@ -1,0 +1,259 @@
+"""What a point is worth: the expected growth of the front's hypervolume by measuring there.
+
+Notation: n trials, D features, k known objectives, m objectives in all, r baseline points, b points to judge, s sampled
+fronts, c cells. An input row has D features and then the k known losses, so that what is known of a point travels with
+it: processes look at the first D columns alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+from botorch.acquisition.multi_objective.objective import MCMultiOutputObjective
+from botorch.acquisition.objective import GenericMCObjective
+from botorch.models import ModelListGP, SingleTaskGP
+from botorch.sampling.normal import SobolQMCNormalSampler
+from botorch.utils.multi_objective.box_decompositions.box_decomposition_list import BoxDecompositionList
+from botorch.utils.multi_objective.box_decompositions.non_dominated import FastNondominatedPartitioning
+from botorch.utils.multi_objective.pareto import is_non_dominated
+from botorch.utils.multi_objective.scalarization import get_chebyshev_scalarization
+from botorch.utils.sampling import draw_sobol_normal_samples, sample_simplex
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.warnings import NumericalWarning
+from torch import Tensor
+
+#: The logarithm of the worth [b] of inputs [b, D + k].
+Worth = Callable[[Tensor], Tensor]
+
+#: Fronts that could be the true one.
+FRONTS = 32
+#: Samples where the expectation has no closed form.
+SAMPLES = 64
+#: More objectives than this are scalarised: the boxes of a hypervolume grow exponentially with them.
+MOST_OBJECTIVES = 3
+TINY = 1e-300
+
+
+def acquisition(
+    models: Sequence[SingleTaskGP],
+    failures: SingleTaskGP | None,
+    sources: Sequence[int],
+    baseline: Tensor,
+    pending: Tensor,
+    reference: Tensor,
+    seed: int,
+) -> Worth:
+    """The logarithm of the worth of inputs.
+
+    `models`: of the measured objectives; `sources`: for each objective the place of its model, or -1 - j for the j-th
+    known one; `failures`: above 0 where a candidate cannot be trained; `reference` [m]: losses of the hypervolume's
+    corner; a bound on an objective belongs into it. More than three objectives: qLogNParEGO, its weights from the seed.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        # Trials next to each other make covariances nearly singular; a jitter is added then.
+        warnings.simplefilter("ignore", NumericalWarning)
+        if len(sources) > MOST_OBJECTIVES:
+            worth = _scalarised(models, sources, baseline, pending, seed)
+        else:
+            worth = NoisyHypervolumeImprovement(models, sources, baseline, pending, reference, seed)
+
+    def judge(inputs: Tensor) -> Tensor:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NumericalWarning)
+            found = worth(inputs)
+            if failures is not None:
+                posterior = failures.posterior(inputs)
+                ratio = -posterior.mean[:, 0] / posterior.variance[:, 0].sqrt()
+                found = found + torch.special.log_ndtr(ratio)
+            return found
+
+    return judge
+
+
+class NoisyHypervolumeImprovement:
+    """LogNEHVI (Daulton, Balandat and Bakshy 2021) for single points, without a Monte Carlo error of theirs.
+
+    What is known of the trials is noisy, so the front is a random one: `FRONTS` joint samples of the losses at trials
+    and pending points. Given a front, the processes are independent and normal, and the expected improvement is a sum
+    over the front's cells of products of expected overlaps (Yang et al. 2019, exact EHVI). botorch's qLogNEHVI takes
+    samples at the point too; tests/test_bayesian.py holds both against each other. The closed form needs no smoothing
+    to tell apart points that hardly ever improve, and its cost is O(b (n^2 + s r)), without the joint posterior of each
+    point with the baseline.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[SingleTaskGP],
+        sources: Sequence[int],
+        baseline: Tensor,
+        pending: Tensor,
+        reference: Tensor,
+        seed: int,
+    ) -> None:
+        self.sources = tuple(sources)
+        self.num_known = sum(source < 0 for source in sources)
+        points = torch.cat([baseline, pending])
+        normal = draw_sobol_normal_samples(len(points) * max(1, len(models)), FRONTS, dtype=torch.double, seed=seed)
+        normal = normal.reshape(FRONTS, max(1, len(models)), len(points))
+        posteriors = [Posterior.of(model) for model in models]
+        drawn = [posterior.joint(points, normal[:, j]) for j, posterior in enumerate(posteriors)]
+        values = -self._losses(points, drawn)
+        corner = -reference
+        values = torch.where((values > corner).all(-1, keepdim=True), values, corner)
+        # A front with noise has more points than one without, but most trials are on none of the samples.
+        kept = (is_non_dominated(values, deduplicate=False) & (values > corner).all(-1)).any(0)
+        kept = kept if kept.any() else torch.ones_like(kept)
+        self.lower, self.upper = _cells(values[:, kept], corner)
+        self.parts = [
+            Conditional.of(posterior, points[kept], sample[:, kept])
+            for posterior, sample in zip(posteriors, drawn, strict=True)
+        ]
+
+    def _losses(self, inputs: Tensor, drawn: Sequence[Tensor]) -> Tensor:
+        """[s, b, m]"""
+        known = inputs[:, inputs.shape[1] - self.num_known :]
+        columns = [
+            drawn[source] if source >= 0 else known[:, -1 - source].expand(FRONTS, -1) for source in self.sources
+        ]
+        return torch.stack(columns, dim=-1)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[b, D + k] -> [b]"""
+        known = inputs[:, inputs.shape[1] - self.num_known :]
+        moments = [part(inputs) for part in self.parts]
+        volume = torch.ones(())
+        for j, source in enumerate(self.sources):
+            lower, upper = self.lower[:, None, :, j], self.upper[:, None, :, j]
+            if source >= 0:
+                mean, deviation = moments[source]
+                mean, deviation = -mean[:, :, None], deviation[None, :, None]
+                overlap = _excess(mean, deviation, lower) - _excess(mean, deviation, upper)
+            else:
+                value = -known[None, :, -1 - source, None]
+                overlap = torch.minimum(value, upper) - lower
+            volume = volume * overlap.clamp_min(0.0)
+        return volume.sum(-1).mean(0).clamp_min(TINY).log()
+
+
+def _excess(mean: Tensor, deviation: Tensor, threshold: Tensor) -> Tensor:
+    """E[max(0, v - threshold)] of a normal v; 0 for an infinite threshold."""
+    z = (mean - threshold) / deviation
+    density = torch.exp(-0.5 * z.square()) * 0.3989422804014327
+    found = deviation * (density + z.clamp_min(-1e10) * torch.special.ndtr(z))
+    return torch.where(torch.isinf(threshold), torch.zeros(()), found)
+
+
+def _cells(values: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper corners [s, c, m] of boxes that fill what the fronts [s, r, m] do not dominate."""
+    if values.shape[-1] == 1:
+        best = values.amax(1, keepdim=True)
+        return best, torch.full_like(best, torch.inf)
+    parts = [FastNondominatedPartitioning(ref_point=corner, Y=front) for front in values]
+    lower, upper = BoxDecompositionList(*parts).get_hypercell_bounds()
+    return lower, upper
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """A process given its n trials: root [n, n] of their covariance, weights [n] of the mean."""
+
+    model: SingleTaskGP
+    train: Tensor
+    root: Tensor
+    alpha: Tensor
+
+    @classmethod
+    def of(cls, model: SingleTaskGP) -> Posterior:
+        model.eval()
+        train, target = model.train_inputs[0], model.train_targets
+        covariance = model.covar_module(train).to_dense() + model.likelihood.noise_covar(train).to_dense()
+        root = psd_safe_cholesky(covariance)
+        alpha = torch.cholesky_solve((target - model.mean_module(train))[:, None], root)[:, 0]
+        return cls(model, train, root, alpha)
+
+    def moments(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [b] and the covariance with the trials, whitened [n, b]."""
+        covariance = self.model.covar_module(self.train, points).to_dense()
+        mean = self.model.mean_module(points) + covariance.mT @ self.alpha
+        return mean, torch.linalg.solve_triangular(self.root, covariance, upper=False)
+
+    def joint(self, points: Tensor, normal: Tensor) -> Tensor:
+        """[b, .], [s, b] -> [s, b]: samples at all points together."""
+        mean, white = self.moments(points)
+        covariance = self.model.covar_module(points).to_dense() - white.mT @ white
+        return mean + normal @ psd_safe_cholesky(covariance).mT
+
+
+@dataclass(frozen=True, slots=True)
+class Conditional:
+    """A process given its trials and s samples of itself at r baseline points."""
+
+    posterior: Posterior
+    baseline: Tensor
+    white: Tensor
+    root: Tensor
+    #: [s, r]: the samples' deviations from the mean, whitened.
+    deviations: Tensor
+
+    @classmethod
+    def of(cls, posterior: Posterior, baseline: Tensor, samples: Tensor) -> Conditional:
+        mean, white = posterior.moments(baseline)
+        root = psd_safe_cholesky(posterior.model.covar_module(baseline).to_dense() - white.mT @ white)
+        deviations = torch.linalg.solve_triangular(root, (samples - mean).mT, upper=False).mT
+        return cls(posterior, baseline, white, root, deviations)
+
+    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, .] -> means [s, b] and the standard deviation [b] that they share."""
+        mean, white = self.posterior.moments(points)
+        kernel = self.posterior.model.covar_module
+        covariance = kernel(self.baseline, points).to_dense() - self.white.mT @ white
+        rows = torch.linalg.solve_triangular(self.root, covariance, upper=False)
+        variance = kernel(points, diag=True) - white.square().sum(0) - rows.square().sum(0)
+        return mean + self.deviations @ rows, variance.clamp_min(1e-10).sqrt()
+
+
+# Many objectives
+
+
+class WithKnown(MCMultiOutputObjective):
+    """Samples of the modelled losses and the known losses of the inputs, as values to be maximised."""
+
+    def __init__(self, sources: Sequence[int]) -> None:
+        super().__init__()
+        self.sources = tuple(sources)
+        self.num_known = sum(source < 0 for source in sources)
+
+    def forward(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
+        assert X is not None
+        known = X[..., X.shape[-1] - self.num_known :]
+        columns = [
+            samples[..., source] if source >= 0 else known[..., -1 - source].expand(samples.shape[:-1])
+            for source in self.sources
+        ]
+        return -torch.stack(columns, dim=-1)
+
+
+def _scalarised(
+    models: Sequence[SingleTaskGP], sources: Sequence[int], baseline: Tensor, pending: Tensor, seed: int
+) -> Worth:
+    """qLogNParEGO: qLogNEI of an augmented Chebyshev scalarisation (Knowles 2006; Daulton, Balandat and Bakshy 2020).
+    The library's own class does not tell its objective which inputs it looks at, and the known losses are among them.
+    """
+    model = models[0] if len(models) == 1 else ModelListGP(*models)
+    objective = WithKnown(sources)
+    values = objective(model.posterior(baseline).mean, baseline)
+    weights = sample_simplex(values.shape[-1], seed=seed, dtype=torch.double)[0]
+    scalarise = get_chebyshev_scalarization(weights, values)
+    worth = qLogNoisyExpectedImprovement(
+        model=model,
+        X_baseline=baseline,
+        X_pending=pending if len(pending) else None,
+        objective=GenericMCObjective(lambda samples, X=None: scalarise(objective(samples, X))),
+        sampler=SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
+        prune_baseline=True,
+    )
+    return lambda inputs: worth(inputs[:, None])

@@ -1,0 +1,136 @@
+"""The searcher `bo`: Bayesian optimisation over the mixed and conditional genes of a space, with several objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autopeft.search_space.problem import Problem, Trial
+from autopeft.searchers.base import Searcher, Suggestion
+from autopeft.searchers.encoding import Encoding, Mask, Rows
+from autopeft.searchers.initial import design, num_initial
+from autopeft.searchers.moves import Judge, keys_of, propose
+from autopeft.searchers.observations import Observations
+from autopeft.searchers.optuna_samplers import NsgaII
+
+if TYPE_CHECKING:
+    from autopeft.searchers.belief import Belief
+
+
+class Bayesian(Searcher):
+    """Gaussian processes for what is measured, and the expected improvement of the hypervolume under noise.
+
+    What is declared of an architecture (parameters, bytes, operations) is known before any trial and is not modelled.
+    The first points come from `initial.design`. Where no process ranks the trials that it has not seen better than
+    chance, NSGA-II goes on, until one does.
+    """
+
+    name = "bo"
+    summary = "Gaussian processes and expected hypervolume improvement over mixed, conditional genes (BoTorch)"
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        super().__init__(problem, seed)
+        self.encoding = Encoding(problem.space)
+        self.observations = Observations(problem, self.encoding)
+        self._design: Rows | None = None
+        # The belief follows from the ended trials alone, and a batch is filled without new ones.
+        self._belief: tuple[Any, Belief | None] = ((), None)
+
+    def suggest(self, count: int = 1) -> list[Suggestion]:
+        under_way = list(self.pending)
+        suggestions: list[Suggestion] = []
+        for _ in range(count):
+            suggestion = self._next(under_way)
+            if suggestion is None:
+                break
+            suggestions.append(suggestion)
+            under_way.append(self._trial(len(self.completed) + len(under_way), suggestion))
+        return suggestions
+
+    def _trial(self, number: int, suggestion: Suggestion) -> Trial:
+        candidate = self.problem.space.decode(suggestion.genes)
+        state = suggestion.state
+        return Trial(number=number, role="search", candidate=candidate, genes=suggestion.genes, searcher_state=state)
+
+    def _next(self, under_way: Sequence[Trial]) -> Suggestion | None:
+        pending = self.encoding.rows([trial.genes for trial in under_way])
+        known = np.vstack([self.encoding.rows([trial.genes for trial in self.completed]), pending])
+        # Number of the suggestion: every draw has a stream of its own.
+        number = len(known)
+        rng = np.random.default_rng([self.seed, number])
+        allowed = self._allowed(known)
+        counting = sum(trial.state in ("complete", "pruned") for trial in self.completed) + len(pending)
+        if counting < num_initial(self.problem):
+            for row in self._initial():
+                if np.isfinite(allowed(row[None], self.encoding.active(row[None])))[0]:
+                    return self._suggestion(row, {"phase": "initial"})
+        belief = self._believe()
+        if belief is None or not belief.better_than_chance:
+            return self._evolved(under_way, belief)
+        worth = belief.worth(pending, seed=int(rng.integers(2**31)))
+
+        def judge(rows: Rows, active: Mask) -> Rows:
+            return allowed(rows, active) + worth(rows, active)
+
+        row = propose(self.encoding, judge, belief.incumbents(), rng)
+        if row is None:
+            return None
+        return self._suggestion(row, belief.diagnostics)
+
+    def _suggestion(self, row: Rows, diagnostics: Mapping[str, Any]) -> Suggestion:
+        return Suggestion(genes=self.encoding.assignment(row), state={"diagnostics": dict(diagnostics)})
+
+    # What may be proposed
+
+    def _allowed(self, known: Rows) -> Judge:
+        """0 for points that may be proposed; -inf for known ones, empty ones, those that declared costs rule out."""
+        keys = set(keys_of(known, self.encoding.active(known)))
+
+        def judge(rows: Rows, active: Mask) -> Rows:
+            out = np.array([key in keys for key in keys_of(rows, active)], dtype=bool)
+            out |= self.encoding.is_empty(rows, active)
+            costs = self.encoding.costs(rows, active)
+            for name, most in self.problem.limits.most.items():
+                if name in costs:
+                    out |= costs[name] > most
+            for objective in self.problem.objectives:
+                if objective.name in costs and objective.bound is not None:
+                    sign = -1.0 if objective.maximise else 1.0
+                    out |= sign * costs[objective.name] > objective.loss(objective.bound)
+            return np.where(out, -np.inf, 0.0)
+
+        return judge
+
+    # The phases
+
+    def _initial(self) -> Rows:
+        if self._design is None:
+            rng = np.random.default_rng([self.seed, 2**31])
+            nothing = np.zeros((0, len(self.encoding.genes)))
+            earlier = self.observations.best_earlier()
+            self._design = design(self.problem, self.encoding, self._allowed(nothing), earlier, rng)
+        return self._design
+
+    def _believe(self) -> Belief | None:
+        from autopeft.searchers.belief import Belief
+
+        key = tuple((trial.number, trial.state) for trial in self.completed)
+        if self._belief[0] != key:
+            data = self.observations.of(self.completed, self.losses)
+            self._belief = (
+                key,
+                (None if data is None else Belief.of(self.problem, self.encoding, self.observations, data)),
+            )
+        return self._belief[1]
+
+    def _evolved(self, under_way: Sequence[Trial], belief: Belief | None) -> Suggestion:
+        """NSGA-II goes on from all trials, as one generation where they have none of their own."""
+        evolution = NsgaII(self.problem, self.seed)
+        evolution.update(self.completed, under_way)
+        (suggestion,) = evolution.suggest(1)
+        note = "nothing to model yet" if belief is None else "the surrogate ranks unseen trials no better than chance"
+        found = {} if belief is None else belief.diagnostics
+        diagnostics = {**found, "phase": "evolution", "note": f"{note}: NSGA-II proposes"}
+        return Suggestion(genes=suggestion.genes, state={**suggestion.state, "diagnostics": diagnostics})

@@ -1,0 +1,214 @@
+"""Many points of a space at once: rows of positions, their active genes, costs and features.
+
+Notation: n points, G genes, D features. A row [G] holds a position on the unit interval for every gene. Discrete genes
+stand where `Domain.to_unit` puts their values; an inactive gene keeps a position that counts once it is woken up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int
+from autopeft.search_space.genes import TRAINING
+from autopeft.search_space.space import Assignment, Placement, SearchSpace
+
+Rows = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+#: Whole ranges of more values than this are moved through in steps, as real ones are.
+MOST_LEVELS = 64
+#: The declared metrics, in the order of `_Group.cost`.
+COSTS = ("num_params", "stored_bytes", "flops_per_token")
+
+
+class Encoding:
+    """The genes of a space as columns.
+
+    `features` are what a kernel measures distances by, and conditional genes need a rule there (Hutter and Osborne
+    2013, "A kernel for hierarchical parameter spaces"). Genes that are inactive in two points put no distance between
+    them: they stand at one place for all points. How far "off" is from "on" is told by the gates, which are features
+    themselves and off where they are inactive. A size whose gate is closed stands one step below its smallest value,
+    for an adapter of rank 0 is next to one of rank 1; any other inactive gene stands in the middle of its range, as
+    near as can be to all values. A choice without order has a column per value (all zero where it is inactive).
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        self.genes = space.genes
+        self._column = {gene.name: g for g, gene in enumerate(space.genes)}
+        #: Positions of a gene's values in ascending order; None for ranges.
+        self.levels: list[Rows | None] = [_levels(gene.domain) for gene in space.genes]
+        self.ordered = np.array([_is_ordered(gene.domain) for gene in space.genes], dtype=bool)
+        #: Other genes with the same domain: what one has, the other may have.
+        self.alike = [
+            np.array([h for h, other in enumerate(space.genes) if h != g and other.domain == gene.domain], dtype=int)
+            for g, gene in enumerate(space.genes)
+        ]
+        self._conditions = [
+            [[(self._column[name], self.position(name, value)) for name, value in condition] for condition in
+             gene.conditions] for gene in space.genes
+        ]  # fmt: skip
+        #: Positions [G] in the middle of each domain, for what nothing is known of.
+        self.middle = np.array([gene.domain.to_unit(gene.domain.from_unit(0.5)) for gene in space.genes])
+        #: Genes [G] that are not training's: those that a size can depend on.
+        self.shape_genes = np.array([not gene.name.startswith(TRAINING) for gene in space.genes], dtype=bool)
+        self._sizes = {self._column[gene.size] for gene in space.genes if gene.size is not None}
+        #: The gene of each feature.
+        self.gene_of_feature: list[str] = []
+        for gene in space.genes:
+            self.gene_of_feature += [gene.name] * _num_columns(gene.domain)
+        groups: dict[Any, list[Placement]] = {}
+        for place in space.placements:
+            groups.setdefault((place.adapter, place.gates, *place.genes.values()), []).append(place)
+        self._groups = [_Group(self, places) for places in groups.values()]
+
+    def position(self, gene: str, value: Any) -> float:
+        return self.genes[self._column[gene]].domain.to_unit(value)
+
+    def value(self, gene: str, position: float) -> Any:
+        return self.genes[self._column[gene]].domain.from_unit(position)
+
+    # Rows
+
+    def rows(self, assignments: Iterable[Mapping[str, Any]]) -> Rows:
+        """[n, G]; inactive genes at 0.5 or the level nearest to it."""
+        rows = [
+            [
+                gene.domain.to_unit(assignment[gene.name]) if gene.name in assignment else centre
+                for gene, centre in zip(self.genes, self.middle, strict=True)
+            ]
+            for assignment in assignments
+        ]
+        return np.array(rows, dtype=float).reshape(len(rows), len(self.genes))
+
+    def assignment(self, row: Rows) -> Assignment:
+        return self.space.from_unit(row.tolist())
+
+    def draw(self, count: int, rng: np.random.Generator) -> Rows:
+        """[count, G] over the active subspaces: each draw has its own share of open gates and its own middle of sizes.
+
+        Independent draws would have half of their gates open and middle sizes on average: with many genes they never
+        come near the ends, where fronts lie.
+        """
+        rows = rng.random((count, len(self.genes)))
+        share, middle = rng.random((2, count))
+        for g, gene in enumerate(self.genes):
+            if gene.domain == BOOLEAN:
+                rows[:, g] = np.where(rows[:, g] < share, 0.75, 0.25)
+            elif not gene.name.startswith(TRAINING) and self.ordered[g]:
+                tilted = np.clip(rng.normal(middle, 0.25), 0.0, 1.0)
+                rows[:, g] = tilted
+        return self.snapped(rows)
+
+    def snapped(self, rows: Rows) -> Rows:
+        """Positions moved to the values that they stand for."""
+        rows = rows.copy()
+        for g, (gene, levels) in enumerate(zip(self.genes, self.levels, strict=True)):
+            if levels is None:
+                rows[:, g] = [gene.domain.to_unit(gene.domain.from_unit(u)) for u in rows[:, g]]
+            else:
+                rows[:, g] = levels[np.abs(rows[:, g, None] - levels).argmin(1)]
+        return rows
+
+    def active(self, rows: Rows) -> Mask:
+        """[n, G] -> [n, G]"""
+        active = np.zeros(rows.shape, dtype=bool)
+        for g, conditions in enumerate(self._conditions):
+            for condition in conditions:
+                holds = np.ones(len(rows), dtype=bool)
+                for column, position in condition:
+                    holds &= active[:, column] & (np.abs(rows[:, column] - position) < 1e-9)
+                active[:, g] |= holds
+        return active
+
+    # What a model sees
+
+    def features(self, rows: Rows, active: Mask) -> Rows:
+        """[n, G] -> [n, D], each in [0, 1]; see the class."""
+        columns: list[Rows] = []
+        for g, gene in enumerate(self.genes):
+            on, u = active[:, g], rows[:, g]
+            domain = gene.domain
+            if domain == BOOLEAN:
+                columns.append((on & (u > 0.5)).astype(float))
+            elif isinstance(domain, Choice) and not domain.ordered:
+                # Scaled so that two values are at distance 1, as the ends of a range are.
+                columns += [(on & (np.abs(u - (i + 0.5) / len(domain.choices)) < 1e-9)) * 0.5**0.5
+                            for i in range(len(domain.choices))]  # fmt: skip
+            elif g in self._sizes:
+                step = 1.0 / min(domain.cardinality or MOST_LEVELS, MOST_LEVELS)
+                columns.append(np.where(on, (u + 0.5 * step) / (1.0 + 0.5 * step), 0.0))
+            else:
+                columns.append(np.where(on, u, 0.5))
+        return np.column_stack(columns).astype(float) if columns else np.zeros((len(rows), 0))
+
+    def is_empty(self, rows: Rows, active: Mask) -> Mask:
+        """[n]: no adapter is on."""
+        empty = np.ones(len(rows), dtype=bool)
+        for group in self._groups:
+            empty &= ~self._is_on(group, rows, active)
+        return empty
+
+    def costs(self, rows: Rows, active: Mask) -> dict[str, Rows]:
+        """Declared metrics of the architectures, [n] each: what `declared_costs` says of them one by one."""
+        total = np.zeros((len(rows), len(COSTS)))
+        for group in self._groups:
+            where = np.flatnonzero(self._is_on(group, rows, active))
+            if len(where):
+                columns = [self._column[gene] for gene in group.genes]
+                positions = rows[where][:, columns]
+                if positions.shape[1] == 1:
+                    values, inverse = np.unique(positions[:, 0], return_inverse=True)
+                    values = values[:, None]
+                else:
+                    values, inverse = np.unique(positions, axis=0, return_inverse=True)
+                total[where] += np.array([group.cost(self, tuple(v)) for v in values.tolist()])[inverse.reshape(-1)]
+        return dict(zip(COSTS, np.floor(total.T), strict=True))
+
+    def _is_on(self, group: _Group, rows: Rows, active: Mask) -> Mask:
+        on = np.ones(len(rows), dtype=bool)
+        for name, position in group.gates:
+            column = self._column[name]
+            on &= active[:, column] & (np.abs(rows[:, column] - position) < 1e-9)
+        return on
+
+
+class _Group:
+    """Placements that the same genes decide about: an adapter at all sites of its scope. Its costs by the positions of
+    its genes are kept.
+    """
+
+    def __init__(self, encoding: Encoding, places: Sequence[Placement]) -> None:
+        self.places = places
+        self.genes = tuple(places[0].genes.values())
+        self.gates = [(gate.gene, encoding.position(gate.gene, gate.value)) for gate in places[0].gates]
+        self._known: dict[tuple[float, ...], tuple[float, ...]] = {}
+
+    def cost(self, encoding: Encoding, positions: tuple[float, ...]) -> tuple[float, ...]:
+        if positions not in self._known:
+            values = {gene: encoding.value(gene, u) for gene, u in zip(self.genes, positions, strict=True)}
+            specs = [(place.spec(values), place.site) for place in self.places]
+            params = sum(spec.num_params(site) for spec, site in specs)
+            stored = sum(spec.stored_bits(site) for spec, site in specs) / 8
+            self._known[positions] = params, stored, sum(spec.flops_per_token(site) for spec, site in specs)
+        return self._known[positions]
+
+
+def _levels(domain: Domain) -> Rows | None:
+    if isinstance(domain, Choice):
+        return np.array([domain.to_unit(value) for value in domain.choices])
+    if isinstance(domain, Int) and domain.cardinality <= MOST_LEVELS:
+        return np.array([domain.to_unit(value) for value in range(domain.low, domain.high + 1, domain.step)])
+    return None
+
+
+def _is_ordered(domain: Domain) -> bool:
+    return isinstance(domain, (Float, Int)) or domain.ordered
+
+
+def _num_columns(domain: Domain) -> int:
+    return len(domain.choices) if isinstance(domain, Choice) and not domain.ordered and domain != BOOLEAN else 1

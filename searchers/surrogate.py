@@ -1,0 +1,159 @@
+"""Gaussian processes over the encoded genes: what the trials say of points that were never tried.
+
+Notation: n trials, D features. Losses are standardised before they come here; everything is float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import numpy as np
+import torch
+from botorch.exceptions.warnings import OptimizationWarning
+from botorch.fit import fit_gpytorch_mll
+from botorch.models import SingleTaskGP
+from botorch.models.map_saas import add_saas_prior
+from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
+from gpytorch.constraints import GreaterThan
+from gpytorch.kernels import Kernel, MaternKernel, ScaleKernel
+from gpytorch.likelihoods.gaussian_likelihood import _GaussianLikelihoodBase
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.module import Module
+from gpytorch.priors import GammaPrior, LogNormalPrior
+from linear_operator.operators import DiagLinearOperator
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import Tensor
+
+Floats = NDArray[np.float64]
+
+#: Steps of L-BFGS; the likelihood is flat long before.
+FIT_STEPS = 75
+LEAST_NOISE = 1e-4
+
+
+class ScaledNoise(Module):
+    """Noise variances known up to one learned factor: those of training row i are `factor * weights[i]`.
+
+    The standard error of a validation score is known, but it is not the noise between candidates: all are scored on the
+    same examples, which takes some of it away, and training adds that of its seed. Both act on all candidates alike.
+    """
+
+    def __init__(self, weights: Tensor, prior: LogNormalPrior) -> None:
+        super().__init__()
+        self.weights = weights
+        self.register_parameter("raw_noise", torch.nn.Parameter(torch.zeros(1, dtype=torch.double)))
+        self.register_constraint(
+            "raw_noise", GreaterThan(LEAST_NOISE, transform=None, initial_value=max(float(prior.mode), 2 * LEAST_NOISE))
+        )
+        self.register_prior("noise_prior", prior, lambda module: module.noise)
+
+    @property
+    def noise(self) -> Tensor:
+        return self.raw_noise
+
+    def forward(self, *params: Any, shape: torch.Size | None = None, **kwargs: Any) -> DiagLinearOperator:
+        size = len(self.weights) if shape is None else shape[-1]
+        # Points other than the training rows are asked about their function, not about an observation of it.
+        weights = self.weights if size == len(self.weights) else torch.ones(size, dtype=torch.double)
+        return DiagLinearOperator(self.noise * weights)
+
+
+def smooth(features: int) -> Kernel:
+    """Matérn 5/2 with a lengthscale per feature, under a prior that grows with the root of their number (Hvarfner,
+    Hellsten and Nardi 2024): processes over 10 and over 200 features are equally smooth before they have seen anything.
+    """
+    return get_covar_module_with_dim_scaled_prior(features, use_rbf_kernel=False, active_dims=list(range(features)))
+
+
+def sparse(features: int) -> Kernel:
+    """Matérn 5/2 under the SAAS prior: few features matter (Eriksson and Jankowiak 2021), at its maximum a posteriori.
+    Sampling it, as the paper does, needs JAX; an ensemble of maxima costs eight times as much and ranks no better.
+    """
+    matern = MaternKernel(nu=2.5, ard_num_dims=features, active_dims=list(range(features)))
+    return ScaleKernel(add_saas_prior(matern), outputscale_prior=GammaPrior(2.0, 0.15))
+
+
+KERNELS = {"smooth": smooth, "sparse": sparse}
+
+
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """A fitted process over inputs [n, D + more]; columns beyond the D features are carried along, not looked at."""
+
+    model: SingleTaskGP
+    inputs: Tensor
+    losses: Tensor
+    features: int
+
+    @classmethod
+    def chosen(cls, inputs: Tensor, losses: Floats, noise: Floats, features: int, kinds: Sequence[str]) -> Surrogate:
+        """Of several kinds of process the one that finds the losses it has not seen the most likely."""
+        fitted = [cls.fit(inputs, losses, noise, features, kind) for kind in kinds]
+        return fitted[0] if len(fitted) == 1 else max(fitted, key=lambda one: one.left_out_log_density())
+
+    @classmethod
+    def fit(cls, inputs: Tensor, losses: Floats, noise: Floats, features: int, kind: str) -> Surrogate:
+        """`noise`: variances [n] of the standardised losses, NaN where none is known. `kind`: of `KERNELS`."""
+        known = np.isfinite(noise) & (noise > 0)
+        typical = float(np.median(noise[known])) if known.any() else 1.0
+        weights = np.where(known, noise / typical, 1.0)
+        # Known errors centre the factor; without them it is the library's own prior.
+        prior = LogNormalPrior(log(max(typical, LEAST_NOISE)), 0.75) if known.any() else LogNormalPrior(-4.0, 1.0)
+        target = torch.as_tensor(losses, dtype=torch.double)[:, None]
+        likelihood = _GaussianLikelihoodBase(noise_covar=ScaledNoise(torch.as_tensor(weights), prior))
+        kernel = KERNELS[kind](features)
+        model = SingleTaskGP(inputs, target, covar_module=kernel, likelihood=likelihood, outcome_transform=None)
+        mll = ExactMarginalLogLikelihood(model.likelihood, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizationWarning)
+            fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": FIT_STEPS}})
+        return cls(model=model, inputs=inputs, losses=target[:, 0], features=features)
+
+    def lengthscales(self) -> Floats:
+        """[D]"""
+        kernel = self.model.covar_module
+        return getattr(kernel, "base_kernel", kernel).lengthscale.detach().numpy().reshape(-1)
+
+    def left_out(self) -> tuple[Floats, Floats]:
+        """Mean and variance [n] of each trial's loss given all others (Rasmussen and Williams 2006, equation 5.12)."""
+        with torch.no_grad():
+            covariance = self.model.covar_module(self.inputs).to_dense()
+            covariance = covariance + torch.diag(self.model.likelihood.noise_covar.noise * self.weights)
+            inverse = torch.linalg.inv(covariance)
+            residual = self.losses - self.model.mean_module(self.inputs)
+            variance = 1.0 / inverse.diagonal()
+            mean = self.losses - (inverse @ residual) * variance
+        return mean.numpy(), variance.numpy()
+
+    def left_out_log_density(self) -> float:
+        """Sum over the trials, less a constant."""
+        mean, variance = self.left_out()
+        return float(-0.5 * (np.log(variance) + (self.losses.numpy() - mean) ** 2 / variance).sum())
+
+    @property
+    def weights(self) -> Tensor:
+        return self.model.likelihood.noise_covar.weights
+
+    def rank_correlation(self) -> float:
+        """Spearman's, of the losses with what the model says of each unseen; 0 if either is constant."""
+        mean, _ = self.left_out()
+        losses = self.losses.numpy()
+        if np.ptp(losses) == 0 or np.ptp(mean) == 0:
+            return 0.0
+        return float(spearmanr(mean, losses).statistic)
+
+
+def relevance(lengthscales: Floats, gene_of_feature: Sequence[str], spread: Floats) -> dict[str, float]:
+    """Share of each gene in the process' squared distances between trials: the sum over its features of the variance
+    of their values over the squared lengthscale. Adds up to 1 unless nothing varies.
+    """
+    weight: dict[str, float] = {}
+    for gene, scale, variance in zip(gene_of_feature, lengthscales, spread, strict=True):
+        weight[gene] = weight.get(gene, 0.0) + float(variance / scale**2)
+    total = sum(weight.values())
+    return {gene: value / total for gene, value in weight.items()} if total > 0 else dict.fromkeys(weight, 0.0)
