@@ -1,8 +1,8 @@
 """What a point is worth: the expected growth of the front's hypervolume by measuring there.
 
 Notation: n trials, D features, k known objectives, m objectives in all, r baseline points, b points to judge, s sampled
-fronts, c cells. An input row has D features and then the k known losses, so that what is known of a point travels with
-it: processes look at the first D columns alone.
+fronts, c cells. An input row begins with D features and ends with the k known losses, so that what is known of a
+point travels with it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-#: The logarithm of the worth [b] of inputs [b, D + k].
+#: The logarithm of the worth [b] of inputs [b, .].
 Worth = Callable[[Tensor], Tensor]
 
-#: Fronts that could be the true one.
-FRONTS = 32
+#: Fronts that could be the true one, by the number of objectives: the cells of one take long to find for three.
+FRONTS = {1: 32, 2: 32, 3: 8}
 #: Samples where the expectation has no closed form.
 SAMPLES = 64
 #: More objectives than this are scalarised: the boxes of a hypervolume grow exponentially with them.
@@ -77,7 +77,7 @@ def acquisition(
 class NoisyHypervolumeImprovement:
     """LogNEHVI (Daulton, Balandat and Bakshy 2021) for single points, without a Monte Carlo error of theirs.
 
-    What is known of the trials is noisy, so the front is a random one: `FRONTS` joint samples of the losses at trials
+    What is known of the trials is noisy, so the front is a random one: joint samples of the losses at trials
     and pending points. Given a front, the processes are independent and normal, and the expected improvement is a sum
     over the front's cells of products of expected overlaps (Yang et al. 2019, exact EHVI). botorch's qLogNEHVI takes
     samples at the point too; tests/test_bayesian.py holds both against each other. The closed form needs no smoothing
@@ -96,9 +96,11 @@ class NoisyHypervolumeImprovement:
     ) -> None:
         self.sources = tuple(sources)
         self.num_known = sum(source < 0 for source in sources)
+        self.fronts = FRONTS[len(sources)]
         points = torch.cat([baseline, pending])
-        normal = draw_sobol_normal_samples(len(points) * max(1, len(models)), FRONTS, dtype=torch.double, seed=seed)
-        normal = normal.reshape(FRONTS, max(1, len(models)), len(points))
+        count = max(1, len(models))
+        normal = draw_sobol_normal_samples(len(points) * count, self.fronts, dtype=torch.double, seed=seed)
+        normal = normal.reshape(self.fronts, count, len(points))
         posteriors = [Posterior.of(model) for model in models]
         drawn = [posterior.joint(points, normal[:, j]) for j, posterior in enumerate(posteriors)]
         values = -self._losses(points, drawn)
@@ -117,12 +119,12 @@ class NoisyHypervolumeImprovement:
         """[s, b, m]"""
         known = inputs[:, inputs.shape[1] - self.num_known :]
         columns = [
-            drawn[source] if source >= 0 else known[:, -1 - source].expand(FRONTS, -1) for source in self.sources
+            drawn[source] if source >= 0 else known[:, -1 - source].expand(self.fronts, -1) for source in self.sources
         ]
         return torch.stack(columns, dim=-1)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """[b, D + k] -> [b]"""
+        """[b, .] -> [b]"""
         known = inputs[:, inputs.shape[1] - self.num_known :]
         moments = [part(inputs) for part in self.parts]
         volume = torch.ones(())

@@ -17,6 +17,7 @@ from autopeft.searchers.optuna_samplers import NsgaII
 
 if TYPE_CHECKING:
     from autopeft.searchers.belief import Belief
+    from autopeft.searchers.surrogate import Surrogate
 
 
 class Bayesian(Searcher):
@@ -35,8 +36,14 @@ class Bayesian(Searcher):
         self.encoding = Encoding(problem.space)
         self.observations = Observations(problem, self.encoding)
         self._design: Rows | None = None
+        self._earlier: list[Surrogate] | None = None
         # The belief follows from the ended trials alone, and a batch is filled without new ones.
         self._belief: tuple[Any, Belief | None] = ((), None)
+
+    def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
+        """A trial is under way if it says so, whichever of the two lists it is in."""
+        ended = [trial for trial in completed if trial.state != "running"]
+        super().update(ended, [*(trial for trial in completed if trial.state == "running"), *pending])
 
     def suggest(self, count: int = 1) -> list[Suggestion]:
         under_way = list(self.pending)
@@ -118,12 +125,19 @@ class Bayesian(Searcher):
 
         key = tuple((trial.number, trial.state) for trial in self.completed)
         if self._belief[0] != key:
-            data = self.observations.of(self.completed, self.losses)
-            self._belief = (
-                key,
-                (None if data is None else Belief.of(self.problem, self.encoding, self.observations, data)),
-            )
+            belief, data = None, self.observations.of(self.completed, self.losses)
+            if data is not None:
+                belief = Belief.of(self.problem, self.encoding, self.observations, data, self._of_earlier())
+            self._belief = key, belief
         return self._belief[1]
+
+    def _of_earlier(self) -> Sequence[Surrogate]:
+        from autopeft.searchers.belief import surrogates_of
+
+        if self._earlier is None:
+            data = self.observations.of(self.problem.earlier, self.losses)
+            self._earlier = [] if data is None else surrogates_of(self.encoding, self.observations, data)
+        return self._earlier
 
     def _evolved(self, under_way: Sequence[Trial], belief: Belief | None) -> Suggestion:
         """NSGA-II goes on from all trials, as one generation where they have none of their own."""

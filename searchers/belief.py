@@ -5,7 +5,7 @@ Notation: n trials, G genes, D features, m objectives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,33 +41,47 @@ class Belief:
     encoding: Encoding
     data: Data
     observations: Observations
+    earlier: Sequence[Surrogate]
     centre: Rows
     scale: Rows
     surrogates: Mapping[int, Surrogate]
     failures: Surrogate | None
 
     @classmethod
-    def of(cls, problem: Problem, encoding: Encoding, observations: Observations, data: Data) -> Belief:
+    def of(
+        cls,
+        problem: Problem,
+        encoding: Encoding,
+        observations: Observations,
+        data: Data,
+        earlier: Sequence[Surrogate] = (),
+    ) -> Belief:
+        """`earlier`: what a study of before makes of the measured objectives, see `surrogates_of`."""
         centre = data.losses.mean(0)
         scale = np.where(np.ptp(data.losses, axis=0) > 0, data.losses.std(0), 1.0)
-        inputs = _inputs(encoding, observations, data.rows, data.active, centre, scale)
+        inputs = _inputs(encoding, observations, earlier, data.rows, data.active, centre, scale)
         width = len(encoding.gene_of_feature)
         kinds = kinds_of(problem, len(data.rows))
         surrogates = {
             i: Surrogate.chosen(
-                inputs, (data.losses[:, i] - centre[i]) / scale[i], data.noise[:, i] / scale[i] ** 2, width, kinds
+                inputs,
+                (data.losses[:, i] - centre[i]) / scale[i],
+                data.noise[:, i] / scale[i] ** 2,
+                width,
+                kinds,
+                trend=width + column if earlier else None,
             )
-            for i in observations.modelled
+            for column, i in enumerate(observations.modelled)
         }
         failures = None
         if data.failed.any():
             labels = np.where(data.failed, 1.0, -1.0)
-            tried = _inputs(encoding, observations, data.tried, data.tried_active, centre, scale)
+            tried = _inputs(encoding, observations, earlier, data.tried, data.tried_active, centre, scale)
             failures = Surrogate.fit(tried, labels, np.full(len(labels), np.nan), width, "smooth")
-        return cls(problem, encoding, data, observations, centre, scale, surrogates, failures)
+        return cls(problem, encoding, data, observations, earlier, centre, scale, surrogates, failures)
 
     def inputs(self, rows: Rows, active: Mask) -> Tensor:
-        return _inputs(self.encoding, self.observations, rows, active, self.centre, self.scale)
+        return _inputs(self.encoding, self.observations, self.earlier, rows, active, self.centre, self.scale)
 
     # The proposal
 
@@ -147,12 +161,35 @@ def kinds_of(problem: Problem, num_trials: int) -> tuple[str, ...]:
     return ("smooth", "sparse") if enough else ("smooth",)
 
 
+def surrogates_of(encoding: Encoding, observations: Observations, data: Data) -> list[Surrogate]:
+    """One per measured objective, each over its own standardised losses."""
+    features = encoding.features(data.rows, data.active)
+    found = []
+    for i in observations.modelled:
+        scale = data.losses[:, i].std() or 1.0
+        losses = (data.losses[:, i] - data.losses[:, i].mean()) / scale
+        noise = data.noise[:, i] / scale**2
+        found.append(Surrogate.fit(torch.as_tensor(features), losses, noise, features.shape[1], "smooth"))
+    return found
+
+
 def _inputs(
-    encoding: Encoding, observations: Observations, rows: Rows, active: Mask, centre: Rows, scale: Rows
+    encoding: Encoding,
+    observations: Observations,
+    earlier: Sequence[Surrogate],
+    rows: Rows,
+    active: Mask,
+    centre: Rows,
+    scale: Rows,
 ) -> Tensor:
-    """[n, D + k]: features, and the standardised losses of the declared objectives."""
+    """[n, D + e + k]: features, what an earlier study makes of the measured objectives, and the standardised losses of
+    the declared ones.
+    """
     costs = encoding.costs(rows, active)
-    columns = [encoding.features(rows, active)]
+    features = encoding.features(rows, active)
+    columns = [features]
+    with torch.no_grad():
+        columns += [surrogate.model.posterior(torch.as_tensor(features)).mean.numpy() for surrogate in earlier]
     for i in observations.declared:
         objective = observations.problem.objectives[i]
         losses = -costs[objective.name] if objective.maximise else costs[objective.name]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -14,16 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from botorch.exceptions.warnings import OptimizationWarning
-from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.models.map_saas import add_saas_prior
 from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
+from botorch.optim.fit import fit_gpytorch_mll_scipy
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel, MaternKernel, ScaleKernel
 from gpytorch.likelihoods.gaussian_likelihood import _GaussianLikelihoodBase
+from gpytorch.means import Mean
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.module import Module
-from gpytorch.priors import GammaPrior, LogNormalPrior
+from gpytorch.priors import GammaPrior, LogNormalPrior, NormalPrior
 from linear_operator.operators import DiagLinearOperator
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
@@ -63,6 +65,23 @@ class ScaledNoise(Module):
         return DiagLinearOperator(self.noise * weights)
 
 
+class Trend(Mean):
+    """A constant and a multiple of one column of the inputs: what an earlier study makes of a point. The multiple is
+    learned and starts from 0, so an earlier study without a relation to this one loses its say.
+    """
+
+    def __init__(self, column: int) -> None:
+        super().__init__()
+        self.column = column
+        self.register_parameter("constant", torch.nn.Parameter(torch.zeros((), dtype=torch.double)))
+        self.register_parameter("slope", torch.nn.Parameter(torch.zeros((), dtype=torch.double)))
+        prior = NormalPrior(torch.zeros((), dtype=torch.double), torch.ones((), dtype=torch.double))
+        self.register_prior("slope_prior", prior, "slope")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.constant + self.slope * x[..., self.column]
+
+
 def smooth(features: int) -> Kernel:
     """Matérn 5/2 with a lengthscale per feature, under a prior that grows with the root of their number (Hvarfner,
     Hellsten and Nardi 2024): processes over 10 and over 200 features are equally smooth before they have seen anything.
@@ -91,14 +110,26 @@ class Surrogate:
     features: int
 
     @classmethod
-    def chosen(cls, inputs: Tensor, losses: Floats, noise: Floats, features: int, kinds: Sequence[str]) -> Surrogate:
+    def chosen(
+        cls,
+        inputs: Tensor,
+        losses: Floats,
+        noise: Floats,
+        features: int,
+        kinds: Sequence[str],
+        trend: int | None = None,
+    ) -> Surrogate:
         """Of several kinds of process the one that finds the losses it has not seen the most likely."""
-        fitted = [cls.fit(inputs, losses, noise, features, kind) for kind in kinds]
+        fitted = [cls.fit(inputs, losses, noise, features, kind, trend) for kind in kinds]
         return fitted[0] if len(fitted) == 1 else max(fitted, key=lambda one: one.left_out_log_density())
 
     @classmethod
-    def fit(cls, inputs: Tensor, losses: Floats, noise: Floats, features: int, kind: str) -> Surrogate:
-        """`noise`: variances [n] of the standardised losses, NaN where none is known. `kind`: of `KERNELS`."""
+    def fit(
+        cls, inputs: Tensor, losses: Floats, noise: Floats, features: int, kind: str, trend: int | None = None
+    ) -> Surrogate:
+        """`noise`: variances [n] of the standardised losses, NaN where none is known. `kind`: of `KERNELS`. `trend`:
+        the column of the inputs that the mean follows, see `Trend`.
+        """
         known = np.isfinite(noise) & (noise > 0)
         typical = float(np.median(noise[known])) if known.any() else 1.0
         weights = np.where(known, noise / typical, 1.0)
@@ -107,11 +138,17 @@ class Surrogate:
         target = torch.as_tensor(losses, dtype=torch.double)[:, None]
         likelihood = _GaussianLikelihoodBase(noise_covar=ScaledNoise(torch.as_tensor(weights), prior))
         kernel = KERNELS[kind](features)
-        model = SingleTaskGP(inputs, target, covar_module=kernel, likelihood=likelihood, outcome_transform=None)
+        mean = None if trend is None else Trend(trend)
+        model = SingleTaskGP(
+            inputs, target, covar_module=kernel, likelihood=likelihood, mean_module=mean, outcome_transform=None
+        )
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OptimizationWarning)
-            fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": FIT_STEPS}})
+            # One attempt: `fit_gpytorch_mll` takes an early end for a failure and starts again from random values.
+            with suppress(ArithmeticError, RuntimeError):
+                fit_gpytorch_mll_scipy(mll, options={"maxiter": FIT_STEPS})
+        model.eval()
         return cls(model=model, inputs=inputs, losses=target[:, 0], features=features)
 
     def lengthscales(self) -> Floats:

@@ -17,6 +17,7 @@ import typer
 from autopeft.studies.cli.benchmark import bench
 from autopeft.studies.cli.doctor import doctor
 from autopeft.studies.cli.files import init, schema, validate
+from autopeft.studies.cli.racing import race, tabulate
 from autopeft.studies.cli.results import export, pareto
 from autopeft.studies.cli.retraining import train, verify
 from autopeft.studies.cli.running import plan, resume, run, status
@@ -26,7 +27,8 @@ DEBUG = "AUTOPEFT_DEBUG"
 
 #: In the order of `--help`.
 COMMANDS: tuple[Callable[..., Any], ...] = (
-    init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor, bench,
+    init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor, bench, race,
+    tabulate,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -1,0 +1,125 @@
+"""`race`: searchers against each other where the answer is known; `tabulate`: the trainings that one of those answers
+is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopeft.search_space.suggestions import did_you_mean
+from autopeft.studies.cli.benchmark import BenchView
+from autopeft.studies.cli.files import check
+from autopeft.studies.cli.options import JsonOption, SetOption, print_json
+from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+
+
+def race(
+    problems: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROBLEM]...", help="What to race on; default: every problem.")
+    ] = None,
+    searchers: Annotated[str, typer.Option("--searchers", help="Names, with commas.")] = "random,qmc,tpe,nsga2",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Races of each searcher on each problem.")] = 20,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Evaluations of a race.")] = 200,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Candidates that are measured at once.")] = 4,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, of one thread each.")] = 1,
+    results: Annotated[
+        Path, typer.Option("--results", help="Keeps every race; those that are there are not run again.")
+    ] = Path("races.jsonl"),
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the curves into this PNG.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Race searchers on problems whose front is known, and report all that the results file has of these problems."""
+    from autopeft.studies.race import races, report
+    from autopeft.studies.race.problems import PROBLEMS
+    from autopeft.studies.race.surrogate import NoTable
+
+    names = list(dict.fromkeys(problems or PROBLEMS))
+    asked = list(dict.fromkeys(name for name in searchers.replace(" ", "").split(",") if name))
+    _check_names("problem", names, PROBLEMS)
+    _check_names("searcher", asked, races.ARMS)
+    try:
+        built = {name: PROBLEMS[name]() for name in names}
+    except NoTable as error:
+        raise ConfigurationError(str(error)) from None
+    for searcher, name in product(asked, names):
+        try:
+            races.ARMS[searcher](built[name].problem, 0)
+        except ValueError as error:
+            raise ConfigurationError(f"{searcher} on {name}: {error}") from None
+    planned = races.planned(names, asked, seeds, trials, batch)
+    with BenchView() as view, _files():
+        todo = races.missing(planned, races.read(results))
+        view.plan(len(todo))
+        if todo:
+            view.stage(f"{len(todo)} of {len(planned)} races")
+        races.run_all(todo, results, workers, lambda _: view.advance(1))
+    keys = {name: problem.key for name, problem in built.items()}
+    ended = [e for e in races.read(results) if e.race.batch == batch and e.problem_key == keys.get(e.race.problem)]
+    curves = {name: found for name, found in report.curves_of(ended).items() if name in names}
+    tables = [report.table_of(name, built[name].summary, curves[name]) for name in names]
+    if picture is not None:
+        with _files():
+            report.picture({name: curves[name] for name in names}, picture)
+    if as_json:
+        print_json(report.to_dict(tables, batch))
+    else:
+        typer.echo(report.to_markdown(tables, batch), nl=False)
+
+
+def tabulate(
+    output: Annotated[Path, typer.Option("--output", help="The table: a CSV that grows by what it lacks.")],
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY]", help="Study file, or its folder; default: the demo's.")
+    ] = None,
+    set_: SetOption = None,
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Draws from the space.")] = 330,
+    repeated: Annotated[int, typer.Option("--repeated", min=0, help="Draws with two more seeds each.")] = 40,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+) -> None:
+    """Train draws from a study's space in full and keep what they were worth; what is there is not trained again."""
+    from autopeft.studies.race import collect, table
+    from autopeft.studies.session import evaluator_for
+    from autopeft.studies.study_file import load_study
+
+    settings = load_study(study or Path(str(files("autopeft.studies.examples") / "demo.yaml")), set_ or ())
+    splits, _, space = check(settings)
+    with BenchView() as view, _files():
+        view.stage("loading")
+        evaluator = evaluator_for(settings, splits)
+        try:
+            collect.write_provenance(output, collect.provenance(settings, space, seed))
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
+        todo = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
+        view.plan(len(todo))
+        view.stage(f"{len(todo)} trainings")
+        collect.collect(evaluator, output, todo, lambda: view.advance(1))
+    failed = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
+    lacks = f", {len(failed)} failed" if failed else ""
+    typer.echo(f"{output}: {len(table.read(output))} rows{lacks}")
+
+
+@contextmanager
+def _files() -> Iterator[None]:
+    """What is wrong with a file becomes an EnvironmentProblem."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise EnvironmentProblem(f"{where}{error.strerror or error}") from error
+
+
+def _check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
+    """Raises ConfigurationError with every name that is not known."""
+    problems = [f"unknown {what} {name!r}{did_you_mean(name, known)}" for name in names if name not in known]
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    if not names:
+        raise ConfigurationError(f"name at least one {what}{did_you_mean('', known)}")
