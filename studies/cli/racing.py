@@ -4,12 +4,13 @@ is made of.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,12 +20,15 @@ from autopeft.studies.cli.files import check
 from autopeft.studies.cli.options import JsonOption, SetOption, print_json
 from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
 
+if TYPE_CHECKING:
+    from autopeft.studies.race.base import RaceProblem
+
 
 def race(
     problems: Annotated[
         list[str] | None, typer.Argument(metavar="[PROBLEM]...", help="What to race on; default: every problem.")
     ] = None,
-    searchers: Annotated[str, typer.Option("--searchers", help="Names, with commas.")] = "random,qmc,tpe,nsga2",
+    searchers: Annotated[str, typer.Option("--searchers", help="Names, with commas.")] = "random,qmc,tpe,nsga2,bo",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Races of each searcher on each problem.")] = 20,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Evaluations of a race.")] = 200,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Candidates that are measured at once.")] = 4,
@@ -33,6 +37,10 @@ def race(
         Path, typer.Option("--results", help="Keeps every race; those that are there are not run again.")
     ] = Path("races.jsonl"),
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw the curves into this PNG.")] = None,
+    clocked: Annotated[
+        str | None,
+        typer.Option("--clock", metavar="N,N", help="Instead: seconds per suggestion after so many trials."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Race searchers on problems whose front is known, and report all that the results file has of these problems."""
@@ -53,6 +61,9 @@ def race(
             races.ARMS[searcher](built[name].problem, 0)
         except ValueError as error:
             raise ConfigurationError(f"{searcher} on {name}: {error}") from None
+    if clocked is not None:
+        _clock(built, asked, clocked, batch, as_json)
+        return
     planned = races.planned(names, asked, seeds, trials, batch)
     with BenchView() as view, _files():
         todo = races.missing(planned, races.read(results))
@@ -71,6 +82,26 @@ def race(
         print_json(report.to_dict(tables, batch))
     else:
         typer.echo(report.to_markdown(tables, batch), nl=False)
+
+
+def _clock(
+    problems: Mapping[str, RaceProblem], searchers: Sequence[str], wanted: str, batch: int, as_json: bool
+) -> None:
+    from autopeft.studies.race import clock
+
+    histories = [int(word) for word in wanted.split(",") if word.strip().isdigit()]
+    if len(histories) != len(wanted.split(",")) or min(histories) < 1:
+        raise ConfigurationError(f"--clock {wanted}: write numbers of trials, such as 200,500")
+    found = {}
+    with BenchView() as view:
+        view.plan(len(problems) * len(searchers) * len(histories) * clock.REPEATS)
+        for name, problem in problems.items():
+            view.stage(name)
+            found[name] = clock.clock(problem, searchers, histories, batch, lambda: view.advance(1))
+    if as_json:
+        print_json({name: [asdict(entry) for entry in entries] for name, entries in found.items()})
+    else:
+        typer.echo("\n".join(clock.to_markdown(name, entries) for name, entries in found.items()), nl=False)
 
 
 def tabulate(
