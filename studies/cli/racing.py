@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def race(
     problems: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROBLEM]...", help="What to race on; default: every problem.")
+        list[str] | None,
+        typer.Argument(metavar="[PROBLEM]...", help="What to race on; default: the five of the docs."),
     ] = None,
     searchers: Annotated[str, typer.Option("--searchers", help="Names, with commas.")] = "random,qmc,tpe,nsga2,bo",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Races of each searcher on each problem.")] = 20,
@@ -45,10 +46,10 @@ def race(
 ) -> None:
     """Race searchers on problems whose front is known, and report all that the results file has of these problems."""
     from autopeft.studies.race import races, report
-    from autopeft.studies.race.problems import PROBLEMS
+    from autopeft.studies.race.problems import BY_DEFAULT, PROBLEMS
     from autopeft.studies.race.surrogate import NoTable
 
-    names = list(dict.fromkeys(problems or PROBLEMS))
+    names = list(dict.fromkeys(problems or BY_DEFAULT))
     asked = list(dict.fromkeys(name for name in searchers.replace(" ", "").split(",") if name))
     _check_names("problem", names, PROBLEMS)
     _check_names("searcher", asked, races.ARMS)
