@@ -30,7 +30,7 @@ from torch import Tensor
 Worth = Callable[[Tensor], Tensor]
 
 #: Fronts that could be the true one, by the number of objectives: the cells of one take long to find for three.
-FRONTS = {1: 32, 2: 32, 3: 8}
+FRONTS = {1: 32, 2: 32, 3: 4}
 #: Samples where the expectation has no closed form.
 SAMPLES = 64
 #: More objectives than this are scalarised: the boxes of a hypervolume grow exponentially with them.

@@ -11,13 +11,16 @@ from autopeft.search_space.problem import Problem, Trial
 from autopeft.searchers.base import Searcher, Suggestion
 from autopeft.searchers.encoding import Encoding, Mask, Rows
 from autopeft.searchers.initial import design, num_initial
-from autopeft.searchers.moves import Judge, keys_of, propose
+from autopeft.searchers.moves import SCREENED, Judge, keys_of, propose
 from autopeft.searchers.observations import Observations
 from autopeft.searchers.optuna_samplers import NsgaII
 
 if TYPE_CHECKING:
     from autopeft.searchers.belief import Belief
     from autopeft.searchers.surrogate import Surrogate
+
+#: Children of NSGA-II among which one is looked for that may be proposed.
+CHILDREN = 8
 
 
 class Bayesian(Searcher):
@@ -38,7 +41,7 @@ class Bayesian(Searcher):
         self._design: Rows | None = None
         self._earlier: list[Surrogate] | None = None
         # The belief follows from the ended trials alone, and a batch is filled without new ones.
-        self._belief: tuple[Any, Belief | None] = ((), None)
+        self._belief: tuple[tuple[Trial, ...], Belief | None] = ((), None)
 
     def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
         """A trial is under way if it says so, whichever of the two lists it is in."""
@@ -75,7 +78,7 @@ class Bayesian(Searcher):
                     return self._suggestion(row, {"phase": "initial"})
         belief = self._believe()
         if belief is None or not belief.better_than_chance:
-            return self._evolved(under_way, belief)
+            return self._evolved(under_way, belief, allowed, rng)
         worth = belief.worth(pending, seed=int(rng.integers(2**31)))
 
         def judge(rows: Rows, active: Mask) -> Rows:
@@ -123,28 +126,40 @@ class Bayesian(Searcher):
     def _believe(self) -> Belief | None:
         from autopeft.searchers.belief import Belief
 
-        key = tuple((trial.number, trial.state) for trial in self.completed)
-        if self._belief[0] != key:
+        if self._belief[0] != self.completed:
             belief, data = None, self.observations.of(self.completed, self.losses)
             if data is not None:
                 belief = Belief.of(self.problem, self.encoding, self.observations, data, self._of_earlier())
-            self._belief = key, belief
+            self._belief = self.completed, belief
         return self._belief[1]
 
     def _of_earlier(self) -> Sequence[Surrogate]:
         from autopeft.searchers.belief import surrogates_of
 
         if self._earlier is None:
-            data = self.observations.of(self.problem.earlier, self.losses)
+            names = {objective.name for objective in self.problem.objectives}
+            usable = [t for t in self.problem.earlier if t.measurement and names <= t.measurement.values.keys()]
+            data = self.observations.of(usable, self.losses)
             self._earlier = [] if data is None else surrogates_of(self.encoding, self.observations, data)
         return self._earlier
 
-    def _evolved(self, under_way: Sequence[Trial], belief: Belief | None) -> Suggestion:
-        """NSGA-II goes on from all trials, as one generation where they have none of their own."""
+    def _evolved(
+        self, under_way: Sequence[Trial], belief: Belief | None, allowed: Judge, rng: np.random.Generator
+    ) -> Suggestion | None:
+        """NSGA-II goes on from all trials, as one generation where they have none of their own; a draw where it finds
+        nothing that may be proposed.
+        """
         evolution = NsgaII(self.problem, self.seed)
         evolution.update(self.completed, under_way)
-        (suggestion,) = evolution.suggest(1)
+        children = evolution.suggest(CHILDREN)
+        own = self.encoding.rows([child.genes for child in children])
+        rows = np.vstack([own, self.encoding.draw(SCREENED, rng)])
+        free = np.flatnonzero(np.isfinite(allowed(rows, self.encoding.active(rows))))
+        if not len(free):
+            return None
+        first = int(free[0])
+        state = children[first].state if first < len(children) else {}
         note = "nothing to model yet" if belief is None else "the surrogate ranks unseen trials no better than chance"
         found = {} if belief is None else belief.diagnostics
         diagnostics = {**found, "phase": "evolution", "note": f"{note}: NSGA-II proposes"}
-        return Suggestion(genes=suggestion.genes, state={**suggestion.state, "diagnostics": diagnostics})
+        return Suggestion(genes=self.encoding.assignment(rows[first]), state={**state, "diagnostics": diagnostics})

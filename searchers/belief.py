@@ -27,6 +27,9 @@ CHANCE = 1.645
 #: Spaces with so many genes have some that hardly matter; and the trials it takes to tell which (docs/searchers.md).
 MANY_GENES = 30
 SPARSE_TRIALS_PER_GENE = 3
+#: Variance of the labels -1 and 1 of what fails. A process that follows their steps exactly has lengthscales too short
+#: to say anything of other points.
+LABEL_NOISE = 0.3
 #: Genes whose relevance is told.
 SHOWN_GENES = 10
 
@@ -77,7 +80,7 @@ class Belief:
         if data.failed.any():
             labels = np.where(data.failed, 1.0, -1.0)
             tried = _inputs(encoding, observations, earlier, data.tried, data.tried_active, centre, scale)
-            failures = Surrogate.fit(tried, labels, np.full(len(labels), np.nan), width, "smooth")
+            failures = Surrogate.fit(tried, labels, np.full(len(labels), LABEL_NOISE), width, "smooth")
         return cls(problem, encoding, data, observations, earlier, centre, scale, surrogates, failures)
 
     def inputs(self, rows: Rows, active: Mask) -> Tensor:

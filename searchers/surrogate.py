@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from math import log
+from math import log, sqrt
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 from botorch.exceptions.warnings import OptimizationWarning
 from botorch.models import SingleTaskGP
 from botorch.models.map_saas import add_saas_prior
-from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
 from botorch.optim.fit import fit_gpytorch_mll_scipy
+from botorch.utils.constraints import LogTransformedInterval
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel, MaternKernel, ScaleKernel
 from gpytorch.likelihoods.gaussian_likelihood import _GaussianLikelihoodBase
@@ -85,8 +85,17 @@ class Trend(Mean):
 def smooth(features: int) -> Kernel:
     """Matérn 5/2 with a lengthscale per feature, under a prior that grows with the root of their number (Hvarfner,
     Hellsten and Nardi 2024): processes over 10 and over 200 features are equally smooth before they have seen anything.
+
+    botorch has this prior, and learns the lengthscale itself. Its logarithm takes less than half of the steps.
     """
-    return get_covar_module_with_dim_scaled_prior(features, use_rbf_kernel=False, active_dims=list(range(features)))
+    prior = LogNormalPrior(sqrt(2) + log(max(features, 1)) / 2, sqrt(3))
+    return MaternKernel(
+        nu=2.5,
+        ard_num_dims=features,
+        active_dims=list(range(features)),
+        lengthscale_prior=prior,
+        lengthscale_constraint=LogTransformedInterval(2.5e-2, 1e4, initial_value=float(prior.mode)),
+    )
 
 
 def sparse(features: int) -> Kernel:

@@ -69,8 +69,10 @@ def short_space() -> SearchSpace:
 @dataclass(frozen=True)
 class Row:
     space: Callable[[], SearchSpace]
-    #: Whether it draws from the seed, and goes on for ever.
+    #: Whether it goes on for ever; another ends where there is no point left.
     endless: bool = True
+    #: How long its studies are here: one that fits a model takes a while.
+    num_trials: int = 24
 
 
 ROWS = {
@@ -78,6 +80,7 @@ ROWS = {
     "qmc": Row(mixed_space),
     "tpe": Row(mixed_space),
     "nsga2": Row(mixed_space),
+    "bo": Row(mixed_space, endless=False, num_trials=12),
     "grid": Row(short_space, endless=False),
 }
 every_searcher = pytest.mark.parametrize("name", ROWS)
@@ -150,26 +153,29 @@ def exact(points: Sequence[Any]) -> list[str]:
 @every_searcher
 @pytest.mark.parametrize("num_objectives", [1, 2, 3, 4])
 def test_suggestions_are_contained(name: str, num_objectives: int) -> None:
-    problem = problem_of(ROWS[name].space(), num_objectives)
-    trials = run(SEARCHERS[name](problem, 0), 24)
-    assert len({t.candidate.key for t in trials}) > 12
+    num_trials = ROWS[name].num_trials
+    problem = problem_of(ROWS[name].space(), num_objectives, num_trials)
+    trials = run(SEARCHERS[name](problem, 0), num_trials)
+    assert len({t.candidate.key for t in trials}) > num_trials / 2
 
 
 @every_searcher
 def test_directions_can_be_mixed(name: str) -> None:
     objectives = (Objective.of("accuracy", maximise=False, bound=0.95), Objective.of("num_params", maximise=True))
-    problem = Problem(space=ROWS[name].space(), objectives=objectives, num_trials=24)
-    assert len(run(SEARCHERS[name](problem, 0), 20)) == 20
+    num_trials = ROWS[name].num_trials
+    problem = Problem(space=ROWS[name].space(), objectives=objectives, num_trials=num_trials)
+    assert len(run(SEARCHERS[name](problem, 0), num_trials)) == num_trials
 
 
 @every_searcher
 def test_replay(name: str) -> None:
     """What comes next depends on the trials and the seed alone, also after the ledger and with a new object."""
-    problem = problem_of(ROWS[name].space())
+    num_trials = ROWS[name].num_trials
+    problem = problem_of(ROWS[name].space(), num_trials=num_trials)
     searcher = SEARCHERS[name](problem, 7)
-    trials = run(searcher, 24)
-    for length in (0, 1, 3, 11, 23):
-        fresh = SEARCHERS[name](problem_of(ROWS[name].space()), 7)
+    trials = run(searcher, num_trials)
+    for length in (0, 1, 3, num_trials // 2 - 1, num_trials - 1):
+        fresh = SEARCHERS[name](problem_of(ROWS[name].space(), num_trials=num_trials), 7)
         for known in (trials, stored(trials)):
             for asked in (fresh, searcher):
                 asked.update(known[:length])
@@ -181,9 +187,9 @@ def test_replay(name: str) -> None:
 
 @every_searcher
 def test_a_batch_is_what_one_by_one_with_pending_trials_gives(name: str) -> None:
-    problem = problem_of(ROWS[name].space())
+    problem = problem_of(ROWS[name].space(), num_trials=ROWS[name].num_trials)
     searcher = SEARCHERS[name](problem, 3)
-    trials = run(searcher, 14)
+    trials = run(searcher, ROWS[name].num_trials // 2 + 2)
     searcher.update(trials)
     batch = searcher.suggest(4)
     assert len(batch) == 4
@@ -194,7 +200,7 @@ def test_a_batch_is_what_one_by_one_with_pending_trials_gives(name: str) -> None
         (alone,) = again.suggest()
         assert exact([alone]) == exact([suggestion])
         fields = {"state": "running", "measurement": None, "violation": 0.0}
-        pending.append(ended(problem, 14 + len(pending), alone.genes, alone.state, **fields))
+        pending.append(ended(problem, len(trials) + len(pending), alone.genes, alone.state, **fields))
     assert len(set(exact(batch))) >= 3, "points of a batch differ"
 
 
@@ -216,9 +222,10 @@ def test_bad_trials_do_no_harm(name: str) -> None:
         ]
         return ended(problem, number, genes, suggested, **kinds[number % len(kinds)])
 
-    problem = problem_of(ROWS[name].space())
-    trials = run(SEARCHERS[name](problem, 0), 32, end)
-    assert len({t.candidate.key for t in trials}) > 16
+    num_trials = ROWS[name].num_trials + 8
+    problem = problem_of(ROWS[name].space(), num_trials=ROWS[name].num_trials)
+    trials = run(SEARCHERS[name](problem, 0), num_trials, end)
+    assert len({t.candidate.key for t in trials}) > num_trials / 2
 
 
 @every_searcher
@@ -235,7 +242,7 @@ def test_a_study_without_any_value(name: str, state: Any) -> None:
 def test_trials_are_taken_in_the_order_of_their_numbers(name: str) -> None:
     """Numbers have gaps, where baselines stand, and pending trials may be older than completed ones."""
     problem = problem_of(ROWS[name].space())
-    searcher = SEARCHERS[name](problem, 0)
+    searcher = SEARCHERS[name](problem, 1)
     trials = [replace(t, number=3 + 2 * t.number) for t in run(searcher, 9)]
     searcher.update(trials)
     expected = exact(searcher.suggest(2))
@@ -265,7 +272,8 @@ def test_a_space_with_one_point(name: str) -> None:
 def test_genes_with_one_value(name: str) -> None:
     lora = AdapterChoice(kind="lora", fields={"rank": Choice.of([0, 4]), "alpha": Choice.of([8.0]),
                                               "scaling": Choice(choices=("rslora",))})  # fmt: skip
-    space = SearchSpace(backbone=SMALL, adapters={"lora": lora}, one_of=[OneOf(name="type", members=("lora",))])
+    adapters = {"lora": lora, "norm": AdapterChoice(kind="norm")}
+    space = SearchSpace(backbone=SMALL, adapters=adapters, one_of=[OneOf(name="type", members=("lora",))])
     problem = problem_of(space)
     searcher = SEARCHERS[name](problem, 0)
     trials: list[Trial] = []
@@ -281,7 +289,7 @@ def test_genes_with_one_value(name: str) -> None:
 def test_no_warnings_and_no_output(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(SEARCHERS[name](problem_of(ROWS[name].space()), 0), 16)
+        run(SEARCHERS[name](problem_of(ROWS[name].space()), 0), 12)
     assert [str(warning.message) for warning in caught] == []
     assert capfd.readouterr() == ("", "")
 
@@ -291,7 +299,7 @@ def test_suggestions_do_not_depend_on_the_process() -> None:
     code = (
         "import json\n"
         "from tests.test_searchers import ROWS, SEARCHERS, exact, problem_of, run\n"
-        "print(json.dumps({name: exact(run(SEARCHERS[name](problem_of(row.space()), 1), 20))"
+        "print(json.dumps({name: exact(run(SEARCHERS[name](problem_of(row.space()), 1), row.num_trials - 4))"
         " for name, row in ROWS.items()}))\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

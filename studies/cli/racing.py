@@ -42,6 +42,10 @@ def race(
         str | None,
         typer.Option("--clock", metavar="N,N", help="Instead: seconds per suggestion after so many trials."),
     ] = None,
+    surrogates: Annotated[
+        str | None,
+        typer.Option("--surrogates", metavar="N,N", help="Instead: how well the kinds of model predict after so many."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Race searchers on problems whose front is known, and report all that the results file has of these problems."""
@@ -64,6 +68,9 @@ def race(
             raise ConfigurationError(f"{searcher} on {name}: {error}") from None
     if clocked is not None:
         _clock(built, asked, clocked, batch, as_json)
+        return
+    if surrogates is not None:
+        _surrogates(built, surrogates, as_json)
         return
     planned = races.planned(names, asked, seeds, trials, batch)
     with BenchView() as view, _files():
@@ -90,10 +97,7 @@ def _clock(
 ) -> None:
     from autopeft.studies.race import clock
 
-    histories = [int(word) for word in wanted.split(",") if word.strip().isdigit()]
-    if len(histories) != len(wanted.split(",")) or min(histories) < 1:
-        raise ConfigurationError(f"--clock {wanted}: write numbers of trials, such as 200,500")
-    found = {}
+    found, histories = {}, _numbers("--clock", wanted)
     with BenchView() as view:
         view.plan(len(problems) * len(searchers) * len(histories) * clock.REPEATS)
         for name, problem in problems.items():
@@ -103,6 +107,29 @@ def _clock(
         print_json({name: [asdict(entry) for entry in entries] for name, entries in found.items()})
     else:
         typer.echo("\n".join(clock.to_markdown(name, entries) for name, entries in found.items()), nl=False)
+
+
+def _surrogates(problems: Mapping[str, RaceProblem], wanted: str, as_json: bool) -> None:
+    from autopeft.studies.race import models
+
+    found, counts = {}, _numbers("--surrogates", wanted)
+    with BenchView() as view:
+        view.plan(len(problems) * len(counts) * len(models.KERNELS) * models.REPEATS)
+        for name, problem in problems.items():
+            view.stage(name)
+            found[name] = models.compare(problem, counts, lambda: view.advance(1))
+    if as_json:
+        print_json({name: [asdict(entry) for entry in entries] for name, entries in found.items()})
+    else:
+        typer.echo("\n".join(models.to_markdown(name, entries) for name, entries in found.items()), nl=False)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Raises ConfigurationError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 1 for word in words):
+        raise ConfigurationError(f"{option} {text}: write numbers of trials, such as 200,500")
+    return [int(word) for word in words]
 
 
 def tabulate(
