@@ -15,6 +15,7 @@ import torch
 from botorch.acquisition.logei import qLogNoisyExpectedImprovement
 from botorch.acquisition.multi_objective.objective import MCMultiOutputObjective
 from botorch.acquisition.objective import GenericMCObjective
+from botorch.exceptions.warnings import BotorchWarning
 from botorch.models import ModelListGP, SingleTaskGP
 from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.utils.multi_objective.box_decompositions.box_decomposition_list import BoxDecompositionList
@@ -56,14 +57,17 @@ def acquisition(
     with torch.no_grad(), warnings.catch_warnings():
         # Trials next to each other make covariances nearly singular; a jitter is added then.
         warnings.simplefilter("ignore", NumericalWarning)
+        # Where all trials are infeasible the scalarised worth is flat, and the library says so at every call.
+        warnings.simplefilter("ignore", BotorchWarning)
         if len(sources) > MOST_OBJECTIVES:
-            worth = _scalarised(models, sources, baseline, pending, seed)
+            worth = _scalarised(models, sources, baseline, pending, reference, seed)
         else:
             worth = NoisyHypervolumeImprovement(models, sources, baseline, pending, reference, seed)
 
     def judge(inputs: Tensor) -> Tensor:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", NumericalWarning)
+            warnings.simplefilter("ignore", BotorchWarning)
             found = worth(inputs)
             if failures is not None:
                 posterior = failures.posterior(inputs)
@@ -239,11 +243,21 @@ class WithKnown(MCMultiOutputObjective):
         return -torch.stack(columns, dim=-1)
 
 
+def _beyond(column: int, most: float) -> Callable[[Tensor], Tensor]:
+    return lambda samples: samples[..., column] - most
+
+
 def _scalarised(
-    models: Sequence[SingleTaskGP], sources: Sequence[int], baseline: Tensor, pending: Tensor, seed: int
+    models: Sequence[SingleTaskGP],
+    sources: Sequence[int],
+    baseline: Tensor,
+    pending: Tensor,
+    reference: Tensor,
+    seed: int,
 ) -> Worth:
     """qLogNParEGO: qLogNEI of an augmented Chebyshev scalarisation (Knowles 2006; Daulton, Balandat and Bakshy 2020).
     The library's own class does not tell its objective which inputs it looks at, and the known losses are among them.
+    What lies beyond the reference in a measured objective counts as infeasible.
     """
     model = models[0] if len(models) == 1 else ModelListGP(*models)
     objective = WithKnown(sources)
@@ -255,6 +269,7 @@ def _scalarised(
         X_baseline=baseline,
         X_pending=pending if len(pending) else None,
         objective=GenericMCObjective(lambda samples, X=None: scalarise(objective(samples, X))),
+        constraints=[_beyond(s, float(most)) for s, most in zip(sources, reference, strict=True) if s >= 0],
         sampler=SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
         prune_baseline=True,
     )

@@ -159,7 +159,11 @@ class Bayesian(Searcher):
             return None
         first = int(free[0])
         state = children[first].state if first < len(children) else {}
-        note = "nothing to model yet" if belief is None else "the surrogate ranks unseen trials no better than chance"
+        note = "the surrogate ranks left-out trials no better than chance"
+        if belief is None:
+            note = "nothing to model yet"
+        elif not belief.surrogates:
+            note = "no objective is measured"
         found = {} if belief is None else belief.diagnostics
         diagnostics = {**found, "phase": "evolution", "note": f"{note}: NSGA-II proposes"}
         return Suggestion(genes=self.encoding.assignment(rows[first]), state={**state, "diagnostics": diagnostics})

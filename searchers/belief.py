@@ -22,7 +22,7 @@ from autopeft.searchers.surrogate import Surrogate, relevance
 
 #: Below this many trials a correlation says nothing about the model.
 LEAST_TRIALS_TO_DOUBT = 20
-#: One-sided 5 % point of the standard normal distribution.
+#: Correlation, times the root of the trials, that a model must exceed: the one-sided 5 % point of a normal variable.
 CHANCE = 1.645
 #: Spaces with so many genes have some that hardly matter; and the trials it takes to tell which (docs/searchers.md).
 MANY_GENES = 30
@@ -137,7 +137,10 @@ class Belief:
 
     @property
     def better_than_chance(self) -> bool:
-        """Whether it ranks some objective of unseen trials better than chance, at 5 %; True while trials are few."""
+        """Whether it ranks some objective of left-out trials better than chance; True while trials are few.
+
+        A mild test: its hyperparameters have seen the trials that are left out, so a third of pure noises pass.
+        """
         n = len(self.data.rows)
         if not self.surrogates:
             return False

@@ -104,6 +104,21 @@ class Encoding:
                 rows[:, g] = tilted
         return self.snapped(rows)
 
+    def smallest(self) -> Rows:
+        """One row for each adapter in each of its scopes: it alone, at its smallest, where the space allows that. What
+        limits leave of a space may be too little for draws to find.
+        """
+        rows = np.tile(self.middle, (len(self._groups), 1))
+        for g, gene in enumerate(self.genes):
+            if gene.domain == BOOLEAN:
+                rows[:, g] = gene.domain.to_unit(False)
+            elif self.shape_genes[g] and self.ordered[g]:
+                rows[:, g] = gene.domain.to_unit(gene.domain.from_unit(0.0))
+        for row, group in zip(rows, self._groups, strict=True):
+            for name, position in group.gates:
+                row[self._column[name]] = position
+        return rows
+
     def snapped(self, rows: Rows) -> Rows:
         """Positions moved to the values that they stand for."""
         rows = rows.copy()

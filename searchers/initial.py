@@ -33,7 +33,7 @@ def design(problem: Problem, encoding: Encoding, allowed: Judge, best_earlier: R
     `allowed`: 0 for a point that may be proposed, -inf for another.
     """
     count = num_initial(problem)
-    pool = encoding.draw(POOL, rng)
+    pool = np.vstack([encoding.draw(POOL, rng), encoding.smallest()])
     pool = pool[np.isfinite(allowed(pool, encoding.active(pool)))]
     if not len(pool):
         return pool

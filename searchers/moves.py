@@ -39,6 +39,8 @@ def propose(encoding: Encoding, judge: Judge, starts: Rows, rng: np.random.Gener
         rows += [starts, mutants(encoding, starts[rng.integers(len(starts), size=half)], rng)]
     seen = Judged(encoding, judge)
     seen.add(np.vstack(rows))
+    if seen.best() == -np.inf:
+        seen.add(encoding.smallest())
     best = seen.best()
     if best == -np.inf:
         return None
