@@ -72,11 +72,12 @@ class Bayesian(Searcher):
         rng = np.random.default_rng([self.seed, number])
         allowed = self._allowed(known)
         counting = sum(trial.state in ("complete", "pruned") for trial in self.completed) + len(pending)
-        if counting < num_initial(self.problem):
+        belief = None if counting < num_initial(self.problem) else self._believe()
+        if belief is None:
             for row in self._initial():
                 if np.isfinite(allowed(row[None], self.encoding.active(row[None])))[0]:
                     return self._suggestion(row, {"phase": "initial"})
-        belief = self._believe()
+            belief = self._believe()
         if belief is None or not belief.better_than_chance:
             return self._evolved(under_way, belief, allowed, rng)
         worth = belief.worth(pending, seed=int(rng.integers(2**31)))

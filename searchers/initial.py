@@ -12,6 +12,8 @@ from autopeft.searchers.moves import Judge, Judged, keys_of, neighbours
 
 #: Draws among which space-filling points are picked.
 POOL = 1024
+#: Points beyond the design: for trials that fail, and while none has ended.
+SPARE = 16
 #: The share of the design that points of an earlier study may take: what a misleading one can cost.
 EARLIER_SHARE = 0.25
 
@@ -24,7 +26,7 @@ def num_initial(problem: Problem) -> int:
 
 
 def design(problem: Problem, encoding: Encoding, allowed: Judge, best_earlier: Rows, rng: np.random.Generator) -> Rows:
-    """[num_initial, G]: points to start with, in this order.
+    """[num_initial + SPARE, G]: points to start with, in this order.
 
     The best of an earlier study; the smallest and the largest architecture that are allowed; the fixed set-ups that lie
     in the space; then draws over the active subspaces. Those are spread over the strata of the declared size, and
@@ -44,7 +46,9 @@ def design(problem: Problem, encoding: Encoding, allowed: Judge, best_earlier: R
         _baselines(problem, encoding, allowed),
     ]
     chosen = _distinct(encoding, np.vstack(known))[:count]
-    return np.vstack([chosen, _filling(encoding, pool, chosen, count - len(chosen), rng)])
+    for more in (count - len(chosen), SPARE):
+        chosen = np.vstack([chosen, _filling(encoding, pool, chosen, more, rng)])
+    return chosen
 
 
 def _baselines(problem: Problem, encoding: Encoding, allowed: Judge) -> Rows:

@@ -199,7 +199,7 @@ Start = Annotated[
 class SearchSettings(Section):
     """The search itself."""
 
-    searcher: str = Field(default="tpe", description="what proposes the candidates")
+    searcher: str = Field(default="bo", description="what proposes the candidates")
     trials: int = Field(default=40, ge=1, description="candidates to try")
     share: Share = Field(default=1.0, description="share of the training steps that a candidate gets")
     rungs: tuple[Share, ...] = Field(

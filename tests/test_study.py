@@ -246,7 +246,7 @@ def test_measured_objectives(tmp_path: Path) -> None:
     assert snapshot.quality == "loss"
 
 
-@pytest.mark.parametrize("searcher", ["random", "qmc", "nsga2", "grid"])
+@pytest.mark.parametrize("searcher", ["bo", "random", "qmc", "nsga2", "grid"])
 def test_every_searcher_runs_a_study(searcher: str, tmp_path: Path) -> None:
     changes = {
         "search": {"searcher": searcher, "trials": 2},
@@ -284,9 +284,10 @@ def test_json_on_stdout_alone(finished, capfd: pytest.CaptureFixture) -> None:
             assert printed["study"] == "tiny" and printed["trials"]["complete"] > 0 and printed["hypervolume"] > 0
 
 
-def test_halving_prunes_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("searcher", ["tpe", "bo"])
+def test_halving_prunes_and_resumes(searcher: str, tmp_path: Path) -> None:
     """A batch of six, half of it goes on at each of two rungs; interrupted in mid-batch it ends the same."""
-    search = {"searcher": "tpe", "trials": 12, "batch": 6, "rungs": [0.25, 0.5], "keep": 0.5}
+    search = {"searcher": searcher, "trials": 12, "batch": 6, "rungs": [0.25, 0.5], "keep": 0.5}
     changes = {"search": search, "finalists": {"seeds": 1, "most": 1}}
     whole = run(load_study(save_study(tmp_path / "whole", **changes)))
     states = [t.state for t in whole.search_trials if t.state != "infeasible"]

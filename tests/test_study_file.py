@@ -78,7 +78,7 @@ def test_defaults(load):
     assert (study.seed, study.task, study.search.searcher, study.search.trials) == (
         0,
         "classification",
-        "tpe",
+        "bo",
         40,
     )
     assert study.space_for(backbone()).training["learning_rate"] == Float(low=5e-4, high=1e-2, log=True)
