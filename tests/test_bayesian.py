@@ -285,9 +285,8 @@ def test_the_length_of_the_design(initial: int | None, expected: int) -> None:
     problem = problem_of(layered_space(), initial=initial)
     assert num_initial(problem) == expected
     phases = [t.searcher_state["diagnostics"]["phase"] for t in run(Bayesian(problem, 0), 11, ended)]
-    assert phases[:expected] == ["initial"] * expected
-    # Without a design, two points are drawn, so that there is something to model.
-    assert phases[expected:] == ["evolution"] * max(0, 2 - expected) + ["model"] * (11 - max(2, expected))
+    # Two points at least, so that there is something to model.
+    assert phases == ["initial"] * max(2, expected) + ["model"] * (11 - max(2, expected))
 
 
 def test_points_that_it_did_not_propose_count() -> None:
