@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.space import Assignment, SearchSpace
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Numbers = TypeVar("Numbers", float, "NDArray[np.float64]")
 
 #: "pruned": ended at a rung; its measurement has the values there.
 State = Literal["running", "complete", "pruned", "failed", "infeasible"]
@@ -44,12 +50,12 @@ METRICS = _metrics(
     ("latency_s", "seconds", False, "measured", "one forward pass of a batch, adapters unmerged"),
     ("merged_latency_s", "seconds", False, "measured", "the same with what can be merged merged"),
 )
+#: The metrics that follow from an architecture alone, without a model or data: its methods of those names.
+DECLARED = tuple(name for name, metric in METRICS.items() if metric.source == "declared")
 
 
 def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, float]:
-    """The metrics that follow from an architecture alone, without a model or data: the methods of those names."""
-    declared = (name for name, metric in METRICS.items() if metric.source == "declared")
-    return {name: getattr(architecture, name)(backbone) for name in declared}
+    return {name: getattr(architecture, name)(backbone) for name in DECLARED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +79,7 @@ class Objective:
         settings.setdefault("maximise", metric.maximise)
         return cls(name=name, unit=metric.unit, **settings)
 
-    def loss(self, value: float) -> float:
+    def loss(self, value: Numbers) -> Numbers:
         """`value` turned so that less is better."""
         return -value if self.maximise else value
 

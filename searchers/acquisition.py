@@ -8,7 +8,8 @@ point travels with it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,24 +51,19 @@ def acquisition(
 ) -> Worth:
     """The logarithm of the worth of inputs.
 
-    `models`: of the measured objectives; `sources`: for each objective the place of its model, or -1 - j for the j-th
-    known one; `failures`: above 0 where a candidate cannot be trained; `reference` [m]: losses of the hypervolume's
-    corner; a bound on an objective belongs into it. More than three objectives: qLogNParEGO, its weights from the seed.
+    `models`: of the measured objectives, one at least; `sources`: for each objective the place of its model, or -1 - j
+    for the j-th known one; `failures`: above 0 where a candidate cannot be trained; `reference` [m]: losses of the
+    hypervolume's corner; a bound on an objective belongs into it. More than three objectives: qLogNParEGO, its weights
+    from the seed.
     """
-    with torch.no_grad(), warnings.catch_warnings():
-        # Trials next to each other make covariances nearly singular; a jitter is added then.
-        warnings.simplefilter("ignore", NumericalWarning)
-        # Where all trials are infeasible the scalarised worth is flat, and the library says so at every call.
-        warnings.simplefilter("ignore", BotorchWarning)
+    with torch.no_grad(), _quiet():
         if len(sources) > MOST_OBJECTIVES:
             worth = _scalarised(models, sources, baseline, pending, reference, seed)
         else:
             worth = NoisyHypervolumeImprovement(models, sources, baseline, pending, reference, seed)
 
     def judge(inputs: Tensor) -> Tensor:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", NumericalWarning)
-            warnings.simplefilter("ignore", BotorchWarning)
+        with torch.no_grad(), _quiet():
             found = worth(inputs)
             if failures is not None:
                 posterior = failures.posterior(inputs)
@@ -78,15 +74,47 @@ def acquisition(
     return judge
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Trials next to each other make covariances nearly singular; a jitter is added then.
+        warnings.simplefilter("ignore", NumericalWarning)
+        # Where all trials are infeasible the scalarised worth is flat, and the library says so at every call.
+        warnings.simplefilter("ignore", BotorchWarning)
+        yield
+
+
+class WithKnown(MCMultiOutputObjective):
+    """Samples of the modelled losses and the known losses of the inputs, as values to be maximised."""
+
+    def __init__(self, sources: Sequence[int]) -> None:
+        super().__init__()
+        self.sources = tuple(sources)
+        self.num_known = sum(source < 0 for source in sources)
+
+    def forward(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
+        assert X is not None
+        known = self.known(X)
+        columns = [
+            samples[..., source] if source >= 0 else known[..., -1 - source].expand(samples.shape[:-1])
+            for source in self.sources
+        ]
+        return -torch.stack(columns, dim=-1)
+
+    def known(self, inputs: Tensor) -> Tensor:
+        """[..., k]"""
+        return inputs[..., inputs.shape[-1] - self.num_known :]
+
+
 class NoisyHypervolumeImprovement:
     """LogNEHVI (Daulton, Balandat and Bakshy 2021) for single points, without a Monte Carlo error of theirs.
 
     What is known of the trials is noisy, so the front is a random one: joint samples of the losses at trials
     and pending points. Given a front, the processes are independent and normal, and the expected improvement is a sum
     over the front's cells of products of expected overlaps (Yang et al. 2019, exact EHVI). botorch's qLogNEHVI takes
-    samples at the point too; tests/test_bayesian.py holds both against each other. The closed form needs no smoothing
-    to tell apart points that hardly ever improve, and its cost is O(b (n^2 + s r)), without the joint posterior of each
-    point with the baseline.
+    samples at the point too; tests/test_acquisition.py holds both against each other. The closed form needs no
+    smoothing to tell apart points that hardly ever improve, and its cost is O(b (n^2 + s r)), without the joint
+    posterior of each point with the baseline.
     """
 
     def __init__(
@@ -98,16 +126,13 @@ class NoisyHypervolumeImprovement:
         reference: Tensor,
         seed: int,
     ) -> None:
-        self.sources = tuple(sources)
-        self.num_known = sum(source < 0 for source in sources)
-        self.fronts = FRONTS[len(sources)]
-        points = torch.cat([baseline, pending])
-        count = max(1, len(models))
-        normal = draw_sobol_normal_samples(len(points) * count, self.fronts, dtype=torch.double, seed=seed)
-        normal = normal.reshape(self.fronts, count, len(points))
+        self.objective = WithKnown(sources)
+        points, fronts = torch.cat([baseline, pending]), FRONTS[len(sources)]
+        normal = draw_sobol_normal_samples(len(points) * len(models), fronts, dtype=torch.double, seed=seed)
+        normal = normal.reshape(fronts, len(models), len(points))
         posteriors = [Posterior.of(model) for model in models]
         drawn = [posterior.joint(points, normal[:, j]) for j, posterior in enumerate(posteriors)]
-        values = -self._losses(points, drawn)
+        values = self.objective(torch.stack(drawn, dim=-1), points)
         corner = -reference
         values = torch.where((values > corner).all(-1, keepdim=True), values, corner)
         # A front with noise has more points than one without, but most trials are on none of the samples.
@@ -119,20 +144,12 @@ class NoisyHypervolumeImprovement:
             for posterior, sample in zip(posteriors, drawn, strict=True)
         ]
 
-    def _losses(self, inputs: Tensor, drawn: Sequence[Tensor]) -> Tensor:
-        """[s, b, m]"""
-        known = inputs[:, inputs.shape[1] - self.num_known :]
-        columns = [
-            drawn[source] if source >= 0 else known[:, -1 - source].expand(self.fronts, -1) for source in self.sources
-        ]
-        return torch.stack(columns, dim=-1)
-
     def __call__(self, inputs: Tensor) -> Tensor:
         """[b, .] -> [b]"""
-        known = inputs[:, inputs.shape[1] - self.num_known :]
+        known = self.objective.known(inputs)
         moments = [part(inputs) for part in self.parts]
         volume = torch.ones(())
-        for j, source in enumerate(self.sources):
+        for j, source in enumerate(self.objective.sources):
             lower, upper = self.lower[:, None, :, j], self.upper[:, None, :, j]
             if source >= 0:
                 mean, deviation = moments[source]
@@ -223,24 +240,6 @@ class Conditional:
 
 
 # Many objectives
-
-
-class WithKnown(MCMultiOutputObjective):
-    """Samples of the modelled losses and the known losses of the inputs, as values to be maximised."""
-
-    def __init__(self, sources: Sequence[int]) -> None:
-        super().__init__()
-        self.sources = tuple(sources)
-        self.num_known = sum(source < 0 for source in sources)
-
-    def forward(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
-        assert X is not None
-        known = X[..., X.shape[-1] - self.num_known :]
-        columns = [
-            samples[..., source] if source >= 0 else known[..., -1 - source].expand(samples.shape[:-1])
-            for source in self.sources
-        ]
-        return -torch.stack(columns, dim=-1)
 
 
 def _beyond(column: int, most: float) -> Callable[[Tensor], Tensor]:

@@ -38,17 +38,18 @@ class Searcher(ABC):
 
     def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
         """All trials so far, in the order in which they were suggested: the ended ones (complete, pruned, failed or
-        infeasible) and those still under way. Replaces what was known before.
+        infeasible) and those still under way. One that says it is running is under way, whichever of the two lists it
+        is in. Replaces what was known before.
         """
-        self.completed = tuple(completed)
-        self.pending = tuple(pending)
+        self.completed = tuple(trial for trial in completed if trial.state != "running")
+        self.pending = (*(trial for trial in completed if trial.state == "running"), *pending)
 
     @abstractmethod
     def suggest(self, count: int = 1) -> list[Suggestion]:
         """Up to `count` points to evaluate next; fewer (or none) once the space is exhausted."""
 
     def losses(self, trial: Trial) -> list[float] | None:
-        """A trial's objectives, all to be minimised; None for one without values, or with one that is no finite number.
+        """A trial's objectives, all to be minimised; None for one that lacks a value, or has one that is not finite.
 
         Those of a pruned trial are worse than its full training would have made them. It was pruned for being worse
         than others at the same rung, and that is what a searcher learns from them.
@@ -56,7 +57,7 @@ class Searcher(ABC):
         if trial.state not in ("complete", "pruned") or trial.measurement is None:
             return None
         values = trial.measurement.values
-        losses = [objective.loss(values[objective.name]) for objective in self.problem.objectives]
+        losses = [objective.loss(values.get(objective.name, math.nan)) for objective in self.problem.objectives]
         return losses if all(map(math.isfinite, losses)) else None
 
     @property

@@ -43,11 +43,6 @@ class Bayesian(Searcher):
         # The belief follows from the ended trials alone, and a batch is filled without new ones.
         self._belief: tuple[tuple[Trial, ...], Belief | None] = ((), None)
 
-    def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
-        """A trial is under way if it says so, whichever of the two lists it is in."""
-        ended = [trial for trial in completed if trial.state != "running"]
-        super().update(ended, [*(trial for trial in completed if trial.state == "running"), *pending])
-
     def suggest(self, count: int = 1) -> list[Suggestion]:
         under_way = list(self.pending)
         suggestions: list[Suggestion] = []
@@ -85,7 +80,7 @@ class Bayesian(Searcher):
         def judge(rows: Rows, active: Mask) -> Rows:
             return allowed(rows, active) + worth(rows, active)
 
-        row = propose(self.encoding, judge, belief.incumbents(), rng)
+        row = propose(self.encoding, judge, belief.incumbents, rng)
         if row is None:
             return None
         return self._suggestion(row, belief.diagnostics)
@@ -108,8 +103,7 @@ class Bayesian(Searcher):
                     out |= costs[name] > most
             for objective in self.problem.objectives:
                 if objective.name in costs and objective.bound is not None:
-                    sign = -1.0 if objective.maximise else 1.0
-                    out |= sign * costs[objective.name] > objective.loss(objective.bound)
+                    out |= objective.loss(costs[objective.name]) > objective.loss(objective.bound)
             return np.where(out, -np.inf, 0.0)
 
         return judge
@@ -120,7 +114,7 @@ class Bayesian(Searcher):
         if self._design is None:
             rng = np.random.default_rng([self.seed, 2**31])
             nothing = np.zeros((0, len(self.encoding.genes)))
-            earlier = self.observations.best_earlier()
+            earlier = self.observations.best_earlier(self.losses)
             self._design = design(self.problem, self.encoding, self._allowed(nothing), earlier, rng)
         return self._design
 
@@ -138,9 +132,7 @@ class Bayesian(Searcher):
         from autopeft.searchers.belief import surrogates_of
 
         if self._earlier is None:
-            names = {objective.name for objective in self.problem.objectives}
-            usable = [t for t in self.problem.earlier if t.measurement and names <= t.measurement.values.keys()]
-            data = self.observations.of(usable, self.losses)
+            data = self.observations.of(self.problem.earlier, self.losses)
             self._earlier = [] if data is None else surrogates_of(self.encoding, self.observations, data)
         return self._earlier
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Problem
 from autopeft.searchers.acquisition import acquisition
 from autopeft.searchers.encoding import Encoding, Mask, Rows
@@ -34,7 +36,7 @@ LABEL_NOISE = 0.3
 SHOWN_GENES = 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Belief:
     """`centre` and `scale` [m] standardise the losses; `surrogates` by place of the objective; `failures` says of a
     point whether it can be trained, above 0: no.
@@ -119,6 +121,7 @@ class Belief:
                 corner[i] = min(corner[i], objective.loss(objective.bound))
         return corner
 
+    @cached_property
     def incumbents(self) -> Rows:
         """[., G]: the trials that no other dominates, by what the processes make of them."""
         losses = self.data.losses.copy()
@@ -126,12 +129,11 @@ class Belief:
             inputs = self.inputs(self.data.rows, self.data.active)
             for i, surrogate in self.surrogates.items():
                 losses[:, i] = surrogate.model.posterior(inputs).mean[:, 0] * self.scale[i] + self.centre[i]
-        front = [not ((losses <= row).all(1) & (losses < row).any(1)).any() for row in losses]
-        return self.data.rows[front]
+        return self.data.rows[non_dominated(losses)]
 
     # What it is worth itself
 
-    @property
+    @cached_property
     def rank_correlation(self) -> dict[str, float]:
         return {self.problem.objectives[i].name: s.rank_correlation() for i, s in self.surrogates.items()}
 
@@ -146,7 +148,7 @@ class Belief:
             return False
         return n < LEAST_TRIALS_TO_DOUBT or max(self.rank_correlation.values()) > CHANCE / (n - 1) ** 0.5
 
-    @property
+    @cached_property
     def diagnostics(self) -> dict[str, Any]:
         shown: dict[str, dict[str, float]] = {}
         features = self.encoding.features(self.data.rows, self.data.active)
@@ -198,6 +200,5 @@ def _inputs(
         columns += [surrogate.model.posterior(torch.as_tensor(features)).mean.numpy() for surrogate in earlier]
     for i in observations.declared:
         objective = observations.problem.objectives[i]
-        losses = -costs[objective.name] if objective.maximise else costs[objective.name]
-        columns.append((losses - centre[i]) / scale[i])
+        columns.append((objective.loss(costs[objective.name]) - centre[i]) / scale[i])
     return torch.as_tensor(np.column_stack(columns))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int
 from autopeft.search_space.genes import TRAINING
+from autopeft.search_space.problem import DECLARED
 from autopeft.search_space.space import Assignment, Placement, SearchSpace
 
 Rows = NDArray[np.float64]
@@ -21,8 +22,6 @@ Mask = NDArray[np.bool_]
 
 #: Whole ranges of more values than this are moved through in steps, as real ones are.
 MOST_LEVELS = 64
-#: The declared metrics, in the order of `_Group.cost`.
-COSTS = ("num_params", "stored_bytes", "flops_per_token")
 
 
 class Encoding:
@@ -100,8 +99,7 @@ class Encoding:
             if gene.domain == BOOLEAN:
                 rows[:, g] = np.where(rows[:, g] < share, 0.75, 0.25)
             elif not gene.name.startswith(TRAINING) and self.ordered[g]:
-                tilted = np.clip(rng.normal(middle, 0.25), 0.0, 1.0)
-                rows[:, g] = tilted
+                rows[:, g] = np.clip(rng.normal(middle, 0.25), 0.0, 1.0)
         return self.snapped(rows)
 
     def smallest(self) -> Rows:
@@ -170,19 +168,20 @@ class Encoding:
 
     def costs(self, rows: Rows, active: Mask) -> dict[str, Rows]:
         """Declared metrics of the architectures, [n] each: what `declared_costs` says of them one by one."""
-        total = np.zeros((len(rows), len(COSTS)))
+        total = np.zeros((len(rows), len(DECLARED)))
         for group in self._groups:
             where = np.flatnonzero(self._is_on(group, rows, active))
             if len(where):
                 columns = [self._column[gene] for gene in group.genes]
                 positions = rows[where][:, columns]
+                # With an axis, np.unique sorts rows as structures, which is slow.
                 if positions.shape[1] == 1:
                     values, inverse = np.unique(positions[:, 0], return_inverse=True)
                     values = values[:, None]
                 else:
                     values, inverse = np.unique(positions, axis=0, return_inverse=True)
                 total[where] += np.array([group.cost(self, tuple(v)) for v in values.tolist()])[inverse.reshape(-1)]
-        return dict(zip(COSTS, np.floor(total.T), strict=True))
+        return dict(zip(DECLARED, np.floor(total.T), strict=True))
 
     def _is_on(self, group: _Group, rows: Rows, active: Mask) -> Mask:
         on = np.ones(len(rows), dtype=bool)
@@ -193,8 +192,8 @@ class Encoding:
 
 
 class _Group:
-    """Placements that the same genes decide about: an adapter at all sites of its scope. Its costs by the positions of
-    its genes are kept.
+    """Placements that the same genes decide about: an adapter at all sites of its scope. Its costs, in the order of
+    `DECLARED`, are kept by the positions of its genes.
     """
 
     def __init__(self, encoding: Encoding, places: Sequence[Placement]) -> None:

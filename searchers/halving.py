@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from autopeft.search_space.dominance import non_dominated
+
 
 def survivors(losses: Sequence[Sequence[float]], keep: float) -> list[int]:
     """The places of the candidates that go on: the share `keep` of them, rounded up; all losses are minimised.
@@ -20,17 +22,13 @@ def survivors(losses: Sequence[Sequence[float]], keep: float) -> list[int]:
     count = math.ceil(round(keep * len(points), 6))
     places = np.column_stack([_ranks(column) for column in points.T]) if len(points) else points
     chosen: list[int] = []
-    left = list(range(len(points)))
+    left = np.arange(len(points))
     while len(chosen) < count:
-        layer = [i for i in left if not any(_dominates(points[j], points[i]) for j in left)]
-        left = [i for i in left if i not in layer]
+        first = non_dominated(points[left])
+        layer, left = left[first].tolist(), left[~first]
         room = count - len(chosen)
         chosen += layer if len(layer) <= room else _spread(layer, places, room)
     return sorted(chosen)
-
-
-def _dominates(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool(np.all(a <= b) and np.any(a < b))
 
 
 def _ranks(column: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import Problem
 from autopeft.searchers.encoding import Encoding, Mask, Rows
-from autopeft.searchers.moves import Judge, Judged, keys_of, neighbours
+from autopeft.searchers.moves import Judge, Judged, keys_of, neighbours, unknown
 
 #: Draws among which space-filling points are picked.
 POOL = 1024
@@ -45,7 +45,8 @@ def design(problem: Problem, encoding: Encoding, allowed: Judge, best_earlier: R
         _extreme(encoding, allowed, pool, +1.0, rng)[None],
         _baselines(problem, encoding, allowed),
     ]
-    chosen = _distinct(encoding, np.vstack(known))[:count]
+    rows = np.vstack(known)
+    chosen = rows[unknown(keys_of(rows, encoding.active(rows)), set())][:count]
     for more in (count - len(chosen), SPARE):
         chosen = np.vstack([chosen, _filling(encoding, pool, chosen, more, rng)])
     return chosen
@@ -76,11 +77,6 @@ def _extreme(encoding: Encoding, allowed: Judge, pool: Rows, sign: float, rng: n
         best = climb.best()
         climb.add(neighbours(encoding, climb.top(1)[0], rng))
     return climb.top(1)[0]
-
-
-def _distinct(encoding: Encoding, rows: Rows) -> Rows:
-    keys = keys_of(rows, encoding.active(rows))
-    return rows[[keys.index(key) == i for i, key in enumerate(keys)]]
 
 
 def _filling(encoding: Encoding, pool: Rows, chosen: Rows, count: int, rng: np.random.Generator) -> Rows:

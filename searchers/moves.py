@@ -5,7 +5,7 @@ Notation: n points, G genes, b points to judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -65,12 +65,10 @@ class Judged:
 
     def add(self, rows: Rows) -> None:
         active = self.encoding.active(rows)
-        keys = keys_of(rows, active)
-        fresh = [i for i, key in enumerate(keys) if key not in self.known and keys.index(key) == i]
-        self.known.update(keys)
-        if fresh:
-            self.rows = np.vstack([self.rows, rows[fresh]])
-            self.worth = np.concatenate([self.worth, self.judge(rows[fresh], active[fresh])])
+        new = unknown(keys_of(rows, active), self.known)
+        if new:
+            self.rows = np.vstack([self.rows, rows[new]])
+            self.worth = np.concatenate([self.worth, self.judge(rows[new], active[new])])
 
     def best(self) -> float:
         return float(self.worth.max())
@@ -87,6 +85,16 @@ class Judged:
 def keys_of(rows: Rows, active: Mask) -> list[bytes]:
     """Equal for points that differ in inactive genes alone."""
     return [row.tobytes() for row in np.where(active, rows, -1.0)]
+
+
+def unknown(keys: Iterable[bytes], known: set[bytes]) -> list[int]:
+    """The places of keys that are not `known`, each key once; all are known from then on."""
+    places = []
+    for i, key in enumerate(keys):
+        if key not in known:
+            known.add(key)
+            places.append(i)
+    return places
 
 
 def mutants(encoding: Encoding, rows: Rows, rng: np.random.Generator) -> Rows:

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopeft.search_space.problem import METRICS, Measurement, Objective, Problem, Trial
+from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.problem import DECLARED, METRICS, Measurement, Problem, Trial, declared_costs
 from autopeft.searchers.encoding import Encoding, Mask, Rows
+
+#: `Searcher.losses`.
+Losses = Callable[[Trial], list[float] | None]
 
 #: Complete trials that tell how a rung's loss leads to the final value, at least.
 LEAST_COURSES = 5
@@ -41,10 +45,10 @@ class Observations:
     def __init__(self, problem: Problem, encoding: Encoding) -> None:
         self.problem = problem
         self.encoding = encoding
-        self.modelled = [i for i, o in enumerate(problem.objectives) if not _is_declared(o)]
-        self.declared = [i for i, o in enumerate(problem.objectives) if _is_declared(o)]
+        self.modelled = [i for i, o in enumerate(problem.objectives) if o.name not in DECLARED]
+        self.declared = [i for i, o in enumerate(problem.objectives) if o.name in DECLARED]
 
-    def of(self, trials: Sequence[Trial], losses: Callable[[Trial], list[float] | None]) -> Data | None:
+    def of(self, trials: Sequence[Trial], losses: Losses) -> Data | None:
         """None if fewer than two different candidates have values."""
         known: dict[str, tuple[Trial, list[float]]] = {}
         tried: dict[str, tuple[Trial, bool]] = {}
@@ -77,23 +81,20 @@ class Observations:
             failed=np.array([failed for _, failed in tried.values()]),
         )
 
-    def best_earlier(self) -> Rows:
+    def best_earlier(self, losses: Losses) -> Rows:
         """[., G]: the front of the earlier study, best quality first."""
-        points = [(trial, found) for trial in self.problem.earlier if (found := _losses(self.problem, trial))]
-        front = [
-            (found, trial.genes)
-            for trial, found in points
-            if not any(_dominates(other, found) for _, other in points)
-        ]  # fmt: skip
-        return self.encoding.rows([genes for _, genes in sorted(front, key=lambda pair: pair[0])])
+        complete = [trial for trial in self.problem.earlier if trial.state == "complete"]
+        points = [(found, trial.genes) for trial in complete if (found := losses(trial))]
+        table = np.array([found for found, _ in points]).reshape(-1, len(self.problem.objectives))
+        front = [point for point, member in zip(points, non_dominated(table), strict=True) if member]
+        return self.encoding.rows([genes for _, genes in sorted(front, key=lambda point: point[0])])
 
     def _is_ruled_out(self, trial: Trial) -> bool:
         """Whether what is declared explains why a candidate was infeasible; a model has nothing to learn from it."""
         if not trial.candidate.architecture:
             return True
-        row = self.encoding.rows([trial.genes])
-        costs = self.encoding.costs(row, self.encoding.active(row))
-        return any(name in costs and costs[name][0] > most for name, most in self.problem.limits.most.items())
+        costs = declared_costs(trial.candidate.architecture, self.problem.space.backbone)
+        return self.problem.limits.objection(costs) is not None
 
     def _noise(self, trial: Trial) -> list[float]:
         assert trial.measurement is not None
@@ -141,20 +142,3 @@ def _extrapolated(pairs: Rows, loss: float) -> tuple[float, float]:
 def _rung(measurement: Measurement | None, share: float) -> float | None:
     rungs: Mapping[float, Mapping[str, float]] = dict(measurement.rungs) if measurement is not None else {}
     return rungs.get(share, {}).get("loss")
-
-
-def _is_declared(objective: Objective) -> bool:
-    return objective.name in METRICS and METRICS[objective.name].source == "declared"
-
-
-def _losses(problem: Problem, trial: Trial) -> list[float] | None:
-    if trial.state != "complete" or trial.measurement is None:
-        return None
-    values = trial.measurement.values
-    if any(objective.name not in values for objective in problem.objectives):
-        return None
-    return [objective.loss(values[objective.name]) for objective in problem.objectives]
-
-
-def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a != b and all(x <= y for x, y in zip(a, b, strict=True))

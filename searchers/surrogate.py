@@ -116,7 +116,6 @@ class Surrogate:
     model: SingleTaskGP
     inputs: Tensor
     losses: Tensor
-    features: int
 
     @classmethod
     def chosen(
@@ -158,7 +157,7 @@ class Surrogate:
             with suppress(ArithmeticError, RuntimeError):
                 fit_gpytorch_mll_scipy(mll, options={"maxiter": FIT_STEPS})
         model.eval()
-        return cls(model=model, inputs=inputs, losses=target[:, 0], features=features)
+        return cls(model=model, inputs=inputs, losses=target[:, 0])
 
     def lengthscales(self) -> Floats:
         """[D]"""

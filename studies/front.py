@@ -1,7 +1,6 @@
 """The Pareto front and its hypervolume. Points are rows of losses: every objective is minimised here.
 
-Notation: n points, m objectives. A point dominates another if it is no worse in every objective and better
-in one.
+Notation: n points, m objectives.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 # inclusion-exclusion.
 from optuna._hypervolume import compute_hypervolume
 
+from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Objective, Trial
 
 Floats = NDArray[np.float64]
@@ -50,19 +50,6 @@ def losses(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
         if trial.state == "complete" and trial.measurement is not None and trial.violation <= 0:
             row[:] = [objective.loss(trial.measurement.values[objective.name]) for objective in objectives]
     return table
-
-
-def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
-    """[n, m] -> [n]: which points no other dominates.
-
-    Equal points stand or fall together. A point with a NaN is never on the front and dominates nothing.
-    """
-    table = np.asarray(points, dtype=float)
-    known = ~np.isnan(table).any(axis=1)
-    mask = known.copy()
-    for i in np.flatnonzero(known):
-        mask[i] = not ((table <= table[i]).all(axis=1) & (table < table[i]).any(axis=1)).any()
-    return mask
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import METRICS, Objective, Trial
 from autopeft.studies import comparison, front
 from autopeft.studies.comparison import Contender, Estimate, SeedSd
@@ -122,7 +123,7 @@ class Snapshot:
         for i, (entry, (value, _)) in enumerate(zip(entries, values, strict=True)):
             if eligible[i] and entry.trial.violation <= 0:
                 points[i] = [o.loss(value[o.name]) for o in self.objectives]
-        on_front = front.non_dominated(points).tolist()
+        on_front = non_dominated(points).tolist()
         pick = self._recommended([e for e, member in zip(entries, on_front, strict=True) if member], seed_sd)
         return [
             FrontRow(

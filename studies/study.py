@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from safetensors.torch import save_file
 
 from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
 from autopeft.search_space.space import SearchSpace
@@ -128,7 +129,7 @@ class Study:
             self._evaluate_batch([trial for trial in batch if trial.role == SEARCH], watcher, halving=True)
             for trial in batch:
                 if trial.role == COPY and trial.of is not None:
-                    self._finish(replace(self.trials[trial.of], **_own(trial)))
+                    self._finish(ended_as(trial, self.trials[trial.of]))
             pending = []
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
             raise NoFeasibleCandidate(self._why_nothing())
@@ -169,7 +170,7 @@ class Study:
             self.trials[trial.number] = trial
             objection = self._objection(candidate)
             if twin is not None and twin.state != "running":
-                self._finish(replace(twin, **_own(trial)))
+                self._finish(ended_as(trial, twin))
             elif twin is None and objection is not None:
                 self._finish(replace(trial, state="infeasible", violation=objection[0], error=objection[1]))
             else:
@@ -336,7 +337,7 @@ class Study:
         """Members of the search's front, at most `finalists.most`, spread over its length; the best one is in."""
         trials = [t for t in self.trials.values() if t.role == SEARCH and t.state == "complete"]
         losses = front.losses(trials, self.problem.objectives)
-        members = [t for t, member in zip(trials, front.non_dominated(losses), strict=True) if member]
+        members = [t for t, member in zip(trials, non_dominated(losses), strict=True) if member]
         quality = self.snapshot().quality
         sign = -1 if METRICS[quality].maximise else 1
         members.sort(key=lambda t: sign * t.values[quality])
@@ -391,9 +392,10 @@ def num_evaluations(settings: StudyFile, space: SearchSpace) -> int:
     return len(list(baselines(settings, space))) + settings.search.trials + num_finals(settings)
 
 
-def _own(trial: Trial) -> dict[str, Any]:
-    """What a copy does not take from the trial that it repeats."""
-    return {name: getattr(trial, name) for name in ("number", "role", "genes", "of", "searcher_state")}
+def ended_as(trial: Trial, twin: Trial) -> Trial:
+    """A copy with what came of the trial that it repeats."""
+    own = ("number", "role", "genes", "of", "searcher_state")
+    return replace(twin, **{name: getattr(trial, name) for name in own})
 
 
 def weights_path(settings: StudyFile, number: int) -> Path:

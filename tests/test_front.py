@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Measurement, Objective, Trial
-from autopeft.studies.front import hypervolume, hypervolume_by_trial, losses, non_dominated, reference_point
+from autopeft.studies.front import hypervolume, hypervolume_by_trial, losses, reference_point
 
 # Few values, so that ties and duplicates are common.
 tables = arrays(

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Measurement, declared_costs
 from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.optuna_samplers import Random as RandomSearcher
 from autopeft.studies.cli import app as cli
-from autopeft.studies.front import hypervolume, non_dominated
-from autopeft.studies.race import collect, races, report, surrogate, synthetic, table
+from autopeft.studies.front import hypervolume
+from autopeft.studies.race import clock, collect, models, races, report, surrogate, synthetic, table
 from autopeft.studies.race.base import RaceProblem, best_sums, pareto
 from autopeft.studies.race.problems import BY_DEFAULT, PROBLEMS
 from autopeft.studies.race.races import ARMS, Ended, Race
@@ -365,6 +366,39 @@ def test_race_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) 
     code, out, _ = run(*asked[:3], "random,qmc", *asked[4:], "--workers", 2)
     assert code == 0 and "| qmc |" in out
     assert results.read_bytes().startswith(before) and len(results.read_text().splitlines()) == 4
+
+
+def test_the_clock_starts_after_different_candidates() -> None:
+    problem = PROBLEMS["types"]()
+    past = clock._history(problem, 30, seed=1)
+    assert [t.number for t in past] == list(range(30)) and past == clock._history(problem, 30, seed=1)
+    assert len({t.candidate.key for t in past}) == 30 and all(t.candidate.architecture for t in past)
+
+
+@pytest.mark.parametrize(
+    ("option", "head", "row", "num_rows"),
+    [
+        ("--clock", "| searcher | trials | s |\n|---|---:|---:|\n", "| `random` | 20 | ", 1),
+        ("--surrogates", "| error | surprise |\n|---:|---|---:|---:|---:|---:|\n", "| 20 | sparse | ", 2),
+    ],
+)
+def test_what_is_measured_instead_of_a_race(
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    head: str,
+    row: str,
+    num_rows: int,
+) -> None:
+    monkeypatch.setattr(clock, "REPEATS", 1)
+    monkeypatch.setattr(models, "REPEATS", 1)
+    asked = ("race", "types", "three", "--searchers", "random", option, "20")
+    code, out, err = run(*asked)
+    assert code == 0 and "types" in err and out.count(head) == out.count(row) == 2
+    code, out, _ = run(*asked, "--json")
+    assert code == 0 and {name: len(rows) for name, rows in json.loads(out).items()} == dict.fromkeys(
+        ("types", "three"), num_rows
+    )
 
 
 @pytest.mark.parametrize(

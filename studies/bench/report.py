@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from autopeft.studies import markdown
 from autopeft.studies.bench.arms import Bench, Spread, Table
 from autopeft.studies.bench.kernels import KernelRow
 from autopeft.studies.bench.overhead import Overhead
@@ -127,12 +128,12 @@ def _equal_work(tables: Sequence[Table]) -> str:
         seconds = next(row.seconds for row in table.rows if row.arm == "loop")
         speedups = [_spread(row.speedup) for row in table.rows]
         lines.append([f"{table.title} ({table.steps} steps)", *speedups, f"{seconds:.3g}"])
-    text = _table(lines)
+    text = markdown.table(lines)
     if tables[0].rows[0].peak_memory_bytes is None:
         return text
     lines = [["Peak memory, GB", *arms]]
     lines += [[table.title, *(f"{(row.peak_memory_bytes or 0) / 1e9:.2f}" for row in table.rows)] for table in tables]
-    return f"{text}\n\n{_table(lines)}"
+    return f"{text}\n\n{markdown.table(lines)}"
 
 
 def _overhead(found: Overhead) -> str:
@@ -151,7 +152,7 @@ def _kernels(rows: Sequence[KernelRow]) -> str:
         if on_gpu:
             line.append("-" if row.over_pytorch is None else _spread(row.over_pytorch))
         lines.append(line)
-    return _table(lines)
+    return markdown.table(lines)
 
 
 def _budgets(found: Ranking) -> str:
@@ -162,7 +163,7 @@ def _budgets(found: Ranking) -> str:
         verdict = f"The top half is ranked as well as wanted ({WANTED}) from {found.matched_share:.0%} of the steps on."
     else:
         verdict = f"No share ranks the top half as well as wanted ({WANTED}); {found.matched_share:.0%} does best."
-    return f"{_table(lines)}\n\nSpearman, with 95 % intervals over the candidates. {verdict}"
+    return f"{markdown.table(lines)}\n\nSpearman, with 95 % intervals over the candidates. {verdict}"
 
 
 def _hours(found: Ranking) -> str:
@@ -172,9 +173,9 @@ def _hours(found: Ranking) -> str:
         speedups = _spread(row.over_loop), _spread(row.over_pruned_loop)
         lines.append([row.arm, *speedups, f"{row.steps_share:.0%}", *_agreement(row.agreement)])
     return (
-        f"{_table(lines)}\n\nThe loop with Hyperband is not trained again: what it spends follows from the recorded"
-        " losses and the loop's own times of steps and scorings. The last columns are Spearman's between an arm's own"
-        " ranking and the true one."
+        f"{markdown.table(lines)}\n\nThe loop with Hyperband is not trained again: what it spends follows from the"
+        " recorded losses and the loop's own times of steps and scorings. The last columns are Spearman's between an"
+        " arm's own ranking and the true one."
     )
 
 
@@ -190,8 +191,3 @@ def _agreement(found: Agreement) -> list[str]:
 
 def _correlation(found: Correlation) -> str:
     return "-" if found.value is None else f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
-
-
-def _table(lines: Iterable[Sequence[str]]) -> str:
-    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, f"|{'---|' * (head.count('|') - 1)}", *rows])

@@ -4,13 +4,14 @@ is made of.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,18 +68,26 @@ def race(
         except ValueError as error:
             raise ConfigurationError(f"{searcher} on {name}: {error}") from None
     if clocked is not None:
-        _clock(built, asked, clocked, batch, as_json)
+        from autopeft.studies.race import clock
+
+        histories = _numbers("--clock", clocked)
+        timed = partial(clock.clock, searchers=asked, histories=histories, batch=batch)
+        _print_each(built, timed, len(asked) * len(histories) * clock.REPEATS, clock.to_markdown, as_json)
         return
     if surrogates is not None:
-        _surrogates(built, surrogates, as_json)
+        from autopeft.studies.race import models
+
+        counts = _numbers("--surrogates", surrogates)
+        fitted = partial(models.compare, counts=counts)
+        _print_each(built, fitted, len(counts) * len(models.KERNELS) * models.REPEATS, models.to_markdown, as_json)
         return
     planned = races.planned(names, asked, seeds, trials, batch)
     with BenchView() as view, _files():
-        todo = races.missing(planned, races.read(results))
-        view.plan(len(todo))
-        if todo:
-            view.stage(f"{len(todo)} of {len(planned)} races")
-        races.run_all(todo, results, workers, lambda _: view.advance(1))
+        lacking = races.missing(planned, races.read(results))
+        view.plan(len(lacking))
+        if lacking:
+            view.stage(f"{len(lacking)} of {len(planned)} races")
+        races.run_all(lacking, results, workers, lambda _: view.advance(1))
     keys = {name: problem.key for name, problem in built.items()}
     ended = [e for e in races.read(results) if e.race.batch == batch and e.problem_key == keys.get(e.race.problem)]
     curves = {name: found for name, found in report.curves_of(ended).items() if name in names}
@@ -92,36 +101,24 @@ def race(
         typer.echo(report.to_markdown(tables, batch), nl=False)
 
 
-def _clock(
-    problems: Mapping[str, RaceProblem], searchers: Sequence[str], wanted: str, batch: int, as_json: bool
+def _print_each(
+    problems: Mapping[str, RaceProblem],
+    measure: Callable[..., Sequence[Any]],
+    steps: int,
+    to_markdown: Callable[[str, Sequence[Any]], str],
+    as_json: bool,
 ) -> None:
-    from autopeft.studies.race import clock
-
-    found, histories = {}, _numbers("--clock", wanted)
+    """What `measure` finds of each problem; it takes so many `steps` for one."""
+    found = {}
     with BenchView() as view:
-        view.plan(len(problems) * len(searchers) * len(histories) * clock.REPEATS)
+        view.plan(len(problems) * steps)
         for name, problem in problems.items():
             view.stage(name)
-            found[name] = clock.clock(problem, searchers, histories, batch, lambda: view.advance(1))
+            found[name] = measure(problem, advance=lambda: view.advance(1))
     if as_json:
         print_json({name: [asdict(entry) for entry in entries] for name, entries in found.items()})
     else:
-        typer.echo("\n".join(clock.to_markdown(name, entries) for name, entries in found.items()), nl=False)
-
-
-def _surrogates(problems: Mapping[str, RaceProblem], wanted: str, as_json: bool) -> None:
-    from autopeft.studies.race import models
-
-    found, counts = {}, _numbers("--surrogates", wanted)
-    with BenchView() as view:
-        view.plan(len(problems) * len(counts) * len(models.KERNELS) * models.REPEATS)
-        for name, problem in problems.items():
-            view.stage(name)
-            found[name] = models.compare(problem, counts, lambda: view.advance(1))
-    if as_json:
-        print_json({name: [asdict(entry) for entry in entries] for name, entries in found.items()})
-    else:
-        typer.echo("\n".join(models.to_markdown(name, entries) for name, entries in found.items()), nl=False)
+        typer.echo("\n".join(to_markdown(name, entries) for name, entries in found.items()), nl=False)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -156,10 +153,10 @@ def tabulate(
             collect.write_provenance(output, collect.provenance(settings, space, seed))
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
-        todo = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
-        view.plan(len(todo))
-        view.stage(f"{len(todo)} trainings")
-        collect.collect(evaluator, output, todo, lambda: view.advance(1))
+        lacking = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
+        view.plan(len(lacking))
+        view.stage(f"{len(lacking)} trainings")
+        collect.collect(evaluator, output, lacking, lambda: view.advance(1))
     failed = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
     lacks = f", {len(failed)} failed" if failed else ""
     typer.echo(f"{output}: {len(table.read(output))} rows{lacks}")

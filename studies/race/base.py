@@ -46,7 +46,7 @@ class RaceProblem:
         points: Mapping[str, ArrayLike],
     ) -> RaceProblem:
         """`points`: columns [n] by objective; those of the front must be among them."""
-        table = np.stack([o.loss(1.0) * np.asarray(points[o.name], dtype=float) for o in problem.objectives], axis=1)
+        table = np.stack([o.loss(np.asarray(points[o.name], dtype=float)) for o in problem.objectives], axis=1)
         front = pareto(table)
         reference = front.max(axis=0) + MARGIN * np.ptp(front, axis=0)
         return cls(

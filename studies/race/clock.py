@@ -6,9 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 from autopeft.search_space.problem import Trial
-from autopeft.searchers import SEARCHERS
+from autopeft.studies import markdown
 from autopeft.studies.race.base import RaceProblem
 from autopeft.studies.race.races import ARMS
 
@@ -51,13 +52,15 @@ def clock(
 
 
 def _history(problem: RaceProblem, count: int, seed: int) -> list[Trial]:
-    searcher = SEARCHERS["random"](problem.problem, seed)
-    found: list[Trial] = []
-    for suggestion in searcher.suggest(count):
-        trial = _trial(problem, len(found), suggestion.genes, {})
-        measurement = problem.measurement(problem.values(suggestion.genes), seed, trial.number)
-        found.append(replace(trial, state="complete", measurement=measurement, violation=-1.0))
-    return found
+    space, rng = problem.problem.space, Random(seed)
+    found: dict[str, Trial] = {}
+    while len(found) < count:
+        genes = space.sample(rng)
+        trial = _trial(problem, len(found), genes, {})
+        if trial.candidate.architecture and trial.candidate.key not in found:
+            measurement = problem.measurement(problem.values(genes), seed, trial.number)
+            found[trial.candidate.key] = replace(trial, state="complete", measurement=measurement, violation=-1.0)
+    return list(found.values())
 
 
 def _batch_s(problem: RaceProblem, name: str, past: Sequence[Trial], seed: int, batch: int) -> float:
@@ -77,9 +80,6 @@ def _trial(problem: RaceProblem, number: int, genes: Mapping[str, object], state
 
 
 def to_markdown(problem: str, clocked: Sequence[Clocked]) -> str:
-    lines = [f"`{problem}`: seconds per suggestion, {REPEATS} batches each", ""]
-    lines += ["| searcher | trials | s |", "|---|---:|---:|"]
-    lines += [
-        f"| `{c.searcher}` | {c.trials} | {c.seconds:.2f} ({c.low:.2f} to {c.high:.2f}) |" for c in clocked
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    rows = [(f"`{c.searcher}`", str(c.trials), f"{c.seconds:.2f} ({c.low:.2f} to {c.high:.2f})") for c in clocked]
+    table = markdown.table([("searcher", "trials", "s"), *rows], right=(1, 2))
+    return f"`{problem}`: seconds per suggestion, {REPEATS} batches each\n\n{table}\n"

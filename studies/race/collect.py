@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -84,12 +84,12 @@ def missing(space: SearchSpace, rows: Sequence[Row], *, seed: int, candidates: i
 def collect(
     evaluator: TrainEvaluator,
     path: Path,
-    todo: Sequence[Missing],
+    lacking: Sequence[Missing],
     ended: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train `todo` and append each row as soon as it is there. Candidates that fail have no row."""
-    for start in range(0, len(todo), CHUNK):
-        chunk = todo[start : start + CHUNK]
+    """Train `lacking` and append each row as soon as it is there. Candidates that fail have no row."""
+    for start in range(0, len(lacking), CHUNK):
+        chunk = lacking[start : start + CHUNK]
         requests = [
             Request(candidate=entry.candidate, seed=entry.seed, fidelity=Fidelity(rungs=RUNGS)) for entry in chunk
         ]
@@ -105,7 +105,7 @@ def collect(
                             candidate=entry.candidate.key,
                             seed=entry.seed,
                             genes=entry.genes,
-                            measurement=type(m).from_dict({**m.to_dict(), "values": {**m.values, **costs}}),
+                            measurement=replace(m, values={**m.values, **costs}),
                         )
                     ],
                 )

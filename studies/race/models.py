@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 
 from autopeft.searchers.encoding import Encoding
 from autopeft.searchers.surrogate import KERNELS, Surrogate
+from autopeft.studies import markdown
 from autopeft.studies.race.base import RaceProblem
 
 REPEATS = 5
@@ -71,10 +72,10 @@ def _once(problem: RaceProblem, kind: str, count: int, seed: int) -> tuple[float
 
 
 def to_markdown(problem: str, fitted: Sequence[Fitted]) -> str:
-    lines = [f"`{problem}`: surrogates on {UNSEEN} unseen points, medians of {REPEATS}", ""]
-    lines += ["| trials | kind | s | rank correlation | error | surprise |", "|---:|---|---:|---:|---:|---:|"]
-    lines += [
-        f"| {f.trials} | {f.kind} | {f.seconds:.2f} | {f.spearman:.3f} | {f.error:.3f} | {f.surprise:.2f} |"
+    rows = [
+        (str(f.trials), f.kind, f"{f.seconds:.2f}", f"{f.spearman:.3f}", f"{f.error:.3f}", f"{f.surprise:.2f}")
         for f in fitted
     ]
-    return "\n".join(lines) + "\n"
+    head = ("trials", "kind", "s", "rank correlation", "error", "surprise")
+    table = markdown.table([head, *rows], right=(0, 2, 3, 4, 5))
+    return f"`{problem}`: surrogates on {UNSEEN} unseen points, medians of {REPEATS}\n\n{table}\n"

@@ -23,7 +23,7 @@ from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.studies.race.base import RaceProblem
 from autopeft.studies.race.gpsampler import GpSampler
 from autopeft.studies.race.problems import PROBLEMS
-from autopeft.studies.study import MOST_REJECTIONS
+from autopeft.studies.study import MOST_REJECTIONS, ended_as
 
 #: Every searcher that can race.
 ARMS: dict[str, type[Searcher]] = {**SEARCHERS, GpSampler.name: GpSampler}
@@ -105,7 +105,8 @@ class _Course:
             if twin is trial:
                 self.ended[trial.number] = replace(trial, state="infeasible", violation=1.0)
             elif twin.number in self.ended:
-                self._end_copy(replace(trial, role="copy", of=twin.number))
+                copy = replace(trial, role="copy", of=twin.number)
+                self.ended[trial.number] = ended_as(copy, self.ended[twin.number])
             else:
                 batch.append(replace(trial, role="copy", of=twin.number))
         return batch
@@ -119,7 +120,7 @@ class _Course:
                 self.ended[trial.number] = replace(trial, state="complete", measurement=found, violation=-1.0)
         for trial in batch:
             if trial.of is not None:
-                self._end_copy(trial)
+                self.ended[trial.number] = ended_as(trial, self.ended[trial.of])
 
     def _suggested(self, batch: Sequence[Trial]) -> Trial | None:
         begun = time.perf_counter()
@@ -139,11 +140,6 @@ class _Course:
         )
         self.number += 1
         return trial
-
-    def _end_copy(self, trial: Trial) -> None:
-        assert trial.of is not None
-        own = {name: getattr(trial, name) for name in ("number", "role", "genes", "of", "searcher_state")}
-        self.ended[trial.number] = replace(self.ended[trial.of], **own)
 
 
 # Many of them

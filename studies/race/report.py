@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from autopeft.studies import markdown
 from autopeft.studies.front import Floats
 from autopeft.studies.race.races import ARMS, Ended
 
@@ -206,7 +207,7 @@ def _section(table: Table) -> str:
         rows.append([_label(line, table.lines), *cells, reaches, str(line.seeds), f"{line.own_s:.3f}"])
     rows.append(["best minus next", *(_lead(table.leads.get(point)) for point in points), "", "", ""])
     summary = f"{table.summary[0].upper()}{table.summary[1:]}."
-    return "\n\n".join([f"### {table.problem}", summary, _markdown(rows), _verdict(table)])
+    return "\n\n".join([f"### {table.problem}", summary, markdown.table(rows), _verdict(table)])
 
 
 def _cell(found: Estimate | None, best: float) -> str:
@@ -228,11 +229,6 @@ def _verdict(table: Table) -> str:
     if lead.difference.low is None:
         return f"Fewer than {LEAST_SEEDS} seeds: no interval, and no claim."
     return f"After {point} evaluations {lead.best} and {lead.second} cannot be told apart."
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, f"|{'---|' * len(rows[0])}", *rest])
 
 
 # Picture

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from autopeft.search_space.problem import Measurement
+from autopeft.search_space.problem import DECLARED, Measurement
 from autopeft.search_space.space import Assignment
 
 #: The table that the project ships, over the space of `studies/examples/demo.yaml`.
 SHIPPED = Path(str(files("autopeft.studies.race"))) / "demo.csv"
 QUALITY = ("accuracy", "loss")
-COSTS = ("num_params", "stored_bytes", "flops_per_token")
 #: Shares of the training steps at which the held-out loss is kept.
 RUNGS = (0.15, 0.4)
 COLUMNS = (
-    "candidate", "seed", "genes", *QUALITY, *(f"{name}_std_err" for name in QUALITY), *COSTS,
+    "candidate", "seed", "genes", *QUALITY, *(f"{name}_std_err" for name in QUALITY), *DECLARED,
     *(f"loss_at_{share}" for share in RUNGS), "train_losses", "train_s",
 )  # fmt: skip
 
@@ -54,7 +53,7 @@ def read(path: Path) -> list[Row]:
 def _rows(lines: csv.DictReader[str]) -> Iterator[Row]:
     for line in lines:
         measurement = Measurement(
-            values={name: float(line[name]) for name in (*QUALITY, *COSTS)},
+            values={name: float(line[name]) for name in (*QUALITY, *DECLARED)},
             std_err={name: float(line[f"{name}_std_err"]) for name in QUALITY},
             seed=int(line["seed"]),
             evaluator="packed",
@@ -89,7 +88,7 @@ def _line(row: Row) -> dict[str, object]:
         "genes": json.dumps(row.genes),
         **{name: f"{m.values[name]:.6g}" for name in QUALITY},
         **{f"{name}_std_err": f"{m.std_err[name]:.4g}" for name in QUALITY},
-        **{name: int(m.values[name]) for name in COSTS},
+        **{name: int(m.values[name]) for name in DECLARED},
         **{f"loss_at_{share}": f"{at_rung[share]:.6g}" for share in RUNGS},
         "train_losses": " ".join(f"{loss:.4g}" for loss in m.losses),
         "train_s": f"{m.train_s:.3f}",
