@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.adapters.linear import set_weight, weight_of
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import Backbone, Site
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.shared_weights import SharedWeights
 
 # At one module, linears and norms are adapted before the sub-layer that ends there.
 SUBLAYER_ROLES = ("attn", "mlp")
@@ -51,11 +54,22 @@ def head_sites(model: nn.Module, backbone: Backbone) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def head_bank(site: Site, model: nn.Module, seeds: Sequence[int | str], pretrained: bool) -> Bank:
+    """A bank of its own per seed for a linear of the task head: new ones, or copies of what the model has there."""
+    base = cast(nn.Linear, model.get_submodule(site.module))
+    bank = Bank(site, [Head()] * len(seeds), base, seeds)
+    if pretrained:
+        for k in range(len(seeds)):
+            bank.load_slot(k, {"W": base.weight, "b": base.bias})
+    return bank
+
+
 class Attachment(nn.Module):
     """The adapters (and task heads) of K slots on one model. Use as a context manager, or call `detach`.
 
     `architectures` and `seeds`: one per slot. `pretrained_head`: start from the head's weights in the model
-    and not from new ones. Raises ValueError for a candidate that trains the backbone in a pack of more than
+    and not from new ones. `shared`: the slots read its weights, of the banks `bank_of_slot` (default: its first), and
+    have none of their own. Raises ValueError for a candidate that trains the backbone in a pack of more than
     one, for a site that the backbone lacks, and for an adapter that cannot sit where it is placed; the model
     is then unchanged.
     """
@@ -65,9 +79,11 @@ class Attachment(nn.Module):
         model: nn.Module,
         backbone: Backbone,
         architectures: Sequence[Architecture],
-        seeds: Sequence[int],
+        seeds: Sequence[int] | Sequence[str],
         *,
         pretrained_head: bool = False,
+        shared: SharedWeights | None = None,
+        bank_of_slot: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.model = (model,)  # in a tuple: the backbone is not a child of its adapters
@@ -81,6 +97,7 @@ class Attachment(nn.Module):
         self._handles: list[Any] = []
         self._inputs: dict[str, Tensor] = {}
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
+        banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
 
         placed = {name for architecture in self.architectures for name, _ in architecture.adapters}
         for site in sorted((backbone.site(name) for name in placed), key=backbone.sites.index):
@@ -89,14 +106,17 @@ class Attachment(nn.Module):
                     self._train_backbone(model)
                 else:
                     own_seeds = [f"{seeds[k]}#{nth}" if nth else seeds[k] for k in slots]
-                    self._add(Bank(site, specs, model.get_submodule(site.module), own_seeds), slots)
+                    base, of, read = model.get_submodule(site.module), None, None
+                    if shared is not None:
+                        of, read = shared.bank(site, specs[0].structure(), nth), [banks[k] for k in slots]
+                    self._add(Bank(site, specs, base, own_seeds, read, of), slots)
         every = list(range(self.num_slots))
         for site in head_sites(model, backbone):
-            base = cast(nn.Linear, model.get_submodule(site.module))
-            bank = Bank(site, [Head()] * self.num_slots, base, seeds)
-            if pretrained_head:
-                for k in every:
-                    bank.load_slot(k, {"W": base.weight, "b": base.bias})
+            if shared is None:
+                bank = head_bank(site, model, seeds, pretrained_head)
+            else:
+                specs, of = [Head()] * self.num_slots, shared.bank(site, Head().structure())
+                bank = Bank(site, specs, model.get_submodule(site.module), seeds, banks, of)
             self._add(bank, every)
         device = next(model.parameters()).device
         self.to(device)

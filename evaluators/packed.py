@@ -134,7 +134,7 @@ class PackedEvaluator(TrainEvaluator):
         super().__init__(loaded, task, splits, max_length)
         self.pack = pack
         self.cache = cache
-        self._prefix = Prefix(self.model, self.backbone) if share_prefix else None
+        self.prefix = Prefix(self.model, self.backbone) if share_prefix else None
         self._model_key = fingerprint(self.model, self.backbone) if share_prefix and cache is not None else ""
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
@@ -188,7 +188,7 @@ class PackedEvaluator(TrainEvaluator):
             request=request,
             training=training,
             full=full,
-            depth=request.candidate.architecture.lowest_layer(self.backbone) if self._prefix else 0,
+            depth=request.candidate.architecture.lowest_layer(self.backbone) if self.prefix else 0,
             stops=(*(stop for stop in rungs if stop[0] < end), (end, request.fidelity.share)),
         )
 
@@ -347,10 +347,10 @@ class PackedEvaluator(TrainEvaluator):
         slots, depth = attachment.num_slots, attachment.depth
         batch = self.batch(split, indices)
         lower: AbstractContextManager[None] = nullcontext()
-        if self._prefix is not None and depth:
-            lower = self._prefix.replaced(_repeated(self._hidden(split, indices, batch, depth), slots), depth)
+        if self.prefix is not None and depth:
+            lower = self.prefix.replaced(repeated(self._hidden(split, indices, batch, depth), slots), depth)
         with lower:
-            packed = {name: _repeated(tensor, slots) for name, tensor in batch.items()}
+            packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
             losses, accuracies = self.task.scores(self.model, packed)
         return losses.view(slots, -1), accuracies.view(slots, -1)
 
@@ -370,8 +370,8 @@ class PackedEvaluator(TrainEvaluator):
         return self._token_keys[split]
 
     def _lower_layers(self, batch: Batch, depth: int) -> Tensor:
-        assert self._prefix is not None
-        return self._prefix({name: tensor for name, tensor in batch.items() if name != "targets"}, depth)
+        assert self.prefix is not None
+        return self.prefix({name: tensor for name, tensor in batch.items() if name != "targets"}, depth)
 
     def _all_rows(self, split: str, depth: int) -> Tensor:
         """Of all examples, in batches that do not depend on who asks first."""
@@ -384,7 +384,7 @@ class PackedEvaluator(TrainEvaluator):
         return rows
 
 
-def _repeated(tensor: Tensor, slots: int) -> Tensor:
+def repeated(tensor: Tensor, slots: int) -> Tensor:
     """[N, ...] to [K * N, ...], the examples of a slot next to each other."""
     return tensor.repeat(slots, *[1] * (tensor.dim() - 1))
 

@@ -95,13 +95,22 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A point and what a proxy says of it, less is better. `costs`: by metric, as far as they could be foretold."""
+
+    genes: Assignment
+    score: float
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """A search space, what counts in it, and how many evaluations may be spent.
 
     What is known beforehand helps the searchers that can use it: `limits` that rule candidates out before training;
     `start`, points to evaluate first; `initial`, how many points to spread over the space before a model is trusted
     (None: the searcher's own); `earlier`, trials of a related study, their genes those of this space; `surrogate`, the
-    kind of model (None: the searcher's choice).
+    kind of model (None: the searcher's choice); `scored`, points and what a proxy says of them.
     """
 
     space: SearchSpace
@@ -112,6 +121,7 @@ class Problem:
     start: tuple[Assignment, ...] = ()
     earlier: tuple[Trial, ...] = ()
     surrogate: Surrogate | None = None
+    scored: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,17 @@
-"""Searchers: random, QMC, TPE, NSGA-II, Bayesian, grid. CLI, schema and tables derive from the registry `SEARCHERS`."""
+"""Searchers, one file for each kind. CLI, schema and tables derive from the registry `SEARCHERS`."""
 
 from __future__ import annotations
 
 from autopeft.searchers.base import Searcher, Suggestion
 from autopeft.searchers.bayesian import Bayesian
 from autopeft.searchers.enumerated import Grid, Qmc
+from autopeft.searchers.evolution import Evolution
+from autopeft.searchers.linas import Linas
 from autopeft.searchers.optuna_samplers import NsgaII, Random, Tpe
+from autopeft.searchers.proxied import Proxied
 
 SEARCHERS: dict[str, type[Searcher]] = {
-    searcher.name: searcher for searcher in (Random, Qmc, Tpe, NsgaII, Bayesian, Grid)
+    searcher.name: searcher for searcher in (Random, Qmc, Tpe, NsgaII, Evolution, Linas, Bayesian, Proxied, Grid)
 }
 
 __all__ = ["SEARCHERS", "Searcher", "Suggestion"]

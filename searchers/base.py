@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 from autopeft.search_space.problem import Problem, Trial
 from autopeft.search_space.space import Assignment
 
+#: A suggestion whose state says so is trained to its end, whatever the rungs say.
+WHOLE = "whole"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:

@@ -55,9 +55,36 @@ def _search_problems(study: StudyFile) -> Iterator[Finding]:
     for i, entry in enumerate(study.search.start):
         if isinstance(entry, str) and entry not in BASELINES:
             yield ("search", "start", i), f"unknown baseline {entry!r}{did_you_mean(entry, BASELINES)}"
+    yield from _proxy_problems(study)
     for i, name in enumerate(study.baselines.names):
         if name not in BASELINES:
             yield ("baselines", "names", i), f"unknown baseline {name!r}{did_you_mean(name, BASELINES)}"
+
+
+def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
+    from autopeft.searchers import SEARCHERS
+    from autopeft.searchers.policies import POLICIES
+
+    wish, used = study.proxy, study.search.searcher == "proxy"
+    if wish.search not in SEARCHERS or wish.search == "proxy":
+        known = [name for name in SEARCHERS if name != "proxy"]
+        yield ("proxy", "search"), f"unknown searcher {wish.search!r}{did_you_mean(wish.search, known)}"
+    if wish.policy not in POLICIES:
+        yield ("proxy", "policy"), f"unknown policy {wish.policy!r}{did_you_mean(wish.policy, POLICIES)}"
+    elif wish.distil and not POLICIES[wish.policy].has_teacher:
+        able = " or ".join(name for name, policy in POLICIES.items() if policy.has_teacher)
+        yield ("proxy", "distil"), f"needs the largest subnet at every step: set proxy.policy to {able}"
+    if wish.distil and study.task != "classification":
+        yield ("proxy", "distil"), "works for classification alone"
+    if study.evaluation.evaluator != "packed" and used:
+        yield ("search", "searcher"), "proxy needs the evaluator packed: it scores candidates side by side"
+    if used:
+        from autopeft.evaluators.proxies import PROXIES
+
+        if wish.score not in (known := ["supernet", "gates", *PROXIES]):
+            yield ("proxy", "score"), f"unknown score {wish.score!r}{did_you_mean(wish.score, known)}"
+        if wish.filter is not None and wish.filter not in PROXIES:
+            yield ("proxy", "filter"), f"unknown proxy {wish.filter!r}{did_you_mean(wish.filter, PROXIES)}"
 
 
 def _objective_problems(study: StudyFile) -> Iterator[Finding]:

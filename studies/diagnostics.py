@@ -1,8 +1,9 @@
 """What a searcher tells of its own state with a trial: `searcher_state["diagnostics"]`, shown by status and report.
 
-`phase`: "initial", "model" or "evolution"; `note`: a sentence, if there is something to say; `rank_correlation` by
-metric: how well its surrogate ranks trials that were left out; `relevance` by metric: shares of the genes that matter
-most to it.
+`phase`: "initial", "model" or "evolution", of the searcher `proxy` also "audit" or "proxy"; `note`: a sentence, if
+there is something to say; `rank_correlation` by metric: how well its surrogate ranks trials that were left out;
+`relevance` by metric: shares of the genes that matter most to it; `audit`: how well scores rank trainings, see
+`searchers/ranking.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Diagnostics:
     note: str = ""
     rank_correlation: Mapping[str, float] = field(default_factory=dict)
     relevance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    audit: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,6 +39,12 @@ class Diagnostics:
         if self.rank_correlation:
             figures = ", ".join(f"{name} {value:.2f}" for name, value in self.rank_correlation.items())
             yield "surrogate", f"rank correlation with trials left out: {figures}"
+        if self.audit:
+            (low, high), (top_low, top_high) = self.audit["tau_interval"], self.audit["top_interval"]
+            tau, top = f"{self.audit['tau']:.2f}", f"{self.audit['top_tau']:.2f}"
+            whole = f"Kendall's tau {tau} ({low:.2f} to {high:.2f})"
+            half = f"better half {top} ({top_low:.2f} to {top_high:.2f})"
+            yield "audit", f"scores against {self.audit['num']} trainings: {whole}, {half}"
         for metric, shares in self.relevance.items():
             most = sorted(shares.items(), key=lambda pair: -pair[1])[:SHOWN_GENES]
             yield "matters", f"for {metric}: " + ", ".join(f"{gene} {share:.0%}" for gene, share in most)

@@ -230,6 +230,23 @@ class SearchSettings(Section):
     timeout_s: Positive | None = Field(default=None, description="stop after so many seconds")
 
 
+class ProxySettings(Section):
+    """What the searcher `proxy` scores candidates by before it trains any of them."""
+
+    score: str = Field(
+        default="supernet",
+        description="supernet: held-out loss with shared weights; gates: trained with them; or an untrained proxy",
+    )
+    subnets: int = Field(default=2000, ge=1, description="candidates to score")
+    search: str = Field(default="evolution", description="the searcher that chooses what to score")
+    policy: str = Field(default="sandwich", description="which subnets of the supernet train at a step")
+    epochs: Positive = Field(default=8.0, description="passes of the proxy's own training over the training rows")
+    distil: bool = Field(default=False, description="the largest subnet teaches the others of its step")
+    filter: str | None = Field(
+        default=None, description="an untrained proxy that chooses which subnets are trained; null: all of them"
+    )
+
+
 class EvaluationSettings(Section):
     """How candidates are trained. It changes how long a study takes and nothing that it finds, but for rounding."""
 

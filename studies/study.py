@@ -19,6 +19,7 @@ from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
 from autopeft.search_space.space import SearchSpace
 from autopeft.searchers import SEARCHERS, Searcher, Suggestion
+from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
 from autopeft.studies import front
 from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
@@ -34,6 +35,8 @@ MOST_REJECTIONS = 200
 #: Random candidates that are tried against the limits before a study starts.
 PROBES = 500
 SEARCH, FINALIST, COPY, BASELINE = "search", "finalist", "copy", "baseline:"
+#: The searcher that starts from the scores of a proxy.
+PROXY = "proxy"
 
 
 class Watcher(Protocol):
@@ -44,6 +47,8 @@ class Watcher(Protocol):
     def begin(self, trials: Sequence[Trial]) -> None: ...
 
     def step(self, done: int, total: int) -> None: ...
+
+    def stage(self, name: str, done: int, total: int) -> None: ...
 
     def end(self, trial: Trial, snapshot: Snapshot) -> None: ...
 
@@ -121,18 +126,33 @@ class Study:
     # The search
 
     def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
-        searcher = SEARCHERS[self.settings.search.searcher](self.problem, self.settings.seed)
+        searcher = SEARCHERS[self.settings.search.searcher](self._scored(watcher), self.settings.seed)
         pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
         # A batch is filled one by one, each suggestion knowing those before it: wherever a study was killed, it goes on
         # with the very batch that it had.
         while batch := self._fill(pending, searcher):
-            self._evaluate_batch([trial for trial in batch if trial.role == SEARCH], watcher, halving=True)
+            searched = [trial for trial in batch if trial.role == SEARCH]
+            # Those that are to be trained whole come first, and no rung takes them off.
+            for whole in (True, False):
+                part = [trial for trial in searched if bool(trial.searcher_state.get(WHOLE)) is whole]
+                if part:
+                    self._evaluate_batch(part, watcher, halving=not whole)
             for trial in batch:
                 if trial.role == COPY and trial.of is not None:
                     self._finish(ended_as(trial, self.trials[trial.of]))
             pending = []
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
             raise NoFeasibleCandidate(self._why_nothing())
+
+    def _scored(self, watcher: Watcher) -> Problem:
+        """The problem, with the scores of many candidates if the searcher starts from such."""
+        if self.settings.search.searcher != PROXY:
+            return self.problem
+        from autopeft.evaluators.packed import PackedEvaluator
+        from autopeft.studies.scoring import scored
+
+        assert isinstance(self.evaluator, PackedEvaluator)  # `checks.py` has seen to it
+        return replace(self.problem, scored=scored(self.settings, self.problem, self.evaluator, watcher.stage))
 
     def _fill(self, pending: Sequence[Trial], searcher: Searcher) -> list[Trial]:
         """The next batch: the trials `pending` and new ones, until it is full or the search has what it may ask for.

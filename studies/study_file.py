@@ -49,6 +49,7 @@ class StudyFile(settings.Section):
     )
     constraints: settings.ConstraintSettings = settings.ConstraintSettings()
     search: settings.SearchSettings = settings.SearchSettings()
+    proxy: settings.ProxySettings = settings.ProxySettings()
     baselines: settings.BaselineSettings = settings.BaselineSettings()
     finalists: settings.FinalistSettings = settings.FinalistSettings()
     evaluation: settings.EvaluationSettings = settings.EvaluationSettings()

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 
+#: The table of scored candidates, in a study's folder.
+SUBNETS = "subnets.csv"
+
 # MLflow takes 1000 of both together.
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 900
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
@@ -103,9 +106,18 @@ class Tracker:
             runs, self._runs = self._runs, None
             if runs is None or final:
                 runs = _Runs.find(client, experiment_id, snapshot)
+                self._write_subnets(runs)
             runs.write(snapshot, final)
         # Known again only now: how far a sync came that broke off, the next one looks up.
         self._runs = runs
+
+    def _write_subnets(self, runs: _Runs) -> None:
+        """The scores of candidates that were never trained, if there are such: as runs they would be too many. The last
+        sync has the whole table.
+        """
+        table = self.folder / SUBNETS
+        if table.is_file():
+            runs.client.log_artifact(runs.parent.id, str(table), "proxy")
 
     def _connect(self) -> tuple[MlflowClient, str]:
         from mlflow import MlflowClient
@@ -207,6 +219,7 @@ class _Runs:
     def _write_parent(self, snapshot: Snapshot, rows: Sequence[FrontRow], final: bool) -> None:
         run = self.parent
         points = [*self._counts(snapshot, rows), *self._hypervolume(snapshot, final), *self._surrogate(snapshot)]
+        points += self._audit(snapshot)
         self._log(run, {}, points)
         # With the numbers: a front of the same members moves when they are trained again.
         front = digest(front_data(snapshot))
@@ -268,6 +281,16 @@ class _Runs:
                 if metric in found.rank_correlation and found.trial not in known
             ]
         return points
+
+    def _audit(self, snapshot: Snapshot) -> list[Metric]:
+        """What the audit of a proxy has found, once; step: the number of the trial that came with it first."""
+        first = next((found for found in diagnostics(snapshot.trials) if found.audit), None)
+        if first is None or self.client.get_metric_history(self.parent.id, "audit/tau"):
+            return []
+        at_ms = tracked.now_ms()
+        values = {"tau": first.audit["tau"], "top_tau": first.audit["top_tau"]}
+        values |= {f"regret_at_{k}": value for k, value in first.audit["regret"].items()}
+        return [tracked.metric(f"audit/{name}", value, at_ms, first.trial) for name, value in values.items()]
 
     def _write_artifacts(self, snapshot: Snapshot) -> None:
         with TemporaryDirectory() as folder:

@@ -80,7 +80,10 @@ ROWS = {
     "qmc": Row(mixed_space),
     "tpe": Row(mixed_space),
     "nsga2": Row(mixed_space),
+    "evolution": Row(mixed_space, endless=False),
+    "linas": Row(mixed_space, endless=False, num_trials=12),
     "bo": Row(mixed_space, endless=False, num_trials=12),
+    "proxy": Row(mixed_space, endless=False, num_trials=12),  # without scores: with some, in test_proxied.py
     "grid": Row(short_space, endless=False),
 }
 every_searcher = pytest.mark.parametrize("name", ROWS)

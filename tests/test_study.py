@@ -26,9 +26,12 @@ from .tiny_study import save_study
 
 
 class Quiet:
-    """A watcher that counts; `stop_after` evaluations it interrupts, as Ctrl-C does, amid the next batch."""
+    """A watcher that counts; `stop_after` evaluations it interrupts, as Ctrl-C does, amid the next batch, or
+    half through the stage ahead of the search that begins with `stop_at_stage`.
+    """
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    def __init__(self, stop_after: int | None = None, stop_at_stage: str = "") -> None:
+        self.stop_at_stage = stop_at_stage
         self.ended: list[Trial] = []
         self.planned = 0
         self.stop_after = stop_after
@@ -38,6 +41,10 @@ class Quiet:
 
     def begin(self, trials: Sequence[Trial]) -> None:
         self.running = trials
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        if self.stop_at_stage and name.startswith(self.stop_at_stage) and done > total / 2:
+            raise KeyboardInterrupt
 
     def step(self, done: int, total: int) -> None:
         assert 1 <= done <= total
@@ -247,7 +254,7 @@ def test_measured_objectives(tmp_path: Path) -> None:
     assert snapshot.quality == "loss"
 
 
-@pytest.mark.parametrize("searcher", ["bo", "random", "qmc", "nsga2", "grid"])
+@pytest.mark.parametrize("searcher", ["bo", "random", "qmc", "nsga2", "evolution", "linas", "grid"])
 def test_every_searcher_runs_a_study(searcher: str, tmp_path: Path) -> None:
     changes = {
         "search": {"searcher": searcher, "trials": 2},

@@ -66,7 +66,8 @@ class Bank(nn.Module):
     `specs`: one per slot, of one structure (`AdapterSpec.structure`); sizes and per-slot fields may differ.
     `seeds`: one per slot; a slot's initial values and dropout depend on its seed and the site alone, so a
     slot alone equals the slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots
-    that share a bank read nested prefixes of it, which is a weight-sharing supernet. Raises ValueError when
+    that share a bank read nested prefixes of it, which is a weight-sharing supernet. `of`: another bank of the
+    same structure, at least as large, whose parameters are read in place of own ones. Raises ValueError when
     structures differ, and for a type that cannot sit at `site`.
     """
 
@@ -74,6 +75,7 @@ class Bank(nn.Module):
     bank_index: Tensor | None
     #: See `Call`.
     mask: Tensor | None
+    values: nn.ParameterDict
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class Bank(nn.Module):
         base: nn.Module,
         seeds: Sequence[int | str],
         bank_of_slot: Sequence[int] | None = None,
+        of: Bank | None = None,
     ) -> None:
         super().__init__()
         if len({spec.structure() for spec in specs}) != 1:
@@ -93,23 +96,15 @@ class Bank(nn.Module):
         self.specs = tuple(specs)
         self.base = (base,)  # in a tuple: the backbone's module must not become a child of the adapter
         self.bank_of_slot = list(bank_of_slot if bank_of_slot is not None else range(len(specs)))
-        own_banks = self.bank_of_slot == list(range(len(specs)))
+        own_banks = of is None and self.bank_of_slot == list(range(len(specs)))
         self.register_buffer("bank_index", None if own_banks else torch.tensor(self.bank_of_slot))
         device = next(base.parameters()).device
         self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds]
 
-        declared = [spec.parameters(site) for spec in self.specs]
-        self.values = nn.ParameterDict()
-        for name in declared[0]:
-            shape = [max(dims) for dims in zip(*(d[name].shape for d in declared), strict=True)]
-            values = torch.zeros(max(self.bank_of_slot) + 1, *shape)
-            # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
-            for k in sorted(range(len(specs)), key=lambda k: self.specs[k].size or 0):
-                drawn = initialise(declared[k][name], stream(seeds[k], site.name, specs[k].kind, name), base)
-                values[self.bank_of_slot[k]][tuple(slice(n) for n in drawn.shape)] = drawn
-            self.values[name] = nn.Parameter(values)
+        self.values = self._drawn(seeds) if of is None else of.values
 
         sizes = [spec.size or 0 for spec in self.specs]  # types without a size need no mask
+        self.size = max(sizes)
         owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
         self.register_buffer("mask", None if owned.all() else owned.float())
         constants = [spec.constants(site) for spec in self.specs]
@@ -117,11 +112,32 @@ class Bank(nn.Module):
             self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))
         self.constant_names = tuple(constants[0])
 
+    def _drawn(self, seeds: Sequence[int | str]) -> nn.ParameterDict:
+        """Initial values, each [N, ...]."""
+        declared = [spec.parameters(self.site) for spec in self.specs]
+        drawn = nn.ParameterDict()
+        for name in declared[0]:
+            shape = [max(dims) for dims in zip(*(d[name].shape for d in declared), strict=True)]
+            values = torch.zeros(max(self.bank_of_slot) + 1, *shape)
+            # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
+            for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].size or 0):
+                words = (seeds[k], self.site.name, self.specs[k].kind, name)
+                own = initialise(declared[k][name], stream(*words), self.base[0])
+                values[self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
+            drawn[name] = nn.Parameter(values)
+        return drawn
+
     def slots(self) -> dict[str, Tensor]:
-        """Parameters as the slots read them, each [K, ...]."""
+        """Parameters as the slots read them, each [K, ...], in the size of the largest slot."""
         if self.bank_index is None:
             return dict(self.values.items())
-        return {name: value[self.bank_index] for name, value in self.values.items()}
+        read = {}
+        for name, declared in self.specs[0].parameters(self.site).items():
+            value = self.values[name]
+            if declared.elastic is not None:
+                value = value.narrow(1 + declared.elastic, 0, self.size)
+            read[name] = value.index_select(0, self.bank_index)
+        return read
 
     def of_slot(self, k: int, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The parameters of slot k in its own size, without the slot dimension; views of the bank's.

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from autopeft.studies.cli.auditing import audit
 from autopeft.studies.cli.benchmark import bench
 from autopeft.studies.cli.doctor import doctor
 from autopeft.studies.cli.files import init, schema, validate
@@ -28,7 +29,7 @@ DEBUG = "AUTOPEFT_DEBUG"
 #: In the order of `--help`.
 COMMANDS: tuple[Callable[..., Any], ...] = (
     init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor, bench, race,
-    tabulate,
+    tabulate, audit,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
-from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
 
 if TYPE_CHECKING:
     from autopeft.evaluators.tasks.data import Splits
@@ -25,6 +27,16 @@ FolderArgument = Annotated[Path, typer.Argument(help="Folder to make; its name i
 PresetOption = Annotated[
     str, typer.Option("--preset", help="study, a first one in minutes; autopeft, the procedure of Zhou et al. 2024.")
 ]
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """What is wrong with a file that is read or written becomes an EnvironmentProblem."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise EnvironmentProblem(f"{where}{error.strerror or error}") from error
 
 
 def init(folder: FolderArgument, preset: PresetOption = "study") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -39,7 +40,7 @@ class ProgressView:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[done]:.0f}/{task.total:.0f} evaluations"),
+            TextColumn("{task.fields[done]:.0f}/{task.total:.0f}{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -49,7 +50,10 @@ class ProgressView:
             # An ETA over the last evaluations, not over the last seconds: they differ in length.
             speed_estimate_period=600,
         )
-        self.task = self.progress.add_task("starting", total=1, done=0, front="")
+        self.task = self.progress.add_task("starting", total=1, done=0, unit=" evaluations", front="")
+        self.stage_task = self.progress.add_task("", total=1, done=0, unit="", front="", visible=False)
+        #: The stage that is under way, since when, and how far.
+        self.ahead, self.since_s, self.reached = "", 0.0, 0
         self.done = 0
         #: The evaluations that are under way, and how many were done before them.
         self.running: Sequence[Trial] = ()
@@ -69,10 +73,27 @@ class ProgressView:
         self.progress.update(self.task, total=evaluations, completed=done, done=done)
 
     def begin(self, trials: Sequence[Trial]) -> None:
+        self._leave_stage()
         self.running, self.before = trials, self.done
         names = [_name(trial) for trial in trials]
         words = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         self.progress.update(self.task, description=words)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Work ahead of the evaluations: a bar of its own, and a line when the next stage or an evaluation begins."""
+        if name != self.ahead:
+            self._leave_stage()
+            self.ahead, self.since_s = name, time.monotonic()
+            self.progress.update(self.stage_task, description=name, visible=True)
+        self.progress.update(self.stage_task, total=total, completed=done, done=done)
+        self.reached = done
+
+    def _leave_stage(self) -> None:
+        if self.ahead:
+            seconds = time.monotonic() - self.since_s
+            self.progress.update(self.stage_task, visible=False)
+            self.console.print(f"{self.ahead}: {self.reached:,} in {seconds:,.0f} s", soft_wrap=True, markup=False)
+            self.ahead = ""
 
     def step(self, done: int, total: int) -> None:
         # The last tenth of an evaluation is its validation.

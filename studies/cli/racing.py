@@ -4,8 +4,7 @@ is made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -17,9 +16,9 @@ import typer
 
 from autopeft.search_space.suggestions import did_you_mean
 from autopeft.studies.cli.benchmark import BenchView
-from autopeft.studies.cli.files import check
+from autopeft.studies.cli.files import check, written
 from autopeft.studies.cli.options import JsonOption, SetOption, print_json
-from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from autopeft.studies.race.base import RaceProblem
@@ -82,7 +81,7 @@ def race(
         _print_each(built, fitted, len(counts) * len(models.KERNELS) * models.REPEATS, models.to_markdown, as_json)
         return
     planned = races.planned(names, asked, seeds, trials, batch)
-    with BenchView() as view, _files():
+    with BenchView() as view, written():
         lacking = races.missing(planned, races.read(results))
         view.plan(len(lacking))
         if lacking:
@@ -93,7 +92,7 @@ def race(
     curves = {name: found for name, found in report.curves_of(ended).items() if name in names}
     tables = [report.table_of(name, built[name].summary, curves[name]) for name in names]
     if picture is not None:
-        with _files():
+        with written():
             report.picture({name: curves[name] for name in names}, picture)
     if as_json:
         print_json(report.to_dict(tables, batch))
@@ -146,7 +145,7 @@ def tabulate(
 
     settings = load_study(study or Path(str(files("autopeft.studies.examples") / "demo.yaml")), set_ or ())
     splits, _, space = check(settings)
-    with BenchView() as view, _files():
+    with BenchView() as view, written():
         view.stage("loading")
         evaluator = evaluator_for(settings, splits)
         try:
@@ -160,16 +159,6 @@ def tabulate(
     failed = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
     lacks = f", {len(failed)} failed" if failed else ""
     typer.echo(f"{output}: {len(table.read(output))} rows{lacks}")
-
-
-@contextmanager
-def _files() -> Iterator[None]:
-    """What is wrong with a file becomes an EnvironmentProblem."""
-    try:
-        yield
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise EnvironmentProblem(f"{where}{error.strerror or error}") from error
 
 
 def _check_names(what: str, names: Collection[str], known: Collection[str]) -> None:

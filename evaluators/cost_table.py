@@ -1,0 +1,60 @@
+"""Measured costs of many candidates from a few measurements: what each adapter adds, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from autopeft.evaluators.train import TrainEvaluator
+from autopeft.search_space.adapters import AdapterSpec
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.space import SearchSpace
+
+#: Metrics that add up. Steps and their memory do not: they depend on how low in the model the lowest adapter sits.
+ADDITIVE = ("latency_s",)
+#: What two adapters must have in common to cost the same.
+Kind = tuple[str, AdapterSpec]
+
+
+class CostTable:
+    """Costs by metric of an architecture: those of the bare model, and for each adapter what its like adds (Wang et al.
+    2020, HAT, section 3.2, foretell the latency of what they search too, from measurements on the device).
+
+    An adapter is measured at all sites of its role that the space has for it, and the difference is shared out among
+    them: one alone would drown in the noise of the clock. Measured as soon as an architecture asks for it, and kept.
+    """
+
+    def __init__(
+        self, evaluator: TrainEvaluator, space: SearchSpace, metrics: Collection[str], training: Mapping[str, Any]
+    ) -> None:
+        self.evaluator = evaluator
+        self.metrics = frozenset(metrics)
+        self.training = training
+        self._sites: dict[tuple[str, str], list[str]] = {}
+        for place in space.placements:
+            names = self._sites.setdefault((place.kind, place.site.role), [])
+            if place.site.name not in names:
+                names.append(place.site.name)
+        self._bare = self._measured(Architecture())
+        self._added: dict[Kind, dict[str, float]] = {}
+
+    def costs(self, architecture: Architecture) -> dict[str, float]:
+        found = dict(self._bare)
+        for name, spec in architecture:
+            for metric, value in self._adds((self.evaluator.backbone.site(name).role, spec)).items():
+                found[metric] += value
+        return found
+
+    def _adds(self, kind: Kind) -> Mapping[str, float]:
+        if kind not in self._added:
+            role, spec = kind
+            sites = self._sites[spec.kind, role]
+            whole = self._measured(Architecture.of({name: [spec] for name in sites}))
+            self._added[kind] = {
+                metric: max(0.0, whole[metric] - self._bare[metric]) / len(sites) for metric in self.metrics
+            }
+        return self._added[kind]
+
+    def _measured(self, architecture: Architecture) -> dict[str, float]:
+        values = self.evaluator.costs(Candidate(architecture=architecture, training=self.training), self.metrics).values
+        return {metric: values[metric] for metric in self.metrics}

@@ -1,0 +1,19 @@
+"""Zero-cost proxies. CLI, schema and tables derive from the registry `PROXIES`, whose first is the one to beat.
+
+Each is built as `cls(evaluator, seed)`.
+"""
+
+from __future__ import annotations
+
+from autopeft.evaluators.proxies.base import Proxy
+from autopeft.evaluators.proxies.damping import Damping
+from autopeft.evaluators.proxies.saliency import Fisher, GradNorm, Snip
+from autopeft.evaluators.proxies.similarity import Similarity
+from autopeft.evaluators.proxies.size import NumParams
+from autopeft.evaluators.proxies.zero_cost import ZeroCost
+
+PROXIES: dict[str, type[ZeroCost]] = {
+    proxy.name: proxy for proxy in (NumParams, Snip, GradNorm, Fisher, Damping, Similarity)
+}
+
+__all__ = ["PROXIES", "Proxy", "ZeroCost"]

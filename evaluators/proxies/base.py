@@ -1,0 +1,23 @@
+"""What every proxy promises: a cheap stand-in for the held-out loss of a trained candidate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from autopeft.evaluators.base import Progress
+from autopeft.search_space.architecture import Architecture
+
+
+class Proxy(ABC):
+    """Scores architectures without training them one by one. Its ranking counts, not its values: lower is better."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    #: Where the score is defined.
+    source: ClassVar[str]
+
+    @abstractmethod
+    def scores(self, architectures: Sequence[Architecture], progress: Progress | None = None) -> list[float]:
+        """One score per architecture, in order; NaN where there is none."""

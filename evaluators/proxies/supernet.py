@@ -1,0 +1,303 @@
+"""The supernet: adapters whose weights all architectures of a space share, trained once, scored by the thousand.
+
+Notation: B subnets side by side (the slots of one `Attachment`), M banks, N examples of a minibatch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+
+from autopeft.evaluators import batching
+from autopeft.evaluators.base import Progress
+from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.packed import PackedEvaluator, repeated
+from autopeft.evaluators.proxies.base import Proxy
+from autopeft.evaluators.shared_weights import SharedWeights
+from autopeft.evaluators.tasks import Batch
+from autopeft.evaluators.train import TrainingFailed, rate
+from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.training import Training
+
+#: Subnets that are scored side by side.
+SLOTS = 8
+#: Held-out examples that a subnet is scored on, about. All are scored on the same ones.
+SCORED_EXAMPLES = 96
+#: Of them at once: rows of similar length.
+BATCH_SIZE = 48
+#: Steps between two checkpoints.
+STEPS_BETWEEN_CHECKPOINTS = 25
+
+#: The bank that a subnet reads, None for the one that suits it best.
+BankOf = Callable[[Architecture], int | None]
+#: The subnets of a training step, by its number from 1.
+Steps = Callable[[int], Sequence[Architecture]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """How far a training has come."""
+
+    step: int
+    losses: list[list[float]]
+
+
+class Supernet(Proxy):
+    """Weights of the largest adapters, from which a subnet reads nested prefixes (Guo et al. 2020, SPOS; Cai et al.
+    2020, once-for-all). `train` once, then `scores`: the held-out loss of a subnet with the weights that it inherits.
+
+    What a space searches beside the architecture has no part in it: all subnets are trained with one `training`.
+    `num_banks`: M sets of weights. `bank_of` says which of them a subnet reads; where it does not, training gives every
+    bank the subnets that have the lowest loss with it, the same number to each (Javan et al. 2023, "Balanced Mixture of
+    SuperNets", as an assignment problem), and a score is the best over the banks. `distil`: the first subnet of a step
+    learns from the labels and teaches the others its outputs (Yu et al. 2020, BigNAS, in-place distillation).
+    """
+
+    name = "supernet"
+    summary = "held-out loss with inherited weights"
+    source = "Guo et al. 2020, Single Path One-Shot NAS, section 3"
+
+    def __init__(
+        self,
+        evaluator: PackedEvaluator,
+        space: SearchSpace,
+        training: Training,
+        seed: int,
+        *,
+        num_banks: int = 1,
+        bank_of: BankOf = lambda architecture: 0,
+        distil: bool = False,
+    ) -> None:
+        self.evaluator = evaluator
+        self.training = training
+        self.seed = seed
+        self.bank_of = bank_of
+        self.distil = distil
+        self.weights = SharedWeights(
+            evaluator.model, space, seed=seed, num_banks=num_banks, pretrained_head=evaluator.pretrained_head
+        )
+        held_out = len(evaluator.examples["validation"])
+        self.examples = range(held_out)[:: max(1, held_out // SCORED_EXAMPLES)]
+
+    def attach(self, architectures: Sequence[Architecture], banks: Sequence[int], seed: int | str = 0) -> Attachment:
+        evaluator = self.evaluator
+        seeds = [f"{seed}/{k}" for k in range(len(architectures))]
+        return Attachment(
+            evaluator.model, evaluator.backbone, architectures, seeds, shared=self.weights, bank_of_slot=banks
+        )
+
+    # Training
+
+    def train(
+        self,
+        steps: Steps,
+        num_steps: int,
+        *,
+        checkpoint: Path | None = None,
+        key: str = "",
+        progress: Progress | None = None,
+    ) -> list[list[float]]:
+        """Train `num_steps` steps; returns the losses of each step's subnets.
+
+        With a `checkpoint` it goes on from what is there, if that was made with the same `key`. Raises TrainingFailed
+        when a loss is not a number.
+        """
+        parameters = list(self.weights.trainable())
+        groups = [
+            {"params": [p for p, decay in parameters if decay], "weight_decay": self.training.weight_decay},
+            {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
+        ]
+        optimizer = AdamW([g for g in groups if g["params"]], lr=self.training.learning_rate, fused=True)
+        start = self._restored(checkpoint, key, optimizer)
+        losses = start.losses
+        order = batching.training_batches(self.evaluator.lengths["train"], self.training.batch_size, self.seed)
+        for number, indices in zip(range(start.step + 1, num_steps + 1), islice(order, start.step, None), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = self.training.learning_rate * rate(number - 1, num_steps, self.training)
+            losses.append(self._step(list(steps(number)), number, indices))
+            if not all(map(math.isfinite, losses[-1])):
+                raise TrainingFailed(f"the supernet's loss became {losses[-1]} at step {number} of {num_steps}")
+            if self.training.max_grad_norm:
+                clip_grad_norm_([p for p, _ in parameters], self.training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if checkpoint is not None and (number % STEPS_BETWEEN_CHECKPOINTS == 0 or number == num_steps):
+                self._keep(checkpoint, key, optimizer, _Point(number, losses))
+            if progress is not None:
+                progress(number, num_steps)
+        return losses
+
+    def _step(self, architectures: Sequence[Architecture], number: int, indices: Sequence[int]) -> list[float]:
+        """Gradients of the mean loss over the subnets; returns their losses on the labels."""
+        banks = self._banks(architectures, indices)
+        with self.attach(architectures, banks, f"{self.seed}/{number}") as attachment:
+            loss, taught = self._losses(attachment, indices)
+            (taught.mean() if taught is not None else loss.mean()).backward()
+        return loss.tolist()
+
+    def _losses(self, attachment: Attachment, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Losses [B] on the labels; with `distil`, what is trained: the first slot's, and the others' distances from
+        the first slot's outputs.
+        """
+        if not self.distil or attachment.num_slots == 1:
+            return self.evaluator.scores(attachment, "train", indices)[0].mean(1), None
+        found: list[Tensor] = []
+        handle = self.evaluator.model.register_forward_hook(lambda module, args, out: found.append(out.logits))
+        try:
+            loss = self.evaluator.scores(attachment, "train", indices)[0].mean(1)
+        finally:
+            handle.remove()
+        logits = found[-1].float().view(attachment.num_slots, len(indices), -1).log_softmax(-1)
+        teacher = logits[:1].detach().expand_as(logits[1:])
+        distances = F.kl_div(logits[1:], teacher, reduction="none", log_target=True).sum(-1).mean(1)
+        return loss, torch.cat([loss[:1], distances])
+
+    @torch.no_grad()
+    def _banks(self, architectures: Sequence[Architecture], indices: Sequence[int]) -> list[int]:
+        """The bank that each subnet of a step trains."""
+        told = [self.bank_of(architecture) for architecture in architectures]
+        if None not in told:
+            return [bank for bank in told if bank is not None]
+        count = self.weights.num_banks
+        losses = torch.zeros(len(architectures), count)
+        for bank in range(count):
+            with self.attach(architectures, [bank] * len(architectures)) as attachment:
+                attachment.eval()
+                losses[:, bank] = self.evaluator.scores(attachment, "train", indices)[0].mean(1).cpu()
+        places = np.arange(count).repeat(-(-len(architectures) // count))
+        rows, columns = linear_sum_assignment(torch.nan_to_num(losses, 1e6, 1e6).numpy()[:, places])
+        return [int(places[column]) for _, column in sorted(zip(rows, columns, strict=True))]
+
+    def _keep(self, path: Path, key: str, optimizer: AdamW, point: _Point) -> None:
+        state = {
+            "key": key,
+            "step": point.step,
+            "losses": point.losses,
+            "weights": [value.detach() for value, _ in self.weights.trainable()],
+            "optimizer": optimizer.state_dict(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".partial")
+        torch.save(state, draft)
+        draft.replace(path)
+
+    @torch.no_grad()
+    def _restored(self, path: Path | None, key: str, optimizer: AdamW) -> _Point:
+        if path is None or not path.is_file():
+            return _Point(0, [])
+        state: dict[str, Any] = torch.load(path, map_location=self.evaluator.device, weights_only=True)
+        if state["key"] != key:
+            return _Point(0, [])
+        for (value, _), kept in zip(self.weights.trainable(), state["weights"], strict=True):
+            value.copy_(kept)
+        optimizer.load_state_dict(state["optimizer"])
+        return _Point(state["step"], state["losses"])
+
+    # Scores
+
+    def scores(self, architectures, progress=None):
+        """Mean held-out loss of each subnet over the scored examples."""
+        banks = [self.bank_of(architecture) for architecture in architectures]
+        # A subnet whose bank is open is scored with each of them.
+        asked = [
+            (place, bank)
+            for place, told in enumerate(banks)
+            for bank in (range(self.weights.num_banks) if told is None else (told,))
+        ]
+        best = [math.nan] * len(architectures)
+        found = self._scored([(architectures[place], bank) for place, bank in asked], asked)
+        for done, ((place, _), loss) in enumerate(found, 1):
+            best[place] = loss if math.isnan(best[place]) else min(best[place], loss)
+            if progress is not None:
+                progress(done, len(asked))
+        return best
+
+    @torch.no_grad()
+    def _scored(
+        self, subnets: Sequence[tuple[Architecture, int]], names: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], float]]:
+        """Losses of subnets and their banks, with their names, in an order in which neighbours have their lower layers
+        in common: what leaves these is computed once for all of them.
+        """
+        evaluator = self.evaluator
+        lengths = [evaluator.lengths["validation"][i] for i in self.examples]
+        batches = [
+            evaluator.batch("validation", [self.examples[place] for place in places])
+            for places in batching.ordered_batches(lengths, BATCH_SIZE)
+        ]
+        depth = self._best_depth(subnets)
+        families: dict[tuple[Architecture, int], list[int]] = {}
+        for i, (architecture, bank) in enumerate(subnets):
+            families.setdefault((self._part(architecture, depth, lower=True), bank), []).append(i)
+        for parents in _chunks(list(families), SLOTS):
+            below = [self._below(parents, batch, depth) for batch in batches]
+            members = [(i, parent) for parent, key in enumerate(parents) for i in families[key]]
+            for chunk in _chunks(members, SLOTS):
+                uppers = [self._part(subnets[i][0], depth, lower=False) for i, _ in chunk]
+                with self.attach(uppers, [subnets[i][1] for i, _ in chunk]) as attachment:
+                    attachment.eval()
+                    total = torch.zeros(len(chunk), device=evaluator.device)
+                    for batch, hidden in zip(batches, below, strict=True):
+                        own = None if hidden is None else hidden[[parent for _, parent in chunk]].flatten(0, 1)
+                        total += self._above(batch, own, depth, len(chunk)).sum(1)
+                yield from (
+                    (names[i], float(loss))
+                    for (i, _), loss in zip(chunk, (total / len(self.examples)).tolist(), strict=True)
+                )
+
+    def _best_depth(self, subnets: Sequence[tuple[Architecture, int]]) -> int:
+        """How many layers to run once for all subnets that agree in them: where the fewest are run in all."""
+        layers = self.evaluator.backbone.num_layers if self.evaluator.prefix is not None else 0
+
+        def cost(depth: int) -> int:
+            families = {(self._part(architecture, depth, lower=True), bank) for architecture, bank in subnets}
+            return len(families) * depth + len(subnets) * (layers - depth)
+
+        return min(range(layers + 1), key=cost)
+
+    def _part(self, architecture: Architecture, depth: int, *, lower: bool) -> Architecture:
+        """The adapters below `depth` layers, or those from there on. Those of no layer are in both."""
+        layers = {name: self.evaluator.backbone.site(name).layer for name, _ in architecture.adapters}
+        kept = {
+            name: specs
+            for name, specs in architecture.adapters
+            if (layer := layers[name]) is None or (layer < depth) is lower
+        }
+        return Architecture.of(kept)
+
+    def _below(self, parents: Sequence[tuple[Architecture, int]], batch: Batch, depth: int) -> Tensor | None:
+        """What leaves the lowest `depth` layers of each parent: [parents, N, T, D]."""
+        prefix = self.evaluator.prefix
+        if prefix is None or not depth:
+            return None
+        with self.attach([part for part, _ in parents], [bank for _, bank in parents]) as attachment:
+            attachment.eval()
+            inputs = {name: repeated(t, len(parents)) for name, t in batch.items() if name != "targets"}
+            hidden = prefix(inputs, depth)
+        return hidden.view(len(parents), -1, *hidden.shape[1:])
+
+    def _above(self, batch: Batch, hidden: Tensor | None, depth: int, slots: int) -> Tensor:
+        """Losses [slots, N], from what leaves the lowest `depth` layers."""
+        prefix = self.evaluator.prefix
+        with nullcontext() if hidden is None or prefix is None else prefix.replaced(hidden, depth):
+            packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
+            losses, _ = self.evaluator.task.scores(self.evaluator.model, packed)
+        return losses.view(slots, -1)
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

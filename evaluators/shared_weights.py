@@ -1,0 +1,98 @@
+"""The weights of a supernet: one set of adapters, each at its largest, that all architectures of a space read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import product
+from typing import Any
+
+from torch import nn
+
+from autopeft.evaluators.host import head_bank, head_sites
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
+from autopeft.search_space.adapters.bank import Bank
+from autopeft.search_space.backbone import Site
+from autopeft.search_space.domains import Choice, Domain, Float
+from autopeft.search_space.space import Placement, SearchSpace
+
+
+class SharedWeights(nn.Module):
+    """M sets of banks: for every site, structure and repetition (see `Attachment`) a bank of M times the largest size.
+
+    An architecture reads of each bank the prefix that its own size has. What a structure does not comprise (alpha,
+    dropout) is each slot's own. Raises ValueError for a space with an adapter that cannot be shared.
+    """
+
+    def __init__(
+        self, model: nn.Module, space: SearchSpace, *, seed: int, num_banks: int = 1, pretrained_head: bool = False
+    ) -> None:
+        super().__init__()
+        self.num_banks = num_banks
+        self._banks: dict[tuple[Any, ...], Bank] = {}
+        self._order = nn.ModuleList()
+        domains = {gene.name: gene.domain for gene in space.genes}
+        seeds = [seed if m == 0 else f"{seed}/{m}" for m in range(num_banks)]
+        largest: dict[tuple[Any, ...], list[AdapterSpec]] = {}
+        sites = {place.site.name: place.site for place in space.placements}
+        for place in space.placements:
+            if place.site.role == "backbone":
+                raise ValueError(f"a supernet has no weights for {place.adapter!r}: it trains the backbone itself")
+            for spec in _largest(place, domains):
+                largest.setdefault((place.site.name, spec.structure()), []).append(spec)
+        for (name, structure), specs in largest.items():
+            spec, site = max(specs, key=lambda spec: spec.size or 0), sites[name]
+            for nth in range(len(specs)):  # any of them may be the n-th of its structure at the site
+                named = [f"{word}#{nth}" if nth else word for word in seeds]
+                bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named)
+                self._add((name, structure, nth), bank)
+        for site in head_sites(model, space.backbone):
+            bank = head_bank(site, model, seeds, pretrained_head)
+            self._add((site.name, bank.specs[0].structure(), 0), bank)
+        self.to(next(model.parameters()).device)
+
+    def _add(self, key: tuple[Any, ...], bank: Bank) -> None:
+        self._banks[key] = bank
+        self._order.append(bank)
+
+    def bank(self, site: Site, structure: tuple[Any, ...], nth: int = 0) -> Bank:
+        """Raises ValueError for an adapter that the space does not have."""
+        try:
+            return self._banks[site.name, structure, nth]
+        except KeyError:
+            raise ValueError(f"the supernet's space has no {structure[0]!r} like this at {site.name!r}") from None
+
+    def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Every tensor [M, ...] and whether weight decay applies to it."""
+        for bank in self._banks.values():
+            declared = bank.specs[0].parameters(bank.site)
+            yield from ((value, declared[name].decay) for name, value in bank.values.items())
+
+    @property
+    def num_params(self) -> int:
+        """Of all banks, heads included."""
+        return sum(value.numel() for value, _ in self.trainable())
+
+
+def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:
+    """The adapter at a place at its largest, once in every structure that it may have there."""
+    kind = ADAPTERS[place.kind]
+    names, choices = [], []
+    for field in fields(kind):
+        if field.name in place.genes:
+            names.append(field.name)
+            choices.append(_values(kind, field.name, domains[place.genes[field.name]]))
+    for values in product(*choices):
+        yield kind(**place.fixed, **dict(zip(names, values, strict=True)))
+
+
+def _values(kind: type[AdapterSpec], field: str, domain: Domain) -> Sequence[Any]:
+    if field == kind.size_field:
+        return [max(domain.choices) if isinstance(domain, Choice) else domain.high]
+    if field in kind.per_slot_fields:
+        return [domain.from_unit(0.5)]
+    if isinstance(domain, Choice):
+        return domain.choices
+    if isinstance(domain, Float):
+        raise ValueError(f"a supernet needs {kind.kind}'s {field} from a list: each value has weights of its own")
+    return range(domain.low, domain.high + 1, domain.step)

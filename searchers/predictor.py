@@ -1,0 +1,79 @@
+"""A light predictor of a loss from features.
+
+Notation: n trials or points, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.linear_model import RidgeCV
+
+from autopeft.searchers.encoding import Rows
+
+FOLDS = 4
+#: Trees of each fold.
+TREES = 16
+PENALTIES = np.logspace(-2, 4, 13)
+#: Losses worse than the median by more interquartile ranges count as that far away: a training that diverged is bad,
+#: and how bad is noise that would drown the rest.
+FARTHEST_RANGES = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """Models that each lack one fold of the trials. `correlation`: Spearman's, of the losses with what the model
+    without them says.
+    """
+
+    models: tuple[_Model, ...]
+    correlation: float
+
+    @classmethod
+    def fit(cls, features: Rows, losses: Rows, seed: int) -> Predictor:
+        """[n, D], [n]; two trials at least."""
+        low, middle, high = np.quantile(losses, [0.25, 0.5, 0.75])
+        losses = np.minimum(losses, middle + FARTHEST_RANGES * max(high - low, 1e-12))
+        fold = np.random.default_rng(seed).permutation(len(losses)) % min(FOLDS, len(losses))
+        models, left_out = [], np.zeros(len(losses))
+        for out in (fold == f for f in range(fold.max() + 1)):
+            models.append(_Model.fit(features[~out], losses[~out], seed))
+            left_out[out] = models[-1](features[out])
+        tells = np.ptp(left_out) > 0 and np.ptp(losses) > 0
+        return cls(tuple(models), float(spearmanr(left_out, losses).statistic) if tells else 0.0)
+
+    def optimistic(self, features: Rows) -> Rows:
+        """[n, D] -> [n]: the mean less the deviation. Where the models disagree there is something to learn."""
+        said = np.array([model(features) for model in self.models])
+        return said.mean(axis=0) - said.std(axis=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A ridge regression with a parabola for every feature (sizes have diminishing returns, learning rates an optimum),
+    and extremely randomised trees (Geurts, Ernst and Wehenkel 2006) for what it leaves: the interactions.
+    """
+
+    parabolas: RidgeCV
+    trees: ExtraTreesRegressor
+
+    @classmethod
+    def fit(cls, features: Rows, losses: Rows, seed: int) -> _Model:
+        parabolas = RidgeCV(PENALTIES).fit(_squared(features), losses)
+        trees = ExtraTreesRegressor(TREES, min_samples_leaf=2, max_features=0.5, random_state=seed % 2**32)
+        return cls(parabolas, trees.fit(features, losses - parabolas.predict(_squared(features))))
+
+    def __call__(self, features: Rows) -> Rows:
+        if not len(features):
+            return np.zeros(0)
+        # A forest's own `predict` spends most of its time on starting threads.
+        inputs = features.astype(np.float32)
+        leaves = [tree.tree_.predict(inputs)[:, 0] for tree in self.trees.estimators_]
+        return self.parabolas.predict(_squared(features)) + np.mean(leaves, axis=0)
+
+
+def _squared(features: Rows) -> Rows:
+    return np.hstack([features, features**2])

@@ -1,0 +1,107 @@
+"""The searcher `proxy`: the best of many candidates that were scored without training, once the scores are audited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from autopeft.search_space.problem import METRICS, Problem, Trial
+from autopeft.search_space.space import Assignment
+from autopeft.searchers.base import WHOLE, Searcher, Suggestion
+from autopeft.searchers.bayesian import Bayesian
+from autopeft.searchers.genetic import ranks, spread_first
+from autopeft.searchers.ranking import Ranking, ranking, strata
+
+#: Candidates that are trained to see whether the scores rank: a quarter of the trials, within these.
+LEAST_AUDITED, MOST_AUDITED = 8, 16
+#: Kendall's tau below which the scores are not followed.
+LEAST_TAU = 0.3
+#: Share of the trials after the audit that the scores decide about. Scores know nothing of learning rates, and of
+#: quality only how it ranks; the rest goes to a searcher that has seen what the trainings came to.
+PICKED_SHARE = 0.5
+AUDIT, PICK = "audit", "proxy"
+
+
+class Proxied(Searcher):
+    """`Problem.scored` has candidates and their scores, less is better, from a supernet or a proxy without training.
+
+    First a stratified handful of them is trained: one drawn from each of as many groups of neighbouring scores. If
+    Kendall's tau of scores and losses is at least `LEAST_TAU`, the front of the scored candidates (score against costs)
+    is trained next, spread over its length, and `bo` goes on from all trials. Else `bo` takes over at once, and the
+    diagnostics say so. Whatever the scores, what enters the study's front has been trained alone.
+    """
+
+    name = "proxy"
+    summary = "the best of thousands of candidates scored by a supernet or another proxy, audited first"
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        super().__init__(problem, seed)
+        self._scores = {problem.space.decode(entry.genes).key: entry.score for entry in problem.scored}
+        count = max(LEAST_AUDITED, min(MOST_AUDITED, problem.num_trials // 4))
+        places = strata([entry.score for entry in problem.scored], count, np.random.default_rng(seed))
+        self._audited = [problem.scored[place].genes for place in places]
+        self._picked = self._picks(round(PICKED_SHARE * max(0, problem.num_trials - len(self._audited))))
+        self._bayesian = Bayesian(problem, seed)
+
+    def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
+        super().update(completed, pending)
+        self._bayesian.update(self.completed, self.pending)
+
+    def suggest(self, count: int = 1) -> list[Suggestion]:
+        known = {trial.candidate.key for trial in (*self.completed, *self.pending)}
+        planned = [s for s in self._planned() if self.problem.space.decode(s.genes).key not in known][:count]
+        if len(planned) == count:
+            return planned
+        audit = self.audit()
+        found = self._bayesian.suggest(count - len(planned))
+        return [*planned, *(Suggestion(genes=s.genes, state={**s.state, **_told(s, audit)}) for s in found)]
+
+    def _planned(self) -> Iterator[Suggestion]:
+        """What is to be trained before `bo` takes over."""
+        for genes in self._audited:
+            # To its end: what a rung takes off says less than the whole training that is to be foretold.
+            yield Suggestion(genes=genes, state={"diagnostics": {"phase": AUDIT}, WHOLE: True})
+        audit = self.audit()
+        if audit is None or audit.tau >= LEAST_TAU:
+            told = {"audit": audit.to_dict()} if audit else {}
+            for genes in self._picked:
+                yield Suggestion(genes=genes, state={"diagnostics": {"phase": PICK, **told}})
+
+    def audit(self) -> Ranking | None:
+        """Scores against the first objective that is measured, over the audited trials; None while too few ended."""
+        measured = [i for i, o in enumerate(self.problem.objectives) if METRICS[o.name].source == "quality"]
+        keys = {self.problem.space.decode(genes).key for genes in self._audited}
+        ended = [trial for trial in self.completed if trial.candidate.key in keys and trial.state == "complete"]
+        pairs = [
+            (self._scores[trial.candidate.key], losses[measured[0]])
+            for trial in ended
+            if measured and (losses := self.losses(trial)) is not None
+        ]
+        if len(pairs) < min(LEAST_AUDITED, len(keys)) or len(pairs) < 3:
+            return None
+        return ranking([score for score, _ in pairs], [loss for _, loss in pairs], seed=self.seed)
+
+    def _picks(self, count: int) -> list[Assignment]:
+        """The front of the scored candidates, the best score first and then always the one farthest from those before
+        it; then what is the front without them, and so on.
+        """
+        finite = sorted((e for e in self.problem.scored if np.isfinite(e.score)), key=lambda entry: entry.score)
+        if not finite:
+            return []
+        priced = [o for o in self.problem.objectives if o.name in finite[0].costs]
+        points = np.array([[entry.score, *(o.loss(entry.costs[o.name]) for o in priced)] for entry in finite])
+        rank = ranks(points, np.zeros(len(points)))
+        order = spread_first(points, rank, np.zeros(len(points), dtype=bool))
+        return [finite[place].genes for place in order[:count]]
+
+
+def _told(suggestion: Suggestion, audit: Ranking | None) -> dict[str, Any]:
+    """The diagnostics of `bo`, and what the audit has found."""
+    own = dict(suggestion.state.get("diagnostics", {}))
+    if audit is not None:
+        own["audit"] = audit.to_dict()
+        if audit.tau < LEAST_TAU:
+            own["note"] = f"the scores rank no better than tau {audit.tau:.2f}: bo proposes without them"
+    return {"diagnostics": own}

@@ -1,0 +1,96 @@
+"""`audit`: how well supernets and proxies without training rank candidates whose trainings are known."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autopeft.search_space.suggestions import did_you_mean
+from autopeft.studies.cli.benchmark import BenchView
+from autopeft.studies.cli.files import check, written
+from autopeft.studies.cli.options import JsonOption, SetOption, print_json
+from autopeft.studies.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.packed import PackedEvaluator
+    from autopeft.evaluators.tasks.data import Splits
+    from autopeft.studies.study_file import StudyFile
+
+
+def audit(
+    arms: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARM]...", help="Proxies, and policies of a supernet; default: all.")
+    ] = None,
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Study file, or its folder; default: the demo's.")
+    ] = None,
+    set_: SetOption = None,
+    table: Annotated[Path | None, typer.Option("--table", help="Known trainings; default: those of the demo.")] = None,
+    epochs: Annotated[float, typer.Option("--epochs", min=0, help="Of a supernet's training.")] = 2.0,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of each arm.")] = 2,
+    repeated: Annotated[
+        bool, typer.Option("--repeated/--all", help="Rank the candidates with several seeds only, or all of them.")
+    ] = True,
+    results: Annotated[
+        Path, typer.Option("--results", help="Keeps what every arm said; what is there is not asked again.")
+    ] = Path("proxies.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """Score candidates whose trainings are known by every proxy, and report how well that ranks them."""
+    from autopeft.studies import audit as auditing
+    from autopeft.studies.race.table import SHIPPED, read
+    from autopeft.studies.study_file import load_study
+
+    names = list(dict.fromkeys(arms or auditing.ARMS))
+    unknown = [
+        f"unknown arm {name!r}{did_you_mean(name, auditing.ARMS)}" for name in names if name not in auditing.ARMS
+    ]
+    if unknown:
+        raise ConfigurationError("\n".join(unknown))
+    path = study or Path(str(files("autopeft.studies.examples") / "demo.yaml"))
+    settings = load_study(path, set_ or ())
+    splits, _, space = check(settings)
+    rows = read(table or SHIPPED)
+    every = auditing.references(rows, space.decode)
+    if len(every) < 3:
+        raise ConfigurationError(
+            f"{table or SHIPPED}: {len(every)} trainings; a ranking needs three (`autopeft tabulate`)"
+        )
+    known = {told.key for told in auditing.read(results)}
+    lacking = [
+        (name, seed)
+        for name in names
+        for seed in range(seeds)
+        if (name, auditing.epochs_of(name, epochs), seed) not in known
+    ]
+    with BenchView() as view, written():
+        view.plan(len(lacking))
+        if lacking:
+            view.stage("loading")
+            evaluator = _evaluator(settings, splits)
+            reference_s = auditing.training_s(evaluator, every)
+            for name, seed in lacking:
+                view.stage(f"{name}, seed {seed}")
+                told = auditing.ask(settings, name, epochs, seed, evaluator, every, reference_s)
+                auditing.append(results, told)
+                view.advance(1)
+    asked = [told for told in auditing.read(results) if told.arm in names]
+    chosen = [reference for reference in every if reference.seeds > 1] if repeated else every
+    reports = auditing.reports(asked, rows, chosen)
+    if as_json:
+        print_json([report.to_dict() for report in reports])
+    else:
+        typer.echo("\n".join(report.to_markdown() for report in reports), nl=False)
+
+
+def _evaluator(settings: StudyFile, splits: Splits) -> PackedEvaluator:
+    from autopeft.evaluators.packed import PackedEvaluator
+    from autopeft.studies.session import evaluator_for
+
+    evaluator = evaluator_for(settings, splits)
+    if not isinstance(evaluator, PackedEvaluator):
+        raise ConfigurationError("evaluation.evaluator: proxies need packed")
+    return evaluator

@@ -1,0 +1,287 @@
+"""Scores thousands of candidates before any of them is trained: what the searcher `proxy` starts from.
+
+A supernet is trained, or a proxy without training prepared, and a search over architectures asks for its scores, batch
+by batch. All of it is replayable: the supernet goes on from its checkpoint, and a search that is run again finds the
+scores that it had in `subnets.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autopeft.evaluators.base import OutOfMemory, memory_errors
+from autopeft.evaluators.cost_table import ADDITIVE, CostTable
+from autopeft.evaluators.proxies import PROXIES
+from autopeft.evaluators.proxies.gates import Gates
+from autopeft.evaluators.proxies.supernet import Supernet
+from autopeft.evaluators.train import TrainingFailed
+from autopeft.search_space.architecture import Architecture, Candidate, digest
+from autopeft.search_space.genes import TRAINING
+from autopeft.search_space.limits import Limits
+from autopeft.search_space.problem import DECLARED, Measurement, Objective, Problem, Scored, Trial, declared_costs
+from autopeft.search_space.space import Assignment, SearchSpace
+from autopeft.search_space.training import Training
+from autopeft.searchers import SEARCHERS
+from autopeft.searchers.policies import POLICIES, preferred
+from autopeft.studies.study_file import StudyFile
+from autopeft.studies.tracking import SUBNETS
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.packed import PackedEvaluator
+    from autopeft.evaluators.proxies.base import Proxy
+
+LOGGER = logging.getLogger(__name__)
+
+#: Scores that are trained; others are in `PROXIES`.
+TRAINED = (Supernet.name, Gates.name)
+#: Of the gates, on the share of the largest architecture's parameters that is on.
+PENALTY = 0.1
+#: The supernet's checkpoint, in the study's folder.
+CHECKPOINT = "supernet.pt"
+#: Candidates that the search over scores asks for at once.
+BATCH = 64
+#: Metrics that are known of an architecture without training it.
+FORESEEN = (*DECLARED, *ADDITIVE)
+#: What stands for quality in that search.
+SCORE = Objective.of("loss")
+COLUMNS = ("key", "score", *DECLARED, "genes")
+
+#: Called with a sentence, what is done and what there is to do.
+Stage = Callable[[str, int, int], None]
+
+
+class NoScores(RuntimeError):
+    """A proxy that cannot score the architectures of a space."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """An architecture on its way to a score. `state`: what the search wants back with it."""
+
+    genes: Assignment
+    candidate: Candidate
+    costs: Mapping[str, float]
+    state: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.candidate.architecture
+
+    @property
+    def key(self) -> str:
+        return self.architecture.key
+
+
+def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[Scored, ...]:
+    """Candidates and their scores, less is better. None if there can be no scores: a proxy that fails does not take the
+    study with it.
+    """
+    try:
+        return tuple(_scored(settings, problem, evaluator, stage))
+    except (TrainingFailed, OutOfMemory, NoScores) as error:
+        LOGGER.warning("no candidate has a score, so the search goes without: %s", error)
+        return ()
+
+
+def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
+    inner = architectures_only(problem, settings.proxy.subnets)
+    folder = settings.output_folder
+    table = Table(folder / SUBNETS, key=_key(settings))
+    proxy: Proxy | None = None
+
+    def score(points: Sequence[Point]) -> list[float]:
+        nonlocal proxy
+        lacking = [point for point in points if point.key not in table.scores]
+        if lacking:
+            with memory_errors():
+                proxy = proxy or prepared(settings, inner, evaluator, folder, stage)
+                values = proxy.scores([point.architecture for point in lacking])
+            table.append(lacking, values)
+        return [table.scores[point.key] for point in points]
+
+    costs = _costs(settings, inner, evaluator)
+    for number, (point, value) in enumerate(_searched(settings, inner, score, costs), 1):
+        stage(f"scoring by {settings.proxy.score}", number, inner.num_trials)
+        yield Scored(genes=complete(problem.space, point.genes), score=value, costs=point.costs)
+
+
+def architectures_only(problem: Problem, num_trials: int) -> Problem:
+    """The problem without what is not known of an architecture: how it is trained, and costs that do not add up."""
+    space = problem.space
+    bare = SearchSpace(
+        backbone=space.backbone,
+        adapters=space.adapters,
+        one_of=space.one_of,
+        layer_gate=space.layer_gate,
+        stages=space.stages,
+    )
+    return Problem(
+        space=bare,
+        objectives=(SCORE, *(o for o in problem.objectives if o.name in FORESEEN)),
+        num_trials=num_trials,
+        limits=Limits({name: most for name, most in problem.limits.most.items() if name in FORESEEN}),
+    )
+
+
+def _costs(
+    settings: StudyFile, inner: Problem, evaluator: PackedEvaluator
+) -> Callable[[Architecture], dict[str, float]]:
+    """What is known of an architecture's costs; a table of measurements if the study asks for more than is declared."""
+    backbone = inner.space.backbone
+    wanted = {o.name for o in inner.objectives} | inner.limits.most.keys()
+    if not (measured := wanted & set(ADDITIVE)):
+        return lambda architecture: declared_costs(architecture, backbone)
+    space = settings.space_for(backbone)
+    training = space.decode(complete(space, {})).training
+    table = CostTable(evaluator, inner.space, measured, training)
+    return lambda architecture: {**declared_costs(architecture, backbone), **table.costs(architecture)}
+
+
+def complete(space: SearchSpace, genes: Assignment) -> Assignment:
+    """With what the space searches of the training at its middle."""
+    return space.complete(genes, lambda gene: gene.domain.from_unit(0.5))
+
+
+def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
+    """The training of a supernet: searched settings at their middle, its own number of epochs."""
+    genes = complete(space, {})
+    own = {gene.removeprefix(TRAINING): value for gene, value in genes.items() if gene.startswith(TRAINING)}
+    return Training(**{**space.decode(genes).training, **own, "epochs": settings.proxy.epochs})
+
+
+def prepared(
+    settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, folder: Path | None, stage: Stage
+) -> Proxy:
+    """The study's proxy, fit to be asked for scores. Raises NoScores for a space that it cannot have."""
+    wish = settings.proxy
+    if wish.score in PROXIES:
+        return PROXIES[wish.score](evaluator, settings.seed)
+    training = middle_training(settings, settings.space_for(evaluator.backbone))
+    try:
+        if wish.score == Gates.name:
+            gates = Gates(evaluator, inner.space, training, settings.seed, PENALTY)
+            gates.train(evaluator.full_steps(training), lambda done, total: stage("training the gates", done, total))
+            return gates
+        return _supernet(settings, inner, evaluator, training, folder, stage)
+    except ValueError as error:
+        raise NoScores(str(error)) from error
+
+
+def _supernet(
+    settings: StudyFile,
+    inner: Problem,
+    evaluator: PackedEvaluator,
+    training: Training,
+    folder: Path | None,
+    stage: Stage,
+) -> Supernet:
+    wish, pool = settings.proxy, None
+    if wish.filter is not None:
+        stage(f"choosing what to train by {wish.filter}", 0, 1)
+        pool = preferred(inner.space, settings.seed, PROXIES[wish.filter](evaluator, settings.seed).scores)
+    policy = POLICIES[wish.policy](inner.space, settings.seed, pool)
+    supernet = Supernet(
+        evaluator,
+        inner.space,
+        training,
+        settings.seed,
+        num_banks=policy.num_banks,
+        bank_of=policy.bank_of,
+        distil=wish.distil,
+    )
+    supernet.train(
+        policy.subnets,
+        evaluator.full_steps(training),
+        checkpoint=None if folder is None else folder / CHECKPOINT,
+        key=_key(settings),
+        progress=lambda done, total: stage(f"training the supernet ({policy.name})", done, total),
+    )
+    return supernet
+
+
+def _searched(
+    settings: StudyFile,
+    inner: Problem,
+    score: Callable[[Sequence[Point]], list[float]],
+    costs: Callable[[Architecture], dict[str, float]],
+) -> Iterator[tuple[Point, float]]:
+    """What the search over scores meets, in its order; nothing twice."""
+    space = inner.space
+    searcher = SEARCHERS[settings.proxy.search](inner, settings.seed)
+    trials: list[Trial] = []
+    known: set[str] = set()
+    while len(known) < inner.num_trials:
+        searcher.update(trials)
+        fresh: dict[str, Point] = {}
+        for suggestion in searcher.suggest(min(BATCH, inner.num_trials - len(known))):
+            candidate = space.decode(suggestion.genes)
+            point = Point(suggestion.genes, candidate, costs(candidate.architecture), suggestion.state)
+            if candidate.architecture and point.key not in known:
+                fresh[point.key] = point
+        if not fresh:
+            return  # the space is exhausted
+        known |= fresh.keys()
+        for point, value in zip(fresh.values(), score(list(fresh.values())), strict=True):
+            ok = math.isfinite(value)
+            trials.append(
+                Trial(
+                    number=len(trials),
+                    role="search",
+                    candidate=point.candidate,
+                    genes=point.genes,
+                    state="complete" if ok else "failed",
+                    measurement=Measurement(values={SCORE.name: value, **point.costs}) if ok else None,
+                    violation=_violation(inner, {SCORE.name: value, **point.costs}),
+                    searcher_state=point.state,
+                )
+            )
+            yield point, value
+
+
+def _violation(inner: Problem, values: Mapping[str, float]) -> float:
+    """How far a candidate lies beyond the limits and bounds that its costs are known for."""
+    objection = inner.limits.objection(values)
+    return max(objection[0] if objection else -1.0, *(o.violation(values[o.name]) for o in inner.objectives))
+
+
+class Table:
+    """Scores by the keys of architectures, as a CSV that grows. Those of other settings (`key`) are dropped."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        beside = path.with_suffix(".json")
+        rows: list[dict[str, str]] = []
+        with suppress(OSError, ValueError, KeyError):
+            if json.loads(beside.read_text(encoding="utf-8"))["settings"] == key:
+                with path.open(encoding="utf-8", newline="") as file:
+                    # A study that was killed may have left half a line.
+                    rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in COLUMNS)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        beside.write_text(json.dumps({"settings": key}) + "\n", encoding="utf-8")
+        self.scores = {row["key"]: float(row["score"]) for row in rows}
+
+    def append(self, points: Sequence[Point], values: Sequence[float]) -> None:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            for point, value in zip(points, values, strict=True):
+                costs = {name: point.costs[name] for name in DECLARED}
+                writer.writerow({"key": point.key, "score": value, **costs, "genes": json.dumps(point.genes)})
+                self.scores[point.key] = value
+
+
+def _key(settings: StudyFile) -> str:
+    """Changes with everything that a score depends on."""
+    told = settings.model_dump(mode="json", include={"seed", "task", "model", "data", "space", "training", "proxy"})
+    return digest(told)
