@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import kendalltau
 
 #: Resamples of the bootstrap, and the share of them that an interval holds.
 RESAMPLES = 1000
@@ -20,6 +19,7 @@ LEVEL = 0.95
 PICKED = (1, 3)
 
 Interval = tuple[float, float]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,34 +42,43 @@ class Ranking:
 
 def ranking(scores: ArrayLike, losses: ArrayLike, *, seed: int = 0) -> Ranking:
     """Candidates without a score rank behind all others. Raises ValueError for fewer than three candidates."""
-    table = np.column_stack([np.nan_to_num(np.asarray(scores, float), nan=np.inf), np.asarray(losses, float)])
-    if len(table) < 3:
-        raise ValueError(f"a ranking needs three candidates, got {len(table)}")
-    # Infinite scores would not rank among themselves in every version of scipy; their ranks do.
-    table[:, 0] = np.unique(table[:, 0], return_inverse=True)[1]
-    top = table[np.argsort(table[:, 1], kind="stable")[: -(-len(table) // 2)]]
+    score, loss = np.nan_to_num(np.asarray(scores, float), nan=np.inf), np.asarray(losses, float)
+    if len(score) < 3:
+        raise ValueError(f"a ranking needs three candidates, got {len(score)}")
+    top = np.argsort(loss, kind="stable")[: -(-len(loss) // 2)]
     rng = np.random.default_rng(seed)
-    by_score = table[np.argsort(table[:, 0], kind="stable"), 1]
+    tau, tau_interval = _tau(score, loss, rng)
+    top_tau, top_interval = _tau(score[top], loss[top], rng)
+    by_score = loss[np.argsort(score, kind="stable")]
     return Ranking(
-        num=len(table),
-        tau=tau(table),
-        tau_interval=_interval(table, rng),
-        top_tau=tau(top),
-        top_interval=_interval(top, rng),
-        regret={k: float(by_score[:k].min() - by_score.min()) for k in PICKED},
+        num=len(loss),
+        tau=tau,
+        tau_interval=tau_interval,
+        top_tau=top_tau,
+        top_interval=top_interval,
+        regret={k: float(by_score[:k].min() - loss.min()) for k in PICKED},
     )
 
 
-def tau(table: NDArray[np.float64]) -> float:
-    """Kendall's tau-b of two columns; 0 where one of them is constant."""
-    found = float(kendalltau(table[:, 0], table[:, 1]).statistic)
-    return 0.0 if np.isnan(found) else found
+def _tau(score: Floats, loss: Floats, rng: np.random.Generator) -> tuple[float, Interval]:
+    """Kendall's tau-b of two columns [n] and its interval; 0 where one of them is constant.
+
+    With x, y [n, n] the signs of the differences, tau-b is sum(x y) over the root of sum(x^2) sum(y^2). A resample is
+    a number of copies of each candidate, c: [n], and its sums are c^T (x y) c and so on: all at once.
+    """
+    n = len(score)
+    x, y = (_order(column) for column in (score, loss))
+    copies = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)])
+    agreed, apart_x, apart_y = ((copies @ table * copies).sum(1) for table in (x * y, x * x, y * y))
+    scale = np.sqrt(apart_x * apart_y)
+    found = np.divide(agreed, scale, out=np.zeros_like(agreed), where=scale > 0)
+    low, high = np.quantile(found[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(found[0]), (float(low), float(high))
 
 
-def _interval(table: NDArray[np.float64], rng: np.random.Generator) -> Interval:
-    drawn = [tau(table[rng.integers(len(table), size=len(table))]) for _ in range(RESAMPLES)]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def _order(column: Floats) -> Floats:
+    """[n] -> [n, n]: 1 where the row's value is larger, -1 where it is smaller. Infinite ones are equal."""
+    return (column[:, None] > column).astype(float) - (column[:, None] < column)
 
 
 def strata(scores: Sequence[float], count: int, rng: np.random.Generator) -> list[int]:

@@ -204,7 +204,12 @@ class Report:
 def reports(told: Sequence[Told], rows: Sequence[Row], found: Sequence[Reference]) -> list[Report]:
     """By metric of quality, at one learning rate."""
     return [
-        Report(metric=metric, num=len(found), lines=tuple(_lines(told, found, metric)), ceiling=ceiling(rows, metric))
+        Report(
+            metric=metric,
+            num=len(found),
+            lines=tuple(_lines(told, found, metric)),
+            ceiling=ceiling(rows, found, metric),
+        )
         for metric in QUALITY
     ]
 
@@ -245,15 +250,19 @@ def at_one_rate(found: Sequence[Reference], losses: Sequence[float]) -> list[flo
     return list(column - slope * centred)
 
 
-def ceiling(rows: Sequence[Row], metric: str) -> Ranking | None:
+def ceiling(rows: Sequence[Row], found: Sequence[Reference], metric: str) -> Ranking | None:
     """How well one training of a candidate ranks its others: a proxy cannot be expected to do better. None where no
     three candidates have several seeds.
     """
-    by_candidate: dict[str, list[float]] = {}
+    several = [reference for reference in found if reference.seeds > 1]
+    if len(several) < 3:
+        return None
+    by_candidate: dict[str, list[float]] = {reference.candidate.key: [] for reference in several}
     for row in sorted(rows, key=lambda row: row.seed):
-        by_candidate.setdefault(row.candidate, []).append(_loss(metric, row.measurement.values[metric]))
-    pairs = [(own[0], float(np.mean(own[1:]))) for own in by_candidate.values() if len(own) > 1]
-    return ranking([one for one, _ in pairs], [rest for _, rest in pairs]) if len(pairs) > 2 else None
+        if row.candidate in by_candidate:
+            by_candidate[row.candidate].append(_loss(metric, row.measurement.values[metric]))
+    first = at_one_rate(several, [own[0] for own in by_candidate.values()])
+    return ranking(first, at_one_rate(several, [float(np.mean(own[1:])) for own in by_candidate.values()]))
 
 
 def _loss(metric: str, value: float) -> float:
