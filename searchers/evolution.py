@@ -38,7 +38,8 @@ class Ended:
 
     @property
     def has_losses(self) -> Mask:
-        return np.isfinite(self.losses).all(axis=1)
+        """[n]"""
+        return np.asarray(np.isfinite(self.losses).all(axis=1))
 
 
 class Evolution(Searcher):

@@ -44,8 +44,8 @@ class Linas(Evolution):
 
     @cached_property
     def foreseen(self) -> Rows:
-        """[., G]: the points with the best predictions, best first and far apart. The trials compete with them: what one
-        of them dominates, or is next to, comes late.
+        """[., G]: the points with the best predictions, best first and far apart. The trials compete with them: what
+        they dominate, or what is next to them, comes late.
         """
         rng = np.random.default_rng([self.seed, len(self.completed), 2])
         rows = np.vstack([self.fittest(PREDICTED), self.encoding.draw(PREDICTED, rng), self.encoding.smallest()])

@@ -24,7 +24,6 @@ from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.train import TrainingFailed
 from autopeft.search_space.architecture import Architecture, Candidate, digest
-from autopeft.search_space.genes import TRAINING
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import DECLARED, Measurement, Objective, Problem, Scored, Trial, declared_costs
 from autopeft.search_space.space import Assignment, SearchSpace
@@ -151,10 +150,14 @@ def complete(space: SearchSpace, genes: Assignment) -> Assignment:
 
 
 def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
-    """The training of a supernet: searched settings at their middle, its own number of epochs."""
-    genes = complete(space, {})
-    own = {gene.removeprefix(TRAINING): value for gene, value in genes.items() if gene.startswith(TRAINING)}
-    return Training(**{**space.decode(genes).training, **own, "epochs": settings.proxy.epochs})
+    """The training of a supernet: searched settings at their middle, and its own number of epochs if it has one.
+
+    Much longer than a candidate's it does harm: the shared weights learn the rows by heart, and what is scored is how
+    much a subnet has of that (docs/proxies.md).
+    """
+    own = space.decode(complete(space, {})).training
+    epochs = settings.proxy.epochs
+    return Training(**own if epochs is None else {**own, "epochs": epochs})
 
 
 def prepared(

@@ -240,7 +240,10 @@ class ProxySettings(Section):
     subnets: int = Field(default=2000, ge=1, description="candidates to score")
     search: str = Field(default="evolution", description="the searcher that chooses what to score")
     policy: str = Field(default="sandwich", description="which subnets of the supernet train at a step")
-    epochs: Positive = Field(default=8.0, description="passes of the proxy's own training over the training rows")
+    epochs: Positive | None = Field(
+        default=None,
+        description="passes of the proxy's own training over the training rows; null: as many as a candidate has",
+    )
     distil: bool = Field(default=False, description="the largest subnet teaches the others of its step")
     filter: str | None = Field(
         default=None, description="an untrained proxy that chooses which subnets are trained; null: all of them"

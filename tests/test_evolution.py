@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from random import Random
@@ -31,6 +30,7 @@ from autopeft.searchers.admission import admitted
 from autopeft.searchers.encoding import Encoding
 from autopeft.searchers.genetic import best_first, children, crossed, crowding, mutated, ranks, spread_first
 from autopeft.searchers.moves import keys_of
+from autopeft.studies.race.base import RaceProblem
 from autopeft.studies.race.problems import PROBLEMS
 from autopeft.studies.race.races import Race
 from autopeft.studies.race.races import run as run_race
@@ -205,9 +205,9 @@ def in_batches(searcher: Searcher, num_trials: int, batch: int = 8, **fields: An
 @pytest.mark.parametrize("num_objectives", [1, 2, 3])
 def test_no_point_twice_and_none_beyond_a_limit(name: str, num_objectives: int) -> None:
     problem = replace(problem_of(mixed_space(), num_objectives), limits=Limits({"num_params": 900.0}))
-    trials = in_batches(SEARCHERS[name](problem, 2), 96)
-    assert len(trials) == 96
-    assert len(set(exact(trials))) == 96
+    trials = in_batches(SEARCHERS[name](problem, 2), 64, batch=16)
+    assert len(trials) == 64
+    assert len(set(exact(trials))) == 64
     for trial in trials:
         assert 0 < trial.candidate.architecture.num_params(SMALL) <= 900
 
@@ -320,28 +320,42 @@ def test_the_first_generation_has_the_ends_of_the_space() -> None:
     assert [t.searcher_state["diagnostics"]["phase"] for t in trials] == ["initial"] * 3 + ["evolution"] + ["model"] * 4
 
 
-def test_one_objective_under_a_limit_is_the_search_of_hat() -> None:
-    """Children of the best that keep the limit come ever closer to the best there is."""
-    space = SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(
-        kind="lora", fields={"rank": Choice.of([0, 1, 2, 4, 8])}, vary={"rank": "site"})},
-        training={"learning_rate": Float(low=1e-4, high=1e-1, log=True)})  # fmt: skip
-    problem = Problem(space=space, objectives=(Objective.of("accuracy"),), num_trials=200,
+@pytest.mark.parametrize(("name", "num_trials"), [("evolution", 1024), ("linas", 256)])
+def test_one_objective_under_a_limit_is_the_search_of_hat(name: str, num_trials: int) -> None:
+    """What it finds is nearer to the best there is than as many draws are that keep the limit."""
+    lora = AdapterChoice(kind="lora", fields={"rank": Choice.of([0, 1, 2, 4, 8])}, vary={"rank": "site"})
+    space = SearchSpace(backbone=SMALL, adapters={"lora": lora},
+                        training={"learning_rate": Float(low=1e-4, high=1e-1, log=True)})  # fmt: skip
+    problem = Problem(space=space, objectives=(Objective.of("accuracy"),), num_trials=num_trials,
                       limits=Limits({"num_params": 1200.0}))  # fmt: skip
-    for name in NAMES:
-        trials = in_batches(SEARCHERS[name](problem, 0), 160, batch=16)[:144]
-        accuracy = [t.values["accuracy"] for t in trials]
-        assert max(t.candidate.architecture.num_params(SMALL) for t in trials) <= 1200
-        assert 1 - max(accuracy) < 0.7 * (1 - max(accuracy[:28]))
+    trials = in_batches(SEARCHERS[name](problem, 0), num_trials, batch=32)
+    assert max(t.candidate.architecture.num_params(SMALL) for t in trials) <= 1200
+    encoding = Encoding(space)
+    rows = encoding.draw(8 * num_trials, np.random.default_rng(0))
+    rows = rows[admitted(problem, encoding, rows, encoding.active(rows))][:num_trials]
+    assert len(rows) == num_trials
+    by_chance = max(ended(problem, 0, encoding.assignment(row)).values["accuracy"] for row in rows)
+    assert 1 - max(t.values["accuracy"] for t in trials if t.state == "complete") < 0.8 * (1 - by_chance)
 
 
-def last(problem: str, searcher: str, trials: int, seeds: Sequence[int]) -> float:
-    """Share of the true front's hypervolume, median over seeds."""
-    races = [Race(problem=problem, searcher=searcher, seed=seed, trials=trials, batch=16) for seed in seeds]
-    return median(run_race(race, PROBLEMS[problem]()).curve[-1] for race in races)
+SEEDS = range(3)
 
 
-@pytest.mark.parametrize("problem", ["three", "per-layer"])
-def test_better_than_random(problem: str) -> None:
-    chance = last(problem, "random", 128, range(5))
-    for name in NAMES:
-        assert 1 - last(problem, name, 128, range(5)) < 0.85 * (1 - chance)
+def race(problem: RaceProblem, name: str, trials: int) -> float:
+    """Share of the true front's hypervolume."""
+    races = [Race(problem=problem.name, searcher=name, seed=seed, trials=trials, batch=32) for seed in SEEDS]
+    return median(run_race(race, problem).curve[-1] for race in races)
+
+
+def by_chance(problem: RaceProblem, trials: int) -> float:
+    space = problem.problem.space
+    drawn = [[space.sample(Random(f"{seed}/{number}")) for number in range(trials)] for seed in SEEDS]
+    return median(problem.shares(map(problem.values, points))[-1] for points in drawn)
+
+
+@pytest.mark.parametrize("name", ["three", "per-layer"])
+def test_better_than_random(name: str) -> None:
+    """With noise, in batches of 32. Evolution needs some hundred trials for it."""
+    problem = PROBLEMS[name]()
+    assert 1 - race(problem, "evolution", 512) < 0.75 * (1 - by_chance(problem, 512))
+    assert 1 - race(problem, "linas", 128) < 0.75 * (1 - by_chance(problem, 128))

@@ -31,9 +31,6 @@ def audit(
     table: Annotated[Path | None, typer.Option("--table", help="Known trainings; default: those of the demo.")] = None,
     epochs: Annotated[float, typer.Option("--epochs", min=0, help="Of a supernet's training.")] = 2.0,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of each arm.")] = 2,
-    repeated: Annotated[
-        bool, typer.Option("--repeated/--all", help="Rank the candidates with several seeds only, or all of them.")
-    ] = True,
     results: Annotated[
         Path, typer.Option("--results", help="Keeps what every arm said; what is there is not asked again.")
     ] = Path("proxies.jsonl"),
@@ -55,6 +52,8 @@ def audit(
     splits, _, space = check(settings)
     rows = read(table or SHIPPED)
     every = auditing.references(rows, space.decode)
+    # One training of a candidate says too little of it, where there are some with several.
+    every = [reference for reference in every if reference.seeds > 1] or every
     if len(every) < 3:
         raise ConfigurationError(
             f"{table or SHIPPED}: {len(every)} trainings; a ranking needs three (`autopeft tabulate`)"
@@ -78,8 +77,7 @@ def audit(
                 auditing.append(results, told)
                 view.advance(1)
     asked = [told for told in auditing.read(results) if told.arm in names]
-    chosen = [reference for reference in every if reference.seeds > 1] if repeated else every
-    reports = auditing.reports(asked, rows, chosen)
+    reports = auditing.reports(asked, rows, every)
     if as_json:
         print_json([report.to_dict() for report in reports])
     else:

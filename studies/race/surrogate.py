@@ -28,8 +28,8 @@ RATE = TRAINING + "learning_rate"
 STEPS = 9
 FOLDS = 10
 TREES = 400
-#: Share of the candidates that collapsed in training, at most: two in 300 are at 5 and 8 %, the next at 40, and to trees
-#: that minimise squares they would be all that there is to learn. They count as the first beyond this share.
+#: Share of the candidates that collapsed in training, at most: two in 300 are at 5 and 8 %, the next is at 40, and to
+#: trees that minimise squares they would be all that there is to learn. They count as the first beyond this share.
 COLLAPSED = 0.01
 #: A table of fewer candidates says too little.
 LEAST = 50
@@ -162,8 +162,8 @@ def _examples(space: SearchSpace, rows: Sequence[Row]) -> tuple[Floats, Floats, 
 
 
 def _encoded(space: SearchSpace, genes: Assignment, num_params: float) -> list[float]:
-    """Sizes on the unit interval, 0 where there is none (which says what the on/off genes say); the parameters and their
-    logarithm; and what single trees find hard to add up, the sizes of each adapter and how many there are.
+    """Sizes on the unit interval, 0 where there is none (which says what the on/off genes say); the parameters and
+    their logarithm; and what single trees find hard to add up, the sizes of each adapter and how many there are.
     """
     own = [gene for gene in space.genes if gene.size is None and not gene.name.startswith(TRAINING)]
     sizes = [gene.domain.to_unit(genes[gene.name]) if gene.name in genes else 0.0 for gene in own]
