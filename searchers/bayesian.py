@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autopeft.search_space.problem import Problem, Trial
+from autopeft.searchers.admission import admitted
 from autopeft.searchers.base import Searcher, Suggestion
 from autopeft.searchers.encoding import Encoding, Mask, Rows
 from autopeft.searchers.initial import design, num_initial
@@ -91,20 +92,12 @@ class Bayesian(Searcher):
     # What may be proposed
 
     def _allowed(self, known: Rows) -> Judge:
-        """0 for points that may be proposed; -inf for known ones, empty ones, those that declared costs rule out."""
+        """0 for points that may be proposed; -inf for known ones and those that are not admitted."""
         keys = set(keys_of(known, self.encoding.active(known)))
 
         def judge(rows: Rows, active: Mask) -> Rows:
-            out = np.array([key in keys for key in keys_of(rows, active)], dtype=bool)
-            out |= self.encoding.is_empty(rows, active)
-            costs = self.encoding.costs(rows, active)
-            for name, most in self.problem.limits.most.items():
-                if name in costs:
-                    out |= costs[name] > most
-            for objective in self.problem.objectives:
-                if objective.name in costs and objective.bound is not None:
-                    out |= objective.loss(costs[objective.name]) > objective.loss(objective.bound)
-            return np.where(out, -np.inf, 0.0)
+            fresh = np.array([key not in keys for key in keys_of(rows, active)], dtype=bool)
+            return np.where(fresh & admitted(self.problem, self.encoding, rows, active), 0.0, -np.inf)
 
         return judge
 
