@@ -152,7 +152,7 @@ def append(path: Path, told: Told) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """Means of an arm over its seeds; `ranking` is that of the first, for its intervals. `regret` is in standard errors
-    of the metric, `cost_share` seconds over those of the trainings that the arm stands for.
+    of the metric, `cost_share` seconds over those of one training of each candidate.
     """
 
     arm: str
@@ -223,7 +223,7 @@ def _lines(told: Sequence[Told], found: Sequence[Reference], metric: str) -> lis
     lines = []
     for (arm, epochs), own in by_arm.items():
         ranked = [ranking([e.scores.get(r.candidate.architecture.key, np.nan) for r in found], losses) for e in own]
-        trained_s = [entry.reference_s * sum(reference.seeds for reference in found) for entry in own]
+        trained_s = [entry.reference_s * len(found) for entry in own]
         asked_s = [entry.prepare_s + entry.score_s * len(found) / len(entry.scores) for entry in own]
         lines.append(
             Line(

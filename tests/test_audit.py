@@ -141,7 +141,7 @@ def test_regret_and_cost() -> None:
     assert by_arm["snip"].regret[3] < 3
     assert by_arm["grad_norm"].regret[1] > 10
     scored = len(good.scores)
-    assert by_arm["snip"].cost_share == pytest.approx((1.0 + 2.0 * len(found) / scored) / (10.0 * 2 * len(found)))
+    assert by_arm["snip"].cost_share == pytest.approx((1.0 + 2.0 * len(found) / scored) / (10.0 * len(found)))
 
 
 def test_every_proxy_and_policy_is_an_arm() -> None:
