@@ -26,6 +26,14 @@ TOLD = {
     "note": "no better than chance",
     "rank_correlation": {"accuracy": 0.123, "num_params": 1.0},
     "relevance": {"accuracy": {"b": 0.25, "a": 0.5, "c": 0.25}},
+    "audit": {
+        "num": 8,
+        "tau": 0.5,
+        "tau_interval": [0.1, 0.8],
+        "top_tau": 0.25,
+        "top_interval": [-0.3, 0.7],
+        "regret": {"1": 0.02},
+    },
 }
 
 
@@ -42,6 +50,10 @@ def test_the_trials_that_tell_something() -> None:
     assert list(last.lines()) == [
         ("phase", "evolution (trial 2): no better than chance"),
         ("surrogate", "rank correlation with trials left out: accuracy 0.12, num_params 1.00"),
+        (
+            "audit",
+            "scores against 8 trainings: Kendall's tau 0.50 (0.10 to 0.80), better half 0.25 (-0.30 to 0.70)",
+        ),
         ("matters", "for accuracy: a 50%, b 25%, c 25%"),
     ]
 

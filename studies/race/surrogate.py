@@ -157,7 +157,8 @@ def _examples(space: SearchSpace, rows: Sequence[Row]) -> tuple[Floats, Floats, 
         for row in (first[candidate] for candidate in accuracies)
     ]
     quality = np.array([float(np.mean(found)) for found in accuracies.values()])
-    quality = np.maximum(quality, np.quantile(quality, COLLAPSED, method="higher"))
+    if len(quality):
+        quality = np.maximum(quality, np.quantile(quality, COLLAPSED, method="higher"))
     return np.array(inputs), quality, np.array([len(found) for found in accuracies.values()], dtype=float)
 
 
