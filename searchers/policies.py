@@ -193,5 +193,5 @@ def preferred(space: SearchSpace, seed: int, score: Callable[[Sequence[Architect
 
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Sandwich, Uniform, Fair, Sorted, Banded, Mixture)
+    policy.name: policy for policy in (Fair, Sandwich, Uniform, Sorted, Banded, Mixture)
 }

@@ -239,7 +239,7 @@ class ProxySettings(Section):
     )
     subnets: int = Field(default=2000, ge=1, description="candidates to score")
     search: str = Field(default="evolution", description="the searcher that chooses what to score")
-    policy: str = Field(default="sandwich", description="which subnets of the supernet train at a step")
+    policy: str = Field(default="fair", description="which subnets of the supernet train at a step")
     epochs: Positive | None = Field(
         default=None,
         description="passes of the proxy's own training over the training rows; null: as many as a candidate has",
