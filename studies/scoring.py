@@ -150,11 +150,7 @@ def complete(space: SearchSpace, genes: Assignment) -> Assignment:
 
 
 def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
-    """The training of a supernet: searched settings at their middle, and its own number of epochs if it has one.
-
-    Much longer than a candidate's it does harm: the shared weights learn the rows by heart, and what is scored is how
-    much a subnet has of that (docs/proxies.md).
-    """
+    """The training of a supernet: searched settings at their middle, and its own number of epochs if it has one."""
     own = space.decode(complete(space, {})).training
     epochs = settings.proxy.epochs
     return Training(**own if epochs is None else {**own, "epochs": epochs})
