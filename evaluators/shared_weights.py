@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from autopeft.evaluators.host import head_bank, head_sites
+from autopeft.evaluators.heads import head_bank, head_sites
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.bank import Bank
 from autopeft.search_space.backbone import Site
@@ -67,11 +67,6 @@ class SharedWeights(nn.Module):
         for bank in self._banks.values():
             declared = bank.specs[0].parameters(bank.site)
             yield from ((value, declared[name].decay) for name, value in bank.values.items())
-
-    @property
-    def num_params(self) -> int:
-        """Of all banks, heads included."""
-        return sum(value.numel() for value, _ in self.trainable())
 
 
 def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:

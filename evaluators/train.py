@@ -169,11 +169,7 @@ class TrainEvaluator(Evaluator):
         parameters = list(attachment.trainable())
         if not parameters:
             raise TrainingFailed("nothing to train: no adapter is on and the model has no task head")
-        groups = [
-            {"params": [p for p, decay in parameters if decay], "weight_decay": training.weight_decay},
-            {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
-        ]
-        optimizer = AdamW([g for g in groups if g["params"]], lr=training.learning_rate, fused=True)
+        optimizer = AdamW(decay_groups(parameters, training), lr=training.learning_rate, fused=True)
         order = batching.training_batches(self.lengths["train"], training.batch_size, request.seed)
         attachment.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -294,6 +290,15 @@ def rate(step: int, steps: int, training: Training) -> float:
     if training.schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     return 1.0
+
+
+def decay_groups(parameters: Sequence[tuple[nn.Parameter, bool]], training: Training) -> list[dict[str, Any]]:
+    """AdamW's groups of parameters: those with weight decay and those without, as far as there are any."""
+    groups = [
+        {"params": [p for p, decay in parameters if decay], "weight_decay": training.weight_decay},
+        {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _means(scores: Columns) -> dict[str, float]:

@@ -185,6 +185,10 @@ class SearchSpace:
                 assignment[gene.name] = given if given is not None else fill(gene)
         return assignment
 
+    def completed(self, partial: Mapping[str, Value]) -> Assignment:
+        """The active genes: what `partial` leaves open at the middle of its domain."""
+        return self.complete(partial, lambda gene: gene.domain.from_unit(0.5))
+
     def sample(self, rng: Random) -> Assignment:
         """Active genes drawn independently and uniformly over their domains."""
         return self.complete({}, lambda gene: gene.domain.sample(rng))
@@ -305,7 +309,7 @@ class SearchSpace:
         """Assignments that differ in one active gene; genes that this wakes up take the middle of their domain."""
         for name, value in assignment.items():
             for other in self._by_name[name].domain.neighbours(value):
-                yield self.complete({**assignment, name: other}, lambda gene: gene.domain.from_unit(0.5))
+                yield self.completed({**assignment, name: other})
 
     def smallest(self) -> Assignment:
         """An assignment with the fewest parameters; it has no adapters at all where the space allows that."""

@@ -38,10 +38,10 @@ class Proxied(Searcher):
 
     def __init__(self, problem: Problem, seed: int) -> None:
         super().__init__(problem, seed)
-        self._scores = {problem.space.decode(entry.genes).key: entry.score for entry in problem.scored}
         count = max(LEAST_AUDITED, min(MOST_AUDITED, problem.num_trials // 4))
         places = strata([entry.score for entry in problem.scored], count, np.random.default_rng(seed))
-        self._audited = [problem.scored[place].genes for place in places]
+        #: What is trained for the audit, by the keys of the candidates.
+        self._audited = {problem.space.decode(e.genes).key: e for e in (problem.scored[place] for place in places)}
         self._picked = self._picks(round(PICKED_SHARE * max(0, problem.num_trials - len(self._audited))))
         self._bayesian = Bayesian(problem, seed)
 
@@ -51,19 +51,18 @@ class Proxied(Searcher):
 
     def suggest(self, count: int = 1) -> list[Suggestion]:
         known = {trial.candidate.key for trial in (*self.completed, *self.pending)}
-        planned = [s for s in self._planned() if self.problem.space.decode(s.genes).key not in known][:count]
+        audit = self.audit()
+        planned = [s for s in self._planned(audit) if self.problem.space.decode(s.genes).key not in known][:count]
         if len(planned) == count:
             return planned
-        audit = self.audit()
         found = self._bayesian.suggest(count - len(planned))
         return [*planned, *(Suggestion(genes=s.genes, state={**s.state, **_told(s, audit)}) for s in found)]
 
-    def _planned(self) -> Iterator[Suggestion]:
+    def _planned(self, audit: Ranking | None) -> Iterator[Suggestion]:
         """What is to be trained before `bo` takes over."""
-        for genes in self._audited:
+        for entry in self._audited.values():
             # To its end: what a rung takes off says less than the whole training that is to be foretold.
-            yield Suggestion(genes=genes, state={"diagnostics": {"phase": AUDIT}, WHOLE: True})
-        audit = self.audit()
+            yield Suggestion(genes=entry.genes, state={"diagnostics": {"phase": AUDIT}, WHOLE: True})
         if audit is None or audit.tau >= LEAST_TAU:
             told = {"audit": audit.to_dict()} if audit else {}
             for genes in self._picked:
@@ -72,14 +71,13 @@ class Proxied(Searcher):
     def audit(self) -> Ranking | None:
         """Scores against the first objective that is measured, over the audited trials; None while too few ended."""
         measured = [i for i, o in enumerate(self.problem.objectives) if METRICS[o.name].source == "quality"]
-        keys = {self.problem.space.decode(genes).key for genes in self._audited}
-        ended = [trial for trial in self.completed if trial.candidate.key in keys and trial.state == "complete"]
+        ended = [(trial.candidate.key, trial) for trial in self.completed if trial.state == "complete"]
         pairs = [
-            (self._scores[trial.candidate.key], losses[measured[0]])
-            for trial in ended
-            if measured and (losses := self.losses(trial)) is not None
+            (self._audited[key].score, losses[measured[0]])
+            for key, trial in ended
+            if measured and key in self._audited and (losses := self.losses(trial)) is not None
         ]
-        if len(pairs) < min(LEAST_AUDITED, len(keys)) or len(pairs) < 3:
+        if len(pairs) < min(LEAST_AUDITED, len(self._audited)) or len(pairs) < 3:
             return None
         return ranking([score for score, _ in pairs], [loss for _, loss in pairs], seed=self.seed)
 

@@ -6,7 +6,6 @@ asked once per seed, and what it said is kept, a line of JSON each.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +22,9 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import Objective
 from autopeft.searchers.policies import POLICIES
 from autopeft.searchers.ranking import PICKED, Ranking, ranking
+from autopeft.studies import json_lines
 from autopeft.studies.markdown import table
-from autopeft.studies.race.table import QUALITY, Row
+from autopeft.studies.race.table import QUALITY, Row, by_candidate
 from autopeft.studies.scoring import TRAINED, architectures_only, prepared
 from autopeft.studies.study_file import StudyFile
 
@@ -45,7 +45,9 @@ TIMED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """A candidate and what its trainings came to: means over their seeds, and the number of these."""
+    """A candidate and what its trainings came to: means over their seeds, and the number of these. `std_err` is that of
+    one training, over the examples.
+    """
 
     candidate: Candidate
     values: Mapping[str, float]
@@ -74,19 +76,14 @@ class Told:
 
 def references(rows: Sequence[Row], decode: Callable[[Any], Candidate]) -> list[Reference]:
     """One per candidate of a table, in its order."""
-    by_candidate: dict[str, list[Row]] = {}
-    for row in rows:
-        by_candidate.setdefault(row.candidate, []).append(row)
     found = []
-    for own in by_candidate.values():
+    for own in by_candidate(rows).values():
         values = {name: [row.measurement.values[name] for row in own] for name in own[0].measurement.values}
-        # Of one seed nothing is known of the spread between seeds; the examples' share is what there is.
-        errors = own[0].measurement.std_err
         found.append(
             Reference(
                 candidate=decode(own[0].genes),
                 values={name: float(np.mean(column)) for name, column in values.items()},
-                std_err={name: errors[name] for name in errors},
+                std_err=own[0].measurement.std_err,
                 seeds=len(own),
             )
         )
@@ -136,14 +133,11 @@ def training_s(evaluator: PackedEvaluator, found: Sequence[Reference]) -> float:
 
 def read(path: Path) -> list[Told]:
     """What is in a results file; nothing if there is none."""
-    if not path.exists():
-        return []
-    return [Told(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [Told(**told) for told in json_lines.read(path)]
 
 
 def append(path: Path, told: Told) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(told)) + "\n")
+    json_lines.append(path, asdict(told))
 
 
 # Report
@@ -257,12 +251,13 @@ def ceiling(rows: Sequence[Row], found: Sequence[Reference], metric: str) -> Ran
     several = [reference for reference in found if reference.seeds > 1]
     if len(several) < 3:
         return None
-    by_candidate: dict[str, list[float]] = {reference.candidate.key: [] for reference in several}
-    for row in sorted(rows, key=lambda row: row.seed):
-        if row.candidate in by_candidate:
-            by_candidate[row.candidate].append(_loss(metric, row.measurement.values[metric]))
-    first = at_one_rate(several, [own[0] for own in by_candidate.values()])
-    return ranking(first, at_one_rate(several, [float(np.mean(own[1:])) for own in by_candidate.values()]))
+    grouped = by_candidate(sorted(rows, key=lambda row: row.seed))
+    losses = [
+        [_loss(metric, row.measurement.values[metric]) for row in grouped[reference.candidate.key]]
+        for reference in several
+    ]
+    first = at_one_rate(several, [own[0] for own in losses])
+    return ranking(first, at_one_rate(several, [float(np.mean(own[1:])) for own in losses]))
 
 
 def _loss(metric: str, value: float) -> float:

@@ -65,7 +65,7 @@ class Plan:
 def plan_study(settings: StudyFile, splits: Splits) -> Plan:
     """Loads the model and measures a candidate of median size and the largest one; writes nothing."""
     from autopeft.evaluators.base import Request
-    from autopeft.studies.study import baselines, num_evaluations, num_finals
+    from autopeft.studies.planned import baselines, num_evaluations, num_finals
 
     evaluator = evaluator_for(settings, splits)
     space, backbone = settings.problem(evaluator.backbone).space, evaluator.backbone

@@ -109,7 +109,7 @@ def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, s
     costs = _costs(settings, inner, evaluator)
     for number, (point, value) in enumerate(_searched(settings, inner, score, costs), 1):
         stage(f"scoring by {settings.proxy.score}", number, inner.num_trials)
-        yield Scored(genes=complete(problem.space, point.genes), score=value, costs=point.costs)
+        yield Scored(genes=problem.space.completed(point.genes), score=value, costs=point.costs)
 
 
 def architectures_only(problem: Problem, num_trials: int) -> Problem:
@@ -139,19 +139,14 @@ def _costs(
     if not (measured := wanted & set(ADDITIVE)):
         return lambda architecture: declared_costs(architecture, backbone)
     space = settings.space_for(backbone)
-    training = space.decode(complete(space, {})).training
+    training = space.decode(space.completed({})).training
     table = CostTable(evaluator, inner.space, measured, training)
     return lambda architecture: {**declared_costs(architecture, backbone), **table.costs(architecture)}
 
 
-def complete(space: SearchSpace, genes: Assignment) -> Assignment:
-    """With what the space searches of the training at its middle."""
-    return space.complete(genes, lambda gene: gene.domain.from_unit(0.5))
-
-
 def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
     """The training of a supernet: searched settings at their middle, and its own number of epochs if it has one."""
-    own = space.decode(complete(space, {})).training
+    own = space.decode(space.completed({})).training
     epochs = settings.proxy.epochs
     return Training(**own if epochs is None else {**own, "epochs": epochs})
 

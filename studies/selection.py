@@ -75,7 +75,7 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
 def recipe_head_sites(settings: StudyFile, labels: Sequence[str] | None, backbone: Backbone) -> tuple[Site, ...]:
     """The linears of the task head, from the model's configuration."""
     from autopeft.evaluators.backbones import skeleton
-    from autopeft.evaluators.host import head_sites
+    from autopeft.evaluators.heads import head_sites
 
     return head_sites(skeleton(settings.model_id, settings.model.revision, settings.task, labels), backbone)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol
@@ -15,15 +15,14 @@ from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Req
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
-from autopeft.search_space.space import SearchSpace
 from autopeft.searchers import SEARCHERS, Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
 from autopeft.studies import front
 from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
 from autopeft.studies.ledger import Ledger
+from autopeft.studies.planned import BASELINE, FINALIST, Planned, baselines, num_evaluations
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFile
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 MOST_REJECTIONS = 200
 #: Random candidates that are tried against the limits before a study starts.
 PROBES = 500
-SEARCH, FINALIST, COPY, BASELINE = "search", "finalist", "copy", "baseline:"
+SEARCH, COPY = "search", "copy"
 #: The searcher that starts from the scores of a proxy.
 PROXY = "proxy"
 
@@ -51,16 +50,6 @@ class Watcher(Protocol):
     def stage(self, name: str, done: int, total: int) -> None: ...
 
     def end(self, trial: Trial, snapshot: Snapshot) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """An evaluation that is still to be made."""
-
-    role: str
-    candidate: Candidate
-    seed: int
-    of: int | None = None
 
 
 class Study:
@@ -387,29 +376,6 @@ class Study:
         draft = path.with_suffix(".partial")
         save_file(dict(outcome.weights), draft)
         draft.replace(path)
-
-
-def baselines(settings: StudyFile, space: SearchSpace) -> Iterator[Planned]:
-    """Every baseline at every learning rate; other training fields as in the study, searched ones at their middle."""
-    middle = dict(space.decode(space.from_unit([0.5] * len(space.genes))).training)
-    for name in settings.baselines.names:
-        architecture = BASELINES[name](space.backbone)
-        if not architecture and not (name == "head" and space.backbone.head_modules):
-            continue  # a model without a head, or without what the baseline trains (biases): nothing to compare with
-        own = settings.baselines.full_learning_rates if name == "full" else settings.baselines.learning_rates
-        for rate in own:
-            candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
-            yield Planned(BASELINE + name, candidate, settings.seed)
-
-
-def num_finals(settings: StudyFile) -> int:
-    """Evaluations of the final front at most: contenders and tuned baselines, each with every fresh seed."""
-    return (settings.finalists.most + len(settings.baselines.names)) * settings.finalists.seeds
-
-
-def num_evaluations(settings: StudyFile, space: SearchSpace) -> int:
-    """Evaluations of the whole study at most."""
-    return len(list(baselines(settings, space))) + settings.search.trials + num_finals(settings)
 
 
 def ended_as(trial: Trial, twin: Trial) -> Trial:

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from autopeft.evaluators.backbones import load_backbone
-from autopeft.evaluators.host import Attachment, head_sites
+from autopeft.evaluators.heads import head_sites
+from autopeft.evaluators.host import Attachment
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.studies.recipe import Measured, Provenance, Recipe

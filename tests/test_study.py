@@ -16,10 +16,11 @@ import pytest
 from autopeft.search_space.problem import Trial
 from autopeft.studies import selection
 from autopeft.studies.cli.files import check
+from autopeft.studies.planned import baselines, num_evaluations
 from autopeft.studies.recipe import Recipe
 from autopeft.studies.session import open_ledger, open_study, read_snapshot, was_started
 from autopeft.studies.snapshot import Snapshot
-from autopeft.studies.study import baselines, num_evaluations, weights_path
+from autopeft.studies.study import weights_path
 from autopeft.studies.study_file import StudyFile, load_study
 
 from .tiny_study import save_study

@@ -45,7 +45,7 @@ from autopeft.evaluators.host import Attachment, overrides
 from autopeft.evaluators.packed import PackedEvaluator
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.shared_weights import SharedWeights
-from autopeft.evaluators.train import TrainingFailed, rate
+from autopeft.evaluators.train import TrainingFailed, decay_groups, rate
 from autopeft.search_space.adapters import ADAPTERS
 from autopeft.search_space.adapters.bank import Bank, stream
 from autopeft.search_space.architecture import Architecture, Candidate
@@ -293,12 +293,10 @@ class Gates(Proxy):
         rates = [training.learning_rate * share for share in shares]
         gate_rates = [REACH * share / (sum(held) or 1.0) for share in held]
         logits = [decision.logits for decision in self.decisions.values()]
-        groups = [
-            {"params": [p for p, decay in parameters if decay], "weight_decay": training.weight_decay, "rates": rates},
-            {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0, "rates": rates},
-            {"params": logits, "weight_decay": 0.0, "rates": gate_rates},
-        ]
-        optimizer = AdamW([group for group in groups if group["params"]])
+        groups = [{**group, "rates": rates} for group in decay_groups(parameters, training)]
+        if logits:
+            groups.append({"params": logits, "weight_decay": 0.0, "rates": gate_rates})
+        optimizer = AdamW(groups)
         largest = self.space.decode(self.space.largest()).architecture.num_params(evaluator.backbone)
         noise = stream(self.seed, "gates")
         order = batching.training_batches(evaluator.lengths["train"], training.batch_size, self.seed)
@@ -330,7 +328,7 @@ class Gates(Proxy):
         for key, domain in self.space.training.items():
             if isinstance(domain, Domain) and domain.contains(value := getattr(self.training, key)):
                 values[TRAINING + key] = value
-        return self.space.complete(values, lambda gene: gene.domain.from_unit(0.5))
+        return self.space.completed(values)
 
     def sweep(self, penalties: Sequence[float], num_steps: int, progress: Progress | None = None) -> list[Assignment]:
         """What gates with each of `penalties` choose, trained from the start, every architecture once."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from autopeft.evaluators.packed import PackedEvaluator, repeated
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.shared_weights import SharedWeights
 from autopeft.evaluators.tasks import Batch
-from autopeft.evaluators.train import TrainingFailed, rate
+from autopeft.evaluators.train import TrainingFailed, decay_groups, rate
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training
@@ -46,14 +45,6 @@ STEPS_BETWEEN_CHECKPOINTS = 25
 BankOf = Callable[[Architecture], int | None]
 #: The subnets of a training step, by its number from 1.
 Steps = Callable[[int], Sequence[Architecture]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """How far a training has come."""
-
-    step: int
-    losses: list[list[float]]
 
 
 class Supernet(Proxy):
@@ -117,15 +108,11 @@ class Supernet(Proxy):
         when a loss is not a number.
         """
         parameters = list(self.weights.trainable())
-        groups = [
-            {"params": [p for p, decay in parameters if decay], "weight_decay": self.training.weight_decay},
-            {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
-        ]
-        optimizer = AdamW([g for g in groups if g["params"]], lr=self.training.learning_rate, fused=True)
-        start = self._restored(checkpoint, key, optimizer)
-        losses = start.losses
+        optimizer = AdamW(decay_groups(parameters, self.training), lr=self.training.learning_rate, fused=True)
+        losses = self._restored(checkpoint, key, optimizer)
+        done = len(losses)
         order = batching.training_batches(self.evaluator.lengths["train"], self.training.batch_size, self.seed)
-        for number, indices in zip(range(start.step + 1, num_steps + 1), islice(order, start.step, None), strict=False):
+        for number, indices in zip(range(done + 1, num_steps + 1), islice(order, done, None), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = self.training.learning_rate * rate(number - 1, num_steps, self.training)
             losses.append(self._step(list(steps(number)), number, indices))
@@ -136,7 +123,7 @@ class Supernet(Proxy):
             optimizer.step()
             optimizer.zero_grad()
             if checkpoint is not None and (number % STEPS_BETWEEN_CHECKPOINTS == 0 or number == num_steps):
-                self._keep(checkpoint, key, optimizer, _Point(number, losses))
+                self._keep(checkpoint, key, optimizer, losses)
             if progress is not None:
                 progress(number, num_steps)
         return losses
@@ -146,15 +133,16 @@ class Supernet(Proxy):
         banks = self._banks(architectures, indices)
         with self.attach(architectures, banks, f"{self.seed}/{number}") as attachment:
             loss, taught = self._losses(attachment, indices)
-            (taught.mean() if taught is not None else loss.mean()).backward()
+            taught.mean().backward()
         return loss.tolist()
 
-    def _losses(self, attachment: Attachment, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Losses [B] on the labels; with `distil`, what is trained: the first slot's, and the others' distances from
-        the first slot's outputs.
+    def _losses(self, attachment: Attachment, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Losses [B] on the labels, and what is trained [B]: the same, or with `distil` the first slot's loss and the
+        distances of the others from its outputs.
         """
         if not self.distil or attachment.num_slots == 1:
-            return self.evaluator.scores(attachment, "train", indices)[0].mean(1), None
+            loss = self.evaluator.scores(attachment, "train", indices)[0].mean(1)
+            return loss, loss
         found: list[Tensor] = []
         handle = self.evaluator.model.register_forward_hook(lambda module, args, out: found.append(out.logits))
         try:
@@ -182,11 +170,10 @@ class Supernet(Proxy):
         rows, columns = linear_sum_assignment(torch.nan_to_num(losses, 1e6, 1e6).numpy()[:, places])
         return [int(places[column]) for _, column in sorted(zip(rows, columns, strict=True))]
 
-    def _keep(self, path: Path, key: str, optimizer: AdamW, point: _Point) -> None:
+    def _keep(self, path: Path, key: str, optimizer: AdamW, losses: list[list[float]]) -> None:
         state = {
             "key": key,
-            "step": point.step,
-            "losses": point.losses,
+            "losses": losses,
             "weights": [value.detach() for value, _ in self.weights.trainable()],
             "optimizer": optimizer.state_dict(),
         }
@@ -196,16 +183,17 @@ class Supernet(Proxy):
         draft.replace(path)
 
     @torch.no_grad()
-    def _restored(self, path: Path | None, key: str, optimizer: AdamW) -> _Point:
+    def _restored(self, path: Path | None, key: str, optimizer: AdamW) -> list[list[float]]:
+        """The losses of the steps that were made; weights and optimiser are then as they were behind these."""
         if path is None or not path.is_file():
-            return _Point(0, [])
+            return []
         state: dict[str, Any] = torch.load(path, map_location=self.evaluator.device, weights_only=True)
         if state["key"] != key:
-            return _Point(0, [])
+            return []
         for (value, _), kept in zip(self.weights.trainable(), state["weights"], strict=True):
             value.copy_(kept)
         optimizer.load_state_dict(state["optimizer"])
-        return _Point(state["step"], state["losses"])
+        return state["losses"]
 
     # Scores
 
@@ -219,19 +207,18 @@ class Supernet(Proxy):
             for bank in (range(self.weights.num_banks) if told is None else (told,))
         ]
         best = [math.nan] * len(architectures)
-        found = self._scored([(architectures[place], bank) for place, bank in asked], asked)
-        for done, ((place, _), loss) in enumerate(found, 1):
+        found = self._scored([(architectures[place], bank) for place, bank in asked])
+        for done, (i, loss) in enumerate(found, 1):
+            place, _ = asked[i]
             best[place] = loss if math.isnan(best[place]) else min(best[place], loss)
             if progress is not None:
                 progress(done, len(asked))
         return best
 
     @torch.no_grad()
-    def _scored(
-        self, subnets: Sequence[tuple[Architecture, int]], names: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[tuple[int, int], float]]:
-        """Losses of subnets and their banks, with their names, in an order in which neighbours have their lower layers
-        in common: what leaves these is computed once for all of them.
+    def _scored(self, subnets: Sequence[tuple[Architecture, int]]) -> Iterator[tuple[int, float]]:
+        """Places and losses of subnets, each with its bank, in an order in which neighbours have their lower layers in
+        common: what leaves these is computed once for all of them.
         """
         evaluator = self.evaluator
         lengths = [evaluator.lengths["validation"][i] for i in self.examples]
@@ -254,10 +241,7 @@ class Supernet(Proxy):
                     for batch, hidden in zip(batches, below, strict=True):
                         own = None if hidden is None else hidden[[parent for _, parent in chunk]].flatten(0, 1)
                         total += self._above(batch, own, depth, len(chunk)).sum(1)
-                yield from (
-                    (names[i], float(loss))
-                    for (i, _), loss in zip(chunk, (total / len(self.examples)).tolist(), strict=True)
-                )
+                yield from zip((i for i, _ in chunk), (total / len(self.examples)).tolist(), strict=True)
 
     def _best_depth(self, subnets: Sequence[tuple[Architecture, int]]) -> int:
         """How many layers to run once for all subnets that agree in them: where the fewest are run in all."""
@@ -271,11 +255,11 @@ class Supernet(Proxy):
 
     def _part(self, architecture: Architecture, depth: int, *, lower: bool) -> Architecture:
         """The adapters below `depth` layers, or those from there on. Those of no layer are in both."""
-        layers = {name: self.evaluator.backbone.site(name).layer for name, _ in architecture.adapters}
+        backbone = self.evaluator.backbone
         kept = {
             name: specs
             for name, specs in architecture.adapters
-            if (layer := layers[name]) is None or (layer < depth) is lower
+            if (layer := backbone.site(name).layer) is None or (layer < depth) is lower
         }
         return Architecture.of(kept)
 

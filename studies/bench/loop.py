@@ -27,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from autopeft.evaluators import batching
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.host import head_sites
+from autopeft.evaluators.heads import head_sites
 from autopeft.evaluators.train import EVALUATION_BATCH_SIZE, TrainEvaluator, rate
 from autopeft.search_space.architecture import Candidate
 from autopeft.studies.exporters.peft_adapter import fill

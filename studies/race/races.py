@@ -5,7 +5,6 @@ A race that has ended is a line of JSON in a file, so that a benchmark can be ki
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import signal
 import time
@@ -20,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from autopeft.search_space.problem import Trial
 from autopeft.searchers import SEARCHERS, Searcher
+from autopeft.studies import json_lines
 from autopeft.studies.race.base import RaceProblem
 from autopeft.studies.race.gpsampler import GpSampler
 from autopeft.studies.race.problems import PROBLEMS
@@ -147,24 +147,11 @@ class _Course:
 
 def read(path: Path) -> list[Ended]:
     """The races of a file; a line that a kill has cut short does not count."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(Ended.from_dict(json.loads(line)))
-        except json.JSONDecodeError:
-            continue
-    return found
+    return [Ended.from_dict(entry) for entry in json_lines.read(path)]
 
 
 def append(path: Path, ended: Ended) -> None:
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(ended.to_dict()).encode() + b"\n")
+    json_lines.append(path, ended.to_dict())
 
 
 def planned(problems: Sequence[str], searchers: Sequence[str], seeds: int, trials: int, batch: int) -> list[Race]:

@@ -21,7 +21,7 @@ from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.space import Assignment, SearchSpace
 from autopeft.studies.front import Floats
 from autopeft.studies.race.base import RaceProblem
-from autopeft.studies.race.table import SHIPPED, Row, read
+from autopeft.studies.race.table import SHIPPED, Row, by_candidate, read
 
 RATE = TRAINING + "learning_rate"
 #: Steps of the learning rate, equally spaced on its scale; a rate between two of them is as good as the nearer one.
@@ -112,7 +112,7 @@ def seed_sd(rows: Sequence[Row]) -> float:
     """Standard deviation of the accuracy between the seeds of one candidate, pooled; where there are too few, the
     rows' own standard error over examples.
     """
-    accuracies = _by_candidate(rows).values()
+    accuracies = _accuracies(rows).values()
     dof = sum(len(found) - 1 for found in accuracies)
     if dof < LEAST_REPEATS:
         return float(np.sqrt(np.mean([row.measurement.std_err["accuracy"] ** 2 for row in rows])))
@@ -140,16 +140,13 @@ def _model():
     return ExtraTreesRegressor(n_estimators=TREES, random_state=0)
 
 
-def _by_candidate(rows: Sequence[Row]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        found.setdefault(row.candidate, []).append(row.measurement.values["accuracy"])
-    return found
+def _accuracies(rows: Sequence[Row]) -> dict[str, list[float]]:
+    return {key: [row.measurement.values["accuracy"] for row in own] for key, own in by_candidate(rows).items()}
 
 
 def _examples(space: SearchSpace, rows: Sequence[Row]) -> tuple[Floats, Floats, Floats]:
     """Inputs [n, d], mean accuracy [n] and number of seeds [n], by candidate."""
-    accuracies = _by_candidate(rows)
+    accuracies = _accuracies(rows)
     first = {row.candidate: row for row in reversed(rows)}
     domain = next(gene.domain for gene in space.genes if gene.name == RATE)
     inputs = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -67,6 +67,14 @@ def _rows(lines: csv.DictReader[str]) -> Iterator[Row]:
             genes=json.loads(line["genes"]),
             measurement=measurement,
         )
+
+
+def by_candidate(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each candidate, in their order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.candidate, []).append(row)
+    return found
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
