@@ -35,7 +35,7 @@ from autopeft.search_space.training import Training
 #: Subnets that are scored side by side.
 SLOTS = 8
 #: Held-out examples that a subnet is scored on, about. All are scored on the same ones.
-SCORED_EXAMPLES = 96
+SCORED_EXAMPLES = 48
 #: Of them at once: rows of similar length.
 BATCH_SIZE = 48
 #: Steps between two checkpoints.

@@ -16,6 +16,7 @@ import typer
 
 from autopeft.studies.cli.auditing import audit
 from autopeft.studies.cli.benchmark import bench
+from autopeft.studies.cli.contest import contest
 from autopeft.studies.cli.doctor import doctor
 from autopeft.studies.cli.files import init, schema, validate
 from autopeft.studies.cli.racing import race, tabulate
@@ -29,7 +30,7 @@ DEBUG = "AUTOPEFT_DEBUG"
 #: In the order of `--help`.
 COMMANDS: tuple[Callable[..., Any], ...] = (
     init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor, bench, race,
-    tabulate, audit,
+    tabulate, audit, contest,
 )  # fmt: skip
 
 app = typer.Typer(

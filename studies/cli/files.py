@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autopeft.search_space.suggestions import did_you_mean
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
 from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
 
@@ -160,3 +161,12 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
         "earlier_trials": len(earlier_trials(settings, settings.problem(backbone))),
         "warnings": list(splits.warnings),
     }
+
+
+def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
+    """Raises ConfigurationError with every name that is not known."""
+    problems = [f"unknown {what} {name!r}{did_you_mean(name, known)}" for name in names if name not in known]
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    if not names:
+        raise ConfigurationError(f"name at least one {what}{did_you_mean('', known)}")

@@ -4,7 +4,7 @@ is made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autopeft.search_space.suggestions import did_you_mean
 from autopeft.studies.cli.benchmark import BenchView
-from autopeft.studies.cli.files import check, written
+from autopeft.studies.cli.files import check, check_names, written
 from autopeft.studies.cli.options import JsonOption, SetOption, print_json
 from autopeft.studies.errors import ConfigurationError
 
@@ -55,8 +54,8 @@ def race(
 
     names = list(dict.fromkeys(problems or BY_DEFAULT))
     asked = list(dict.fromkeys(name for name in searchers.replace(" ", "").split(",") if name))
-    _check_names("problem", names, PROBLEMS)
-    _check_names("searcher", asked, races.ARMS)
+    check_names("problem", names, PROBLEMS)
+    check_names("searcher", asked, races.ARMS)
     try:
         built = {name: PROBLEMS[name]() for name in names}
     except NoTable as error:
@@ -159,12 +158,3 @@ def tabulate(
     failed = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
     lacks = f", {len(failed)} failed" if failed else ""
     typer.echo(f"{output}: {len(table.read(output))} rows{lacks}")
-
-
-def _check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
-    """Raises ConfigurationError with every name that is not known."""
-    problems = [f"unknown {what} {name!r}{did_you_mean(name, known)}" for name in names if name not in known]
-    if problems:
-        raise ConfigurationError("\n".join(problems))
-    if not names:
-        raise ConfigurationError(f"name at least one {what}{did_you_mean('', known)}")

@@ -1,0 +1,68 @@
+"""`contest`: whole studies of several searchers in the same time."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopeft.studies.cli.benchmark import BenchView
+from autopeft.studies.cli.files import check, check_names, written
+from autopeft.studies.cli.options import JsonOption, SetOption, print_json
+
+
+def contest(
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY]", help="Study file, or its folder; default: the demo's.")
+    ] = None,
+    set_: SetOption = None,
+    searchers: Annotated[
+        str, typer.Option("--searchers", help="Names, with commas; the time of the first is the measure.")
+    ] = "proxy,nsga2",
+    times: Annotated[
+        float, typer.Option("--times", min=0, help="How much of the first one's time each other searcher has.")
+    ] = 2.0,
+    seeds: Annotated[str, typer.Option("--seeds", help="Of the studies, with commas.")] = "0,1,2,3,4",
+    results: Annotated[
+        Path, typer.Option("--results", help="Keeps every study; those that are there are not run again.")
+    ] = Path("contest.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """Run whole studies and compare the fronts that they end with, in processor seconds of one thread."""
+    from autopeft.searchers import SEARCHERS
+    from autopeft.studies import contest as contests
+    from autopeft.studies.study_file import load_study
+
+    names = list(dict.fromkeys(name.strip() for name in searchers.split(",") if name.strip()))
+    check_names("searcher", names, SEARCHERS)
+    numbers = _numbers(seeds)
+    path = study or Path(str(files("autopeft.studies.examples") / "demo.yaml"))
+    settings = load_study(path, [*(set_ or ()), f"search.searcher={names[0]}"])
+    splits, _, _ = check(settings)
+    known = {ended.key: ended for ended in contests.read(results)}
+    with BenchView() as view, written():
+        view.plan(sum((name, seed) not in known for name in names for seed in numbers))
+        for seed in numbers:
+            for name in names:
+                if (name, seed) in known:
+                    continue
+                view.stage(f"{name}, seed {seed}")
+                allowed_s = None if name == names[0] else times * known[names[0], seed].took_s
+                known[name, seed] = contests.run(settings, splits, name, seed, allowed_s)
+                contests.append(results, known[name, seed])
+                view.advance(1)
+    ended = [known[name, seed] for seed in numbers for name in names]
+    objectives = settings.objectives_list()
+    if as_json:
+        print_json(contests.to_dict(ended, objectives, names))
+    else:
+        typer.echo(contests.to_markdown(ended, objectives, names), nl=False)
+
+
+def _numbers(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise typer.BadParameter(f"{text}: write whole numbers, such as 0,1,2", param_hint="--seeds")
+    return list(dict.fromkeys(int(word) for word in words))
