@@ -35,7 +35,7 @@ class CostTable:
             names = self._sites.setdefault((place.kind, place.site.role), [])
             if place.site.name not in names:
                 names.append(place.site.name)
-        self._bare = self._measured(Architecture())
+        self._bare = self.measured(Architecture())
         self._added: dict[Kind, dict[str, float]] = {}
 
     def costs(self, architecture: Architecture) -> dict[str, float]:
@@ -49,12 +49,16 @@ class CostTable:
         if kind not in self._added:
             role, spec = kind
             sites = self._sites[spec.kind, role]
-            whole = self._measured(Architecture.of({name: [spec] for name in sites}))
+            whole = self.measured(Architecture.of({name: [spec] for name in sites}))
             self._added[kind] = {
                 metric: max(0.0, whole[metric] - self._bare[metric]) / len(sites) for metric in self.metrics
             }
         return self._added[kind]
 
-    def _measured(self, architecture: Architecture) -> dict[str, float]:
+    @property
+    def num_measured(self) -> int:
+        return 1 + len(self._added)
+
+    def measured(self, architecture: Architecture) -> dict[str, float]:
         values = self.evaluator.costs(Candidate(architecture=architecture, training=self.training), self.metrics).values
         return {metric: values[metric] for metric in self.metrics}

@@ -34,6 +34,9 @@ def audit(
     results: Annotated[
         Path, typer.Option("--results", help="Keeps what every arm said; what is there is not asked again.")
     ] = Path("proxies.jsonl"),
+    latency: Annotated[
+        int, typer.Option("--latency", min=0, help="Instead: foretell and measure the latency of so many draws.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Score candidates whose trainings are known by every proxy, and report how well that ranks them."""
@@ -50,6 +53,9 @@ def audit(
     path = study or Path(str(files("autopeft.studies.examples") / "demo.yaml"))
     settings = load_study(path, set_ or ())
     splits, _, space = check(settings)
+    if latency:
+        _foretell(settings, splits, latency, as_json)
+        return
     rows = read(table or SHIPPED)
     every = auditing.references(rows, space.decode)
     # One training of a candidate says too little of it, where there are some with several.
@@ -82,6 +88,21 @@ def audit(
         print_json([report.to_dict() for report in reports])
     else:
         typer.echo("\n".join(report.to_markdown() for report in reports), nl=False)
+
+
+def _foretell(settings: StudyFile, splits: Splits, draws: int, as_json: bool) -> None:
+    from autopeft.studies.foretold import foretell
+
+    if draws < 3:
+        raise ConfigurationError(f"--latency {draws}: a ranking needs three draws")
+    with BenchView() as view:
+        view.plan(draws)
+        view.stage("latencies")
+        found = foretell(settings, _evaluator(settings, splits), draws, lambda: view.advance(1))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo(found.to_markdown(), nl=False)
 
 
 def _evaluator(settings: StudyFile, splits: Splits) -> PackedEvaluator:
