@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from autopeft.evaluators.heads import head_bank, head_sites
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
-from autopeft.search_space.adapters.bank import Bank
+from autopeft.search_space.adapters.bank import Bank, Tokens
 from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.adapters.linear import set_weight, weight_of
+from autopeft.search_space.adapters.mixture import LOOKING_AHEAD, Mixture
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import Backbone, Site
 
@@ -62,10 +63,14 @@ class Attachment(nn.Module):
         self.depth = min(architecture.lowest_layer(backbone) for architecture in architectures)
         self.banks = _registered([])
         self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all of them
+        #: What the routers of mixtures are told; `domains` is for whoever calls the model to set.
+        self.tokens = Tokens()
         self._handles: list[Any] = []
         self._inputs: dict[str, Tensor] = {}
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
         banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
+        for architecture in self.architectures:
+            _check_routers(architecture, backbone)
 
         placed = {name for architecture in self.architectures for name, _ in architecture.adapters}
         for site in sorted((backbone.site(name) for name in placed), key=backbone.sites.index):
@@ -121,6 +126,7 @@ class Attachment(nn.Module):
         return iter(groups[key] for key in order)
 
     def _add(self, bank: Bank, slots: list[int]) -> None:
+        bank.tokens = self.tokens
         self.banks.append(bank)
         self._slots_of.append(None if slots == list(range(self.num_slots)) else torch.tensor(slots))
 
@@ -135,11 +141,13 @@ class Attachment(nn.Module):
     def _hook(self, model: nn.Module) -> None:
         served: list[Served] = list(zip(self.banks, self._slots_of, strict=True))
         # The prefixes first: their installation refuses some models, before anything has changed.
-        prefixes = [(bank, slots) for bank, slots in served if overrides(bank.specs[0], "extend_attention")]
+        prefixes = [(bank, slots) for bank, slots in served if _acts(bank, "extend_attention")]
         if prefixes:
             from autopeft.evaluators.attention import install
 
             self._handles += install(model, prefixes, self.num_slots)
+        if self.mixtures:
+            self._handles.append(model.register_forward_pre_hook(self._look, with_kwargs=True))
         points: dict[str, list[Served]] = {}
         for bank, slots in served:
             points.setdefault(bank.site.module, []).append((bank, slots))
@@ -148,10 +156,10 @@ class Attachment(nn.Module):
             # Sorting is stable: within a class the canonical order of `_groups` stands.
             here.sort(key=lambda pair: pair[0].site.role in SUBLAYER_ROLES)
             module = model.get_submodule(path)
-            inputs = [pair for pair in here if overrides(pair[0].specs[0], "apply_input")]
+            inputs = [pair for pair in here if _acts(pair[0], "apply_input")]
             if inputs:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(inputs)))
-            outputs = [pair for pair in here if overrides(pair[0].specs[0], "apply")]
+            outputs = [pair for pair in here if _acts(pair[0], "apply")]
             if outputs and self._fuses(outputs[0][0], module):
                 self._handles.append(ForwardReplacement(module, self._linear(module, *outputs.pop(0))))
             if outputs:
@@ -166,7 +174,7 @@ class Attachment(nn.Module):
     def _fuses(bank: Bank, module: nn.Module) -> bool:
         """Whether the first adapter that acts on the output of `module` may run with it in one operation."""
         plain = type(module) is nn.Linear and bank.site.module == bank.site.input_module
-        return plain and overrides(bank.specs[0], "apply_linear") and "forward" not in vars(module)
+        return plain and _acts(bank, "apply_linear") and "forward" not in vars(module)
 
     def _linear(self, module: nn.Module, bank: Bank, slots: Tensor | None) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
@@ -178,6 +186,14 @@ class Attachment(nn.Module):
             return y.reshape(*input.shape[:-1], -1)
 
         return forward
+
+    def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """What the routers are told of the batch [K * N, T], which is the same N texts for every slot."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        shape = (kwargs["inputs_embeds"] if ids is None else ids).shape
+        mask = kwargs.get("attention_mask")
+        self.tokens.length = shape[1]
+        self.tokens.mask = None if mask is None else mask[: shape[0] // self.num_slots].bool()
 
     def _tap(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple) -> None:
@@ -211,6 +227,57 @@ class Attachment(nn.Module):
     def _by_slot(self, tensor: Tensor) -> Tensor:
         """[K * N, ..., D] to [K, M, D]."""
         return tensor.reshape(self.num_slots, -1, tensor.shape[-1])
+
+    # Mixtures
+
+    @property
+    def mixtures(self) -> list[tuple[Bank, Tensor | None]]:
+        """Banks of mixtures and the slots that each serves, None for all."""
+        pairs = zip(self.banks, self._slots_of, strict=True)
+        return [(bank, slots) for bank, slots in pairs if isinstance(bank.specs[0], Mixture)]
+
+    def penalised(self, losses: Tensor) -> Tensor:
+        """Losses [K] of the last forward pass with what the routers of each slot add to them."""
+        for bank, slots in self.mixtures:
+            if bank.routing is None:
+                continue
+            penalty = bank.routing.penalty.to(losses)
+            losses = losses + (penalty if slots is None else torch.zeros_like(losses).index_add(0, slots, penalty))
+            bank.routing = None  # the graph of a step must not outlive it
+        return losses
+
+    def watch(self) -> None:
+        """From here on, and anew, `routes` collects what the routers do."""
+        for bank, _ in self.mixtures:
+            bank.seen = []
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """All experts of every mixture weighted alike, whatever its router says."""
+        for bank, _ in self.mixtures:
+            bank.averaged = True
+        try:
+            yield
+        finally:
+            for bank, _ in self.mixtures:
+                bank.averaged = False
+
+    def routes(self, k: int) -> dict[str, dict[str, Any]]:
+        """What the routers of slot k did since `watch`, by site: `load`, `entropy` and `active` as in `Routing`, means
+        over all that was routed.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for key, bank, j in self._banks_of(k):
+            if not bank.seen:
+                continue
+            count = torch.tensor([float(routing.count) for routing in bank.seen])
+            share = count / count.sum()
+            own = {
+                name: torch.stack([getattr(routing, name)[j] for routing in bank.seen]).movedim(0, -1).cpu() @ share
+                for name in ("load", "entropy", "active")
+            }
+            found[key] = {name: [round(v, 4) for v in t.flatten().tolist()] for name, t in own.items()}
+        return found
 
     # Use
 
@@ -379,6 +446,12 @@ def _on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor]
     return whole.index_copy(0, slots, change(*(tensor.index_select(0, slots) for tensor in tensors)))
 
 
-def overrides(spec: AdapterSpec, method: str) -> bool:
-    """Whether a type does something of its own at that point; what it leaves alone needs no hook."""
-    return getattr(type(spec), method) is not getattr(AdapterSpec, method)
+def _check_routers(architecture: Architecture, backbone: Backbone) -> None:
+    """Raises ValueError for a router that would tell a causal model's token what comes after it."""
+    for name, spec in architecture:
+        if backbone.causal and isinstance(spec, Mixture) and spec.router in LOOKING_AHEAD:
+            raise ValueError(f"{name}: the router {spec.router!r} looks ahead, which a causal model must not")
+
+
+def _acts(bank: Bank, method: str) -> bool:
+    return bank.specs[0].acts_by(method, bank.site)

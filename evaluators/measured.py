@@ -38,7 +38,7 @@ from torch.optim import AdamW
 
 from autopeft.evaluators.base import Costs
 from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.tasks import Batch, Task
+from autopeft.evaluators.tasks import Batch, Task, model_inputs
 
 #: Repeats go on until the median's standard error is below this share of it, within the bounds that follow.
 PRECISION = 0.01
@@ -108,7 +108,7 @@ class _Bench:
         self.attachment = attachment
         self.model = attachment.model[0]
         self.task = task
-        self.inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+        self.inputs = model_inputs(batch)
         self.batch = batch
         self.trained = [parameter for parameter, _ in attachment.trainable()]
         self.device = batch["targets"].device

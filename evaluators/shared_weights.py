@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from itertools import product
 from typing import Any
 
 from torch import nn
 
 from autopeft.evaluators.heads import head_bank, head_sites
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.bank import Bank
+from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.backbone import Site
 from autopeft.search_space.domains import Choice, Domain, Float
 from autopeft.search_space.space import Placement, SearchSpace
@@ -41,7 +41,7 @@ class SharedWeights(nn.Module):
             for spec in _largest(place, domains):
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
         for (name, structure), specs in largest.items():
-            spec, site = max(specs, key=lambda spec: spec.size or 0), sites[name]
+            spec, site = max(specs, key=lambda spec: spec.num_params(sites[name])), sites[name]
             for nth in range(len(specs)):  # any of them may be the n-th of its structure at the site
                 named = [f"{word}#{nth}" if nth else word for word in seeds]
                 bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named)
@@ -71,18 +71,21 @@ class SharedWeights(nn.Module):
 
 def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:
     """The adapter at a place at its largest, once in every structure that it may have there."""
-    kind = ADAPTERS[place.kind]
-    names, choices = [], []
-    for field in fields(kind):
-        if field.name in place.genes:
-            names.append(field.name)
-            choices.append(_values(kind, field.name, domains[place.genes[field.name]]))
-    for values in product(*choices):
-        yield kind(**place.fixed, **dict(zip(names, values, strict=True)))
+    names: list[str] = []
+    choices: list[Sequence[Any]] = []
+    if place.experts is not None:
+        names.append(place.experts.gene)
+        choices.append([True, False])
+    for key, gene in place.genes.items():
+        names.append(gene)
+        owner = Mixture if key in MIXTURE_FIELDS else ADAPTERS[place.kind]
+        choices.append(_values(owner, key, domains[gene]))
+    found = [place.spec(dict(zip(names, values, strict=True))) for values in product(*choices)]
+    yield from {spec.structure(): spec for spec in found}.values()
 
 
 def _values(kind: type[AdapterSpec], field: str, domain: Domain) -> Sequence[Any]:
-    if field == kind.size_field:
+    if field in (kind.size_field, "experts"):
         return [max(domain.choices) if isinstance(domain, Choice) else domain.high]
     if field in kind.per_slot_fields:
         return [domain.from_unit(0.5)]

@@ -50,7 +50,7 @@ class TrainEvaluator(Evaluator):
         self.model = loaded.model
         self.backbone = loaded.backbone
         self.pretrained_head = loaded.pretrained_head
-        self.task = TASKS[task](loaded.tokenizer, max_length, splits.labels)
+        self.task = TASKS[task](loaded.tokenizer, max_length, splits.labels, splits.domains)
         self.examples: dict[str, list[Example]] = {split: self.task.encode(getattr(splits, split)) for split in SPLITS}
         self.lengths = {split: [len(e["input_ids"]) for e in rows] for split, rows in self.examples.items()}
         self._check_examples(loaded)
@@ -152,9 +152,10 @@ class TrainEvaluator(Evaluator):
                 (columns,) = self.columns(attachment, "validation", self.rung_examples)
                 record.rung(rungs[step], columns)
         (columns,) = self.columns(attachment, "validation")
-        record.validation = finite(columns)
+        record.validation, record.routes = finite(columns), attachment.routes(0)
         if request.test:
             record.test = finite(self.columns(attachment, "test")[0])
+            record.averaged = self.averaged(attachment)[0]
         record.wall_s = time.perf_counter() - begin
         weights = attachment.state() if request.keep_weights else None
         return Outcome(measurement=record.measurement(request, self.name), weights=weights)
@@ -179,8 +180,9 @@ class TrainEvaluator(Evaluator):
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * rate(step - 1, full, training)
                 batch = self.batch("train", next(order))
+                attachment.tokens.domains = batch.get("domains")
                 loss = self.task.scores(self.model, batch)[0].mean()
-                loss.backward()
+                attachment.penalised(loss[None]).sum().backward()
                 if training.max_grad_norm:
                     clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
                 optimizer.step()
@@ -195,6 +197,7 @@ class TrainEvaluator(Evaluator):
     def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
         """For every slot, loss and accuracy of these examples of a split (default: all of them), in their order."""
         attachment.eval()
+        attachment.watch()
         chosen = range(len(self.examples[split])) if examples is None else examples
         lengths = [self.lengths[split][i] for i in chosen]
         found = torch.zeros(2, attachment.num_slots, len(chosen))
@@ -204,9 +207,23 @@ class TrainEvaluator(Evaluator):
         attachment.train()
         return [{"loss": loss.tolist(), "accuracy": accuracy.tolist()} for loss, accuracy in found.unbind(1)]
 
+    def averaged(self, attachment: Attachment) -> list[dict[str, float]]:
+        """For every slot, its validation scores without routers; nothing where there are none."""
+        if not attachment.mixtures:
+            return [{}] * attachment.num_slots
+        with attachment.averaged():
+            columns = self.columns(attachment, "validation")
+        routed = {bank.site.name for bank, _ in attachment.mixtures}
+        return [
+            _means(column) if routed & {name for name, _ in architecture.adapters} else {}
+            for column, architecture in zip(columns, attachment.architectures, strict=True)
+        ]
+
     def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of these examples, each [K, N]."""
-        losses, accuracies = self.task.scores(self.model, self.batch(split, indices))
+        batch = self.batch(split, indices)
+        attachment.tokens.domains = batch.get("domains")
+        losses, accuracies = self.task.scores(self.model, batch)
         return losses[None], accuracies[None]
 
 
@@ -221,6 +238,8 @@ class Record:
     rungs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     validation: Columns = field(default_factory=dict)
     test: Columns = field(default_factory=dict)
+    routes: dict[str, Any] = field(default_factory=dict)
+    averaged: dict[str, float] = field(default_factory=dict)
     train_s: float = 0.0
     wall_s: float = 0.0
 
@@ -243,6 +262,8 @@ class Record:
             losses=tuple(round(loss, 5) for loss in self.losses),
             rungs=tuple(self.rungs),
             per_example={name: _rounded(column) for name, column in self.validation.items()},
+            routes=self.routes,
+            averaged=self.averaged,
             test=_means(self.test),
             test_per_example={name: _rounded(column) for name, column in self.test.items()},
         )

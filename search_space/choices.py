@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
-from autopeft.search_space.adapters import ADAPTERS
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters.mixture import LOOKING_AHEAD, MIXTURE_FIELDS
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
 from autopeft.search_space.suggestions import did_you_mean
@@ -32,7 +33,9 @@ class AdapterChoice:
 
     `at`: roles of the sites it may take (empty: the type's own). `layers`: those layers only (None: all). `placement`:
     the granularity of its on/off gene (None: always on). `fields`: a value or a domain per field; a size domain may
-    contain 0, which is "off". `vary`: the granularity at which a field is chosen (default: once for the model).
+    contain 0, which is "off". With `experts` among them there is a mixture of so many (0: a plain adapter), and the
+    other fields of `Mixture` may be there. `vary`: the granularity at which a field is chosen (default: once for the
+    model).
     """
 
     kind: str
@@ -125,19 +128,25 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
         return
     spec = ADAPTERS[choice.kind]
     yield from _place_problems(choice, backbone)
-    known = [f.name for f in fields(spec)]
+    known = [*fields_of(choice.kind)]
     for key, domain in choice.fields.items():
         if key not in known:
             yield (key,), f"unknown field of {choice.kind}{did_you_mean(key, known)}"
             continue
-        if key == spec.size_field:
+        if key in MIXTURE_FIELDS and "experts" not in choice.fields:
+            yield (key,), "this is for mixtures: say how many experts there are (experts: 4)"
+            continue
+        if key == "experts" and domain == 0:
+            continue
+        if key in (spec.size_field, "experts"):
             try:
                 domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))
             except ValueError as error:
                 yield (key,), str(error)
                 continue
-        for what in _field_problems(spec, key, domain):
+        for what in _field_problems(fields_of(choice.kind)[key], key, domain):
             yield (key,), what
+    yield from _router_problems(choice, backbone)
     for key, per in choice.vary.items():
         if not isinstance(choice.fields.get(key), Domain):
             yield ("vary", key), "only a field with several values can vary"
@@ -146,6 +155,29 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     if choice.placement is not None and choice.placement not in GRANULARITIES:
         what = f"unknown granularity {choice.placement!r}{did_you_mean(choice.placement, GRANULARITIES)}"
         yield ("placement",), what
+
+
+def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
+    """What may be declared of an adapter type, and the class that says what is right: its own or `Mixture`."""
+    spec = ADAPTERS[kind]
+    own = dict.fromkeys((f.name for f in fields(spec)), spec)
+    return {**own, **dict.fromkeys(MIXTURE_FIELDS, Mixture)} if spec.can_be_expert else own
+
+
+def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
+    """What is wrong with a router for this model, or beside other fields."""
+    if "experts" not in choice.fields:
+        return
+    domain = choice.fields.get("router", Mixture().router)
+    routers = domain.choices if isinstance(domain, Choice) else (domain,)
+    ahead = [str(router) for router in routers if router in LOOKING_AHEAD]
+    if backbone.causal and ahead:
+        yield ("router",), f"{' and '.join(ahead)} would look ahead, which a causal model must not"
+    shared = choice.fields.get("shared_experts", 0)
+    if "soft" in routers and (isinstance(shared, Domain) or shared):
+        yield ("shared_experts",), "a soft dispatch sends every token to all experts: it has no shared ones"
+    if "task" in routers and "tasks" not in choice.fields:
+        yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
 
 
 def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Full, Ia3, Lora
+from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Full, Ia3, Lora, Mixture
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import LINEAR_ROLES, Backbone
 from autopeft.search_space.choices import AdapterChoice, OneOf
@@ -87,6 +88,44 @@ def _llm_adapters(backbone: Backbone) -> dict[str, Any]:
     }
 
 
+#: Experts in the four quarters of the layers, lowest first (Gao et al. 2024, MoLA, section 3.3).
+MOLA = {
+    "mola-triangle": (8, 6, 4, 2),
+    "mola-inverted": (2, 4, 6, 8),
+    "mola-hourglass": (8, 2, 2, 8),
+    "mola-rectangle": (5, 5, 5, 5),
+}
+#: What the paper has at every linear layer.
+MOLA_EXPERTS = Mixture(expert=Lora(rank=8), top_k=2)
+
+
+def _quarters(backbone: Backbone) -> dict[int, tuple[int, ...]]:
+    """Layers by quarter; a model of fewer than four layers has fewer."""
+    found: dict[int, tuple[int, ...]] = {}
+    for layer in range(backbone.num_layers):
+        quarter = layer * len(MOLA["mola-rectangle"]) // backbone.num_layers
+        found[quarter] = (*found.get(quarter, ()), layer)
+    return found
+
+
+def _mola(experts: tuple[int, ...], backbone: Backbone) -> dict[str, Any]:
+    # One learning rate and a rank for each quarter: 8 as published, or less.
+    fields: Fields = {"rank": Choice.of((2, 4, 8)), "alpha": 16.0, "top_k": MOLA_EXPERTS.top_k}
+    adapters = {
+        f"quarter{quarter}": AdapterChoice(
+            kind="lora", at=linears(backbone), layers=layers, fields={**fields, "experts": experts[quarter]}
+        )
+        for quarter, layers in _quarters(backbone).items()
+    }
+    return {"adapters": adapters}
+
+
+def _experts_per_layer(backbone: Backbone) -> dict[str, Any]:
+    fields: Fields = {"rank": 8, "alpha": 16.0, "experts": Choice.of((0, 2, 4, 6, 8)), "top_k": 2}
+    choice = AdapterChoice(kind="lora", at=linears(backbone), fields=fields, vary={"experts": "layer"})
+    return {"adapters": {"lora": choice}}
+
+
 PRESETS: dict[str, Preset] = {
     "autopeft": Preset(
         "serial and parallel bottlenecks and prefixes in log2 sizes, and one bit per layer",
@@ -108,6 +147,19 @@ PRESETS: dict[str, Preset] = {
         "Hu et al. 2023, LLM-Adapters, section 3",
         _llm_adapters,
     ),
+    "experts-per-layer": Preset(
+        "a mixture of LoRAs on all linears, with a number of experts of its own (0: a plain LoRA) in every layer",
+        "after Gao et al. 2024, Higher Layers Need More LoRA Experts (MoLA), section 3.3",
+        _experts_per_layer,
+    ),
+    **{
+        name: Preset(
+            f"mixtures of LoRAs on all linears, {' '.join(map(str, experts))} experts in the quarters of the layers",
+            "Gao et al. 2024, Higher Layers Need More LoRA Experts (MoLA), section 3.3",
+            partial(_mola, experts),
+        )
+        for name, experts in MOLA.items()
+    },
 }
 
 
@@ -116,6 +168,16 @@ def everywhere(backbone: Backbone, spec: AdapterSpec, roles: tuple[str, ...] | N
     wanted = spec.default_roles if roles is None else roles
     sites = [site.name for site in backbone.sites if site.role in wanted and spec.fits(site)]
     return Architecture.of({name: [spec] for name in sites})
+
+
+def mola(experts: tuple[int, ...], backbone: Backbone) -> Architecture:
+    """MoLA as published: LoRAs of rank 8 on all linears, two of which act on a token."""
+    count = {layer: experts[quarter] for quarter, layers in _quarters(backbone).items() for layer in layers}
+    roles = linears(backbone)
+    sites = {site.name: site.layer for site in backbone.sites if site.role in roles}
+    return Architecture.of(
+        {name: [replace(MOLA_EXPERTS, experts=count[layer])] for name, layer in sites.items() if layer is not None}
+    )
 
 
 BASELINES: dict[str, Callable[[Backbone], Architecture]] = {
@@ -128,5 +190,6 @@ BASELINES: dict[str, Callable[[Backbone], Architecture]] = {
     "houlsby": lambda backbone: everywhere(backbone, Bottleneck(size=64, init="houlsby"), ("attn", "mlp")),
     "ia3": lambda backbone: everywhere(backbone, Ia3()),
     "bitfit": lambda backbone: everywhere(backbone, Bitfit()),
+    **{name: partial(mola, experts) for name, experts in MOLA.items()},
     "full": lambda backbone: everywhere(backbone, Full()),
 }

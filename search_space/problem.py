@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -159,6 +159,10 @@ class Measurement:
     test_per_example: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     #: Spread (interquartile range) of measured costs.
     spread: Mapping[str, float] = field(default_factory=dict)
+    #: What the routers of mixtures did on the validation split, by site: see `Attachment.routes`.
+    routes: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    #: Quality with all experts of every mixture weighted alike after the training; only finalists have it.
+    averaged: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -178,7 +182,8 @@ class Trial:
     """One evaluation of one candidate, as the ledger keeps it."""
 
     number: int
-    #: "search" (a searcher asked for it), "baseline:<name>", or "finalist" (another seed of trial `of`).
+    #: "search" (a searcher asked for it), "baseline:<name>", "finalist" (another seed of trial `of`), or
+    #: "control:<name>" (what stands in for the mixtures of trial `of`).
     role: str
     candidate: Candidate
     #: The searcher's active genes, by name; empty for baselines.

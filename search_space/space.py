@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from math import prod
 from random import Random
+from typing import Any
 
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.choices import OFF, STAGES, AdapterChoice, OneOf, SpaceError, problems_of, sites_of
@@ -24,7 +26,8 @@ MOST_READINGS = 10_000
 @dataclass(frozen=True, slots=True)
 class Placement:
     """An adapter that may sit at a site. `gates` decide whether it does, `genes` name the gene of each field that is
-    searched, `fixed` has the values of the others.
+    searched, `fixed` has the values of the others. Where there may be several experts of it, `experts` decides whether
+    there are (None: always, if their number is a field).
     """
 
     adapter: str
@@ -33,12 +36,33 @@ class Placement:
     gates: tuple[Gate, ...]
     genes: Mapping[str, str]
     fixed: Mapping[str, Value]
+    experts: Gate | None = None
 
     def is_on(self, assignment: Mapping[str, Value]) -> bool:
         return all(assignment.get(gate.gene) == gate.value for gate in self.gates)
 
+    @property
+    def decided_by(self) -> tuple[str, ...]:
+        """The genes that `spec` reads."""
+        return (*self.genes.values(), *([self.experts.gene] if self.experts else []))
+
+    def is_mixture(self, assignment: Mapping[str, Value]) -> bool:
+        if self.experts is not None:
+            return assignment.get(self.experts.gene) == self.experts.value
+        return "experts" in self.genes or bool(self.fixed.get("experts"))
+
     def spec(self, assignment: Mapping[str, Value]) -> AdapterSpec:
-        return ADAPTERS[self.kind](**self.fixed, **{key: assignment[gene] for key, gene in self.genes.items()})
+        mixture = self.is_mixture(assignment)
+        values = {
+            **self.fixed,
+            **{key: assignment[gene] for key, gene in self.genes.items() if mixture or key not in MIXTURE_FIELDS},
+        }
+        own = {key: value for key, value in values.items() if key not in MIXTURE_FIELDS}
+        expert = ADAPTERS[self.kind](**own)
+        if not mixture:
+            return expert
+        fields_: dict[str, Any] = {key: value for key, value in values.items() if key in MIXTURE_FIELDS}
+        return Mixture(expert=expert, **fields_).canonical()
 
 
 class SearchSpace:
@@ -72,6 +96,7 @@ class SearchSpace:
         self._gates = {
             (name, site.name): self._gates_of(name, site) for name, sites in self._sites.items() for site in sites
         }
+        self._experts = {key: self._experts_gate(key[0], self.backbone.site(key[1])) for key in self._gates}
         self.genes: tuple[Gene, ...] = tuple(self._compile())
         #: Every adapter at every site that it may take.
         self.placements: tuple[Placement, ...] = tuple(self._place())
@@ -116,11 +141,27 @@ class SearchSpace:
             gates.append(Gate(f"{name}.{size}.on{scope}", True, name, f"{name}.{size}{scope}"))
         return tuple(gates)
 
+    def _experts_gate(self, name: str, site: Site) -> Gate | None:
+        """What decides whether there are several experts, if their domain contains 0: a plain adapter."""
+        choice = self.adapters[name]
+        domain = choice.fields.get("experts")
+        if not (isinstance(domain, (Int, Choice)) and domain.contains(0)):
+            return None
+        scope = self._scope(choice.vary.get("experts", "model"), site)
+        return Gate(f"{name}.experts.on{scope}", True, name, f"{name}.experts{scope}")
+
+    def _conditions_of(self, name: str, site: Site, key: str) -> Condition:
+        """When a field matters."""
+        experts = self._experts[name, site.name] if key in MIXTURE_FIELDS else None
+        return _all((*self._gates[name, site.name], *([experts] if experts else [])))
+
     def _compile(self) -> Iterator[Gene]:
         gates: dict[str, list[Gate]] = {}
         conditions: dict[str, set[Condition]] = {}
         order: dict[str, int] = {}
-        for chain in self._gates.values():
+        for place, outer in self._gates.items():
+            experts = self._experts[place]
+            chain = (*outer, experts) if experts else outer
             for position, gate in enumerate(chain):
                 gates.setdefault(gate.gene, []).append(gate)
                 conditions.setdefault(gate.gene, set()).add(_all(chain[:position]))
@@ -157,10 +198,10 @@ class SearchSpace:
         return scopes
 
     def _field_genes(self, name: str, key: str, domain: Domain) -> Iterator[Gene]:
-        if key == ADAPTERS[self.adapters[name].kind].size_field:
+        if key in (ADAPTERS[self.adapters[name].kind].size_field, "experts"):
             domain = without_zero(domain)
         for scope, sites in self._scopes(name, key).items():
-            conditions = {_all(self._gates[name, site.name]) for site in sites}
+            conditions = {self._conditions_of(name, site, key) for site in sites}
             yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions), adapter=name)
 
     def _place(self) -> Iterator[Placement]:
@@ -172,7 +213,8 @@ class SearchSpace:
                     if isinstance(domain, Domain)
                 }
                 fixed = {key: value for key, value in choice.fields.items() if not isinstance(value, Domain)}
-                yield Placement(name, choice.kind, site, self._gates[name, site.name], genes, fixed)
+                experts = self._experts[name, site.name]
+                yield Placement(name, choice.kind, site, self._gates[name, site.name], genes, fixed, experts)
 
     # Assignments
 
@@ -270,26 +312,39 @@ class SearchSpace:
     def _readings(self, places: Sequence[Placement], specs: Sequence[AdapterSpec]) -> list[Assignment]:
         """The genes that put `specs` at one site: an assignment for each way to share them among its places."""
         readings = []
-        for taken in product(*([place for place in places if self._takes(place, spec)] for spec in specs)):
-            pairs = [(gate.gene, gate.value) for place in taken for gate in place.gates]
-            for place, spec in zip(taken, specs, strict=True):
-                pairs += [(gene, getattr(spec, key)) for key, gene in place.genes.items()]
+        ways = [
+            [(place, pairs) for place in places if (pairs := self._pairs(place, spec)) is not None] for spec in specs
+        ]
+        for taken in product(*ways):
+            pairs = [pair for _, own in taken for pair in own]
             reading = dict(pairs)
             # Two members of a group contradict each other.
-            if len({place.adapter for place in taken}) == len(specs) and all(reading[name] == v for name, v in pairs):
+            if len({place.adapter for place, _ in taken}) == len(specs) and all(
+                reading[name] == v for name, v in pairs
+            ):
                 readings.append(reading)
         return readings
 
-    def _takes(self, place: Placement, spec: AdapterSpec) -> bool:
-        """Whether `spec` can be what the place holds."""
-        if place.kind != spec.kind:
-            return False
+    def _pairs(self, place: Placement, spec: AdapterSpec) -> list[tuple[str, Value]] | None:
+        """The genes, gates included, that put `spec` at a place, and their values; None if it cannot be there."""
+        mixture = isinstance(spec, Mixture)
+        if place.kind != spec.plain.kind or (place.experts is None and mixture != place.is_mixture({})):
+            return None
+        found = [(gate.gene, gate.value) for gate in place.gates]
+        if place.experts is not None:
+            found.append((place.experts.gene, mixture))
         declared = self.adapters[place.adapter].fields
-        for field in fields(spec):
-            value, domain = getattr(spec, field.name), declared.get(field.name, field.default)
-            if not (domain.contains(value) if isinstance(domain, Domain) else domain == value):
-                return False
-        return True
+        for part in (spec.plain, spec) if isinstance(spec, Mixture) else (spec,):
+            for field in fields(part):
+                if field.name == "expert":
+                    continue
+                default: Value = getattr(type(part)(), field.name)
+                value = _standing_for(part, field.name, declared.get(field.name, default))
+                if value is None:
+                    return None
+                if field.name in place.genes:
+                    found.append((place.genes[field.name], value))
+        return found
 
     def encode(self, assignment: Mapping[str, Value]) -> tuple[list[float], list[bool]]:
         """Position on the unit interval per gene and whether the gene is active; inactive genes stand at 0.5."""
@@ -376,6 +431,19 @@ def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], 
         if not any(place.is_on({**genes, gene.name: value}) for place in places):
             return value
     return gene.domain.from_unit(0.5)
+
+
+def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> Value | None:
+    """The value of a field's domain that `spec` has, or one that comes to the same network."""
+    own: Value = getattr(spec, key)
+    values = (domain,) if not isinstance(domain, Domain) else getattr(domain, "choices", (domain.from_unit(0.5),))
+    if domain.contains(own) if isinstance(domain, Domain) else domain == own:
+        return own
+    if not isinstance(spec, Mixture):
+        return None
+    # A mixture of two experts that asks for four at once has two of them.
+    changes: Iterator[dict[str, Any]] = ({key: value} for value in values)
+    return next((change[key] for change in changes if replace(spec, **change).canonical() == spec), None)
 
 
 def _all(gates: Sequence[Gate]) -> Condition:

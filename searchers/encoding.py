@@ -198,7 +198,7 @@ class _Group:
 
     def __init__(self, encoding: Encoding, places: Sequence[Placement]) -> None:
         self.places = places
-        self.genes = tuple(places[0].genes.values())
+        self.genes = places[0].decided_by
         self.gates = [(gate.gene, encoding.position(gate.gene, gate.value)) for gate in places[0].gates]
         self._known: dict[tuple[float, ...], tuple[float, ...]] = {}
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from autopeft.search_space.problem import METRICS, Problem, Trial
 from autopeft.search_space.space import Assignment
-from autopeft.searchers.base import WHOLE, Searcher, Suggestion
-from autopeft.searchers.bayesian import Bayesian
+from autopeft.searchers.base import WHOLE, Suggestion
+from autopeft.searchers.from_scores import FromScores
 from autopeft.searchers.genetic import ranks, spread_first
 from autopeft.searchers.ranking import Ranking, ranking, strata
 
@@ -24,7 +23,7 @@ PICKED_SHARE = 0.5
 AUDIT, PICK = "audit", "proxy"
 
 
-class Proxied(Searcher):
+class Proxied(FromScores):
     """`Problem.scored` has candidates and their scores, less is better, from a supernet or a proxy without training.
 
     First a stratified handful of them is trained: one drawn from each of as many groups of neighbouring scores. If
@@ -43,30 +42,28 @@ class Proxied(Searcher):
         #: What is trained for the audit, by the keys of the candidates.
         self._audited = {problem.space.decode(e.genes).key: e for e in (problem.scored[place] for place in places)}
         self._picked = self._picks(round(PICKED_SHARE * max(0, problem.num_trials - len(self._audited))))
-        self._bayesian = Bayesian(problem, seed)
+        self._audit: Ranking | None = None
 
     def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
         super().update(completed, pending)
-        self._bayesian.update(self.completed, self.pending)
+        self._audit = self.audit()
 
-    def suggest(self, count: int = 1) -> list[Suggestion]:
-        known = {trial.candidate.key for trial in (*self.completed, *self.pending)}
-        audit = self.audit()
-        planned = [s for s in self._planned(audit) if self.problem.space.decode(s.genes).key not in known][:count]
-        if len(planned) == count:
-            return planned
-        found = self._bayesian.suggest(count - len(planned))
-        return [*planned, *(Suggestion(genes=s.genes, state={**s.state, **_told(s, audit)}) for s in found)]
-
-    def _planned(self, audit: Ranking | None) -> Iterator[Suggestion]:
-        """What is to be trained before `bo` takes over."""
+    def planned(self) -> Iterator[Suggestion]:
         for entry in self._audited.values():
             # To its end: what a rung takes off says less than the whole training that is to be foretold.
             yield Suggestion(genes=entry.genes, state={"diagnostics": {"phase": AUDIT}, WHOLE: True})
-        if audit is None or audit.tau >= LEAST_TAU:
-            told = {"audit": audit.to_dict()} if audit else {}
+        if self._audit is None or self._audit.tau >= LEAST_TAU:
+            told = {"audit": self._audit.to_dict()} if self._audit else {}
             for genes in self._picked:
                 yield Suggestion(genes=genes, state={"diagnostics": {"phase": PICK, **told}})
+
+    def told(self, suggestion: Suggestion) -> Suggestion:
+        if self._audit is None:
+            return suggestion
+        own = {**suggestion.state.get("diagnostics", {}), "audit": self._audit.to_dict()}
+        if self._audit.tau < LEAST_TAU:
+            own["note"] = f"the scores rank no better than tau {self._audit.tau:.2f}: bo proposes without them"
+        return Suggestion(genes=suggestion.genes, state={**suggestion.state, "diagnostics": own})
 
     def audit(self) -> Ranking | None:
         """Scores against the first objective that is measured, over the audited trials; None while too few ended."""
@@ -93,13 +90,3 @@ class Proxied(Searcher):
         rank = ranks(points, np.zeros(len(points)))
         order = spread_first(points, rank, np.zeros(len(points), dtype=bool))
         return [finite[place].genes for place in order[:count]]
-
-
-def _told(suggestion: Suggestion, audit: Ranking | None) -> dict[str, Any]:
-    """The diagnostics of `bo`, and what the audit has found."""
-    own = dict(suggestion.state.get("diagnostics", {}))
-    if audit is not None:
-        own["audit"] = audit.to_dict()
-        if audit.tau < LEAST_TAU:
-            own["note"] = f"the scores rank no better than tau {audit.tau:.2f}: bo proposes without them"
-    return {"diagnostics": own}

@@ -21,6 +21,7 @@ Finding = tuple[Keys, str]
 _RESERVED = ("layers", "training")
 _OUTSIDE_LAYERS = ("embed", "backbone", "head")
 _SPLITS = ("train", "validation", "test")
+_EMBEDDED = ("embedded", "embedded-domains")
 
 
 def problems_of(study: StudyFile) -> Iterator[Finding]:
@@ -62,12 +63,13 @@ def _search_problems(study: StudyFile) -> Iterator[Finding]:
 
 
 def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
-    from autopeft.searchers import SEARCHERS
+    from autopeft.searchers import SEARCHERS, FromScores
     from autopeft.searchers.policies import POLICIES
+    from autopeft.searchers.proxied import Proxied
 
-    wish, used = study.proxy, study.search.searcher == "proxy"
-    if wish.search not in SEARCHERS or wish.search == "proxy":
-        known = [name for name in SEARCHERS if name != "proxy"]
+    wish, searcher = study.proxy, study.search.searcher
+    known = [name for name, kind in SEARCHERS.items() if not issubclass(kind, FromScores)]
+    if wish.search not in known:
         yield ("proxy", "search"), f"unknown searcher {wish.search!r}{did_you_mean(wish.search, known)}"
     if wish.policy not in POLICIES:
         yield ("proxy", "policy"), f"unknown policy {wish.policy!r}{did_you_mean(wish.policy, POLICIES)}"
@@ -76,12 +78,13 @@ def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
         yield ("proxy", "distil"), f"needs the largest subnet at every step: set proxy.policy to {able}"
     if wish.distil and study.task != "classification":
         yield ("proxy", "distil"), "works for classification alone"
-    if study.evaluation.evaluator != "packed" and used:
-        yield ("search", "searcher"), "proxy needs the evaluator packed: it scores candidates side by side"
-    if used:
+    if study.evaluation.evaluator != "packed" and searcher in SEARCHERS and searcher not in known:
+        yield ("search", "searcher"), f"{searcher} needs the evaluator packed: it runs candidates side by side"
+    if searcher == Proxied.name:
         from autopeft.evaluators.proxies import PROXIES
+        from autopeft.studies.scoring import TRAINED
 
-        if wish.score not in (known := ["supernet", "gates", *PROXIES]):
+        if wish.score not in (known := [*TRAINED, *PROXIES]):
             yield ("proxy", "score"), f"unknown score {wish.score!r}{did_you_mean(wish.score, known)}"
         if wish.filter is not None and wish.filter not in PROXIES:
             yield ("proxy", "filter"), f"unknown proxy {wish.filter!r}{did_you_mean(wish.filter, PROXIES)}"
@@ -104,10 +107,10 @@ def _data_problems(study: StudyFile) -> Iterator[Finding]:
         name = getattr(study.data, split)
         if study.data.source == "files" and name is None:
             yield ("data", split), "is missing: name a file"
-        if study.data.source == "embedded" and name is not None:
+        if study.data.source in _EMBEDDED and name is not None:
             yield ("data", split), "the embedded data has its own; for yours, set data.source to files"
     if study.task == "causal-lm":
-        if study.data.source == "embedded":
+        if study.data.source in _EMBEDDED:
             yield ("data", "source"), "the embedded data is for classification: name data of yours"
         if study.model.id == "embedded":
             yield ("model", "id"), "the embedded model is an encoder: name a causal language model"

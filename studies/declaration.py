@@ -5,12 +5,12 @@ Problems are pairs of the path in the file and what is wrong there; `study_file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from autopeft.search_space.adapters import ADAPTERS
+from autopeft.search_space.adapters import ADAPTERS, Mixture
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.choices import AdapterChoice, OneOf, SpaceError
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
@@ -67,7 +67,7 @@ def declare(study: StudyFile, backbone: Backbone) -> Declaration:
         "one_of": tuple(groups.values()),
         "layer_gate": preset.get("layer_gate", False) if gate is None else gate,
         "stages": settings.stages or preset.get("stages") or min(STAGES, backbone.num_layers),
-        "training": dict(_settings(Training, dict(study.training), ("training",), declared.problems)),
+        "training": dict(_settings([Training], dict(study.training), ("training",), declared.problems)),
     }
     return declared
 
@@ -91,7 +91,8 @@ def _preset(study: StudyFile, backbone: Backbone, problems: list[Finding]) -> Ma
 def _adapter(name: str, settings: AdapterSettings, problems: list[Finding]) -> AdapterChoice:
     path = ("space", "adapters", name)
     kind = settings.kind or name
-    fields = dict(_settings(ADAPTERS.get(kind), settings.fields, path, problems))
+    owners: list[type] = [ADAPTERS[kind], Mixture] if kind in ADAPTERS else []
+    fields = dict(_settings(owners, settings.fields, path, problems))
     broken = settings.fields.keys() - fields.keys()
     return AdapterChoice(
         kind=kind,
@@ -104,10 +105,10 @@ def _adapter(name: str, settings: AdapterSettings, problems: list[Finding]) -> A
 
 
 def _settings(
-    owner: type | None, settings: Mapping[str, Any], path: tuple[str, ...], problems: list[Finding]
+    owners: Sequence[type], settings: Mapping[str, Any], path: tuple[str, ...], problems: list[Finding]
 ) -> Iterator[tuple[str, Domain | Value]]:
     """Pairs of field and domain or value, without those that are wrong."""
-    hints = get_type_hints(owner) if owner else {}
+    hints = {name: hint for owner in reversed(owners) for name, hint in get_type_hints(owner).items()}
     for key, setting in settings.items():
         try:
             yield key, domain(setting, scalar_type(hints.get(key)))

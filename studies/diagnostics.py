@@ -1,9 +1,9 @@
 """What a searcher tells of its own state with a trial: `searcher_state["diagnostics"]`, shown by status and report.
 
-`phase`: "initial", "model" or "evolution", of the searcher `proxy` also "audit" or "proxy"; `note`: a sentence, if
-there is something to say; `rank_correlation` by metric: how well its surrogate ranks trials that were left out;
-`relevance` by metric: shares of the genes that matter most to it; `audit`: how well scores rank trainings, see
-`searchers/ranking.py`.
+`phase`: "initial", "model" or "evolution", of the searcher `proxy` also "audit" or "proxy", of `gates` also
+"gates"; `note`: a sentence, if there is something to say; `rank_correlation` by metric: how well its surrogate ranks
+trials that were left out; `relevance` by metric: shares of the genes that matter most to it; `audit`: how well scores
+rank trainings, see `searchers/ranking.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The evaluations of a study that no searcher proposes: baselines ahead of the search, finalists behind it."""
+"""The evaluations of a study that no searcher proposes: baselines ahead of the search, finalists and what mixtures are
+compared with behind it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.space import SearchSpace
 from autopeft.studies.study_file import StudyFile
 
-#: Roles of trials; a baseline's name follows.
-BASELINE, FINALIST = "baseline:", "finalist"
+#: Roles of trials; a name follows that of a baseline and of a control.
+BASELINE, FINALIST, CONTROL = "baseline:", "finalist", "control:"
 
 
 @dataclass(frozen=True, slots=True)

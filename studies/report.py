@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from autopeft.studies.routing import verdicts
 from autopeft.studies.snapshot import Snapshot
 
 
@@ -31,7 +32,8 @@ def front_data(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
-    """Write `front.html`, `front.png`, `front.csv`, `front.json`, `curves.png` and `hypervolume.png`.
+    """Write `front.html`, `front.png`, `front.csv`, `front.json`, `curves.png`, `hypervolume.png` and, where mixtures
+    were compared with something, `routing.json`.
 
     Returns the files; none as long as there is no complete trial. Raises OSError.
     """
@@ -47,9 +49,13 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     front_png(rows, snapshot.objectives, folder / "front.png", **about)
     (folder / "front.json").write_text(json.dumps(front_data(snapshot), indent=2) + "\n", encoding="utf-8")
     _write_csv(snapshot, folder / "front.csv")
+    found = verdicts(snapshot)
+    if found:
+        told = json.dumps([verdict.to_dict() for verdict in found], indent=2)
+        (folder / "routing.json").write_text(told + "\n", encoding="utf-8")
     numbers = [row.trial for row in rows if row.on_front]
     curves_png(snapshot.search_trials, numbers, folder / "curves.png", study=snapshot.study)
-    files = ["front.html", "front.png", "front.json", "front.csv", "curves.png"]
+    files = ["front.html", "front.png", "front.json", "front.csv", "curves.png"] + ["routing.json"] * bool(found)
     corner = snapshot.reference()
     if corner is not None:
         values = snapshot.hypervolume()

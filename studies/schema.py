@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.choices import GRANULARITIES
 from autopeft.search_space.problem import METRICS
 from autopeft.studies.declaration import scalar_type
@@ -62,6 +63,10 @@ def _with_kind(kind: str) -> dict[str, Any]:
 def _adapter(spec: type[AdapterSpec], common: dict[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(spec)
     own = {f.name: _field(hints[f.name], f.default) for f in fields(spec)}
+    if spec.can_be_expert:
+        hints = get_type_hints(Mixture)
+        own |= {f.name: _field(hints[f.name], f.default) for f in fields(Mixture) if f.name in MIXTURE_FIELDS}
+        own["experts"]["default"] = 0
     granularity = {"type": "string", "enum": list(GRANULARITIES)}
     at = {"type": "array", "items": {"type": "string", "enum": list(spec.roles)}}
     return {

@@ -1,8 +1,9 @@
-"""Scores thousands of candidates before any of them is trained: what the searcher `proxy` starts from.
+"""Scores candidates before any of them is trained: what the searchers `proxy` and `gates` start from.
 
-A supernet is trained, or a proxy without training prepared, and a search over architectures asks for its scores, batch
-by batch. All of it is replayable: the supernet goes on from its checkpoint, and a search that is run again finds the
-scores that it had in `subnets.csv`.
+`proxy`: a supernet is trained, or a proxy without training prepared, and a search over thousands of architectures asks
+for its scores, batch by batch. `gates`: gates are trained under several penalties, and each proposes an architecture.
+All of it is replayable: the supernet goes on from its checkpoint, a search that is run again finds the scores that it
+had in `subnets.csv`, and what the gates have proposed stands in `gates.json`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from autopeft.search_space.problem import DECLARED, Measurement, Objective, Prob
 from autopeft.search_space.space import Assignment, SearchSpace
 from autopeft.search_space.training import Training
 from autopeft.searchers import SEARCHERS
+from autopeft.searchers.gated import Gated
 from autopeft.searchers.policies import POLICIES, preferred
 from autopeft.studies.study_file import StudyFile
 from autopeft.studies.tracking import SUBNETS
@@ -43,8 +45,12 @@ LOGGER = logging.getLogger(__name__)
 TRAINED = (Supernet.name, Gates.name)
 #: Of the gates, on the share of the largest architecture's parameters that is on.
 PENALTY = 0.1
+#: Of those that propose: from next to none to one that leaves little on.
+PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 #: The supernet's checkpoint, in the study's folder.
 CHECKPOINT = "supernet.pt"
+#: What the gates have proposed, there as well.
+PROPOSALS = "gates.json"
 #: Candidates that the search over scores asks for at once.
 BATCH = 64
 #: Metrics that are known of an architecture without training it.
@@ -80,14 +86,39 @@ class Point:
 
 
 def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[Scored, ...]:
-    """Candidates and their scores, less is better. None if there can be no scores: a proxy that fails does not take the
-    study with it.
+    """Candidates and their scores, less is better, for a searcher that starts from them. None if there can be no
+    scores: what fails here does not take the study with it.
     """
+    find = _proposed if settings.search.searcher == Gated.name else _scored
     try:
-        return tuple(_scored(settings, problem, evaluator, stage))
+        return tuple(find(settings, problem, evaluator, stage))
     except (TrainingFailed, OutOfMemory, NoScores) as error:
         LOGGER.warning("no candidate has a score, so the search goes without: %s", error)
         return ()
+
+
+def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
+    """What gates with each of `PENALTIES` choose, every architecture once; its place in that order is its score."""
+    space, path, key = problem.space, settings.output_folder / PROPOSALS, _key(settings)
+    proposals: list[Assignment] | None = None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        proposals = kept["proposals"] if kept["settings"] == key else None
+    if proposals is None:
+        training = middle_training(settings, space)
+        with memory_errors(), _refusals():
+            gates = Gates(evaluator, space, training, settings.seed, PENALTY)
+            proposals = gates.sweep(
+                PENALTIES,
+                evaluator.full_steps(training),
+                lambda done, total: stage(f"training gates with {len(PENALTIES)} penalties", done, total),
+            )
+        draft = path.with_suffix(".partial")
+        draft.write_text(json.dumps({"settings": key, "proposals": proposals}) + "\n", encoding="utf-8")
+        draft.replace(path)
+    for place, genes in enumerate(proposals):
+        costs = declared_costs(space.decode(genes).architecture, space.backbone)
+        yield Scored(genes=genes, score=float(place), costs=costs)
 
 
 def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
@@ -159,12 +190,19 @@ def prepared(
     if wish.score in PROXIES:
         return PROXIES[wish.score](evaluator, settings.seed)
     training = middle_training(settings, settings.space_for(evaluator.backbone))
-    try:
+    with _refusals():
         if wish.score == Gates.name:
             gates = Gates(evaluator, inner.space, training, settings.seed, PENALTY)
             gates.train(evaluator.full_steps(training), lambda done, total: stage("training the gates", done, total))
             return gates
         return _supernet(settings, inner, evaluator, training, folder, stage)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What shared weights or gates refuse of a space becomes NoScores."""
+    try:
+        yield
     except ValueError as error:
         raise NoScores(str(error)) from error
 

@@ -18,6 +18,7 @@ from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFile, StudyFileError, fingerprint, load_study, study_from_mapping
 
 if TYPE_CHECKING:
+    from autopeft.evaluators.packed import PackedEvaluator
     from autopeft.evaluators.tasks.data import Splits
     from autopeft.evaluators.train import TrainEvaluator
     from autopeft.search_space.problem import Problem, Trial
@@ -78,6 +79,16 @@ def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
         folder = None if wish.cache_folder is None else settings.folder / wish.cache_folder
         cache = PrefixCache(wish.cache_bytes, folder, wish.cache_folder_bytes) if wish.cache_bytes else None
         return PackedEvaluator(loaded, settings.task, splits, settings.data.max_length, pack=wish.pack, cache=cache)
+
+
+def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator:
+    """The same for what needs candidates side by side. Raises ConfigurationError where the study has others."""
+    from autopeft.evaluators.packed import PackedEvaluator
+
+    evaluator = evaluator_for(settings, splits)
+    if not isinstance(evaluator, PackedEvaluator):
+        raise ConfigurationError("evaluation.evaluator: this needs packed")
+    return evaluator
 
 
 @contextmanager
@@ -205,7 +216,7 @@ def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
         trials = [
             trial
             for trial in open_ledger(other).trials()
-            if trial.state == "complete" and trial.measurement is not None and trial.role not in ("finalist", "copy")
+            if trial.state == "complete" and trial.measurement is not None and trial.role != "copy" and trial.of is None
         ]
     except ConfigurationError as error:
         raise StudyFileError([settings.render(PRIOR, str(error))]) from error

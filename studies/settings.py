@@ -14,9 +14,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     Tag,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 
@@ -85,7 +87,8 @@ class DataSettings(Section):
     source: str = Field(
         default="embedded",
         min_length=1,
-        description="embedded (topics of docstrings), files, or the id of a hub dataset",
+        description="embedded (topics of docstrings), embedded-domains (four kinds of text with a question each),"
+        " files, or the id of a hub dataset",
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
     train: str | None = Field(default=None, description="file (.jsonl, .csv, .parquet) or, on the hub, split")
@@ -93,12 +96,25 @@ class DataSettings(Section):
     test: str | None = Field(default=None, description="the same, for the final front")
     text: str = Field(default="text", description="column of the text")
     label: str = Field(default="label", description="column of the class")
+    domain: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of the data set or task that a row is of; null: there are no domains, but for"
+        " embedded-domains, which has its own",
+    )
     prompt: str = Field(default="prompt", description="column of the prompt (causal-lm)")
     completion: str = Field(default="completion", description="column of the text to learn (causal-lm)")
     max_length: int = Field(default=64, ge=1, description="longest row in tokens; the rest is cut")
     max_train_rows: int | None = Field(
-        default=None, ge=1, description="train on a fixed random subset of so many rows, with every label; null: on all"
+        default=None,
+        ge=1,
+        description="train on a fixed random subset of so many rows, with every label and domain; null: on all",
     )
+
+    @model_serializer(mode="wrap")
+    def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Domains came later: where none are set, studies, scores and recipes of before stay what they were."""
+        return {name: value for name, value in told(self).items() if name != "domain" or value is not None}
 
 
 class AdapterSettings(Section):
@@ -281,6 +297,7 @@ class FinalistSettings(Section):
 
     seeds: int = Field(default=3, ge=1, description="seeds per finalist")
     most: int = Field(default=6, ge=1, description="finalists at most")
+    controls: bool = Field(default=True, description="train what a mixture of experts is to be compared with, too")
 
 
 class TrackingSettings(Section):

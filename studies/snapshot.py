@@ -209,8 +209,7 @@ def summary(trial: Trial, backbone: Backbone) -> str:
     groups: dict[str, dict[str, set[int]]] = {}
     for name, spec in trial.candidate.architecture:
         site = backbone.site(name)
-        word = spec.kind if spec.size is None else f"{spec.kind} {spec.size}"
-        layers = groups.setdefault(word, {}).setdefault(site.role, set())
+        layers = groups.setdefault(spec.label, {}).setdefault(site.role, set())
         if site.layer is not None:
             layers.add(site.layer)
     parts = []

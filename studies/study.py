@@ -14,15 +14,16 @@ from safetensors.torch import save_file
 from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.controls import controls
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
-from autopeft.searchers import SEARCHERS, Searcher, Suggestion
+from autopeft.searchers import SEARCHERS, FromScores, Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
 from autopeft.studies import front
 from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
 from autopeft.studies.ledger import Ledger
-from autopeft.studies.planned import BASELINE, FINALIST, Planned, baselines, num_evaluations
+from autopeft.studies.planned import BASELINE, CONTROL, FINALIST, Planned, baselines, num_evaluations
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFile
 
@@ -34,8 +35,6 @@ MOST_REJECTIONS = 200
 #: Random candidates that are tried against the limits before a study starts.
 PROBES = 500
 SEARCH, COPY = "search", "copy"
-#: The searcher that starts from the scores of a proxy.
-PROXY = "proxy"
 
 
 class Watcher(Protocol):
@@ -92,10 +91,11 @@ class Study:
             unfinished = self.ledger.unfinished(self.problem.objectives)
             self._evaluate_planned(BASELINE, unfinished, self._baselines(), watcher)
             self._search(unfinished, watcher)
-            finalists = list(self._finalists())
-            done = len(self._counted())
-            watcher.plan(done + len(finalists) + sum(t.role == FINALIST for t in unfinished), done)
+            finalists, compared, done = list(self._finalists()), list(self._controls()), len(self._counted())
+            under_way = sum(t.role.startswith((FINALIST, CONTROL)) for t in unfinished)
+            watcher.plan(done + len(finalists) + len(compared) + under_way, done)
             self._evaluate_planned(FINALIST, unfinished, finalists, watcher)
+            self._evaluate_planned(CONTROL, unfinished, compared, watcher)
         except OSError as error:
             raise EnvironmentProblem(f"{self.settings.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()
@@ -136,8 +136,8 @@ class Study:
             raise NoFeasibleCandidate(self._why_nothing())
 
     def _scored(self, watcher: Watcher) -> Problem:
-        """The problem, with the scores of many candidates if the searcher starts from such."""
-        if self.settings.search.searcher != PROXY:
+        """The problem, with scored candidates if the searcher starts from such."""
+        if not issubclass(SEARCHERS[self.settings.search.searcher], FromScores):
             return self.problem
         from autopeft.evaluators.packed import PackedEvaluator
         from autopeft.studies.scoring import scored
@@ -312,14 +312,14 @@ class Study:
         return (self.problem.limits.objection(costs.values) if trial.role == SEARCH else None), costs
 
     def _request(self, trial: Trial) -> Request:
-        final = trial.role == FINALIST
+        final = trial.role.startswith((FINALIST, CONTROL))
         share = self.settings.search.share if trial.role == SEARCH else 1.0
         return Request(
             candidate=trial.candidate,
             seed=trial.seed,
             fidelity=Fidelity(share=share, rungs=() if final else self.settings.search.rungs),
             test=final,
-            keep_weights=final and trial.seed == self.settings.seed + 1,
+            keep_weights=trial.role == FINALIST and trial.seed == self.settings.seed + 1,
         )
 
     def _objection(self, candidate: Candidate) -> tuple[float, str] | None:
@@ -365,10 +365,22 @@ class Study:
         """Fresh seeds for every contender and every tuned baseline, at full length and with the test split."""
         known = {(t.of, t.seed) for t in self.trials.values() if t.role == FINALIST}
         for trial in [*self.tuned_baselines(), *self.contenders()]:
-            for offset in range(1, self.settings.finalists.seeds + 1):
-                seed = self.settings.seed + offset
+            for seed in self._fresh_seeds():
                 if (trial.number, seed) not in known:
                     yield Planned(FINALIST, trial.candidate, seed, of=trial.number)
+
+    def _controls(self) -> Iterator[Planned]:
+        """What every contender with mixtures is compared with, trained as it is and with the same seeds."""
+        known = {(t.role, t.of, t.seed) for t in self.trials.values()}
+        for trial in self.contenders() if self.settings.finalists.controls else ():
+            for name, architecture in controls(trial.candidate.architecture, self.backbone).items():
+                candidate = replace(trial.candidate, architecture=architecture)
+                for seed in self._fresh_seeds():
+                    if (CONTROL + name, trial.number, seed) not in known:
+                        yield Planned(CONTROL + name, candidate, seed, of=trial.number)
+
+    def _fresh_seeds(self) -> range:
+        return range(self.settings.seed + 1, self.settings.seed + self.settings.finalists.seeds + 1)
 
     def _save_weights(self, trial: Trial, outcome: Outcome) -> None:
         if outcome.weights is None or trial.of is None:

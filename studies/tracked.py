@@ -166,7 +166,8 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
         "| `surrogate/rank_correlation/...` | of the searcher's model with trials left out, if it has one |",
         "| `autopeft.pareto` | on the front (true, false) |",
         "| `autopeft.recommended` | the cheapest that the best cannot be told from |",
-        "| `autopeft.role` | search, baseline:..., or finalist: `autopeft.of` trained with another seed |",
+        "| `autopeft.role` | search, baseline:..., finalist: `autopeft.of` trained with another seed, or control:...: "
+        "something plainer in place of its mixtures |",
     ]
     return _cut("\n".join(lines), MAX_TAG)
 

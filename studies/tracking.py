@@ -212,6 +212,8 @@ class _Runs:
             metrics = tracked.trial_metrics(trial, snapshot, run.start_ms)
             self._log(run, tracked.trial_params(trial, snapshot), metrics)
             self.client.log_dict(run.id, trial.candidate.to_dict(), "architecture.json")
+            if trial.measurement and trial.measurement.routes:
+                self.client.log_dict(run.id, dict(trial.measurement.routes), "routing.json")
             self.client.set_terminated(run.id, STATUS[trial.state], run.start_ms + wall_ms)
             run.running = False
         self._tag(run, tags)

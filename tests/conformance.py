@@ -28,6 +28,7 @@ from autopeft.search_space.adapters import (
     Full,
     Ia3,
     Lora,
+    Mixture,
     Norm,
     Prefix,
     Ssf,
@@ -245,5 +246,16 @@ ROWS: tuple[Row, ...] = (
         kind="prefix",
         specs=(Prefix(length=3), Prefix(length=1, init="normal"), Prefix(length=5, init="zeros")),
         peft="peft keeps the prefixes of all layers in one tensor and shifts positions: see test_prefix.py",
+    ),
+    Row(
+        kind="mixture",
+        specs=(
+            Mixture(expert=Lora(rank=2, dropout=0.2), experts=4, shared_experts=1, router_noise=0.3),
+            Mixture(expert=Lora(rank=3), experts=2, shared_experts=1, top_k=1),
+            Mixture(expert=Lora(rank=1, alpha=1.0), experts=8, router="sigmoid", top_k=3),
+            Mixture(expert=Lora(rank=2), experts=3, router="uniform"),
+        ),
+        peft="peft's X-LoRA mixes adapters that are given; routers are compared token by token in test_mixture.py",
+        roles=_SOME_LINEARS,
     ),
 )

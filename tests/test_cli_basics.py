@@ -170,6 +170,14 @@ def test_validate_json_is_alone_on_stdout(study, run):
     assert "lora.rank.stages.0" in summary["space"]["genes"]
 
 
+def test_validate_tells_domains_beside_labels(study, run):
+    assert json.loads(run("validate", study, "--json")[1])["domains"] == []
+    code, out, _ = run("validate", study, "--set", "data.source=embedded-domains")
+    assert code == 0 and "16 labels, 4 domains\n" in out
+    summary = json.loads(run("validate", study, "--json", "--set", "data.source=embedded-domains")[1])
+    assert summary["domains"] == ["code", "documentation", "errors", "names"] and len(summary["labels"]) == 16
+
+
 def test_validate_reports_all_problems_of_the_file(study, run):
     study.write_text(study.read_text().replace("trials: 24", "trails: 24").replace("rank: [0,", "rank: [0.5,"))
     code, out, err = run("validate", study)

@@ -207,6 +207,75 @@ def test_fewer_training_rows_of_a_language_model(folder):
     assert len(some) == 20 and some == sorted(some) and max(some) > 50
 
 
+# Domains
+
+MIXED = [row | {"source": ["news", "mail"][i // 2 % 2]} for i, row in enumerate(ROWS)]
+
+
+@pytest.fixture
+def mixed(folder: Path) -> Path:
+    """Three good splits of two sources."""
+    for start, file in enumerate(FILES.values()):
+        jsonl(folder / file, [row | {"text": f"{row['text']} of {start}"} for row in MIXED])
+    return folder
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_domains(mixed, task):
+    splits = load(mixed, task, domain="source")
+    assert splits.domains == ("mail", "news") and splits.train[0]["domain"] == "news"
+    without = load(mixed, task)
+    assert without.domains is None
+    assert without.train == [{key: value for key, value in row.items() if key != "domain"} for row in splits.train]
+
+
+def test_domains_may_be_numbers_and_one_may_be_enough(mixed):
+    for file in FILES.values():
+        jsonl(mixed / file, [row | {"source": 10 - i % 2} for i, row in enumerate(MIXED)])
+    assert load(mixed, domain="source").domains == ("9", "10")
+    for file in FILES.values():
+        jsonl(mixed / file, [row | {"source": 1.0} for row in MIXED])
+    assert load(mixed, domain="source").domains == ("1",)
+
+
+def test_domains_that_are_missing_or_none(mixed):
+    bad = [None, "", " ", ["news"], "news"]
+    jsonl(mixed / "train.jsonl", [row | {"source": value} for row, value in zip(MIXED, bad, strict=False)])
+    jsonl(mixed / "test.jsonl", ROWS)
+    assert problems(mixed, domain="source") == [
+        "train.jsonl:1: no field 'source'; this row has 'text', 'label'",
+        "train.jsonl:2: no field 'source'; this row has 'text', 'label'",
+        "train.jsonl:3: field 'source' is not a domain: ' '",
+        "train.jsonl:4: field 'source' is not a domain: ['news']",
+        *(f"test.jsonl:{i}: no field 'source'; this row has 'text', 'label'" for i in range(1, 6)),
+        "test.jsonl: 1 more rows like these",
+    ]
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_domains_that_training_lacks(mixed, task):
+    jsonl(mixed / "validation.jsonl", [MIXED[0] | {"text": "x", "source": "blogs"}])
+    assert problems(mixed, task, domain="source") == [
+        "validation.jsonl: domains 'blogs' do not occur in the training split, which has 'mail', 'news'"
+    ]
+
+
+def test_fewer_training_rows_keep_every_domain(mixed):
+    rows = [{"text": str(i), "label": "ab"[i % 2], "source": "often" if i < 195 else f"rare {i}"} for i in range(200)]
+    for file in FILES.values():
+        jsonl(mixed / file, rows)
+    found = load(mixed, domain="source", max_train_rows=8)
+    assert len(found.train) == 8 and len(found.domains) == len({row["domain"] for row in found.train}) == 6
+    assert len({row["label"] for row in found.train}) == 2
+    assert problems(mixed, domain="source", max_train_rows=7) == [
+        "max_train_rows 7 is less than one row for each of the 2 labels and 6 domains"
+    ]
+    assert len({row["domain"] for row in load(mixed, "causal-lm", domain="source", max_train_rows=6).train}) == 6
+    assert problems(mixed, "causal-lm", domain="source", max_train_rows=5) == [
+        "max_train_rows 5 is less than one row for each of the 6 domains"
+    ]
+
+
 # Rows of language models
 
 
@@ -302,6 +371,23 @@ def test_rows_of_the_hub(monkeypatch):
     assert splits.train == [{"text": "train 0", "label": "good"}, {"text": "train 1", "label": "bad"}]
     assert splits.labels == ("bad", "good")
     assert asked[-1] == ("org/data", {"split": "other", "revision": "abc"})
+
+
+def test_named_domains_of_the_hub(monkeypatch):
+    names = {"label": datasets.ClassLabel(names=["bad", "good"]), "origin": datasets.ClassLabel(names=["b", "a"])}
+    features = datasets.Features({"text": datasets.Value("string"), **names})
+
+    def load_dataset(path: str, split: str, **settings: Any) -> datasets.Dataset:
+        columns = {"text": [split, f"{split} 2"], "label": [0, 1], "origin": [0, 1 if split != "test" else -1]}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings: dict[str, Any] = {"source": "org/data", "domain": "origin"}
+    with pytest.raises(DataError) as error:
+        load_splits(DataSettings(**settings), "classification")
+    assert error.value.problems == ("test[1]: no field 'origin'; this row has 'text', 'label'",)
+    splits = load_splits(DataSettings(**settings, test="other"), "classification")
+    assert splits.train[0] == {"text": "train", "label": "bad", "domain": "b"} and splits.domains == ("a", "b")
 
 
 @pytest.mark.parametrize("message", ["no connection\nand much more", ""])

@@ -334,12 +334,13 @@ def test_causal_script_prepares_rows_as_trl_names_them(models: Folders, tmp_path
     assert rows[0] == {"prompt": "w0 train", "completion": "w1"}
 
 
-def test_script_of_the_embedded_model_names_no_folder(models: Folders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["embedded", "embedded-domains"])
+def test_script_of_the_embedded_model_names_no_folder(models: Folders, tmp_path: Path, source: str) -> None:
     recipe = make_recipe("bert", models["bert"], {"layers.1.attn.q": Lora()})
     embedded = recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update={"id": "embedded"}),
-            "data": type(recipe.data)(),
+            "data": type(recipe.data)(source=source),
         }
     )
     EXPORTERS["trl-script"].export(embedded, None, tmp_path / "out")

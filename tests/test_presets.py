@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from autopeft.search_space import BASELINES, PRESETS, Backbone, SearchSpace
-from autopeft.search_space.presets import everywhere, log2_sizes
+from autopeft.search_space.presets import MOLA, everywhere, linears, log2_sizes
 
 from .spaces import encoder
 
@@ -129,10 +129,22 @@ def test_baselines_on_a_fused_projection() -> None:
     assert {spec.kind for _, spec in BASELINES["ia3"](FAMILIES["gpt2"])} == {"ia3"}
 
 
-@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"head"}))
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"head", *MOLA}))
 def test_every_baseline_is_one_spec_everywhere(name: str) -> None:
     architecture = BASELINES[name](FAMILIES["bert"])
     assert len({spec for _, spec in architecture}) == 1
     (spec,) = {spec for _, spec in architecture}
     roles = tuple({FAMILIES["bert"].site(site).role for site, _ in architecture})
     assert everywhere(FAMILIES["bert"], spec, roles) == architecture
+
+
+def test_mola_has_its_experts_in_the_quarters_of_any_depth() -> None:
+    found = {name: BASELINES[name](encoder()) for name in MOLA}
+    for name, experts in MOLA.items():
+        by_layer = {encoder().site(site).layer: spec.num_experts for site, spec in found[name]}
+        assert [by_layer[layer] for layer in range(12)] == [count for count in experts for _ in range(3)]
+        assert {site.role for site in map(encoder().site, dict(found[name].adapters))} == set(linears(encoder()))
+        declared = PRESETS[name].space(FAMILIES["bert"])  # of two layers
+        assert [choice.fields["experts"] for choice in declared["adapters"].values()] == [experts[0], experts[2]]
+    # The same number of experts, and so of parameters, for all of them.
+    assert len({architecture.num_params(encoder()) for architecture in found.values()}) == 1

@@ -84,6 +84,7 @@ ROWS = {
     "linas": Row(mixed_space, endless=False, num_trials=12),
     "bo": Row(mixed_space, endless=False, num_trials=12),
     "proxy": Row(mixed_space, endless=False, num_trials=12),  # without scores: with some, in test_proxied.py
+    "gates": Row(mixed_space, endless=False, num_trials=12),  # without proposals: with some, in test_gated.py
     "grid": Row(short_space, endless=False),
 }
 every_searcher = pytest.mark.parametrize("name", ROWS)

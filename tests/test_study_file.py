@@ -322,6 +322,11 @@ WRONG = [
     ("data: {train: mine.csv}", "6 data.train: the embedded data has its own"),
     ("task: causal-lm\nmodel: {id: some/model}", "1 data.source: the embedded data is for classification"),
     ("task: causal-lm\ndata: {source: org/data}", "1 model.id: the embedded model is an encoder"),
+    ("data: {source: embedded-domains, test: mine.csv}", "6 data.test: the embedded data has its own"),
+    (
+        "task: causal-lm\nmodel: {id: some/model}\ndata: {source: embedded-domains}",
+        "8 data.source: the embedded data is for classification",
+    ),
     ("task: regression", "6 task: must be 'classification' or 'causal-lm'"),
     ("seed: 4294967296", "6 seed: must be less than 2147483648"),
     ("device: gpu", "6 device: must be 'auto', 'cpu' or 'cuda'"),
@@ -552,6 +557,12 @@ def test_fingerprint_and_differences(load):
         "space.adapters.lora.alpha: 8 was added",
         "search.share: was 1.0, is 0.5",
     ]
+
+
+def test_studies_from_before_there_were_domains_go_on(load):
+    assert "domain" not in fingerprint(load())["data"]
+    told = fingerprint(load(MINIMAL, "data.domain=origin"))
+    assert differences(fingerprint(load()), told) == ['data.domain: "origin" was added']
 
 
 # Agreement with what the settings stand for

@@ -30,7 +30,9 @@ STEPS = 12
 
 
 def space_of(backbone: Backbone) -> SearchSpace:
-    """Every way of sharing: nested ranks, a choice of types, activations with weights of their own, two of one kind."""
+    """Every way of sharing: nested ranks, a choice of types, activations with weights of their own, two of one kind,
+    nested experts.
+    """
     sizes = Choice.of([0, 1, 2, 4])
     return SearchSpace(
         backbone=backbone,
@@ -44,6 +46,18 @@ def space_of(backbone: Backbone) -> SearchSpace:
                 vary={"size": "stage"},
             ),
             "scales": AdapterChoice(kind="ia3"),
+            "experts": AdapterChoice(
+                kind="lora",
+                at=("attn.o",),
+                fields={
+                    "rank": Choice.of([1, 2]),
+                    "experts": Choice.of([0, 2, 4]),
+                    "router": Choice.of(["token", "sigmoid"]),
+                    "top_k": Choice.of([1, 3]),
+                    "shared_experts": 1,
+                },
+                vary={"experts": "layer", "rank": "layer"},
+            ),
             "prefix": AdapterChoice(kind="prefix", placement="layer", fields={"length": Choice.of([1, 3])}),
         },
         one_of=[OneOf(name="type", members=("mlp", "scales"), per="layer", optional=True)],

@@ -41,7 +41,7 @@ from torch.optim import AdamW
 
 from autopeft.evaluators import batching
 from autopeft.evaluators.base import Progress
-from autopeft.evaluators.host import Attachment, overrides
+from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.packed import PackedEvaluator
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.shared_weights import SharedWeights
@@ -263,9 +263,11 @@ class Gates(Proxy):
         penalty: float,
     ) -> None:
         for name, choice in space.adapters.items():
-            if overrides(ADAPTERS[choice.kind](), "extend_attention"):
+            if not ADAPTERS[choice.kind].can_be_expert:
                 kind = f"it is of kind {choice.kind!r}, which changes neither an input nor an output"
                 raise ValueError(f"there is no gate for the adapter {name!r}: {kind}")
+            if "experts" in choice.fields:
+                raise ValueError(f"there is no gate for the adapter {name!r}: it has experts, and gates of its own")
         self.evaluator = evaluator
         self.space = space
         self.training = training

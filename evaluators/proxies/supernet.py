@@ -26,7 +26,7 @@ from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.packed import PackedEvaluator, repeated
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.shared_weights import SharedWeights
-from autopeft.evaluators.tasks import Batch
+from autopeft.evaluators.tasks import Batch, model_inputs
 from autopeft.evaluators.train import TrainingFailed, decay_groups, rate
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.space import SearchSpace
@@ -133,7 +133,7 @@ class Supernet(Proxy):
         banks = self._banks(architectures, indices)
         with self.attach(architectures, banks, f"{self.seed}/{number}") as attachment:
             loss, taught = self._losses(attachment, indices)
-            taught.mean().backward()
+            attachment.penalised(taught).mean().backward()
         return loss.tolist()
 
     def _losses(self, attachment: Attachment, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -239,6 +239,7 @@ class Supernet(Proxy):
                     attachment.eval()
                     total = torch.zeros(len(chunk), device=evaluator.device)
                     for batch, hidden in zip(batches, below, strict=True):
+                        attachment.tokens.domains = batch.get("domains")
                         own = None if hidden is None else hidden[[parent for _, parent in chunk]].flatten(0, 1)
                         total += self._above(batch, own, depth, len(chunk)).sum(1)
                 yield from zip((i for i, _ in chunk), (total / len(self.examples)).tolist(), strict=True)
@@ -270,7 +271,8 @@ class Supernet(Proxy):
             return None
         with self.attach([part for part, _ in parents], [bank for _, bank in parents]) as attachment:
             attachment.eval()
-            inputs = {name: repeated(t, len(parents)) for name, t in batch.items() if name != "targets"}
+            attachment.tokens.domains = batch.get("domains")
+            inputs = {name: repeated(t, len(parents)) for name, t in model_inputs(batch).items()}
             hidden = prefix(inputs, depth)
         return hidden.view(len(parents), -1, *hidden.shape[1:])
 

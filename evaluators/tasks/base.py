@@ -16,6 +16,13 @@ from transformers import PreTrainedTokenizerBase
 Example = Mapping[str, Any]
 Batch = dict[str, Tensor]
 IGNORED = -100
+#: What a batch tells others than the model.
+BESIDE_THE_MODEL = ("targets", "domains")
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What of a batch the model reads."""
+    return {name: tensor for name, tensor in batch.items() if name not in BESIDE_THE_MODEL}
 
 
 class Task(ABC):
@@ -23,14 +30,25 @@ class Task(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        labels: Sequence[str] | None,
+        domains: Sequence[str] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.labels = tuple(labels or ())
+        self.domains = tuple(domains or ())
 
     @abstractmethod
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-        """Token ids and targets, not padded."""
+        """Token ids and targets, not padded, and `domain` of each row."""
+
+    def domain(self, row: Mapping[str, Any]) -> dict[str, int]:
+        """The part of an example that says which domain it is of; nothing where there are none."""
+        return {"domain": self.domains.index(row["domain"])} if self.domains else {}
 
     @abstractmethod
     def targets(self, examples: Sequence[Example], width: int) -> Tensor:
@@ -42,11 +60,12 @@ class Task(ABC):
 
     def scores(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy and accuracy, each [N], of a collated batch: the forward pass and `score`."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
-        return self.score(model(**inputs).logits, batch["targets"])
+        return self.score(model(**model_inputs(batch)).logits, batch["targets"])
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """input_ids and attention_mask [N, T], padded on the right to the longest example, and the targets."""
+        """input_ids and attention_mask [N, T], padded on the right to the longest example, the targets, and where
+        there are domains, `domains` [N].
+        """
         width = max(len(example["input_ids"]) for example in examples)
         ids = torch.full((len(examples), width), self.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)
@@ -54,4 +73,7 @@ class Task(ABC):
             n = len(example["input_ids"])
             ids[row, :n] = torch.as_tensor(example["input_ids"])
             mask[row, :n] = 1
-        return {"input_ids": ids, "attention_mask": mask, "targets": self.targets(examples, width)}
+        batch = {"input_ids": ids, "attention_mask": mask, "targets": self.targets(examples, width)}
+        if self.domains:
+            batch["domains"] = torch.tensor([example["domain"] for example in examples])
+        return batch

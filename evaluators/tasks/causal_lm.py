@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Task
+from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Task, model_inputs
 from autopeft.evaluators.tasks.data import DataError
 from autopeft.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -36,7 +36,7 @@ class CausalLM(Task):
         labels = [*[IGNORED] * kept, *completion][: self.max_length]
         if all(label == IGNORED for label in labels[1:]):  # the first token has nothing to be predicted from
             raise DataError([f"max_length {self.max_length} leaves nothing to predict in the row {row!r:.80}"])
-        return {"input_ids": [*prompt, *completion][: self.max_length], "labels": labels}
+        return {"input_ids": [*prompt, *completion][: self.max_length], "labels": labels, **self.domain(row)}
 
     def _plain(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Tokens of the prompt and of the completion, or none and those of the text; the end of text is learnt."""
@@ -87,8 +87,7 @@ class CausalLM(Task):
         layer = model.get_output_embeddings()
         if not (_is_frozen_linear(layer) and _ends_in_output_layer(model)):
             return super().scores(model, batch)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
-        hidden = model.base_model(**inputs).last_hidden_state  # [N, T, D]
+        hidden = model.base_model(**model_inputs(batch)).last_hidden_state  # [N, T, D]
         predicted, wanted, counted = _predicted(hidden, batch["targets"])
         losses, correct = linear_cross_entropy(predicted, layer.weight, wanted, layer.bias)
         return _means(losses, counted), _means(correct, counted)

@@ -15,7 +15,7 @@ class Classification(Task):
         encoded = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=self.max_length)
         position = {label: i for i, label in enumerate(self.labels)}
         return [
-            {"input_ids": ids, "label": position[row["label"]]}
+            {"input_ids": ids, "label": position[row["label"]], **self.domain(row)}
             for ids, row in zip(encoded["input_ids"], rows, strict=True)
         ]
 

@@ -8,11 +8,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
 
 EMBEDDED = "embedded"
+EMBEDDED_DOMAINS = "embedded-domains"
+#: The packages that hold the files of the embedded sources.
+EMBEDDED_IN = {EMBEDDED: "autopeft.evaluators.topics", EMBEDDED_DOMAINS: "autopeft.evaluators.domains"}
 FILES = "files"
 SPLITS = ("train", "validation", "test")
 MOST_PROBLEMS_PER_FILE = 5
@@ -30,10 +34,13 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    """Where the rows are and what their fields are called. `source`: "embedded", "files" or a data set of the hub.
+    """Where the rows are and what their fields are called. `source`: "embedded", "embedded-domains", "files" or a data
+    set of the hub.
 
     `train`, `validation`, `test`: files (JSONL, CSV, Parquet; relative to `folder`), or names of the hub's splits.
-    `max_train_rows`: train on so many rows, drawn at random (the same ones every time) with every label among them.
+    `domain`: the field that says which data set or task a row comes from, if the rows are of several.
+    `max_train_rows`: train on so many rows, drawn at random (the same ones every time) with every label and every
+    domain among them.
     """
 
     source: str = EMBEDDED
@@ -43,16 +50,23 @@ class DataSettings:
     test: str = "test"
     text: str = "text"
     label: str = "label"
+    domain: str | None = None
     prompt: str = "prompt"
     completion: str = "completion"
     max_length: int = 64
     max_train_rows: int | None = None
     folder: Path = Path(".")
 
+    @property
+    def domain_field(self) -> str | None:
+        """`domain`, or the one that the embedded data with domains has of its own."""
+        return self.domain or ("domain" if self.source == EMBEDDED_DOMAINS else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows with the canonical fields of their task; `labels` for classification, sorted (numbers by their value).
+    """Rows with the canonical fields of their task; `labels` for classification and `domains` where the rows have
+    them, both sorted (numbers by their value).
 
     `warnings`: what is legal but worth knowing (texts that stand in two splits).
     """
@@ -62,6 +76,7 @@ class Splits:
     test: list[Row]
     labels: tuple[str, ...] | None
     warnings: tuple[str, ...] = ()
+    domains: tuple[str, ...] | None = None
 
 
 def load_splits(data: DataSettings, task: str) -> Splits:
@@ -82,43 +97,59 @@ def load_splits(data: DataSettings, task: str) -> Splits:
         problems += [f"{name}{place}: {what}" for place, what in wrong[:MOST_PROBLEMS_PER_FILE]]
         if len(wrong) > MOST_PROBLEMS_PER_FILE:
             problems.append(f"{name}: {len(wrong) - MOST_PROBLEMS_PER_FILE} more rows like these")
-    labels = None
-    if task == "classification" and rows.get("train"):  # not next to rows that are left out
-        labels = tuple(sorted({row["label"] for row in rows["train"]}, key=_natural))
-        problems += _label_problems(rows, labels, data)
+    labels = domains = None
+    if rows.get("train"):  # not next to rows that are left out
+        if task == "classification":
+            labels = _values(rows["train"], "label")
+            problems += _unseen(rows, "label", labels, data)
+            if len(labels) < 2:
+                problems.append(f"{data.train}: only one label, {labels[0]!r}: there is nothing to classify")
+        if data.domain_field is not None:
+            domains = _values(rows["train"], "domain")
+            problems += _unseen(rows, "domain", domains, data)
+        problems += _too_few(data, labels or (), domains or ())
     if problems:
         raise DataError(problems)
     if data.max_train_rows is not None:
         rows["train"] = _drawn(rows["train"], data.max_train_rows)
-    return Splits(rows["train"], rows["validation"], rows["test"], labels, tuple(_leaks(rows)))
+    return Splits(rows["train"], rows["validation"], rows["test"], labels, tuple(_leaks(rows)), domains)
 
 
-def _natural(label: str) -> tuple[bool, int, str]:
+def _values(rows: list[Row], field: str) -> tuple[str, ...]:
+    return tuple(sorted({row[field] for row in rows}, key=_natural))
+
+
+def _natural(value: str) -> tuple[bool, int, str]:
     """Numbers by value, before names by letter."""
-    number = label.removeprefix("-").isdecimal()
-    return not number, int(label) if number else 0, label
+    number = value.removeprefix("-").isdecimal()
+    return not number, int(value) if number else 0, value
 
 
-def _label_problems(rows: dict[str, list[Row]], labels: tuple[str, ...], data: DataSettings) -> Iterator[str]:
+def _unseen(rows: dict[str, list[Row]], field: str, known: tuple[str, ...], data: DataSettings) -> Iterator[str]:
     for split in rows:
-        unseen = sorted({row["label"] for row in rows[split]} - set(labels), key=_natural)
+        unseen = sorted({row[field] for row in rows[split]} - set(known), key=_natural)
         if unseen:
             yield (
-                f"{getattr(data, split)}: labels {', '.join(map(repr, unseen[:5]))} do not occur in the training"
-                f" split, which has {', '.join(map(repr, labels[:20]))}"
+                f"{getattr(data, split)}: {field}s {', '.join(map(repr, unseen[:5]))} do not occur in the training"
+                f" split, which has {', '.join(map(repr, known[:20]))}"
             )
-    if len(labels) < 2:
-        yield f"{data.train}: only one label, {labels[0]!r}: there is nothing to classify"
-    if data.max_train_rows is not None and data.max_train_rows < len(labels):
-        yield f"max_train_rows {data.max_train_rows} is less than one row for each of the {len(labels)} labels"
+
+
+def _too_few(data: DataSettings, labels: Sequence[str], domains: Sequence[str]) -> Iterator[str]:
+    if data.max_train_rows is not None and data.max_train_rows < len(labels) + len(domains):
+        named = [f"{len(values)} {what}" for values, what in ((labels, "labels"), (domains, "domains")) if values]
+        yield f"max_train_rows {data.max_train_rows} is less than one row for each of the {' and '.join(named)}"
 
 
 def _drawn(rows: list[Row], count: int) -> list[Row]:
-    """So many rows at random, in the order of the file: a file sorted by label has few labels at its beginning."""
+    """So many rows at random, in the order of the file: a file sorted by label has few labels at its beginning.
+
+    One row of each label and one of each domain are in.
+    """
     order = list(range(len(rows)))
     Random("max_train_rows").shuffle(order)
-    first = {rows[i].get("label"): i for i in reversed(order)}  # one row of each label is in
-    chosen = dict.fromkeys([*first.values(), *order])
+    first = [{rows[i].get(field): i for i in reversed(order)}.values() for field in ("label", "domain")]
+    chosen = dict.fromkeys([*chain.from_iterable(first), *order])
     return [rows[i] for i in sorted(list(chosen)[:count])]
 
 
@@ -128,8 +159,8 @@ Found = Iterator[tuple[str, Row | str]]
 
 
 def _read(data: DataSettings, name: str, split: str) -> Found:
-    if data.source == EMBEDDED:
-        with (files("autopeft.evaluators.topics") / f"{split}.jsonl").open(encoding="utf-8") as lines:
+    if data.source in EMBEDDED_IN:
+        with (files(EMBEDDED_IN[data.source]) / f"{split}.jsonl").open(encoding="utf-8") as lines:
             yield from _jsonl(lines)
     elif data.source == FILES:
         path = Path(data.folder) / Path(name).expanduser()
@@ -201,12 +232,13 @@ def _hub(data: DataSettings, name: str) -> Found:
         rows = load_dataset(data.source, split=name, revision=data.revision)
     except Exception as error:  # the hub's client raises many kinds: connection, not found, gated, bad split
         raise ValueError(f"{data.source} could not be loaded: {_first_line(error)}") from error
-    feature = rows.features.get(data.label)
-    for number, row in enumerate(rows):
-        if isinstance(feature, ClassLabel):
-            label = row[data.label]
-            row = {**row, data.label: None if label in (None, -1) else feature.int2str(label)}  # -1: not given
-        yield f"[{number}]", row
+    features = {field: rows.features.get(field) for field in (data.label, data.domain_field)}
+    named = {field: feature for field, feature in features.items() if isinstance(feature, ClassLabel)}
+    for place, row in enumerate(rows):
+        for field, feature in named.items():
+            number = row[field]
+            row = {**row, field: None if number in (None, -1) else feature.int2str(number)}  # -1: not given
+        yield f"[{place}]", row
 
 
 def _first_line(error: Exception) -> str:
@@ -224,7 +256,10 @@ def _canonical(found: Found, data: DataSettings, task: str) -> tuple[list[Row], 
             if isinstance(row, str):
                 raise ValueError(row)
             row = {name: value for name, value in row.items() if value not in (None, "")}
-            rows.append(_classification_row(row, data) if task == "classification" else _causal_row(row, data))
+            canonical = _classification_row(row, data) if task == "classification" else _causal_row(row, data)
+            if data.domain_field is not None:
+                canonical["domain"] = _name(row, data.domain_field, "domain")
+            rows.append(canonical)
         except ValueError as error:
             wrong.append((place, str(error)))
     return rows, wrong
@@ -247,16 +282,17 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _label(row: Row, name: str) -> str:
+def _name(row: Row, name: str, what: str) -> str:
+    """Of a label or a domain."""
     value = _field(row, name)
     if not isinstance(value, (str, int, float)) or value != value or not str(value).strip():
-        raise ValueError(f"field {name!r} is not a label: {value!r:.40}")
+        raise ValueError(f"field {name!r} is not a {what}: {value!r:.40}")
     # A column of whole numbers becomes one of floats where a value is missing.
     return str(int(value) if isinstance(value, float) and math.isfinite(value) and value == int(value) else value)
 
 
 def _classification_row(row: Row, data: DataSettings) -> Row:
-    return {"text": _text(row, data.text), "label": _label(row, data.label)}
+    return {"text": _text(row, data.text), "label": _name(row, data.label, "label")}
 
 
 def _causal_row(row: Row, data: DataSettings) -> Row:

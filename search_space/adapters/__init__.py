@@ -1,7 +1,8 @@
 """The adapter types, one file each. The CLI, the schema and the tables derive from the registry `ADAPTERS`.
 
 Its order is also the order in which several adapters at one module act: DoRA needs the backbone's own output,
-what adds to it follows, and what scales the sum comes last. Merging follows the same order.
+what adds to it follows, and what scales the sum comes last. Merging follows the same order. A `Mixture` is
+none of them: it has experts of any of these types that can be one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from autopeft.search_space.adapters.dora import Dora
 from autopeft.search_space.adapters.full import Full
 from autopeft.search_space.adapters.ia3 import Ia3
 from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.adapters.norm import Norm
 from autopeft.search_space.adapters.prefix import Prefix
 from autopeft.search_space.adapters.ssf import Ssf
@@ -28,6 +30,8 @@ def spec_from_dict(data: dict[str, Any]) -> AdapterSpec:
     """The inverse of `AdapterSpec.to_dict`. Raises ValueError for an unknown kind, field or value."""
     fields = dict(data)
     kind = fields.pop("kind", None)
+    if kind == Mixture.kind:
+        return Mixture(**{**fields, "expert": spec_from_dict(fields["expert"])})
     if kind not in ADAPTERS:
         raise ValueError(f"unknown adapter kind {kind!r}; known: {', '.join(ADAPTERS)}")
     try:
@@ -45,6 +49,7 @@ __all__ = [
     "Full",
     "Ia3",
     "Lora",
+    "Mixture",
     "Norm",
     "Parameter",
     "Prefix",

@@ -7,21 +7,48 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.adapters.base import AdapterSpec, Parameter
 from autopeft.search_space.adapters.init import initialise
 from autopeft.search_space.backbone import Site
+
+if TYPE_CHECKING:
+    from autopeft.search_space.adapters.mixing import Routing
 
 
 def stream(*words: object, device: torch.device | str = "cpu") -> Generator:
     """A random stream named by `words`: the same words give the same numbers, in any process and any pack."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     return Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(slots=True)
+class Tokens:
+    """What routers want to know of the minibatch, which is the same for all slots: N texts of T tokens.
+
+    `mask`: [N, T], False for padding; None: there is none. `domains`: [N] the domain of each text, None: not known.
+    """
+
+    length: int = 1
+    mask: Tensor | None = None
+    domains: Tensor | None = None
+
+    def by_text(self, x: Tensor) -> Tensor:
+        """[K, N * T, D] to [K, N, T, D]."""
+        return x.unflatten(1, (-1, self.length))
+
+    def domains_of(self, tasks: int) -> Tensor:
+        """[N]. Raises ValueError where the domains are not known, or more than `tasks`."""
+        if self.domains is None:
+            raise ValueError("a router by task needs rows with a domain: say which column it is in (data.domain)")
+        if int(self.domains.max()) >= tasks:
+            raise ValueError(f"a router for {tasks} tasks does not know the domain {int(self.domains.max())}")
+        return self.domains
 
 
 @dataclass(slots=True)
@@ -33,6 +60,8 @@ class Call:
     constants: dict[str, Tensor]
     #: [K, R] with 1 where a slot owns that part of the size, or None if all slots own all of it.
     mask: Tensor | None
+    #: Rows of the batch that belong to one slot: the experts of a mixture that run side by side.
+    experts: int = 1
 
     @property
     def base(self) -> nn.Module:
@@ -40,9 +69,46 @@ class Call:
         return self.bank.base[0]
 
     @property
+    def tokens(self) -> Tokens:
+        return self.bank.tokens
+
+    def most(self, name: str) -> float:
+        """Of a constant, over the slots."""
+        return max(getattr(spec, name) for spec in self.bank.specs)
+
+    def least(self, name: str) -> float:
+        return min(getattr(spec, name) for spec in self.bank.specs)
+
+    @property
+    def owned_experts(self) -> Tensor:
+        """[K, E] with 1 for the experts that a slot's router chooses from."""
+        counts = [spec.num_experts for spec in self.bank.specs]
+        owned = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+        return owned.to(next(iter(self.bank.values.values())))
+
+    def of_experts(self, count: int) -> Call:
+        """The same for `count` experts of each slot, one after the other."""
+        constants = {name: value.repeat_interleave(count) for name, value in self.constants.items()}
+        mask = None if self.mask is None else self.mask.repeat_interleave(count, 0)
+        return Call(bank=self.bank, constants=constants, mask=mask, experts=count)
+
+    def noisy(self, x: Tensor, name: str) -> Tensor:
+        """In training, with normal noise of the standard deviation `name` from each slot's own stream. x: [K, ..., E],
+        of which a slot reads its own experts.
+        """
+        if not self.bank.training or not self.most(name):
+            return x
+        noise = torch.zeros_like(x)
+        for k, spec in enumerate(self.bank.specs):
+            own = noise[k, ..., : spec.num_experts]
+            own.copy_(torch.randn(own.shape, generator=self.bank.dropout_streams[k], device=x.device))
+            own.mul_(getattr(spec, name))
+        return x + noise
+
+    @property
     def rates(self) -> list[float]:
         """Each slot's probability of dropout."""
-        return [getattr(spec, "dropout", 0.0) for spec in self.bank.specs]
+        return [getattr(spec.plain, "dropout", 0.0) for spec in self.bank.specs]
 
     @property
     def drops(self) -> bool:
@@ -52,12 +118,12 @@ class Call:
         """Dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
         if not self.drops:
             return x
-        keep = torch.ones_like(x)
+        keep = torch.ones_like(x).unflatten(0, (-1, self.experts))
         for k, rate in enumerate(self.rates):
             if rate > 0.0:
-                drawn = torch.rand(x.shape[1:], generator=self.bank.dropout_streams[k], device=x.device)
+                drawn = torch.rand(keep.shape[1:], generator=self.bank.dropout_streams[k], device=x.device)
                 keep[k] = (drawn >= rate).to(x) / (1.0 - rate)
-        return x * keep
+        return x * keep.flatten(0, 1)
 
 
 class Bank(nn.Module):
@@ -101,10 +167,19 @@ class Bank(nn.Module):
         device = next(base.parameters()).device
         self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds]
 
+        declared = [spec.parameters(site) for spec in self.specs]
+        #: Of the largest slot, by name.
+        self.shapes = {name: _largest([own[name].shape for own in declared]) for name in declared[0]}
         self.values = self._drawn(seeds) if of is None else of.values
+        #: Of a mixture: what its router is told, and what it did in the last forward pass.
+        self.tokens = Tokens()
+        self.routing: Routing | None = None
+        #: Whether its router is not asked, and all experts are weighted alike.
+        self.averaged = False
+        #: The same of every forward pass, where somebody watches.
+        self.seen: list[Routing] | None = None
 
         sizes = [spec.size or 0 for spec in self.specs]  # types without a size need no mask
-        self.size = max(sizes)
         owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
         self.register_buffer("mask", None if owned.all() else owned.float())
         constants = [spec.constants(site) for spec in self.specs]
@@ -116,26 +191,30 @@ class Bank(nn.Module):
         """Initial values, each [N, ...]."""
         declared = [spec.parameters(self.site) for spec in self.specs]
         drawn = nn.ParameterDict()
-        for name in declared[0]:
-            shape = [max(dims) for dims in zip(*(d[name].shape for d in declared), strict=True)]
+        for name, shape in self.shapes.items():
             values = torch.zeros(max(self.bank_of_slot) + 1, *shape)
             # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
-            for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].size or 0):
+            for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].num_params(self.site)):
                 words = (seeds[k], self.site.name, self.specs[k].kind, name)
-                own = initialise(declared[k][name], stream(*words), self.base[0])
+                own = self._initial(declared[k][name], words)
                 values[self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
             drawn[name] = nn.Parameter(values)
         return drawn
+
+    def _initial(self, declared: Parameter, words: tuple[object, ...]) -> Tensor:
+        if not declared.per_expert:
+            return initialise(declared, stream(*words), self.base[0])
+        # An expert's values do not depend on how many there are.
+        one = replace(declared, shape=declared.shape[1:])
+        return torch.stack([initialise(one, stream(*words, e), self.base[0]) for e in range(declared.shape[0])])
 
     def slots(self) -> dict[str, Tensor]:
         """Parameters as the slots read them, each [K, ...], in the size of the largest slot."""
         if self.bank_index is None:
             return dict(self.values.items())
         read = {}
-        for name, declared in self.specs[0].parameters(self.site).items():
-            value = self.values[name]
-            if declared.elastic is not None:
-                value = value.narrow(1 + declared.elastic, 0, self.size)
+        for name, shape in self.shapes.items():
+            value = self.values[name][(slice(None), *(slice(n) for n in shape))]
             read[name] = value.index_select(0, self.bank_index)
         return read
 
@@ -171,7 +250,9 @@ class Bank(nn.Module):
 
     def apply_input(self, x: Tensor) -> Tensor:
         """x: [K, M, D_in] to the same shape."""
-        return self.specs[0].apply_input(self.slots(), x.to(self.dtype), self.call).to(x.dtype)
+        changed = self.specs[0].apply_input(self.slots(), x.to(self.dtype), self.call).to(x.dtype)
+        self._note()
+        return changed
 
     def apply_linear(self, x: Tensor, slots: Tensor | None) -> Tensor | None:
         """x: [K, M, D_in] of all slots of a pack, of which the bank serves `slots`; see `AdapterSpec.apply_linear`."""
@@ -180,4 +261,15 @@ class Bank(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: [K, M, D_in], y: [K, M, D_out]; returns the adapted y."""
-        return self.specs[0].apply(self.slots(), x.to(self.dtype), y.to(self.dtype), self.call).to(y.dtype)
+        changed = self.specs[0].apply(self.slots(), x.to(self.dtype), y.to(self.dtype), self.call).to(y.dtype)
+        self._note()
+        return changed
+
+    def _note(self) -> None:
+        if self.seen is not None and self.routing is not None and not self.training:
+            self.seen.append(self.routing)
+
+
+def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that all of these are prefixes of."""
+    return tuple(max(dims) for dims in zip(*shapes, strict=True))

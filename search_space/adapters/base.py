@@ -30,15 +30,18 @@ FLOAT32_BITS = 32
 class Parameter:
     """One trainable tensor of an adapter at one site, without the bank dimension.
 
-    `elastic` is the axis that the adapter's size runs along (None: none does). `init` names a rule of
-    `init.py`. `decay`: whether weight decay applies (vectors and identity-centred scales are left out, as
-    usual).
+    `init` names a rule of `init.py`. `decay`: whether weight decay applies (vectors and identity-centred scales are
+    left out, as usual). `per_expert`: the first axis counts the experts of a mixture, each of which is drawn by itself.
     """
 
     shape: tuple[int, ...]
     init: str = "zeros"
-    elastic: int | None = None
     decay: bool = True
+    per_expert: bool = False
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class AdapterSpec(ABC):
     repeatable: ClassVar[bool] = True
     #: Whether it computes the backbone's function before the first step, for every setting of its fields.
     identity_at_start: ClassVar[bool] = True
+    #: Whether it can be an expert of a mixture: it changes activations, and nothing else.
+    can_be_expert: ClassVar[bool] = True
     #: Where in the paper the mechanism is defined.
     source: ClassVar[str]
     #: One line for `--help` and the tables of the documentation.
@@ -78,7 +83,7 @@ class AdapterSpec(ABC):
         return True
 
     def num_params(self, site: Site) -> int:
-        return sum(prod(parameter.shape) for parameter in self.parameters(site).values())
+        return sum(parameter.count for parameter in self.parameters(site).values())
 
     def stored_bits(self, site: Site) -> int:
         """Bits that the trained adapter takes on disk."""
@@ -88,10 +93,33 @@ class AdapterSpec(ABC):
     def size(self) -> int | None:
         return getattr(self, self.size_field) if self.size_field else None
 
+    @property
+    def label(self) -> str:
+        """In a word or two."""
+        return self.kind if self.size is None else f"{self.kind} {self.size}"
+
+    @property
+    def num_experts(self) -> int:
+        """Of a mixture; 0 for a plain adapter."""
+        return 0
+
+    @property
+    def plain(self) -> AdapterSpec:
+        """The adapter, or what all experts of a mixture are."""
+        return self
+
+    def active_params(self, site: Site) -> int:
+        """Parameters that a token meets: of a mixture those of the experts that it is sent to, and the router's."""
+        return self.num_params(site)
+
     def structure(self) -> tuple[Any, ...]:
         """What slots must agree on to share one bank: everything but the size and the per-slot fields."""
         apart = {self.size_field, *self.per_slot_fields}
         return (self.kind, *(getattr(self, f.name) for f in fields(self) if f.name not in apart))
+
+    def acts_by(self, method: str, site: Site) -> bool:
+        """Whether the type does something of its own there; what it leaves alone needs no hook."""
+        return getattr(type(self), method) is not getattr(AdapterSpec, method)
 
     def constants(self, site: Site) -> dict[str, float]:
         """Numbers that the forward function reads per slot (a scale), by name."""
@@ -117,6 +145,12 @@ class AdapterSpec(ABC):
         """A frozen linear and this adapter in one: weight [D_out, D_in] and bias [D_out] on x [K, M, D_in], and what
         `apply` does to the served `slots` [S] (None: all). p and `call` are those of the S slots. Default, and where it
         cannot: None, and the two run one after the other.
+        """
+        return None
+
+    def mix(self, p: Mapping[str, Tensor], gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor | None:
+        """What E experts of this type, weighted by gates [K, M, E], add to y: [K, M, D_out]. p: [K, E, ...] each, x:
+        [K, M, D_in]. Default, and where it cannot: None, and every expert runs on every token (`mixing.one_by_one`).
         """
         return None
 

@@ -67,9 +67,9 @@ class Bottleneck(AdapterSpec):
     def parameters(self, site):
         down, up = INITS[self.init]
         return {
-            "down": Parameter(shape=(self.size, self.width(site)), init=down, elastic=0),
-            "down_bias": Parameter(shape=(self.size,), elastic=0, decay=False),
-            "up": Parameter(shape=(site.out_features, self.size), init=up, elastic=1),
+            "down": Parameter(shape=(self.size, self.width(site)), init=down),
+            "down_bias": Parameter(shape=(self.size,), decay=False),
+            "up": Parameter(shape=(site.out_features, self.size), init=up),
             "up_bias": Parameter(shape=(site.out_features,), decay=False),
         }
 
@@ -85,6 +85,20 @@ class Bottleneck(AdapterSpec):
         z = y if self.form == "serial" else x
         weights = (p["down"], p["down_bias"], p["up"], p["up_bias"])
         rest = (*weights, call.constants["scale"], call.mask, self.activation)
-        if call.bank.training and any(spec.dropout for spec in call.bank.specs):
+        if call.drops:
             return y + call.dropout(packed_bottleneck(z, None, *rest))
         return packed_bottleneck(z, y, *rest)
+
+    def mix(self, p, gates, x, y, call):
+        import torch.nn.functional as F
+
+        # All experts are one bottleneck of E * R units: z is read once, and what a gate closes is a block of units.
+        z = y if self.form == "serial" else x
+        hidden = z @ p["down"].flatten(1, 2).mT + p["down_bias"].flatten(1)[:, None]
+        if self.activation != "none":
+            hidden = getattr(F, self.activation)(hidden)
+        hidden = hidden.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]
+        if call.mask is not None:
+            hidden = hidden * call.mask[:, None, None]
+        change = hidden.flatten(2) @ p["up"].movedim(2, 1).flatten(2).mT + gates @ p["up_bias"]
+        return call.dropout(call.constants["scale"][:, None, None] * change)

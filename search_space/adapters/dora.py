@@ -45,6 +45,9 @@ class Dora(Lora):
     def apply_linear(self, p, x, weight, bias, call, slots):
         return None
 
+    def mix(self, p, gates, x, y, call):
+        return None
+
     def merge(self, p, weight, bias):
         direction = weight + self.scale * (p["B"] @ p["A"])
         return (p["m"] / direction.norm(dim=1))[:, None] * direction, bias

@@ -20,6 +20,7 @@ class Full(AdapterSpec):
     default_roles: ClassVar[tuple[str, ...]] = ("backbone",)
     mergeable: ClassVar[bool] = True
     repeatable: ClassVar[bool] = False
+    can_be_expert: ClassVar[bool] = False
     source: ClassVar[str] = "Devlin et al. 2019, BERT, section 3.2"
     summary: ClassVar[str] = "training of the whole backbone"
 

@@ -20,6 +20,7 @@ class Head(AdapterSpec):
     default_roles: ClassVar[tuple[str, ...]] = ("head",)
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = False
+    can_be_expert: ClassVar[bool] = False
     source: ClassVar[str] = "the task's own output layer"
     summary: ClassVar[str] = "trainable output layer"
 

@@ -31,11 +31,17 @@ class Ia3(AdapterSpec):
     def flops_per_token(self, site):
         return 0
 
+    def acts_by(self, method, site):
+        return method == ("apply_input" if site.role == "mlp.down" else "apply")
+
     def apply_input(self, p, x, call):
         return x * p["input"][:, None, :] if "input" in p else x
 
     def apply(self, p, x, y, call):
         return y * p["output"][:, None, :] if "output" in p else y
+
+    def mix(self, p, gates, x, y, call):
+        return y * (gates @ (p["output"] - 1.0))
 
     def merge(self, p, weight, bias):
         if "input" in p:

@@ -54,8 +54,8 @@ class Lora(AdapterSpec):
 
     def parameters(self, site):
         return {
-            "A": Parameter(shape=(self.rank, site.in_features), init=self.init, elastic=0),
-            "B": Parameter(shape=(site.out_features, self.rank), elastic=1),
+            "A": Parameter(shape=(self.rank, site.in_features), init=self.init),
+            "B": Parameter(shape=(site.out_features, self.rank)),
         }
 
     def flops_per_token(self, site):
@@ -75,6 +75,13 @@ class Lora(AdapterSpec):
         if call.drops:
             return None
         return packed_lora_linear(x, weight, bias, p["A"], p["B"], call.constants["scale"], call.mask, slots)
+
+    def mix(self, p, gates, x, y, call):
+        from autopeft.kernels.mixture_lora import mixture_lora
+
+        mask = None if call.mask is None else call.mask[:, None].expand(-1, gates.shape[-1], -1)
+        scale, most = call.constants["scale"], max(spec.num_active for spec in call.bank.specs)
+        return mixture_lora(call.dropout(x), p["A"], p["B"], gates, scale, mask, most)
 
     def merge(self, p, weight, bias):
         return weight + self.scale * (p["B"] @ p["A"]), bias

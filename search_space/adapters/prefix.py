@@ -29,6 +29,7 @@ class Prefix(AdapterSpec):
     size_field: ClassVar[str | None] = "length"
     per_slot_fields: ClassVar[tuple[str, ...]] = ("init",)
     identity_at_start: ClassVar[bool] = False
+    can_be_expert: ClassVar[bool] = False
     source: ClassVar[str] = "Li & Liang 2021, Prefix-Tuning, section 4.2"
     summary: ClassVar[str] = "trained keys and values in attention"
 
@@ -46,7 +47,7 @@ class Prefix(AdapterSpec):
         if not self.fits(site):
             raise ValueError(f"a prefix needs the key and value heads, which are not known at {site.name!r}")
         shape = (self.length, site.num_key_value_heads * site.head_dim)
-        return {name: Parameter(shape=shape, init=self.init, elastic=0) for name in ("K", "V")}
+        return {name: Parameter(shape=shape, init=self.init) for name in ("K", "V")}
 
     def flops_per_token(self, site):
         # Scores and weighted sum, over all query heads: 2 * 2 * L * D.

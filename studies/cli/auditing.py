@@ -15,7 +15,6 @@ from autopeft.studies.cli.options import JsonOption, SetOption, print_json
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from autopeft.evaluators.packed import PackedEvaluator
     from autopeft.evaluators.tasks.data import Splits
     from autopeft.studies.study_file import StudyFile
 
@@ -42,6 +41,7 @@ def audit(
     """Score candidates whose trainings are known by every proxy, and report how well that ranks them."""
     from autopeft.studies import audit as auditing
     from autopeft.studies.race.table import SHIPPED, read
+    from autopeft.studies.session import packed_evaluator_for
     from autopeft.studies.study_file import load_study
 
     names = list(dict.fromkeys(arms or auditing.ARMS))
@@ -75,7 +75,7 @@ def audit(
         view.plan(len(lacking))
         if lacking:
             view.stage("loading")
-            evaluator = _evaluator(settings, splits)
+            evaluator = packed_evaluator_for(settings, splits)
             reference_s = auditing.training_s(evaluator, every)
             for name, seed in lacking:
                 view.stage(f"{name}, seed {seed}")
@@ -92,24 +92,15 @@ def audit(
 
 def _foretell(settings: StudyFile, splits: Splits, draws: int, as_json: bool) -> None:
     from autopeft.studies.foretold import foretell
+    from autopeft.studies.session import packed_evaluator_for
 
     if draws < 3:
         raise ConfigurationError(f"--latency {draws}: a ranking needs three draws")
     with BenchView() as view:
         view.plan(draws)
         view.stage("latencies")
-        found = foretell(settings, _evaluator(settings, splits), draws, lambda: view.advance(1))
+        found = foretell(settings, packed_evaluator_for(settings, splits), draws, lambda: view.advance(1))
     if as_json:
         print_json(found.to_dict())
     else:
         typer.echo(found.to_markdown(), nl=False)
-
-
-def _evaluator(settings: StudyFile, splits: Splits) -> PackedEvaluator:
-    from autopeft.evaluators.packed import PackedEvaluator
-    from autopeft.studies.session import evaluator_for
-
-    evaluator = evaluator_for(settings, splits)
-    if not isinstance(evaluator, PackedEvaluator):
-        raise ConfigurationError("evaluation.evaluator: proxies need packed")
-    return evaluator

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 from rich.console import Console
@@ -14,6 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from autopeft.studies.cli.files import check
 from autopeft.studies.cli.options import JsonOption, SetOption, print_json
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.tasks.data import Splits
+    from autopeft.studies.study_file import StudyFile
 
 
 def bench(
@@ -26,6 +31,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that every arm runs.")] = 3,
     ranking: Annotated[int, typer.Option("--ranking", min=0, help="Candidates to rank early; 0: none.")] = 24,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the study's.")] = None,
+    experts: Annotated[bool, typer.Option("--experts", help="Instead: what routing between experts costs.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure autopeft against a loop over peft and Trainer. Exit 1, without figures, if they do other work."""
@@ -38,12 +44,34 @@ def bench(
     path = study or Path(str(files("autopeft.studies.examples") / "demo.yaml"))
     settings = load_study(path, [*(set_ or ()), *own])
     splits, _, _ = check(settings)
+    if experts:
+        _experts(settings, splits, as_json)
+        return
     with BenchView() as view:
         result = run_bench(settings, splits, candidates=candidates, rounds=rounds, ranked=ranking, watch=view)
     if as_json:
         print_json(result.to_dict())
     else:
         typer.echo(to_markdown(result), nl=False)
+
+
+def _experts(settings: StudyFile, splits: Splits, as_json: bool) -> None:
+    from autopeft.search_space.training import Training
+    from autopeft.studies.bench.experts import PLACES, SLOTS, measure_experts, to_markdown
+    from autopeft.studies.scoring import middle_training
+    from autopeft.studies.session import packed_evaluator_for
+
+    with BenchView() as view:
+        view.stage("loading")
+        evaluator = packed_evaluator_for(settings, splits)
+        view.plan(2 * len(PLACES) * len(SLOTS))
+        view.stage("steps with experts")
+        training: Training = middle_training(settings, settings.space_for(evaluator.backbone))
+        rows = measure_experts(evaluator, training, lambda: view.advance(1))
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        typer.echo(to_markdown(rows), nl=False)
 
 
 class BenchView:

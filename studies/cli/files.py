@@ -86,13 +86,14 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
         typer.echo(f"warning: {warning}", err=True)
     size = "continuous" if space.cardinality is None else f"{space.cardinality:,} architectures"
     rows = ", ".join(f"{count:,} {split}" for split, count in summary["rows"].items())
-    labels = f", {len(splits.labels)} labels" if splits.labels else ""
+    values = {"labels": splits.labels, "domains": splits.domains}
+    kinds = "".join(f", {len(found)} {what}" for what, found in values.items() if found)
     sites = ", ".join(f"{count} {role}" for role, count in summary["model"]["sites"].items())
     typer.echo(f"{settings.study}: no problems found")
     typer.echo(f"  model  {backbone.id} ({backbone.family}): {backbone.num_layers} layers,"
                f" {backbone.num_params:,} parameters")  # fmt: skip
     typer.echo(f"  sites  {sites}")
-    typer.echo(f"  data   {rows} rows{labels}")
+    typer.echo(f"  data   {rows} rows{kinds}")
     typer.echo(f"  space  {len(space.genes)} genes, {size}")
     typer.echo(f"  search {settings.search.trials} trials by {settings.search.searcher}"
                f" for {', '.join(o.name for o in settings.objectives)}")  # fmt: skip
@@ -156,6 +157,7 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
         },
         "rows": {split: len(getattr(splits, split)) for split in ("train", "validation", "test")},
         "labels": list(splits.labels or ()),
+        "domains": list(splits.domains or ()),
         "space": {"genes": [gene.name for gene in space.genes], "cardinality": space.cardinality},
         "objectives": [objective.name for objective in settings.objectives],
         "earlier_trials": len(earlier_trials(settings, settings.problem(backbone))),

@@ -54,6 +54,7 @@ def print_front(snapshot: Snapshot) -> None:
     from rich.table import Table
 
     from autopeft.studies.cli.progress import measured
+    from autopeft.studies.routing import verdicts
 
     quality = snapshot.objectives_by_name[snapshot.quality]
     rows = sorted(snapshot.rows(), key=lambda row: quality.loss(row.values[quality.name]))
@@ -86,6 +87,11 @@ def print_front(snapshot: Snapshot) -> None:
     Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
     typer.echo("*: recommended, the cheapest that the paired test cannot tell from the best (95 %);"
                " ±: standard error over examples and seeds")  # fmt: skip
+    found = verdicts(snapshot)
+    if found:
+        typer.echo("\nmixtures against what they are compared with")
+    for line in (line for verdict in found for line in verdict.lines(snapshot.quality)):
+        typer.echo(f"  {line}")
 
 
 def export(

@@ -266,9 +266,11 @@ def _training(recipe: Recipe) -> dict[str, Any]:
 
 def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
     """Arguments of `datasets.load_dataset` for one split."""
+    from autopeft.evaluators.tasks.data import EMBEDDED_IN
+
     data = recipe.data
-    if data.source == "embedded":
-        folder = 'Path(find_spec("autopeft.evaluators.topics").origin).parent'
+    if data.source in EMBEDDED_IN:
+        folder = f'Path(find_spec("{EMBEDDED_IN[data.source]}").origin).parent'
         return {"path": "json", "data_files": _Code(f'str({folder} / "{split}.jsonl")'), "split": "train"}
     name = getattr(data, split)
     if data.source == "files":

@@ -1,0 +1,198 @@
+"""Routing: which experts of a mixture act on a token, how much, and what they add together.
+
+Notation: K slots, N texts of T tokens, M = N * T, E experts that a router chooses from, S shared ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from autopeft.search_space.adapters.mixture import BALANCED, Mixture
+
+if TYPE_CHECKING:
+    from autopeft.search_space.adapters.bank import Call
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(slots=True)
+class Routing:
+    """What a router did in one forward pass. `penalty`: [K], to be added to the slots' losses. Without gradients:
+    `load`: [K, E] shares of what was sent out, `entropy`: [K] mean entropy of the probabilities as a share of the
+    largest that there is, `active`: [K] experts that a token met, `count`: tokens (or texts) that were routed.
+    """
+
+    penalty: Tensor
+    load: Tensor
+    entropy: Tensor
+    active: Tensor
+    count: int
+
+
+def mixed(spec: Mixture, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
+    """y: [K, M, D_out] with what the experts add to it. x: [K, M, D_in]."""
+    own, expert = _of_experts(p), spec.expert
+    if spec.router == "soft":
+        return y + _soft(spec, p, own, x, y, call)
+    gates = routed(spec, p, x, call)
+    added = expert.mix(own, gates, x, y, call)
+    return y + (one_by_one(expert.apply, own, gates, (x, y), call) if added is None else added)
+
+
+def mixed_input(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
+    """x: [K, M, D_in] as the experts change it, for types that act on the input of a site."""
+    own = _of_experts(p)
+    if spec.router == "soft":
+        return x + _soft(spec, p, own, x, None, call)
+    return x + one_by_one(spec.expert.apply_input, own, routed(spec, p, x, call), (x,), call)
+
+
+def one_by_one(act: Callable[..., Tensor], p: Values, gates: Tensor, tensors: tuple[Tensor, ...], call: Call) -> Tensor:
+    """Every expert on every token, and the sum of what they change, weighted: the slow way, for every type.
+
+    `act` changes the last of `tensors`, each [K, M, ...]. p: [K, S + E, ...], gates: [K, M, S + E].
+    """
+    count = gates.shape[-1]
+    wide = [tensor.repeat_interleave(count, 0) for tensor in tensors]
+    change = act(_flat(p), *wide, call.of_experts(count)) - wide[-1]
+    return torch.einsum("kmde,kme->kmd", change.unflatten(0, (-1, count)).movedim(1, -1), gates)
+
+
+def _of_experts(p: Values) -> dict[str, Tensor]:
+    return {name: value for name, value in p.items() if not name.startswith("router")}
+
+
+def _flat(p: Values) -> dict[str, Tensor]:
+    """[K, S + E, ...] to [K * (S + E), ...]."""
+    return {name: value.flatten(0, 1) for name, value in p.items()}
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# Routers
+
+
+def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
+    """Gates [K, M, S + E], and `Routing` for the bank. x: [K, M, D_in]."""
+    tokens, owned = x.shape[1], call.owned_experts
+    if spec.router == "uniform" or call.bank.averaged:
+        gates = (owned / owned.sum(-1, keepdim=True))[:, None].expand(-1, tokens, -1)
+        return _with_shared(spec, gates.to(x.dtype))
+    # At least float32, as all routers are: a gate that is rounded sends a token elsewhere.
+    logits, valid = _logits(spec, p, _exact(x), call)
+    logits = call.noisy(logits, "router_noise").masked_fill(owned[:, None] == 0, float("-inf"))
+    if spec.router == "sigmoid":
+        weights = logits.sigmoid()
+        probabilities = weights / weights.sum(-1, keepdim=True)
+        order = weights.detach() + p["router_bias"].detach()[:, None]
+        order = order.masked_fill(owned[:, None] == 0, float("-inf"))
+    else:
+        probabilities = weights = logits.softmax(-1)
+        order = probabilities.detach()
+    chosen = _chosen(order, probabilities.detach(), call)
+    gates = weights * chosen
+    alone = call.constants["top_k"][:, None, None] == 1
+    gates = gates / torch.where(alone, torch.ones_like(gates[..., :1]), gates.sum(-1, keepdim=True))
+    call.bank.routing = _routing(spec, p, logits, probabilities, chosen, valid, owned, call)
+    if gates.shape[1] != tokens:  # one decision for a text
+        gates = gates.repeat_interleave(tokens // gates.shape[1], 1)
+    return _with_shared(spec, gates.to(x.dtype))
+
+
+def _with_shared(spec: Mixture, gates: Tensor) -> Tensor:
+    """[K, M, E] to [K, M, S + E]."""
+    if not spec.shared_experts:
+        return gates
+    return torch.cat([gates.new_ones(*gates.shape[:2], spec.shared_experts), gates], -1)
+
+
+def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """[K, M, E], or [K, N, E] for routers that decide about texts, and which of the M or N count (None: all)."""
+    weight = p["router"].to(x.dtype)
+    if spec.router == "task":
+        return weight[..., call.tokens.domains_of(spec.tasks)].transpose(1, 2), None
+    mask = call.tokens.mask
+    if spec.router == "sequence":
+        texts = call.tokens.by_text(x)
+        if mask is None:
+            x = texts.mean(2)
+        else:
+            counted = mask.to(x)
+            x = (texts * counted[..., None]).sum(2) / counted.sum(-1, keepdim=True).clamp(min=1)
+        return x @ weight.transpose(1, 2), None
+    return x @ weight.transpose(1, 2), None if mask is None else mask.flatten()
+
+
+def _chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
+    """[K, M, E] of zeros and ones: the `top_k` first in `order`, of these as few as reach `top_p` together."""
+    most = min(order.shape[-1], int(call.most("top_k")))
+    _, places = order.topk(most, -1)
+    rank = torch.arange(most, device=order.device)
+    keep = rank < call.constants["top_k"][:, None, None]
+    if call.least("top_p") < 1.0:
+        ahead = probabilities.gather(-1, places)
+        keep = keep & (ahead.cumsum(-1) - ahead < call.constants["top_p"][:, None, None])
+    return torch.zeros_like(probabilities).scatter(-1, places, keep.to(probabilities).expand_as(places))
+
+
+def _routing(
+    spec: Mixture,
+    p: Values,
+    logits: Tensor,
+    probabilities: Tensor,
+    chosen: Tensor,
+    valid: Tensor | None,
+    owned: Tensor,
+    call: Call,
+) -> Routing:
+    count = owned.sum(-1)
+    counted = chosen.new_ones(chosen.shape[1]) if valid is None else valid.to(chosen)
+    total = counted.sum().clamp(min=1)
+    sent = torch.einsum("kme,m->ke", chosen, counted)
+    load = sent / sent.sum(-1, keepdim=True)
+    penalty = torch.zeros_like(count)
+    if spec.router in BALANCED and call.most("balance") > 0:
+        if spec.router == "sigmoid":
+            # Its gradient with respect to b is load - 1/E: the optimiser lowers b where too much arrives.
+            term = ((load - owned / count[:, None]) * p["router_bias"].to(load) * owned).sum(-1)
+        else:
+            mean = torch.einsum("kme,m->ke", probabilities, counted) / total
+            term = count * (load * mean).sum(-1)
+        penalty = penalty + call.constants["balance"] * term
+    if spec.router != "task" and call.most("z_loss") > 0:
+        square = logits.logsumexp(-1).square()
+        penalty = penalty + call.constants["z_loss"] * (square @ counted) / total
+    with torch.no_grad():
+        entropy = -(probabilities * probabilities.clamp(min=1e-9).log()).sum(-1) @ counted / total
+        return Routing(
+            penalty=penalty,
+            load=load.detach(),
+            entropy=entropy / count.log().clamp(min=1e-9) * (count > 1),
+            active=sent.sum(-1).detach() / total + spec.shared_experts,
+            count=int(total),
+        )
+
+
+def _soft(spec: Mixture, p: Values, own: Values, x: Tensor, y: Tensor | None, call: Call) -> Tensor:
+    """What a soft dispatch adds to the last of x and y: [K, M, D]."""
+    texts = call.tokens.by_text(x)
+    logits = torch.einsum("kntd,ked->knte", _exact(texts), _exact(p["router"]))
+    logits = call.noisy(logits, "router_noise")
+    owned = call.owned_experts
+    mask = call.tokens.mask
+    dispatch = logits if mask is None else logits.masked_fill(~mask[None, :, :, None], float("-inf"))
+    dispatch = dispatch.softmax(2).to(x.dtype)
+    combine = logits.masked_fill(owned[:, None, None] == 0, float("-inf")).softmax(-1).to(x.dtype)
+    seen = [torch.einsum("knte,kntd->kend", dispatch, call.tokens.by_text(t)) for t in (x, y) if t is not None]
+    act: Callable[..., Tensor] = spec.expert.apply_input if y is None else spec.expert.apply
+    wide = [tensor.flatten(0, 1) for tensor in seen]
+    change = (act(_flat(own), *wide, call.of_experts(owned.shape[-1])) - wide[-1]).unflatten(0, (-1, owned.shape[-1]))
+    return torch.einsum("knte,kend->kntd", combine, change).flatten(1, 2)

@@ -1,0 +1,183 @@
+"""Mixtures: several experts of one adapter type at a site, and a router that says how much each of them adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from autopeft.search_space.adapters.base import (
+    AdapterSpec,
+    Parameter,
+    check_at_least,
+    check_one_of,
+    check_probability,
+)
+from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.backbone import LINEAR_ROLES
+
+ROUTERS = ("token", "sigmoid", "sequence", "task", "soft", "uniform")
+#: Routers that read a whole text before they decide about its first token.
+LOOKING_AHEAD = ("sequence", "soft")
+#: Routers that choose some of the experts.
+CHOOSING = ("token", "sigmoid", "sequence", "task")
+#: Those that are asked to send as much to one expert as to another. What a task is sent to is its own affair.
+BALANCED = ("token", "sigmoid", "sequence")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture(AdapterSpec):
+    """y + sum over e of g_e(x) * delta_e(x): delta_e is what expert e alone adds, g: E gates that a router sets.
+
+    With a rank of 1 for each expert, ranks and experts are one axis (SMoRA). `shared_experts` of them have the gate 1
+    for every token (Dai et al. 2024, DeepSeekMoE, section 3.2). With z = W_r x, W_r: [E, D_in], `router` is
+
+    - "token": softmax(z) of the largest `top_k`, of these as few as reach the probability `top_p` together (Huang et
+      al. 2024, Harder Tasks Need More Experts, section 2.2), scaled to sum to 1. One expert alone keeps its
+      probability, from which the router learns (Fedus et al. 2022, Switch Transformers, section 2.1);
+    - "sigmoid": the same with sigmoid(z); the choice is by sigmoid(z) + b, and b follows the load, not the loss (Wang
+      et al. 2024, Auxiliary-Loss-Free Load Balancing, section 3);
+    - "sequence": "token", from the mean of x over each text;
+    - "task": "token", from a row of W_r: [E, tasks] for each of the `tasks` (the data's domains), as in Ponti et al.
+      2022 (Polytropon), but for the softmax, and with outputs mixed rather than parameters;
+    - "soft": every expert sees one mean of the tokens, weighted by a softmax of its z over the text, and every token
+      the experts by a softmax of z over them (Puigcerver et al. 2023, Soft MoE, section 2.1);
+    - "uniform": 1/E, for comparison: what is left without a router.
+
+    Added to the loss of a minibatch, over all its tokens but padding: `balance` * E * sum of f_e P_e, f the shares of
+    the tokens and P the mean probabilities (Fedus et al., equation 4); `z_loss` * mean of logsumexp(z)^2 (Zoph et al.
+    2022, ST-MoE, equation 5). `router_noise`: standard deviation of what is added to z in training. No expert has a
+    capacity, so no token is dropped.
+    """
+
+    kind: ClassVar[str] = "mixture"
+    roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "attn", "mlp")  # as far as the experts take them
+    default_roles: ClassVar[tuple[str, ...]] = Lora.default_roles
+    per_slot_fields: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "router_noise", "balance", "z_loss")
+    can_be_expert: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = False  # if its experts are not
+    source: ClassVar[str] = "Gao et al. 2024, Higher Layers Need More LoRA Experts (MoLA), section 3"
+    summary: ClassVar[str] = "experts of one type and a router"
+
+    expert: AdapterSpec = field(default_factory=Lora)
+    experts: int = 4
+    shared_experts: int = 0
+    router: str = "token"
+    top_k: int = 2
+    top_p: float = 1.0
+    tasks: int = 1
+    router_noise: float = 0.0
+    balance: float = 0.01
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.expert.can_be_expert:
+            raise ValueError(f"an adapter of kind {self.expert.kind!r} cannot be an expert")
+        check_at_least("experts", self.experts, 1)
+        check_at_least("shared_experts", self.shared_experts, 0)
+        check_one_of("router", self.router, ROUTERS)
+        check_at_least("top_k", self.top_k, 1)
+        check_probability("top_p", 1.0 - self.top_p)  # in (0, 1]
+        check_at_least("tasks", self.tasks, 1)
+        for name in ("router_noise", "balance", "z_loss"):
+            check_at_least(name, getattr(self, name), 0.0)
+        if self.router == "soft" and self.shared_experts:
+            raise ValueError("a soft dispatch sends every token to all experts: it has no shared ones")
+
+    def canonical(self) -> Mixture:
+        """The same network with the fields that make no difference to it at their defaults."""
+        same: dict[str, Any] = {"top_k": min(self.top_k, self.experts)}
+        if self.router not in CHOOSING:
+            same = {"top_k": 2, "top_p": 1.0}
+        if self.router != "task":
+            same["tasks"] = 1
+        if self.router == "uniform":
+            same["router_noise"] = 0.0
+        if self.router not in BALANCED:
+            same["balance"] = 0.01
+        if self.router in ("task", "soft", "uniform"):
+            same["z_loss"] = 0.0
+        return replace(self, **same)
+
+    @property
+    def plain(self):
+        return self.expert
+
+    @property
+    def size(self):
+        return self.expert.size
+
+    @property
+    def num_experts(self):
+        return self.experts
+
+    @property
+    def label(self):
+        shared = f"+{self.shared_experts}" if self.shared_experts else ""
+        return f"{self.experts}{shared} x {self.expert.label} ({self.router})"
+
+    def fits(self, site):
+        return site.role in self.expert.roles and self.expert.fits(site)
+
+    def structure(self):
+        # The type of the experts comes first: it says when the mixture acts among the adapters of a module.
+        return (*self.expert.structure(), self.kind, self.router, self.shared_experts, self.tasks)
+
+    def parameters(self, site):
+        count = self.shared_experts + self.experts
+        stacked = {
+            name: replace(parameter, shape=(count, *parameter.shape), per_expert=True)
+            for name, parameter in self.expert.parameters(site).items()
+        }
+        return {**stacked, **self.router_parameters(site)}
+
+    def router_parameters(self, site):
+        """Those of the router alone."""
+        if self.router == "uniform":
+            return {}
+        width = self.tasks if self.router == "task" else site.in_features
+        own = {"router": Parameter(shape=(self.experts, width), init="small_normal", per_expert=True)}
+        if self.router == "sigmoid":
+            own["router_bias"] = Parameter(shape=(self.experts,), decay=False, per_expert=True)
+        return own
+
+    @property
+    def num_active(self) -> int:
+        """Experts that a token meets at most, with the shared ones."""
+        return self.shared_experts + (min(self.top_k, self.experts) if self.router in CHOOSING else self.experts)
+
+    def active_params(self, site):
+        router = sum(parameter.count for parameter in self.router_parameters(site).values())
+        return self.num_active * self.expert.num_params(site) + router
+
+    def flops_per_token(self, site):
+        """Of the experts that a token is sent to, at most, and of the router. A mixture may compute more where that is
+        faster. Decisions for a whole text count as none for its tokens, and so do the experts of a soft dispatch.
+        """
+        if self.router == "soft":
+            return 2 * self.experts * (2 * site.in_features + site.out_features)
+        router = 2 * self.experts * site.in_features if self.router in ("token", "sigmoid") else 0
+        return router + self.num_active * self.expert.flops_per_token(site)
+
+    def constants(self, site):
+        return {**self.expert.constants(site), **{name: float(getattr(self, name)) for name in self.per_slot_fields}}
+
+    def acts_by(self, method, site):
+        return method in ("apply_input", "apply") and self.expert.acts_by(method, site)
+
+    def apply_input(self, p, x, call):
+        from autopeft.search_space.adapters.mixing import mixed_input
+
+        return mixed_input(self, p, x, call)
+
+    def apply(self, p, x, y, call):
+        from autopeft.search_space.adapters.mixing import mixed
+
+        return mixed(self, p, x, y, call)
+
+    def to_dict(self):
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"kind": self.kind, **own, "expert": self.expert.to_dict()}
+
+
+#: What a mixture adds to the fields of its experts' type.
+MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name != "expert")

@@ -1,0 +1,116 @@
+"""Whether routing earned its keep: each mixture among the finalists against what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from autopeft.search_space.controls import CONTROLS
+from autopeft.search_space.problem import METRICS, Trial
+from autopeft.studies import comparison
+from autopeft.studies.comparison import Estimate
+from autopeft.studies.planned import CONTROL
+from autopeft.studies.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Against:
+    """A mixture's quality less that of a control, better is positive; `num_params`: of the control."""
+
+    control: str
+    num_params: int
+    difference: Estimate
+
+    @property
+    def verdict(self) -> str:
+        if self.difference.low > 0:
+            return "better"
+        return "worse" if self.difference.high < 0 else "not told apart"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """`trial`: the candidate with mixtures. `busiest`: the largest share of the tokens (or texts) that one expert gets,
+    by site; an even load has 1/E. `averaged`: what the quality falls by if all experts are weighted alike after the
+    training, None if that was not measured.
+    """
+
+    trial: int
+    label: str
+    num_params: int
+    active_params: int
+    against: tuple[Against, ...]
+    busiest: dict[str, float]
+    averaged: float | None
+
+    @property
+    def earned(self) -> bool:
+        """Whether it is better than everything that it was compared with."""
+        return bool(self.against) and all(one.difference.low > 0 for one in self.against)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "earned": self.earned}
+
+    def lines(self, quality: str) -> list[str]:
+        head = f"{self.label} ({self.num_params:,} parameters, {self.active_params:,} of them for a token)"
+        word = "routing earned its keep" if self.earned else "routing did not show that it earns its keep"
+        found = [f"{head}: {word}"]
+        for one in self.against:
+            d = one.difference
+            interval = f"{d.value:+.4f} {quality} ({d.low:+.4f} to {d.high:+.4f}, 95 %)"
+            found.append(f"  than {one.control}, {one.num_params:,} parameters: {one.verdict}, {interval}")
+        if self.averaged is not None:
+            found.append(f"  its experts weighted alike after the training: {-self.averaged:+.4f} {quality}")
+        if self.busiest:
+            most = max(self.busiest, key=lambda site: self.busiest[site])
+            found.append(f"  busiest expert: {self.busiest[most]:.0%} of what is routed at {most}")
+        return found
+
+
+def verdicts(snapshot: Snapshot) -> list[Verdict]:
+    """One for each candidate whose controls were trained."""
+    quality, seed_sd = snapshot.quality, snapshot.seed_sd()
+    sign = 1.0 if METRICS[quality].maximise else -1.0
+    trained: dict[int, dict[str, list[Trial]]] = {}
+    for trial in snapshot.trials:
+        if trial.role.startswith(CONTROL) and trial.of is not None and trial.state == "complete":
+            trained.setdefault(trial.of, {}).setdefault(trial.role.removeprefix(CONTROL), []).append(trial)
+    found = []
+    for number, own in trained.items():
+        try:
+            entry = snapshot.entry(number)
+        except KeyError:
+            continue
+        scores = entry.scores(quality)
+        against = [
+            Against(
+                control=name,
+                num_params=runs[0].candidate.architecture.num_params(snapshot.backbone),
+                difference=comparison.paired_difference(scores, _scores(runs, quality, sign), seed_sd=seed_sd),
+            )
+            for name in CONTROLS
+            if (runs := own.get(name))
+        ]
+        architecture = entry.trial.candidate.architecture
+        measured = [run.measurement for run in entry.runs if run.measurement is not None]
+        averaged = [m.values[quality] - m.averaged[quality] for m in measured if m.averaged]
+        found.append(
+            Verdict(
+                trial=number,
+                label=f"trial {number}",
+                num_params=architecture.num_params(snapshot.backbone),
+                active_params=architecture.active_params(snapshot.backbone),
+                against=tuple(against),
+                busiest={site: max(route["load"]) for site, route in (measured[0].routes if measured else {}).items()},
+                averaged=sign * float(np.mean(averaged)) if averaged else None,
+            )
+        )
+    return found
+
+
+def _scores(runs: Sequence[Trial], quality: str, sign: float) -> np.ndarray:
+    """[seeds, examples], larger is better."""
+    return sign * np.array([run.measurement.per_example[quality] for run in runs if run.measurement is not None])

@@ -1,0 +1,439 @@
+"""Mixtures against a router and experts that are written out token by token, and what must be equal to what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from autopeft.evaluators.host import Attachment
+from autopeft.search_space import AdapterChoice, Architecture, Candidate, Choice, SearchSpace, SpaceError
+from autopeft.search_space.adapters import (
+    AdapterSpec,
+    Bottleneck,
+    Dora,
+    Ia3,
+    Lora,
+    Mixture,
+    Norm,
+    Prefix,
+    spec_from_dict,
+)
+from autopeft.search_space.adapters.bank import Bank, Tokens
+from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTERS
+from autopeft.search_space.backbone import Site
+
+from .conformance import tiny, tokens
+from .spaces import SMALL
+
+torch.set_num_threads(1)
+
+WIDTH, OUT, TEXTS, LENGTH = 6, 6, 3, 4
+LINEAR = Site(
+    name="q", layer=0, role="attn.q", module="q", in_features=WIDTH, out_features=OUT, input_module="q", bias=True
+)
+DOWN = replace(LINEAR, role="mlp.down")
+SUBLAYER = replace(LINEAR, role="mlp")
+
+EXPERTS: dict[str, tuple[AdapterSpec, Site]] = {
+    "lora": (Lora(rank=2, alpha=3.0), LINEAR),
+    "lora of rank 1": (Lora(rank=1, alpha=1.0), LINEAR),
+    "dora": (Dora(rank=2), LINEAR),
+    "ia3": (Ia3(), replace(LINEAR, role="attn.v")),
+    "ia3 at the input": (Ia3(), DOWN),
+    "serial": (Bottleneck(size=3, init="kaiming"), SUBLAYER),
+    "parallel": (Bottleneck(size=2, form="parallel", activation="gelu", scale=2.0), SUBLAYER),
+}
+SETTINGS = {
+    "token": {"top_k": 2},
+    "switch": {"router": "token", "top_k": 1},
+    "token, top_p": {"router": "token", "top_k": 4, "top_p": 0.6},
+    "shared": {"router": "token", "top_k": 2, "shared_experts": 2},
+    "sigmoid": {"top_k": 2},
+    "sequence": {"top_k": 2},
+    "task": {"top_k": 3, "tasks": 3},
+    "soft": {},
+    "uniform": {},
+}
+
+
+def mixture(expert: AdapterSpec, name: str, experts: int = 4, **fields) -> Mixture:
+    own = {"router": name.split(",")[0] if name.split(",")[0] in ROUTERS else "token", **SETTINGS[name], **fields}
+    return Mixture(expert=expert, experts=experts, **own)
+
+
+def bank_of(specs: list[Mixture], site: Site, masked: bool = True, seed: int = 0) -> Bank:
+    """A bank with values away from those of the start."""
+    torch.manual_seed(0)
+    bank = Bank(site, specs, nn.Linear(WIDTH, OUT), [seed + k for k in range(len(specs))])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in bank.values.values():
+            value.add_(0.7 * torch.randn(value.shape[1:], generator=generator))
+    mask = torch.ones(TEXTS, LENGTH, dtype=torch.bool)
+    if masked:
+        mask[1, 2:] = False
+    bank.tokens = Tokens(length=LENGTH, mask=mask, domains=torch.tensor([2, 0, 1]))
+    return bank.double().eval()
+
+
+def batch(slots: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(slots, TEXTS * LENGTH, WIDTH, generator=generator, dtype=torch.float64)
+    y = torch.randn(slots, TEXTS * LENGTH, OUT, generator=generator, dtype=torch.float64)
+    return x.requires_grad_(), y.requires_grad_()
+
+
+def alone(spec: Mixture, bank: Bank, p: dict[str, Tensor], e: int, x: Tensor, y: Tensor) -> Tensor:
+    """What expert e of slot 0 makes of tokens [n, D]: its change of y, or of x."""
+    one = Bank(bank.site, [spec.expert], bank.base[0], [0]).double().eval()
+    values = {name: value[e][None] for name, value in p.items() if not name.startswith("router")}
+    if spec.expert.acts_by("apply_input", bank.site):
+        return (spec.expert.apply_input(values, x[None], one.call) - x)[0]
+    return (spec.expert.apply(values, x[None], y[None], one.call) - y)[0]
+
+
+def softmax(z: list[Tensor]) -> list[Tensor]:
+    total = sum(math.e**v for v in z)
+    return [math.e**v / total for v in z]
+
+
+def reference(spec: Mixture, bank: Bank, k: int, x: Tensor, y: Tensor) -> Tensor:
+    """Slot k's tokens, one after the other. x: [M, D_in], y: [M, D_out]."""
+    p = bank.of_slot(k)
+    acting = x if spec.expert.acts_by("apply_input", bank.site) else y
+    mask, shared = bank.tokens.mask, spec.shared_experts
+    if spec.router == "soft":
+        return _soft_reference(spec, bank, p, x, y)
+    out = []
+    for m in range(len(x)):
+        n = m // LENGTH
+        gates = [0.0] * spec.experts
+        if spec.router == "uniform":
+            gates = [1 / spec.experts] * spec.experts
+        else:
+            if spec.router == "task":
+                z = [p["router"][e, bank.tokens.domains[n]] for e in range(spec.experts)]
+            else:
+                text = [x[n * LENGTH + t] for t in range(LENGTH) if mask[n, t]]
+                seen = sum(text) / len(text) if spec.router == "sequence" else x[m]
+                z = [p["router"][e] @ seen for e in range(spec.experts)]
+            weights = [1 / (1 + math.e**-v) for v in z] if spec.router == "sigmoid" else softmax(z)
+            order = [w + p["router_bias"][e] for e, w in enumerate(weights)] if spec.router == "sigmoid" else weights
+            best = sorted(range(spec.experts), key=lambda e: -order[e].item())[: spec.top_k]
+            total = sum(w.item() for w in weights)
+            kept, reached = [], 0.0
+            for e in best:
+                if reached < spec.top_p:
+                    kept.append(e)
+                    reached += weights[e].item() / total
+            scale = 1.0 if spec.top_k == 1 else sum(weights[e] for e in kept)
+            for e in kept:
+                gates[e] = weights[e] / scale
+        token = acting[m]
+        for e, gate in enumerate([1.0] * shared + gates):
+            if isinstance(gate, Tensor) or gate:
+                token = token + gate * alone(spec, bank, p, e, x[m : m + 1], y[m : m + 1])[0]
+        out.append(token)
+    return torch.stack(out)
+
+
+def _soft_reference(spec: Mixture, bank: Bank, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    acting = x if spec.expert.acts_by("apply_input", bank.site) else y
+    out = []
+    for n in range(TEXTS):
+        here = [n * LENGTH + t for t in range(LENGTH)]
+        real = [m for m in here if bank.tokens.mask[n, m - here[0]]]
+        added = []
+        for e in range(spec.experts):
+            shares = softmax([p["router"][e] @ x[m] for m in real])
+            mean_x = sum(share * x[m] for share, m in zip(shares, real, strict=True))
+            mean_y = sum(share * y[m] for share, m in zip(shares, real, strict=True))
+            added.append(alone(spec, bank, p, e, mean_x[None], mean_y[None])[0])
+        for m in here:
+            gates = softmax([p["router"][e] @ x[m] for e in range(spec.experts)])
+            out.append(acting[m] + sum(gate * change for gate, change in zip(gates, added, strict=True)))
+    return torch.stack(out)
+
+
+def forward(bank: Bank, x: Tensor, y: Tensor) -> Tensor:
+    acts = bank.specs[0].acts_by("apply_input", bank.site)
+    return bank.apply_input(x) if acts else bank(x, y)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_a_mixture_equals_its_tokens_one_by_one(name: str, expert: str) -> None:
+    spec, site = EXPERTS[expert]
+    # A pack of two: a smaller mixture, which owns a part of what the other has, beside it.
+    specs = [mixture(spec, name), mixture(spec, name, experts=3, **({"top_k": 1} if name == "token" else {}))]
+    bank = bank_of(specs, site)
+    x, y = batch(2)
+    found = forward(bank, x, y)
+    expected = torch.stack([reference(s, bank, k, x[k], y[k]) for k, s in enumerate(specs)])
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=found.dtype)
+    wanted = [x, y, *bank.values.values()]
+    grads = [
+        torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True, materialize_grads=True)
+        for out in (found, expected)
+    ]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("router", ["token", "sigmoid"])
+def test_all_experts_with_equal_weights_are_the_average(router: str) -> None:
+    spec = Mixture(expert=Lora(rank=2), experts=3, router=router, top_k=3)
+    bank, plain = bank_of([spec], LINEAR), bank_of([replace(spec, router="uniform")], LINEAR)
+    with torch.no_grad():
+        for name in ("router", "router_bias"):
+            if name in bank.values:
+                bank.values[name].zero_()
+        plain.load_slot(0, {name: v for name, v in bank.of_slot(0).items() if not name.startswith("router")})
+    x, y = batch(1)
+    torch.testing.assert_close(bank(x, y), plain(x, y))
+    one = sum(alone(spec, bank, bank.of_slot(0), e, x[0], y[0]) for e in range(3)) / 3
+    torch.testing.assert_close(bank(x, y)[0], y[0] + one)
+
+
+def test_one_expert_that_gets_all_is_the_plain_adapter() -> None:
+    bank = bank_of([Mixture(expert=Lora(rank=2), experts=1)], LINEAR)
+    plain = Bank(LINEAR, [Lora(rank=2)], bank.base[0], [0]).double()
+    plain.load_slot(0, {name: value[0] for name, value in bank.of_slot(0).items() if name != "router"})
+    x, y = batch(1)
+    torch.testing.assert_close(bank(x, y), plain(x, y))
+
+
+def test_experts_of_one_rank_are_a_mixture_of_loras() -> None:
+    """SMoRA: with every rank an expert and the gates of a block alike, blocks of ranks are experts."""
+    blocks, rank = 3, 2
+    coarse = bank_of(
+        [Mixture(expert=Lora(rank=rank, alpha=2.0), experts=blocks, top_k=blocks, router="uniform")], LINEAR
+    )
+    fine = bank_of([Mixture(expert=Lora(rank=1, alpha=1.0), experts=blocks * rank, router="uniform")], LINEAR)
+    own = coarse.of_slot(0)
+    a = own["A"].reshape(blocks * rank, 1, WIDTH)
+    b = own["B"].movedim(-1, 1).reshape(blocks * rank, OUT, 1)
+    fine.load_slot(0, {"A": a, "B": rank * b})  # 1 / 6 each, not 1 / 3
+    x, y = batch(1)
+    torch.testing.assert_close(coarse(x, y), fine(x, y))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.sampled_from(["token", "sigmoid", "sequence"]),
+    st.integers(0, 1000),
+)  # fmt: skip
+def test_gates_are_shares_and_the_load_is_what_was_sent(
+    experts: int, rank: int, top_k: int, router: str, seed: int
+) -> None:
+    spec = Mixture(expert=Lora(rank=rank), experts=experts, router=router, top_k=top_k)
+    bank = bank_of([spec], LINEAR, seed=seed)
+    x, y = batch(1)
+    bank(x, y)
+    found = bank.routing
+    assert found is not None
+    assert float(found.load.sum()) == pytest.approx(1.0)
+    assert float(found.active) == pytest.approx(min(top_k, experts))
+    assert -1e-9 <= float(found.entropy) <= 1.0 + 1e-6
+
+
+def test_penalties_are_those_of_the_papers_and_count_no_padding() -> None:
+    spec = Mixture(expert=Lora(rank=1), experts=3, top_k=1, balance=0.3, z_loss=0.2)
+    bank = bank_of([spec], LINEAR)
+    x, y = batch(1)
+    bank(x, y)
+    z = x[0] @ bank.of_slot(0)["router"].T
+    real = bank.tokens.mask.flatten()
+    probabilities = z.softmax(-1)[real]
+    share = torch.nn.functional.one_hot(probabilities.argmax(-1), 3).double().mean(0)
+    expected = 0.3 * 3 * (share * probabilities.mean(0)).sum() + 0.2 * z[real].logsumexp(-1).square().mean()
+    assert bank.routing is not None
+    torch.testing.assert_close(bank.routing.penalty[0], expected)
+    # Padding may be anything.
+    with torch.no_grad():
+        other = x.clone()
+        other[0][~real] += 5.0
+    bank(other, y)
+    torch.testing.assert_close(bank.routing.penalty[0], expected)
+
+
+def test_the_bias_of_a_sigmoid_router_falls_where_too_much_arrives() -> None:
+    bank = bank_of([Mixture(expert=Lora(rank=1), experts=3, top_k=1, router="sigmoid")], LINEAR)
+    x, y = batch(1)
+    bank(x, y)
+    assert bank.routing is not None
+    bank.routing.penalty.sum().backward()
+    gradient = bank.values["router_bias"].grad
+    torch.testing.assert_close(gradient[0], 0.01 * (bank.routing.load[0] - 1 / 3))
+
+
+def test_costs_equal_counters() -> None:
+    spec = Mixture(expert=Lora(rank=2), experts=4, shared_experts=1, top_k=2)
+    bank = bank_of([spec], LINEAR)
+    own = bank.of_slot(0)
+    assert spec.num_params(LINEAR) == sum(value.numel() for value in own.values())
+    assert spec.stored_bits(LINEAR) == 32 * spec.num_params(LINEAR)
+    met = sum(value[:3].numel() for name, value in own.items() if name != "router") + own["router"].numel()
+    assert spec.active_params(LINEAR) == met
+    # Token by token, with the experts that it is sent to and no others.
+    x, _ = batch(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for m in range(3):
+            z = own["router"] @ x[0, m]
+            for e in (0, *(1 + z.topk(2).indices)):
+                own["B"][e] @ (own["A"][e] @ x[0, m, :, None])
+    # A matrix times a vector is no operation that the counter knows.
+    router = 3 * 2 * 4 * WIDTH
+    assert counter.get_total_flops() + router == 3 * spec.flops_per_token(LINEAR)
+
+
+def test_a_slot_alone_equals_the_slot_in_a_pack_while_training() -> None:
+    model, backbone = tiny("bert")
+    fields = {"router_noise": 0.5, "balance": 0.1, "top_k": 1}
+    specs = [Mixture(expert=Lora(rank=r, dropout=0.3), experts=e, **fields) for r, e in ((2, 4), (3, 2))]
+    sites = [site.name for site in backbone.sites if site.role in ("attn.q", "mlp.up")]
+    made = [Architecture.of({name: [spec] for name in sites}) for spec in specs]
+    ids, mask = tokens(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+
+    def step(architectures: list[Architecture], seeds: list[int]) -> list[dict[str, Tensor]]:
+        slots = len(architectures)
+        with Attachment(model, backbone, architectures, seeds) as attachment:
+            logits = model(ids.repeat(slots, 1), attention_mask=mask.repeat(slots, 1)).logits
+            loss = attachment.penalised(logits.square().view(slots, -1).mean(1))
+            loss.sum().backward()
+            grads = {v: v.grad for v, _ in attachment.trainable()}
+            return [{**attachment.parts(k, grads), "loss": loss[k].detach()} for k in range(slots)]
+
+    together = step(made, [5, 6])
+    for k, architecture in enumerate(made):
+        (single,) = step([architecture], [5 + k])
+        assert single.keys() == together[k].keys()
+        assert any("router" in name for name in single)
+        for name, value in single.items():
+            torch.testing.assert_close(together[k][name], value, msg=name)
+
+
+def test_what_routers_do_is_told_by_site() -> None:
+    model, backbone = tiny("bert")
+    spec = Mixture(expert=Lora(rank=1), experts=3, router="token", top_k=2)
+    architecture = Architecture.of({site.name: [spec] for site in backbone.sites if site.role == "attn.q"})
+    with Attachment(model, backbone, [architecture], [0]) as attachment:
+        attachment.eval()
+        attachment.watch()
+        with torch.no_grad():
+            model(tokens(), attention_mask=torch.ones(3, 5))
+            model(tokens(2, seed=1), attention_mask=torch.ones(2, 5))
+        routes = attachment.routes(0)
+        attachment.watch()
+        assert attachment.routes(0) == {}
+    assert len(routes) == 2
+    for found in routes.values():
+        assert sum(found["load"]) == pytest.approx(1.0, abs=1e-3)
+        assert found["active"] == [2.0]
+
+
+def test_bad_mixtures() -> None:
+    for fields, message in (
+        ({"expert": Prefix()}, "cannot be an expert"),
+        ({"expert": Mixture()}, "cannot be an expert"),
+        ({"router": "dice"}, "router must be one of"),
+        ({"experts": 0}, "experts must be at least 1"),
+        ({"top_p": 0.0}, r"top_p"),
+        ({"router": "soft", "shared_experts": 1}, "no shared ones"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mixture(**fields)
+
+
+def test_a_causal_model_is_not_told_what_comes() -> None:
+    model, backbone = tiny("llama-causal")
+    spec = Mixture(expert=Lora(), router="sequence")
+    architecture = Architecture.of({site.name: [spec] for site in backbone.sites if site.role == "attn.q"})
+    with pytest.raises(ValueError, match="looks ahead"):
+        Attachment(model, backbone, [architecture], [0])
+
+
+# In a space
+
+
+def space(**fields) -> SearchSpace:
+    own = {"rank": Choice.of([1, 2]), "experts": Choice.of([0, 2, 4]), "top_k": Choice.of([1, 4]), **fields}
+    lora = AdapterChoice(kind="lora", at=("attn.q", "attn.v"), fields=own, vary={"experts": "layer"})
+    return SearchSpace(backbone=SMALL, adapters={"lora": lora})
+
+
+def test_experts_are_a_choice_of_each_layer_and_none_is_a_plain_adapter() -> None:
+    declared = space()
+    names = [gene.name for gene in declared.genes]
+    assert "lora.experts.on.layers.0" in names
+    assert "lora.experts.layers.0" in names
+    off = {name: False for name in names if ".experts.on" in name}
+    plain = declared.decode(declared.completed(off)).architecture
+    assert {spec.kind for _, spec in plain} == {"lora"}
+    assert not any("top_k" in name for name in declared.completed(off))
+    some = declared.completed({**off, "lora.experts.on.layers.0": True, "lora.experts.layers.0": 4, "lora.top_k": 4})
+    kinds = {site: spec for site, spec in declared.decode(some).architecture}
+    for site, spec in kinds.items():
+        expected = 4 if SMALL.site(site).layer == 0 else 0
+        assert spec.num_experts == expected
+
+
+def test_candidates_are_found_again_and_equal_networks_have_equal_keys() -> None:
+    declared, rng = space(), Random(0)
+    for _ in range(50):
+        genes = declared.sample(rng)
+        candidate = declared.decode(genes)
+        found = declared.locate(candidate)
+        assert found is not None
+        assert declared.decode(found).key == candidate.key
+        assert Candidate.from_dict(candidate.to_dict()) == candidate
+        unit, _ = declared.encode(genes)
+        assert declared.decode(declared.from_unit(unit)).key == candidate.key
+    # Two experts cannot give four: the second and the fourth top_k are one network.
+    two = {gene.name: 2 for gene in declared.genes if gene.name.startswith("lora.experts.layers")}
+    on = {gene.name: True for gene in declared.genes if ".experts.on" in gene.name}
+    one, other = (declared.decode(declared.completed({**two, **on, "lora.top_k": k})) for k in (4, 4))
+    assert one.key == other.key
+    assert all(spec.top_k == 2 for _, spec in one.architecture)  # type: ignore[attr-defined]
+
+
+def test_the_largest_has_the_most_experts_and_the_smallest_none() -> None:
+    declared = space()
+    assert all(spec.num_experts == 4 for _, spec in declared.decode(declared.largest()).architecture)
+    assert all(spec.num_experts == 0 for _, spec in declared.decode(declared.smallest()).architecture)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"router": "dice"}, "router must be one of"),
+        ({"router": "task"}, "needs to know how many"),
+        ({"router": "soft", "shared_experts": 1}, "no shared ones"),
+        ({"experts": Choice.of([0])}, "0 is the only size"),
+    ],
+)
+def test_what_a_space_says_of_bad_mixtures(fields, message) -> None:
+    with pytest.raises(SpaceError, match=message):
+        space(**fields)
+
+
+def test_fields_of_mixtures_need_experts() -> None:
+    with pytest.raises(SpaceError, match="say how many experts"):
+        SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(kind="lora", fields={"top_k": 2})})
+    with pytest.raises(SpaceError, match="unknown field of prefix"):
+        SearchSpace(backbone=SMALL, adapters={"p": AdapterChoice(kind="prefix", fields={"experts": 2})})
+
+
+def test_a_mixture_is_read_as_it_was_written() -> None:
+    spec = Mixture(expert=Norm(), experts=3, router="sigmoid")
+    assert spec_from_dict(spec.to_dict()) == spec
+    assert set(MIXTURE_FIELDS) < set(spec.to_dict())
