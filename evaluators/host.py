@@ -126,7 +126,7 @@ class Attachment(nn.Module):
         return iter(groups[key] for key in order)
 
     def _add(self, bank: Bank, slots: list[int]) -> None:
-        bank.tokens = self.tokens
+        bank.tokens, bank.slots_served = self.tokens, slots
         self.banks.append(bank)
         self._slots_of.append(None if slots == list(range(self.num_slots)) else torch.tensor(slots))
 
@@ -192,8 +192,7 @@ class Attachment(nn.Module):
         ids = args[0] if args else kwargs.get("input_ids")
         shape = (kwargs["inputs_embeds"] if ids is None else ids).shape
         mask = kwargs.get("attention_mask")
-        self.tokens.length = shape[1]
-        self.tokens.mask = None if mask is None else mask[: shape[0] // self.num_slots].bool()
+        self.tokens.begin(shape[1], None if mask is None else mask[: shape[0] // self.num_slots].bool())
 
     def _tap(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple) -> None:
@@ -270,7 +269,7 @@ class Attachment(nn.Module):
         for key, bank, j in self._banks_of(k):
             if not bank.seen:
                 continue
-            count = torch.tensor([float(routing.count) for routing in bank.seen])
+            count = torch.stack([routing.count for routing in bank.seen]).float().cpu()
             share = count / count.sum()
             own = {
                 name: torch.stack([getattr(routing, name)[j] for routing in bank.seen]).movedim(0, -1).cpu() @ share

@@ -35,7 +35,7 @@ class AdapterChoice:
     the granularity of its on/off gene (None: always on). `fields`: a value or a domain per field; a size domain may
     contain 0, which is "off". With `experts` among them there is a mixture of so many (0: a plain adapter), and the
     other fields of `Mixture` may be there. `vary`: the granularity at which a field is chosen (default: once for the
-    model).
+    model). `router_per`: whether each site has a router, or the first of a layer has one that the others follow.
     """
 
     kind: str
@@ -44,6 +44,7 @@ class AdapterChoice:
     placement: Granularity | None = None
     fields: Mapping[str, Domain | Value] = field(default_factory=dict)
     vary: Mapping[str, Granularity] = field(default_factory=dict)
+    router_per: Literal["site", "layer"] = "site"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +168,24 @@ def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
 def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
     """What is wrong with a router for this model, or beside other fields."""
     if "experts" not in choice.fields:
+        if choice.router_per != "site":
+            yield ("router_per",), "this is for mixtures: say how many experts there are (experts: 4)"
         return
     domain = choice.fields.get("router", Mixture().router)
     routers = domain.choices if isinstance(domain, Choice) else (domain,)
+    if "follow" in routers:
+        yield ("router",), "sites that follow another have router_per: layer"
     ahead = [str(router) for router in routers if router in LOOKING_AHEAD]
     if backbone.causal and ahead:
         yield ("router",), f"{' and '.join(ahead)} would look ahead, which a causal model must not"
     shared = choice.fields.get("shared_experts", 0)
     if "soft" in routers and (isinstance(shared, Domain) or shared):
         yield ("shared_experts",), "a soft dispatch sends every token to all experts: it has no shared ones"
+    if "soft" in routers and choice.router_per == "layer":
+        yield ("router_per",), "a soft dispatch mixes what a site sees: no other site can follow it"
+    own = ("experts", "shared_experts", ADAPTERS[choice.kind].size_field)
+    if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
+        yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
     if "task" in routers and "tasks" not in choice.fields:
         yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
 

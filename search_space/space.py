@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
-from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
+from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTER_FIELDS
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.choices import OFF, STAGES, AdapterChoice, OneOf, SpaceError, problems_of, sites_of
@@ -27,7 +27,7 @@ MOST_READINGS = 10_000
 class Placement:
     """An adapter that may sit at a site. `gates` decide whether it does, `genes` name the gene of each field that is
     searched, `fixed` has the values of the others. Where there may be several experts of it, `experts` decides whether
-    there are (None: always, if their number is a field).
+    there are (None: always, if their number is a field); `follows`: they have the gates of another site of the layer.
     """
 
     adapter: str
@@ -37,6 +37,7 @@ class Placement:
     genes: Mapping[str, str]
     fixed: Mapping[str, Value]
     experts: Gate | None = None
+    follows: bool = False
 
     def is_on(self, assignment: Mapping[str, Value]) -> bool:
         return all(assignment.get(gate.gene) == gate.value for gate in self.gates)
@@ -62,6 +63,8 @@ class Placement:
         if not mixture:
             return expert
         fields_: dict[str, Any] = {key: value for key, value in values.items() if key in MIXTURE_FIELDS}
+        if self.follows:
+            fields_["router"] = "follow"
         return Mixture(expert=expert, **fields_).canonical()
 
 
@@ -205,6 +208,7 @@ class SearchSpace:
             yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions), adapter=name)
 
     def _place(self) -> Iterator[Placement]:
+        led: set[tuple[str, int | None]] = set()
         for name, choice in self.adapters.items():
             for site in self._sites[name]:
                 genes = {
@@ -213,8 +217,10 @@ class SearchSpace:
                     if isinstance(domain, Domain)
                 }
                 fixed = {key: value for key, value in choice.fields.items() if not isinstance(value, Domain)}
-                experts = self._experts[name, site.name]
-                yield Placement(name, choice.kind, site, self._gates[name, site.name], genes, fixed, experts)
+                gates, experts = self._gates[name, site.name], self._experts[name, site.name]
+                follows = choice.router_per == "layer" and site.layer is not None and (name, site.layer) in led
+                led.add((name, site.layer))
+                yield Placement(name, choice.kind, site, gates, genes, fixed, experts, follows)
 
     # Assignments
 
@@ -336,7 +342,9 @@ class SearchSpace:
         declared = self.adapters[place.adapter].fields
         for part in (spec.plain, spec) if isinstance(spec, Mixture) else (spec,):
             for field in fields(part):
-                if field.name == "expert":
+                # What a router has, a site that follows another reads of that one.
+                followed = isinstance(part, Mixture) and place.follows and field.name in ROUTER_FIELDS
+                if field.name == "expert" or followed:
                     continue
                 default: Value = getattr(type(part)(), field.name)
                 value = _standing_for(part, field.name, declared.get(field.name, default))

@@ -101,6 +101,7 @@ def _adapter(name: str, settings: AdapterSettings, problems: list[Finding]) -> A
         placement=settings.placement,
         fields=fields,
         vary={key: per for key, per in settings.vary.items() if key not in broken},
+        router_per=settings.router_per,
     )
 
 

@@ -130,6 +130,9 @@ class AdapterSettings(Section):
         default=None, description="search where it is on, at this granularity; null: always on"
     )
     vary: dict[str, Granularity] = Field(default={}, description="fields chosen per stage, layer or site, not once")
+    router_per: Literal["site", "layer"] = Field(
+        default="site", description="of experts: a router at each site, or one that the sites of a layer share"
+    )
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import re
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.genes import TRAINING
-from autopeft.search_space.problem import METRICS, Trial
+from autopeft.search_space.problem import METRICS, Measurement, Trial
 from autopeft.studies.front import FrontRow
 from autopeft.studies.snapshot import Snapshot, summary
 
@@ -76,6 +77,7 @@ def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metri
             for name, value in numbers.items():
                 values[f"{prefixes.get(name, 'metric')}/{name}{suffix}"] = value
     values |= {f"test/{name}": value for name, value in found.test.items()}
+    values |= {f"routing/{name}": value for name, value in _routing(found).items()}
     end_ms = start_ms + round(1000 * found.wall_s)
     points = [metric(name, value, end_ms) for name, value in values.items()]
 
@@ -92,6 +94,18 @@ def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metri
         step = round(part * (num_steps or 100))
         points += [metric(f"rung/{name}", value, reached_ms(part), step) for name, value in rung.items()]
     return points
+
+
+def _routing(found: Measurement) -> dict[str, float]:
+    """Means over the sites with experts; what each of them did is in `routing.json`."""
+    routes = found.routes.values()
+    if not routes:
+        return {}
+    return {
+        "busiest_expert_share": fmean(max(route["load"]) for route in routes),
+        "entropy": fmean(route["entropy"][0] for route in routes),
+        "experts_per_token": fmean(route["active"][0] for route in routes),
+    }
 
 
 def study_tags(snapshot: Snapshot) -> dict[str, str]:
@@ -161,6 +175,7 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
         "| `metric/...` | what was measured besides |",
         "| `test/...` | on the test split: finalists only |",
         "| `train/loss`, `rung/...` | on the way, by step |",
+        "| `routing/...` | of mixtures, means over their sites; each of them in the run's `routing.json` |",
         "| `hypervolume` | dominated by the search's trials up to this one, the step; corner as in the picture |",
         "| `hypervolume_so_far` | the same, up to the corner known at the time: compare no two points |",
         "| `surrogate/rank_correlation/...` | of the searcher's model with trials left out, if it has one |",

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +30,8 @@ from autopeft.search_space.adapters import (
 from autopeft.search_space.adapters.bank import Bank, Tokens
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTERS
 from autopeft.search_space.backbone import Site
+from autopeft.search_space.problem import declared_costs
+from autopeft.searchers.encoding import Encoding
 
 from .conformance import tiny, tokens
 from .spaces import SMALL
@@ -437,3 +440,87 @@ def test_a_mixture_is_read_as_it_was_written() -> None:
     spec = Mixture(expert=Norm(), experts=3, router="sigmoid")
     assert spec_from_dict(spec.to_dict()) == spec
     assert set(MIXTURE_FIELDS) < set(spec.to_dict())
+
+
+# One router for the sites of a layer
+
+
+def shared_router(**fields) -> SearchSpace:
+    own = {"rank": 2, "experts": Choice.of([2, 4]), "balance": 0.05, **fields}
+    lora = AdapterChoice(
+        kind="lora", at=("attn.q", "attn.v", "mlp.up"), fields=own, vary={"experts": "layer"}, router_per="layer"
+    )
+    return SearchSpace(backbone=tiny("bert")[1], adapters={"lora": lora})
+
+
+def test_the_sites_of_a_layer_share_a_router() -> None:
+    declared = shared_router()
+    candidate = declared.decode(declared.sample(Random(0)))
+    routers = {site: spec.router for site, spec in candidate.architecture}  # type: ignore[attr-defined]
+    leading = [site for site, router in routers.items() if router != "follow"]
+    assert sorted(leading) == ["layers.0.attn.q", "layers.1.attn.q"]
+    assert declared.locate(candidate) is not None
+    assert declared.decode(declared.locate(candidate)).key == candidate.key  # type: ignore[arg-type]
+    assert spec_from_dict(next(iter(candidate.architecture))[1].to_dict()).kind == "mixture"
+
+
+def test_a_site_that_follows_has_the_gates_of_the_one_before() -> None:
+    """At query and value, which read the same, as if each had the same router."""
+    model, backbone = tiny("bert")
+    lead = Mixture(expert=Lora(rank=2), experts=4)
+    follow = replace(lead, router="follow").canonical()
+    smaller = Mixture(expert=Lora(rank=1), experts=2, top_k=1)
+    names = [f"layers.{layer}.attn.{part}" for layer in range(2) for part in "qv"]
+    own = Architecture.of({name: [lead] for name in names})
+    led = Architecture.of({name: [lead if name.endswith("q") else follow] for name in names})
+    beside = Architecture.of(
+        {name: [smaller if name.endswith("q") else replace(smaller, router="follow").canonical()] for name in names}
+    )
+    ids = tokens()
+    with Attachment(model, backbone, [own], [1]) as attachment:
+        attachment.eval()
+        generator = torch.Generator().manual_seed(4)
+        state = {name: v + torch.randn(v.shape, generator=generator) for name, v in attachment.state().items()}
+        for layer in range(2):
+            state[f"layers.{layer}.attn.v/mixture/router"] = state[f"layers.{layer}.attn.q/mixture/router"]
+        attachment.load_state(state)
+        expected = model(ids, attention_mask=torch.ones_like(ids)).logits
+    with Attachment(model, backbone, [beside, led], [0, 1]) as attachment:
+        attachment.eval()
+        attachment.load_state({n: v for n, v in state.items() if n in attachment.state(1)}, 1)
+        found = model(ids.repeat(2, 1), attention_mask=torch.ones_like(ids).repeat(2, 1)).logits[3:]
+        assert not any("attn.v/mixture/router" in name for name in attachment.state(1))
+    torch.testing.assert_close(found, expected)
+
+
+def test_nobody_to_follow() -> None:
+    model, backbone = tiny("bert")
+    alone_ = Architecture.of({"layers.0.attn.q": [Mixture(router="follow")]})
+    with Attachment(model, backbone, [alone_], [0]), pytest.raises(ValueError, match="no router before it"):
+        model(tokens())
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"fields": {"experts": 2}, "placement": "site"}, "on together"),
+        ({"fields": {"experts": Choice.of([2, 4])}, "vary": {"experts": "site"}}, "on together"),
+        ({"fields": {"experts": 2, "router": "soft"}}, "no other site can follow"),
+        ({"fields": {}}, "say how many experts"),
+    ],
+)
+def test_what_cannot_share_a_router(choice, message) -> None:
+    with pytest.raises(SpaceError, match=message):
+        SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(kind="lora", router_per="layer", **choice)})
+
+
+def test_costs_of_a_space_with_experts_by_its_encoding() -> None:
+    for declared in (space(), shared_router()):
+        encoding = Encoding(declared)
+        rng = Random(1)
+        genes = [declared.sample(rng) for _ in range(40)]
+        rows, active = (np.array(column) for column in zip(*(declared.encode(own) for own in genes), strict=True))
+        found = encoding.costs(rows, active)
+        for n, own in enumerate(genes):
+            expected = declared_costs(declared.decode(own).architecture, declared.backbone)
+            assert {name: found[name][n] for name in expected} == expected

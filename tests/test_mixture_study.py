@@ -17,6 +17,7 @@ from autopeft.studies.exporters.native import load
 from autopeft.studies.routing import verdicts
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFileError, load_study
+from autopeft.studies.tracked import trial_metrics
 
 from .spaces import SMALL
 from .test_study import facts, run
@@ -167,3 +168,16 @@ def test_what_has_no_size_has_its_average_alone() -> None:
     ia3 = Mixture(expert=Ia3(), experts=3)
     assert list(controls(Architecture.of({"layers.0.attn.v": [ia3]}), SMALL)) == ["average"]
     assert controls(Architecture.of({"layers.0.attn.v": [Ia3()]}), SMALL) == {}
+
+
+def test_what_the_routers_did_is_tracked(finished: tuple[Path, Snapshot]) -> None:
+    _, snapshot = finished
+    mixed = [t for t in snapshot.trials if t.measurement is not None and t.measurement.routes]
+    assert mixed
+    for trial in mixed:
+        metrics = {metric.key: metric.value for metric in trial_metrics(trial, snapshot, 0)}
+        assert 0.0 < metrics["routing/busiest_expert_share"] <= 1.0
+        assert 0.0 <= metrics["routing/entropy"] <= 1.0
+        assert metrics["routing/experts_per_token"] in (1.0, 2.0)
+    plain = next(t for t in snapshot.trials if t.role == "baseline:head" and t.measurement is not None)
+    assert not any(metric.key.startswith("routing/") for metric in trial_metrics(plain, snapshot, 0))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from autopeft.search_space.adapters.base import AdapterSpec, Parameter
@@ -37,6 +38,25 @@ class Tokens:
     length: int = 1
     mask: Tensor | None = None
     domains: Tensor | None = None
+    #: What routers have decided in this forward pass, by layer and slot: [M, E] each.
+    _gates: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+
+    def begin(self, length: int, mask: Tensor | None) -> None:
+        """Of a forward pass."""
+        self.length, self.mask = length, mask
+        self._gates.clear()
+
+    def lead(self, bank: Bank, gates: Tensor) -> None:
+        """Keep gates [K, M, E] for the other mixtures of the layer."""
+        self._gates |= {(bank.site.layer, slot): own for slot, own in zip(bank.slots_served, gates, strict=True)}
+
+    def gates_of(self, bank: Bank, experts: int) -> Tensor:
+        """[K, M, experts] of those before it in the layer. Raises ValueError where there are none."""
+        try:
+            found = [self._gates[bank.site.layer, slot][:, :experts] for slot in bank.slots_served]
+        except KeyError:
+            raise ValueError(f"{bank.site.name}: there is no router before it in its layer to follow") from None
+        return torch.stack([F.pad(gates, (0, experts - gates.shape[1])) for gates in found])
 
     def by_text(self, x: Tensor) -> Tensor:
         """[K, N * T, D] to [K, N, T, D]."""
@@ -173,6 +193,8 @@ class Bank(nn.Module):
         self.values = self._drawn(seeds) if of is None else of.values
         #: Of a mixture: what its router is told, and what it did in the last forward pass.
         self.tokens = Tokens()
+        #: Numbers of its slots in the attachment.
+        self.slots_served = list(range(len(self.specs)))
         self.routing: Routing | None = None
         #: Whether its router is not asked, and all experts are weighted alike.
         self.averaged = False

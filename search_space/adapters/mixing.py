@@ -31,13 +31,13 @@ class Routing:
     load: Tensor
     entropy: Tensor
     active: Tensor
-    count: int
+    count: Tensor
 
 
 def mixed(spec: Mixture, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
     """y: [K, M, D_out] with what the experts add to it. x: [K, M, D_in]."""
     own, expert = _of_experts(p), spec.expert
-    if spec.router == "soft":
+    if spec.router == "soft" and not call.bank.averaged:
         return y + _soft(spec, p, own, x, y, call)
     gates = routed(spec, p, x, call)
     added = expert.mix(own, gates, x, y, call)
@@ -47,7 +47,7 @@ def mixed(spec: Mixture, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
 def mixed_input(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     """x: [K, M, D_in] as the experts change it, for types that act on the input of a site."""
     own = _of_experts(p)
-    if spec.router == "soft":
+    if spec.router == "soft" and not call.bank.averaged:
         return x + _soft(spec, p, own, x, None, call)
     return x + one_by_one(spec.expert.apply_input, own, routed(spec, p, x, call), (x,), call)
 
@@ -86,6 +86,9 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     if spec.router == "uniform" or call.bank.averaged:
         gates = (owned / owned.sum(-1, keepdim=True))[:, None].expand(-1, tokens, -1)
         return _with_shared(spec, gates.to(x.dtype))
+    if spec.router == "follow":
+        gates = call.tokens.gates_of(call.bank, owned.shape[-1])
+        return _with_shared(spec, gates.to(x.dtype))
     # At least float32, as all routers are: a gate that is rounded sends a token elsewhere.
     logits, valid = _logits(spec, p, _exact(x), call)
     logits = call.noisy(logits, "router_noise").masked_fill(owned[:, None] == 0, float("-inf"))
@@ -104,6 +107,7 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     call.bank.routing = _routing(spec, p, logits, probabilities, chosen, valid, owned, call)
     if gates.shape[1] != tokens:  # one decision for a text
         gates = gates.repeat_interleave(tokens // gates.shape[1], 1)
+    call.tokens.lead(call.bank, gates)
     return _with_shared(spec, gates.to(x.dtype))
 
 
@@ -156,7 +160,12 @@ def _routing(
     count = owned.sum(-1)
     counted = chosen.new_ones(chosen.shape[1]) if valid is None else valid.to(chosen)
     total = counted.sum().clamp(min=1)
-    sent = torch.einsum("kme,m->ke", chosen, counted)
+
+    def over_tokens(values: Tensor) -> Tensor:
+        """[K, M, E] to [K, E]. Not a matrix product, which torch is slow at for so few columns."""
+        return (values * counted[:, None]).sum(1)
+
+    sent = over_tokens(chosen)
     load = sent / sent.sum(-1, keepdim=True)
     penalty = torch.zeros_like(count)
     if spec.router in BALANCED and call.most("balance") > 0:
@@ -164,20 +173,20 @@ def _routing(
             # Its gradient with respect to b is load - 1/E: the optimiser lowers b where too much arrives.
             term = ((load - owned / count[:, None]) * p["router_bias"].to(load) * owned).sum(-1)
         else:
-            mean = torch.einsum("kme,m->ke", probabilities, counted) / total
+            mean = over_tokens(probabilities) / total
             term = count * (load * mean).sum(-1)
         penalty = penalty + call.constants["balance"] * term
-    if spec.router != "task" and call.most("z_loss") > 0:
+    if spec.router in BALANCED and call.most("z_loss") > 0:
         square = logits.logsumexp(-1).square()
         penalty = penalty + call.constants["z_loss"] * (square @ counted) / total
     with torch.no_grad():
-        entropy = -(probabilities * probabilities.clamp(min=1e-9).log()).sum(-1) @ counted / total
+        entropy = -over_tokens(probabilities * probabilities.clamp(min=1e-9).log()).sum(-1) / total
         return Routing(
             penalty=penalty,
             load=load.detach(),
             entropy=entropy / count.log().clamp(min=1e-9) * (count > 1),
             active=sent.sum(-1).detach() / total + spec.shared_experts,
-            count=int(total),
+            count=total,
         )
 
 

@@ -15,11 +15,11 @@ from autopeft.search_space.adapters.base import (
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.backbone import LINEAR_ROLES
 
-ROUTERS = ("token", "sigmoid", "sequence", "task", "soft", "uniform")
+ROUTERS = ("token", "sigmoid", "sequence", "task", "soft", "uniform", "follow")
 #: Routers that read a whole text before they decide about its first token.
 LOOKING_AHEAD = ("sequence", "soft")
 #: Routers that choose some of the experts.
-CHOOSING = ("token", "sigmoid", "sequence", "task")
+CHOOSING = ("token", "sigmoid", "sequence", "task", "follow")
 #: Those that are asked to send as much to one expert as to another. What a task is sent to is its own affair.
 BALANCED = ("token", "sigmoid", "sequence")
 
@@ -41,7 +41,8 @@ class Mixture(AdapterSpec):
       2022 (Polytropon), but for the softmax, and with outputs mixed rather than parameters;
     - "soft": every expert sees one mean of the tokens, weighted by a softmax of its z over the text, and every token
       the experts by a softmax of z over them (Puigcerver et al. 2023, Soft MoE, section 2.1);
-    - "uniform": 1/E, for comparison: what is left without a router.
+    - "uniform": 1/E, for comparison: what is left without a router;
+    - "follow": the gates of the mixture that ran before it in the same layer, so that several sites share one router.
 
     Added to the loss of a minibatch, over all its tokens but padding: `balance` * E * sum of f_e P_e, f the shares of
     the tokens and P the mean probabilities (Fedus et al., equation 4); `z_loss` * mean of logsumexp(z)^2 (Zoph et al.
@@ -84,18 +85,19 @@ class Mixture(AdapterSpec):
             raise ValueError("a soft dispatch sends every token to all experts: it has no shared ones")
 
     def canonical(self) -> Mixture:
-        """The same network with the fields that make no difference to it at their defaults."""
-        same: dict[str, Any] = {"top_k": min(self.top_k, self.experts)}
-        if self.router not in CHOOSING:
-            same = {"top_k": 2, "top_p": 1.0}
-        if self.router != "task":
-            same["tasks"] = 1
-        if self.router == "uniform":
-            same["router_noise"] = 0.0
-        if self.router not in BALANCED:
-            same["balance"] = 0.01
-        if self.router in ("task", "soft", "uniform"):
-            same["z_loss"] = 0.0
+        """The same network and training, with the fields that make no difference to these at their defaults."""
+        plain, same = Mixture(), dict[str, Any]()
+        if self.router in CHOOSING:
+            same["top_k"] = min(self.top_k, self.experts)
+        idle = {
+            "top_k": self.router not in CHOOSING,
+            "top_p": self.router not in CHOOSING or self.router == "follow",
+            "tasks": self.router != "task",
+            "router_noise": self.router in ("uniform", "follow"),
+            "balance": self.router not in BALANCED,
+            "z_loss": self.router not in BALANCED,
+        }
+        same |= {name: getattr(plain, name) for name, is_idle in idle.items() if is_idle}
         return replace(self, **same)
 
     @property
@@ -132,7 +134,7 @@ class Mixture(AdapterSpec):
 
     def router_parameters(self, site):
         """Those of the router alone."""
-        if self.router == "uniform":
+        if self.router in ("uniform", "follow"):
             return {}
         width = self.tasks if self.router == "task" else site.in_features
         own = {"router": Parameter(shape=(self.experts, width), init="small_normal", per_expert=True)}
@@ -181,3 +183,5 @@ class Mixture(AdapterSpec):
 
 #: What a mixture adds to the fields of its experts' type.
 MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name != "expert")
+#: Those that are the router's own.
+ROUTER_FIELDS = ("router", "top_p", "tasks", "router_noise", "balance", "z_loss")
