@@ -106,6 +106,7 @@ class _Bench:
 
     def __init__(self, attachment: Attachment, task: Task, batch: Batch) -> None:
         self.attachment = attachment
+        attachment.tokens.domains = batch.get("domains")
         self.model = attachment.model[0]
         self.task = task
         self.inputs = model_inputs(batch)

@@ -179,14 +179,17 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     if backbone.causal and ahead:
         yield ("router",), f"{' and '.join(ahead)} would look ahead, which a causal model must not"
     shared = choice.fields.get("shared_experts", 0)
-    if "soft" in routers and (isinstance(shared, Domain) or shared):
-        yield ("shared_experts",), "a soft dispatch sends every token to all experts: it has no shared ones"
-    if "soft" in routers and choice.router_per == "layer":
-        yield ("router_per",), "a soft dispatch mixes what a site sees: no other site can follow it"
+    apart = [str(router) for router in routers if router in ("poly", "soft")]
+    if apart and (isinstance(shared, Domain) or shared):
+        yield ("shared_experts",), f"{' and '.join(apart)}: there is a part for every expert, and no shared ones"
+    if apart and choice.router_per == "layer":
+        yield ("router_per",), f"{' and '.join(apart)}: what is mixed is a site's own, no other can follow it"
+    if "poly" in routers and choice.kind != "lora":
+        yield ("router",), f"poly mixes the parameters of LoRAs, not of a {choice.kind}"
     own = ("experts", "shared_experts", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
         yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
-    if "task" in routers and "tasks" not in choice.fields:
+    if {"task", "poly"} & set(routers) and "tasks" not in choice.fields:
         yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
 
 

@@ -352,6 +352,7 @@ def test_bad_mixtures() -> None:
         ({"experts": 0}, "experts must be at least 1"),
         ({"top_p": 0.0}, r"top_p"),
         ({"router": "soft", "shared_experts": 1}, "no shared ones"),
+        ({"router": "poly", "expert": Ia3()}, "parameters of LoRAs"),
     ):
         with pytest.raises(ValueError, match=message):
             Mixture(**fields)
@@ -363,6 +364,35 @@ def test_a_causal_model_is_not_told_what_comes() -> None:
     architecture = Architecture.of({site.name: [spec] for site in backbone.sites if site.role == "attn.q"})
     with pytest.raises(ValueError, match="looks ahead"):
         Attachment(model, backbone, [architecture], [0])
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_poly_mixes_parameters_for_each_task_and_block(heads: int) -> None:
+    specs = [
+        Mixture(expert=Lora(rank=2, alpha=3.0), experts=4, router="poly", tasks=3, heads=heads),
+        Mixture(expert=Lora(rank=1), experts=2, router="poly", tasks=3, heads=heads),
+    ]
+    bank = bank_of(specs, LINEAR)
+    x, y = batch(2)
+    expected = []
+    for k, spec in enumerate(specs):
+        p, texts = bank.of_slot(k), []
+        for n, task in enumerate(bank.tokens.domains.tolist()):
+            a, b = torch.zeros_like(p["A"][0]), torch.zeros_like(p["B"][0])
+            for h in range(heads):
+                shares = [1 / (1 + math.e ** -p["router"][e, task, h]) for e in range(spec.experts)]
+                own = slice(h * WIDTH // heads, (h + 1) * WIDTH // heads)
+                a[:, own] = sum(s * p["A"][e][:, own] for e, s in enumerate(shares)) / sum(shares)
+                b[own] = sum(s * p["B"][e][own] for e, s in enumerate(shares)) / sum(shares)
+            here = slice(n * LENGTH, (n + 1) * LENGTH)
+            texts.append(y[k, here] + spec.expert.scale * x[k, here] @ a.T @ b.T)  # type: ignore[attr-defined]
+        expected.append(torch.cat(texts))
+    found = bank(x, y)
+    torch.testing.assert_close(found, torch.stack(expected))
+    wanted = [x, *bank.values.values()]
+    for one, two in zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in (found, torch.stack(expected))),
+                        strict=True):  # fmt: skip
+        torch.testing.assert_close(one, two)
 
 
 # In a space
@@ -505,7 +535,7 @@ def test_nobody_to_follow() -> None:
     [
         ({"fields": {"experts": 2}, "placement": "site"}, "on together"),
         ({"fields": {"experts": Choice.of([2, 4])}, "vary": {"experts": "site"}}, "on together"),
-        ({"fields": {"experts": 2, "router": "soft"}}, "no other site can follow"),
+        ({"fields": {"experts": 2, "router": "soft"}}, "no other can follow"),
         ({"fields": {}}, "say how many experts"),
     ],
 )

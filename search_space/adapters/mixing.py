@@ -39,6 +39,8 @@ def mixed(spec: Mixture, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
     own, expert = _of_experts(p), spec.expert
     if spec.router == "soft" and not call.bank.averaged:
         return y + _soft(spec, p, own, x, y, call)
+    if spec.router == "poly":
+        return y + _poly(spec, p, x, call)
     gates = routed(spec, p, x, call)
     added = expert.mix(own, gates, x, y, call)
     return y + (one_by_one(expert.apply, own, gates, (x, y), call) if added is None else added)
@@ -188,6 +190,25 @@ def _routing(
             active=sent.sum(-1).detach() / total + spec.shared_experts,
             count=total,
         )
+
+
+def _poly(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
+    """What LoRAs add whose A and B are mixed for every task: [K, M, D_out]. Tasks are experts then, one for a token."""
+    from autopeft.kernels.mixture_lora import mixture_lora
+
+    owned = call.owned_experts[:, :, None, None]
+    share = owned.expand_as(p["router"]) if call.bank.averaged else p["router"].sigmoid() * owned
+    share = share / share.sum(1, keepdim=True)
+
+    def blended(w: Tensor) -> Tensor:
+        """[K, E, R, D] to [K, tasks, R, D], each block of D with the shares of its head."""
+        return torch.einsum("keth,kerhd->ktrhd", share, w.unflatten(-1, (spec.heads, -1))).flatten(-2)
+
+    a, b = blended(p["A"]), blended(p["B"].mT).mT
+    texts = torch.nn.functional.one_hot(call.tokens.domains_of(spec.tasks), spec.tasks).to(x)
+    gates = texts.repeat_interleave(call.tokens.length, 0).expand(len(x), -1, -1)
+    mask = None if call.mask is None else call.mask[:, None].expand(-1, spec.tasks, -1)
+    return mixture_lora(call.dropout(x), a, b, gates, call.constants["scale"], mask, 1)
 
 
 def _soft(spec: Mixture, p: Values, own: Values, x: Tensor, y: Tensor | None, call: Call) -> Tensor:

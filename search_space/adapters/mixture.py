@@ -15,7 +15,7 @@ from autopeft.search_space.adapters.base import (
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.backbone import LINEAR_ROLES
 
-ROUTERS = ("token", "sigmoid", "sequence", "task", "soft", "uniform", "follow")
+ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "uniform", "follow")
 #: Routers that read a whole text before they decide about its first token.
 LOOKING_AHEAD = ("sequence", "soft")
 #: Routers that choose some of the experts.
@@ -39,6 +39,9 @@ class Mixture(AdapterSpec):
     - "sequence": "token", from the mean of x over each text;
     - "task": "token", from a row of W_r: [E, tasks] for each of the `tasks` (the data's domains), as in Ponti et al.
       2022 (Polytropon), but for the softmax, and with outputs mixed rather than parameters;
+    - "poly": LoRAs' A and B themselves are mixed for each of the `tasks`, by sigmoids of W_r: [E, tasks, heads] scaled
+      to sum to 1 over the experts. With several `heads`, blocks of x and y have shares of their own (Caccia et al.
+      2023, Multi-Head Adapter Routing, section 3.1; one head: Ponti et al. 2022, Polytropon, section 3);
     - "soft": every expert sees one mean of the tokens, weighted by a softmax of its z over the text, and every token
       the experts by a softmax of z over them (Puigcerver et al. 2023, Soft MoE, section 2.1);
     - "uniform": 1/E, for comparison: what is left without a router;
@@ -66,6 +69,7 @@ class Mixture(AdapterSpec):
     top_k: int = 2
     top_p: float = 1.0
     tasks: int = 1
+    heads: int = 1
     router_noise: float = 0.0
     balance: float = 0.01
     z_loss: float = 0.0
@@ -79,10 +83,13 @@ class Mixture(AdapterSpec):
         check_at_least("top_k", self.top_k, 1)
         check_probability("top_p", 1.0 - self.top_p)  # in (0, 1]
         check_at_least("tasks", self.tasks, 1)
+        check_at_least("heads", self.heads, 1)
+        if self.router == "poly" and type(self.expert) is not Lora:
+            raise ValueError(f"'poly' mixes the parameters of LoRAs, not of a {self.expert.kind!r}")
+        if self.router in ("poly", "soft") and self.shared_experts:
+            raise ValueError(f"a router {self.router!r} has a part for every expert: there are no shared ones")
         for name in ("router_noise", "balance", "z_loss"):
             check_at_least(name, getattr(self, name), 0.0)
-        if self.router == "soft" and self.shared_experts:
-            raise ValueError("a soft dispatch sends every token to all experts: it has no shared ones")
 
     def canonical(self) -> Mixture:
         """The same network and training, with the fields that make no difference to these at their defaults."""
@@ -92,8 +99,9 @@ class Mixture(AdapterSpec):
         idle = {
             "top_k": self.router not in CHOOSING,
             "top_p": self.router not in CHOOSING or self.router == "follow",
-            "tasks": self.router != "task",
-            "router_noise": self.router in ("uniform", "follow"),
+            "tasks": self.router not in ("task", "poly"),
+            "heads": self.router != "poly",
+            "router_noise": self.router in ("poly", "uniform", "follow"),
             "balance": self.router not in BALANCED,
             "z_loss": self.router not in BALANCED,
         }
@@ -118,11 +126,12 @@ class Mixture(AdapterSpec):
         return f"{self.experts}{shared} x {self.expert.label} ({self.router})"
 
     def fits(self, site):
-        return site.role in self.expert.roles and self.expert.fits(site)
+        whole_blocks = site.in_features % self.heads == 0 and site.out_features % self.heads == 0
+        return site.role in self.expert.roles and self.expert.fits(site) and whole_blocks
 
     def structure(self):
         # The type of the experts comes first: it says when the mixture acts among the adapters of a module.
-        return (*self.expert.structure(), self.kind, self.router, self.shared_experts, self.tasks)
+        return (*self.expert.structure(), self.kind, self.router, self.shared_experts, self.tasks, self.heads)
 
     def parameters(self, site):
         count = self.shared_experts + self.experts
@@ -136,15 +145,18 @@ class Mixture(AdapterSpec):
         """Those of the router alone."""
         if self.router in ("uniform", "follow"):
             return {}
-        width = self.tasks if self.router == "task" else site.in_features
-        own = {"router": Parameter(shape=(self.experts, width), init="small_normal", per_expert=True)}
+        widths = {"task": (self.tasks,), "poly": (self.tasks, self.heads)}
+        shape = (self.experts, *widths.get(self.router, (site.in_features,)))
+        own = {"router": Parameter(shape=shape, init="small_normal", per_expert=True)}
         if self.router == "sigmoid":
             own["router_bias"] = Parameter(shape=(self.experts,), decay=False, per_expert=True)
         return own
 
     @property
     def num_active(self) -> int:
-        """Experts that a token meets at most, with the shared ones."""
+        """Experts that a token meets at most, with the shared ones; mixed parameters are those of one."""
+        if self.router == "poly":
+            return 1
         return self.shared_experts + (min(self.top_k, self.experts) if self.router in CHOOSING else self.experts)
 
     def active_params(self, site):
@@ -184,4 +196,4 @@ class Mixture(AdapterSpec):
 #: What a mixture adds to the fields of its experts' type.
 MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name != "expert")
 #: Those that are the router's own.
-ROUTER_FIELDS = ("router", "top_p", "tasks", "router_noise", "balance", "z_loss")
+ROUTER_FIELDS = ("router", "top_p", "tasks", "heads", "router_noise", "balance", "z_loss")
