@@ -282,14 +282,12 @@ class Attachment(nn.Module):
 
     def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
         """Every trained tensor and whether weight decay applies to it."""
-        for bank in self.banks:
-            declared = bank.specs[0].parameters(bank.site)
-            yield from ((value, declared[name].decay) for name, value in bank.values.items())
+        yield from ((value, decay) for bank in self.banks for _, value, decay in bank.trained())
         yield from ((parameter, parameter.dim() > 1) for parameter, _ in self._trained)
 
     def num_adapter_params(self) -> int:
         """Parameters that the optimiser really holds, without the heads. Equals the formula for one slot."""
-        own = sum(v.numel() for bank in self.banks if bank.site.role != "head" for v in bank.values.values())
+        own = sum(v.numel() for bank in self.banks if bank.site.role != "head" for _, v, _ in bank.trained())
         return own + sum(parameter.numel() for parameter, _ in self._trained)
 
     @property
@@ -327,7 +325,7 @@ class Attachment(nn.Module):
         return {
             f"{key}/{name}": part
             for key, bank, j in self._banks_of(k)
-            for name, part in bank.of_slot(j, {n: of[v] for n, v in bank.values.items()}).items()
+            for name, part in bank.of_slot(j, {n: of[v] for n, v, _ in bank.trained()}).items()
         }
 
     def dropout_streams(self, k: int) -> dict[str, torch.Generator]:
@@ -341,8 +339,7 @@ class Attachment(nn.Module):
         """
         for bank, slots in zip(self.banks, self._slots_of, strict=True):
             served = list(range(self.num_slots)) if slots is None else slots.tolist()
-            declared = bank.specs[0].parameters(bank.site)
-            yield from ((value, declared[name].decay, served) for name, value in bank.values.items())
+            yield from ((value, decay, served) for _, value, decay in bank.trained())
 
     def _banks_of(self, k: int) -> Iterator[tuple[str, Bank, int]]:
         """Banks that serve slot k: a name that is the same in any pack, the bank, the slot's place in it."""

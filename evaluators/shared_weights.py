@@ -64,9 +64,7 @@ class SharedWeights(nn.Module):
 
     def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
         """Every tensor [M, ...] and whether weight decay applies to it."""
-        for bank in self._banks.values():
-            declared = bank.specs[0].parameters(bank.site)
-            yield from ((value, declared[name].decay) for name, value in bank.values.items())
+        yield from ((value, decay) for bank in self._banks.values() for _, value, decay in bank.trained())
 
 
 def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:

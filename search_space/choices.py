@@ -36,6 +36,7 @@ class AdapterChoice:
     contain 0, which is "off". With `experts` among them there is a mixture of so many (0: a plain adapter), and the
     other fields of `Mixture` may be there. `vary`: the granularity at which a field is chosen (default: once for the
     model). `router_per`: whether each site has a router, or the first of a layer has one that the others follow.
+    `given`: folders of LoRAs that are the experts, as they are; number, rank and scale are then fields of one value.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class AdapterChoice:
     fields: Mapping[str, Domain | Value] = field(default_factory=dict)
     vary: Mapping[str, Granularity] = field(default_factory=dict)
     router_per: Literal["site", "layer"] = "site"
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +175,8 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
         return
     domain = choice.fields.get("router", Mixture().router)
     routers = domain.choices if isinstance(domain, Choice) else (domain,)
+    if "arrow" in routers and not choice.given:
+        yield ("router",), "arrow routes between LoRAs that are given (given: [folder, folder])"
     if "follow" in routers:
         yield ("router",), "sites that follow another have router_per: layer"
     ahead = [str(router) for router in routers if router in LOOKING_AHEAD]

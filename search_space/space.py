@@ -38,6 +38,7 @@ class Placement:
     fixed: Mapping[str, Value]
     experts: Gate | None = None
     follows: bool = False
+    given: tuple[str, ...] = ()
 
     def is_on(self, assignment: Mapping[str, Value]) -> bool:
         return all(assignment.get(gate.gene) == gate.value for gate in self.gates)
@@ -65,7 +66,7 @@ class Placement:
         fields_: dict[str, Any] = {key: value for key, value in values.items() if key in MIXTURE_FIELDS}
         if self.follows:
             fields_["router"] = "follow"
-        return Mixture(expert=expert, **fields_).canonical()
+        return Mixture(expert=expert, given=self.given, **fields_).canonical()
 
 
 class SearchSpace:
@@ -220,7 +221,7 @@ class SearchSpace:
                 gates, experts = self._gates[name, site.name], self._experts[name, site.name]
                 follows = choice.router_per == "layer" and site.layer is not None and (name, site.layer) in led
                 led.add((name, site.layer))
-                yield Placement(name, choice.kind, site, gates, genes, fixed, experts, follows)
+                yield Placement(name, choice.kind, site, gates, genes, fixed, experts, follows, choice.given)
 
     # Assignments
 
@@ -334,6 +335,8 @@ class SearchSpace:
     def _pairs(self, place: Placement, spec: AdapterSpec) -> list[tuple[str, Value]] | None:
         """The genes, gates included, that put `spec` at a place, and their values; None if it cannot be there."""
         mixture = isinstance(spec, Mixture)
+        if isinstance(spec, Mixture) and spec.given != place.given:
+            return None
         if place.kind != spec.plain.kind or (place.experts is None and mixture != place.is_mixture({})):
             return None
         found = [(gate.gene, gate.value) for gate in place.gates]
@@ -344,7 +347,7 @@ class SearchSpace:
             for field in fields(part):
                 # What a router has, a site that follows another reads of that one.
                 followed = isinstance(part, Mixture) and place.follows and field.name in ROUTER_FIELDS
-                if field.name == "expert" or followed:
+                if field.name in ("expert", "given") or followed:
                     continue
                 default: Value = getattr(type(part)(), field.name)
                 value = _standing_for(part, field.name, declared.get(field.name, default))

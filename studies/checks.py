@@ -10,7 +10,7 @@ from autopeft.search_space.backbone import ROLES, Backbone, Site
 from autopeft.search_space.choices import SpaceError
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.suggestions import did_you_mean
-from autopeft.studies.declaration import declare
+from autopeft.studies.declaration import ANY_MODEL, declare
 from autopeft.studies.source import Keys
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _model_with_everything(num_layers: int) -> Backbone:
 
     inside = [role for role in ROLES if role not in _OUTSIDE_LAYERS]
     return Backbone(
-        id="any",
+        id=ANY_MODEL,
         revision=None,
         family="any",
         sites=(

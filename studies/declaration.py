@@ -6,11 +6,13 @@ Problems are pairs of the path in the file and what is wrong there; `study_file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, Mixture
+from autopeft.search_space.adapters.given import GivenError, read, roles_of
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.choices import AdapterChoice, OneOf, SpaceError
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
@@ -60,7 +62,12 @@ def declare(study: StudyFile, backbone: Backbone) -> Declaration:
     groups = {group.name: group for group in preset.get("one_of", ())}
     for name, group in settings.one_of.items():
         groups[name] = OneOf(name=name, members=group.members, per=group.per, optional=group.optional)
-    own = {name: _adapter(name, adapter, declared.problems) for name, adapter in settings.adapters.items()}
+    own = {
+        name: _given(
+            study.folder, backbone, name, adapter, _adapter(name, adapter, declared.problems), declared.problems
+        )
+        for name, adapter in settings.adapters.items()
+    }
     gate = settings.layer_gate
     declared.arguments = {
         "adapters": {**preset.get("adapters", {}), **own},
@@ -103,6 +110,45 @@ def _adapter(name: str, settings: AdapterSettings, problems: list[Finding]) -> A
         vary={key: per for key, per in settings.vary.items() if key not in broken},
         router_per=settings.router_per,
     )
+
+
+#: A backbone that stands for all of them, while the model is not loaded.
+ANY_MODEL = "any"
+#: What follows from LoRAs that are given.
+OF_GIVEN = ("experts", "shared_experts", "rank", "alpha", "scaling", "init")
+
+
+def _given(
+    folder: Path,
+    backbone: Backbone,
+    name: str,
+    settings: AdapterSettings,
+    choice: AdapterChoice,
+    problems: list[Finding],
+) -> AdapterChoice:
+    """A choice with the LoRAs that the file names as its experts, at the sites that they have."""
+    path = ("space", "adapters", name)
+    if not settings.given:
+        return choice
+    if choice.kind != "lora":
+        problems.append(((*path, "given"), f"only LoRAs can be given, not a {choice.kind}"))
+        return choice
+    problems += [
+        ((*path, key), "this follows from the LoRAs that are given") for key in OF_GIVEN if key in choice.fields
+    ]
+    given = tuple(str((folder / Path(one).expanduser()).resolve()) for one in settings.given)
+    try:
+        rank = max(read(one).rank for one in given)
+        at = choice.at or tuple(roles_of(given, backbone))
+    except GivenError as error:
+        problems.append(((*path, "given"), str(error)))
+        return choice
+    if not at and backbone.id != ANY_MODEL:
+        problems.append(((*path, "given"), "this model has no module that the LoRAs are for"))
+    own = {key: value for key, value in choice.fields.items() if key not in OF_GIVEN}
+    # Their scale is in their values: alpha over the rank is 1.
+    fields = {**own, "experts": len(given), "rank": rank, "alpha": float(rank)}
+    return replace(choice, at=at, fields=fields, given=given)
 
 
 def _settings(

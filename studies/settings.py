@@ -130,6 +130,9 @@ class AdapterSettings(Section):
         default=None, description="search where it is on, at this granularity; null: always on"
     )
     vary: dict[str, Granularity] = Field(default={}, description="fields chosen per stage, layer or site, not once")
+    given: tuple[str, ...] = Field(
+        default=(), description="folders of LoRAs, as peft writes them, that are the experts and are not trained"
+    )
     router_per: Literal["site", "layer"] = Field(
         default="site", description="of experts: a router at each site, or one that the sites of a layer share"
     )

@@ -167,6 +167,7 @@ def _checked(source: Source, path: Path) -> StudyFile:
     except UnicodeEncodeError:
         raise StudyFileError([f"{source.name}: a text has half of a surrogate pair (\\ud800 to \\udfff)"]) from None
     study, found, removed = _salvaged(data)
+    study._file = path  # some settings name files beside it
     for keys, what in checks.problems_of(study):
         # Next to an entry that was removed, it may come of the removal.
         if not any(keys[: len(gone)] == gone or gone[: len(keys)] == keys for gone in removed):
@@ -175,7 +176,7 @@ def _checked(source: Source, path: Path) -> StudyFile:
     problems = source.problems + [source.render(keys, what) for keys, what in found]
     if problems:
         raise StudyFileError(problems)
-    study._source, study._file = source, path
+    study._source = source
     return study
 
 

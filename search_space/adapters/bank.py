@@ -6,8 +6,9 @@ Notation: N banks, K slots (each reads one bank), M tokens per slot, R the size 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.given import arrows, stacked
 from autopeft.search_space.adapters.init import initialise
 from autopeft.search_space.backbone import Site
 
@@ -218,12 +220,14 @@ class Bank(nn.Module):
             # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
             for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].num_params(self.site)):
                 words = (seeds[k], self.site.name, self.specs[k].kind, name)
-                own = self._initial(declared[k][name], words)
+                own = self._initial(declared[k][name], name, words)
                 values[self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
-            drawn[name] = nn.Parameter(values)
+            drawn[name] = nn.Parameter(values, requires_grad=not declared[0][name].given)
         return drawn
 
-    def _initial(self, declared: Parameter, words: tuple[object, ...]) -> Tensor:
+    def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
+        if declared.given:
+            return stacked(declared.given, self.site, name, self.specs[0].size or 0)
         if not declared.per_expert:
             return initialise(declared, stream(*words), self.base[0])
         # An expert's values do not depend on how many there are.
@@ -248,7 +252,14 @@ class Bank(nn.Module):
         own: Mapping[str, Tensor] = dict(self.values.items()) if values is None else values
         shapes = {name: parameter.shape for name, parameter in self.specs[k].parameters(self.site).items()}
         bank = self.bank_of_slot[k]
-        return {name: own[name][bank][tuple(slice(n) for n in shapes[name])] for name in shapes}
+        return {name: own[name][bank][tuple(slice(n) for n in shapes[name])] for name in shapes if name in own}
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Names and values [N, ...] of what is trained, and whether weight decay applies."""
+        declared = self.specs[0].parameters(self.site)
+        for name, value in self.values.items():
+            if not declared[name].given:
+                yield name, value, declared[name].decay
 
     @torch.no_grad()
     def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
@@ -258,6 +269,12 @@ class Bank(nn.Module):
                 shapes = f"{tuple(values[name].shape)}, not {tuple(own.shape)}"
                 raise ValueError(f"{self.site.name} {name}: shape {shapes}")
             own.copy_(values[name])
+
+    @cached_property
+    def arrows(self) -> Tensor:
+        """[K, E, D_in]: where the experts of each slot point, if they are given."""
+        values = self.slots()
+        return arrows(values["A"], values["B"])
 
     @property
     def dtype(self) -> torch.dtype:

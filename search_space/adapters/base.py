@@ -32,12 +32,14 @@ class Parameter:
 
     `init` names a rule of `init.py`. `decay`: whether weight decay applies (vectors and identity-centred scales are
     left out, as usual). `per_expert`: the first axis counts the experts of a mixture, each of which is drawn by itself.
+    `given`: folders that the values are read from; they are not trained.
     """
 
     shape: tuple[int, ...]
     init: str = "zeros"
     decay: bool = True
     per_expert: bool = False
+    given: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -83,11 +85,12 @@ class AdapterSpec(ABC):
         return True
 
     def num_params(self, site: Site) -> int:
-        return sum(parameter.count for parameter in self.parameters(site).values())
+        """Those that are trained."""
+        return sum(parameter.count for parameter in self.parameters(site).values() if not parameter.given)
 
     def stored_bits(self, site: Site) -> int:
-        """Bits that the trained adapter takes on disk."""
-        return FLOAT32_BITS * self.num_params(site)
+        """Bits that the adapter takes on disk."""
+        return FLOAT32_BITS * sum(parameter.count for parameter in self.parameters(site).values())
 
     @property
     def size(self) -> int | None:
@@ -110,7 +113,7 @@ class AdapterSpec(ABC):
 
     def active_params(self, site: Site) -> int:
         """Parameters that a token meets: of a mixture those of the experts that it is sent to, and the router's."""
-        return self.num_params(site)
+        return sum(parameter.count for parameter in self.parameters(site).values())
 
     def structure(self) -> tuple[Any, ...]:
         """What slots must agree on to share one bank: everything but the size and the per-slot fields."""

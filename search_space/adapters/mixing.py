@@ -122,10 +122,12 @@ def _with_shared(spec: Mixture, gates: Tensor) -> Tensor:
 
 def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """[K, M, E], or [K, N, E] for routers that decide about texts, and which of the M or N count (None: all)."""
+    mask = call.tokens.mask
+    if spec.router == "arrow":
+        return (x @ call.bank.arrows.mT.to(x.dtype)).abs(), None if mask is None else mask.flatten()
     weight = p["router"].to(x.dtype)
     if spec.router == "task":
         return weight[..., call.tokens.domains_of(spec.tasks)].transpose(1, 2), None
-    mask = call.tokens.mask
     if spec.router == "sequence":
         texts = call.tokens.by_text(x)
         if mask is None:

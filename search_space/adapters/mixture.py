@@ -15,11 +15,11 @@ from autopeft.search_space.adapters.base import (
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.backbone import LINEAR_ROLES
 
-ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "uniform", "follow")
+ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "arrow", "uniform", "follow")
 #: Routers that read a whole text before they decide about its first token.
 LOOKING_AHEAD = ("sequence", "soft")
 #: Routers that choose some of the experts.
-CHOOSING = ("token", "sigmoid", "sequence", "task", "follow")
+CHOOSING = ("token", "sigmoid", "sequence", "task", "arrow", "follow")
 #: Those that are asked to send as much to one expert as to another. What a task is sent to is its own affair.
 BALANCED = ("token", "sigmoid", "sequence")
 
@@ -44,8 +44,14 @@ class Mixture(AdapterSpec):
       2023, Multi-Head Adapter Routing, section 3.1; one head: Ponti et al. 2022, Polytropon, section 3);
     - "soft": every expert sees one mean of the tokens, weighted by a softmax of its z over the text, and every token
       the experts by a softmax of z over them (Puigcerver et al. 2023, Soft MoE, section 2.1);
+    - "arrow": "token" with z_e = |v_e x|, v_e the first right singular vector of the expert's B A: of LoRAs that are
+      given, and nothing to be trained (Ostapenko et al. 2024, Towards Modular LLMs, section 4.2);
     - "uniform": 1/E, for comparison: what is left without a router;
     - "follow": the gates of the mixture that ran before it in the same layer, so that several sites share one router.
+
+    `given`: folders of LoRAs of the same model, one for each expert, which are then not trained. With "token" and a
+    `top_k` of all of them that is X-LoRA's dense gating, but from what a site sees and in one pass (Buehler and Buehler
+    2024), with a smaller one MeteoRA's.
 
     Added to the loss of a minibatch, over all its tokens but padding: `balance` * E * sum of f_e P_e, f the shares of
     the tokens and P the mean probabilities (Fedus et al., equation 4); `z_loss` * mean of logsumexp(z)^2 (Zoph et al.
@@ -73,6 +79,7 @@ class Mixture(AdapterSpec):
     router_noise: float = 0.0
     balance: float = 0.01
     z_loss: float = 0.0
+    given: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.expert.can_be_expert:
@@ -84,6 +91,9 @@ class Mixture(AdapterSpec):
         check_probability("top_p", 1.0 - self.top_p)  # in (0, 1]
         check_at_least("tasks", self.tasks, 1)
         check_at_least("heads", self.heads, 1)
+        object.__setattr__(self, "given", tuple(self.given))  # a list, where it was read from a file
+        if self.given and (type(self.expert) is not Lora or len(self.given) != self.experts or self.shared_experts):
+            raise ValueError("given LoRAs are the experts, all of them, and no others")
         if self.router == "poly" and type(self.expert) is not Lora:
             raise ValueError(f"'poly' mixes the parameters of LoRAs, not of a {self.expert.kind!r}")
         if self.router in ("poly", "soft") and self.shared_experts:
@@ -126,24 +136,34 @@ class Mixture(AdapterSpec):
         return f"{self.experts}{shared} x {self.expert.label} ({self.router})"
 
     def fits(self, site):
+        if self.router == "arrow" and not self.given:
+            return False  # where they point is what they have learnt
         whole_blocks = site.in_features % self.heads == 0 and site.out_features % self.heads == 0
         return site.role in self.expert.roles and self.expert.fits(site) and whole_blocks
 
     def structure(self):
         # The type of the experts comes first: it says when the mixture acts among the adapters of a module.
-        return (*self.expert.structure(), self.kind, self.router, self.shared_experts, self.tasks, self.heads)
+        return (
+            *self.expert.structure(),
+            self.kind,
+            self.router,
+            self.shared_experts,
+            self.tasks,
+            self.heads,
+            self.given,
+        )
 
     def parameters(self, site):
         count = self.shared_experts + self.experts
         stacked = {
-            name: replace(parameter, shape=(count, *parameter.shape), per_expert=True)
+            name: replace(parameter, shape=(count, *parameter.shape), per_expert=True, given=self.given)
             for name, parameter in self.expert.parameters(site).items()
         }
         return {**stacked, **self.router_parameters(site)}
 
     def router_parameters(self, site):
         """Those of the router alone."""
-        if self.router in ("uniform", "follow"):
+        if self.router in ("arrow", "uniform", "follow"):
             return {}
         widths = {"task": (self.tasks,), "poly": (self.tasks, self.heads)}
         shape = (self.experts, *widths.get(self.router, (site.in_features,)))
@@ -161,7 +181,7 @@ class Mixture(AdapterSpec):
 
     def active_params(self, site):
         router = sum(parameter.count for parameter in self.router_parameters(site).values())
-        return self.num_active * self.expert.num_params(site) + router
+        return self.num_active * self.expert.active_params(site) + router
 
     def flops_per_token(self, site):
         """Of the experts that a token is sent to, at most, and of the router. A mixture may compute more where that is
@@ -169,7 +189,7 @@ class Mixture(AdapterSpec):
         """
         if self.router == "soft":
             return 2 * self.experts * (2 * site.in_features + site.out_features)
-        router = 2 * self.experts * site.in_features if self.router in ("token", "sigmoid") else 0
+        router = 2 * self.experts * site.in_features if self.router in ("token", "sigmoid", "arrow") else 0
         return router + self.num_active * self.expert.flops_per_token(site)
 
     def constants(self, site):
@@ -190,10 +210,10 @@ class Mixture(AdapterSpec):
 
     def to_dict(self):
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"kind": self.kind, **own, "expert": self.expert.to_dict()}
+        return {"kind": self.kind, **own, "expert": self.expert.to_dict(), "given": list(self.given)}
 
 
 #: What a mixture adds to the fields of its experts' type.
-MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name != "expert")
+MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in ("expert", "given"))
 #: Those that are the router's own.
 ROUTER_FIELDS = ("router", "top_p", "tasks", "heads", "router_noise", "balance", "z_loss")

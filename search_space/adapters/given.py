@@ -1,0 +1,137 @@
+"""LoRAs that were trained elsewhere, as the experts of a mixture: what is in their folders, and where it belongs.
+
+Notation: E folders, R the largest rank among them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.backbone import Backbone, Site
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+#: Settings of peft with which a LoRA is more than scale * B A.
+_OTHERS = ("use_dora", "fan_in_fan_out", "layer_replication")
+
+
+class GivenError(ValueError):
+    """A folder whose LoRA cannot be an expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A folder as peft's `save_pretrained` writes it. `shapes`: (R, D_in, D_out) by the path of the module."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, int, int]]
+
+    @property
+    def rank(self) -> int:
+        return max(rank for rank, _, _ in self.shapes.values())
+
+    def at(self, site: Site) -> str | None:
+        """The path under which the folder has a LoRA for a site. The model may be wrapped in another on either side."""
+        return next((path for path in self.shapes if _same(path, site.module)), None)
+
+    def scale(self, path: str) -> float:
+        rank = self.shapes[path][0]
+        alpha = _of_pattern(self.config.get("alpha_pattern") or {}, path, self.config["lora_alpha"])
+        return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+@lru_cache(maxsize=64)
+def read(folder: str) -> Given:
+    """Raises GivenError: it cannot be read, or is no LoRA that can be an expert."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder)
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        with safe_open(path / WEIGHTS, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (no mapping)
+                if match := _KEY.fullmatch(key):
+                    found.setdefault(match["module"], {})[match["factor"]] = tuple(tensors.get_slice(key).get_shape())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise GivenError(f"{folder}: cannot be read as an adapter of peft: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise GivenError(f"{folder}: peft_type {config.get('peft_type')!r}; only LoRAs can be given")
+    if others := [name for name in _OTHERS if config.get(name)]:
+        raise GivenError(f"{folder}: {', '.join(others)}: more than a plain LoRA")
+    if not found:
+        raise GivenError(f"{folder}: there is no LoRA in {WEIGHTS}")
+    return Given(path, config, {module: (*own["A"], own["B"][0]) for module, own in found.items()})  # type: ignore[misc]
+
+
+def roles_of(folders: Sequence[str], backbone: Backbone) -> Iterator[str]:
+    """Of the sites that any of them has a LoRA for, each once."""
+    library = [read(folder) for folder in folders]
+    yield from dict.fromkeys(site.role for site in backbone.sites if any(one.at(site) for one in library))
+
+
+def stacked(folders: Sequence[str], site: Site, name: str, rank: int) -> Tensor:
+    """A: [E, R, D_in] or B: [E, D_out, R] of a site, by `name`; B with the LoRA's own scale, 0 where there is none.
+    Raises GivenError for another shape.
+    """
+    import torch
+    from safetensors import safe_open
+
+    shape = (rank, site.in_features) if name == "A" else (site.out_features, rank)
+    values = torch.zeros(len(folders), *shape)
+    for e, folder in enumerate(folders):
+        one = read(folder)
+        path = one.at(site)
+        if path is None:
+            continue
+        own, inner, outer = one.shapes[path]
+        if (inner, outer) != (site.in_features, site.out_features) or own > rank:
+            raise GivenError(
+                f"{folder}: {path} is {inner} to {outer}, {site.name} {site.in_features} to {site.out_features}"
+            )
+        with safe_open(one.folder / WEIGHTS, framework="pt") as tensors:
+            key = next(
+                k for k in tensors.keys() if (m := _KEY.fullmatch(k)) and (m["module"], m["factor"]) == (path, name)
+            )
+            tensor = tensors.get_tensor(key).float()
+        if name == "A":
+            values[e, :own] = tensor
+        else:
+            values[e, :, :own] = one.scale(path) * tensor
+    return values
+
+
+def arrows(a: Tensor, b: Tensor) -> Tensor:
+    """The first right singular vector of each B A: [..., D_in] from a: [..., R, D_in], b: [..., D_out, R]. Zero for a
+    LoRA that does nothing (Ostapenko et al. 2024, Towards Modular LLMs, section 4.2).
+    """
+    import torch
+
+    # B A = B L Q with Q orthonormal rows: the vectors of the small B L, brought back by Q.
+    q, lower = torch.linalg.qr(a.mT.float())
+    _, size, right = torch.linalg.svd(b.float() @ lower.mT, full_matrices=False)
+    first = (right[..., :1, :] @ q.mT).squeeze(-2)
+    return (first * (size[..., :1] > 0)).to(a.dtype)
+
+
+def _same(path: str, module: str) -> bool:
+    return path == module or path.endswith(f".{module}") or module.endswith(f".{path}")
+
+
+def _of_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """As peft looks a module's value up."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
