@@ -147,7 +147,9 @@ class Attachment(nn.Module):
 
             self._handles += install(model, prefixes, self.num_slots)
         if self.mixtures:
-            self._handles.append(model.register_forward_pre_hook(self._look, with_kwargs=True))
+            # Of the layers' own model: a task may run that without the head, and the lower layers may be replaced.
+            inner: nn.Module = getattr(model, "base_model", model)
+            self._handles.append(inner.register_forward_pre_hook(self._look, with_kwargs=True))
         points: dict[str, list[Served]] = {}
         for bank, slots in served:
             points.setdefault(bank.site.module, []).append((bank, slots))
@@ -191,7 +193,9 @@ class Attachment(nn.Module):
         """What the routers are told of the batch [K * N, T], which is the same N texts for every slot."""
         ids = args[0] if args else kwargs.get("input_ids")
         shape = (kwargs["inputs_embeds"] if ids is None else ids).shape
-        mask = kwargs.get("attention_mask")
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"routers need an attention mask of texts and tokens, not of shape {tuple(mask.shape)}")
         self.tokens.begin(shape[1], None if mask is None else mask[: shape[0] // self.num_slots].bool())
 
     def _tap(self, path: str) -> Callable[..., None]:
@@ -243,6 +247,7 @@ class Attachment(nn.Module):
             penalty = bank.routing.penalty.to(losses)
             losses = losses + (penalty if slots is None else torch.zeros_like(losses).index_add(0, slots, penalty))
             bank.routing = None  # the graph of a step must not outlive it
+        self.tokens.end()
         return losses
 
     def watch(self) -> None:
@@ -275,6 +280,7 @@ class Attachment(nn.Module):
                 name: torch.stack([getattr(routing, name)[j] for routing in bank.seen]).movedim(0, -1).cpu() @ share
                 for name in ("load", "entropy", "active")
             }
+            own["load"] = own["load"][: bank.specs[j].num_experts]
             found[key] = {name: [round(v, 4) for v in t.flatten().tolist()] for name, t in own.items()}
         return found
 

@@ -26,9 +26,11 @@ def fitting_slots(evaluator: TrainEvaluator, requests: Sequence[Request]) -> int
     """Slots of a pack of such candidates: as many as the largest of them would fit, at least 1."""
     backbone = evaluator.backbone
 
-    def size(request: Request) -> tuple[int, int]:
+    def size(request: Request) -> tuple[int, int, int]:
         architecture = request.candidate.architecture
-        return -architecture.lowest_layer(backbone), architecture.num_params(backbone)
+        # Experts of most types read copies of the activations.
+        rows = max((spec.num_rows for _, spec in architecture), default=1)
+        return -architecture.lowest_layer(backbone), rows, architecture.num_params(backbone)
 
     for request in sorted(requests, key=size, reverse=True):
         try:

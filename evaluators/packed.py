@@ -149,7 +149,7 @@ class PackedEvaluator(TrainEvaluator):
         self._model_key = fingerprint(self.model, self.backbone) if share_prefix and cache is not None else ""
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
-        self._fitting: dict[tuple[int, int], int] = {}
+        self._fitting: dict[tuple[int, int, int], int] = {}
         # One candidate keeps a CPU busy: there a pack is worth what it shares, and a full one is no end in itself.
         self.mixes_depths = self.device.type != "cpu"
         if self.device.type == "cpu":
@@ -405,9 +405,12 @@ def repeated(tensor: Tensor, slots: int) -> Tensor:
     return tensor.repeat(slots, *[1] * (tensor.dim() - 1))
 
 
-def _memory_key(runs: Sequence[_Run]) -> tuple[int, int]:
-    """What the memory of a pack depends on above all: rows, and layers that keep their activations."""
-    return runs[0].training.batch_size, min(run.depth for run in runs)
+def _memory_key(runs: Sequence[_Run]) -> tuple[int, int, int]:
+    """What the memory of a pack depends on above all: rows, layers that keep their activations, and experts that may
+    keep theirs each.
+    """
+    rows = max((spec.num_rows for run in runs for _, spec in run.request.candidate.architecture), default=1)
+    return runs[0].training.batch_size, min(run.depth for run in runs), rows
 
 
 def _not_finite(losses: Sequence[float]) -> list[int]:

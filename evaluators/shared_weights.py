@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -41,7 +42,7 @@ class SharedWeights(nn.Module):
             for spec in _largest(place, domains):
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
         for (name, structure), specs in largest.items():
-            spec, site = max(specs, key=lambda spec: spec.num_params(sites[name])), sites[name]
+            spec, site = _enveloping(specs), sites[name]
             for nth in range(len(specs)):  # any of them may be the n-th of its structure at the site
                 named = [f"{word}#{nth}" if nth else word for word in seeds]
                 bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named)
@@ -80,6 +81,15 @@ def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[Adapte
         choices.append(_values(owner, key, domains[gene]))
     found = [place.spec(dict(zip(names, values, strict=True))) for values in product(*choices)]
     yield from {spec.structure(): spec for spec in found}.values()
+
+
+def _enveloping(specs: Sequence[AdapterSpec]) -> AdapterSpec:
+    """Of one structure: as large as any of them, in their size and in the number of experts."""
+    largest = max((spec.plain for spec in specs), key=lambda spec: spec.size or 0)
+    mixtures = [spec for spec in specs if isinstance(spec, Mixture)]
+    if not mixtures:
+        return largest
+    return replace(mixtures[0], expert=largest, experts=max(spec.experts for spec in mixtures))
 
 
 def _values(kind: type[AdapterSpec], field: str, domain: Domain) -> Sequence[Any]:

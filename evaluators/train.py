@@ -22,6 +22,7 @@ from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.measured import measure
 from autopeft.evaluators.tasks import TASKS, Batch, Example
 from autopeft.evaluators.tasks.data import SPLITS, DataError, Splits
+from autopeft.search_space.adapters import Mixture
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import Measurement, declared_costs
 from autopeft.search_space.training import Training
@@ -213,9 +214,8 @@ class TrainEvaluator(Evaluator):
             return [{}] * attachment.num_slots
         with attachment.averaged():
             columns = self.columns(attachment, "validation")
-        routed = {bank.site.name for bank, _ in attachment.mixtures}
         return [
-            _means(column) if routed & {name for name, _ in architecture.adapters} else {}
+            _means(column) if any(isinstance(spec, Mixture) for _, spec in architecture) else {}
             for column, architecture in zip(columns, attachment.architectures, strict=True)
         ]
 

@@ -121,6 +121,11 @@ def _group_problems(group: OneOf, groups: Sequence[OneOf], adapters: Mapping[str
     for member in group.members:
         if member not in adapters:
             yield path, f"no adapter {member!r}{did_you_mean(member, adapters)}"
+        elif adapters[member].router_per == "layer" and group.per == "site":
+            yield (
+                ("adapters", member, "router_per"),
+                f"{group.name!r} decides per site: the sites have no router in common",
+            )
         elif adapters[member].placement is not None:
             yield ("adapters", member, "placement"), f"{group.name!r} decides where it is on; leave this out"
 
@@ -139,7 +144,9 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
         if key in MIXTURE_FIELDS and "experts" not in choice.fields:
             yield (key,), "this is for mixtures: say how many experts there are (experts: 4)"
             continue
-        if key == "experts" and domain == 0:
+        if key in MIXTURE_FIELDS and choice.fields["experts"] == 0:
+            if key != "experts":
+                yield (key,), "this is for mixtures, and there are no experts (experts: 0)"
             continue
         if key in (spec.size_field, "experts"):
             try:
@@ -175,6 +182,12 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
         return
     domain = choice.fields.get("router", Mixture().router)
     routers = domain.choices if isinstance(domain, Choice) else (domain,)
+    heads = choice.fields.get("heads", 1)
+    for count in heads.choices if isinstance(heads, Choice) else (heads,):
+        site = next((s for s in sites_of(choice, backbone) if not _divides(count, s)), None)
+        if site is not None:
+            yield ("heads",), f"{count} blocks do not fit {site.name}, from {site.in_features} to {site.out_features}"
+            break
     if "arrow" in routers and not choice.given:
         yield ("router",), "arrow routes between LoRAs that are given (given: [folder, folder])"
     if "follow" in routers:
@@ -190,11 +203,15 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
         yield ("router_per",), f"{' and '.join(apart)}: what is mixed is a site's own, no other can follow it"
     if "poly" in routers and choice.kind != "lora":
         yield ("router",), f"poly mixes the parameters of LoRAs, not of a {choice.kind}"
-    own = ("experts", "shared_experts", ADAPTERS[choice.kind].size_field)
+    own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
         yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
     if {"task", "poly"} & set(routers) and "tasks" not in choice.fields:
         yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
+
+
+def _divides(heads: object, site: Site) -> bool:
+    return not isinstance(heads, int) or not (site.in_features % heads or site.out_features % heads)
 
 
 def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:

@@ -29,6 +29,8 @@ def controls(architecture: Architecture, backbone: Backbone) -> dict[str, Archit
     if all(spec.expert.size_field for spec in mixtures):
         found["active"] = _with(architecture, backbone, lambda spec, site: _plain(spec, site, spec.active_params(site)))
         found["total"] = _with(architecture, backbone, lambda spec, site: _plain(spec, site, spec.num_params(site)))
+        if found["total"] == found["active"]:  # every token meets all experts
+            del found["active"]
     return found
 
 

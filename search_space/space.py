@@ -14,7 +14,7 @@ from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTER_FIELDS
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone, Site
-from autopeft.search_space.choices import OFF, STAGES, AdapterChoice, OneOf, SpaceError, problems_of, sites_of
+from autopeft.search_space.choices import OFF, STAGES, AdapterChoice, OneOf, Problem, SpaceError, problems_of, sites_of
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, without_zero
 from autopeft.search_space.genes import TRAINING, Condition, Gate, Gene
 
@@ -27,7 +27,8 @@ MOST_READINGS = 10_000
 class Placement:
     """An adapter that may sit at a site. `gates` decide whether it does, `genes` name the gene of each field that is
     searched, `fixed` has the values of the others. Where there may be several experts of it, `experts` decides whether
-    there are (None: always, if their number is a field); `follows`: they have the gates of another site of the layer.
+    there are (None: always, if their number is a field); `leader`: the site of the layer whose gates they have, if not
+    their own. `given`: folders that they come from.
     """
 
     adapter: str
@@ -37,7 +38,7 @@ class Placement:
     genes: Mapping[str, str]
     fixed: Mapping[str, Value]
     experts: Gate | None = None
-    follows: bool = False
+    leader: str = ""
     given: tuple[str, ...] = ()
 
     def is_on(self, assignment: Mapping[str, Value]) -> bool:
@@ -64,8 +65,8 @@ class Placement:
         if not mixture:
             return expert
         fields_: dict[str, Any] = {key: value for key, value in values.items() if key in MIXTURE_FIELDS}
-        if self.follows:
-            fields_["router"] = "follow"
+        if self.leader:
+            fields_ |= {"router": "follow", "leader": self.leader}
         return Mixture(expert=expert, given=self.given, **fields_).canonical()
 
 
@@ -209,7 +210,7 @@ class SearchSpace:
             yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions), adapter=name)
 
     def _place(self) -> Iterator[Placement]:
-        led: set[tuple[str, int | None]] = set()
+        led: dict[tuple[str, int | None], str] = {}
         for name, choice in self.adapters.items():
             for site in self._sites[name]:
                 genes = {
@@ -219,9 +220,10 @@ class SearchSpace:
                 }
                 fixed = {key: value for key, value in choice.fields.items() if not isinstance(value, Domain)}
                 gates, experts = self._gates[name, site.name], self._experts[name, site.name]
-                follows = choice.router_per == "layer" and site.layer is not None and (name, site.layer) in led
-                led.add((name, site.layer))
-                yield Placement(name, choice.kind, site, gates, genes, fixed, experts, follows, choice.given)
+                first = led.setdefault((name, site.layer), site.name)
+                shares = choice.router_per == "layer" and site.layer is not None and first != site.name
+                leader = first if shares else ""
+                yield Placement(name, choice.kind, site, gates, genes, fixed, experts, leader, choice.given)
 
     # Assignments
 
@@ -297,65 +299,70 @@ class SearchSpace:
             ((self._readings(here[site], specs), here[site]) for site, specs in wanted.items()),
             key=lambda step: len(step[0]),
         )
-        open_ends = [(0, training)]
+        open_ends: list[tuple[int, Assignment, Assignment]] = [(0, training, {})]
         for _ in range(MOST_READINGS):
             if not open_ends:
                 return None
-            position, genes = open_ends.pop()
+            position, genes, free = open_ends.pop()
             if position < len(steps):
                 readings, places = steps[position]
-                for reading in readings:
+                for reading, open_to in readings:
                     if all(genes.get(name, value) == value for name, value in reading.items()):
                         more = {**genes, **reading}
                         fresh = [place for name in more.keys() - genes.keys() for place in gated.get(name, ())]
                         if not crowded(more, [*places, *fresh]):
-                            open_ends.append((position + 1, more))
+                            open_ends.append((position + 1, more, {**free, **open_to}))
                 continue
-            assignment = self.complete(genes, partial(_idle, gated, genes))
+            assignment = self.complete({**free, **genes}, partial(_idle, gated, genes))
             if self.decode(assignment).architecture == candidate.architecture:
                 return assignment
         return None
 
-    def _readings(self, places: Sequence[Placement], specs: Sequence[AdapterSpec]) -> list[Assignment]:
-        """The genes that put `specs` at one site: an assignment for each way to share them among its places."""
+    def _readings(
+        self, places: Sequence[Placement], specs: Sequence[AdapterSpec]
+    ) -> list[tuple[Assignment, Assignment]]:
+        """The genes that put `specs` at one site, for each way to share them among its places; see `_genes_of`."""
         readings = []
         ways = [
-            [(place, pairs) for place in places if (pairs := self._pairs(place, spec)) is not None] for spec in specs
+            [(place, found) for place in places if (found := self._genes_of(place, spec)) is not None] for spec in specs
         ]
         for taken in product(*ways):
-            pairs = [pair for _, own in taken for pair in own]
+            pairs = [pair for _, (bound, _) in taken for pair in bound.items()]
             reading = dict(pairs)
             # Two members of a group contradict each other.
             if len({place.adapter for place, _ in taken}) == len(specs) and all(
                 reading[name] == v for name, v in pairs
             ):
-                readings.append(reading)
+                readings.append((reading, {gene: value for _, (_, free) in taken for gene, value in free.items()}))
         return readings
 
-    def _pairs(self, place: Placement, spec: AdapterSpec) -> list[tuple[str, Value]] | None:
-        """The genes, gates included, that put `spec` at a place, and their values; None if it cannot be there."""
+    def _genes_of(self, place: Placement, spec: AdapterSpec) -> tuple[Assignment, Assignment] | None:
+        """The genes, gates included, that must have their values for `spec` to be at a place, and those that may have
+        another one, with one that will do. None if it cannot be there.
+        """
         mixture = isinstance(spec, Mixture)
-        if isinstance(spec, Mixture) and spec.given != place.given:
+        if isinstance(spec, Mixture) and (spec.given, spec.leader) != (place.given, place.leader):
             return None
         if place.kind != spec.plain.kind or (place.experts is None and mixture != place.is_mixture({})):
             return None
-        found = [(gate.gene, gate.value) for gate in place.gates]
+        bound: Assignment = {gate.gene: gate.value for gate in place.gates}
+        free: Assignment = {}
         if place.experts is not None:
-            found.append((place.experts.gene, mixture))
+            bound[place.experts.gene] = mixture
         declared = self.adapters[place.adapter].fields
         for part in (spec.plain, spec) if isinstance(spec, Mixture) else (spec,):
             for field in fields(part):
                 # What a router has, a site that follows another reads of that one.
-                followed = isinstance(part, Mixture) and place.follows and field.name in ROUTER_FIELDS
-                if field.name in ("expert", "given") or followed:
+                followed = isinstance(part, Mixture) and place.leader and field.name in ROUTER_FIELDS
+                if field.name in ("expert", "given", "leader") or followed:
                     continue
                 default: Value = getattr(type(part)(), field.name)
-                value = _standing_for(part, field.name, declared.get(field.name, default))
-                if value is None:
+                values = _standing_for(part, field.name, declared.get(field.name, default))
+                if not values:
                     return None
                 if field.name in place.genes:
-                    found.append((place.genes[field.name], value))
-        return found
+                    (bound if len(values) == 1 else free)[place.genes[field.name]] = values[-1]
+        return bound, free
 
     def encode(self, assignment: Mapping[str, Value]) -> tuple[list[float], list[bool]]:
         """Position on the unit interval per gene and whether the gene is active; inactive genes stand at 0.5."""
@@ -435,6 +442,19 @@ class SearchSpace:
         return total * prod(own.values())
 
 
+def domain_problems(space: SearchSpace, domains: Sequence[str] | None) -> Iterator[Problem]:
+    """What routers by task miss in the data, with the path of the setting."""
+    for name, choice in space.adapters.items():
+        router, tasks = (choice.fields.get(key, getattr(Mixture(), key)) for key in ("router", "tasks"))
+        routers = router.choices if isinstance(router, Choice) else (router,)
+        if "experts" not in choice.fields or not set(routers) & {"task", "poly"}:
+            continue
+        if domains is None:
+            yield ("data", "domain"), f"the router of {name!r} goes by the domain of a row: say which column it is in"
+        elif isinstance(tasks, Domain) or tasks != len(domains):
+            yield ("space", "adapters", name, "tasks"), f"the data has {len(domains)} domains: {', '.join(domains[:8])}"
+
+
 def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], gene: Gene) -> Value:
     """A value of a gate with which none of the places `gated` by it is on; the middle where there is none."""
     places = gated.get(gene.name, ())
@@ -444,17 +464,25 @@ def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], 
     return gene.domain.from_unit(0.5)
 
 
-def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> Value | None:
-    """The value of a field's domain that `spec` has, or one that comes to the same network."""
+def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[Value]:
+    """The values of a field's domain that come to `spec`, of a range its own and the ends. A mixture of two experts that
+    asks for four at once has two of them.
+    """
     own: Value = getattr(spec, key)
-    values = (domain,) if not isinstance(domain, Domain) else getattr(domain, "choices", (domain.from_unit(0.5),))
-    if domain.contains(own) if isinstance(domain, Domain) else domain == own:
-        return own
-    if not isinstance(spec, Mixture):
-        return None
-    # A mixture of two experts that asks for four at once has two of them.
-    changes: Iterator[dict[str, Any]] = ({key: value} for value in values)
-    return next((change[key] for change in changes if replace(spec, **change).canonical() == spec), None)
+    if not isinstance(domain, Domain):
+        values: list[Value] = [domain]
+    elif isinstance(domain, Choice):
+        values = list(domain.choices)
+    else:
+        values = [own] * domain.contains(own) + [domain.from_unit(0.0), domain.from_unit(1.0)]
+    return [value for value in dict.fromkeys(values) if value == own or _comes_to(spec, {key: value})]
+
+
+def _comes_to(spec: AdapterSpec, change: dict[str, Any]) -> bool:
+    try:
+        return isinstance(spec, Mixture) and replace(spec, **change).canonical() == spec
+    except ValueError:  # such as no experts
+        return False
 
 
 def _all(gates: Sequence[Gate]) -> Condition:

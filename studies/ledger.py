@@ -32,7 +32,8 @@ from autopeft.studies.study_file import differences
 # What belongs to an evaluation stands in one attribute, so that it is written in one step.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
-BACKBONE, LABELS, EARLIER = "autopeft.backbone", "autopeft.labels", "autopeft.earlier"
+BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
+EARLIER = "autopeft.earlier"
 # Scores per example are long and only read by machines.
 PACKED = ("per_example", "test_per_example")
 
@@ -50,6 +51,7 @@ class About:
     labels: tuple[str, ...] | None
     settings: str
     fingerprint: Mapping[str, Any]
+    domains: tuple[str, ...] | None = None
     earlier: Sequence[Trial] = ()
 
 
@@ -79,6 +81,8 @@ class Ledger:
         study.set_user_attr(SETTINGS, about.settings)
         study.set_user_attr(BACKBONE, about.backbone.to_dict())
         study.set_user_attr(LABELS, about.labels and list(about.labels))
+        if about.domains is not None:
+            study.set_user_attr(DOMAINS, list(about.domains))
         study.set_user_attr(EARLIER, _pack([_earlier(trial) for trial in about.earlier]))
         study.set_user_attr(FINGERPRINT, dict(about.fingerprint))  # last: what has it is complete
         return cls(study)
@@ -126,6 +130,12 @@ class Ledger:
     def labels(self) -> tuple[str, ...] | None:
         labels = self._study.user_attrs[LABELS]
         return None if labels is None else tuple(labels)
+
+    @property
+    def domains(self) -> tuple[str, ...] | None:
+        """None where the rows have none, and in ledgers from before they were kept."""
+        domains = self._study.user_attrs.get(DOMAINS)
+        return None if domains is None else tuple(domains)
 
     @property
     def earlier(self) -> tuple[Trial, ...]:

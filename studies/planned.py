@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.controls import CONTROLS
 from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.space import SearchSpace
 from autopeft.studies.study_file import StudyFile
@@ -40,8 +41,12 @@ def baselines(settings: StudyFile, space: SearchSpace) -> Iterator[Planned]:
 
 
 def num_finals(settings: StudyFile) -> int:
-    """Evaluations of the final front at most: contenders and tuned baselines, each with every fresh seed."""
-    return (settings.finalists.most + len(settings.baselines.names)) * settings.finalists.seeds
+    """Evaluations of the final front at most: contenders, what mixtures among them are compared with, and tuned
+    baselines, each with every fresh seed.
+    """
+    mixed = any("experts" in adapter.fields for adapter in settings.space.adapters.values())
+    each = 1 + len(CONTROLS) * (mixed and settings.finalists.controls)
+    return (settings.finalists.most * each + len(settings.baselines.names)) * settings.finalists.seeds
 
 
 def num_evaluations(settings: StudyFile, space: SearchSpace) -> int:

@@ -43,6 +43,7 @@ _COMMENTS = {
     "sites": "where those sites, and the linears of the task head, are in the model",
     "training": "AdamW; warmup is a share of the steps",
     "measured": "low and high: where one more training run with another seed is promised to end",
+    "averaged": "validation scores with all experts of every mixture weighted alike after the training",
 }
 
 
@@ -129,6 +130,16 @@ class Measured(_Part):
     seeds: tuple[int, ...] = ()
 
 
+class Averaged(_Part):
+    """A validation score with all experts of every mixture weighted alike after the training, and as `routed`: means
+    over the same trainings.
+    """
+
+    value: float
+    routed: float
+    seeds: tuple[int, ...]
+
+
 class Provenance(_Part):
     """`packages`: versions by name. `created`: ISO 8601."""
 
@@ -147,6 +158,7 @@ class Recipe(_Part):
     backbone: RecipeBackbone
     task: Literal["classification", "causal-lm"]
     labels: tuple[str, ...] | None = None
+    domains: tuple[str, ...] | None = None
     architecture: dict[str, tuple[Spec, ...]]
     sites: dict[str, Annotated[Site, _declared(Site), PlainSerializer(_without_defaults)]]
     head_modules: tuple[str, ...] = ()
@@ -154,6 +166,7 @@ class Recipe(_Part):
     data: RecipeData
     seed: int = 0
     measured: dict[str, Measured] = {}
+    averaged: dict[str, Averaged] = {}
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -272,6 +285,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "backbone": RecipeBackbone,
     "data": RecipeData,
     "measured": Measured,
+    "averaged": Averaged,
     "provenance": Provenance,
 }
 

@@ -32,8 +32,10 @@ def retrain(
 
     with inputs_checked():
         splits = load_splits(recipe.data.for_loading(), recipe.task)
-        if recipe.labels is not None and splits.labels != recipe.labels:
-            raise ConfigurationError(f"the data has the labels {splits.labels}, the recipe {recipe.labels}")
+        for what in ("labels", "domains"):  # outputs and routers know them by their places
+            wanted, found = getattr(recipe, what), getattr(splits, what)
+            if wanted is not None and found != wanted:
+                raise ConfigurationError(f"the data has the {what} {found}, the recipe {wanted}")
         loaded = load_backbone(
             recipe.backbone.id,
             task=recipe.task,

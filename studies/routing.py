@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from autopeft.search_space.controls import CONTROLS
+from autopeft.search_space.controls import CONTROLS, controls
 from autopeft.search_space.problem import METRICS, Trial
 from autopeft.studies import comparison
 from autopeft.studies.comparison import Estimate
@@ -26,6 +26,8 @@ class Against:
 
     @property
     def verdict(self) -> str:
+        if self.difference.num_seeds < 2:
+            return "not told apart by one seed"
         if self.difference.low > 0:
             return "better"
         return "worse" if self.difference.high < 0 else "not told apart"
@@ -45,25 +47,30 @@ class Verdict:
     against: tuple[Against, ...]
     busiest: dict[str, float]
     averaged: float | None
+    #: Whether every control has a training that ended well.
+    complete: bool
 
     @property
     def earned(self) -> bool:
         """Whether it is better than everything that it was compared with."""
-        return bool(self.against) and all(one.difference.low > 0 for one in self.against)
+        return self.complete and all(one.difference.low > 0 and one.difference.num_seeds > 1 for one in self.against)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "earned": self.earned}
 
     def lines(self, quality: str) -> list[str]:
+        """In the quality's own direction."""
+        sign = 1.0 if METRICS[quality].maximise else -1.0
         head = f"{self.label} ({self.num_params:,} parameters, {self.active_params:,} of them for a token)"
         word = "routing earned its keep" if self.earned else "routing did not show that it earns its keep"
         found = [f"{head}: {word}"]
         for one in self.against:
             d = one.difference
-            interval = f"{d.value:+.4f} {quality} ({d.low:+.4f} to {d.high:+.4f}, 95 %)"
+            low, high = sorted((sign * d.low, sign * d.high))
+            interval = f"{sign * d.value:+.4f} {quality} ({low:+.4f} to {high:+.4f}, 95 %)"
             found.append(f"  than {one.control}, {one.num_params:,} parameters: {one.verdict}, {interval}")
         if self.averaged is not None:
-            found.append(f"  its experts weighted alike after the training: {-self.averaged:+.4f} {quality}")
+            found.append(f"  its experts weighted alike after the training: {-sign * self.averaged:+.4f} {quality}")
         if self.busiest:
             most = max(self.busiest, key=lambda site: self.busiest[site])
             found.append(f"  busiest expert: {self.busiest[most]:.0%} of what is routed at {most}")
@@ -84,6 +91,8 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
             entry = snapshot.entry(number)
         except KeyError:
             continue
+        if not entry.repeats:  # the run that it was chosen by would flatter it
+            continue
         scores = entry.scores(quality)
         against = [
             Against(
@@ -96,7 +105,7 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
         ]
         architecture = entry.trial.candidate.architecture
         measured = [run.measurement for run in entry.runs if run.measurement is not None]
-        averaged = [m.values[quality] - m.averaged[quality] for m in measured if m.averaged]
+        averaged = [m.values[quality] - m.averaged[quality] for m in entry.averaged]
         found.append(
             Verdict(
                 trial=number,
@@ -105,6 +114,7 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
                 active_params=architecture.active_params(snapshot.backbone),
                 against=tuple(against),
                 busiest={site: max(route["load"]) for site, route in (measured[0].routes if measured else {}).items()},
+                complete=len(against) == len(controls(architecture, snapshot.backbone)),
                 averaged=sign * float(np.mean(averaged)) if averaged else None,
             )
         )

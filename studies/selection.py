@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from operator import ge, gt, le, lt
+from statistics import fmean
 from typing import Any
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate
 from autopeft.studies.ledger import Ledger
-from autopeft.studies.recipe import Measured, Provenance, Recipe, RecipeData
+from autopeft.studies.recipe import Averaged, Measured, Provenance, Recipe, RecipeData
 from autopeft.studies.snapshot import Entry, Snapshot
 from autopeft.studies.study_file import StudyFile
 
@@ -68,7 +69,9 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
         sites,
         trial=number,
         seed=entry.runs[0].seed,
+        domains=ledger.domains,
         measured=_measured(snapshot, entry),
+        averaged=_averaged(entry, snapshot.quality),
     )
 
 
@@ -131,6 +134,14 @@ def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
         else:
             found[name] = Measured(value=value, std_err=std_err.get(name), split="validation", seeds=seeds)
     return found
+
+
+def _averaged(entry: Entry, quality: str) -> dict[str, Averaged]:
+    runs = entry.averaged
+    if not runs:
+        return {}
+    value, routed = fmean(run.averaged[quality] for run in runs), fmean(run.values[quality] for run in runs)
+    return {quality: Averaged(value=value, routed=routed, seeds=tuple(run.seed for run in runs))}
 
 
 def _version(package: str) -> str:

@@ -144,6 +144,7 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger
         objectives=problem.objectives,
         backbone=problem.space.backbone,
         labels=splits.labels,
+        domains=splits.domains,
         settings=text.getvalue(),
         fingerprint=fingerprint(settings),
         earlier=earlier_trials(settings, problem),

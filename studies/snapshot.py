@@ -9,7 +9,7 @@ import numpy as np
 
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import METRICS, Objective, Trial
+from autopeft.search_space.problem import METRICS, Measurement, Objective, Trial
 from autopeft.studies import comparison, front
 from autopeft.studies.comparison import Contender, Estimate, SeedSd
 from autopeft.studies.front import FrontRow
@@ -29,6 +29,12 @@ class Entry:
         The first evaluation is what it was chosen by, so it flatters; fresh seeds do not.
         """
         return self.repeats or (self.trial,)
+
+    @property
+    def averaged(self) -> tuple[Measurement, ...]:
+        """Those of its runs that were also scored with all experts of its mixtures weighted alike."""
+        measured = (run.measurement for run in self.runs)
+        return tuple(measurement for measurement in measured if measurement is not None and measurement.averaged)
 
     def scores(self, metric: str, split: str = "validation") -> np.ndarray:
         """[seeds, examples], larger is better; empty if it was not scored on that split."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from autopeft.studies.recipe import Measured, Provenance, Recipe
 
 WORDS = ("[PAD]", "[EOS]", "[UNK]", *(f"w{i}" for i in range(40)))
 LABELS = ("cold", "hot", "warm")
+TEXTS = 3  # that `logits` are of
 LAYERS = 12  # more than ten: layer 1 must not be taken for layer 11
 
 _ENCODER = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 24}
@@ -115,13 +117,15 @@ def make_recipe(
 
 
 def logits(model: nn.Module) -> Tensor:
-    ids = torch.randint(2, len(WORDS), (3, 6), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2, len(WORDS), (TEXTS, 6), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-def trained(recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
-    """Random weights of a recipe, as if it had been trained, and the logits of that network by our code."""
+def trained(recipe: Recipe, *, domain: int = 0, averaged: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    """Random weights of a recipe, as if it had been trained, and the logits of that network by our code: for texts of
+    that domain, and with the experts of mixtures weighted alike if they are to be `averaged`.
+    """
     origin = recipe.backbone
     loaded = load_backbone(origin.id, task=recipe.task, labels=recipe.labels)
     with Attachment(loaded.model, recipe.host, [recipe.adapters], [recipe.seed]) as attachment:
@@ -132,6 +136,8 @@ def trained(recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
         }
         attachment.load_state(state)
         attachment.eval()
-        adapted = logits(loaded.model)
+        attachment.tokens.domains = torch.full((TEXTS,), domain)
+        with attachment.averaged() if averaged else nullcontext():
+            adapted = logits(loaded.model)
     assert not torch.allclose(adapted, logits(loaded.model), atol=1e-3)
     return state, adapted

@@ -29,17 +29,19 @@ from autopeft.search_space.adapters import (
     Full,
     Ia3,
     Lora,
+    Mixture,
     Norm,
     Prefix,
     Ssf,
 )
+from autopeft.search_space.adapters.mixture import ROUTERS
 from autopeft.studies.errors import UserError
 from autopeft.studies.exporters import EXPORTERS, ExportError, Fit, native
 from autopeft.studies.exporters import axolotl as axolotl_target
 from autopeft.studies.exporters.peft_config import plan
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipe import Averaged, Recipe
 
-from .exported import CLASSIFIERS, MODELS, logits, make_recipe, save_model, trained
+from .exported import CLASSIFIERS, MODELS, TEXTS, logits, make_recipe, save_model, trained
 
 EXACT, APPROXIMATE, UNSUPPORTED = "exact", "approximate", "unsupported"
 TARGETS = ("native", "peft", "trl-script", "axolotl", "merged")
@@ -135,6 +137,10 @@ def every_linear(family: str, spec: type[Lora], **fields: Any) -> dict[str, Adap
     }
 
 
+#: A linear of each family.
+LINEARS = {family: "attn.qkv" if family == "gpt2" else "attn.q" for family in MODELS}
+
+
 @dataclass(frozen=True)
 class Case:
     family: str
@@ -216,6 +222,114 @@ def test_unsupported_is_refused_even_when_loss_is_allowed(models: Folders, tmp_p
     assert isinstance(caught.value, UserError)
 
 
+# Mixtures of LoRAs in formats that have none
+
+BY_TASK = ("task", "poly")
+ROUTED = [router for router in ROUTERS if router != "uniform"]
+UNIFORM = Mixture(expert=Lora(rank=2, alpha=3.0), experts=3, router="uniform")
+UNIFORM_CASES = {
+    **{family: Case(family, {f"layers.{i}.{role}": UNIFORM for i in (1, 11)}) for family, role in LINEARS.items()},
+    "shared, scales and plain ones": Case(
+        "bert",
+        {
+            "layers.1.attn.q": Mixture(expert=Lora(rank=3, scaling="rslora"), experts=4, router="uniform"),
+            "layers.11.attn.q": Mixture(expert=Lora(rank=2), experts=3, shared_experts=2, router="uniform"),
+            "layers.2.attn.q": Lora(rank=5, scaling="rslora"),
+            "layers.3.mlp.down": Mixture(expert=Lora(rank=1), experts=1, router="uniform"),
+            "layers.3.mlp.up": Mixture(expert=Lora(rank=2), experts=1, shared_experts=1, router="uniform"),
+        },
+    ),
+}
+
+
+def rebuilt(target: str, recipe: Recipe, folder: Path) -> Tensor:
+    if target == "peft":
+        return logits(PeftModel.from_pretrained(plain_model(recipe), folder).eval())
+    return logits(plain_model(recipe, folder))
+
+
+@pytest.mark.parametrize("case", UNIFORM_CASES.values(), ids=UNIFORM_CASES.keys())
+@pytest.mark.parametrize("target", ["peft", "merged"])
+def test_experts_without_a_router_are_one_lora(models: Folders, tmp_path: Path, target: str, case: Case) -> None:
+    recipe = make_recipe(case.family, models[case.family], case.placement)
+    state, wanted = trained(recipe)
+    assert EXPORTERS[target].export(recipe, state, tmp_path / "out") == Fit("exact")
+    assert_close(rebuilt(target, recipe, tmp_path / "out"), wanted)
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml") == recipe, "how it is trained has not changed"
+
+
+def routed(router: str, **fields: Any) -> dict[str, AdapterSpec]:
+    """With a mixture to follow in the same layer."""
+    expert, tasks = Lora(rank=2), 4 if router in BY_TASK else 1
+    return {
+        "layers.1.attn.q": Mixture(expert=expert, experts=3, **fields),
+        "layers.1.attn.k": Mixture(expert=expert, experts=3, router=router, tasks=tasks, **fields),
+        "layers.2.attn.q": Lora(),
+        "layers.3.attn.q": UNIFORM,
+    }
+
+
+@pytest.mark.parametrize("router", ROUTED)
+@pytest.mark.parametrize("target", ["peft", "merged"])
+def test_routed_experts_are_one_lora_without_the_routing(
+    models: Folders, tmp_path: Path, target: str, router: str
+) -> None:
+    price = {"accuracy": Averaged(value=0.51234, routed=0.53421, seeds=(1, 2))}
+    recipe = make_recipe("bert", models["bert"], routed(router), averaged=price)
+    state, as_routed = trained(recipe)
+    with pytest.raises(ExportError, match="allow-lossy") as caught:
+        EXPORTERS[target].export(recipe, state, tmp_path / "out")
+    (line,) = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert line.startswith("layers.1.attn.k mixture and 1 more: ")
+    assert f"without routing by {', '.join(sorted({'token', router}))};" in line
+    assert "validation accuracy 0.5123 instead of 0.5342 (mean of 2 trainings)" in line
+    assert not list(tmp_path.iterdir())
+
+    fit = EXPORTERS[target].export(recipe, state, tmp_path / "out", allow_lossy=True)
+    assert fit == Fit("approximate", (line,))
+    found = rebuilt(target, recipe, tmp_path / "out")
+    assert_close(found, trained(recipe, averaged=True)[1])
+    assert not torch.allclose(found, as_routed, atol=1e-4)
+
+
+def test_what_was_not_measured_has_no_price(models: Folders) -> None:
+    recipe = make_recipe("bert", models["bert"], {"layers.1.attn.q": Mixture()})
+    (line,) = EXPORTERS["peft"].assess(recipe).lost
+    assert line.startswith("layers.1.attn.q mixture: ")
+    assert line.endswith("what that costs was not measured (it is for finalists)")
+
+
+@pytest.mark.parametrize("target", ["peft", "merged"])
+def test_other_mixtures_are_no_plain_adapter(models: Folders, target: str) -> None:
+    placement = {
+        "layers.1.attn.k": Mixture(expert=Ia3()),
+        "layers.2.attn.q": Mixture(expert=Dora(), router="uniform"),
+        "layers.3.attn.q": [UNIFORM, Lora()],
+        "layers.4.attn.q": UNIFORM,
+    }
+    assert EXPORTERS[target].assess(make_recipe("bert", models["bert"], placement)) == Fit(
+        "unsupported",
+        (
+            "layers.1.attn.k mixture: experts of kind ia3 are not one adapter together, as those of lora",
+            "layers.2.attn.q mixture: experts of kind dora are not one adapter together, as those of lora",
+            "layers.3.attn.q mixture: would be a second LoRA at one module",
+        ),
+    )
+
+
+def test_averaged_experts_keep_to_the_rules_of_the_format(models: Folders) -> None:
+    beside = {"layers.1.attn.k": Ia3(), "layers.1.attn.q": UNIFORM, "layers.2.attn.q": UNIFORM}
+    fit = EXPORTERS["peft"].assess(make_recipe("bert", models["bert"], beside))
+    assert fit == Fit("unsupported", ("layers.1.attn.k ia3: one file holds one type, here lora",))
+
+
+@pytest.mark.parametrize("target", ["trl-script", "axolotl"])
+def test_what_trains_has_no_mixtures(models: Folders, target: str) -> None:
+    fit = EXPORTERS[target].assess(make_recipe("gpt2", models["gpt2"], {"layers.1.attn.qkv": UNIFORM}))
+    assert fit.level == UNSUPPORTED
+    assert fit.lost[0].startswith("layers.1.attn.qkv mixture: peft trains no experts with a router")
+
+
 # native
 
 
@@ -235,6 +349,23 @@ def test_native_rebuilds_mixtures(models: Folders, tmp_path: Path, family: str) 
     assert_close(logits(model), wanted)
     assert attachment.num_adapter_params() == recipe.num_adapter_params
     assert set(attachment.state()) == set(state)
+
+
+@pytest.mark.parametrize("router", ROUTED)
+def test_native_rebuilds_routers(models: Folders, tmp_path: Path, router: str) -> None:
+    recipe = make_recipe("bert", models["bert"], routed(router, shared_experts=int(router not in ("soft", "poly"))))
+    found = {}
+    for domain in (0, 3):
+        state, wanted = trained(recipe, domain=domain)
+        EXPORTERS["native"].export(recipe, state, tmp_path / "out", force=True)
+        model, attachment = native.load(tmp_path / "out")
+        if router in BY_TASK:
+            with pytest.raises(ValueError, match="domain"):
+                logits(model)
+            attachment.tokens.domains = torch.full((TEXTS,), domain)
+        found[domain] = logits(model)
+        assert_close(found[domain], wanted)
+    assert torch.equal(found[0], found[3]) == (router not in BY_TASK)
 
 
 def test_native_says_what_is_missing(models: Folders, tmp_path: Path) -> None:

@@ -93,6 +93,15 @@ def test_a_trial_comes_back_whole(problem: Problem, url: str) -> None:
     assert again.study_id == ledger.study_id
 
 
+def test_domains_are_kept_and_old_ledgers_have_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Ledger.create(url, "toy", replace(about(), domains=("2", "10")))
+    assert Ledger.open(url, "toy").domains == ("2", "10")
+    Ledger.create(url, "without", about())
+    assert Ledger.open(url, "without").domains is None
+    monkeypatch.setattr("autopeft.studies.ledger.DOMAINS", "what no ledger has")
+    assert Ledger.open(url, "toy").domains is None
+
+
 @pytest.mark.parametrize("state", ["failed", "infeasible"])
 def test_an_ended_trial_without_values(state: str, problem: Problem, url: str) -> None:
     ledger = Ledger.create(url, "toy", about())

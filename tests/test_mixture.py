@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.evaluators.host import Attachment
-from autopeft.search_space import AdapterChoice, Architecture, Candidate, Choice, SearchSpace, SpaceError
+from autopeft.search_space import AdapterChoice, Architecture, Candidate, Choice, Float, SearchSpace, SpaceError
 from autopeft.search_space.adapters import (
     AdapterSpec,
     Bottleneck,
@@ -137,7 +137,7 @@ def reference(spec: Mixture, bank: Bank, k: int, x: Tensor, y: Tensor) -> Tensor
                 if reached < spec.top_p:
                     kept.append(e)
                     reached += weights[e].item() / total
-            scale = 1.0 if spec.top_k == 1 else sum(weights[e] for e in kept)
+            scale = 1.0 if len(kept) == 1 else sum(weights[e] for e in kept)
             for e in kept:
                 gates[e] = weights[e] / scale
         token = acting[m]
@@ -299,30 +299,47 @@ def test_costs_equal_counters() -> None:
     assert counter.get_total_flops() + router == 3 * spec.flops_per_token(LINEAR)
 
 
-def test_a_slot_alone_equals_the_slot_in_a_pack_while_training() -> None:
+@pytest.mark.parametrize(
+    ("expert", "fields", "other"),
+    [
+        (Lora(rank=2, dropout=0.3), {"top_k": 1, "router_noise": 0.5, "balance": 0.1}, {"top_k": 2}),
+        (Dora(rank=2, dropout=0.3), {"shared_experts": 1}, {"top_k": 1}),
+        (Lora(rank=2, dropout=0.3), {"router": "soft"}, {"router_noise": 0.2}),
+        (Lora(rank=2), {"router": "sigmoid", "z_loss": 0.1}, {"top_k": 3}),
+    ],
+)
+def test_a_slot_alone_equals_the_slot_in_a_pack_while_training(expert: AdapterSpec, fields, other) -> None:
     model, backbone = tiny("bert")
-    fields = {"router_noise": 0.5, "balance": 0.1, "top_k": 1}
-    specs = [Mixture(expert=Lora(rank=r, dropout=0.3), experts=e, **fields) for r, e in ((2, 4), (3, 2))]
+    specs = [
+        Mixture(expert=expert, experts=4, **fields).canonical(),
+        Mixture(expert=replace(expert, rank=3), experts=2, **{**fields, "router_noise": 0.0, **other}).canonical(),
+    ]
     sites = [site.name for site in backbone.sites if site.role in ("attn.q", "mlp.up")]
     made = [Architecture.of({name: [spec] for name in sites}) for spec in specs]
-    ids, mask = tokens(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
 
-    def step(architectures: list[Architecture], seeds: list[int]) -> list[dict[str, Tensor]]:
+    def steps(architectures: list[Architecture], seeds: list[int]) -> list[dict[str, Tensor]]:
         slots = len(architectures)
         with Attachment(model, backbone, architectures, seeds) as attachment:
-            logits = model(ids.repeat(slots, 1), attention_mask=mask.repeat(slots, 1)).logits
-            loss = attachment.penalised(logits.square().view(slots, -1).mean(1))
-            loss.sum().backward()
-            grads = {v: v.grad for v, _ in attachment.trainable()}
-            return [{**attachment.parts(k, grads), "loss": loss[k].detach()} for k in range(slots)]
+            for number in range(3):
+                ids = tokens(seed=number).repeat(slots, 1)
+                logits = model(ids, attention_mask=mask.repeat(slots, 1)).logits
+                attachment.penalised(logits.square().view(slots, -1).mean(1)).sum().backward()
+                with torch.no_grad():
+                    for value, _ in attachment.trainable():
+                        if value.grad is not None:
+                            value.sub_(0.2 * value.grad)
+                            value.grad = None
+            return [attachment.state(k) for k in range(slots)]
 
-    together = step(made, [5, 6])
+    together = steps(made, [5, 6])
     for k, architecture in enumerate(made):
-        (single,) = step([architecture], [5 + k])
+        (single,) = steps([architecture], [5 + k])
         assert single.keys() == together[k].keys()
-        assert any("router" in name for name in single)
         for name, value in single.items():
-            torch.testing.assert_close(together[k][name], value, msg=name)
+            torch.testing.assert_close(
+                together[k][name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_what_routers_do_is_told_by_site() -> None:
@@ -498,14 +515,18 @@ def test_a_site_that_follows_has_the_gates_of_the_one_before() -> None:
     """At query and value, which read the same, as if each had the same router."""
     model, backbone = tiny("bert")
     lead = Mixture(expert=Lora(rank=2), experts=4)
-    follow = replace(lead, router="follow").canonical()
     smaller = Mixture(expert=Lora(rank=1), experts=2, top_k=1)
     names = [f"layers.{layer}.attn.{part}" for layer in range(2) for part in "qv"]
+
+    def led_by(spec: Mixture) -> Architecture:
+        leaders = {name: f"{name[:-1]}q" for name in names}
+        follow = {n: replace(spec, router="follow", leader=leaders[n]).canonical() for n in names}
+        return Architecture.of({name: [spec if name.endswith("q") else follow[name]] for name in names})
+
     own = Architecture.of({name: [lead] for name in names})
-    led = Architecture.of({name: [lead if name.endswith("q") else follow] for name in names})
-    beside = Architecture.of(
-        {name: [smaller if name.endswith("q") else replace(smaller, router="follow").canonical()] for name in names}
-    )
+    # Another mixture of the layer runs in between.
+    between = {f"layers.{layer}.attn.k": [Mixture(expert=Lora(rank=1), experts=3)] for layer in range(2)}
+    led, beside = led_by(lead), Architecture.of({**dict(led_by(smaller).adapters), **between})
     ids = tokens()
     with Attachment(model, backbone, [own], [1]) as attachment:
         attachment.eval()
@@ -526,7 +547,7 @@ def test_a_site_that_follows_has_the_gates_of_the_one_before() -> None:
 def test_nobody_to_follow() -> None:
     model, backbone = tiny("bert")
     alone_ = Architecture.of({"layers.0.attn.q": [Mixture(router="follow")]})
-    with Attachment(model, backbone, [alone_], [0]), pytest.raises(ValueError, match="no router before it"):
+    with Attachment(model, backbone, [alone_], [0]), pytest.raises(ValueError, match="has run before it"):
         model(tokens())
 
 
@@ -534,6 +555,7 @@ def test_nobody_to_follow() -> None:
     ("choice", "message"),
     [
         ({"fields": {"experts": 2}, "placement": "site"}, "on together"),
+        ({"fields": {"experts": 4, "top_k": Choice.of([1, 2])}, "vary": {"top_k": "site"}}, "on together"),
         ({"fields": {"experts": Choice.of([2, 4])}, "vary": {"experts": "site"}}, "on together"),
         ({"fields": {"experts": 2, "router": "soft"}}, "no other can follow"),
         ({"fields": {}}, "say how many experts"),
@@ -554,3 +576,103 @@ def test_costs_of_a_space_with_experts_by_its_encoding() -> None:
         for n, own in enumerate(genes):
             expected = declared_costs(declared.decode(own).architecture, declared.backbone)
             assert {name: found[name][n] for name in expected} == expected
+
+
+# Corners that were wrong once
+
+
+def test_a_router_learns_where_one_expert_is_left() -> None:
+    """Scaled to 1, the one that is chosen would have a gate that does not move."""
+    for fields in ({"top_k": 1}, {"top_k": 4, "top_p": 0.05}):
+        bank = bank_of([Mixture(expert=Lora(rank=2), experts=4, balance=0.0, **fields)], LINEAR)
+        x, y = batch(1)
+        bank(x, y).square().sum().backward()
+        assert bank.values["router"].grad.abs().max() > 1e-3
+
+
+def test_one_expert_of_a_sigmoid_router_is_one_network() -> None:
+    two = Mixture(expert=Lora(rank=2), router="sigmoid", experts=1, top_k=2)
+    banks = [bank_of([spec], LINEAR) for spec in (two, two.canonical())]
+    x, y = batch(1)
+    torch.testing.assert_close(banks[0](x, y), banks[1](x, y))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000))
+def test_what_is_canonical_is_the_same_network(seed: int) -> None:
+    rng = Random(seed)
+    spec = Mixture(
+        expert=Lora(rank=rng.choice([1, 2])),
+        experts=rng.choice([1, 2, 3]),
+        router=rng.choice(["token", "sigmoid", "sequence", "task", "poly", "soft", "uniform"]),
+        top_k=rng.choice([1, 2, 5]),
+        top_p=rng.choice([0.4, 1.0]),
+        tasks=3,
+        balance=rng.choice([0.0, 0.1]),
+        z_loss=rng.choice([0.0, 0.1]),
+    )
+    same = spec.canonical()
+    assert same.canonical() == same
+    x, y = batch(1)
+    banks = [bank_of([one], LINEAR) for one in (spec, same)]
+    if spec.tasks != same.tasks:  # a router that does not read them
+        assert spec.router not in ("task", "poly")
+    torch.testing.assert_close(banks[0](x, y), banks[1](x, y))
+    penalties = [bank.routing.penalty if bank.routing else torch.zeros(1) for bank in banks]
+    torch.testing.assert_close(penalties[0], penalties[1], check_dtype=False)
+
+
+def test_candidates_whose_fields_say_the_same_in_several_ways_are_found() -> None:
+    top_k = Choice.of([1, 2, 4])
+    spaces = [
+        space(experts=Choice.of([2, 4]), top_k=top_k),
+        SearchSpace(
+            backbone=SMALL,
+            adapters={
+                "lora": AdapterChoice(
+                    kind="lora",
+                    fields={
+                        "experts": 2,
+                        "router": Choice.of(["token", "uniform"]),
+                        "balance": Float(low=0.001, high=0.1, log=True),
+                    },
+                    vary={"router": "layer"},
+                )
+            },
+        ),
+    ]
+    for declared in spaces:
+        rng = Random(3)
+        for _ in range(100):
+            candidate = declared.decode(declared.sample(rng))
+            found = declared.locate(candidate)
+            assert found is not None
+            assert declared.decode(found).architecture == candidate.architecture
+    eight = Architecture.of({"layers.0.attn.q": [Mixture(expert=Lora(rank=1), experts=8)]})
+    assert space().locate(Candidate(architecture=eight)) is None
+
+
+def test_norms_have_experts_too() -> None:
+    model, backbone = tiny("bert")
+    declared = SearchSpace(
+        backbone=backbone, adapters={"norm": AdapterChoice(kind="norm", fields={"experts": Choice.of([2, 3])})}
+    )
+    architecture = declared.decode(declared.largest()).architecture
+    with Attachment(model, backbone, [architecture], [0]) as attachment:
+        model(tokens()).logits.sum().backward()
+        assert attachment.num_adapter_params() == architecture.num_params(backbone)
+
+
+def test_routes_of_a_slot_have_its_own_experts() -> None:
+    model, backbone = tiny("bert")
+    made = [Architecture.of({"layers.0.attn.q": [Mixture(expert=Lora(rank=1), experts=e)]}) for e in (2, 5)]
+    with Attachment(model, backbone, made, [0, 1]) as attachment, torch.no_grad():
+        attachment.eval()
+        attachment.watch()
+        model(tokens().repeat(2, 1))
+        assert [len(attachment.routes(k)["layers.0.attn.q/mixture"]["load"]) for k in (0, 1)] == [2, 5]
+
+
+def test_heads_have_to_divide_the_features() -> None:
+    with pytest.raises(SpaceError, match="5 blocks do not fit"):
+        space(router="poly", tasks=2, heads=5)

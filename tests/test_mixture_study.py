@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
+from peft import PeftModel
+from ruamel.yaml import YAML
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from autopeft.search_space import Architecture
 from autopeft.search_space.adapters import Bottleneck, Ia3, Lora, Mixture
 from autopeft.search_space.controls import CONTROLS, controls
 from autopeft.studies.cli.app import main
+from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.exporters.native import load
+from autopeft.studies.recipe import Recipe
+from autopeft.studies.retraining import retrain
 from autopeft.studies.routing import verdicts
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFileError, load_study
@@ -21,7 +28,7 @@ from autopeft.studies.tracked import trial_metrics
 
 from .spaces import SMALL
 from .test_study import facts, run
-from .tiny_study import save_study
+from .tiny_study import LABELS, save_study, write_rows
 
 torch.set_num_threads(1)
 
@@ -57,11 +64,13 @@ def test_every_finalist_with_mixtures_is_compared(finished: tuple[Path, Snapshot
     found = {verdict.trial: verdict for verdict in verdicts(snapshot)}
     assert found.keys() == mixed
     for verdict in found.values():
-        assert [one.control for one in verdict.against] == list(CONTROLS)
-        by_name = {one.control: one for one in verdict.against}
+        assert set(by_name := {one.control: one for one in verdict.against}) <= set(CONTROLS)
+        assert {"average", "total"} <= set(by_name)
+        assert verdict.complete
         assert by_name["average"].num_params <= verdict.num_params
-        assert by_name["active"].num_params <= verdict.active_params
-        assert by_name["active"].num_params <= by_name["total"].num_params <= verdict.num_params
+        assert by_name["total"].num_params <= verdict.num_params
+        if "active" in by_name:
+            assert by_name["active"].num_params <= verdict.active_params < verdict.num_params
         assert verdict.averaged is not None
         assert verdict.busiest
         assert all(0.0 < share <= 1.0 for share in verdict.busiest.values())
@@ -104,12 +113,16 @@ def test_controls_can_be_left_out(tmp_path: Path) -> None:
     assert not verdicts(snapshot)
 
 
+def export(path: Path, number: int, to: str, out: Path, *options: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(["export", str(path), "--pick", f"trial:{number}", "--to", to, "--out", str(out), *options])
+    return int(exit_.value.code or 0)
+
+
 def test_a_mixture_is_exported_and_loads(finished: tuple[Path, Snapshot], tmp_path: Path) -> None:
     path, snapshot = finished
     number = verdicts(snapshot)[0].trial
-    with pytest.raises(SystemExit) as exit_:
-        main(["export", str(path), "--pick", f"trial:{number}", "--to", "native", "--out", str(tmp_path / "out")])
-    assert exit_.value.code == 0
+    assert export(path, number, "native", tmp_path / "out") == 0
     model, attachment = load(tmp_path / "out")
     assert attachment.mixtures
     ids = torch.tensor([[2, 5, 9, 3]])
@@ -118,15 +131,85 @@ def test_a_mixture_is_exported_and_loads(finished: tuple[Path, Snapshot], tmp_pa
     assert torch.isfinite(logits).all()
 
 
-def test_a_format_that_has_no_mixtures_says_so(
+def test_a_format_that_has_no_mixtures_names_the_price(
     finished: tuple[Path, Snapshot], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, snapshot = finished
-    number = verdicts(snapshot)[0].trial
-    with pytest.raises(SystemExit) as exit_:
-        main(["export", str(path), "--pick", f"trial:{number}", "--to", "peft", "--out", str(tmp_path / "out")])
-    assert exit_.value.code != 0
-    assert "mixture" in capsys.readouterr().err
+    verdict = verdicts(snapshot)[0]
+    measured = [run.measurement for run in snapshot.entry(verdict.trial).runs]
+    alike, routed = fmean(m.averaged["accuracy"] for m in measured), fmean(m.values["accuracy"] for m in measured)
+    assert routed - alike == pytest.approx(verdict.averaged), "the price is what `autopeft pareto` shows"
+
+    for to in ("trl-script", "axolotl"):
+        assert export(path, verdict.trial, to, tmp_path / to, "--allow-lossy") != 0
+    for to in ("peft", "merged"):
+        capsys.readouterr()
+        assert export(path, verdict.trial, to, tmp_path / to) != 0
+        message = capsys.readouterr().err
+        assert "--allow-lossy" in message
+        assert f"validation accuracy {alike:.4f} instead of {routed:.4f} (mean of 2 trainings)" in message
+        assert not (tmp_path / to).exists()
+        assert export(path, verdict.trial, to, tmp_path / to, "--allow-lossy") == 0
+    assert Recipe.load(tmp_path / "peft" / "recipe.yaml").averaged["accuracy"].seeds == (1, 2)
+
+    rows = [json.loads(line) for line in (path.parent / "validation.jsonl").read_text().splitlines()]
+    targets = torch.tensor([sorted(LABELS).index(row["label"]) for row in rows])
+    tokenizer = AutoTokenizer.from_pretrained(path.parent / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(path.parent / "model", num_labels=len(LABELS))
+    for model in (
+        PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval(),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval(),
+    ):
+        with torch.inference_mode():
+            logits = torch.cat([model(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+        # The weights are those of the first of the trainings.
+        assert (logits.argmax(-1) == targets).float().mean().item() == pytest.approx(measured[0].averaged["accuracy"])
+        losses = torch.nn.functional.cross_entropy(logits, targets)
+        assert losses.item() == pytest.approx(measured[0].averaged["loss"], abs=1e-4)
+
+
+def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the data to the ledger, the recipe and training again: what the router has learnt of them is by number."""
+    by_task = {"at": ["attn.q"], "rank": 2, "experts": 3, "router": "task", "tasks": 2}
+    path = mixture_study(
+        tmp_path / "study",
+        space={"adapters": {"lora": by_task}},
+        search={"searcher": "random", "trials": 1},
+        finalists={"seeds": 1, "most": 1, "controls": False},
+    )
+    settings = YAML().load(path)
+    settings["data"]["domain"] = "source"
+    YAML().dump(settings, path)
+
+    def save_domains(*names: str) -> None:
+        for split in ("train", "validation", "test"):
+            file = path.parent / f"{split}.jsonl"
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            write_rows(file, [row | {"source": names[i % 2]} for i, row in enumerate(rows)])
+
+    save_domains("mail", "news")
+    snapshot = run(load_study(path))
+    trial = next(trial for trial in snapshot.trials if trial.role == "search")
+    assert export(path, trial.number, "native", tmp_path / "out") == 0
+    recipe = Recipe.load(tmp_path / "out" / "recipe.yaml")
+    assert recipe.domains == ("mail", "news")
+
+    model, attachment = load(tmp_path / "out")
+    ids = torch.tensor([[2, 5, 9, 3]])
+    found = []
+    for name in recipe.domains:
+        attachment.tokens.domains = torch.tensor([recipe.domains.index(name)])
+        with torch.no_grad():
+            found.append(model(ids, attention_mask=torch.ones_like(ids)).logits)
+    assert not torch.equal(*found)
+
+    assert retrain(recipe, [1])[0].test.keys() == {"loss", "accuracy"}
+    for names in (("news", "blogs"), ("mail", "mail")):  # "news" would have the other number
+        save_domains(*names)
+        with pytest.raises(ConfigurationError, match=r"the data has the domains .*, the recipe \('mail', 'news'\)"):
+            retrain(recipe, [1])
+        # Recipes from before domains were kept.
+        assert retrain(recipe.model_copy(update={"domains": None}), [1])
 
 
 @pytest.mark.parametrize(
@@ -181,3 +264,31 @@ def test_what_the_routers_did_is_tracked(finished: tuple[Path, Snapshot]) -> Non
         assert metrics["routing/experts_per_token"] in (1.0, 2.0)
     plain = next(t for t in snapshot.trials if t.role == "baseline:head" and t.measurement is not None)
     assert not any(metric.key.startswith("routing/") for metric in trial_metrics(plain, snapshot, 0))
+
+
+def test_where_every_token_meets_all_experts_there_is_one_plain_control() -> None:
+    everything = Mixture(expert=Lora(rank=2), experts=2, top_k=2)
+    assert list(controls(Architecture.of({"layers.0.attn.q": [everything]}), SMALL)) == ["average", "total"]
+
+
+@pytest.mark.parametrize(
+    ("data", "tasks", "problem"),
+    [({}, 3, "goes by the domain of a row"), ({"domain": "label"}, 2, "the data has 3 domains")],
+)
+def test_routers_by_task_need_the_domains_of_the_data(tmp_path: Path, data, tasks: int, problem: str) -> None:
+    path = mixture_study(
+        tmp_path / "study", space={"adapters": {"lora": {**LORA, "router": ["token", "task"], "tasks": tasks}}}
+    )
+    changes = [f"data.{key}={value}" for key, value in data.items()]
+    with pytest.raises(StudyFileError, match=problem):
+        run(load_study(path, changes))
+
+
+def test_a_study_with_a_router_by_task(tmp_path: Path) -> None:
+    path = mixture_study(
+        tmp_path / "study",
+        space={"adapters": {"lora": {**LORA, "experts": [2, 3], "router": ["task", "poly"], "tasks": 3}}},
+        finalists={"seeds": 1, "most": 1},
+    )
+    snapshot = run(load_study(path, ["data.domain=label"]))
+    assert all(trial.state == "complete" for trial in snapshot.search_trials)

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from autopeft.search_space.adapters import Bottleneck, Lora, Norm
 from autopeft.studies.errors import UserError
-from autopeft.studies.recipe import SCHEMA_VERSION, Recipe, RecipeError
+from autopeft.studies.recipe import SCHEMA_VERSION, Averaged, Recipe, RecipeError
 
 from .exported import make_recipe, save_model
 
@@ -45,6 +45,21 @@ def test_what_is_written_is_what_is_read(recipe: Recipe, tmp_path: Path) -> None
     assert again.host == recipe.host
     again.save(tmp_path / "again.yaml")
     assert (tmp_path / "again.yaml").read_text() == path.read_text()
+
+
+def test_a_recipe_from_before_mixtures_is_read(recipe: Recipe, tmp_path: Path) -> None:
+    data = {key: value for key, value in recipe.to_dict().items() if key not in ("domains", "averaged")}
+    YAML().dump(data, tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_domains_and_the_price_of_averaging_are_kept(recipe: Recipe, tmp_path: Path) -> None:
+    price = {"accuracy": Averaged(value=0.5, routed=0.6, seeds=(1, 2))}
+    mixed = Recipe.model_validate(recipe.to_dict() | {"domains": ["2", "10"], "averaged": price})
+    mixed.save(tmp_path / "recipe.yaml")
+    again = Recipe.load(tmp_path / "recipe.yaml")
+    assert (again.domains, again.averaged) == (("2", "10"), price)
+    assert again == mixed
 
 
 def test_sites_are_those_in_use_in_the_order_of_the_layers(recipe: Recipe) -> None:

@@ -40,24 +40,30 @@ class Tokens:
     length: int = 1
     mask: Tensor | None = None
     domains: Tensor | None = None
-    #: What routers have decided in this forward pass, by layer and slot: [M, E] each.
-    _gates: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    #: What routers have decided in this forward pass, by site and slot: [M, E] each.
+    _gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def begin(self, length: int, mask: Tensor | None) -> None:
         """Of a forward pass."""
         self.length, self.mask = length, mask
         self._gates.clear()
 
-    def lead(self, bank: Bank, gates: Tensor) -> None:
-        """Keep gates [K, M, E] for the other mixtures of the layer."""
-        self._gates |= {(bank.site.layer, slot): own for slot, own in zip(bank.slots_served, gates, strict=True)}
+    def end(self) -> None:
+        """Of a step, whose graph must not outlive it."""
+        self._gates.clear()
 
-    def gates_of(self, bank: Bank, experts: int) -> Tensor:
-        """[K, M, experts] of those before it in the layer. Raises ValueError where there are none."""
+    def lead(self, bank: Bank, gates: Tensor) -> None:
+        """Keep gates [K, M, E] for mixtures that follow."""
+        self._gates |= {(bank.site.name, slot): own for slot, own in zip(bank.slots_served, gates, strict=True)}
+
+    def gates_of(self, leader: str, bank: Bank, experts: int) -> Tensor:
+        """[K, M, experts] of the mixture at the site `leader`. Raises ValueError where it has not run."""
         try:
-            found = [self._gates[bank.site.layer, slot][:, :experts] for slot in bank.slots_served]
+            found = [self._gates[leader, slot][:, :experts] for slot in bank.slots_served]
         except KeyError:
-            raise ValueError(f"{bank.site.name}: there is no router before it in its layer to follow") from None
+            raise ValueError(
+                f"{bank.site.name}: no mixture at {leader!r} has run before it, which it follows"
+            ) from None
         return torch.stack([F.pad(gates, (0, experts - gates.shape[1])) for gates in found])
 
     def by_text(self, x: Tensor) -> Tensor:
@@ -104,9 +110,8 @@ class Call:
     @property
     def owned_experts(self) -> Tensor:
         """[K, E] with 1 for the experts that a slot's router chooses from."""
-        counts = [spec.num_experts for spec in self.bank.specs]
-        owned = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
-        return owned.to(next(iter(self.bank.values.values())))
+        assert self.bank.owned_experts is not None
+        return self.bank.owned_experts
 
     def of_experts(self, count: int) -> Call:
         """The same for `count` experts of each slot, one after the other."""
@@ -122,9 +127,10 @@ class Call:
             return x
         noise = torch.zeros_like(x)
         for k, spec in enumerate(self.bank.specs):
-            own = noise[k, ..., : spec.num_experts]
-            own.copy_(torch.randn(own.shape, generator=self.bank.dropout_streams[k], device=x.device))
-            own.mul_(getattr(spec, name))
+            if deviation := getattr(spec, name):
+                own = noise[k, ..., : spec.num_experts]
+                own.copy_(torch.randn(own.shape, generator=self.bank.dropout_streams[k], device=x.device))
+                own.mul_(deviation)
         return x + noise
 
     @property
@@ -143,8 +149,9 @@ class Call:
         keep = torch.ones_like(x).unflatten(0, (-1, self.experts))
         for k, rate in enumerate(self.rates):
             if rate > 0.0:
-                drawn = torch.rand(keep.shape[1:], generator=self.bank.dropout_streams[k], device=x.device)
-                keep[k] = (drawn >= rate).to(x) / (1.0 - rate)
+                own = keep[k, : self.bank.specs[k].num_rows if self.experts > 1 else 1]
+                drawn = torch.rand(own.shape, generator=self.bank.dropout_streams[k], device=x.device)
+                own.copy_((drawn >= rate).to(x) / (1.0 - rate))
         return x * keep.flatten(0, 1)
 
 
@@ -163,6 +170,8 @@ class Bank(nn.Module):
     bank_index: Tensor | None
     #: See `Call`.
     mask: Tensor | None
+    #: Of a mixture: see `Call`.
+    owned_experts: Tensor | None
     values: nn.ParameterDict
 
     def __init__(
@@ -206,6 +215,9 @@ class Bank(nn.Module):
         sizes = [spec.size or 0 for spec in self.specs]  # types without a size need no mask
         owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
         self.register_buffer("mask", None if owned.all() else owned.float())
+        counts = torch.tensor([spec.num_experts for spec in self.specs])
+        chosen_from = (torch.arange(int(counts.max()))[None, :] < counts[:, None]).float()
+        self.register_buffer("owned_experts", chosen_from if counts.max() else None)
         constants = [spec.constants(site) for spec in self.specs]
         for name in constants[0]:
             self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))

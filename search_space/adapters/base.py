@@ -107,6 +107,11 @@ class AdapterSpec(ABC):
         return 0
 
     @property
+    def num_rows(self) -> int:
+        """Adapters that act side by side: the experts of a mixture, with the shared ones."""
+        return 1
+
+    @property
     def plain(self) -> AdapterSpec:
         """The adapter, or what all experts of a mixture are."""
         return self

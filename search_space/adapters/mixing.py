@@ -85,11 +85,12 @@ def _exact(x: Tensor) -> Tensor:
 def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     """Gates [K, M, S + E], and `Routing` for the bank. x: [K, M, D_in]."""
     tokens, owned = x.shape[1], call.owned_experts
+    call.bank.routing = None
     if spec.router == "uniform" or call.bank.averaged:
         gates = (owned / owned.sum(-1, keepdim=True))[:, None].expand(-1, tokens, -1)
         return _with_shared(spec, gates.to(x.dtype))
     if spec.router == "follow":
-        gates = call.tokens.gates_of(call.bank, owned.shape[-1])
+        gates = call.tokens.gates_of(spec.leader, call.bank, owned.shape[-1])
         return _with_shared(spec, gates.to(x.dtype))
     # At least float32, as all routers are: a gate that is rounded sends a token elsewhere.
     logits, valid = _logits(spec, p, _exact(x), call)
@@ -104,7 +105,7 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
         order = probabilities.detach()
     chosen = _chosen(order, probabilities.detach(), call)
     gates = weights * chosen
-    alone = call.constants["top_k"][:, None, None] == 1
+    alone = chosen.sum(-1, keepdim=True) == 1
     gates = gates / torch.where(alone, torch.ones_like(gates[..., :1]), gates.sum(-1, keepdim=True))
     call.bank.routing = _routing(spec, p, logits, probabilities, chosen, valid, owned, call)
     if gates.shape[1] != tokens:  # one decision for a text

@@ -47,7 +47,7 @@ class Mixture(AdapterSpec):
     - "arrow": "token" with z_e = |v_e x|, v_e the first right singular vector of the expert's B A: of LoRAs that are
       given, and nothing to be trained (Ostapenko et al. 2024, Towards Modular LLMs, section 4.2);
     - "uniform": 1/E, for comparison: what is left without a router;
-    - "follow": the gates of the mixture that ran before it in the same layer, so that several sites share one router.
+    - "follow": the gates of the mixture at the site `leader`, which runs before it: several sites share one router.
 
     `given`: folders of LoRAs of the same model, one for each expert, which are then not trained. With "token" and a
     `top_k` of all of them that is X-LoRA's dense gating, but from what a site sees and in one pass (Buehler and Buehler
@@ -60,11 +60,11 @@ class Mixture(AdapterSpec):
     """
 
     kind: ClassVar[str] = "mixture"
-    roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "attn", "mlp")  # as far as the experts take them
+    roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "attn", "mlp", "norm")  # as far as the experts take them
     default_roles: ClassVar[tuple[str, ...]] = Lora.default_roles
     per_slot_fields: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "router_noise", "balance", "z_loss")
     can_be_expert: ClassVar[bool] = False
-    identity_at_start: ClassVar[bool] = False  # if its experts are not
+    identity_at_start: ClassVar[bool] = False  # only if its experts are
     source: ClassVar[str] = "Gao et al. 2024, Higher Layers Need More LoRA Experts (MoLA), section 3"
     summary: ClassVar[str] = "experts of one type and a router"
 
@@ -80,6 +80,7 @@ class Mixture(AdapterSpec):
     balance: float = 0.01
     z_loss: float = 0.0
     given: tuple[str, ...] = ()
+    leader: str = ""
 
     def __post_init__(self) -> None:
         if not self.expert.can_be_expert:
@@ -111,6 +112,7 @@ class Mixture(AdapterSpec):
             "top_p": self.router not in CHOOSING or self.router == "follow",
             "tasks": self.router not in ("task", "poly"),
             "heads": self.router != "poly",
+            "leader": self.router != "follow",
             "router_noise": self.router in ("poly", "uniform", "follow"),
             "balance": self.router not in BALANCED,
             "z_loss": self.router not in BALANCED,
@@ -151,10 +153,11 @@ class Mixture(AdapterSpec):
             self.tasks,
             self.heads,
             self.given,
+            self.leader,
         )
 
     def parameters(self, site):
-        count = self.shared_experts + self.experts
+        count = self.num_rows
         stacked = {
             name: replace(parameter, shape=(count, *parameter.shape), per_expert=True, given=self.given)
             for name, parameter in self.expert.parameters(site).items()
@@ -171,6 +174,10 @@ class Mixture(AdapterSpec):
         if self.router == "sigmoid":
             own["router_bias"] = Parameter(shape=(self.experts,), decay=False, per_expert=True)
         return own
+
+    @property
+    def num_rows(self):
+        return self.shared_experts + self.experts
 
     @property
     def num_active(self) -> int:
@@ -214,6 +221,6 @@ class Mixture(AdapterSpec):
 
 
 #: What a mixture adds to the fields of its experts' type.
-MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in ("expert", "given"))
+MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in ("expert", "given", "leader"))
 #: Those that are the router's own.
 ROUTER_FIELDS = ("router", "top_p", "tasks", "heads", "router_noise", "balance", "z_loss")

@@ -32,7 +32,8 @@ class ExportError(UserError):
 class Fit:
     """How well a format holds a recipe. `lost`: one line per thing that it loses, with the site and why.
 
-    "approximate": the same network, up to rounding, but how it was trained is not wholly there.
+    "approximate": the same network, up to rounding and to the routers of mixtures, but how it was trained is not wholly
+    there.
     """
 
     level: Literal["exact", "approximate", "unsupported"]

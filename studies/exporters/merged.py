@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.backbone import Site
-from autopeft.studies.exporters.base import Exporter, ExportError, approximate, unsupported
+from autopeft.studies.exporters.averaged import AveragingExporter
+from autopeft.studies.exporters.base import ExportError, approximate, unsupported
 from autopeft.studies.exporters.native import attach
 from autopeft.studies.recipe import Recipe
 
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 _ROUNDING = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
 
 
-class Merged(Exporter):
+class Merged(AveragingExporter):
     name = "merged"
     summary = "a plain transformers model with the adapters merged into its weights, and the tokenizer"
 
-    def assess(self, recipe):
+    def assess_plain(self, recipe):
         reasons = []
         for name, spec in recipe.adapters:
             site = recipe.sites[name]
@@ -38,7 +39,7 @@ class Merged(Exporter):
             return approximate(f"backbone dtype {recipe.backbone.dtype}: the merged weights are rounded to it")
         return approximate()
 
-    def write(self, recipe, state, folder):
+    def write_plain(self, recipe, state, folder):
         from autopeft.evaluators.backbones import load_tokenizer
 
         model, attachment = attach(recipe, state)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.adapters import AdapterSpec
-from autopeft.studies.exporters.base import Exporter, ExportError, State
+from autopeft.studies.exporters.averaged import AveragingExporter
+from autopeft.studies.exporters.base import ExportError, State
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipe import Recipe
 
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 
 
-class PeftAdapter(Exporter):
+class PeftAdapter(AveragingExporter):
     name = "peft"
     summary = "adapter_config.json and adapter_model.safetensors of HF peft"
 
-    def assess(self, recipe):
+    def assess_plain(self, recipe):
         return plan(recipe).fit
 
-    def write(self, recipe, state, folder):
+    def write_plain(self, recipe, state, folder):
         import torch
         from peft import get_peft_model
 

@@ -27,6 +27,7 @@ _NOT_IN_PEFT = {
     "bitfit": "peft trains biases only beside LoRA, and then all of them",
     "bottleneck": "peft has no bottleneck adapters",
     "full": "the backbone itself was trained, which is no adapter",
+    "mixture": "peft trains no experts with a router (trained LoRAs go to `peft` and `merged`, weighted alike)",
     "prefix": "peft shifts the tokens' positions by its prefix and has one length for all layers",
     "ssf": "peft has no scale and shift",
 }
