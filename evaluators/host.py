@@ -38,9 +38,10 @@ class Attachment(nn.Module):
 
     `architectures` and `seeds`: one per slot. `pretrained_head`: start from the head's weights in the model
     and not from new ones. `shared`: the slots read its weights, of the banks `bank_of_slot` (default: its first), and
-    have none of their own. Raises ValueError for a candidate that trains the backbone in a pack of more than
-    one, for a site that the backbone lacks, and for an adapter that cannot sit where it is placed; the model
-    is then unchanged.
+    have none of their own. `draw`: have initial values; without them `load_state` has to follow. Raises ValueError
+    for a candidate that trains the backbone in a pack of more than one, for a site that the backbone lacks, for an
+    adapter that cannot sit where it is placed, and for a router that looks ahead in a causal model; the model is then
+    unchanged.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Attachment(nn.Module):
         pretrained_head: bool = False,
         shared: SharedWeights | None = None,
         bank_of_slot: Sequence[int] | None = None,
+        draw: bool = True,
     ) -> None:
         super().__init__()
         self.model = (model,)  # in a tuple: the backbone is not a child of its adapters
@@ -82,7 +84,7 @@ class Attachment(nn.Module):
                     base, of, read = model.get_submodule(site.module), None, None
                     if shared is not None:
                         of, read = shared.bank(site, specs[0].structure(), nth), [banks[k] for k in slots]
-                    self._add(Bank(site, specs, base, own_seeds, read, of), slots)
+                    self._add(Bank(site, specs, base, own_seeds, read, of, draw), slots)
         every = list(range(self.num_slots))
         for site in head_sites(model, backbone):
             if shared is None:

@@ -465,8 +465,8 @@ def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], 
 
 
 def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[Value]:
-    """The values of a field's domain that come to `spec`, of a range its own and the ends. A mixture of two experts that
-    asks for four at once has two of them.
+    """The values of a field's domain that come to `spec`, of a range its own and the ends: a mixture of two experts,
+    asked for four at once, has two of them.
     """
     own: Value = getattr(spec, key)
     if not isinstance(domain, Domain):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from autopeft.search_space.adapters import Lora, Mixture, spec_from_dict
 from autopeft.search_space.adapters.given import CONFIG, GivenError, arrows, read, roles_of
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.training import Training
+from autopeft.studies.cli.app import main
+from autopeft.studies.exporters.native import load
 from autopeft.studies.study_file import StudyFileError, load_study
 
 from .conformance import tiny, tokens
@@ -186,6 +189,21 @@ def test_a_study_between_given_loras(tmp_path: Path) -> None:
         assert trial.state == "complete"
         assert (trial.values["num_params"] == 0) == arrow
         assert {snapshot.backbone.site(site).role for site, _ in trial.candidate.architecture} == {"attn.q", "attn.v"}
+
+
+def test_an_export_holds_the_given_loras(tmp_path: Path) -> None:
+    path = given_study(tmp_path / "study", router="token", top_k=2)
+    snapshot = run(load_study(path))
+    number = next(t.of for t in snapshot.trials if t.role == "finalist" and t.candidate.architecture)
+    with pytest.raises(SystemExit) as exit_:
+        main(["export", str(path), "--pick", f"trial:{number}", "--out", str(tmp_path / "out")])
+    assert exit_.value.code == 0
+    for name in "ab":
+        rmtree(tmp_path / "study" / name)
+    _, attachment = load(tmp_path / "out")
+    (state,) = [v for name, v in attachment.state().items() if name == "layers.0.attn.q/mixture/B"]
+    assert state.shape[0] == 2
+    assert state.abs().min(0).values.max() > 0
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,9 @@ class Bank(nn.Module):
     `seeds`: one per slot; a slot's initial values and dropout depend on its seed and the site alone, so a
     slot alone equals the slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots
     that share a bank read nested prefixes of it, which is a weight-sharing supernet. `of`: another bank of the
-    same structure, at least as large, whose parameters are read in place of own ones. Raises ValueError when
-    structures differ, and for a type that cannot sit at `site`.
+    same structure, at least as large, whose parameters are read in place of own ones. `draw`: have initial values;
+    without them `load_slot` has to follow. Raises ValueError when structures differ, and for a type that cannot sit at
+    `site`.
     """
 
     #: Which bank each slot reads [K], or None if each reads its own.
@@ -182,6 +183,7 @@ class Bank(nn.Module):
         seeds: Sequence[int | str],
         bank_of_slot: Sequence[int] | None = None,
         of: Bank | None = None,
+        draw: bool = True,
     ) -> None:
         super().__init__()
         if len({spec.structure() for spec in specs}) != 1:
@@ -201,7 +203,7 @@ class Bank(nn.Module):
         declared = [spec.parameters(site) for spec in self.specs]
         #: Of the largest slot, by name.
         self.shapes = {name: _largest([own[name].shape for own in declared]) for name in declared[0]}
-        self.values = self._drawn(seeds) if of is None else of.values
+        self.values = of.values if of is not None else self._drawn(seeds if draw else None)
         #: Of a mixture: what its router is told, and what it did in the last forward pass.
         self.tokens = Tokens()
         #: Numbers of its slots in the attachment.
@@ -223,14 +225,16 @@ class Bank(nn.Module):
             self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))
         self.constant_names = tuple(constants[0])
 
-    def _drawn(self, seeds: Sequence[int | str]) -> nn.ParameterDict:
-        """Initial values, each [N, ...]."""
+    def _drawn(self, seeds: Sequence[int | str] | None) -> nn.ParameterDict:
+        """Initial values, each [N, ...]; without seeds zeros."""
         declared = [spec.parameters(self.site) for spec in self.specs]
         drawn = nn.ParameterDict()
         for name, shape in self.shapes.items():
             values = torch.zeros(max(self.bank_of_slot) + 1, *shape)
             # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
             for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].num_params(self.site)):
+                if seeds is None:
+                    break
                 words = (seeds[k], self.site.name, self.specs[k].kind, name)
                 own = self._initial(declared[k][name], name, words)
                 values[self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own

@@ -39,7 +39,7 @@ def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
 
     origin = recipe.backbone
     model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
-    attachment = Attachment(model, recipe.host, [recipe.adapters], [recipe.seed], pretrained_head=True)
+    attachment = Attachment(model, recipe.host, [recipe.adapters], [recipe.seed], pretrained_head=True, draw=False)
     attachment.load_state(dict(state))
     return model, attachment.eval()
 
