@@ -61,8 +61,11 @@ def front_html(
     *,
     study: str,
     num_evaluations: int,
+    sections: Sequence[tuple[str, Sequence[str], go.Figure]] = (),
 ) -> None:
-    """Quality against each cost; parallel coordinates from three objectives on; a table of the front."""
+    """Quality against each cost; parallel coordinates from three objectives on; a table of the front. `sections`: what
+    follows the charts, a heading, paragraphs and a figure each.
+    """
     picture = compose(rows, objectives, study=study, num_evaluations=num_evaluations)
     charts = [_scatter(picture, rows).to_html(full_html=False, include_plotlyjs=True, config=CONFIG)]
     if len(picture.xs) > 1:
@@ -70,6 +73,10 @@ def front_html(
         charts.append("<p>Drag along an axis to filter; up is better on every axis.</p>")
         settings = CONFIG | {"displayModeBar": False}
         charts.append(_parallel(picture).to_html(full_html=False, include_plotlyjs=False, config=settings))
+    for heading, paragraphs, figure in sections:
+        charts.append(f"<h2>{escape(heading)}</h2>")
+        charts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
+        charts.append(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG))
     page = PAGE.substitute(
         title=escape(picture.title),
         subtitle=escape(picture.subtitle),

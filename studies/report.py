@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autopeft.studies.routing import verdicts
+from autopeft.studies.routing import Verdict, verdicts
 from autopeft.studies.snapshot import Snapshot
 
 
@@ -45,11 +46,12 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"study": snapshot.study, "num_evaluations": len(snapshot.ended)}
-    front_html(rows, snapshot.objectives, folder / "front.html", **about)
+    found = verdicts(snapshot)
+    sections = [_routing(found, snapshot.quality)] if found else []
+    front_html(rows, snapshot.objectives, folder / "front.html", sections=sections, **about)
     front_png(rows, snapshot.objectives, folder / "front.png", **about)
     (folder / "front.json").write_text(json.dumps(front_data(snapshot), indent=2) + "\n", encoding="utf-8")
     _write_csv(snapshot, folder / "front.csv")
-    found = verdicts(snapshot)
     if found:
         told = json.dumps([verdict.to_dict() for verdict in found], indent=2)
         (folder / "routing.json").write_text(told + "\n", encoding="utf-8")
@@ -62,6 +64,15 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
         hypervolume_png(values, corner.tolist(), snapshot.objectives, folder / "hypervolume.png", study=snapshot.study)
         files.append("hypervolume.png")
     return [folder / name for name in files]
+
+
+def _routing(found: Sequence[Verdict], quality: str) -> tuple[str, list[str], Any]:
+    """The section of the page about mixtures."""
+    from autopeft.studies.routing_picture import routing_figure
+
+    # The figure has the differences with their intervals; the words are the verdicts.
+    words = [verdict.lines(quality)[0] for verdict in found]
+    return "Mixtures against what they are compared with", words, routing_figure(found, quality)
 
 
 def _write_csv(snapshot: Snapshot, path: Path) -> None:

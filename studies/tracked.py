@@ -16,6 +16,7 @@ from autopeft.search_space.architecture import digest
 from autopeft.search_space.genes import TRAINING
 from autopeft.search_space.problem import METRICS, Measurement, Trial
 from autopeft.studies.front import FrontRow
+from autopeft.studies.routing import verdicts
 from autopeft.studies.snapshot import Snapshot, summary
 
 if TYPE_CHECKING:
@@ -165,6 +166,8 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
         if row.recommended:
             values = ", ".join(f"{o.name} {_number(row, o.name)}" for o in snapshot.objectives)
             lines += [f"Recommended: **{row.label}**, {row.summary}: {values}.", ""]
+    for verdict in verdicts(snapshot):
+        lines += [*(f"    {line}" for line in verdict.lines(snapshot.quality)), ""]
     lines += ["| column | meaning |", "|---|---|"]
     for objective in snapshot.objectives:
         better = "higher" if objective.maximise else "lower"

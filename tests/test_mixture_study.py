@@ -20,6 +20,7 @@ from autopeft.studies.cli.app import main
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.exporters.native import load
 from autopeft.studies.recipe import Recipe
+from autopeft.studies.report import write_report
 from autopeft.studies.retraining import retrain
 from autopeft.studies.routing import verdicts
 from autopeft.studies.snapshot import Snapshot
@@ -86,7 +87,9 @@ def test_controls_are_not_on_the_front(finished: tuple[Path, Snapshot]) -> None:
     assert not own & {row.trial for row in snapshot.rows()}
 
 
-def test_what_is_printed_and_written(finished: tuple[Path, Snapshot], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed_and_written(
+    finished: tuple[Path, Snapshot], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, snapshot = finished
     with pytest.raises(SystemExit) as exit_:
         main(["pareto", str(path)])
@@ -95,7 +98,13 @@ def test_what_is_printed_and_written(finished: tuple[Path, Snapshot], capsys: py
     assert "mixtures against what they are compared with" in out
     assert "than average" in out
     assert "busiest expert" in out
-    assert json.dumps([verdict.to_dict() for verdict in verdicts(snapshot)])
+    files = write_report(snapshot, tmp_path)
+    assert tmp_path / "routing.json" in files
+    told = json.loads((tmp_path / "routing.json").read_text())
+    assert [verdict["trial"] for verdict in told] == [verdict.trial for verdict in verdicts(snapshot)]
+    page = (tmp_path / "front.html").read_text()
+    assert "Mixtures against what they are compared with" in page
+    assert f"trial {told[0]['trial']} than average" in page
 
 
 def test_a_study_that_is_resumed_has_the_same_trials(finished: tuple[Path, Snapshot], tmp_path: Path) -> None:

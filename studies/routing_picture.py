@@ -1,0 +1,56 @@
+"""The picture of what mixtures are worth against what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from autopeft.search_space.problem import METRICS
+from autopeft.studies.layers import BLUE, GREY, GRID, INK, VERMILION
+from autopeft.studies.page import FONT
+from autopeft.studies.routing import Verdict
+
+ROW_PX, MARGIN_PX = 34, 110
+COLOURS = {"better": BLUE, "worse": VERMILION}
+
+
+def routing_figure(verdicts: Sequence[Verdict], quality: str) -> go.Figure:
+    """A row for every mixture and control: the difference of the quality, in its own direction, with its 95 %."""
+    sign = 1.0 if METRICS[quality].maximise else -1.0
+    rows = [(f"{verdict.label} than {one.control}", one) for verdict in verdicts for one in verdict.against]
+    figure = go.Figure()
+    for word in ("better", "worse", "not told apart", "not told apart by one seed"):
+        here = [(label, one) for label, one in rows if one.verdict == word]
+        if not here:
+            continue
+        ends = [sorted((sign * one.difference.low, sign * one.difference.high)) for _, one in here]
+        values = [sign * one.difference.value for _, one in here]
+        colour = COLOURS.get(word, GREY)
+        figure.add_scatter(
+            x=values,
+            y=[label for label, _ in here],
+            mode="markers",
+            name=word,
+            marker={"color": colour, "size": 10},
+            error_x={
+                "type": "data",
+                "array": [high - value for (_, high), value in zip(ends, values, strict=True)],
+                "arrayminus": [value - low for (low, _), value in zip(ends, values, strict=True)],
+                "color": colour,
+            },
+            customdata=[f"{one.num_params:,}" for _, one in here],
+            hovertemplate="%{y}: %{x:+.4f}<br>%{customdata} parameters in its place<extra></extra>",
+        )
+    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    better = "more" if METRICS[quality].maximise else "less"
+    figure.update_layout(
+        height=MARGIN_PX + ROW_PX * len(rows),
+        margin={"l": 10, "r": 20, "t": 20, "b": 60},
+        font={"family": FONT, "color": INK},
+        plot_bgcolor="white",
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"},
+        xaxis={"title": f"difference of {quality} ({better} is better), 95 %", "gridcolor": GRID, "zeroline": False},
+        yaxis={"categoryorder": "array", "categoryarray": [label for label, _ in reversed(rows)], "automargin": True},
+    )
+    return figure
