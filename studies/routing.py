@@ -68,7 +68,7 @@ class Verdict:
             d = one.difference
             low, high = sorted((sign * d.low, sign * d.high))
             interval = f"{sign * d.value:+.4f} {quality} ({low:+.4f} to {high:+.4f}, 95 %)"
-            found.append(f"  than {one.control}, {one.num_params:,} parameters: {one.verdict}, {interval}")
+            found.append(f"  against {one.control}, {one.num_params:,} parameters: {one.verdict}, {interval}")
         if self.averaged is not None:
             found.append(f"  its experts weighted alike after the training: {-sign * self.averaged:+.4f} {quality}")
         if self.busiest:

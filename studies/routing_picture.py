@@ -18,7 +18,7 @@ COLOURS = {"better": BLUE, "worse": VERMILION}
 def routing_figure(verdicts: Sequence[Verdict], quality: str) -> go.Figure:
     """A row for every mixture and control: the difference of the quality, in its own direction, with its 95 %."""
     sign = 1.0 if METRICS[quality].maximise else -1.0
-    rows = [(f"{verdict.label} than {one.control}", one) for verdict in verdicts for one in verdict.against]
+    rows = [(f"{verdict.label} against {one.control}", one) for verdict in verdicts for one in verdict.against]
     figure = go.Figure()
     for word in ("better", "worse", "not told apart", "not told apart by one seed"):
         here = [(label, one) for label, one in rows if one.verdict == word]

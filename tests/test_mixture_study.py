@@ -65,7 +65,8 @@ def test_every_finalist_with_mixtures_is_compared(finished: tuple[Path, Snapshot
     found = {verdict.trial: verdict for verdict in verdicts(snapshot)}
     assert found.keys() == mixed
     for verdict in found.values():
-        assert set(by_name := {one.control: one for one in verdict.against}) <= set(CONTROLS)
+        by_name = {one.control: one for one in verdict.against}
+        assert set(by_name) <= set(CONTROLS)
         assert {"average", "total"} <= set(by_name)
         assert verdict.complete
         assert by_name["average"].num_params <= verdict.num_params
@@ -96,7 +97,7 @@ def test_what_is_printed_and_written(
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert "mixtures against what they are compared with" in out
-    assert "than average" in out
+    assert "against average" in out
     assert "busiest expert" in out
     files = write_report(snapshot, tmp_path)
     assert tmp_path / "routing.json" in files
@@ -104,7 +105,7 @@ def test_what_is_printed_and_written(
     assert [verdict["trial"] for verdict in told] == [verdict.trial for verdict in verdicts(snapshot)]
     page = (tmp_path / "front.html").read_text()
     assert "Mixtures against what they are compared with" in page
-    assert f"trial {told[0]['trial']} than average" in page
+    assert f"trial {told[0]['trial']} against average" in page
 
 
 def test_a_study_that_is_resumed_has_the_same_trials(finished: tuple[Path, Snapshot], tmp_path: Path) -> None:

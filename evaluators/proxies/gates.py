@@ -262,18 +262,18 @@ class Gates(Proxy):
         seed: int,
         penalty: float,
     ) -> None:
-        for name, choice in space.adapters.items():
-            if not ADAPTERS[choice.kind].can_be_expert:
-                kind = f"it is of kind {choice.kind!r}, which changes neither an input nor an output"
-                raise ValueError(f"there is no gate for the adapter {name!r}: {kind}")
-            if "experts" in choice.fields:
-                raise ValueError(f"there is no gate for the adapter {name!r}: it has experts, and gates of its own")
         self.evaluator = evaluator
         self.space = space
         self.training = training
         self.seed = seed
         self.penalty = penalty
         self.weights = SharedWeights(evaluator.model, space, seed=seed, pretrained_head=evaluator.pretrained_head)
+        for name, choice in space.adapters.items():
+            if not ADAPTERS[choice.kind].can_be_expert:
+                kind = f"it is of kind {choice.kind!r}, which changes neither an input nor an output"
+                raise ValueError(f"there is no gate for the adapter {name!r}: {kind}")
+            if "experts" in choice.fields:
+                raise ValueError(f"there is no gate for the adapter {name!r}: it has experts, and gates of its own")
         self.decisions = dict(_decisions(space, evaluator.device))
 
     def attach(self) -> GatedAttachment:

@@ -31,11 +31,14 @@ class GivenError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A folder as peft's `save_pretrained` writes it. `shapes`: (R, D_in, D_out) by the path of the module."""
+    """A folder as peft's `save_pretrained` writes it. `shapes`: (R, D_in, D_out) by the path of the module, `keys`: of
+    the tensors by path and name.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int, int]]
+    keys: Mapping[tuple[str, str], str]
 
     @property
     def rank(self) -> int:
@@ -60,19 +63,22 @@ def read(folder: str) -> Given:
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         found: dict[str, dict[str, tuple[int, ...]]] = {}
+        names: dict[tuple[str, str], str] = {}
         with safe_open(path / WEIGHTS, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (no mapping)
                 if match := _KEY.fullmatch(key):
                     found.setdefault(match["module"], {})[match["factor"]] = tuple(tensors.get_slice(key).get_shape())
+                    names[match["module"], match["factor"]] = key
     except (OSError, ValueError, SafetensorError) as error:
         raise GivenError(f"{folder}: cannot be read as an adapter of peft: {error}") from None
     if config.get("peft_type") != "LORA":
         raise GivenError(f"{folder}: peft_type {config.get('peft_type')!r}; only LoRAs can be given")
     if others := [name for name in _OTHERS if config.get(name)]:
         raise GivenError(f"{folder}: {', '.join(others)}: more than a plain LoRA")
-    if not found:
+    shapes = {module: (*own["A"], own["B"][0]) for module, own in found.items() if len(own) == 2}
+    if not shapes:
         raise GivenError(f"{folder}: there is no LoRA in {WEIGHTS}")
-    return Given(path, config, {module: (*own["A"], own["B"][0]) for module, own in found.items()})  # type: ignore[misc]
+    return Given(path, config, shapes, names)  # type: ignore[arg-type]
 
 
 def roles_of(folders: Sequence[str], backbone: Backbone) -> Iterator[str]:
@@ -101,10 +107,7 @@ def stacked(folders: Sequence[str], site: Site, name: str, rank: int) -> Tensor:
                 f"{folder}: {path} is {inner} to {outer}, {site.name} {site.in_features} to {site.out_features}"
             )
         with safe_open(one.folder / WEIGHTS, framework="pt") as tensors:
-            key = next(
-                k for k in tensors.keys() if (m := _KEY.fullmatch(k)) and (m["module"], m["factor"]) == (path, name)
-            )
-            tensor = tensors.get_tensor(key).float()
+            tensor = tensors.get_tensor(one.keys[path, name]).float()
         if name == "A":
             values[e, :own] = tensor
         else:
