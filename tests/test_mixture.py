@@ -240,6 +240,7 @@ def test_gates_are_shares_and_the_load_is_what_was_sent(
 ) -> None:
     spec = Mixture(expert=Lora(rank=rank), experts=experts, router=router, top_k=top_k)
     bank = bank_of([spec], LINEAR, seed=seed)
+    bank.seen = []
     x, y = batch(1)
     bank(x, y)
     found = bank.routing

@@ -24,7 +24,7 @@ Values = Mapping[str, Tensor]
 class Routing:
     """What a router did in one forward pass. `penalty`: [K], to be added to the slots' losses. Without gradients:
     `load`: [K, E] shares of what was sent out, `entropy`: [K] mean entropy of the probabilities as a share of the
-    largest that there is, `active`: [K] experts that a token met, `count`: tokens (or texts) that were routed.
+    largest that there is (where the bank is watched), `active`: [K] experts that a token met, `count`: tokens (or texts) that were routed.
     """
 
     penalty: Tensor
@@ -94,24 +94,32 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
         return _with_shared(spec, gates.to(x.dtype))
     # At least float32, as all routers are: a gate that is rounded sends a token elsewhere.
     logits, valid = _logits(spec, p, _exact(x), call)
-    logits = call.noisy(logits, "router_noise").masked_fill(owned[:, None] == 0, float("-inf"))
+    logits = _among(owned, call.noisy(logits, "router_noise"), call)
     if spec.router == "sigmoid":
         weights = logits.sigmoid()
         probabilities = weights / weights.sum(-1, keepdim=True)
-        order = weights.detach() + p["router_bias"].detach()[:, None]
-        order = order.masked_fill(owned[:, None] == 0, float("-inf"))
+        order = _among(owned, weights.detach() + p["router_bias"].detach()[:, None], call)
     else:
         probabilities = weights = logits.softmax(-1)
         order = probabilities.detach()
     chosen = _chosen(order, probabilities.detach(), call)
     gates = weights * chosen
-    alone = chosen.sum(-1, keepdim=True) == 1
-    gates = gates / torch.where(alone, torch.ones_like(gates[..., :1]), gates.sum(-1, keepdim=True))
+    total = gates.sum(-1, keepdim=True)
+    if min(call.least("top_k"), call.least("experts")) < 2 or call.least("top_p") < 1.0:
+        total = torch.where(chosen.sum(-1, keepdim=True) == 1, torch.ones_like(total), total)
+    gates = gates / total
     call.bank.routing = _routing(spec, p, logits, probabilities, chosen, valid, owned, call)
     if gates.shape[1] != tokens:  # one decision for a text
         gates = gates.repeat_interleave(tokens // gates.shape[1], 1)
     call.tokens.lead(call.bank, gates)
     return _with_shared(spec, gates.to(x.dtype))
+
+
+def _among(owned: Tensor, values: Tensor, call: Call) -> Tensor:
+    """Values [K, M, E], minus infinity for experts that a slot does not have."""
+    if call.least("experts") == call.most("experts"):
+        return values
+    return values.masked_fill(owned[:, None] == 0, float("-inf"))
 
 
 def _with_shared(spec: Mixture, gates: Tensor) -> Tensor:
@@ -185,11 +193,15 @@ def _routing(
         square = logits.logsumexp(-1).square()
         penalty = penalty + call.constants["z_loss"] * (square @ counted) / total
     with torch.no_grad():
-        entropy = -over_tokens(probabilities * probabilities.clamp(min=1e-9).log()).sum(-1) / total
+        # What nobody looks at is not worth its time.
+        entropy = torch.zeros_like(count)
+        if call.bank.seen is not None:
+            entropy = -over_tokens(probabilities * probabilities.clamp(min=1e-9).log()).sum(-1) / total
+            entropy = entropy / count.log().clamp(min=1e-9) * (count > 1)
         return Routing(
             penalty=penalty,
             load=load.detach(),
-            entropy=entropy / count.log().clamp(min=1e-9) * (count > 1),
+            entropy=entropy,
             active=sent.sum(-1).detach() / total + spec.shared_experts,
             count=total,
         )
