@@ -24,7 +24,8 @@ Values = Mapping[str, Tensor]
 class Routing:
     """What a router did in one forward pass. `penalty`: [K], to be added to the slots' losses. Without gradients:
     `load`: [K, E] shares of what was sent out, `entropy`: [K] mean entropy of the probabilities as a share of the
-    largest that there is (where the bank is watched), `active`: [K] experts that a token met, `count`: tokens (or texts) that were routed.
+    largest that there is (where the bank is watched), `active`: [K] experts that a token met, `count`: tokens (or
+    texts) that were routed.
     """
 
     penalty: Tensor
