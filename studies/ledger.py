@@ -110,8 +110,11 @@ class Ledger:
 
     @staticmethod
     def names(url: str) -> list[str]:
-        """The studies that a storage holds."""
-        return _names(_storage(url))
+        """The studies that a storage holds; one that was killed while it was made is none."""
+        storage = _storage(url)
+        with _readable_errors("read"):
+            summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
+        return [summary.study_name for summary in summaries if FINGERPRINT in summary.user_attrs]
 
     @property
     def study_id(self) -> str:

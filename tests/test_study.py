@@ -228,6 +228,20 @@ def test_sigint_is_polite(tmp_path: Path) -> None:
     assert "autopeft resume" in errors and "Traceback" not in errors
 
 
+def test_a_study_that_was_killed_while_it_was_made_begins_anew(tmp_path: Path, monkeypatch) -> None:
+    settings = load_study(save_study(tmp_path / "study", search={"searcher": "random", "trials": 2}))
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autopeft.studies.ledger._pack", killed)  # between the first attribute and the last
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    assert not was_started(settings)
+    assert run(settings).search_trials
+
+
 def test_more_trials_may_be_asked_for(finished, tmp_path: Path) -> None:
     path = save_study(tmp_path / "study", finalists={"seeds": 1, "most": 1})
     first = run(load_study(path, ["search.trials=3"]))
