@@ -15,7 +15,8 @@ from autopeft.search_space.adapters.bank import Bank
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.backbone import Site
 from autopeft.search_space.domains import Choice, Domain, Float
-from autopeft.search_space.space import Placement, SearchSpace
+from autopeft.search_space.placement import Placement
+from autopeft.search_space.space import SearchSpace
 
 
 class SharedWeights(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
-from autopeft.search_space.adapters.mixture import LOOKING_AHEAD, MIXTURE_FIELDS
+from autopeft.search_space.adapters.mixture import BY_TASK, LOOKING_AHEAD, MIXTURE_FIELDS
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
 from autopeft.search_space.suggestions import did_you_mean
@@ -174,14 +174,33 @@ def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
     return {**own, **dict.fromkeys(MIXTURE_FIELDS, Mixture)} if spec.can_be_expert else own
 
 
+def domain_problems(adapters: Mapping[str, AdapterChoice], domains: Sequence[str] | None) -> Iterator[Problem]:
+    """What routers by task miss in the data that has `domains`, with the path of the setting."""
+    for name, choice in adapters.items():
+        if not set(_routers(choice)) & BY_TASK:
+            continue
+        tasks = choice.fields.get("tasks", 1)
+        if domains is None:
+            yield ("data", "domain"), f"the router of {name!r} goes by the domain of a row: say which column it is in"
+        elif isinstance(tasks, Domain) or tasks != len(domains):
+            yield ("space", "adapters", name, "tasks"), f"the data has {len(domains)} domains: {', '.join(domains[:8])}"
+
+
+def _routers(choice: AdapterChoice) -> tuple[Value, ...]:
+    """Those that a choice may have; none without experts."""
+    if "experts" not in choice.fields:
+        return ()
+    router = choice.fields.get("router", Mixture().router)
+    return router.choices if isinstance(router, Choice) else () if isinstance(router, Domain) else (router,)
+
+
 def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
     """What is wrong with a router for this model, or beside other fields."""
     if "experts" not in choice.fields:
         if choice.router_per != "site":
             yield ("router_per",), "this is for mixtures: say how many experts there are (experts: 4)"
         return
-    domain = choice.fields.get("router", Mixture().router)
-    routers = domain.choices if isinstance(domain, Choice) else (domain,)
+    routers = _routers(choice)
     heads = choice.fields.get("heads", 1)
     for count in heads.choices if isinstance(heads, Choice) else (heads,):
         site = next((s for s in sites_of(choice, backbone) if not _divides(count, s)), None)
@@ -206,7 +225,7 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
         yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
-    if {"task", "poly"} & set(routers) and "tasks" not in choice.fields:
+    if BY_TASK & set(routers) and "tasks" not in choice.fields:
         yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
 
 

@@ -15,6 +15,9 @@ from autopeft.search_space.domains import Domain, Value
 #: A conjunction: the named genes are active and have these values.
 Condition = frozenset[tuple[str, Value]]
 
+#: Values of the active genes, by name.
+Assignment = dict[str, Value]
+
 TRAINING = "training."
 
 

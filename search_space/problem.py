@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.space import Assignment, SearchSpace
+from autopeft.search_space.space import SearchSpace
 
 if TYPE_CHECKING:
     import numpy as np

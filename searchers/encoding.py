@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int
-from autopeft.search_space.genes import TRAINING
+from autopeft.search_space.genes import TRAINING, Assignment
+from autopeft.search_space.placement import Placement
 from autopeft.search_space.problem import DECLARED
-from autopeft.search_space.space import Assignment, Placement, SearchSpace
+from autopeft.search_space.space import SearchSpace
 
 Rows = NDArray[np.float64]
 Mask = NDArray[np.bool_]

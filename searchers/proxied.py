@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import METRICS, Problem, Trial
-from autopeft.search_space.space import Assignment
 from autopeft.searchers.base import WHOLE, Suggestion
 from autopeft.searchers.from_scores import FromScores
 from autopeft.searchers.genetic import ranks, spread_first

@@ -64,7 +64,7 @@ def foretell(settings: StudyFile, evaluator: PackedEvaluator, draws: int, advanc
     """Foretell and measure the latency of `draws` architectures of a study's space."""
     inner = architectures_only(settings.problem(evaluator.backbone), draws)
     space = settings.space_for(evaluator.backbone)
-    table = CostTable(evaluator, inner.space, [METRIC], space.decode(space.completed({})).training)
+    table = CostTable(evaluator, inner.space, [METRIC], space.middle.training)
     rng = Random(settings.seed)
     found: list[tuple[float, float, float]] = []
     for _ in range(draws):

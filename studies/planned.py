@@ -29,7 +29,7 @@ class Planned:
 
 def baselines(settings: StudyFile, space: SearchSpace) -> Iterator[Planned]:
     """Every baseline at every learning rate; other training fields as in the study, searched ones at their middle."""
-    middle = space.decode(space.completed({})).training
+    middle = space.middle.training
     for name in settings.baselines.names:
         architecture = BASELINES[name](space.backbone)
         if not architecture and not (name == "head" and space.backbone.head_modules):

@@ -25,9 +25,10 @@ from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.train import TrainingFailed
 from autopeft.search_space.architecture import Architecture, Candidate, digest
+from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import DECLARED, Measurement, Objective, Problem, Scored, Trial, declared_costs
-from autopeft.search_space.space import Assignment, SearchSpace
+from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.gated import Gated
@@ -170,14 +171,14 @@ def _costs(
     if not (measured := wanted & set(ADDITIVE)):
         return lambda architecture: declared_costs(architecture, backbone)
     space = settings.space_for(backbone)
-    training = space.decode(space.completed({})).training
+    training = space.middle.training
     table = CostTable(evaluator, inner.space, measured, training)
     return lambda architecture: {**declared_costs(architecture, backbone), **table.costs(architecture)}
 
 
 def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
     """The training of a supernet: searched settings at their middle, and its own number of epochs if it has one."""
-    own = space.decode(space.completed({})).training
+    own = space.middle.training
     epochs = settings.proxy.epochs
     return Training(**own if epochs is None else {**own, "epochs": epochs})
 

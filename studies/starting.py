@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.choices import OFF, SpaceError
 from autopeft.search_space.domains import Choice, Domain, Float, Value
-from autopeft.search_space.genes import TRAINING, Gene
+from autopeft.search_space.genes import TRAINING, Assignment, Gene
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import declared_costs
-from autopeft.search_space.space import Assignment, SearchSpace
+from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.suggestions import did_you_mean
 
 if TYPE_CHECKING:

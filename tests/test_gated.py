@@ -13,8 +13,8 @@ import pytest
 
 from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.train import TrainingFailed
+from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import Problem, Scored, Trial, declared_costs
-from autopeft.search_space.space import Assignment
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.gated import Gated
 from autopeft.studies import scoring

@@ -15,7 +15,7 @@ from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, Sear
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.choices import OFF
-from autopeft.search_space.space import Assignment
+from autopeft.search_space.genes import Assignment
 from autopeft.searchers.enumerated import _points
 
 from .spaces import SMALL, encoder, spaces

@@ -50,8 +50,9 @@ from autopeft.search_space.adapters import ADAPTERS
 from autopeft.search_space.adapters.bank import Bank, stream
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value
-from autopeft.search_space.genes import TRAINING
-from autopeft.search_space.space import Assignment, Placement, SearchSpace
+from autopeft.search_space.genes import TRAINING, Assignment
+from autopeft.search_space.placement import Placement
+from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training
 
 #: Sizes of a range of whole numbers that have gates, at most: a step computes each of them.

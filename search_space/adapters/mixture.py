@@ -18,6 +18,8 @@ from autopeft.search_space.backbone import LINEAR_ROLES
 ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "arrow", "uniform", "follow")
 #: Routers that read a whole text before they decide about its first token.
 LOOKING_AHEAD = ("sequence", "soft")
+#: Routers that go by the domain of a text.
+BY_TASK = frozenset({"task", "poly"})
 #: Routers that choose some of the experts.
 CHOOSING = ("token", "sigmoid", "sequence", "task", "arrow", "follow")
 #: Those that are asked to send as much to one expert as to another. What a task is sent to is its own affair.
@@ -110,7 +112,7 @@ class Mixture(AdapterSpec):
         idle = {
             "top_k": self.router not in CHOOSING,
             "top_p": self.router not in CHOOSING or self.router == "follow",
-            "tasks": self.router not in ("task", "poly"),
+            "tasks": self.router not in BY_TASK,
             "heads": self.router != "poly",
             "leader": self.router != "follow",
             "router_noise": self.router in ("poly", "uniform", "follow"),

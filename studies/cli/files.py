@@ -105,8 +105,8 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
     """Read the data, describe the model, lay the space over it. Raises StudyFileError with every problem."""
     from autopeft.evaluators.backbones import ModelError, describe_backbone
     from autopeft.evaluators.tasks.data import DataError, load_splits
+    from autopeft.search_space.choices import domain_problems
     from autopeft.search_space.introspection import UnknownBackboneError
-    from autopeft.search_space.space import domain_problems
     from autopeft.searchers import SEARCHERS
     from autopeft.studies.session import earlier_trials
     from autopeft.studies.study_file import StudyFileError
@@ -131,7 +131,9 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
             problem = settings.problem(backbone)
             space = problem.space
             if splits is not None:
-                problems += [settings.render(path, what) for path, what in domain_problems(space, splits.domains)]
+                problems += [
+                    settings.render(path, what) for path, what in domain_problems(space.adapters, splits.domains)
+                ]
             SEARCHERS[settings.search.searcher](problem, settings.seed)
             earlier_trials(settings, problem)
         except StudyFileError as error:

@@ -20,9 +20,9 @@ from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.train import TrainEvaluator
 from autopeft.search_space.architecture import Candidate, digest
 from autopeft.search_space.domains import BOOLEAN, Value
-from autopeft.search_space.genes import TRAINING, Gene
+from autopeft.search_space.genes import TRAINING, Assignment, Gene
 from autopeft.search_space.problem import Fidelity
-from autopeft.search_space.space import Assignment, SearchSpace
+from autopeft.search_space.space import SearchSpace
 from autopeft.studies.race import table
 from autopeft.studies.race.table import RUNGS, Row
 from autopeft.studies.study_file import StudyFile

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from autopeft.search_space.domains import Choice
-from autopeft.search_space.genes import TRAINING
+from autopeft.search_space.genes import TRAINING, Assignment
 from autopeft.search_space.problem import Problem, declared_costs
-from autopeft.search_space.space import Assignment, SearchSpace
+from autopeft.search_space.space import SearchSpace
 from autopeft.studies.front import Floats
 from autopeft.studies.race.base import RaceProblem
 from autopeft.studies.race.table import SHIPPED, Row, by_candidate, read

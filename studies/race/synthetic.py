@@ -23,9 +23,10 @@ from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Lora
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.choices import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Float, Value
+from autopeft.search_space.genes import Assignment
 from autopeft.search_space.presets import PRESETS, linears, log2_sizes
 from autopeft.search_space.problem import Objective, Problem, declared_costs
-from autopeft.search_space.space import Assignment, SearchSpace
+from autopeft.search_space.space import SearchSpace
 from autopeft.studies.front import Floats
 from autopeft.studies.race.base import RaceProblem, best_sums, pareto
 
