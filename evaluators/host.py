@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.evaluators.heads import head_bank, head_sites
+from autopeft.evaluators.routers import Routers, banks_of, check_routers
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
-from autopeft.search_space.adapters.bank import Bank, Tokens
+from autopeft.search_space.adapters.bank import Bank
 from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.adapters.linear import set_weight, weight_of
-from autopeft.search_space.adapters.mixture import LOOKING_AHEAD, Mixture
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import Backbone, Site
 
@@ -65,14 +65,12 @@ class Attachment(nn.Module):
         self.depth = min(architecture.lowest_layer(backbone) for architecture in architectures)
         self.banks = _registered([])
         self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all of them
-        #: What the routers of mixtures are told; `domains` is for whoever calls the model to set.
-        self.tokens = Tokens()
         self._handles: list[Any] = []
         self._inputs: dict[str, Tensor] = {}
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
         banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
         for architecture in self.architectures:
-            _check_routers(architecture, backbone)
+            check_routers(architecture, backbone)
 
         placed = {name for architecture in self.architectures for name, _ in architecture.adapters}
         for site in sorted((backbone.site(name) for name in placed), key=backbone.sites.index):
@@ -96,6 +94,7 @@ class Attachment(nn.Module):
         device = next(model.parameters()).device
         self.to(device)
         self._slots_of = [slots if slots is None else slots.to(device) for slots in self._slots_of]
+        self.routers = Routers(self.num_slots, list(zip(self.banks, self._slots_of, strict=True)))
         self._hook(model)
         self._was_training = model.training
         self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
@@ -128,7 +127,7 @@ class Attachment(nn.Module):
         return iter(groups[key] for key in order)
 
     def _add(self, bank: Bank, slots: list[int]) -> None:
-        bank.tokens, bank.slots_served = self.tokens, slots
+        bank.slots_served = slots
         self.banks.append(bank)
         self._slots_of.append(None if slots == list(range(self.num_slots)) else torch.tensor(slots))
 
@@ -148,10 +147,10 @@ class Attachment(nn.Module):
             from autopeft.evaluators.attention import install
 
             self._handles += install(model, prefixes, self.num_slots)
-        if self.mixtures:
+        if self.routers:
             # Of the layers' own model: a task may run that without the head, and the lower layers may be replaced.
             inner: nn.Module = getattr(model, "base_model", model)
-            self._handles.append(inner.register_forward_pre_hook(self._look, with_kwargs=True))
+            self._handles.append(inner.register_forward_pre_hook(self.routers.look, with_kwargs=True))
         points: dict[str, list[Served]] = {}
         for bank, slots in served:
             points.setdefault(bank.site.module, []).append((bank, slots))
@@ -191,15 +190,6 @@ class Attachment(nn.Module):
 
         return forward
 
-    def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """What the routers are told of the batch [K * N, T], which is the same N texts for every slot."""
-        ids = args[0] if args else kwargs.get("input_ids")
-        shape = (kwargs["inputs_embeds"] if ids is None else ids).shape
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(f"routers need an attention mask of texts and tokens, not of shape {tuple(mask.shape)}")
-        self.tokens.begin(shape[1], None if mask is None else mask[: shape[0] // self.num_slots].bool())
-
     def _tap(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple) -> None:
             self._inputs[path] = args[0]
@@ -233,59 +223,6 @@ class Attachment(nn.Module):
         """[K * N, ..., D] to [K, M, D]."""
         return tensor.reshape(self.num_slots, -1, tensor.shape[-1])
 
-    # Mixtures
-
-    @property
-    def mixtures(self) -> list[tuple[Bank, Tensor | None]]:
-        """Banks of mixtures and the slots that each serves, None for all."""
-        pairs = zip(self.banks, self._slots_of, strict=True)
-        return [(bank, slots) for bank, slots in pairs if isinstance(bank.specs[0], Mixture)]
-
-    def penalised(self, losses: Tensor) -> Tensor:
-        """Losses [K] of the last forward pass with what the routers of each slot add to them."""
-        for bank, slots in self.mixtures:
-            if bank.routing is None:
-                continue
-            penalty = bank.routing.penalty.to(losses)
-            losses = losses + (penalty if slots is None else torch.zeros_like(losses).index_add(0, slots, penalty))
-            bank.routing = None  # the graph of a step must not outlive it
-        self.tokens.end()
-        return losses
-
-    def watch(self) -> None:
-        """From here on, and anew, `routes` collects what the routers do."""
-        for bank, _ in self.mixtures:
-            bank.seen = []
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """All experts of every mixture weighted alike, whatever its router says."""
-        for bank, _ in self.mixtures:
-            bank.averaged = True
-        try:
-            yield
-        finally:
-            for bank, _ in self.mixtures:
-                bank.averaged = False
-
-    def routes(self, k: int) -> dict[str, dict[str, Any]]:
-        """What the routers of slot k did since `watch`, by site: `load`, `entropy` and `active` as in `Routing`, means
-        over all that was routed.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        for key, bank, j in self._banks_of(k):
-            if not bank.seen:
-                continue
-            count = torch.stack([routing.count for routing in bank.seen]).float().cpu()
-            share = count / count.sum()
-            own = {
-                name: torch.stack([getattr(routing, name)[j] for routing in bank.seen]).movedim(0, -1).cpu() @ share
-                for name in ("load", "entropy", "active")
-            }
-            own["load"] = own["load"][: bank.specs[j].num_experts]
-            found[key] = {name: [round(v, 4) for v in t.flatten().tolist()] for name, t in own.items()}
-        return found
-
     # Use
 
     def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
@@ -312,7 +249,7 @@ class Attachment(nn.Module):
 
     def state(self, k: int = 0) -> dict[str, Tensor]:
         """The trained tensors of slot k on the CPU, as `site/kind/name`; a second of that name gets `#2`."""
-        tensors = {f"{key}/{n}": v for key, bank, j in self._banks_of(k) for n, v in bank.of_slot(j).items()}
+        tensors = {f"{key}/{n}": v for key, bank, j in banks_of(self.banks, k) for n, v in bank.of_slot(j).items()}
         if self._trained:
             names = {p: name for name, p in self.model[0].named_parameters()}
             tensors |= {f"backbone/full/{names[p]}": p for p, _ in self._trained}
@@ -321,7 +258,7 @@ class Attachment(nn.Module):
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], k: int = 0) -> None:
         """The inverse of `state`. Raises KeyError for a missing tensor, ValueError for another shape."""
-        for key, bank, j in self._banks_of(k):
+        for key, bank, j in banks_of(self.banks, k):
             bank.load_slot(j, {name: state[f"{key}/{name}"] for name in bank.values})
         if self._trained:
             names = {p: name for name, p in self.model[0].named_parameters()}
@@ -332,32 +269,21 @@ class Attachment(nn.Module):
         """Slot k's views of tensors that are kept per trained parameter of the banks, by the names of `state`."""
         return {
             f"{key}/{name}": part
-            for key, bank, j in self._banks_of(k)
+            for key, bank, j in banks_of(self.banks, k)
             for name, part in bank.of_slot(j, {n: of[v] for n, v, _ in bank.trained()}).items()
         }
 
     def dropout_streams(self, k: int) -> dict[str, torch.Generator]:
         """Slot k's random streams, by the first words of the names of `state`."""
-        return {key: bank.dropout_streams[j] for key, bank, j in self._banks_of(k)}
+        return {key: bank.dropout_streams[j] for key, bank, j in banks_of(self.banks, k)}
 
     def slots_of_rows(self) -> Iterator[tuple[nn.Parameter, bool, list[int]]]:
         """Every tensor of the banks, whether weight decay applies to it, and the slot of each of its rows.
 
         Only where no two slots share a bank.
         """
-        for bank, slots in zip(self.banks, self._slots_of, strict=True):
-            served = list(range(self.num_slots)) if slots is None else slots.tolist()
-            yield from ((value, decay, served) for _, value, decay in bank.trained())
-
-    def _banks_of(self, k: int) -> Iterator[tuple[str, Bank, int]]:
-        """Banks that serve slot k: a name that is the same in any pack, the bank, the slot's place in it."""
-        seen: dict[str, int] = {}
-        for bank, slots in zip(self.banks, self._slots_of, strict=True):
-            served = list(range(self.num_slots)) if slots is None else slots.tolist()
-            if k in served:
-                key = f"{bank.site.name}/{bank.specs[0].kind}"
-                seen[key] = seen.get(key, 0) + 1
-                yield key if seen[key] == 1 else f"{key}#{seen[key]}", bank, served.index(k)
+        for bank in self.banks:
+            yield from ((value, decay, bank.slots_served) for _, value, decay in bank.trained())
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -448,13 +374,6 @@ def _on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor]
     if slots is None:
         return change(*tensors)
     return whole.index_copy(0, slots, change(*(tensor.index_select(0, slots) for tensor in tensors)))
-
-
-def _check_routers(architecture: Architecture, backbone: Backbone) -> None:
-    """Raises ValueError for a router that would tell a causal model's token what comes after it."""
-    for name, spec in architecture:
-        if backbone.causal and isinstance(spec, Mixture) and spec.router in LOOKING_AHEAD:
-            raise ValueError(f"{name}: the router {spec.router!r} looks ahead, which a causal model must not")
 
 
 def _acts(bank: Bank, method: str) -> bool:

@@ -106,7 +106,7 @@ class _Bench:
 
     def __init__(self, attachment: Attachment, task: Task, batch: Batch) -> None:
         self.attachment = attachment
-        attachment.tokens.domains = batch.get("domains")
+        attachment.routers.tokens.domains = batch.get("domains")
         self.model = attachment.model[0]
         self.task = task
         self.inputs = model_inputs(batch)
@@ -121,7 +121,7 @@ class _Bench:
         self.model(**self.inputs)
 
     def loss(self) -> Tensor:
-        return self.attachment.penalised(self.task.scores(self.model, self.batch)[0].mean()[None])[0]
+        return self.attachment.routers.penalised(self.task.scores(self.model, self.batch)[0].mean()[None])[0]
 
     def training_step(self) -> Callable[[], None]:
         """The step with an optimiser of its own; the forward pass alone where there is nothing to train."""

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +32,11 @@ from autopeft.evaluators.tasks import Batch, model_inputs
 from autopeft.evaluators.tasks.data import Splits
 from autopeft.evaluators.train import (
     EVALUATION_BATCH_SIZE,
-    Columns,
     Record,
+    Scores,
     TrainEvaluator,
     TrainingFailed,
     failure,
-    finite,
     rate,
     steps_at,
 )
@@ -109,16 +107,6 @@ class _Run:
     def order(self) -> tuple[int, int, int]:
         """Runs with the same one see the same minibatches from here on."""
         return self.request.seed, self.training.batch_size, self.step
-
-
-@dataclass(slots=True)
-class _Scores:
-    """Of a slot at a stop: held-out ones, those on the test split, and what there is to say of mixtures."""
-
-    validation: Columns
-    test: Columns = field(default_factory=dict)
-    routes: dict[str, Any] = field(default_factory=dict)
-    averaged: dict[str, float] = field(default_factory=dict)
 
 
 class PackedEvaluator(TrainEvaluator):
@@ -291,14 +279,12 @@ class PackedEvaluator(TrainEvaluator):
                     raise TrainingFailed(f"the training loss became {loss} at step {broken[k]} of {steps}")
                 if k not in scored:
                     continue
-                found = scored[k]
+                scores = scored[k]
                 if step < run.num_steps:
-                    run.record.rung(run.share, found.validation)
+                    run.record.rung(run.share, scores.validation)
                     run.passed += 1
                     continue
-                run.record.validation = finite(found.validation)
-                run.record.test = finite(found.test) if found.test else {}
-                run.record.routes, run.record.averaged = found.routes, found.averaged
+                run.record.end(scores)
                 measurement = run.record.measurement(run.request, self.name)
                 ended.append((run, Outcome(measurement=measurement, weights=weights.get(k))))
             except TrainingFailed as error:
@@ -326,7 +312,7 @@ class PackedEvaluator(TrainEvaluator):
         unseen: list[Tensor] = []
         for number, indices, now in zip(numbers, islice(order, first, None), rates, strict=False):
             loss = self.scores(attachment, "train", indices)[0].mean(1)
-            attachment.penalised(loss).sum().backward()
+            attachment.routers.penalised(loss).sum().backward()
             optimizer.step(number, now)
             unseen.append(loss.detach())
             if len(unseen) == looks or number == last:
@@ -339,29 +325,23 @@ class PackedEvaluator(TrainEvaluator):
 
     # Scores
 
-    def _score(self, pack: Sequence[_Run], slots: Sequence[int], attachment: Attachment) -> dict[int, _Scores]:
+    def _score(self, pack: Sequence[_Run], slots: Sequence[int], attachment: Attachment) -> dict[int, Scores]:
         """Of the slots that have come to a stop."""
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
-        at_rung = [k for k in slots if k not in ending]
-        found: dict[int, _Scores] = {}
-        if at_rung:
+        found: dict[int, Scores] = {}
+        if len(ending) < len(slots):
             columns = self.columns(attachment, "validation", self.rung_examples)
-            found |= {k: _Scores(columns[k]) for k in at_rung}
+            found |= {k: Scores(validation=columns[k]) for k in slots}
         if ending:
-            columns = self.columns(attachment, "validation")
-            routes = {k: attachment.routes(k) for k in ending}
-            tested = any(pack[k].request.test for k in ending)
-            test = self.columns(attachment, "test") if tested else []
-            averaged = self.averaged(attachment) if tested else []
-            for k in ending:
-                own = (test[k], averaged[k]) if pack[k].request.test else ({}, {})
-                found[k] = _Scores(columns[k], own[0], routes[k], own[1])
+            tested = [k in ending and run.request.test for k, run in enumerate(pack)]
+            scores = self.final_scores(attachment, tested)
+            found |= {k: scores[k] for k in ending}
         return found
 
     def scores(self, attachment, split, indices):
         slots, depth = attachment.num_slots, attachment.depth
         batch = self.batch(split, indices)
-        attachment.tokens.domains = batch.get("domains")
+        attachment.routers.tokens.domains = batch.get("domains")
         lower: AbstractContextManager[None] = nullcontext()
         if self.prefix is not None and depth:
             lower = self.prefix.replaced(repeated(self._hidden(split, indices, batch, depth), slots), depth)

@@ -152,11 +152,7 @@ class TrainEvaluator(Evaluator):
             if step in rungs and step < steps:
                 (columns,) = self.columns(attachment, "validation", self.rung_examples)
                 record.rung(rungs[step], columns)
-        (columns,) = self.columns(attachment, "validation")
-        record.validation, record.routes = finite(columns), attachment.routes(0)
-        if request.test:
-            record.test = finite(self.columns(attachment, "test")[0])
-            record.averaged = self.averaged(attachment)[0]
+        record.end(self.final_scores(attachment, [request.test])[0])
         record.wall_s = time.perf_counter() - begin
         weights = attachment.state() if request.keep_weights else None
         return Outcome(measurement=record.measurement(request, self.name), weights=weights)
@@ -180,10 +176,8 @@ class TrainEvaluator(Evaluator):
                 start = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * rate(step - 1, full, training)
-                batch = self.batch("train", next(order))
-                attachment.tokens.domains = batch.get("domains")
-                loss = self.task.scores(self.model, batch)[0].mean()
-                attachment.penalised(loss[None]).sum().backward()
+                loss = self.scores(attachment, "train", next(order))[0].mean(1)
+                attachment.routers.penalised(loss).sum().backward()
                 if training.max_grad_norm:
                     clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
                 optimizer.step()
@@ -198,7 +192,7 @@ class TrainEvaluator(Evaluator):
     def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
         """For every slot, loss and accuracy of these examples of a split (default: all of them), in their order."""
         attachment.eval()
-        attachment.watch()
+        attachment.routers.watch()
         chosen = range(len(self.examples[split])) if examples is None else examples
         lengths = [self.lengths[split][i] for i in chosen]
         found = torch.zeros(2, attachment.num_slots, len(chosen))
@@ -208,11 +202,21 @@ class TrainEvaluator(Evaluator):
         attachment.train()
         return [{"loss": loss.tolist(), "accuracy": accuracy.tolist()} for loss, accuracy in found.unbind(1)]
 
-    def averaged(self, attachment: Attachment) -> list[dict[str, float]]:
+    def final_scores(self, attachment: Attachment, tested: Sequence[bool]) -> list[Scores]:
+        """Of every slot; those that are `tested` on the test split and without routers too."""
+        validation = self.columns(attachment, "validation")
+        found = [Scores(validation=own, routes=attachment.routers.routes(k)) for k, own in enumerate(validation)]
+        if any(tested):
+            test, averaged = self.columns(attachment, "test"), self._averaged(attachment)
+            for k in (k for k, wanted in enumerate(tested) if wanted):
+                found[k].test, found[k].averaged = test[k], averaged[k]
+        return found
+
+    def _averaged(self, attachment: Attachment) -> list[dict[str, float]]:
         """For every slot, its validation scores without routers; nothing where there are none."""
-        if not attachment.mixtures:
+        if not attachment.routers:
             return [{}] * attachment.num_slots
-        with attachment.averaged():
+        with attachment.routers.averaged():
             columns = self.columns(attachment, "validation")
         return [
             _means(column) if any(isinstance(spec, Mixture) for _, spec in architecture) else {}
@@ -222,7 +226,7 @@ class TrainEvaluator(Evaluator):
     def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of these examples, each [K, N]."""
         batch = self.batch(split, indices)
-        attachment.tokens.domains = batch.get("domains")
+        attachment.routers.tokens.domains = batch.get("domains")
         losses, accuracies = self.task.scores(self.model, batch)
         return losses[None], accuracies[None]
 
@@ -231,15 +235,24 @@ Columns = dict[str, list[float]]
 
 
 @dataclass(slots=True)
+class Scores:
+    """Of a slot after its training: losses and accuracies by example, and what there is to say of mixtures (see
+    `Measurement`).
+    """
+
+    validation: Columns = field(default_factory=dict)
+    test: Columns = field(default_factory=dict)
+    routes: dict[str, Any] = field(default_factory=dict)
+    averaged: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Record:
     """What has been seen of a candidate's training."""
 
     losses: list[float] = field(default_factory=list)
     rungs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
-    validation: Columns = field(default_factory=dict)
-    test: Columns = field(default_factory=dict)
-    routes: dict[str, Any] = field(default_factory=dict)
-    averaged: dict[str, float] = field(default_factory=dict)
+    scores: Scores = field(default_factory=Scores)
     train_s: float = 0.0
     wall_s: float = 0.0
 
@@ -247,13 +260,21 @@ class Record:
         """Raises TrainingFailed for a loss that is not a number."""
         self.rungs.append((share, _means(finite(columns))))
 
+    def end(self, scores: Scores) -> None:
+        """Raises TrainingFailed for a loss that is not a number."""
+        for columns in (scores.validation, scores.test):
+            if columns:
+                finite(columns)
+        self.scores = scores
+
     def measurement(self, request: Request, evaluator: str) -> Measurement:
         """Raises IndexError for a training that ended before its first rung."""
+        scores = self.scores
         # One that ended at a rung has that rung's values.
-        share, values = (request.fidelity.share, _means(self.validation)) if self.validation else self.rungs[-1]
+        share, values = (request.fidelity.share, _means(scores.validation)) if scores.validation else self.rungs[-1]
         return Measurement(
             values=values,
-            std_err={name: _standard_error(column) for name, column in self.validation.items()},
+            std_err={name: _standard_error(column) for name, column in scores.validation.items()},
             seed=request.seed,
             share=share,
             evaluator=evaluator,
@@ -261,11 +282,11 @@ class Record:
             train_s=self.train_s,
             losses=tuple(round(loss, 5) for loss in self.losses),
             rungs=tuple(self.rungs),
-            per_example={name: _rounded(column) for name, column in self.validation.items()},
-            routes=self.routes,
-            averaged=self.averaged,
-            test=_means(self.test),
-            test_per_example={name: _rounded(column) for name, column in self.test.items()},
+            per_example={name: _rounded(column) for name, column in scores.validation.items()},
+            routes=scores.routes,
+            averaged=scores.averaged,
+            test=_means(scores.test),
+            test_per_example={name: _rounded(column) for name, column in scores.test.items()},
         )
 
 

@@ -160,7 +160,7 @@ class Measurement:
     test_per_example: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     #: Spread (interquartile range) of measured costs.
     spread: Mapping[str, float] = field(default_factory=dict)
-    #: What the routers of mixtures did on the validation split, by site: see `Attachment.routes`.
+    #: What the routers of mixtures did on the validation split, by site: see `Routers.routes`.
     routes: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     #: Quality with all experts of every mixture weighted alike after the training; only finalists have it.
     averaged: Mapping[str, float] = field(default_factory=dict)

@@ -136,8 +136,8 @@ def trained(recipe: Recipe, *, domain: int = 0, averaged: bool = False) -> tuple
         }
         attachment.load_state(state)
         attachment.eval()
-        attachment.tokens.domains = torch.full((TEXTS,), domain)
-        with attachment.averaged() if averaged else nullcontext():
+        attachment.routers.tokens.domains = torch.full((TEXTS,), domain)
+        with attachment.routers.averaged() if averaged else nullcontext():
             adapted = logits(loaded.model)
     assert not torch.allclose(adapted, logits(loaded.model), atol=1e-3)
     return state, adapted

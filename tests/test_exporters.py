@@ -363,7 +363,7 @@ def test_native_rebuilds_routers(models: Folders, tmp_path: Path, router: str) -
         if router in BY_TASK:
             with pytest.raises(ValueError, match="domain"):
                 logits(model)
-            attachment.tokens.domains = torch.full((TEXTS,), domain)
+            attachment.routers.tokens.domains = torch.full((TEXTS,), domain)
         found[domain] = logits(model)
         assert_close(found[domain], wanted)
     assert torch.equal(found[0], found[3]) == (router not in BY_TASK)

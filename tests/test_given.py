@@ -100,7 +100,7 @@ def test_arrow_sends_a_token_where_it_points(tmp_path: Path) -> None:
         seen: list[Tensor] = []
         bank = attachment.banks[0]
         model.get_submodule(bank.site.module).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        attachment.watch()
+        attachment.routers.watch()
         with torch.no_grad():
             model(input_ids=tokens(), attention_mask=torch.ones(3, 5))
         own = bank.of_slot(0)
@@ -110,7 +110,7 @@ def test_arrow_sends_a_token_where_it_points(tmp_path: Path) -> None:
             _, _, right = torch.linalg.svd(own["B"][e] @ own["A"][e])
             pointed.append((x @ right[0]).abs())
         share = torch.stack(pointed).argmax(0).bincount(minlength=2) / len(x)
-        (routes,) = attachment.routes(0).values()
+        (routes,) = attachment.routers.routes(0).values()
         torch.testing.assert_close(torch.tensor(routes["load"]), share, atol=1e-3, rtol=0)
 
 
@@ -129,7 +129,7 @@ def test_given_experts_are_not_trained(tmp_path: Path) -> None:
         assert attachment.num_adapter_params() == 2 * architecture.num_params(backbone)
         optimizer = PackedAdamW(attachment, [Training(weight_decay=0.1)] * 2)
         logits = model(input_ids=tokens().repeat(2, 1)).logits
-        attachment.penalised(logits.square().view(2, -1).mean(1)).sum().backward()
+        attachment.routers.penalised(logits.square().view(2, -1).mean(1)).sum().backward()
         optimizer.step(1, torch.tensor([0.1, 0.1]))
         after = attachment.state(1)
     for name, value in before.items():

@@ -325,7 +325,7 @@ def test_a_slot_alone_equals_the_slot_in_a_pack_while_training(expert: AdapterSp
             for number in range(3):
                 ids = tokens(seed=number).repeat(slots, 1)
                 logits = model(ids, attention_mask=mask.repeat(slots, 1)).logits
-                attachment.penalised(logits.square().view(slots, -1).mean(1)).sum().backward()
+                attachment.routers.penalised(logits.square().view(slots, -1).mean(1)).sum().backward()
                 with torch.no_grad():
                     for value, _ in attachment.trainable():
                         if value.grad is not None:
@@ -349,13 +349,13 @@ def test_what_routers_do_is_told_by_site() -> None:
     architecture = Architecture.of({site.name: [spec] for site in backbone.sites if site.role == "attn.q"})
     with Attachment(model, backbone, [architecture], [0]) as attachment:
         attachment.eval()
-        attachment.watch()
+        attachment.routers.watch()
         with torch.no_grad():
             model(tokens(), attention_mask=torch.ones(3, 5))
             model(tokens(2, seed=1), attention_mask=torch.ones(2, 5))
-        routes = attachment.routes(0)
-        attachment.watch()
-        assert attachment.routes(0) == {}
+        routes = attachment.routers.routes(0)
+        attachment.routers.watch()
+        assert attachment.routers.routes(0) == {}
     assert len(routes) == 2
     for found in routes.values():
         assert sum(found["load"]) == pytest.approx(1.0, abs=1e-3)
@@ -669,9 +669,9 @@ def test_routes_of_a_slot_have_its_own_experts() -> None:
     made = [Architecture.of({"layers.0.attn.q": [Mixture(expert=Lora(rank=1), experts=e)]}) for e in (2, 5)]
     with Attachment(model, backbone, made, [0, 1]) as attachment, torch.no_grad():
         attachment.eval()
-        attachment.watch()
+        attachment.routers.watch()
         model(tokens().repeat(2, 1))
-        assert [len(attachment.routes(k)["layers.0.attn.q/mixture"]["load"]) for k in (0, 1)] == [2, 5]
+        assert [len(attachment.routers.routes(k)["layers.0.attn.q/mixture"]["load"]) for k in (0, 1)] == [2, 5]
 
 
 def test_heads_have_to_divide_the_features() -> None:

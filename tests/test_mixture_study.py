@@ -134,7 +134,7 @@ def test_a_mixture_is_exported_and_loads(finished: tuple[Path, Snapshot], tmp_pa
     number = verdicts(snapshot)[0].trial
     assert export(path, number, "native", tmp_path / "out") == 0
     model, attachment = load(tmp_path / "out")
-    assert attachment.mixtures
+    assert attachment.routers
     ids = torch.tensor([[2, 5, 9, 3]])
     with torch.no_grad():
         logits = model(ids, attention_mask=torch.ones_like(ids)).logits
@@ -208,7 +208,7 @@ def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.Captu
     ids = torch.tensor([[2, 5, 9, 3]])
     found = []
     for name in recipe.domains:
-        attachment.tokens.domains = torch.tensor([recipe.domains.index(name)])
+        attachment.routers.tokens.domains = torch.tensor([recipe.domains.index(name)])
         with torch.no_grad():
             found.append(model(ids, attention_mask=torch.ones_like(ids)).logits)
     assert not torch.equal(*found)

@@ -133,7 +133,7 @@ class Supernet(Proxy):
         banks = self._banks(architectures, indices)
         with self.attach(architectures, banks, f"{self.seed}/{number}") as attachment:
             loss, taught = self._losses(attachment, indices)
-            attachment.penalised(taught).mean().backward()
+            attachment.routers.penalised(taught).mean().backward()
         return loss.tolist()
 
     def _losses(self, attachment: Attachment, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ class Supernet(Proxy):
                     attachment.eval()
                     total = torch.zeros(len(chunk), device=evaluator.device)
                     for batch, hidden in zip(batches, below, strict=True):
-                        attachment.tokens.domains = batch.get("domains")
+                        attachment.routers.tokens.domains = batch.get("domains")
                         own = None if hidden is None else hidden[[parent for _, parent in chunk]].flatten(0, 1)
                         total += self._above(batch, own, depth, len(chunk)).sum(1)
                 yield from zip((i for i, _ in chunk), (total / len(self.examples)).tolist(), strict=True)
@@ -271,7 +271,7 @@ class Supernet(Proxy):
             return None
         with self.attach([part for part, _ in parents], [bank for _, bank in parents]) as attachment:
             attachment.eval()
-            attachment.tokens.domains = batch.get("domains")
+            attachment.routers.tokens.domains = batch.get("domains")
             inputs = {name: repeated(t, len(parents)) for name, t in model_inputs(batch).items()}
             hidden = prefix(inputs, depth)
         return hidden.view(len(parents), -1, *hidden.shape[1:])

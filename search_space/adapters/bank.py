@@ -203,7 +203,9 @@ class Bank(nn.Module):
         declared = [spec.parameters(site) for spec in self.specs]
         #: Of the largest slot, by name.
         self.shapes = {name: _largest([own[name].shape for own in declared]) for name in declared[0]}
-        self.values = of.values if of is not None else self._drawn(seeds if draw else None)
+        self.values = self._zeros() if of is None else of.values
+        if of is None and draw:
+            self._draw(seeds)
         #: Of a mixture: what its router is told, and what it did in the last forward pass.
         self.tokens = Tokens()
         #: Numbers of its slots in the attachment.
@@ -225,21 +227,22 @@ class Bank(nn.Module):
             self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))
         self.constant_names = tuple(constants[0])
 
-    def _drawn(self, seeds: Sequence[int | str] | None) -> nn.ParameterDict:
-        """Initial values, each [N, ...]; without seeds zeros."""
-        declared = [spec.parameters(self.site) for spec in self.specs]
-        drawn = nn.ParameterDict()
+    def _zeros(self) -> nn.ParameterDict:
+        """Values before they are drawn or loaded, each [N, ...]."""
+        values = nn.ParameterDict()
+        declared = self.specs[0].parameters(self.site)
         for name, shape in self.shapes.items():
-            values = torch.zeros(max(self.bank_of_slot) + 1, *shape)
-            # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
-            for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].num_params(self.site)):
-                if seeds is None:
-                    break
-                words = (seeds[k], self.site.name, self.specs[k].kind, name)
-                own = self._initial(declared[k][name], name, words)
-                values[self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
-            drawn[name] = nn.Parameter(values, requires_grad=not declared[0][name].given)
-        return drawn
+            empty = torch.zeros(max(self.bank_of_slot) + 1, *shape)
+            values[name] = nn.Parameter(empty, requires_grad=not declared[name].given)
+        return values
+
+    @torch.no_grad()
+    def _draw(self, seeds: Sequence[int | str]) -> None:
+        # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
+        for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].num_params(self.site)):
+            for name, declared in self.specs[k].parameters(self.site).items():
+                own = self._initial(declared, name, (seeds[k], self.site.name, self.specs[k].kind, name))
+                self.values[name][self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
 
     def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
         if declared.given:

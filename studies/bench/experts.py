@@ -76,7 +76,7 @@ def _step_s(
         for number in (1, 2):
             begin = now(evaluator.device)
             loss = evaluator.scores(attachment, "train", indices)[0].mean(1)
-            attachment.penalised(loss).sum().backward()
+            attachment.routers.penalised(loss).sum().backward()
             optimizer.step(number, rates)
         return now(evaluator.device) - begin
 

@@ -48,8 +48,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, Attachment]:
     """The model and the attachment that adapts it; `detach` the attachment to get the bare model back.
 
     Where a router of a mixture goes by the task, tell it the domains of the texts ahead of every call, a number each:
-    `attachment.tokens.domains = torch.tensor([N])` for a single text. N is the place of its domain in `domains` of the
-    recipe, from 0.
+    `attachment.routers.tokens.domains = torch.tensor([N])` for a single text. N is the place of its domain in `domains`
+    of the recipe, from 0.
 
     Raises RecipeError, ExportError for missing or damaged weights, and ModelError.
     """
