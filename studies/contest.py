@@ -18,8 +18,9 @@ import torch
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Objective, Trial
 from autopeft.studies import json_lines
-from autopeft.studies.front import hypervolume
+from autopeft.studies.front import corner, hypervolume
 from autopeft.studies.markdown import table
+from autopeft.studies.medians import LEAST_SEEDS, Median, median_of
 from autopeft.studies.session import open_study
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFile
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 #: Trials that no searcher comes to in its time.
 UNLIMITED = 100_000
-#: Of the bootstrap over the seeds.
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,56 +112,36 @@ def append(path: Path, ended: Ended) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lead:
-    """Hypervolume of the first searcher less that of another, as shares of what all fronts together dominate, with 95 %
-    of a bootstrap over the seeds.
-    """
+    """Hypervolume of the first searcher less that of another, as shares of what all fronts together dominate."""
 
     other: str
     by_seed: Mapping[int, float]
-    median: float
-    low: float
-    high: float
+    median: Median
 
 
 def volumes(ended: Sequence[Ended], objectives: Sequence[Objective]) -> dict[tuple[str, int], float]:
-    """Of each study's verified front, as a share of what all of them together dominate. All count up to one corner: the
-    objectives' own references, otherwise the worst value on any front and a tenth of the range.
-    """
+    """Of each study's verified front, as a share of what all of them together dominate, up to one corner."""
     points = {
         entry.key: np.array([[o.loss(values[o.name]) for o in objectives] for values in entry.front])
         for entry in ended
         if entry.front
     }
     every = np.vstack(list(points.values()))
-    margin = 0.1 * np.where(np.ptp(every, 0) > 0, np.ptp(every, 0), np.abs(every[0]))
-    told = [np.nan if o.reference is None else o.loss(o.reference) for o in objectives]
-    corner = np.where(np.isnan(told), every.max(0) + margin, told)
-    best = hypervolume(every[non_dominated(every)], corner)
-    return {entry.key: hypervolume(points[entry.key], corner) / best if entry.front else 0.0 for entry in ended}
+    end = corner(every, objectives)
+    best = hypervolume(every[non_dominated(every)], end)
+    return {entry.key: hypervolume(points[entry.key], end) / best if entry.front else 0.0 for entry in ended}
 
 
 def leads(found: Mapping[tuple[str, int], float], searchers: Sequence[str]) -> list[Lead]:
     """Of the first searcher over each other one, on the seeds that both have."""
     first, *others = searchers
-    rng = np.random.default_rng(0)
-    table = []
+    found_leads = []
     for other in others:
         seeds = sorted(seed for name, seed in found if name == first and (other, seed) in found)
-        if not seeds:
-            continue
-        ahead = np.array([found[first, seed] - found[other, seed] for seed in seeds])
-        draws = np.median(rng.choice(ahead, (RESAMPLES, len(ahead))), axis=1)
-        low, high = np.quantile(draws, [0.025, 0.975])
-        table.append(
-            Lead(
-                other=other,
-                by_seed=dict(zip(seeds, ahead.tolist(), strict=True)),
-                median=float(np.median(ahead)),
-                low=float(low),
-                high=float(high),
-            )
-        )
-    return table
+        if seeds:
+            by_seed = {seed: found[first, seed] - found[other, seed] for seed in seeds}
+            found_leads.append(Lead(other=other, by_seed=by_seed, median=median_of(np.array(list(by_seed.values())))))
+    return found_leads
 
 
 def to_dict(ended: Sequence[Ended], objectives: Sequence[Objective], searchers: Sequence[str]) -> dict[str, Any]:
@@ -192,7 +171,7 @@ def to_markdown(ended: Sequence[Ended], objectives: Sequence[Objective], searche
     for lead in leads(found, searchers):
         won = sum(value > 0 for value in lead.by_seed.values())
         lines.append(
-            f"{searchers[0]} less {lead.other}: median {lead.median:+.3f} ({lead.low:+.3f} to {lead.high:+.3f}), "
-            f"ahead on {won} of {len(lead.by_seed)} seeds."
+            f"{searchers[0]} less {lead.other}: median {lead.median}, ahead on {won} of {len(lead.by_seed)} seeds."
+            + (f" Fewer than {LEAST_SEEDS}: no interval." if lead.median.low is None else "")
         )
     return "\n".join(lines) + "\n"

@@ -57,32 +57,34 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
     A point beyond the reference in some objective, or with a NaN, adds nothing.
     """
-    corner = np.asarray(reference, dtype=float)
-    table = np.asarray(points, dtype=float).reshape(-1, len(corner))
-    inside = (table <= corner).all(axis=1)
-    return float(compute_hypervolume(table[inside], corner))
+    end = np.asarray(reference, dtype=float)
+    table = np.asarray(points, dtype=float).reshape(-1, len(end))
+    inside = (table <= end).all(axis=1)
+    return float(compute_hypervolume(table[inside], end))
 
 
 def reference_point(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
-    """[m] losses: the corner for the hypervolume.
-
-    An objective's own `reference` where it declares one, otherwise the worst value among the trials that
-    count plus a tenth of their range (a tenth of the value itself if they are all equal). Take it once, from
-    all trials, and use it for every point of a curve: hypervolumes up to different corners cannot be
-    compared. Raises ValueError if a reference is not declared and no trial counts.
-    """
+    """[m] losses: the `corner` of the trials that count. Take it once, from all of them, for every point of a curve."""
     table = losses(trials, objectives)
-    known = table[~np.isnan(table).any(axis=1)]
-    corner = []
-    for objective, column in zip(objectives, known.T, strict=True):
+    return corner(table[~np.isnan(table).any(axis=1)], objectives)
+
+
+def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
+    """[n, m] losses -> [m]: where the hypervolume ends. Hypervolumes up to different corners cannot be compared.
+
+    An objective's own `reference` where it declares one, otherwise the worst value plus a tenth of the range (a tenth
+    of the value itself if all are equal). Raises ValueError if a reference is not declared and there is no point.
+    """
+    ends = []
+    for objective, column in zip(objectives, points.T, strict=True):
         if objective.reference is not None:
-            corner.append(objective.loss(objective.reference))
+            ends.append(objective.loss(objective.reference))
         elif len(column):
             margin = 0.1 * (np.ptp(column) or abs(column[0]) or 1.0)
-            corner.append(column.max() + margin)
+            ends.append(column.max() + margin)
         else:
             raise ValueError(f"{objective.name}: no reference is declared and no feasible trial is complete")
-    return np.array(corner)
+    return np.array(ends)
 
 
 def hypervolume_by_trial(trials: Sequence[Trial], objectives: Sequence[Objective], reference: ArrayLike) -> Floats:

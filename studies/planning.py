@@ -79,7 +79,7 @@ def plan_study(settings: StudyFile, splits: Splits) -> Plan:
 
     measured = evaluator.costs(typical, frozenset({"step_s", "latency_s"})).values
     memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]
-    finals, searched = num_finals(settings), settings.search.trials
+    finals, searched = num_finals(settings, space), settings.search.trials
     full_runs = len(list(baselines(settings, space))) + finals
     num_steps = evaluator.num_steps(Request(candidate=typical)) * (searched * mean_share(settings.search) + full_runs)
     batch_size = evaluator.training(typical).batch_size

@@ -14,16 +14,23 @@ from safetensors.torch import save_file
 from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
-from autopeft.search_space.controls import controls
-from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
 from autopeft.searchers import SEARCHERS, FromScores, Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
-from autopeft.studies import front
 from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
 from autopeft.studies.ledger import Ledger
-from autopeft.studies.planned import BASELINE, CONTROL, FINALIST, Planned, baselines, num_evaluations
+from autopeft.studies.planned import (
+    BASELINE,
+    CONTROL,
+    FINALIST,
+    SEARCH,
+    Planned,
+    baselines,
+    compared,
+    finalists,
+    num_evaluations,
+)
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFile
 
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
 MOST_REJECTIONS = 200
 #: Random candidates that are tried against the limits before a study starts.
 PROBES = 500
-SEARCH, COPY = "search", "copy"
+COPY = "copy"
 
 
 class Watcher(Protocol):
@@ -91,11 +98,13 @@ class Study:
             unfinished = self.ledger.unfinished(self.problem.objectives)
             self._evaluate_planned(BASELINE, unfinished, self._baselines(), watcher)
             self._search(unfinished, watcher)
-            finalists, compared, done = list(self._finalists()), list(self._controls()), len(self._counted())
+            searched, done = self.snapshot(), len(self._counted())
+            finals = list(finalists(self.settings, searched))
+            controls = list(compared(self.settings, searched))
             under_way = sum(t.role.startswith((FINALIST, CONTROL)) for t in unfinished)
-            watcher.plan(done + len(finalists) + len(compared) + under_way, done)
-            self._evaluate_planned(FINALIST, unfinished, finalists, watcher)
-            self._evaluate_planned(CONTROL, unfinished, compared, watcher)
+            watcher.plan(done + len(finals) + len(controls) + under_way, done)
+            self._evaluate_planned(FINALIST, unfinished, finals, watcher)
+            self._evaluate_planned(CONTROL, unfinished, controls, watcher)
         except OSError as error:
             raise EnvironmentProblem(f"{self.settings.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()
@@ -341,46 +350,6 @@ class Study:
         self.ledger.finish(trial, self.problem.objectives)
         self.trials[trial.number] = trial
         return trial
-
-    # The final front
-
-    def contenders(self) -> list[Trial]:
-        """Members of the search's front, at most `finalists.most`, spread over its length; the best one is in."""
-        trials = [t for t in self.trials.values() if t.role == SEARCH and t.state == "complete"]
-        losses = front.losses(trials, self.problem.objectives)
-        members = [t for t, member in zip(trials, non_dominated(losses), strict=True) if member]
-        quality = self.snapshot().quality
-        sign = -1 if METRICS[quality].maximise else 1
-        members.sort(key=lambda t: sign * t.values[quality])
-        most = self.settings.finalists.most
-        if len(members) <= most:
-            return members
-        return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]
-
-    def tuned_baselines(self) -> list[Trial]:
-        """The best learning rate of each baseline."""
-        return [entry.trial for entry in self.snapshot().tuned() if entry.trial.role.startswith(BASELINE)]
-
-    def _finalists(self) -> Iterator[Planned]:
-        """Fresh seeds for every contender and every tuned baseline, at full length and with the test split."""
-        known = {(t.of, t.seed) for t in self.trials.values() if t.role == FINALIST}
-        for trial in [*self.tuned_baselines(), *self.contenders()]:
-            for seed in self._fresh_seeds():
-                if (trial.number, seed) not in known:
-                    yield Planned(FINALIST, trial.candidate, seed, of=trial.number)
-
-    def _controls(self) -> Iterator[Planned]:
-        """What every contender with mixtures is compared with, trained as it is and with the same seeds."""
-        known = {(t.role, t.of, t.seed) for t in self.trials.values()}
-        for trial in self.contenders() if self.settings.finalists.controls else ():
-            for name, architecture in controls(trial.candidate.architecture, self.backbone).items():
-                candidate = replace(trial.candidate, architecture=architecture)
-                for seed in self._fresh_seeds():
-                    if (CONTROL + name, trial.number, seed) not in known:
-                        yield Planned(CONTROL + name, candidate, seed, of=trial.number)
-
-    def _fresh_seeds(self) -> range:
-        return range(self.settings.seed + 1, self.settings.seed + self.settings.finalists.seeds + 1)
 
     def _save_weights(self, trial: Trial, outcome: Outcome) -> None:
         if outcome.weights is None or trial.of is None:

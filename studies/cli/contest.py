@@ -10,7 +10,7 @@ import typer
 
 from autopeft.studies.cli.benchmark import BenchView
 from autopeft.studies.cli.files import check, check_names, written
-from autopeft.studies.cli.options import JsonOption, SetOption, print_json
+from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of, print_json
 
 
 def contest(
@@ -35,9 +35,9 @@ def contest(
     from autopeft.studies import contest as contests
     from autopeft.studies.study_file import load_study
 
-    names = list(dict.fromkeys(name.strip() for name in searchers.split(",") if name.strip()))
+    names = names_of(searchers)
     check_names("searcher", names, SEARCHERS)
-    numbers = _numbers(seeds)
+    numbers = numbers_of("--seeds", seeds)
     path = study or Path(str(files("autopeft.studies.examples") / "demo.yaml"))
     settings = load_study(path, [*(set_ or ()), f"search.searcher={names[0]}"])
     splits, _, _ = check(settings)
@@ -59,10 +59,3 @@ def contest(
         print_json(contests.to_dict(ended, objectives, names))
     else:
         typer.echo(contests.to_markdown(ended, objectives, names), nl=False)
-
-
-def _numbers(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() for word in words):
-        raise typer.BadParameter(f"{text}: write whole numbers, such as 0,1,2", param_hint="--seeds")
-    return list(dict.fromkeys(int(word) for word in words))

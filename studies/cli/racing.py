@@ -16,7 +16,7 @@ import typer
 
 from autopeft.studies.cli.benchmark import BenchView
 from autopeft.studies.cli.files import check, check_names, written
-from autopeft.studies.cli.options import JsonOption, SetOption, print_json
+from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of, print_json
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def race(
     from autopeft.studies.race.surrogate import NoTable
 
     names = list(dict.fromkeys(problems or BY_DEFAULT))
-    asked = list(dict.fromkeys(name for name in searchers.replace(" ", "").split(",") if name))
+    asked = names_of(searchers)
     check_names("problem", names, PROBLEMS)
     check_names("searcher", asked, races.ARMS)
     try:
@@ -68,14 +68,14 @@ def race(
     if clocked is not None:
         from autopeft.studies.race import clock
 
-        histories = _numbers("--clock", clocked)
+        histories = numbers_of("--clock", clocked, least=2)
         timed = partial(clock.clock, searchers=asked, histories=histories, batch=batch)
         _print_each(built, timed, len(asked) * len(histories) * clock.REPEATS, clock.to_markdown, as_json)
         return
     if surrogates is not None:
         from autopeft.studies.race import models
 
-        counts = _numbers("--surrogates", surrogates)
+        counts = numbers_of("--surrogates", surrogates, least=2)
         fitted = partial(models.compare, counts=counts)
         _print_each(built, fitted, len(counts) * len(models.KERNELS) * models.REPEATS, models.to_markdown, as_json)
         return
@@ -117,14 +117,6 @@ def _print_each(
         print_json({name: [asdict(entry) for entry in entries] for name, entries in found.items()})
     else:
         typer.echo("\n".join(to_markdown(name, entries) for name, entries in found.items()), nl=False)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """Raises ConfigurationError."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() and int(word) > 1 for word in words):
-        raise ConfigurationError(f"{option} {text}: write numbers of trials, such as 200,500")
-    return [int(word) for word in words]
 
 
 def tabulate(

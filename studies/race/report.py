@@ -12,29 +12,13 @@ import numpy as np
 
 from autopeft.studies import markdown
 from autopeft.studies.front import Floats
+from autopeft.studies.medians import LEAST_SEEDS, Median, draws, median_of
 from autopeft.studies.race.races import ARMS, Ended
 
 CHECKPOINTS = (25, 50, 100, 200)
 #: Its last median is what the others are measured by.
 YARDSTICK = "nsga2"
-DRAWS = 4000
-#: With fewer seeds not even their range is an interval of 95 % for the median.
-LEAST_SEEDS = 6
 PACKAGES = ("optuna", "botorch", "torch", "scipy")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """`low`, `high`: the central 95 % of bootstrap draws of the seeds; None where there are too few of them."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +31,7 @@ class Line:
     searcher: str
     trials: int
     seeds: int
-    shares: Mapping[int, Estimate]
+    shares: Mapping[int, Median]
     own_s: float
     reaches: int | None
 
@@ -58,7 +42,7 @@ class Lead:
 
     best: str
     second: str
-    difference: Estimate
+    difference: Median
 
     @property
     def is_clear(self) -> bool:
@@ -140,14 +124,6 @@ def _reaches(curve: Floats, level: float) -> int | None:
     return int(there[0]) + 1 if len(there) else None
 
 
-def median_of(values: Floats) -> Estimate:
-    """[seeds]"""
-    if len(values) < LEAST_SEEDS:
-        return Estimate(value=float(np.median(values)), low=None, high=None)
-    low, high = np.quantile(np.median(values[_draws(len(values))], axis=1), [0.025, 0.975])
-    return Estimate(value=float(np.median(values)), low=float(low), high=float(high))
-
-
 def lead_at(point: int, curves: Sequence[Curves]) -> Lead | None:
     """Paired by seed: two searchers with the same seed meet the same noise."""
     there = [group for group in curves if point <= group.trials]
@@ -161,15 +137,11 @@ def lead_at(point: int, curves: Sequence[Curves]) -> Lead | None:
     value = float(np.median(a) - np.median(b))
     low = high = None
     if len(common) >= LEAST_SEEDS:
-        draws = _draws(len(common))
-        drawn = np.median(a[draws], axis=1) - np.median(b[draws], axis=1)
+        drawn = draws(len(common))
+        drawn = np.median(a[drawn], axis=1) - np.median(b[drawn], axis=1)
         low, high = (float(q) for q in np.quantile(drawn, [0.025, 0.975]))
-    difference = Estimate(value=value, low=low, high=high)
+    difference = Median(value=value, low=low, high=high)
     return Lead(best=_label(first, curves), second=_label(second, curves), difference=difference)
-
-
-def _draws(size: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(size, size=(DRAWS, size))
 
 
 def _label(row: Curves | Line, rows: Sequence[Curves | Line]) -> str:
@@ -210,7 +182,7 @@ def _section(table: Table) -> str:
     return "\n\n".join([f"### {table.problem}", summary, markdown.table(rows), _verdict(table)])
 
 
-def _cell(found: Estimate | None, best: float) -> str:
+def _cell(found: Median | None, best: float) -> str:
     if found is None:
         return "-"
     return f"**{found}**" if found.value == best else str(found)
@@ -274,6 +246,6 @@ def picture(curves: Mapping[str, Sequence[Curves]], path: str | PathLike[str]) -
 
 def _band(shares: Floats) -> tuple[Floats, Floats]:
     """[seeds, trials] -> two [trials]"""
-    draws = _draws(len(shares))[:1000]
-    low, high = np.quantile(np.median(shares[draws], axis=1), [0.025, 0.975], axis=0)
+    drawn = draws(len(shares))[:1000]
+    low, high = np.quantile(np.median(shares[drawn], axis=1), [0.025, 0.975], axis=0)
     return low, high
