@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from autopeft.search_space.problem import METRICS, Trial
 from autopeft.studies import comparison
 from autopeft.studies.comparison import Estimate
 from autopeft.studies.planned import CONTROL
-from autopeft.studies.snapshot import Snapshot
+from autopeft.studies.snapshot import Entry, Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +30,11 @@ class Against:
         if self.difference.low > 0:
             return "better"
         return "worse" if self.difference.high < 0 else "not told apart"
+
+    def of(self, quality: str) -> tuple[float, float, float]:
+        """The difference and the ends of its interval in the quality's own direction: of a loss, less is better."""
+        d = self.difference
+        return (d.value, d.low, d.high) if METRICS[quality].maximise else (-d.value, -d.high, -d.low)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +69,8 @@ class Verdict:
         word = "routing earned its keep" if self.earned else "routing did not show that it earns its keep"
         found = [f"{head}: {word}"]
         for one in self.against:
-            d = one.difference
-            low, high = sorted((sign * d.low, sign * d.high))
-            interval = f"{sign * d.value:+.4f} {quality} ({low:+.4f} to {high:+.4f}, 95 %)"
+            value, low, high = one.of(quality)
+            interval = f"{value:+.4f} {quality} ({low:+.4f} to {high:+.4f}, 95 %)"
             found.append(f"  against {one.control}, {one.num_params:,} parameters: {one.verdict}, {interval}")
         if self.averaged is not None:
             found.append(f"  its experts weighted alike after the training: {-sign * self.averaged:+.4f} {quality}")
@@ -98,7 +101,9 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
             Against(
                 control=name,
                 num_params=runs[0].candidate.architecture.num_params(snapshot.backbone),
-                difference=comparison.paired_difference(scores, _scores(runs, quality, sign), seed_sd=seed_sd),
+                difference=comparison.paired_difference(
+                    scores, Entry(trial=runs[0], repeats=tuple(runs)).scores(quality), seed_sd=seed_sd
+                ),
             )
             for name in CONTROLS
             if (runs := own.get(name))
@@ -119,8 +124,3 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
             )
         )
     return found
-
-
-def _scores(runs: Sequence[Trial], quality: str, sign: float) -> np.ndarray:
-    """[seeds, examples], larger is better."""
-    return sign * np.array([run.measurement.per_example[quality] for run in runs if run.measurement is not None])

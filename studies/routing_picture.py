@@ -17,26 +17,24 @@ COLOURS = {"better": BLUE, "worse": VERMILION}
 
 def routing_figure(verdicts: Sequence[Verdict], quality: str) -> go.Figure:
     """A row for every mixture and control: the difference of the quality, in its own direction, with its 95 %."""
-    sign = 1.0 if METRICS[quality].maximise else -1.0
     rows = [(f"{verdict.label} against {one.control}", one) for verdict in verdicts for one in verdict.against]
     figure = go.Figure()
     for word in ("better", "worse", "not told apart", "not told apart by one seed"):
         here = [(label, one) for label, one in rows if one.verdict == word]
         if not here:
             continue
-        ends = [sorted((sign * one.difference.low, sign * one.difference.high)) for _, one in here]
-        values = [sign * one.difference.value for _, one in here]
+        found = [one.of(quality) for _, one in here]
         colour = COLOURS.get(word, GREY)
         figure.add_scatter(
-            x=values,
+            x=[value for value, _, _ in found],
             y=[label for label, _ in here],
             mode="markers",
             name=word,
             marker={"color": colour, "size": 10},
             error_x={
                 "type": "data",
-                "array": [high - value for (_, high), value in zip(ends, values, strict=True)],
-                "arrayminus": [value - low for (low, _), value in zip(ends, values, strict=True)],
+                "array": [high - value for value, _, high in found],
+                "arrayminus": [value - low for value, low, _ in found],
                 "color": colour,
             },
             customdata=[f"{one.num_params:,}" for _, one in here],

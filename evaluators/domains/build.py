@@ -10,7 +10,6 @@ random number is drawn: selection, order and split follow hashes, so the same so
 import ast
 import builtins
 import hashlib
-import json
 import platform
 import re
 import sys
@@ -28,7 +27,9 @@ from autopeft.evaluators.topics.build import (
     clean,
     docstrings,
     near_duplicates,
+    to_jsonl,
     words,
+    write,
 )
 
 __all__ = ["BUILT_WITH", "DOMAINS", "build", "to_jsonl"]
@@ -241,15 +242,9 @@ def build(library: Path) -> dict[str, list[Row]]:
     return {name: sorted(rows, key=rank) for name, rows in splits.items()}
 
 
-def to_jsonl(rows: list[Row]) -> str:
-    return "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
-
-
 def main(folder: Path) -> None:
     splits = build(Path(sysconfig.get_path("stdlib")))
-    for name, rows in splits.items():
-        (folder / f"{name}.jsonl").write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
-
+    write(folder, splits)
     counts = {name: Counter((row.domain, row.label) for row in rows) for name, rows in splits.items()}
     print(f"Python {platform.python_version()}\n")
     print("| domain | label |", " | ".join(splits), "|\n|---|---|" + "---:|" * len(splits))

@@ -17,7 +17,7 @@ import re
 import sys
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,15 +180,18 @@ def build(library: Path) -> dict[str, list[Row]]:
     return split(select(documented(library)))
 
 
-def to_jsonl(rows: list[Row]) -> str:
+def to_jsonl(rows: Iterable[NamedTuple]) -> str:
     return "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(folder: Path, splits: Mapping[str, Iterable[NamedTuple]]) -> None:
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
 
 
 def main(folder: Path) -> None:
     splits = build(Path(sysconfig.get_path("stdlib")))
-    for name, rows in splits.items():
-        (folder / f"{name}.jsonl").write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
-
+    write(folder, splits)
     counts = {name: Counter(row.label for row in rows) for name, rows in splits.items()}
     print(f"Python {platform.python_version()}\n")
     print("| label |", " | ".join(splits), "|\n|---|" + "---:|" * len(splits))
