@@ -1,7 +1,7 @@
-"""Mixture of LoRA experts: the routed low-rank updates of K slots.
+"""Mixture of LoRA experts: the routed low-rank updates of K slots on one linear layer, alone or with the frozen layer.
 
-Letters: K slots, T tokens per slot, E experts, R rank of the largest expert, D_in, D_out features; N chosen pairs of a
-token and an expert, in all slots together.
+Letters: K slots in the batch, S slots that the mixture serves (S <= K), T tokens per slot, E experts, R rank of the
+largest expert, D_in, D_out features; N chosen pairs of a token and an expert, in all slots together.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
@@ -34,15 +35,42 @@ def mixture_lora(
     Returns [K, T, D_out] in x's type; computed in that of a. Gradients: x, a, b, gates; scale and mask are constants.
     Routed, a gate of exactly 0 gets the gradient 0: gates come from a top-k, which has none for what it leaves out.
     """
+    return _mixture_lora(x, None, None, a, b, *_routes(x, a, b, gates, scale, mask, active), None)[0]
+
+
+def mixture_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gates: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    active: int | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear layer with the mixtures of some slots: x W^T + bias, and there what `mixture_lora` gives.
+
+    x: [K, T, D_in], weight: [D_out, D_in], bias: [D_out], a: [S, E, R, D_in], b: [S, E, D_out, R], gates: [S, T, E],
+    scale: [S], mask: [S, E, R], slots: [S] int64, the distinct slots that these belong to (None: S = K, all). Returns
+    [K, T, D_out] in the type of the frozen product. Gradients: x, a, b, gates; weight and bias are frozen.
+    """
+    return _mixture_lora(x, weight, bias, a, b, *_routes(x, a, b, gates, scale, mask, active), slots)[0]
+
+
+def _routes(
+    x: Tensor, a: Tensor, b: Tensor, gates: Tensor, scale: Tensor, mask: Tensor | None, active: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
+    """Gates, factor, tokens and counts, by the way that is the faster one."""
     factor = scale[:, None, None].expand(a.shape[:3]) if mask is None else scale[:, None, None] * mask
     factor, gates = factor.detach().to(a.dtype), gates.to(a.dtype)
     if not (x.is_cpu and is_routed(x.shape[1], a.shape[3] + b.shape[2], a.shape[1], a.shape[2], active)):
-        return _mixture_lora(x, a, b, gates, factor[:, None], None, [])[0]
+        return gates, factor[:, None], None, []
     # In the order of the groups, (slot, expert), which thereby needs no sort.
     chosen = (gates != 0).transpose(1, 2)
     slots, experts, tokens = chosen.nonzero(as_tuple=True)
-    counts = chosen.sum(2).flatten().tolist()
-    return _mixture_lora(x, a, b, gates[slots, tokens, experts], factor[slots, experts], tokens, counts)[0]
+    return gates[slots, tokens, experts], factor[slots, experts], tokens, chosen.sum(2).flatten().tolist()
 
 
 #: What the gathers and sums of a pair cost, and the calls of a group: in ranks, in products of one number.
@@ -80,126 +108,182 @@ def mixture_lora_reference(
     return torch.stack(out).view(*x.shape[:2], -1).to(x.dtype)
 
 
-# One operation, by one of two ways that differ in their products only. h = (x A_e^T) * factor is kept for the gradients
-# of the gates and B; what the gates make of it is computed again.
+def mixture_lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gates: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """`mixture_lora_linear`, the layer first and then every slot that is served."""
+    served = list(range(x.shape[0])) if slots is None else slots.tolist()
+    out = list(F.linear(x, weight, bias).unbind())
+    for own, k in enumerate(served):
+        part = slice(own, own + 1)
+        kept = None if mask is None else mask[part]
+        update = mixture_lora_reference(x[k : k + 1], a[part], b[part], gates[part], scale[part], kept)
+        out[k] = out[k] + update[0]
+    return torch.stack(out)
+
+
+# One operation, by one of two ways that differ in their products only; without a weight it is the update alone.
+# h = (x A_e^T) * factor is kept for the gradients of the gates and B; what the gates make of it is computed again.
 #
 #          gates      factor        h             products
-# dense    [K, T, E]  [K, 1, E, R]  [K, T, E, R]  of one LoRA of rank E * R: x is read once for all experts
+# dense    [S, T, E]  [S, 1, E, R]  [S, T, E, R]  of one LoRA of rank E * R: x is read once for all experts
 # routed   [N]        [N, R]        [N, R]        of every group, a slot's expert, with the tokens [N] that chose it
 #
-# tokens: [N] in the order of the groups, None where dense; counts: pairs of each of the K * E groups.
+# tokens: [N] in the order of the groups, None where dense; counts: pairs of each of the S * E groups.
 
 
 @torch.library.custom_op("autopeft::mixture_lora", mutates_args=())
 def _mixture_lora(
-    x: Tensor, a: Tensor, b: Tensor, gates: Tensor, factor: Tensor, tokens: Tensor | None, counts: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    h = _shrink(x, a, tokens, counts).mul_(factor)
-    return _expand(h * gates[..., None], b.transpose(2, 3), x, tokens, counts), h
-
-
-@torch.library.custom_op("autopeft::mixture_lora_backward", mutates_args=())
-def _mixture_lora_backward(
-    gy: Tensor,
     x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     a: Tensor,
     b: Tensor,
     gates: Tensor,
     factor: Tensor,
     tokens: Tensor | None,
     counts: Sequence[int],
+    slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    base = None
+    if weight is not None:
+        base = F.linear(x.reshape(-1, x.shape[2]), weight, bias).view(*x.shape[:2], -1)
+    h = _shrink(x, a, tokens, counts, slots).mul_(factor)
+    return _expand(h * gates[..., None], b.transpose(2, 3), base, x, tokens, counts, slots), h
+
+
+@torch.library.custom_op("autopeft::mixture_lora_backward", mutates_args=())
+def _mixture_lora_backward(
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gates: Tensor,
+    factor: Tensor,
+    tokens: Tensor | None,
+    counts: Sequence[int],
+    slots: Tensor | None,
     h: Tensor,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (empty if nothing below is trained), a, b transposed: [K, E, R, D_out], and gates."""
-    experts = a.shape[1]
-    gb = _outer(h * gates[..., None], gy, experts, tokens, counts)
-    gh = _shrink(gy, b.transpose(2, 3), tokens, counts)
+    """Gradients of x (empty if nothing below is trained), a, b transposed: [S, E, R, D_out], and gates."""
+    where = (tokens, counts, slots)
+    gb = _outer(h * gates[..., None], gy, a, *where)
+    gh = _shrink(gy, b.transpose(2, 3), *where)
     g_gates = (gh * h).sum(-1)
     gh.mul_(gates[..., None]).mul_(factor)
-    ga = _outer(gh, x, experts, tokens, counts)
-    return _expand(gh, a, x, tokens, counts) if needs_x else x.new_empty(0), ga, gb, g_gates
+    ga = _outer(gh, x, a, *where)
+    if not needs_x:
+        return x.new_empty(0), ga, gb, g_gates
+    base = None if weight is None else (gy.reshape(-1, gy.shape[2]) @ weight).view(x.shape)
+    return _expand(gh, a, base, x, *where), ga, gb, g_gates
 
 
-def _shrink(x: Tensor, w: Tensor, tokens: Tensor | None, counts: Sequence[int]) -> Tensor:
-    """x w_e^T of every pair. x: [K, T, D], w: [K, E, R, D]; returns h."""
-    experts, rank = w.shape[1:3]
+def _shrink(x: Tensor, w: Tensor, tokens: Tensor | None, counts: Sequence[int], slots: Tensor | None) -> Tensor:
+    """x w_e^T of every pair. x: [K, T, D], w: [S, E, R, D]; returns h."""
     if tokens is None:
-        return slot_products.shrink(x, w.flatten(1, 2)).view(*x.shape[:2], experts, rank)
-    h = w.new_empty(len(tokens), rank)
-    for k, own, rows, w_e in _groups(h, w, tokens, counts):
+        return slot_products.shrink(x, w.flatten(1, 2), slots=slots).unflatten(2, w.shape[1:3])
+    h = w.new_empty(len(tokens), w.shape[2])
+    for k, own, rows, w_e in _groups(h, w, tokens, counts, slots):
         torch.mm(x[k].index_select(0, own).to(w.dtype), w_e.T, out=rows)
     return h
 
 
-def _expand(h: Tensor, w: Tensor, x: Tensor, tokens: Tensor | None, counts: Sequence[int]) -> Tensor:
-    """Every token's sum of h w_e. w: [K, E, R, D]; returns [K, T, D] in the type of x, which has T tokens too."""
+def _expand(
+    h: Tensor,
+    w: Tensor,
+    base: Tensor | None,
+    x: Tensor,
+    tokens: Tensor | None,
+    counts: Sequence[int],
+    slots: Tensor | None,
+) -> Tensor:
+    """Every token's sum of h w_e, added in place to `base` [K, T, D] if there is one. w: [S, E, R, D]; otherwise
+    [S, T, D] in the type of x, which has T tokens too.
+    """
     if tokens is None:
-        return slot_products.expand(h.flatten(2), w.flatten(1, 2).transpose(1, 2), None, x.dtype)
-    y = h.new_zeros(*x.shape[:2], w.shape[3])
-    for k, own, rows, w_e in _groups(h, w, tokens, counts):
-        y[k].index_add_(0, own, rows @ w_e)
+        narrow, wide = h.flatten(2), w.flatten(1, 2).transpose(1, 2)
+        if base is None:
+            return slot_products.expand(narrow, wide, None, x.dtype)
+        return slot_products.expand_(base, narrow, wide, slots)
+    y = h.new_zeros(len(w), x.shape[1], w.shape[3]) if base is None else base
+    for k, own, rows, w_e in _groups(h, w, tokens, counts, slots):
+        y[k].index_add_(0, own, (rows @ w_e).to(y.dtype))
     return y.to(x.dtype)
 
 
-def _outer(h: Tensor, x: Tensor, experts: int, tokens: Tensor | None, counts: Sequence[int]) -> Tensor:
-    """Every expert's h^T x, summed over its tokens. x: [K, T, D]; returns [K, E, R, D] in h's type."""
-    shape = (len(x), experts, h.shape[-1], x.shape[2])
+def _outer(
+    h: Tensor, x: Tensor, a: Tensor, tokens: Tensor | None, counts: Sequence[int], slots: Tensor | None
+) -> Tensor:
+    """Every expert's h^T x, summed over its tokens. x: [K, T, D], a: [S, E, R, D_in]; [S, E, R, D] in h's type."""
+    shape = (*a.shape[:3], x.shape[2])
     if tokens is None:
-        return slot_products.outer(h.flatten(2), x).view(shape)
+        return slot_products.outer(h.flatten(2), x, slots).view(shape)
     g = h.new_empty(shape)  # 0 for an expert without tokens: so `mm` fills the product of nothing
-    for k, own, rows, g_e in _groups(h, g, tokens, counts):
+    for k, own, rows, g_e in _groups(h, g, tokens, counts, slots):
         torch.mm(rows.T, x[k].index_select(0, own).to(h.dtype), out=g_e)
     return g
 
 
 def _groups(
-    h: Tensor, w: Tensor, tokens: Tensor, counts: Sequence[int]
+    h: Tensor, w: Tensor, tokens: Tensor, counts: Sequence[int], slots: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Of every slot and expert: the slot, the tokens that chose the expert, their rows of h [N, R], and w[k, e].
+    """Of every slot and expert: its place in the batch, the tokens that chose it, their rows of h [N, R], and w[s, e].
 
     Group by group, gathered rows are still in the cache when they are multiplied, and there is no tensor of N rows of
     D. `torch.nn.functional.grouped_mm` needs that one, was faster only with 64 experts of 384 features, and takes
     neither float64 nor rows that are no multiple of 16 bytes.
     """
     matrices = w.flatten(0, 1).unbind()
+    served = range(len(w)) if slots is None else slots.tolist()
     for group, (own, rows, matrix) in enumerate(zip(tokens.split(counts), h.split(counts), matrices, strict=True)):
-        yield group // w.shape[1], own, rows, matrix
+        yield served[group // w.shape[1]], own, rows, matrix
 
 
 @_mixture_lora.register_fake
-def _(x, a, b, gates, factor, tokens, counts):
+def _(x, weight, bias, a, b, gates, factor, tokens, counts, slots):
     return x.new_empty(*x.shape[:2], b.shape[2]), a.new_empty(*gates.shape, a.shape[2])
 
 
 @_mixture_lora_backward.register_fake
-def _(gy, x, a, b, gates, factor, tokens, counts, h, needs_x):
+def _(gy, x, weight, a, b, gates, factor, tokens, counts, slots, h, needs_x):
     gx = x.new_empty(x.shape if needs_x else 0)
     return gx, a.new_empty(a.shape), b.new_empty(b.transpose(2, 3).shape), gates.new_empty(gates.shape)
 
 
 def _setup_context(ctx, inputs, output):
+    x, weight, _, a, b, gates, factor, tokens, ctx.counts, slots = inputs
     ctx.mark_non_differentiable(output[1])
-    *tensors, ctx.counts = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(x, weight, a, b, gates, factor, tokens, slots, output[1])
 
 
 @once_differentiable
 def _backward(ctx, gy, _):
     needs_x = ctx.needs_input_grad[0]
-    *tensors, h = ctx.saved_tensors
-    gx, ga, gb, g_gates = _mixture_lora_backward(gy, *tensors, ctx.counts, h, needs_x)
-    return gx if needs_x else None, ga, gb.transpose(2, 3), g_gates, None, None, None
+    *tensors, slots, h = ctx.saved_tensors
+    gx, ga, gb, g_gates = _mixture_lora_backward(gy, *tensors, ctx.counts, slots, h, needs_x)
+    return gx if needs_x else None, None, None, ga, gb.transpose(2, 3), g_gates, *[None] * 4
 
 
 _mixture_lora.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.autopeft.mixture_lora)
-def _flops(x, a, b, gates, factor, tokens, counts, *, out_shape=None):
-    return 2 * math.prod(gates) * a[2] * (a[3] + b[2])
+def _flops(x, weight, bias, a, b, gates, factor, tokens, counts, slots, *, out_shape=None):
+    frozen = x[0] * x[1] * math.prod(weight) if weight else 0
+    return 2 * (frozen + math.prod(gates) * a[2] * (a[3] + b[2]))
 
 
 @register_flop_formula(torch.ops.autopeft.mixture_lora_backward)
-def _flops_backward(gy, x, a, b, gates, factor, tokens, counts, h, needs_x, *, out_shape=None):
-    return 2 * math.prod(gates) * a[2] * ((a[3] if needs_x else 0) + a[3] + 2 * b[2])
+def _flops_backward(gy, x, weight, a, b, gates, factor, tokens, counts, slots, h, needs_x, *, out_shape=None):
+    frozen = x[0] * x[1] * math.prod(weight) if weight and needs_x else 0
+    return 2 * (frozen + math.prod(gates) * a[2] * ((a[3] if needs_x else 0) + a[3] + 2 * b[2]))

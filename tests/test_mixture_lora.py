@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.kernels import mixture_lora as module
-from autopeft.kernels.mixture_lora import is_routed, mixture_lora, mixture_lora_reference
+from autopeft.kernels.mixture_lora import (
+    is_routed,
+    mixture_lora,
+    mixture_lora_linear,
+    mixture_lora_linear_reference,
+    mixture_lora_reference,
+)
 from autopeft.kernels.packed_lora import packed_lora
 
 from .test_kernels import Draw, assert_same, root_mean_square_ratio
@@ -20,18 +26,19 @@ from .test_kernels import Draw, assert_same, root_mean_square_ratio
 Op = Callable[..., Tensor]
 
 
-def way(routed: bool) -> Op:
-    """`mixture_lora` by one of its two ways, whatever the sizes."""
+def way(routed: bool, function: Op = mixture_lora) -> Op:
+    """A function by one of its two ways, whatever the sizes."""
 
     def op(*args: Tensor | None) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "is_routed", lambda *_: routed)
-            return mixture_lora(*args)
+            return function(*args)
 
     return op
 
 
 DENSE, ROUTED = way(False), way(True)
+LINEAR = {routed: way(routed, mixture_lora_linear) for routed in (False, True)}
 WAYS = pytest.mark.parametrize("op", [DENSE, ROUTED], ids=["dense", "routed"])
 
 
@@ -76,6 +83,26 @@ def test_mixture_of_any_shape(op: Op, k: int, t: int, e: int, r: int, d_in: int,
     values, chosen = draw(k, t, e), choices(draw, k, t, e, active)
     args = (x, a, b, values, draw.scale(k), masks(draw, k, e, r))
     assert_same(gating(op, chosen), gating(mixture_lora_reference, chosen), draw, *args)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.booleans(), st.integers(1, 3), sizes, sizes, st.integers(1, 4), sizes, sizes, sizes)
+def test_with_a_linear_of_any_shape(
+    data: st.DataObject, routed: bool, s: int, t: int, e: int, r: int, d_in: int, d_out: int, active: int
+) -> None:
+    draw = Draw()
+    slots = data.draw(st.none() | st.permutations(range(s + 2)).map(lambda order: torch.tensor(order[:s])))
+    x, a, b = draw.strided(s if slots is None else s + 2, t, d_in), draw(s, e, r, d_in), draw(s, e, d_out, r)
+    weight, bias = draw.constant(d_out, d_in), draw.constant(d_out) if data.draw(st.booleans()) else None
+    values, chosen, scale, mask = draw(s, t, e), choices(draw, s, t, e, active), draw.scale(s), masks(draw, s, e, r)
+
+    def op(x: Tensor, a: Tensor, b: Tensor, values: Tensor) -> Tensor:
+        return LINEAR[routed](x, weight, bias, a, b, values * chosen, scale, mask, active, slots)
+
+    def reference(x: Tensor, a: Tensor, b: Tensor, values: Tensor) -> Tensor:
+        return mixture_lora_linear_reference(x, weight, bias, a, b, values * chosen, scale, mask, slots)
+
+    assert_same(op, reference, draw, x, a, b, values)
 
 
 @WAYS
@@ -177,18 +204,22 @@ def test_a_slot_alone_is_the_slot_in_a_pack(op: Op, k: int, t: int, e: int, r: i
 
 @pytest.mark.parametrize("needs_x", [False, True])
 @pytest.mark.parametrize("routed", [False, True])
-def test_mixture_is_a_proper_operator(routed: bool, needs_x: bool) -> None:
+@pytest.mark.parametrize("layer", [False, True])
+def test_mixture_is_a_proper_operator(layer: bool, routed: bool, needs_x: bool) -> None:
     draw = Draw(dtype=torch.float)
-    x, a, b = draw(2, 5, 7).requires_grad_(needs_x), draw(2, 3, 4, 7), draw(2, 3, 9, 4)
+    x, a, b = draw(2 + layer, 5, 7).requires_grad_(needs_x), draw(2, 3, 4, 7), draw(2, 3, 9, 4)
+    weight, bias = (draw.constant(9, 7), draw.constant(9)) if layer else (None, None)
+    slots = torch.tensor([2, 0]) if layer else None
     if routed:  # the third expert of the first slot has no tokens
         gates, factor, h = draw(8), draw.constant(8, 4), draw.constant(8, 4)
-        route = (torch.tensor([0, 2, 4, 1, 0, 3, 2, 4]), [3, 1, 0, 1, 2, 1])
+        route = (torch.tensor([0, 2, 4, 1, 0, 3, 2, 4]), [3, 1, 0, 1, 2, 1], slots)
     else:
         gates, factor, h = draw(2, 5, 3), draw.constant(2, 1, 3, 4), draw.constant(2, 5, 3, 4)
-        route = (None, [])
-    torch.library.opcheck(module._mixture_lora, (x, a, b, gates, factor, *route))
-    rest = [tensor.detach() for tensor in (x, a, b, gates, factor)]
-    torch.library.opcheck(module._mixture_lora_backward, (draw.constant(2, 5, 9), *rest, *route, h, needs_x))
+        route = (None, [], slots)
+    torch.library.opcheck(module._mixture_lora, (x, weight, bias, a, b, gates, factor, *route))
+    rest = [tensor.detach() for tensor in (a, b, gates, factor)]
+    gy = draw.constant(len(x), 5, 9)
+    torch.library.opcheck(module._mixture_lora_backward, (gy, x.detach(), weight, *rest, *route, h, needs_x))
 
 
 @pytest.mark.parametrize("needs_x", [False, True])
@@ -202,6 +233,21 @@ def test_what_is_computed_is_counted(op: Op, pairs: int, needs_x: bool) -> None:
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 2 * pairs * 3 * (7 + 2 * 9 + (7 if needs_x else 0))
+
+
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize(("routed", "pairs"), [(False, 2 * 5 * 4), (True, 2 * 5 * 3)])
+def test_the_linear_is_counted_too(routed: bool, pairs: int, needs_x: bool) -> None:
+    draw = Draw(dtype=torch.float)
+    x, a, b = draw(3, 5, 7).requires_grad_(needs_x), draw(2, 4, 3, 7), draw(2, 4, 9, 3)
+    gates, slots = choices(draw, 2, 5, 4, 3), torch.tensor([2, 0])
+    with FlopCounterMode(display=False) as counter:
+        out = LINEAR[routed](x, draw.constant(9, 7), None, a, b, gates, draw.scale(2), None, 3, slots)
+    assert counter.get_total_flops() == 2 * (3 * 5 * 7 * 9 + pairs * 3 * (7 + 9))
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    below = 3 * 5 * 7 * 9 + pairs * 3 * 7 if needs_x else 0
+    assert counter.get_total_flops() == 2 * (below + pairs * 3 * (7 + 2 * 9))
 
 
 def test_the_way_is_chosen_by_size() -> None:

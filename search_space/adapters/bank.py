@@ -315,7 +315,10 @@ class Bank(nn.Module):
     def apply_linear(self, x: Tensor, slots: Tensor | None) -> Tensor | None:
         """x: [K, M, D_in] of all slots of a pack, of which the bank serves `slots`; see `AdapterSpec.apply_linear`."""
         base: Any = self.base[0]
-        return self.specs[0].apply_linear(self.slots(), x, base.weight, base.bias, self.call, slots)
+        changed = self.specs[0].apply_linear(self.slots(), x, base.weight, base.bias, self.call, slots)
+        if changed is not None:
+            self._note()
+        return changed
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: [K, M, D_in], y: [K, M, D_out]; returns the adapted y."""

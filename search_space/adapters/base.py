@@ -162,6 +162,21 @@ class AdapterSpec(ABC):
         """
         return None
 
+    def mix_linear(
+        self,
+        p: Mapping[str, Tensor],
+        gates: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: Call,
+        slots: Tensor | None,
+    ) -> Tensor:
+        """A frozen linear and `mix` in one, as `apply_linear` is of `apply`: gates [S, M, E]. Not asked in a step with
+        dropout.
+        """
+        raise TypeError(f"adapters of kind {self.kind!r} do not run with a linear")
+
     def extend_attention(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
         """Keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
         raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")

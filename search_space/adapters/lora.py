@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from autopeft.search_space.adapters.base import (
     AdapterSpec,
@@ -14,6 +14,11 @@ from autopeft.search_space.adapters.base import (
     check_probability,
 )
 from autopeft.search_space.backbone import LINEAR_ROLES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.adapters.bank import Call
 
 INITS = ("kaiming", "gaussian", "orthogonal")
 
@@ -79,9 +84,18 @@ class Lora(AdapterSpec):
     def mix(self, p, gates, x, y, call):
         from autopeft.kernels.mixture_lora import mixture_lora
 
-        mask = None if call.mask is None else call.mask[:, None].expand(-1, gates.shape[-1], -1)
-        scale, most = call.constants["scale"], max(spec.num_active for spec in call.bank.specs)
-        return mixture_lora(call.dropout(x), p["A"], p["B"], gates, scale, mask, most)
+        return mixture_lora(call.dropout(x), p["A"], p["B"], gates, *_of_mixture(call, gates))
+
+    def mix_linear(self, p, gates, x, weight, bias, call, slots):
+        from autopeft.kernels.mixture_lora import mixture_lora_linear
+
+        return mixture_lora_linear(x, weight, bias, p["A"], p["B"], gates, *_of_mixture(call, gates), slots)
 
     def merge(self, p, weight, bias):
         return weight + self.scale * (p["B"] @ p["A"]), bias
+
+
+def _of_mixture(call: Call, gates: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """Scale [K], mask [K, E, R] and the most experts of a token, for gates [K, M, E]."""
+    mask = None if call.mask is None else call.mask[:, None].expand(-1, gates.shape[-1], -1)
+    return call.constants["scale"], mask, int(call.most("num_active"))

@@ -47,6 +47,14 @@ def mixed(spec: Mixture, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
     return y + (one_by_one(expert.apply, own, gates, (x, y), call) if added is None else added)
 
 
+def mixed_linear(
+    spec: Mixture, p: Values, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, slots: Tensor | None
+) -> Tensor:
+    """A frozen linear with the experts of `slots`; see `AdapterSpec.apply_linear`."""
+    gates = routed(spec, p, x if slots is None else x.index_select(0, slots), call)
+    return spec.expert.mix_linear(_of_experts(p), gates, x, weight, bias, call, slots)
+
+
 def mixed_input(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     """x: [K, M, D_in] as the experts change it, for types that act on the input of a site."""
     own = _of_experts(p)

@@ -205,6 +205,8 @@ class Mixture(AdapterSpec):
         return {**self.expert.constants(site), **{name: float(getattr(self, name)) for name in self.per_slot_fields}}
 
     def acts_by(self, method, site):
+        if method == "apply_linear":
+            return self.router not in ("poly", "soft") and self.expert.acts_by("mix_linear", site)
         return method in ("apply_input", "apply") and self.expert.acts_by(method, site)
 
     def apply_input(self, p, x, call):
@@ -216,6 +218,11 @@ class Mixture(AdapterSpec):
         from autopeft.search_space.adapters.mixing import mixed
 
         return mixed(self, p, x, y, call)
+
+    def apply_linear(self, p, x, weight, bias, call, slots):
+        from autopeft.search_space.adapters.mixing import mixed_linear
+
+        return None if call.drops else mixed_linear(self, p, x, weight, bias, call, slots)
 
     def to_dict(self):
         own = {f.name: getattr(self, f.name) for f in fields(self)}
