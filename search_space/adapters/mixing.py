@@ -101,23 +101,27 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     if spec.router == "follow":
         gates = call.tokens.gates_of(spec.leader, call.bank, owned.shape[-1])
         return _with_shared(spec, gates.to(x.dtype))
-    # At least float32, as all routers are: a gate that is rounded sends a token elsewhere.
+    # At least float32, as all routers are: a gate that is rounded sends a token elsewhere. Experts come before tokens
+    # until the gates are ready: over a last axis as short as theirs a softmax takes ten times as long.
     logits, valid = _logits(spec, p, _exact(x), call)
-    logits = _among(owned, call.noisy(logits, "router_noise"), call)
+    logits = _among(owned, call.noisy(logits.mT, "router_noise").mT, call)
     if spec.router == "sigmoid":
         weights = logits.sigmoid()
-        probabilities = weights / weights.sum(-1, keepdim=True)
-        order = _among(owned, weights.detach() + p["router_bias"].detach()[:, None], call)
+        probabilities = weights / weights.sum(1, keepdim=True)
+        order = _among(owned, weights.detach() + p["router_bias"].detach()[..., None], call)
     else:
-        probabilities = weights = logits.softmax(-1)
+        probabilities = weights = logits.softmax(1)
         order = probabilities.detach()
     chosen = _chosen(order, probabilities.detach(), call)
-    gates = weights * chosen
-    total = gates.sum(-1, keepdim=True)
+    if spec.router == "sigmoid":
+        gates = weights * chosen
+        gates = gates / gates.sum(1, keepdim=True)
+    else:
+        gates = logits.masked_fill(~chosen, float("-inf")).softmax(1)
     if min(call.least("top_k"), call.least("experts")) < 2 or call.least("top_p") < 1.0:
-        total = torch.where(chosen.sum(-1, keepdim=True) == 1, torch.ones_like(total), total)
-    gates = gates / total
+        gates = torch.where(chosen.sum(1, keepdim=True) == 1, weights * chosen, gates)
     call.bank.routing = _routing(spec, p, logits, probabilities, chosen, valid, owned, call)
+    gates = gates.mT
     if gates.shape[1] != tokens:  # one decision for a text
         gates = gates.repeat_interleave(tokens // gates.shape[1], 1)
     call.tokens.lead(call.bank, gates)
@@ -125,10 +129,10 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
 
 
 def _among(owned: Tensor, values: Tensor, call: Call) -> Tensor:
-    """Values [K, M, E], minus infinity for experts that a slot does not have."""
+    """Values [K, E, M], minus infinity for experts that a slot does not have."""
     if call.least("experts") == call.most("experts"):
         return values
-    return values.masked_fill(owned[:, None] == 0, float("-inf"))
+    return values.masked_fill(owned[..., None] == 0, float("-inf"))
 
 
 def _with_shared(spec: Mixture, gates: Tensor) -> Tensor:
@@ -139,13 +143,13 @@ def _with_shared(spec: Mixture, gates: Tensor) -> Tensor:
 
 
 def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """[K, M, E], or [K, N, E] for routers that decide about texts, and which of the M or N count (None: all)."""
+    """[K, E, M], or [K, E, N] for routers that decide about texts, and which of the M or N count (None: all)."""
     mask = call.tokens.mask
     if spec.router == "arrow":
-        return (x @ call.bank.arrows.mT.to(x.dtype)).abs(), None if mask is None else mask.flatten()
+        return (call.bank.arrows.to(x.dtype) @ x.mT).abs(), None if mask is None else mask.flatten()
     weight = p["router"].to(x.dtype)
     if spec.router == "task":
-        return weight[..., call.tokens.domains_of(spec.tasks)].transpose(1, 2), None
+        return weight[..., call.tokens.domains_of(spec.tasks)], None
     if spec.router == "sequence":
         texts = call.tokens.by_text(x)
         if mask is None:
@@ -153,20 +157,39 @@ def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> tuple[Tensor, Te
         else:
             counted = mask.to(x)
             x = (texts * counted[..., None]).sum(2) / counted.sum(-1, keepdim=True).clamp(min=1)
-        return x @ weight.transpose(1, 2), None
-    return x @ weight.transpose(1, 2), None if mask is None else mask.flatten()
+        return _Product.apply(weight, x), None
+    return _Product.apply(weight, x), None if mask is None else mask.flatten()
+
+
+class _Product(torch.autograd.Function):
+    """w x^T, [K, E, D] and [K, M, D] to [K, E, M], with gradients in the layouts of w and x. A product of torch hands
+    transposed ones on, and what is added to these takes longer than the product.
+    """
+
+    @staticmethod
+    def forward(ctx, w, x):
+        ctx.save_for_backward(w, x)
+        return w @ x.mT
+
+    @staticmethod
+    def backward(ctx, g):
+        w, x = ctx.saved_tensors
+        return g @ x, g.mT @ w if ctx.needs_input_grad[1] else None
 
 
 def _chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
-    """[K, M, E] of zeros and ones: the `top_k` first in `order`, of these as few as reach `top_p` together."""
-    most = min(order.shape[-1], int(call.most("top_k")))
-    _, places = order.topk(most, -1)
-    rank = torch.arange(most, device=order.device)
-    keep = rank < call.constants["top_k"][:, None, None]
+    """[K, E, M] bool: the `top_k` first in `order`, of these as few as reach `top_p` together."""
+    most = min(order.shape[1], int(call.most("top_k")))
+    _, places = order.topk(most, 1)
+    chosen = torch.zeros_like(order, dtype=torch.bool)
+    if call.least("top_k") >= most and call.least("top_p") == 1.0:
+        return chosen.scatter_(1, places, True)
+    rank = torch.arange(most, device=order.device)[:, None]
+    keep = (rank < call.constants["top_k"][:, None, None]).expand_as(places)
     if call.least("top_p") < 1.0:
-        ahead = probabilities.gather(-1, places)
-        keep = keep & (ahead.cumsum(-1) - ahead < call.constants["top_p"][:, None, None])
-    return torch.zeros_like(probabilities).scatter(-1, places, keep.to(probabilities).expand_as(places))
+        ahead = probabilities.gather(1, places)
+        keep = keep & (ahead.cumsum(1) - ahead < call.constants["top_p"][:, None, None])
+    return chosen.scatter_(1, places, keep)
 
 
 def _routing(
@@ -180,12 +203,12 @@ def _routing(
     call: Call,
 ) -> Routing:
     count = owned.sum(-1)
-    counted = chosen.new_ones(chosen.shape[1]) if valid is None else valid.to(chosen)
+    counted = logits.new_ones(logits.shape[2]) if valid is None else valid.to(logits)
     total = counted.sum().clamp(min=1)
 
     def over_tokens(values: Tensor) -> Tensor:
-        """[K, M, E] to [K, E]. Not a matrix product, which torch is slow at for so few columns."""
-        return (values * counted[:, None]).sum(1)
+        """[K, E, M] to [K, E]."""
+        return (values * counted).sum(2)
 
     sent = over_tokens(chosen)
     load = sent / sent.sum(-1, keepdim=True)
@@ -199,7 +222,7 @@ def _routing(
             term = count * (load * mean).sum(-1)
         penalty = penalty + call.constants["balance"] * term
     if spec.router in BALANCED and call.most("z_loss") > 0:
-        square = logits.logsumexp(-1).square()
+        square = logits.logsumexp(1).square()
         penalty = penalty + call.constants["z_loss"] * (square @ counted) / total
     with torch.no_grad():
         # What nobody looks at is not worth its time.
