@@ -61,16 +61,17 @@ def mixture_lora_linear(
 
 def _routes(
     x: Tensor, a: Tensor, b: Tensor, gates: Tensor, scale: Tensor, mask: Tensor | None, active: int | None
-) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
-    """Gates, factor, tokens and counts, by the way that is the faster one."""
-    factor = scale[:, None, None].expand(a.shape[:3]) if mask is None else scale[:, None, None] * mask
-    factor, gates = factor.detach().to(a.dtype), gates.to(a.dtype)
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[int]]:
+    """Gates with the scale in them, mask, tokens and counts, by the way that is the faster one."""
+    gates = gates.to(a.dtype) * scale.detach().to(a.dtype)[:, None, None]
+    owned = None if mask is None else mask.detach().to(a.dtype)
     if not (x.is_cpu and is_routed(x.shape[1], a.shape[3] + b.shape[2], a.shape[1], a.shape[2], active)):
-        return gates, factor[:, None], None, []
+        return gates, None if owned is None else owned[:, None], None, []
     # In the order of the groups, (slot, expert), which thereby needs no sort.
     chosen = (gates != 0).transpose(1, 2)
     slots, experts, tokens = chosen.nonzero(as_tuple=True)
-    return gates[slots, tokens, experts], factor[slots, experts], tokens, chosen.sum(2).flatten().tolist()
+    owned = None if owned is None else owned[slots, experts]
+    return gates[slots, tokens, experts], owned, tokens, chosen.sum(2).flatten().tolist()
 
 
 #: What the gathers and sums of a pair cost, and the calls of a group: in ranks, in products of one number.
@@ -131,9 +132,9 @@ def mixture_lora_linear_reference(
 
 
 # One operation, by one of two ways that differ in their products only; without a weight it is the update alone.
-# h = (x A_e^T) * factor is kept for the gradients of the gates and B; what the gates make of it is computed again.
+# h = (x A_e^T) * mask is kept for the gradients of the gates and B; what the gates make of it is computed again.
 #
-#          gates      factor        h             products
+#          gates      mask          h             products
 # dense    [S, T, E]  [S, 1, E, R]  [S, T, E, R]  of one LoRA of rank E * R: x is read once for all experts
 # routed   [N]        [N, R]        [N, R]        of every group, a slot's expert, with the tokens [N] that chose it
 #
@@ -148,7 +149,7 @@ def _mixture_lora(
     a: Tensor,
     b: Tensor,
     gates: Tensor,
-    factor: Tensor,
+    mask: Tensor | None,
     tokens: Tensor | None,
     counts: Sequence[int],
     slots: Tensor | None,
@@ -156,7 +157,9 @@ def _mixture_lora(
     base = None
     if weight is not None:
         base = F.linear(x.reshape(-1, x.shape[2]), weight, bias).view(*x.shape[:2], -1)
-    h = _shrink(x, a, tokens, counts, slots).mul_(factor)
+    h = _shrink(x, a, tokens, counts, slots)
+    if mask is not None:
+        h.mul_(mask)
     return _expand(h * gates[..., None], b.transpose(2, 3), base, x, tokens, counts, slots), h
 
 
@@ -168,7 +171,7 @@ def _mixture_lora_backward(
     a: Tensor,
     b: Tensor,
     gates: Tensor,
-    factor: Tensor,
+    mask: Tensor | None,
     tokens: Tensor | None,
     counts: Sequence[int],
     slots: Tensor | None,
@@ -180,7 +183,9 @@ def _mixture_lora_backward(
     gb = _outer(h * gates[..., None], gy, a, *where)
     gh = _shrink(gy, b.transpose(2, 3), *where)
     g_gates = (gh * h).sum(-1)
-    gh.mul_(gates[..., None]).mul_(factor)
+    gh.mul_(gates[..., None])
+    if mask is not None:
+        gh.mul_(mask)
     ga = _outer(gh, x, a, *where)
     if not needs_x:
         return x.new_empty(0), ga, gb, g_gates
@@ -250,20 +255,20 @@ def _groups(
 
 
 @_mixture_lora.register_fake
-def _(x, weight, bias, a, b, gates, factor, tokens, counts, slots):
+def _(x, weight, bias, a, b, gates, mask, tokens, counts, slots):
     return x.new_empty(*x.shape[:2], b.shape[2]), a.new_empty(*gates.shape, a.shape[2])
 
 
 @_mixture_lora_backward.register_fake
-def _(gy, x, weight, a, b, gates, factor, tokens, counts, slots, h, needs_x):
+def _(gy, x, weight, a, b, gates, mask, tokens, counts, slots, h, needs_x):
     gx = x.new_empty(x.shape if needs_x else 0)
     return gx, a.new_empty(a.shape), b.new_empty(b.transpose(2, 3).shape), gates.new_empty(gates.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, a, b, gates, factor, tokens, ctx.counts, slots = inputs
+    x, weight, _, a, b, gates, mask, tokens, ctx.counts, slots = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, a, b, gates, factor, tokens, slots, output[1])
+    ctx.save_for_backward(x, weight, a, b, gates, mask, tokens, slots, output[1])
 
 
 @once_differentiable
@@ -278,12 +283,12 @@ _mixture_lora.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.autopeft.mixture_lora)
-def _flops(x, weight, bias, a, b, gates, factor, tokens, counts, slots, *, out_shape=None):
+def _flops(x, weight, bias, a, b, gates, mask, tokens, counts, slots, *, out_shape=None):
     frozen = x[0] * x[1] * math.prod(weight) if weight else 0
     return 2 * (frozen + math.prod(gates) * a[2] * (a[3] + b[2]))
 
 
 @register_flop_formula(torch.ops.autopeft.mixture_lora_backward)
-def _flops_backward(gy, x, weight, a, b, gates, factor, tokens, counts, slots, h, needs_x, *, out_shape=None):
+def _flops_backward(gy, x, weight, a, b, gates, mask, tokens, counts, slots, h, needs_x, *, out_shape=None):
     frozen = x[0] * x[1] * math.prod(weight) if weight and needs_x else 0
     return 2 * (frozen + math.prod(gates) * a[2] * ((a[3] if needs_x else 0) + a[3] + 2 * b[2]))

@@ -211,13 +211,13 @@ def test_mixture_is_a_proper_operator(layer: bool, routed: bool, needs_x: bool) 
     weight, bias = (draw.constant(9, 7), draw.constant(9)) if layer else (None, None)
     slots = torch.tensor([2, 0]) if layer else None
     if routed:  # the third expert of the first slot has no tokens
-        gates, factor, h = draw(8), draw.constant(8, 4), draw.constant(8, 4)
+        gates, mask, h = draw(8), draw.constant(8, 4), draw.constant(8, 4)
         route = (torch.tensor([0, 2, 4, 1, 0, 3, 2, 4]), [3, 1, 0, 1, 2, 1], slots)
     else:
-        gates, factor, h = draw(2, 5, 3), draw.constant(2, 1, 3, 4), draw.constant(2, 5, 3, 4)
+        gates, mask, h = draw(2, 5, 3), draw.constant(2, 1, 3, 4), draw.constant(2, 5, 3, 4)
         route = (None, [], slots)
-    torch.library.opcheck(module._mixture_lora, (x, weight, bias, a, b, gates, factor, *route))
-    rest = [tensor.detach() for tensor in (a, b, gates, factor)]
+    torch.library.opcheck(module._mixture_lora, (x, weight, bias, a, b, gates, mask, *route))
+    rest = [tensor.detach() for tensor in (a, b, gates, mask)]
     gy = draw.constant(len(x), 5, 9)
     torch.library.opcheck(module._mixture_lora_backward, (gy, x.detach(), weight, *rest, *route, h, needs_x))
 

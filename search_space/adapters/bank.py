@@ -42,10 +42,12 @@ class Tokens:
     domains: Tensor | None = None
     #: What routers have decided in this forward pass, by site and slot: [M, E] each.
     _gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _counted: tuple[Tensor, Tensor] | None = None
 
     def begin(self, length: int, mask: Tensor | None) -> None:
         """Of a forward pass."""
         self.length, self.mask = length, mask
+        self._counted = None
         self._gates.clear()
 
     def end(self) -> None:
@@ -65,6 +67,13 @@ class Tokens:
                 f"{bank.site.name}: no mixture at {leader!r} has run before it, which it follows"
             ) from None
         return torch.stack([F.pad(gates, (0, experts - gates.shape[1])) for gates in found])
+
+    def counted(self) -> tuple[Tensor, Tensor] | None:
+        """[N * T] with 0 for padding and 1 for tokens, and their number; None: there is no padding."""
+        if self._counted is None and self.mask is not None:
+            own = self.mask.flatten().float()
+            self._counted = own, own.sum().clamp(min=1)
+        return self._counted
 
     def by_text(self, x: Tensor) -> Tensor:
         """[K, N * T, D] to [K, N, T, D]."""

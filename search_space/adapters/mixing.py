@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from autopeft.search_space.adapters.mixture import BALANCED, Mixture
+from autopeft.search_space.adapters.mixture import BALANCED, DECIDING_BY_TEXT, Mixture
 
 if TYPE_CHECKING:
     from autopeft.search_space.adapters.bank import Call
@@ -103,8 +103,10 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
         return _with_shared(spec, gates.to(x.dtype))
     # At least float32, as all routers are: a gate that is rounded sends a token elsewhere. Experts come before tokens
     # until the gates are ready: over a last axis as short as theirs a softmax takes ten times as long.
-    logits, valid = _logits(spec, p, _exact(x), call)
-    logits = _among(owned, call.noisy(logits.mT, "router_noise").mT, call)
+    logits = _logits(spec, p, _exact(x), call)
+    if call.most("router_noise"):
+        logits = call.noisy(logits.mT, "router_noise").mT
+    logits = _among(owned, logits, call)
     if spec.router == "sigmoid":
         weights = logits.sigmoid()
         probabilities = weights / weights.sum(1, keepdim=True)
@@ -120,7 +122,7 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
         gates = logits.masked_fill(~chosen, float("-inf")).softmax(1)
     if min(call.least("top_k"), call.least("experts")) < 2 or call.least("top_p") < 1.0:
         gates = torch.where(chosen.sum(1, keepdim=True) == 1, weights * chosen, gates)
-    call.bank.routing = _routing(spec, p, logits, probabilities, chosen, valid, owned, call)
+    call.bank.routing = _routing(spec, p, logits, probabilities, chosen, call)
     gates = gates.mT
     if gates.shape[1] != tokens:  # one decision for a text
         gates = gates.repeat_interleave(tokens // gates.shape[1], 1)
@@ -142,23 +144,21 @@ def _with_shared(spec: Mixture, gates: Tensor) -> Tensor:
     return torch.cat([gates.new_ones(*gates.shape[:2], spec.shared_experts), gates], -1)
 
 
-def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """[K, E, M], or [K, E, N] for routers that decide about texts, and which of the M or N count (None: all)."""
-    mask = call.tokens.mask
+def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
+    """[K, E, M], or [K, E, N] for routers that decide about texts."""
     if spec.router == "arrow":
-        return (call.bank.arrows.to(x.dtype) @ x.mT).abs(), None if mask is None else mask.flatten()
+        return (call.bank.arrows.to(x.dtype) @ x.mT).abs()
     weight = p["router"].to(x.dtype)
     if spec.router == "task":
-        return weight[..., call.tokens.domains_of(spec.tasks)], None
+        return weight[..., call.tokens.domains_of(spec.tasks)]
     if spec.router == "sequence":
-        texts = call.tokens.by_text(x)
+        texts, mask = call.tokens.by_text(x), call.tokens.mask
         if mask is None:
             x = texts.mean(2)
         else:
             counted = mask.to(x)
             x = (texts * counted[..., None]).sum(2) / counted.sum(-1, keepdim=True).clamp(min=1)
-        return _Product.apply(weight, x), None
-    return _Product.apply(weight, x), None if mask is None else mask.flatten()
+    return _Product.apply(weight, x)
 
 
 class _Product(torch.autograd.Function):
@@ -169,12 +169,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, x):
         ctx.save_for_backward(w, x)
-        return w @ x.mT
+        return torch.bmm(w, x.mT)
 
     @staticmethod
     def backward(ctx, g):
         w, x = ctx.saved_tensors
-        return g @ x, g.mT @ w if ctx.needs_input_grad[1] else None
+        return torch.bmm(g, x), torch.bmm(g.mT, w) if ctx.needs_input_grad[1] else None
 
 
 def _chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
@@ -192,51 +192,39 @@ def _chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
     return chosen.scatter_(1, places, keep)
 
 
-def _routing(
-    spec: Mixture,
-    p: Values,
-    logits: Tensor,
-    probabilities: Tensor,
-    chosen: Tensor,
-    valid: Tensor | None,
-    owned: Tensor,
-    call: Call,
-) -> Routing:
+def _routing(spec: Mixture, p: Values, logits: Tensor, probabilities: Tensor, chosen: Tensor, call: Call) -> Routing:
+    owned = call.owned_experts
     count = owned.sum(-1)
-    counted = logits.new_ones(logits.shape[2]) if valid is None else valid.to(logits)
-    total = counted.sum().clamp(min=1)
+    # Texts count all alike, and so do tokens, but for padding.
+    padded = None if spec.router in DECIDING_BY_TEXT else call.tokens.counted()
+    counted, total = (None, count.new_tensor(logits.shape[2])) if padded is None else padded
 
     def over_tokens(values: Tensor) -> Tensor:
         """[K, E, M] to [K, E]."""
-        return (values * counted).sum(2)
+        return (values if counted is None else values * counted).sum(2)
 
-    sent = over_tokens(chosen)
-    load = sent / sent.sum(-1, keepdim=True)
+    sent = over_tokens(chosen.to(logits))
+    arrived = sent.sum(-1, keepdim=True)
+    load = sent / arrived
     penalty = torch.zeros_like(count)
     if spec.router in BALANCED and call.most("balance") > 0:
         if spec.router == "sigmoid":
             # Its gradient with respect to b is load - 1/E: the optimiser lowers b where too much arrives.
             term = ((load - owned / count[:, None]) * p["router_bias"].to(load) * owned).sum(-1)
         else:
-            mean = over_tokens(probabilities) / total
-            term = count * (load * mean).sum(-1)
-        penalty = penalty + call.constants["balance"] * term
+            term = (load * over_tokens(probabilities)).sum(-1) * (count / total)
+        penalty = call.constants["balance"] * term
     if spec.router in BALANCED and call.most("z_loss") > 0:
-        square = logits.logsumexp(1).square()
-        penalty = penalty + call.constants["z_loss"] * (square @ counted) / total
+        square = over_tokens(logits.logsumexp(1, keepdim=True).square())[:, 0]
+        penalty = penalty + call.constants["z_loss"] * square / total
     with torch.no_grad():
         # What nobody looks at is not worth its time.
         entropy = torch.zeros_like(count)
         if call.bank.seen is not None:
             entropy = -over_tokens(probabilities * probabilities.clamp(min=1e-9).log()).sum(-1) / total
             entropy = entropy / count.log().clamp(min=1e-9) * (count > 1)
-        return Routing(
-            penalty=penalty,
-            load=load.detach(),
-            entropy=entropy,
-            active=sent.sum(-1).detach() / total + spec.shared_experts,
-            count=total,
-        )
+        active = arrived[:, 0] / total + spec.shared_experts
+        return Routing(penalty=penalty, load=load, entropy=entropy, active=active, count=total)
 
 
 def _poly(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:

@@ -18,6 +18,8 @@ from autopeft.search_space.backbone import LINEAR_ROLES
 ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "arrow", "uniform", "follow")
 #: Routers that read a whole text before they decide about its first token.
 LOOKING_AHEAD = ("sequence", "soft")
+#: Routers that choose for a whole text.
+DECIDING_BY_TEXT = ("sequence", "task")
 #: Routers that go by the domain of a text.
 BY_TASK = frozenset({"task", "poly"})
 #: Routers that choose some of the experts.
