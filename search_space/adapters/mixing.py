@@ -112,7 +112,10 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     else:
         probabilities = weights = logits.softmax(1)
         order = probabilities.detach()
-    chosen = _chosen(order, probabilities.detach(), call)
+    if spec.router == "xlora":
+        chosen = owned.bool()[..., None].expand_as(probabilities)
+    else:
+        chosen = _chosen(order, probabilities.detach(), call)
     if spec.router == "sigmoid":
         gates = weights * chosen
         gates = gates / gates.sum(1, keepdim=True)
@@ -145,9 +148,13 @@ def _with_shared(spec: Mixture, gates: Tensor) -> Tensor:
 def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """[K, E, M], or [K, E, N] for routers that decide about texts, and which of the M or N count (None: all)."""
     mask = call.tokens.mask
+    flat = None if mask is None else mask.flatten()
     if spec.router == "arrow":
-        return (call.bank.arrows.to(x.dtype) @ x.mT).abs(), None if mask is None else mask.flatten()
+        return (call.bank.arrows.to(x.dtype) @ x.mT).abs(), flat
     weight = p["router"].to(x.dtype)
+    if spec.router == "xlora":
+        states = call.tokens.hidden_states().to(x.dtype).flatten(0, 1)
+        return _Product.apply(weight, states) + p["router_bias"].to(x.dtype)[..., None], flat
     if spec.router == "task":
         return weight[..., call.tokens.domains_of(spec.tasks)], None
     if spec.router == "sequence":
@@ -158,12 +165,12 @@ def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> tuple[Tensor, Te
             counted = mask.to(x)
             x = (texts * counted[..., None]).sum(2) / counted.sum(-1, keepdim=True).clamp(min=1)
         return _Product.apply(weight, x), None
-    return _Product.apply(weight, x), None if mask is None else mask.flatten()
+    return _Product.apply(weight, x), flat
 
 
 class _Product(torch.autograd.Function):
     """w x^T, [K, E, D] and [K, M, D] to [K, E, M], with gradients in the layouts of w and x. A product of torch hands
-    transposed ones on, and what is added to these takes longer than the product.
+    transposed ones on, and what is added to these takes longer than the product. An x: [M, D] is a constant.
     """
 
     @staticmethod
