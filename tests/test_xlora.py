@@ -30,12 +30,14 @@ from autopeft.search_space.problem import declared_costs
 from autopeft.searchers.encoding import Encoding
 from autopeft.studies.exporters import EXPORTERS, Fit
 from autopeft.studies.recipe import Recipe
+from autopeft.studies.study_file import load_study
 
 from .conformance import FAMILIES, tiny, tokens
 from .exported import logits as logits_of
 from .exported import make_recipe, save_model, trained
-from .test_given import lora_in, mixture_of, placed
+from .test_given import given_study, lora_in, mixture_of, placed
 from .test_packed import alone, compare, loaded, requests, together  # noqa: F401  (a fixture)
+from .test_study import run
 
 torch.set_num_threads(1)
 
@@ -339,6 +341,15 @@ def test_packs_are_what_each_is_alone(loaded: LoadedBackbone, tmp_path: Path) ->
     expected = alone(loaded).evaluate(wanted)
     for settings in ({"share_prefix": False}, {"pack": 1}, {"cache": PrefixCache(10**7)}, {"mixes_depths": False}):
         compare(together(loaded, **settings).evaluate(wanted), expected)
+
+
+def test_a_study_with_a_first_pass(tmp_path: Path) -> None:
+    snapshot = run(load_study(given_study(tmp_path / "study", router="xlora", top_k=2, dropout=[0.0, 0.1])))
+    for trial in snapshot.search_trials:
+        assert trial.state == "complete"
+        sites = [name for name, spec in trial.candidate.architecture if spec.first_pass]
+        assert len(sites) == len(trial.candidate.architecture.adapters) > 0
+        assert trial.values["num_params"] == 2 * (snapshot.backbone.hidden_size + 1) * len(sites)
 
 
 # What it costs

@@ -51,8 +51,8 @@ class Mixture(AdapterSpec):
     - "arrow": "token" with z_e = |v_e x|, v_e the first right singular vector of the expert's B A: of LoRAs that are
       given, and nothing to be trained (Ostapenko et al. 2024, Towards Modular LLMs, section 4.2);
     - "xlora": softmax(z) over all experts with z = W_r h + b, W_r: [E, H], h the last hidden state of the token in a
-      first pass through the model without adapters; of LoRAs that are given (Buehler and Buehler 2024, X-LoRA, section
-      2.1; peft's classifier of depth 1 with a scaling per layer);
+      first pass through the model without adapters; of LoRAs that are given (Buehler and Buehler 2024, X-LoRA; in
+      peft's terms a classifier of depth 1 with layerwise scalings);
     - "uniform": 1/E, for comparison: what is left without a router;
     - "follow": the gates of the mixture at the site `leader`, which runs before it: several sites share one router.
 
