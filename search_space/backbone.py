@@ -88,8 +88,8 @@ class Backbone:
 
     @property
     def flops_per_token(self) -> int:
-        """Operations of the layers' linears in one forward pass, per token; a multiply-add is two. What queries and
-        keys, or weights and values, are multiplied for grows with the text, and is left out like the output layer.
+        """Operations of the layers' linears in one forward pass, per token; a multiply-add is two. Attention's own
+        products, which grow with the text, are left out, and so is the output layer.
         """
         return sum(2 * site.in_features * site.out_features for site in self.sites if site.role in LINEAR_ROLES)
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.host import Attachment
@@ -33,8 +33,8 @@ from autopeft.studies.recipe import Recipe
 from autopeft.studies.study_file import load_study
 
 from .conformance import FAMILIES, tiny, tokens
+from .exported import CLASSIFIERS, make_recipe, save_model, trained
 from .exported import logits as logits_of
-from .exported import make_recipe, save_model, trained
 from .test_given import given_study, lora_in, mixture_of, placed
 from .test_packed import alone, compare, loaded, requests, together  # noqa: F401  (a fixture)
 from .test_study import run
@@ -428,7 +428,8 @@ def given_recipe(folder: Path, family: str, modules: Sequence[str], roles: Seque
     paths = [folder / family / str(e) for e in range(2)]
     for e, path in enumerate(paths):
         torch.manual_seed(e)
-        model = AutoModelForCausalLM.from_pretrained(saved)
+        loader = AutoModelForSequenceClassification if family in CLASSIFIERS else AutoModelForCausalLM
+        model = loader.from_pretrained(saved)
         config = LoraConfig(
             r=2 + e,
             lora_alpha=5,
@@ -481,7 +482,10 @@ def test_what_x_lora_does_not_hold_is_averaged(tmp_path: Path) -> None:
 
 
 def test_models_that_peft_does_not_load_it_into_are_averaged(tmp_path: Path) -> None:
-    """Their layers are not in `model`."""
-    saved = save_model("bert", tmp_path / "model")
-    site = {"layers.0.attn.q": Mixture(experts=2, given=("a", "b"), router="xlora")}
-    assert EXPORTERS["peft"].assess(make_recipe("bert", saved, site)).level == "approximate"
+    """Their layers are not in `model`, and their heads are trained."""
+    recipe = given_recipe(tmp_path, "bert", ["query"], ("attn.q",))
+    state, _ = trained(recipe)
+    assert EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True).level == "approximate"
+    model = AutoModelForSequenceClassification.from_pretrained(recipe.backbone.id, num_labels=3)
+    found = logits_of(PeftModel.from_pretrained(model, str(tmp_path / "out")).eval())
+    torch.testing.assert_close(found, trained(recipe, averaged=True)[1], atol=1e-5, rtol=1e-5)
