@@ -22,6 +22,7 @@ class CostTable:
 
     An adapter is measured at all sites of its role that the space has for it, and the difference is shared out among
     them: one alone would drown in the noise of the clock. Measured as soon as an architecture asks for it, and kept.
+    A first pass is the bare model's once more, however many adapters read it.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class CostTable:
         self._added: dict[Kind, dict[str, float]] = {}
 
     def costs(self, architecture: Architecture) -> dict[str, float]:
-        found = dict(self._bare)
+        first = 2 if any(spec.first_pass for _, spec in architecture) else 1
+        found = {metric: first * value for metric, value in self._bare.items()}
         for name, spec in architecture:
             for metric, value in self._adds((self.evaluator.backbone.site(name).role, spec)).items():
                 found[metric] += value
@@ -50,8 +52,9 @@ class CostTable:
             role, spec = kind
             sites = self._sites[spec.kind, role]
             whole = self.measured(Architecture.of({name: [spec] for name in sites}))
+            passes = 2 if spec.first_pass else 1
             self._added[kind] = {
-                metric: max(0.0, whole[metric] - self._bare[metric]) / len(sites) for metric in self.metrics
+                metric: max(0.0, whole[metric] - passes * self._bare[metric]) / len(sites) for metric in self.metrics
             }
         return self._added[kind]
 

@@ -94,7 +94,7 @@ class Attachment(nn.Module):
         device = next(model.parameters()).device
         self.to(device)
         self._slots_of = [slots if slots is None else slots.to(device) for slots in self._slots_of]
-        self.routers = Routers(self.num_slots, list(zip(self.banks, self._slots_of, strict=True)))
+        self.routers = Routers(self.num_slots, list(zip(self.banks, self._slots_of, strict=True)), model)
         self._hook(model)
         self._was_training = model.training
         self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
@@ -148,9 +148,7 @@ class Attachment(nn.Module):
 
             self._handles += install(model, prefixes, self.num_slots)
         if self.routers:
-            # Of the layers' own model: a task may run that without the head, and the lower layers may be replaced.
-            inner: nn.Module = getattr(model, "base_model", model)
-            self._handles.append(inner.register_forward_pre_hook(self.routers.look, with_kwargs=True))
+            self._handles.append(self.routers.model.register_forward_pre_hook(self.routers.look, with_kwargs=True))
         points: dict[str, list[Served]] = {}
         for bank, slots in served:
             points.setdefault(bank.site.module, []).append((bank, slots))
@@ -289,8 +287,8 @@ class Attachment(nn.Module):
     def merged(self) -> Iterator[None]:
         """The adapters of a single slot folded into the backbone's weights; undone bit for bit at the end.
 
-        An adapter that cannot be merged keeps its hook, and so do those that act after it at the same module.
-        Raises ValueError for more than one slot.
+        An adapter that cannot be merged keeps its hook, and so do those that act after it at the same module, and all
+        beside a router that asks the bare model. Raises ValueError for more than one slot.
         """
         if self.num_slots != 1:
             raise ValueError("only a single slot can be merged into the backbone")
@@ -301,7 +299,7 @@ class Attachment(nn.Module):
         self._unhook()
         try:
             for bank in banks:
-                stays = any(bank.site.module == other.site.module for other in kept)
+                stays = self.routers.bare is not None or any(bank.site.module == one.site.module for one in kept)
                 if stays or not bank.specs[0].mergeable:
                     kept.append(bank)
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,15 +17,21 @@ from autopeft.search_space.backbone import Backbone
 
 
 class Routers:
-    """Those of K slots: the banks of mixtures, each with the slots that it serves (None: all of them)."""
+    """Those of K slots on `model`, which has no hooks yet: the banks of mixtures, each with the slots that it serves
+    (None: all of them).
+    """
 
-    def __init__(self, num_slots: int, served: Sequence[tuple[Bank, Tensor | None]]) -> None:
+    def __init__(self, num_slots: int, served: Sequence[tuple[Bank, Tensor | None]], model: nn.Module) -> None:
         self.num_slots = num_slots
+        #: The layers' own model: a task may run that without the head, and the lower layers may be replaced.
+        self.model: nn.Module = getattr(model, "base_model", model)
         #: `domains` is for whoever calls the model to set.
         self.tokens = Tokens()
         self.served = [(bank, slots) for bank, slots in served if isinstance(bank.specs[0], Mixture)]
         for bank, _ in self.served:
             bank.tokens = self.tokens
+        #: For first passes, if there is a router that asks for them.
+        self.bare = _bare(self.model) if any(bank.specs[0].first_pass for bank, _ in self.served) else None
 
     def __bool__(self) -> bool:
         return bool(self.served)
@@ -36,7 +43,23 @@ class Routers:
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"routers need an attention mask of texts and tokens, not of shape {tuple(mask.shape)}")
-        self.tokens.begin(shape[1], None if mask is None else mask[: shape[0] // self.num_slots].bool())
+        mask = None if mask is None else mask[: shape[0] // self.num_slots].bool()
+        self.tokens.begin(shape[1], mask, lambda: self._first_pass(args, kwargs, shape[0]))
+
+    @torch.no_grad()
+    def _first_pass(self, args: tuple, kwargs: dict[str, Any], rows: int) -> Tensor:
+        """The last hidden states [N, T, H] of the bare model, for the texts of one slot. Raises ValueError where the
+        model is not shown the whole text.
+        """
+        assert self.bare is not None
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("the router 'xlora' needs whole texts: generate with use_cache=False")
+
+        def of_one_slot(value: Any) -> Any:
+            packed = isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
+            return value[: rows // self.num_slots] if packed else value
+
+        return self.bare(*map(of_one_slot, args), **{name: of_one_slot(value) for name, value in kwargs.items()})[0]
 
     def penalised(self, losses: Tensor) -> Tensor:
         """Losses [K] of the last forward pass with what the routers of each slot add to them."""
@@ -82,6 +105,14 @@ class Routers:
             own["load"] = own["load"][: bank.specs[j].num_experts]
             found[key] = {name: [round(v, 4) for v in t.flatten().tolist()] for name, t in own.items()}
         return found
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The modules of `model` once more, in evaluation mode, with the same parameters and buffers: what is hooked to the
+    one does not act in the other.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).eval()
 
 
 def banks_of(banks: Sequence[Bank], k: int) -> Iterator[tuple[str, Bank, int]]:

@@ -85,8 +85,11 @@ class Architecture:
         return sum(spec.stored_bits(backbone.site(site)) for site, spec in self) // 8
 
     def flops_per_token(self, backbone: Backbone) -> int:
-        """Operations that the adapters add to one forward pass, per token; see `AdapterSpec.flops_per_token`."""
-        return sum(spec.flops_per_token(backbone.site(site)) for site, spec in self)
+        """Operations that the adapters add to one forward pass, per token; see `AdapterSpec.flops_per_token`. Those of
+        a first pass through the backbone count once, however many adapters read it.
+        """
+        first = backbone.flops_per_token if any(spec.first_pass for _, spec in self) else 0
+        return first + sum(spec.flops_per_token(backbone.site(site)) for site, spec in self)
 
     def lowest_layer(self, backbone: Backbone) -> int:
         """The first layer that is adapted; the number of layers if none is. Everything below can be shared."""

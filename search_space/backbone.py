@@ -48,6 +48,8 @@ class Site:
     head_dim: int | None = None
     num_params: int = 0
     """Role ``backbone``: its parameters without the task head's."""
+    hidden_size: int = 0
+    """Linears: the features of what leaves the model; 0 where that is not known."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -83,6 +85,13 @@ class Backbone:
         """The roles that have at least one site here, in the order of ``ROLES``."""
         present = {site.role for site in self.sites}
         return tuple(role for role in ROLES if role in present)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Operations of the layers' linears in one forward pass, per token; a multiply-add is two. Attention's own
+        products, which grow with the text, are left out, and so is the output layer.
+        """
+        return sum(2 * site.in_features * site.out_features for site in self.sites if site.role in LINEAR_ROLES)
 
     def require(self, roles: Iterable[str]) -> None:
         """Raise ``ValueError`` naming every role that is unknown, or absent from this backbone."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
-from autopeft.search_space.adapters.mixture import BY_TASK, LOOKING_AHEAD, MIXTURE_FIELDS
+from autopeft.search_space.adapters.mixture import BETWEEN_GIVEN, BY_TASK, LOOKING_AHEAD, MIXTURE_FIELDS
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
 from autopeft.search_space.suggestions import did_you_mean
@@ -207,8 +207,9 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
         if site is not None:
             yield ("heads",), f"{count} blocks do not fit {site.name}, from {site.in_features} to {site.out_features}"
             break
-    if "arrow" in routers and not choice.given:
-        yield ("router",), "arrow routes between LoRAs that are given (given: [folder, folder])"
+    between = [str(router) for router in routers if router in BETWEEN_GIVEN]
+    if between and not choice.given:
+        yield ("router",), f"{' and '.join(between)}: only between LoRAs that are given (given: [folder, folder])"
     if "follow" in routers:
         yield ("router",), "sites that follow another have router_per: layer"
     ahead = [str(router) for router in routers if router in LOOKING_AHEAD]
@@ -218,8 +219,9 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     apart = [str(router) for router in routers if router in ("poly", "soft")]
     if apart and (isinstance(shared, Domain) or shared):
         yield ("shared_experts",), f"{' and '.join(apart)}: there is a part for every expert, and no shared ones"
-    if apart and choice.router_per == "layer":
-        yield ("router_per",), f"{' and '.join(apart)}: what is mixed is a site's own, no other can follow it"
+    own_parts = [str(router) for router in routers if router in ("poly", "soft", "xlora")]
+    if own_parts and choice.router_per == "layer":
+        yield ("router_per",), f"{' and '.join(own_parts)}: each site has a part of its own, no other can follow it"
     if "poly" in routers and choice.kind != "lora":
         yield ("router",), f"poly mixes the parameters of LoRAs, not of a {choice.kind}"
     own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)

@@ -236,7 +236,10 @@ def _layer_sites(index: int, layer: _Layer, paths: Mapping[str, str], width: int
 
     name = f"layers.{index}"
     linears = {
-        role: _site(f"{name}.{role}", index, role, f"{layer.path}.{path}", layer.modules[path], layer.linears[path])
+        role: replace(
+            _site(f"{name}.{role}", index, role, f"{layer.path}.{path}", layer.modules[path], layer.linears[path]),
+            hidden_size=width,
+        )
         for role in LINEAR_ROLES
         if (path := paths.get(role)) is not None
     }

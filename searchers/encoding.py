@@ -169,7 +169,7 @@ class Encoding:
 
     def costs(self, rows: Rows, active: Mask) -> dict[str, Rows]:
         """Declared metrics of the architectures, [n] each: what `declared_costs` says of them one by one."""
-        total = np.zeros((len(rows), len(DECLARED)))
+        total, first_pass = np.zeros((len(rows), len(DECLARED))), np.zeros(len(rows), dtype=bool)
         for group in self._groups:
             where = np.flatnonzero(self._is_on(group, rows, active))
             if len(where):
@@ -181,8 +181,12 @@ class Encoding:
                     values = values[:, None]
                 else:
                     values, inverse = np.unique(positions, axis=0, return_inverse=True)
-                total[where] += np.array([group.cost(self, tuple(v)) for v in values.tolist()])[inverse.reshape(-1)]
-        return dict(zip(DECLARED, np.floor(total.T), strict=True))
+                costs = np.array([group.cost(self, tuple(v)) for v in values.tolist()])[inverse.reshape(-1)]
+                total[where] += costs[:, :-1]
+                first_pass[where] |= costs[:, -1] > 0
+        found = dict(zip(DECLARED, np.floor(total.T), strict=True))
+        found["flops_per_token"] += first_pass * self.space.backbone.flops_per_token
+        return found
 
     def _is_on(self, group: _Group, rows: Rows, active: Mask) -> Mask:
         on = np.ones(len(rows), dtype=bool)
@@ -194,7 +198,7 @@ class Encoding:
 
 class _Group:
     """Placements that the same genes decide about: an adapter at all sites of its scope. Its costs, in the order of
-    `DECLARED`, are kept by the positions of its genes.
+    `DECLARED`, and whether it needs a first pass are kept by the positions of its genes.
     """
 
     def __init__(self, encoding: Encoding, places: Sequence[Placement]) -> None:
@@ -209,7 +213,8 @@ class _Group:
             specs = [(place.spec(values), place.site) for place in self.places]
             params = sum(spec.num_params(site) for spec, site in specs)
             stored = sum(spec.stored_bits(site) for spec, site in specs) / 8
-            self._known[positions] = params, stored, sum(spec.flops_per_token(site) for spec, site in specs)
+            flops = sum(spec.flops_per_token(site) for spec, site in specs)
+            self._known[positions] = params, stored, flops, any(spec.first_pass for spec, _ in specs)
         return self._known[positions]
 
 

@@ -165,6 +165,7 @@ def _model_with_everything(num_layers: int) -> Backbone:
             attention_module=name,
             num_key_value_heads=12,
             head_dim=64,
+            hidden_size=768,
         )
 
     inside = [role for role in ROLES if role not in _OUTSIDE_LAYERS]

@@ -226,7 +226,7 @@ def test_unsupported_is_refused_even_when_loss_is_allowed(models: Folders, tmp_p
 
 BY_TASK = ("task", "poly")
 #: Without those that need LoRAs that are given, or a site to follow.
-ROUTED = [router for router in ROUTERS if router not in ("uniform", "arrow", "follow")]
+ROUTED = [router for router in ROUTERS if router not in ("uniform", "arrow", "xlora", "follow")]
 UNIFORM = Mixture(expert=Lora(rank=2, alpha=3.0), experts=3, router="uniform")
 UNIFORM_CASES = {
     **{family: Case(family, {f"layers.{i}.{role}": UNIFORM for i in (1, 11)}) for family, role in LINEARS.items()},

@@ -6,9 +6,9 @@ Notation: N banks, K slots (each reads one bank), M tokens per slot, R the size 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,19 +40,28 @@ class Tokens:
     length: int = 1
     mask: Tensor | None = None
     domains: Tensor | None = None
+    #: Runs the model without adapters on the minibatch, for its last hidden states [N, T, H]; None: nobody may ask.
+    first_pass: Callable[[], Tensor] | None = None
     #: What routers have decided in this forward pass, by site and slot: [M, E] each.
     _gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _counted: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, length: int, mask: Tensor | None) -> None:
-        """Of a forward pass."""
+    def begin(self, length: int, mask: Tensor | None, first_pass: Callable[[], Tensor] | None = None) -> None:
+        """Of a forward pass. However many routers ask for the first pass, it runs once."""
         self.length, self.mask = length, mask
+        self.first_pass = first_pass and cache(first_pass)
         self._counted = None
         self._gates.clear()
 
     def end(self) -> None:
         """Of a step, whose graph must not outlive it."""
+        self.first_pass = None
         self._gates.clear()
+
+    def hidden_states(self) -> Tensor:
+        """[N, T, H]: the last ones of the model without adapters."""
+        assert self.first_pass is not None
+        return self.first_pass()
 
     def lead(self, bank: Bank, gates: Tensor) -> None:
         """Keep gates [K, M, E] for mixtures that follow."""

@@ -112,6 +112,11 @@ class AdapterSpec(ABC):
         return 1
 
     @property
+    def first_pass(self) -> bool:
+        """Whether it reads what the model without adapters makes of a text, which takes a forward pass of its own."""
+        return False
+
+    @property
     def plain(self) -> AdapterSpec:
         """The adapter, or what all experts of a mixture are."""
         return self

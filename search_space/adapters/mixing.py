@@ -114,7 +114,10 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     else:
         probabilities = weights = logits.softmax(1)
         order = probabilities.detach()
-    chosen = _chosen(order, probabilities.detach(), call)
+    if spec.router == "xlora":
+        chosen = owned.bool()[..., None].expand_as(probabilities)
+    else:
+        chosen = _chosen(order, probabilities.detach(), call)
     if spec.router == "sigmoid":
         gates = weights * chosen
         gates = gates / gates.sum(1, keepdim=True)
@@ -149,6 +152,9 @@ def _logits(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     if spec.router == "arrow":
         return (call.bank.arrows.to(x.dtype) @ x.mT).abs()
     weight = p["router"].to(x.dtype)
+    if spec.router == "xlora":
+        states = call.tokens.hidden_states().to(x.dtype).flatten(0, 1)
+        return weight @ states.mT + p["router_bias"].to(x.dtype)[..., None]
     if spec.router == "task":
         return weight[..., call.tokens.domains_of(spec.tasks)]
     if spec.router == "sequence":

@@ -15,7 +15,7 @@ from autopeft.search_space.adapters.base import (
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.backbone import LINEAR_ROLES
 
-ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "arrow", "uniform", "follow")
+ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "arrow", "xlora", "uniform", "follow")
 #: Routers that read a whole text before they decide about its first token.
 LOOKING_AHEAD = ("sequence", "soft")
 #: Routers that choose for a whole text.
@@ -24,6 +24,8 @@ DECIDING_BY_TEXT = ("sequence", "task")
 BY_TASK = frozenset({"task", "poly"})
 #: Routers that choose some of the experts.
 CHOOSING = ("token", "sigmoid", "sequence", "task", "arrow", "follow")
+#: Routers between LoRAs that are given.
+BETWEEN_GIVEN = ("arrow", "xlora")
 #: Those that are asked to send as much to one expert as to another. What a task is sent to is its own affair.
 BALANCED = ("token", "sigmoid", "sequence")
 
@@ -50,12 +52,14 @@ class Mixture(AdapterSpec):
       the experts by a softmax of z over them (Puigcerver et al. 2023, Soft MoE, section 2.1);
     - "arrow": "token" with z_e = |v_e x|, v_e the first right singular vector of the expert's B A: of LoRAs that are
       given, and nothing to be trained (Ostapenko et al. 2024, Towards Modular LLMs, section 4.2);
+    - "xlora": softmax(z) over all experts with z = W_r h + b, W_r: [E, H], h the last hidden state of the token in a
+      first pass through the model without adapters; of LoRAs that are given (Buehler and Buehler 2024, X-LoRA; in
+      peft's terms a classifier of depth 1 with layerwise scalings);
     - "uniform": 1/E, for comparison: what is left without a router;
     - "follow": the gates of the mixture at the site `leader`, which runs before it: several sites share one router.
 
-    `given`: folders of LoRAs of the same model, one for each expert, which are then not trained. With "token" and a
-    `top_k` of all of them that is X-LoRA's dense gating, but from what a site sees and in one pass (Buehler and Buehler
-    2024), with a smaller one MeteoRA's.
+    `given`: folders of LoRAs of the same model, one for each expert, which are then not trained. With "token" that is
+    MeteoRA.
 
     Added to the loss of a minibatch, over all its tokens but padding: `balance` * E * sum of f_e P_e, f the shares of
     the tokens and P the mean probabilities (Fedus et al., equation 4); `z_loss` * mean of logsumexp(z)^2 (Zoph et al.
@@ -142,8 +146,10 @@ class Mixture(AdapterSpec):
         return f"{self.experts}{shared} x {self.expert.label} ({self.router})"
 
     def fits(self, site):
-        if self.router == "arrow" and not self.given:
-            return False  # where they point is what they have learnt
+        if self.router in BETWEEN_GIVEN and not self.given:
+            return False  # what they have learnt is what these routers go by
+        if self.router == "xlora" and not site.hidden_size:
+            return False
         whole_blocks = site.in_features % self.heads == 0 and site.out_features % self.heads == 0
         return site.role in self.expert.roles and self.expert.fits(site) and whole_blocks
 
@@ -172,12 +178,16 @@ class Mixture(AdapterSpec):
         """Those of the router alone."""
         if self.router in ("arrow", "uniform", "follow"):
             return {}
-        widths = {"task": (self.tasks,), "poly": (self.tasks, self.heads)}
+        widths = {"task": (self.tasks,), "poly": (self.tasks, self.heads), "xlora": (site.hidden_size,)}
         shape = (self.experts, *widths.get(self.router, (site.in_features,)))
         own = {"router": Parameter(shape=shape, init="small_normal", per_expert=True)}
-        if self.router == "sigmoid":
+        if self.router in ("sigmoid", "xlora"):
             own["router_bias"] = Parameter(shape=(self.experts,), decay=False, per_expert=True)
         return own
+
+    @property
+    def first_pass(self):
+        return self.router == "xlora"
 
     @property
     def num_rows(self):
@@ -200,7 +210,8 @@ class Mixture(AdapterSpec):
         """
         if self.router == "soft":
             return 2 * self.experts * (2 * site.in_features + site.out_features)
-        router = 2 * self.experts * site.in_features if self.router in ("token", "sigmoid", "arrow") else 0
+        seen = site.hidden_size if self.router == "xlora" else site.in_features
+        router = 2 * self.experts * seen if self.router in ("token", "sigmoid", "arrow", "xlora") else 0
         return router + self.num_active * self.expert.flops_per_token(site)
 
     def constants(self, site):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.adapters import AdapterSpec
+from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import ExportError, State
 from autopeft.studies.exporters.peft_config import plan
@@ -20,6 +21,15 @@ ADAPTER = "default"
 class PeftAdapter(AveragingExporter):
     name = "peft"
     summary = "adapter_config.json and adapter_model.safetensors of HF peft"
+
+    def assess(self, recipe):
+        return peft_xlora.fit(recipe) or super().assess(recipe)
+
+    def write(self, recipe, state, folder):
+        if peft_xlora.fit(recipe):
+            peft_xlora.write(recipe, state, folder)
+        else:
+            super().write(recipe, state, folder)
 
     def assess_plain(self, recipe):
         return plan(recipe).fit
