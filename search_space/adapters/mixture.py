@@ -35,8 +35,8 @@ class Mixture(AdapterSpec):
     """y + sum over e of g_e(x) * delta_e(x): delta_e is what expert e alone adds, g: E gates that a router sets.
 
     With a rank of 1 for each expert, ranks and experts are one axis (SMoRA). `shared_experts` of them have the gate 1
-    for every token (Dai et al. 2024, DeepSeekMoE, section 3.2). `ranks`: of each LoRA, the shared ones first, where they
-    differ (Pirchert et al. 2026, FlexMoRE); `expert` has the largest. With z = W_r x, W_r: [E, D_in], `router` is
+    for every token (Dai et al. 2024, DeepSeekMoE, section 3.2). `ranks`: of each LoRA, the shared ones first, where
+    they differ (Pirchert et al. 2026, FlexMoRE); `expert` has the largest. With z = W_r x, W_r: [E, D_in], `router` is
 
     - "token": softmax(z) of the largest `top_k`, of these as few as reach the probability `top_p` together (Huang et
       al. 2024, Harder Tasks Need More Experts, section 2.2), scaled to sum to 1. One expert alone keeps its
