@@ -171,8 +171,8 @@ class SearchSpace:
         return [count for count in counts if count or key != "experts"]
 
     def _rank_genes(self, name: str, domain: Domain) -> Iterator[Gene]:
-        """One for each expert that a site may have: of the shared ones, then of the others, whatever number of them there
-        is. The first is also that of a plain adapter, where there are none.
+        """One for each expert that a site may have: first all shared ones that there may be, then the others. The first
+        is also that of a plain adapter, where there are none.
         """
         names = self._rank_names(name)
         first = [*names["shared_experts"], *names["experts"]][0]
