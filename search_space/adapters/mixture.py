@@ -122,7 +122,8 @@ class Mixture(AdapterSpec):
             raise ValueError(f"{len(self.ranks)} ranks for {self.num_rows} experts")
         for rank in self.ranks:
             check_at_least("ranks", rank, 1)
-        object.__setattr__(self, "expert", replace(self.expert, rank=max(self.ranks)))
+        if self.expert.rank != max(self.ranks):
+            object.__setattr__(self, "expert", replace(self.expert, rank=max(self.ranks)))
 
     def canonical(self) -> Mixture:
         """The same network and training, with the fields that make no difference to these at their defaults."""
@@ -225,24 +226,25 @@ class Mixture(AdapterSpec):
         return tuple(replace(self.expert, rank=rank) for rank in self.ranks)
 
     @property
-    def active(self) -> tuple[AdapterSpec, ...]:
-        """The experts that a token meets at most: the shared ones and, of those that it can be sent to, the largest.
-        Mixed parameters are those of one.
+    def num_active(self) -> int:
+        """Experts that a token meets at most, with the shared ones; mixed parameters are those of one. Where ranks
+        differ, the ranks of these, of the largest that it can be sent to: each has a gate.
         """
         if self.router == "poly":
-            return (self.expert,)
-        shared, routed = self.each[: self.shared_experts], self.each[self.shared_experts :]
-        count = min(self.top_k, self.experts) if self.router in CHOOSING else self.experts
-        return (*shared, *sorted(routed, key=lambda expert: expert.size or 0, reverse=True)[:count])
+            return 1
+        chosen = min(self.top_k, self.experts) if self.router in CHOOSING else self.experts
+        if not self.ranks:
+            return self.shared_experts + chosen
+        return sum(self.ranks[: self.shared_experts]) + sum(sorted(self.ranks[self.shared_experts :])[-chosen:])
 
     @property
-    def num_active(self) -> int:
-        """Gates of a token that are not 0, at most: each expert has one or, where ranks differ, each rank."""
-        return sum(expert.size or 0 for expert in self.active) if self.ranks else len(self.active)
+    def gated(self) -> AdapterSpec:
+        """What has a gate: an expert or, where ranks differ, a rank of one."""
+        return replace(self.expert, rank=1) if isinstance(self.expert, Lora) and self.ranks else self.expert
 
     def active_params(self, site):
         router = sum(parameter.count for parameter in self.router_parameters(site).values())
-        return router + sum(expert.active_params(site) for expert in self.active)
+        return self.num_active * self.gated.active_params(site) + router
 
     def flops_per_token(self, site):
         """Of the experts that a token is sent to, at most, and of the router: where their ranks differ, of the largest.
@@ -253,7 +255,7 @@ class Mixture(AdapterSpec):
             return 2 * self.experts * (2 * site.in_features + site.out_features)
         seen = site.hidden_size if self.router == "xlora" else site.in_features
         router = 2 * self.experts * seen if self.router in ("token", "sigmoid", "arrow", "xlora") else 0
-        return router + sum(expert.flops_per_token(site) for expert in self.active)
+        return router + self.num_active * self.gated.flops_per_token(site)
 
     def constants(self, site):
         own = {**self.expert.constants(site), **{name: float(getattr(self, name)) for name in self.per_slot_fields}}
