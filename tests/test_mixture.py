@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.evaluators.host import Attachment
+from autopeft.kernels import mixture_lora
 from autopeft.search_space import AdapterChoice, Architecture, Candidate, Choice, Float, SearchSpace, SpaceError
 from autopeft.search_space.adapters import (
     AdapterSpec,
@@ -440,9 +441,13 @@ def of_ranks(name: str, **fields) -> Mixture:
     return mixture(LORA, name, ranks=ranks, **fields)
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_experts_of_different_ranks_equal_their_tokens_one_by_one(name: str) -> None:
+def test_experts_of_different_ranks_equal_their_tokens_one_by_one(
+    name: str, gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a pack with another scale and number of active experts; alone, and with the frozen linear."""
+    monkeypatch.setattr(mixture_lora, "is_routed", lambda *_: gathered)
     specs = [
         of_ranks(name),
         replace(of_ranks(name, **({"top_k": 1} if name == "token" else {})), expert=Lora(alpha=2.0, scaling="rslora")),
