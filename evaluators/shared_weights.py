@@ -40,6 +40,10 @@ class SharedWeights(nn.Module):
         for place in space.placements:
             if place.site.role == "backbone":
                 raise ValueError(f"a supernet has no weights for {place.adapter!r}: it trains the backbone itself")
+            if place.ranks:
+                raise ValueError(
+                    f"a supernet has no weights for {place.adapter!r}: its experts have ranks of their own"
+                )
             for spec in _largest(place, domains):
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
         for (name, structure), specs in largest.items():

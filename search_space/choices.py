@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
 from autopeft.search_space.adapters.mixture import BETWEEN_GIVEN, BY_TASK, LOOKING_AHEAD, MIXTURE_FIELDS
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
@@ -16,6 +16,8 @@ from autopeft.search_space.training import Training
 
 Granularity = Literal["model", "stage", "layer", "site"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+Variation = Literal[Granularity, "expert"]
+VARIATIONS: tuple[str, ...] = get_args(Variation)
 Problem = tuple[tuple[str, ...], str]
 
 
@@ -35,8 +37,9 @@ class AdapterChoice:
     the granularity of its on/off gene (None: always on). `fields`: a value or a domain per field; a size domain may
     contain 0, which is "off". With `experts` among them there is a mixture of so many (0: a plain adapter), and the
     other fields of `Mixture` may be there. `vary`: the granularity at which a field is chosen (default: once for the
-    model). `router_per`: whether each site has a router, or the first of a layer has one that the others follow.
-    `given`: folders of LoRAs that are the experts, as they are; number, rank and scale are then fields of one value.
+    model); "expert": the rank of LoRAs, once for each expert of the model, whose first is also that of a plain one.
+    `router_per`: whether each site has a router, or the first of a layer has one that the others follow. `given`:
+    folders of LoRAs that are the experts, as they are; number, rank and scale are then fields of one value.
     """
 
     kind: str
@@ -44,7 +47,7 @@ class AdapterChoice:
     layers: tuple[int, ...] | None = None
     placement: Granularity | None = None
     fields: Mapping[str, Domain | Value] = field(default_factory=dict)
-    vary: Mapping[str, Granularity] = field(default_factory=dict)
+    vary: Mapping[str, Variation] = field(default_factory=dict)
     router_per: Literal["site", "layer"] = "site"
     given: tuple[str, ...] = ()
 
@@ -160,11 +163,28 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     for key, per in choice.vary.items():
         if not isinstance(choice.fields.get(key), Domain):
             yield ("vary", key), "only a field with several values can vary"
-        if per not in GRANULARITIES:
-            yield ("vary", key), f"unknown granularity {per!r}{did_you_mean(per, GRANULARITIES)}"
+        if per == "expert":
+            for what in _per_expert_problems(choice, key):
+                yield ("vary", key), what
+        elif per not in GRANULARITIES:
+            yield ("vary", key), f"unknown granularity {per!r}{did_you_mean(per, VARIATIONS)}"
     if choice.placement is not None and choice.placement not in GRANULARITIES:
         what = f"unknown granularity {choice.placement!r}{did_you_mean(choice.placement, GRANULARITIES)}"
         yield ("placement",), what
+
+
+def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
+    """What is wrong with a field that is chosen for each expert."""
+    if choice.kind != Lora.kind or key != Lora.size_field:
+        yield "experts can differ in the rank of a lora alone"
+    elif not choice.fields.get("experts"):
+        yield "this is for mixtures: say how many experts there are (experts: 4)"
+    elif choice.given:
+        yield "the LoRAs that are given have ranks of their own"
+    elif "poly" in _routers(choice):
+        yield "poly mixes the matrices of LoRAs, which are of one rank then"
+    elif isinstance(domain := choice.fields.get(key), Domain) and domain.contains(0):
+        yield "an expert has a rank of at least 1: where there are none is said by experts or by placement"
 
 
 def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:

@@ -108,12 +108,15 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
     free: Assignment = {}
     if place.experts is not None:
         bound[place.experts.gene] = mixture
+    own_ranks = spec.ranks if isinstance(spec, Mixture) else ()
+    if own_ranks and not place.ranks:
+        return None
     declared = space.adapters[place.adapter].fields
     for part in (spec.plain, spec) if isinstance(spec, Mixture) else (spec,):
         for field in fields(part):
             # What a router has, a site that follows another reads of that one.
             followed = isinstance(part, Mixture) and place.leader and field.name in ROUTER_FIELDS
-            if field.name in ("expert", "given", "leader") or followed:
+            if field.name in ("expert", "given", "leader", "ranks") or followed:
                 continue
             default: Value = getattr(type(part)(), field.name)
             values = _standing_for(part, field.name, declared.get(field.name, default))
@@ -121,6 +124,13 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
                 return None
             if field.name in place.genes:
                 (bound if len(values) == 1 else free)[place.genes[field.name]] = values[-1]
+    if place.ranks:
+        genes = place.rank_genes(*(spec.shared_experts, spec.experts) if isinstance(spec, Mixture) else (0, 0))
+        ranks: Sequence[Any] = own_ranks or [spec.size] * len(genes)
+        domain = declared["rank"]
+        if not (isinstance(domain, Domain) and all(domain.contains(rank) for rank in ranks)):
+            return None
+        bound.update(zip(genes, ranks, strict=True))
     return bound, free
 
 

@@ -18,7 +18,8 @@ class Placement:
     """An adapter that may sit at a site. `gates` decide whether it does, `genes` name the gene of each field that is
     searched, `fixed` has the values of the others. Where there may be several experts of it, `experts` decides whether
     there are (None: always, if their number is a field); `leader`: the site of the layer whose gates they have, if not
-    their own. `given`: folders that they come from.
+    their own. `given`: folders that they come from. `shared_ranks`, `ranks`: the genes of the shared and the other
+    experts' ranks, if each has its own.
     """
 
     adapter: str
@@ -30,6 +31,8 @@ class Placement:
     experts: Gate | None = None
     leader: str = ""
     given: tuple[str, ...] = ()
+    shared_ranks: tuple[str, ...] = ()
+    ranks: tuple[str, ...] = ()
 
     def is_on(self, assignment: Mapping[str, Value]) -> bool:
         return all(assignment.get(gate.gene) == gate.value for gate in self.gates)
@@ -37,12 +40,19 @@ class Placement:
     @property
     def decided_by(self) -> tuple[str, ...]:
         """The genes that `spec` reads."""
-        return (*self.genes.values(), *([self.experts.gene] if self.experts else []))
+        experts = [self.experts.gene] if self.experts else []
+        return (*self.genes.values(), *experts, *self.shared_ranks, *self.ranks)
 
     def is_mixture(self, assignment: Mapping[str, Value]) -> bool:
         if self.experts is not None:
             return assignment.get(self.experts.gene) == self.experts.value
         return "experts" in self.genes or bool(self.fixed.get("experts"))
+
+    def rank_genes(self, shared_experts: int, experts: int) -> tuple[str, ...]:
+        """Of those that each have their own rank; 0 experts: of a plain adapter, which has that of the first."""
+        if not experts:
+            return (*self.shared_ranks, *self.ranks)[:1]
+        return (*self.shared_ranks[:shared_experts], *self.ranks[:experts])
 
     def spec(self, assignment: Mapping[str, Value]) -> AdapterSpec:
         mixture = self.is_mixture(assignment)
@@ -51,10 +61,14 @@ class Placement:
             **{key: assignment[gene] for key, gene in self.genes.items() if mixture or key not in MIXTURE_FIELDS},
         }
         own = {key: value for key, value in values.items() if key not in MIXTURE_FIELDS}
+        fields_: dict[str, Any] = {key: value for key, value in values.items() if key in MIXTURE_FIELDS and mixture}
+        if self.ranks:
+            genes = self.rank_genes(fields_.get("shared_experts", 0), fields_.get("experts", 0))
+            fields_["ranks"] = tuple(assignment[gene] for gene in genes)
+            own["rank"] = max(fields_["ranks"])
         expert = ADAPTERS[self.kind](**own)
         if not mixture:
             return expert
-        fields_: dict[str, Any] = {key: value for key, value in values.items() if key in MIXTURE_FIELDS}
         if self.leader:
             fields_ |= {"router": "follow", "leader": self.leader}
         return Mixture(expert=expert, given=self.given, **fields_).canonical()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from random import Random
+from typing import Any
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
@@ -123,9 +124,11 @@ class SearchSpace:
                 size=gate.size,
             )
         for name, choice in self.adapters.items():
-            for key, domain in choice.fields.items():
+            # Whether there is an expert is known before its rank matters.
+            for key, domain in sorted(choice.fields.items(), key=lambda field: choice.vary.get(field[0]) == "expert"):
                 if isinstance(domain, Domain):
-                    yield from self._field_genes(name, key, domain)
+                    per_expert = choice.vary.get(key) == "expert"
+                    yield from self._rank_genes(name, domain) if per_expert else self._field_genes(name, key, domain)
         for key, domain in self.training.items():
             if isinstance(domain, Domain):
                 yield Gene(name=TRAINING + key, domain=domain)
@@ -151,21 +154,78 @@ class SearchSpace:
             conditions = {self._conditions_of(name, site, key) for site in sites}
             yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions), adapter=name)
 
+    def _rank_names(self, name: str) -> dict[str, tuple[str, ...]]:
+        """The genes of ranks that experts have to themselves, by the field that says how many experts there are."""
+        if "expert" not in self.adapters[name].vary.values():
+            return {"shared_experts": (), "experts": ()}
+        shared, routed = (max(self._counts(name, key)) for key in ("shared_experts", "experts"))
+        genes = tuple(f"{name}.rank.experts.{e}" for e in range(shared + routed))
+        return {"shared_experts": genes[:shared], "experts": genes[shared:]}
+
+    def _counts(self, name: str, key: str) -> Sequence[int]:
+        """How many experts a field may say there are, where there are any."""
+        domain: Any = self.adapters[name].fields.get(key, 0)
+        if isinstance(domain, Int):
+            domain = Choice(choices=tuple(range(domain.low, domain.high + 1, domain.step)))
+        counts: Sequence[Any] = domain.choices if isinstance(domain, Choice) else [domain]
+        return [count for count in counts if count or key != "experts"]
+
+    def _rank_genes(self, name: str, domain: Domain) -> Iterator[Gene]:
+        """One for each expert that a site may have: first all shared ones that there may be, then the others. The first
+        is also that of a plain adapter, where there are none.
+        """
+        names = self._rank_names(name)
+        first = [*names["shared_experts"], *names["experts"]][0]
+        for key, genes in names.items():
+            for e, gene in enumerate(genes):
+                conditions: set[Condition] = set()
+                for site in self._sites[name]:
+                    within = self._conditions_of(name, site, key)
+                    here = {within | more for more in self._more_than(e, name, key, site)}
+                    plain = self._experts[name, site.name]
+                    if gene == first and plain is not None:
+                        outer = _all(self._gates[name, site.name])
+                        here = {outer} if within in here else {*here, outer | {(plain.gene, False)}}
+                    conditions |= here
+                yield Gene(name=gene, domain=domain, conditions=_absorb(conditions), adapter=name)
+
+    def _more_than(self, number: int, name: str, key: str, site: Site) -> Iterator[Condition]:
+        """When a field says that there are more than `number` experts at `site`, if there are any."""
+        counts = self._counts(name, key)
+        if min(counts) > number:
+            yield frozenset()
+            return
+        gene = f"{name}.{key}{self._scope(self.adapters[name].vary.get(key, 'model'), site)}"
+        yield from (frozenset({(gene, count)}) for count in counts if count > number)
+
     def _place(self) -> Iterator[Placement]:
         led: dict[tuple[str, int | None], str] = {}
         for name, choice in self.adapters.items():
+            ranks = self._rank_names(name)
             for site in self._sites[name]:
                 genes = {
                     key: f"{name}.{key}{self._scope(choice.vary.get(key, 'model'), site)}"
                     for key, domain in choice.fields.items()
-                    if isinstance(domain, Domain)
+                    if isinstance(domain, Domain) and choice.vary.get(key) != "expert"
                 }
                 fixed = {key: value for key, value in choice.fields.items() if not isinstance(value, Domain)}
                 gates, experts = self._gates[name, site.name], self._experts[name, site.name]
                 first = led.setdefault((name, site.layer), site.name)
                 shares = choice.router_per == "layer" and site.layer is not None and first != site.name
                 leader = first if shares else ""
-                yield Placement(name, choice.kind, site, gates, genes, fixed, experts, leader, choice.given)
+                yield Placement(
+                    name,
+                    choice.kind,
+                    site,
+                    gates,
+                    genes,
+                    fixed,
+                    experts,
+                    leader,
+                    choice.given,
+                    shared_ranks=ranks["shared_experts"],
+                    ranks=ranks["experts"],
+                )
 
     # Assignments
 

@@ -203,6 +203,8 @@ class _Group:
 
     def __init__(self, encoding: Encoding, places: Sequence[Placement]) -> None:
         self.places = places
+        #: What the genes put at its places is the same but for whom it follows.
+        self._by_leader = {place.leader: place for place in places}
         self.genes = places[0].decided_by
         self.gates = [(gate.gene, encoding.position(gate.gene, gate.value)) for gate in places[0].gates]
         self._known: dict[tuple[float, ...], tuple[float, ...]] = {}
@@ -210,7 +212,8 @@ class _Group:
     def cost(self, encoding: Encoding, positions: tuple[float, ...]) -> tuple[float, ...]:
         if positions not in self._known:
             values = {gene: encoding.value(gene, u) for gene, u in zip(self.genes, positions, strict=True)}
-            specs = [(place.spec(values), place.site) for place in self.places]
+            by_leader = {leader: place.spec(values) for leader, place in self._by_leader.items()}
+            specs = [(by_leader[place.leader], place.site) for place in self.places]
             params = sum(spec.num_params(site) for spec, site in specs)
             stored = sum(spec.stored_bits(site) for spec, site in specs) / 8
             flops = sum(spec.flops_per_token(site) for spec, site in specs)

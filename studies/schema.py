@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
-from autopeft.search_space.choices import GRANULARITIES
+from autopeft.search_space.choices import GRANULARITIES, VARIATIONS
 from autopeft.search_space.problem import METRICS
 from autopeft.studies.declaration import scalar_type
 from autopeft.studies.study_file import StudyFile
@@ -67,7 +67,9 @@ def _adapter(spec: type[AdapterSpec], common: dict[str, Any]) -> dict[str, Any]:
         hints = get_type_hints(Mixture)
         own |= {f.name: _field(hints[f.name], f.default) for f in fields(Mixture) if f.name in MIXTURE_FIELDS}
         own["experts"]["default"] = 0
-    granularity = {"type": "string", "enum": list(GRANULARITIES)}
+    vary = {name: {"type": "string", "enum": list(GRANULARITIES)} for name in own}
+    if spec is Lora:
+        vary["rank"]["enum"] = list(VARIATIONS)
     at = {"type": "array", "items": {"type": "string", "enum": list(spec.roles)}}
     return {
         "type": "object",
@@ -80,7 +82,7 @@ def _adapter(spec: type[AdapterSpec], common: dict[str, Any]) -> dict[str, Any]:
                 "type": "object",
                 "description": common["vary"]["description"],
                 "additionalProperties": False,
-                "properties": dict.fromkeys(own, granularity),
+                "properties": vary,
             },
             **own,
         },

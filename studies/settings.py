@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from autopeft.search_space.choices import Granularity
+from autopeft.search_space.choices import Granularity, Variation
 from autopeft.search_space.problem import Surrogate
 from autopeft.search_space.training import Training
 
@@ -129,7 +129,9 @@ class AdapterSettings(Section):
     placement: Granularity | None = Field(
         default=None, description="search where it is on, at this granularity; null: always on"
     )
-    vary: dict[str, Granularity] = Field(default={}, description="fields chosen per stage, layer or site, not once")
+    vary: dict[str, Variation] = Field(
+        default={}, description="fields chosen per stage, layer or site, not once; the rank of LoRAs per expert"
+    )
     given: tuple[str, ...] = Field(
         default=(), description="folders of LoRAs, as peft writes them, that are the experts and are not trained"
     )

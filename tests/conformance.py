@@ -254,6 +254,7 @@ ROWS: tuple[Row, ...] = (
             Mixture(expert=Lora(rank=3), experts=2, shared_experts=1, top_k=1),
             Mixture(expert=Lora(rank=1, alpha=1.0), experts=8, router="sigmoid", top_k=3),
             Mixture(expert=Lora(rank=2), experts=3, router="uniform"),
+            Mixture(expert=Lora(dropout=0.2, scaling="rslora"), experts=2, shared_experts=1, ranks=(1, 4, 2), top_k=1),
         ),
         peft="peft's X-LoRA mixes adapters that are given; routers are compared token by token in test_mixture.py",
         roles=_SOME_LINEARS,

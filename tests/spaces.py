@@ -74,6 +74,12 @@ KINDS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "norm": (("norm",), {}),
     "ia3": (("attn.v",), {}),
 }  # fmt: skip
+#: Of a mixture of LoRAs.
+ranks = sizes.filter(lambda size: not isinstance(size, Domain) or not size.contains(0))
+counts = st.sampled_from((1, 3, Choice.of((0, 2, 3)), Choice.of((1, 2)), Int(low=0, high=2), Int(low=1, high=3)))
+expert_fields = {"shared_experts": st.sampled_from((1, Choice.of((0, 2)), Int(low=1, high=2))),
+                 "top_k": st.sampled_from((1, Choice.of((1, 2)))),
+                 "router": st.sampled_from((Choice(choices=("token", "uniform")), "soft"))}  # fmt: skip
 trainings = st.fixed_dictionaries(
     {},
     optional={
@@ -90,7 +96,16 @@ def choices(draw: st.DrawFn, placement: bool = True) -> AdapterChoice:
     kind = draw(st.sampled_from(sorted(KINDS)))
     roles, fields = KINDS[kind]
     chosen = draw(st.fixed_dictionaries({}, optional=fields))
+    per_expert = False
+    if kind == "lora" and draw(st.booleans()):
+        chosen |= draw(st.fixed_dictionaries({"experts": counts}, optional=expert_fields))
+        if chosen.get("router") == "soft":
+            chosen.pop("shared_experts", None)
+        if draw(st.booleans()):
+            chosen["rank"] = draw(ranks)
+            per_expert = isinstance(chosen["rank"], Domain)
     varying = [key for key, value in chosen.items() if isinstance(value, Domain)]
+    vary = {key: draw(granularities) for key in varying if draw(st.booleans())}
     return AdapterChoice(
         kind=kind,
         at=tuple(draw(st.lists(st.sampled_from(roles), min_size=1, unique=True))),
@@ -98,7 +113,7 @@ def choices(draw: st.DrawFn, placement: bool = True) -> AdapterChoice:
         layers=draw(st.none() | st.lists(st.integers(0, 2), min_size=1, unique=True).map(tuple)),
         placement=draw(st.none() | granularities) if placement else None,
         fields=chosen,
-        vary={key: draw(granularities) for key in varying if draw(st.booleans())},
+        vary={**vary, "rank": "expert"} if per_expert else vary,
     )
 
 

@@ -236,6 +236,10 @@ UNIFORM_CASES = {
             "layers.1.attn.q": Mixture(expert=Lora(rank=3, scaling="rslora"), experts=4, router="uniform"),
             "layers.11.attn.q": Mixture(expert=Lora(rank=2), experts=3, shared_experts=2, router="uniform"),
             "layers.2.attn.q": Lora(rank=5, scaling="rslora"),
+            "layers.2.attn.k": Mixture(expert=Lora(alpha=3.0), ranks=(1, 4, 2, 1), router="uniform"),
+            "layers.2.attn.v": Mixture(
+                expert=Lora(scaling="rslora"), experts=2, shared_experts=1, ranks=(2, 3, 1), router="uniform"
+            ),
             "layers.3.mlp.down": Mixture(expert=Lora(rank=1), experts=1, router="uniform"),
             "layers.3.mlp.up": Mixture(expert=Lora(rank=2), experts=1, shared_experts=1, router="uniform"),
         },
@@ -267,6 +271,7 @@ def routed(router: str, **fields: Any) -> dict[str, AdapterSpec]:
         "layers.1.attn.k": Mixture(expert=expert, experts=3, router=router, tasks=tasks, **fields),
         "layers.2.attn.q": Lora(),
         "layers.3.attn.q": UNIFORM,
+        "layers.4.attn.q": Mixture(expert=Lora(alpha=4.0), experts=2, ranks=(1, 3), router="uniform"),
     }
 
 
@@ -342,6 +347,7 @@ def test_native_rebuilds_mixtures(models: Folders, tmp_path: Path, family: str) 
         "layers.2.attn": Prefix(length=4),
         "layers.11.norm.0": Norm(),
         "layers.4.mlp.up": [Lora(rank=2), Lora(rank=3)],
+        "layers.5.mlp.up": Mixture(experts=2, shared_experts=1, ranks=(1, 3, 2)),
     }
     recipe = make_recipe(family, models[family], placement)
     state, wanted = trained(recipe)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.evaluators.host import Attachment
+from autopeft.kernels import mixture_lora
 from autopeft.search_space import AdapterChoice, Architecture, Candidate, Choice, Float, SearchSpace, SpaceError
 from autopeft.search_space.adapters import (
     AdapterSpec,
@@ -30,6 +31,7 @@ from autopeft.search_space.adapters import (
 from autopeft.search_space.adapters.bank import Bank, Tokens
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTERS
 from autopeft.search_space.backbone import Site
+from autopeft.search_space.controls import controls
 from autopeft.search_space.problem import declared_costs
 from autopeft.searchers.encoding import Encoding
 
@@ -94,10 +96,18 @@ def batch(slots: int) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), y.requires_grad_()
 
 
+def expert_of(spec: Mixture, p: dict[str, Tensor], e: int) -> dict[str, Tensor]:
+    """The parameters of expert e alone."""
+    if spec.ranks:
+        own = slice(sum(spec.ranks[:e]), sum(spec.ranks[: e + 1]))
+        return {"A": p["A"][own], "B": p["B"][:, own]}
+    return {name: value[e] for name, value in p.items() if not name.startswith("router")}
+
+
 def alone(spec: Mixture, bank: Bank, p: dict[str, Tensor], e: int, x: Tensor, y: Tensor) -> Tensor:
     """What expert e of slot 0 makes of tokens [n, D]: its change of y, or of x."""
-    one = Bank(bank.site, [spec.expert], bank.base[0], [0]).double().eval()
-    values = {name: value[e][None] for name, value in p.items() if not name.startswith("router")}
+    one = Bank(bank.site, [spec.each[e]], bank.base[0], [0]).double().eval()
+    values = {name: value[None] for name, value in expert_of(spec, p, e).items()}
     if spec.expert.acts_by("apply_input", bank.site):
         return (spec.expert.apply_input(values, x[None], one.call) - x)[0]
     return (spec.expert.apply(values, x[None], y[None], one.call) - y)[0]
@@ -307,13 +317,16 @@ def test_costs_equal_counters() -> None:
         (Dora(rank=2, dropout=0.3), {"shared_experts": 1}, {"top_k": 1}),
         (Lora(rank=2, dropout=0.3), {"router": "soft"}, {"router_noise": 0.2}),
         (Lora(rank=2), {"router": "sigmoid", "z_loss": 0.1}, {"top_k": 3}),
+        (Lora(rank=2, dropout=0.3), {"ranks": (1, 4, 2, 1), "router_noise": 0.5}, {"top_k": 1}),
+        (Lora(rank=2, dropout=0.3), {"ranks": (1, 4, 2, 1), "router": "soft"}, {}),
     ],
 )
 def test_a_slot_alone_equals_the_slot_in_a_pack_while_training(expert: AdapterSpec, fields, other) -> None:
     model, backbone = tiny("bert")
+    smaller = {"experts": len(fields.get("ranks", "12")), **fields}
     specs = [
         Mixture(expert=expert, experts=4, **fields).canonical(),
-        Mixture(expert=replace(expert, rank=3), experts=2, **{**fields, "router_noise": 0.0, **other}).canonical(),
+        Mixture(expert=replace(expert, rank=3, alpha=4.0), **{**smaller, "router_noise": 0.0, **other}).canonical(),
     ]
     sites = [site.name for site in backbone.sites if site.role in ("attn.q", "mlp.up")]
     made = [Architecture.of({name: [spec] for name in sites}) for spec in specs]
@@ -371,6 +384,11 @@ def test_bad_mixtures() -> None:
         ({"top_p": 0.0}, r"top_p"),
         ({"router": "soft", "shared_experts": 1}, "no shared ones"),
         ({"router": "poly", "expert": Ia3()}, "parameters of LoRAs"),
+        ({"router": "poly", "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
+        ({"expert": Dora(), "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
+        ({"given": ("a", "b", "c", "d"), "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
+        ({"ranks": (1, 2, 3, 4), "shared_experts": 1}, "4 ranks for 5 experts"),
+        ({"ranks": (1, 2, 0, 4)}, "ranks must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Mixture(**fields)
@@ -411,6 +429,119 @@ def test_poly_mixes_parameters_for_each_task_and_block(heads: int) -> None:
     for one, two in zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in (found, torch.stack(expected))),
                         strict=True):  # fmt: skip
         torch.testing.assert_close(one, two)
+
+
+# Ranks that differ
+
+LORA = Lora(alpha=3.0)
+
+
+def of_ranks(name: str, **fields) -> Mixture:
+    ranks = (2, 1, 3, 1, 4, 1) if name == "shared" else (1, 4, 2, 1)
+    return mixture(LORA, name, ranks=ranks, **fields)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_experts_of_different_ranks_equal_their_tokens_one_by_one(
+    name: str, gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pack with another scale and number of active experts; alone, and with the frozen linear."""
+    monkeypatch.setattr(mixture_lora, "is_routed", lambda *_: gathered)
+    specs = [
+        of_ranks(name),
+        replace(of_ranks(name, **({"top_k": 1} if name == "token" else {})), expert=Lora(alpha=2.0, scaling="rslora")),
+    ]
+    bank = bank_of(specs, LINEAR)
+    x, y = batch(2)
+    found = bank(x, y)
+    expected = torch.stack([reference(s, bank, k, x[k], y[k]) for k, s in enumerate(specs)])
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=found.dtype)
+    wanted = [x, y, *bank.values.values()]
+    grads = [
+        torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True, materialize_grads=True)
+        for out in (found, expected)
+    ]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two)
+    for k, spec in enumerate(specs):
+        single = bank_of([spec], LINEAR)
+        single.load_slot(0, bank.of_slot(k))
+        torch.testing.assert_close(single(x[k : k + 1], y[k : k + 1])[0], found[k])
+    if specs[0].acts_by("apply_linear", LINEAR):
+        frozen: nn.Module = bank.base[0].double()
+        torch.testing.assert_close(bank.apply_linear(x, None), bank(x, frozen(x)))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_equal_ranks_are_the_ordinary_mixture(name: str) -> None:
+    plain = mixture(replace(LORA, rank=2), name)
+    ragged = replace(plain, ranks=(2,) * plain.num_rows)
+    assert ragged.canonical() == plain.canonical()
+    for count in ("num_params", "stored_bits", "active_params", "flops_per_token"):
+        assert getattr(ragged, count)(LINEAR) == getattr(plain, count)(LINEAR)
+    x, y = batch(1)
+    banks = [bank_of([spec], LINEAR) for spec in (plain, ragged)]
+    own = banks[0].of_slot(0)
+    together = {"A": own["A"].flatten(0, 1), "B": own["B"].movedim(0, 1).flatten(1)}
+    banks[1].load_slot(0, {**own, **together})
+    found = [bank(x, y) for bank in banks]
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in found))
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
+def test_what_an_expert_starts_with_does_not_depend_on_the_others(init: str) -> None:
+    def starting(*ranks: int) -> list[Tensor]:
+        spec = Mixture(expert=Lora(init=init), experts=len(ranks), ranks=ranks).canonical()
+        values = Bank(LINEAR, [spec], nn.Linear(WIDTH, OUT), [7]).of_slot(0)
+        return [expert_of(spec, values, e)["A"] for e in range(len(ranks))]
+
+    mixed = starting(2, 3, 1, 2)
+    for other in (starting(2, 3), starting(2, 2, 2, 2), starting(3, 3), starting(1, 3, 1)):
+        alike = [(one, two) for one, two in zip(mixed, other, strict=False) if len(one) == len(two)]
+        assert alike
+        assert all(torch.equal(one, two) for one, two in alike)
+
+
+def test_costs_of_different_ranks_equal_counters() -> None:
+    spec = Mixture(experts=4, shared_experts=1, top_k=2, ranks=(3, 1, 4, 2, 1))
+    bank = bank_of([spec], LINEAR)
+    own = bank.of_slot(0)
+    assert spec.num_params(LINEAR) == sum(value.numel() for value in own.values())
+    assert spec.stored_bits(LINEAR) == 32 * spec.num_params(LINEAR)
+    # The shared one and the two largest of the others.
+    met = [expert_of(spec, own, e) for e in (0, 2, 3)]
+    assert spec.active_params(LINEAR) == own["router"].numel() + sum(v.numel() for p in met for v in p.values())
+    x, _ = batch(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for expert in met:
+            expert["B"] @ (expert["A"] @ x[0, 0, :, None])
+    assert counter.get_total_flops() + 2 * 4 * WIDTH == spec.flops_per_token(LINEAR)
+    # All ranks side by side, and no rank that an expert does not have.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        bank(x, x)
+    assert counter.get_total_flops() == x.shape[1] * 2 * (11 * (WIDTH + OUT) + 4 * WIDTH)
+
+
+def test_one_network_of_different_ranks_has_one_key() -> None:
+    spec = Mixture(expert=Lora(rank=8), experts=3, ranks=[1, 4, 2])  # type: ignore[arg-type]
+    assert spec == Mixture(expert=Lora(rank=1), experts=3, ranks=(1, 4, 2))
+    assert (spec.expert.size, spec.label) == (4, "3 x lora 1-4 (token)")
+    assert spec_from_dict(spec.to_dict()) == spec == spec.canonical()
+    assert "ranks" not in Mixture().to_dict(), "keys of before stay what they were"
+    assert replace(spec, ranks=(2, 2, 2)).canonical() == Mixture(expert=Lora(rank=2), experts=3)
+
+
+def test_controls_of_different_ranks() -> None:
+    spec = Mixture(experts=3, top_k=1, ranks=(1, 4, 2))
+    found = controls(Architecture.of({"layers.0.attn.q": [spec]}), SMALL)
+    instead = {name: own.adapters[0][1][0] for name, own in found.items()}
+    assert instead["average"] == replace(spec, router="uniform").canonical()
+    site = SMALL.site("layers.0.attn.q")
+    for name, num_params in (("active", spec.active_params(site)), ("total", spec.num_params(site))):
+        assert instead[name] == Lora(rank=num_params // (2 * 16))
 
 
 # In a space

@@ -29,6 +29,7 @@ def candidates(backbone: LoadedBackbone, lowest: int = 1) -> list[Architecture]:
         Mixture(expert=Lora(rank=2, dropout=0.1), experts=4, balance=0.1, router_noise=0.1),
         Mixture(expert=Lora(rank=3), experts=2, top_k=1, router="sigmoid"),
         Mixture(expert=Dora(rank=2), experts=3, shared_experts=1, z_loss=0.01),
+        Mixture(expert=Lora(dropout=0.1), experts=3, ranks=(1, 4, 2)),
     ]
     mlp = Mixture(expert=Bottleneck(size=3), experts=3, balance=0.05)
     return [*(at(backbone, spec, lowest, ("attn.q", "mlp.up")) for spec in specs), at(backbone, mlp, lowest, ("mlp",))]
@@ -85,3 +86,12 @@ def test_shared_weights_have_room_for_many_experts_and_for_large_ones() -> None:
             bank = shared.bank(backbone.site(name), spec.structure())
             for key, parameter in spec.parameters(backbone.site(name)).items():
                 assert all(own <= has for own, has in zip(parameter.shape, bank.values[key].shape[1:], strict=True))
+
+
+def test_shared_weights_have_no_ranks_of_each_expert() -> None:
+    model, backbone = tiny("bert")
+    fields = {"rank": Choice.of([1, 2]), "experts": Choice.of([0, 2])}
+    choice = AdapterChoice(kind="lora", fields=fields, vary={"rank": "expert"})
+    space = SearchSpace(backbone=backbone, adapters={"lora": choice})
+    with pytest.raises(ValueError, match="no weights for 'lora': its experts have ranks of their own"):
+        SharedWeights(model, space, seed=0)

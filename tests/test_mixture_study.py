@@ -229,6 +229,7 @@ def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.Captu
         ({"experts": [0]}, "0 is the only size"),
         ({"router": "task"}, "tasks"),
         ({"experts": "four"}, "must be a whole number"),
+        ({"vary": {"rank": "expert"}, "router": ["token", "poly"], "tasks": 2}, "which are of one rank then"),
     ],
 )
 def test_bad_mixtures_in_a_study_file(tmp_path: Path, change, problem: str) -> None:
@@ -302,3 +303,19 @@ def test_a_study_with_a_router_by_task(tmp_path: Path) -> None:
     )
     snapshot = run(load_study(path, ["data.domain=label"]))
     assert all(trial.state == "complete" for trial in snapshot.search_trials)
+
+
+def test_a_study_with_a_rank_for_each_expert(tmp_path: Path) -> None:
+    own = {**LORA, "experts": [0, 3], "shared_experts": 1, "rank": [1, 2, 4], "vary": {"rank": "expert"}}
+    start = [{"lora.experts": 3, "lora.rank": 2, "lora.rank.experts.0": 4}]
+    path = mixture_study(
+        tmp_path / "study",
+        space={"adapters": {"lora": own}},
+        search={"searcher": "bo", "trials": 6, "batch": 2, "start": start},
+        finalists={"seeds": 1, "most": 1},
+    )
+    snapshot = run(load_study(path))
+    assert all(trial.state == "complete" for trial in snapshot.search_trials)
+    first = snapshot.search_trials[0]
+    assert all(spec.to_dict()["ranks"] == [4, 2, 2, 2] for _, spec in first.candidate.architecture)
+    assert any(trial.role == "finalist" for trial in snapshot.trials)

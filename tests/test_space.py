@@ -130,7 +130,7 @@ def test_one_member_of_a_group_is_chosen_in_every_scope(space: SearchSpace, seed
                 chosen = {name for name, value in alone.items() if value == member}
                 assert gene.name in chosen
                 kind = space.adapters[str(member)].kind
-                assert kind in space.decode(alone).architecture.kinds
+                assert kind in {spec.plain.kind for _, spec in space.decode(alone).architecture}
     names = [gene.name for gene in space.genes]
     assert len(set(names)) == len(names)
     assert {g.size for g in space.genes} - {None} <= set(names)
@@ -234,6 +234,50 @@ def test_granularity(granularity: Any, suffixes: list[str]) -> None:
     group = space_of({"a": lora(rank=2), "b": lora(rank=4)}, one_of=[OneOf(name="t", members=("a", "b"),
                                                                          per=granularity)], stages=2)  # fmt: skip
     assert names(group) == [f"t{suffix}" for suffix in suffixes]
+
+
+def test_each_expert_has_a_gene_for_its_rank() -> None:
+    """The shared ones first; the first one's is that of plain adapters, too."""
+    rank = Choice.of([1, 2, 4])
+
+    def own(experts: Any, shared: Any = 0, per: Any = "model") -> SearchSpace:
+        vary = {"rank": "expert", "experts": per} if isinstance(experts, (Choice, Int)) else {"rank": "expert"}
+        return space_of({"a": lora(rank=rank, experts=experts, shared_experts=shared, vary=vary)})
+
+    def ranks(space: SearchSpace, **genes: Any) -> set[str]:
+        """The genes of ranks that are active."""
+        return {name for name in space.completed(genes) if name.startswith("a.rank")}
+
+    first, second, third, fourth = (f"a.rank.experts.{e}" for e in range(4))
+    assert names(own(2, shared=1)) == [first, second, third]
+    assert names(own(Choice.of([0, 1, 3]))) == ["a.experts.on", "a.experts", first, second, third]
+    several = own(Choice.of([0, 1, 3]))
+    assert ranks(several, **{"a.experts.on": False}) == {first}
+    assert ranks(several, **{"a.experts.on": True, "a.experts": 1}) == {first}
+    assert ranks(several, **{"a.experts.on": True, "a.experts": 3}) == {first, second, third}
+    shared = own(Int(low=1, high=2), shared=Choice.of([0, 2]))
+    assert ranks(shared, **{"a.shared_experts": 0, "a.experts": 1}) == {third}
+    assert ranks(shared, **{"a.shared_experts": 2, "a.experts": 2}) == {first, second, third, fourth}
+    layers = own(Choice.of([0, 1, 2]), per="layer")
+    for counts in itertools.product((0, 1, 2), repeat=3):
+        genes: Assignment = {f"a.experts.on.layers.{layer}": count > 0 for layer, count in enumerate(counts)}
+        genes |= {f"a.experts.layers.{layer}": count for layer, count in enumerate(counts) if count}
+        assert ranks(layers, **genes) == {first, *([second] if 2 in counts else [])}
+        point = layers.completed({**genes, first: 4, second: 1})
+        for site, spec in layers.decode(point).architecture:
+            count = counts[SMALL.site(site).layer or 0]
+            assert (spec.num_experts, spec.num_rows, spec.size) == (count, max(1, count), 4)
+            assert getattr(spec, "ranks", ()) == ((4, 1) if count == 2 else ())
+
+
+@many
+@given(spaces(), seeds)
+def test_the_rank_of_an_expert_matters_where_it_is_active(space: SearchSpace, seed: int) -> None:
+    assignment = space.sample(Random(seed))
+    for gene in space.genes:
+        if ".rank.experts." in gene.name and gene.name in assignment:
+            for other in gene.domain.neighbours(assignment[gene.name]):
+                assert space.decode({**assignment, gene.name: other}) != space.decode(assignment)
 
 
 def test_stages_are_equal_groups_of_layers() -> None:
@@ -399,6 +443,11 @@ def problems(adapters: dict[str, AdapterChoice], backbone=SMALL, **more: Any) ->
     return [(".".join(path), what) for path, what in caught.value.problems]
 
 
+def per_expert(**fields: Any) -> AdapterChoice:
+    return lora(**{"rank": SIZES, "experts": 2, **fields}, vary={"rank": "expert"})
+
+
+SIZES = Choice.of([1, 2, 4])
 a, b = lora(rank=2), lora(rank=4)
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {}}, "adapters", "the space is empty"),
@@ -423,6 +472,20 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {"a": lora(rank=2, vary={"rank": "layer"})}}, "adapters.a.vary.rank", "only a field with several"),
     ({"adapters": {"a": lora(rank=Choice.of([1, 2]), vary={"rank": "layers"})}}, "adapters.a.vary.rank",
      "unknown granularity 'layers'; did you mean 'layer'?"),
+    ({"adapters": {"a": per_expert(rank=2)}}, "adapters.a.vary.rank", "only a field with several values can vary"),
+    ({"adapters": {"a": per_expert(experts=0)}}, "adapters.a.vary.rank", "say how many experts there are (experts: 4)"),
+    ({"adapters": {"a": lora(rank=SIZES, vary={"rank": "expert"})}}, "adapters.a.vary.rank", "this is for mixtures"),
+    ({"adapters": {"a": per_expert(rank=Choice.of([0, 2]))}}, "adapters.a.vary.rank", "a rank of at least 1"),
+    ({"adapters": {"a": per_expert(router=Choice(choices=("token", "poly")), tasks=2)}}, "adapters.a.vary.rank",
+     "poly mixes the matrices of LoRAs"),
+    ({"adapters": {"a": AdapterChoice(kind="lora", given=("x",), vary={"rank": "expert"},
+                                      fields={"rank": SIZES, "experts": 1})}}, "adapters.a.vary.rank",
+     "the LoRAs that are given have ranks of their own"),
+    ({"adapters": {"a": AdapterChoice(kind="dora", fields={"rank": SIZES, "experts": 2}, vary={"rank": "expert"})}},
+     "adapters.a.vary.rank", "experts can differ in the rank of a lora alone"),
+    ({"adapters": {"a": lora(experts=SIZES, vary={"experts": "expert"})}}, "adapters.a.vary.experts",
+     "experts can differ in the rank of a lora alone"),
+    ({"adapters": {"a": lora(rank=2, placement="expert")}}, "adapters.a.placement", "unknown granularity 'expert'"),
     ({"adapters": {"a": lora(placement="head")}}, "adapters.a.placement", "unknown granularity 'head'; known: layer, "),
     ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=("a", "bb"))]}, "one_of.t", "no adapter 'bb'; known: a"),
     ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=())]}, "one_of.t", "name at least one member"),

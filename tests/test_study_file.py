@@ -618,6 +618,9 @@ def test_schema_accepts_the_template_and_refuses_mistakes():
     validator = jsonschema.Draft202012Validator(schema)
     template = YAML(typ="safe", pure=True).load(TEMPLATE.read_text())
     assert not list(validator.iter_errors(template))
+    for per, valid in (("layer", True), ("expert", True), ("head", False)):
+        lora = {"rank": [1, 2], "experts": 2, "vary": {"rank": per}}
+        assert valid != bool(list(validator.iter_errors({**template, "space": {"adapters": {"lora": lora}}})))
     for wrong in (
         {"lora": {"rnak": 1}},
         {"a": {"rank": 1}},

@@ -102,7 +102,7 @@ class Call:
     """What an adapter's forward function sees beside its parameters and the activations."""
 
     bank: Bank
-    #: Per-slot numbers of `AdapterSpec.constants`, each [K].
+    #: Per-slot numbers of `AdapterSpec.constants`, each [K, ...].
     constants: dict[str, Tensor]
     #: [K, R] with 1 where a slot owns that part of the size, or None if all slots own all of it.
     mask: Tensor | None
@@ -265,9 +265,12 @@ class Bank(nn.Module):
     def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
         if declared.given:
             return stacked(declared.given, self.site, name, self.specs[0].size or 0)
+        # An expert's values do not depend on how many there are, or on the others' ranks.
+        if declared.rows:
+            parts = [replace(declared, shape=(rows, *declared.shape[1:])) for rows in declared.rows]
+            return torch.cat([initialise(part, stream(*words, e), self.base[0]) for e, part in enumerate(parts)])
         if not declared.per_expert:
             return initialise(declared, stream(*words), self.base[0])
-        # An expert's values do not depend on how many there are.
         one = replace(declared, shape=declared.shape[1:])
         return torch.stack([initialise(one, stream(*words, e), self.base[0]) for e in range(declared.shape[0])])
 

@@ -32,13 +32,15 @@ class Parameter:
 
     `init` names a rule of `init.py`. `decay`: whether weight decay applies (vectors and identity-centred scales are
     left out, as usual). `per_expert`: the first axis counts the experts of a mixture, each of which is drawn by itself.
-    `given`: folders that the values are read from; they are not trained.
+    `rows`: or it has so many places of each expert, one expert after the other. `given`: folders that the values are
+    read from; they are not trained.
     """
 
     shape: tuple[int, ...]
     init: str = "zeros"
     decay: bool = True
     per_expert: bool = False
+    rows: tuple[int, ...] = ()
     given: tuple[str, ...] = ()
 
     @property
@@ -134,8 +136,8 @@ class AdapterSpec(ABC):
         """Whether the type does something of its own there; what it leaves alone needs no hook."""
         return getattr(type(self), method) is not getattr(AdapterSpec, method)
 
-    def constants(self, site: Site) -> dict[str, float]:
-        """Numbers that the forward function reads per slot (a scale), by name."""
+    def constants(self, site: Site) -> dict[str, Any]:
+        """Numbers, or tuples of them, that the forward function reads per slot (a scale), by name."""
         return {}
 
     def apply_input(self, p: Mapping[str, Tensor], x: Tensor, call: Call) -> Tensor:

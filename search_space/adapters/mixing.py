@@ -37,14 +37,12 @@ class Routing:
 
 def mixed(spec: Mixture, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
     """y: [K, M, D_out] with what the experts add to it. x: [K, M, D_in]."""
-    own, expert = _of_experts(p), spec.expert
+    own = _of_experts(p)
     if spec.router == "soft" and not call.bank.averaged:
         return y + _soft(spec, p, own, x, y, call)
     if spec.router == "poly":
         return y + _poly(spec, p, x, call)
-    gates = routed(spec, p, x, call)
-    added = expert.mix(own, gates, x, y, call)
-    return y + (one_by_one(expert.apply, own, gates, (x, y), call) if added is None else added)
+    return y + _weighted(spec, own, routed(spec, p, x, call), x, y, call)
 
 
 def mixed_linear(
@@ -52,7 +50,8 @@ def mixed_linear(
 ) -> Tensor:
     """A frozen linear with the experts of `slots`; see `AdapterSpec.apply_linear`."""
     gates = routed(spec, p, x if slots is None else x.index_select(0, slots), call)
-    return spec.expert.mix_linear(_of_experts(p), gates, x, weight, bias, call, slots)
+    own, gates = _rank_by_rank(spec, _of_experts(p), gates, call)
+    return spec.expert.mix_linear(own, gates, x, weight, bias, call, slots)
 
 
 def mixed_input(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
@@ -61,6 +60,13 @@ def mixed_input(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     if spec.router == "soft" and not call.bank.averaged:
         return x + _soft(spec, p, own, x, None, call)
     return x + one_by_one(spec.expert.apply_input, own, routed(spec, p, x, call), (x,), call)
+
+
+def _weighted(spec: Mixture, p: Values, gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
+    """What experts, weighted by gates [K, M, S + E], add to y: [K, M, D_out]. x: [K, M, D_in]."""
+    p, gates = _rank_by_rank(spec, p, gates, call)
+    added = spec.expert.mix(p, gates, x, y, call)
+    return one_by_one(spec.expert.apply, p, gates, (x, y), call) if added is None else added
 
 
 def one_by_one(act: Callable[..., Tensor], p: Values, gates: Tensor, tensors: tuple[Tensor, ...], call: Call) -> Tensor:
@@ -72,6 +78,17 @@ def one_by_one(act: Callable[..., Tensor], p: Values, gates: Tensor, tensors: tu
     wide = [tensor.repeat_interleave(count, 0) for tensor in tensors]
     change = act(_flat(p), *wide, call.of_experts(count)) - wide[-1]
     return torch.einsum("kmde,kme->kmd", change.unflatten(0, (-1, count)).movedim(1, -1), gates)
+
+
+def _rank_by_rank(spec: Mixture, p: Values, gates: Tensor, call: Call) -> tuple[Values, Tensor]:
+    """LoRAs of different ranks and their gates [K, M, S + E] as that many LoRAs of rank 1 as they have ranks: each has
+    its expert's gate, with the scale in it.
+    """
+    if not spec.ranks:
+        return p, gates
+    columns = (gates * call.constants["scales"][:, None]).split(1, -1)
+    gates = torch.cat([gate.expand(-1, -1, rank) for gate, rank in zip(columns, spec.ranks, strict=True)], -1)
+    return {"A": p["A"][:, :, None], "B": p["B"].mT[..., None]}, gates
 
 
 def _of_experts(p: Values) -> dict[str, Tensor]:
@@ -264,6 +281,12 @@ def _soft(spec: Mixture, p: Values, own: Values, x: Tensor, y: Tensor | None, ca
     combine = logits.masked_fill(owned[:, None, None] == 0, float("-inf")).softmax(-1).to(x.dtype)
     seen = [torch.einsum("knte,kntd->kend", dispatch, call.tokens.by_text(t)) for t in (x, y) if t is not None]
     act: Callable[..., Tensor] = spec.expert.apply_input if y is None else spec.expert.apply
-    wide = [tensor.flatten(0, 1) for tensor in seen]
-    change = (act(_flat(own), *wide, call.of_experts(owned.shape[-1])) - wide[-1]).unflatten(0, (-1, owned.shape[-1]))
+    count = owned.shape[-1]
+    if spec.ranks:  # of LoRAs, which are no tensor [K, E, ...]: what an expert sees is sent to it alone
+        alone = torch.eye(count).to(x).repeat_interleave(texts.shape[1], 0).expand(len(x), -1, -1)
+        added = _weighted(spec, own, alone, seen[0].flatten(1, 2), seen[-1].flatten(1, 2), call)
+        change = added.unflatten(1, (count, -1))
+    else:
+        wide = [tensor.flatten(0, 1) for tensor in seen]
+        change = (act(_flat(own), *wide, call.of_experts(count)) - wide[-1]).unflatten(0, (-1, count))
     return torch.einsum("knte,kend->kntd", combine, change).flatten(1, 2)

@@ -35,7 +35,8 @@ class Mixture(AdapterSpec):
     """y + sum over e of g_e(x) * delta_e(x): delta_e is what expert e alone adds, g: E gates that a router sets.
 
     With a rank of 1 for each expert, ranks and experts are one axis (SMoRA). `shared_experts` of them have the gate 1
-    for every token (Dai et al. 2024, DeepSeekMoE, section 3.2). With z = W_r x, W_r: [E, D_in], `router` is
+    for every token (Dai et al. 2024, DeepSeekMoE, section 3.2). `ranks`: of each LoRA, the shared ones first, where
+    they differ (Pirchert et al. 2026, FlexMoRE); `expert` has the largest. With z = W_r x, W_r: [E, D_in], `router` is
 
     - "token": softmax(z) of the largest `top_k`, of these as few as reach the probability `top_p` together (Huang et
       al. 2024, Harder Tasks Need More Experts, section 2.2), scaled to sum to 1. One expert alone keeps its
@@ -89,6 +90,7 @@ class Mixture(AdapterSpec):
     z_loss: float = 0.0
     given: tuple[str, ...] = ()
     leader: str = ""
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.expert.can_be_expert:
@@ -107,12 +109,27 @@ class Mixture(AdapterSpec):
             raise ValueError(f"'poly' mixes the parameters of LoRAs, not of a {self.expert.kind!r}")
         if self.router in ("poly", "soft") and self.shared_experts:
             raise ValueError(f"a router {self.router!r} has a part for every expert: there are no shared ones")
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        if self.ranks:
+            self._check_ranks()
         for name in ("router_noise", "balance", "z_loss"):
             check_at_least(name, getattr(self, name), 0.0)
+
+    def _check_ranks(self) -> None:
+        if type(self.expert) is not Lora or self.given or self.router == "poly":
+            raise ValueError("ranks are for LoRAs that are trained, and not mixed into one")
+        if len(self.ranks) != self.num_rows:
+            raise ValueError(f"{len(self.ranks)} ranks for {self.num_rows} experts")
+        for rank in self.ranks:
+            check_at_least("ranks", rank, 1)
+        if self.expert.rank != max(self.ranks):
+            object.__setattr__(self, "expert", replace(self.expert, rank=max(self.ranks)))
 
     def canonical(self) -> Mixture:
         """The same network and training, with the fields that make no difference to these at their defaults."""
         plain, same = Mixture(), dict[str, Any]()
+        if len(set(self.ranks)) == 1:
+            same["ranks"] = ()
         if self.router in CHOOSING:
             same["top_k"] = min(self.top_k, self.experts)
         idle = {
@@ -143,7 +160,8 @@ class Mixture(AdapterSpec):
     @property
     def label(self):
         shared = f"+{self.shared_experts}" if self.shared_experts else ""
-        return f"{self.experts}{shared} x {self.expert.label} ({self.router})"
+        label = f"{self.expert.kind} {min(self.ranks)}-{max(self.ranks)}" if self.ranks else self.expert.label
+        return f"{self.experts}{shared} x {label} ({self.router})"
 
     def fits(self, site):
         if self.router in BETWEEN_GIVEN and not self.given:
@@ -164,13 +182,19 @@ class Mixture(AdapterSpec):
             self.heads,
             self.given,
             self.leader,
+            self.ranks,
         )
 
     def parameters(self, site):
-        count = self.num_rows
+        own = self.expert.parameters(site)
+        if self.ranks:  # those of one LoRA, which has the ranks of all
+            total = sum(self.ranks)
+            a = replace(own["A"], shape=(total, site.in_features), rows=self.ranks)
+            b = replace(own["B"], shape=(site.out_features, total))
+            return {"A": a, "B": b, **self.router_parameters(site)}
         stacked = {
-            name: replace(parameter, shape=(count, *parameter.shape), per_expert=True, given=self.given)
-            for name, parameter in self.expert.parameters(site).items()
+            name: replace(parameter, shape=(self.num_rows, *parameter.shape), per_expert=True, given=self.given)
+            for name, parameter in own.items()
         }
         return {**stacked, **self.router_parameters(site)}
 
@@ -194,28 +218,50 @@ class Mixture(AdapterSpec):
         return self.shared_experts + self.experts
 
     @property
+    def each(self) -> tuple[AdapterSpec, ...]:
+        """The experts one by one, the shared ones first."""
+        if not self.ranks:
+            return (self.expert,) * self.num_rows
+        assert isinstance(self.expert, Lora)
+        return tuple(replace(self.expert, rank=rank) for rank in self.ranks)
+
+    @property
     def num_active(self) -> int:
-        """Experts that a token meets at most, with the shared ones; mixed parameters are those of one."""
+        """Experts that a token meets at most, with the shared ones; mixed parameters are those of one. Where ranks
+        differ, the ranks of these, of the largest that it can be sent to: each has a gate.
+        """
         if self.router == "poly":
             return 1
-        return self.shared_experts + (min(self.top_k, self.experts) if self.router in CHOOSING else self.experts)
+        chosen = min(self.top_k, self.experts) if self.router in CHOOSING else self.experts
+        if not self.ranks:
+            return self.shared_experts + chosen
+        return sum(self.ranks[: self.shared_experts]) + sum(sorted(self.ranks[self.shared_experts :])[-chosen:])
+
+    @property
+    def gated(self) -> AdapterSpec:
+        """What has a gate: an expert or, where ranks differ, a rank of one."""
+        return replace(self.expert, rank=1) if isinstance(self.expert, Lora) and self.ranks else self.expert
 
     def active_params(self, site):
         router = sum(parameter.count for parameter in self.router_parameters(site).values())
-        return self.num_active * self.expert.active_params(site) + router
+        return self.num_active * self.gated.active_params(site) + router
 
     def flops_per_token(self, site):
-        """Of the experts that a token is sent to, at most, and of the router. A mixture may compute more where that is
-        faster. Decisions for a whole text count as none for its tokens, and so do the experts of a soft dispatch.
+        """Of the experts that a token is sent to, at most, and of the router: where their ranks differ, of the largest.
+        A mixture may compute more where that is faster. Decisions for a whole text count as none for its tokens, and so
+        do the experts of a soft dispatch.
         """
         if self.router == "soft":
             return 2 * self.experts * (2 * site.in_features + site.out_features)
         seen = site.hidden_size if self.router == "xlora" else site.in_features
         router = 2 * self.experts * seen if self.router in ("token", "sigmoid", "arrow", "xlora") else 0
-        return router + self.num_active * self.expert.flops_per_token(site)
+        return router + self.num_active * self.gated.flops_per_token(site)
 
     def constants(self, site):
-        return {**self.expert.constants(site), **{name: float(getattr(self, name)) for name in self.per_slot_fields}}
+        own = {**self.expert.constants(site), **{name: float(getattr(self, name)) for name in self.per_slot_fields}}
+        if self.ranks:  # each expert has a scale of its own, which is put into its gate
+            own |= {"scale": 1.0, "scales": tuple(expert.constants(site)["scale"] for expert in self.each)}
+        return own
 
     def acts_by(self, method, site):
         if method == "apply_linear":
@@ -238,11 +284,12 @@ class Mixture(AdapterSpec):
         return None if call.drops else mixed_linear(self, p, x, weight, bias, call, slots)
 
     def to_dict(self):
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"kind": self.kind, **own, "expert": self.expert.to_dict(), "given": list(self.given)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranks"}
+        ranks = {"ranks": list(self.ranks)} if self.ranks else {}  # they came later: keys of before stay what they were
+        return {"kind": self.kind, **own, "expert": self.expert.to_dict(), "given": list(self.given), **ranks}
 
 
 #: What a mixture adds to the fields of its experts' type.
-MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in ("expert", "given", "leader"))
+MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in ("expert", "given", "leader", "ranks"))
 #: Those that are the router's own.
 ROUTER_FIELDS = ("router", "top_p", "tasks", "heads", "router_noise", "balance", "z_loss")

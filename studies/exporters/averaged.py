@@ -1,6 +1,7 @@
 """Mixtures of LoRAs for formats that have none: with all their experts weighted alike, they are one LoRA.
 
 Its A has the experts' A on top of each other, its B their B side by side, those of the E routed experts divided by E.
+Its scale is that of the expert with the largest rank, what another expert's differs from it is in B.
 Where a router mixes the parameters themselves ("poly"), A and B are their means.
 """
 
@@ -56,13 +57,14 @@ def averaged_state(recipe: Recipe, state: State) -> dict[str, Tensor]:
     plain = dict(state)
     for name, spec in _mixtures(recipe):
         own = f"{name}/{spec.kind}/"
-        # [S + E, R, D_in] and [S + E, D_out, R], the shared experts first.
+        # [S + E, R, D_in] and [S + E, D_out, R], the shared experts first; one LoRA already where ranks differ.
         a, b = state[f"{own}A"], state[f"{own}B"]
         if spec.router == "poly":
             a, b = a.mean(0), b.mean(0)
         else:
-            gates = a.new_tensor([1.0] * spec.shared_experts + [1.0 / spec.experts] * spec.experts)
-            a, b = a.flatten(0, 1), (b * gates[:, None, None]).movedim(0, 1).flatten(1)
+            if not spec.ranks:
+                a, b = a.flatten(0, 1), b.movedim(0, 1).flatten(1)
+            b = b * a.new_tensor(list(_gates(spec)))
         plain = {key: value for key, value in plain.items() if not key.startswith(own)}
         plain |= {f"{name}/{Lora.kind}/A": a, f"{name}/{Lora.kind}/B": b}
     return plain
@@ -101,13 +103,23 @@ def _mixtures(recipe: Recipe) -> Iterator[tuple[str, Mixture]]:
     return ((name, spec) for name, spec in recipe.adapters if isinstance(spec, Mixture))
 
 
+def _gates(spec: Mixture) -> Iterator[float]:
+    """Of every rank of every expert, in terms of the scale of the largest."""
+    largest = spec.expert
+    for e, expert in enumerate(spec.each):
+        assert isinstance(expert, Lora) and isinstance(largest, Lora)
+        share = 1.0 if e < spec.shared_experts else 1.0 / spec.experts
+        yield from [share * expert.scale / largest.scale] * expert.rank
+
+
 def _averaged(spec: AdapterSpec) -> AdapterSpec:
     if not isinstance(spec, Mixture):
         return spec
-    expert, count = spec.expert, spec.shared_experts + spec.experts
+    expert = spec.expert
     assert isinstance(expert, Lora)
     if spec.router == "poly":
         return expert
     # So that alpha by the rank is the scale of one expert.
     alpha = expert.alpha * (sqrt(expert.rank) if expert.scaling == "rslora" else 1.0)
-    return replace(expert, rank=count * expert.rank, alpha=count * alpha, scaling="alpha")
+    total = sum(spec.ranks) or spec.num_rows * expert.rank
+    return replace(expert, rank=total, alpha=total / expert.rank * alpha, scaling="alpha")
