@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from autopeft.search_space.controls import CONTROLS, controls
-from autopeft.search_space.problem import METRICS, Trial
+from autopeft.search_space.problem import METRICS
 from autopeft.studies import comparison
 from autopeft.studies.comparison import Estimate
-from autopeft.studies.planned import CONTROL
-from autopeft.studies.snapshot import Entry, Snapshot
+from autopeft.studies.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +83,8 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
     """One for each candidate whose controls were trained."""
     quality, seed_sd = snapshot.quality, snapshot.seed_sd()
     sign = 1.0 if METRICS[quality].maximise else -1.0
-    trained: dict[int, dict[str, list[Trial]]] = {}
-    for trial in snapshot.trials:
-        if trial.role.startswith(CONTROL) and trial.of is not None and trial.state == "complete":
-            trained.setdefault(trial.of, {}).setdefault(trial.role.removeprefix(CONTROL), []).append(trial)
     found = []
-    for number, own in trained.items():
+    for number, own in snapshot.compared().items():
         try:
             entry = snapshot.entry(number)
         except KeyError:
@@ -100,13 +95,11 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
         against = [
             Against(
                 control=name,
-                num_params=runs[0].candidate.architecture.num_params(snapshot.backbone),
-                difference=comparison.paired_difference(
-                    scores, Entry(trial=runs[0], repeats=tuple(runs)).scores(quality), seed_sd=seed_sd
-                ),
+                num_params=control.trial.candidate.architecture.num_params(snapshot.backbone),
+                difference=comparison.paired_difference(scores, control.scores(quality), seed_sd=seed_sd),
             )
             for name in CONTROLS
-            if (runs := own.get(name))
+            if (control := own.get(name))
         ]
         architecture = entry.trial.candidate.architecture
         measured = [run.measurement for run in entry.runs if run.measurement is not None]

@@ -72,6 +72,17 @@ class Snapshot:
             if trial.of is None and trial.state == "complete"
         ]
 
+    def compared(self) -> dict[int, dict[str, Entry]]:
+        """What candidates with mixtures were compared with, by the number of their trial and the control's name."""
+        runs: dict[tuple[int, str], list[Trial]] = {}
+        for trial in self.trials:
+            if trial.role.startswith("control:") and trial.of is not None and trial.state == "complete":
+                runs.setdefault((trial.of, trial.role.removeprefix("control:")), []).append(trial)
+        found: dict[int, dict[str, Entry]] = {}
+        for (number, name), own in runs.items():
+            found.setdefault(number, {})[name] = Entry(trial=own[0], repeats=tuple(own))
+        return found
+
     def tuned(self) -> list[Entry]:
         """The candidates of the search, and of each baseline the one with the best learning rate."""
         sign = 1.0 if METRICS[self.quality].maximise else -1.0
@@ -103,15 +114,17 @@ class Snapshot:
         return names[0] if names else "accuracy"
 
     def seed_sd(self, split: str = "validation") -> SeedSd | None:
-        """The spread of the quality between seeds, pooled over the contenders. The baselines would mislead: a head
-        alone hardly varies, and full fine-tuning varies in its own way.
+        """The spread of the quality between seeds, pooled over all adapters that were trained with several: the few
+        seeds of one contender may happen to agree. Two baselines are left out: a head alone hardly varies, and full
+        fine-tuning varies in its own way.
         """
         return self._seed_sd(self.quality, split)
 
     def _seed_sd(self, metric: str, split: str) -> SeedSd | None:
-        repeated = [e for e in self.entries() if len(e.repeats) > 1]
-        searched = [e for e in repeated if e.trial.role == "search"]
-        scores = [e.scores(metric, split) for e in searched or repeated]
+        compared = [entry for own in self.compared().values() for entry in own.values()]
+        repeated = [entry for entry in [*self.entries(), *compared] if len(entry.repeats) > 1]
+        adapters = [entry for entry in repeated if entry.trial.role not in ("baseline:head", "baseline:full")]
+        scores = [entry.scores(metric, split) for entry in adapters or repeated]
         return comparison.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
 
     def rows(self) -> list[FrontRow]:
