@@ -54,6 +54,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Snapshot]:
     return path, run(load_study(path))
 
 
+def test_the_spread_between_seeds_is_pooled_over_all_adapters(finished: tuple[Path, Snapshot]) -> None:
+    _, snapshot = finished
+    compared = [entry for own in snapshot.compared().values() for entry in own.values()]
+    assert compared
+    left_out = ("baseline:head", "baseline:full")
+    entries = [entry for entry in [*snapshot.entries(), *compared] if entry.trial.role not in left_out]
+    found = snapshot.seed_sd()
+    assert found is not None
+    assert found.dof == sum(len(entry.repeats) - 1 for entry in entries if entry.repeats)
+
+
 def test_every_finalist_with_mixtures_is_compared(finished: tuple[Path, Snapshot]) -> None:
     _, snapshot = finished
     mixed = {
