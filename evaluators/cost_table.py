@@ -40,8 +40,7 @@ class CostTable:
         self._added: dict[Kind, dict[str, float]] = {}
 
     def costs(self, architecture: Architecture) -> dict[str, float]:
-        first = 2 if any(spec.first_pass for _, spec in architecture) else 1
-        found = {metric: first * value for metric, value in self._bare.items()}
+        found = self._passes(architecture)
         for name, spec in architecture:
             for metric, value in self._adds((self.evaluator.backbone.site(name).role, spec)).items():
                 found[metric] += value
@@ -51,12 +50,16 @@ class CostTable:
         if kind not in self._added:
             role, spec = kind
             sites = self._sites[spec.kind, role]
-            whole = self.measured(Architecture.of({name: [spec] for name in sites}))
-            passes = 2 if spec.first_pass else 1
+            architecture = Architecture.of({name: [spec] for name in sites})
+            whole, passes = self.measured(architecture), self._passes(architecture)
             self._added[kind] = {
-                metric: max(0.0, whole[metric] - passes * self._bare[metric]) / len(sites) for metric in self.metrics
+                metric: max(0.0, whole[metric] - passes[metric]) / len(sites) for metric in self.metrics
             }
         return self._added[kind]
+
+    def _passes(self, architecture: Architecture) -> dict[str, float]:
+        """Of the bare model's passes alone."""
+        return {metric: (1 + architecture.first_pass) * value for metric, value in self._bare.items()}
 
     @property
     def num_measured(self) -> int:

@@ -29,14 +29,11 @@ class PackedAdamW:
 
     def __init__(self, attachment: Attachment, trainings: Sequence[Training]) -> None:
         self._attachment = attachment
-        rows = list(attachment.slots_of_rows())
-        whole = [parameter[0].numel() % WIDTH == 0 for parameter, _, _ in rows]
-        self._buffers = [
-            _Buffers(own, width)
-            for width, choice in ((WIDTH, True), (1, False))
-            if (own := [row for row, fits in zip(rows, whole, strict=True) if fits is choice])
-        ]
-        device = rows[0][0].device
+        by_width: dict[int, list[tuple[nn.Parameter, bool, list[int]]]] = {}
+        for row in attachment.slots_of_rows():
+            by_width.setdefault(WIDTH if row[0][0].numel() % WIDTH == 0 else 1, []).append(row)
+        self._buffers = [_Buffers(rows, width) for width, rows in by_width.items()]
+        device = self._buffers[0].values.device
         self._decay = torch.tensor([w for t in trainings for w in (t.weight_decay, 0.0)], device=device)
         # No clipping is a bound that nothing reaches.
         self._max_norm = torch.tensor([t.max_grad_norm or float("inf") for t in trainings], device=device)

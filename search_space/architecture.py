@@ -84,11 +84,16 @@ class Architecture:
     def stored_bytes(self, backbone: Backbone) -> int:
         return sum(spec.stored_bits(backbone.site(site)) for site, spec in self) // 8
 
+    @property
+    def first_pass(self) -> bool:
+        """Whether any adapter reads a forward pass of the backbone alone."""
+        return any(spec.first_pass for _, spec in self)
+
     def flops_per_token(self, backbone: Backbone) -> int:
         """Operations that the adapters add to one forward pass, per token; see `AdapterSpec.flops_per_token`. Those of
         a first pass through the backbone count once, however many adapters read it.
         """
-        first = backbone.flops_per_token if any(spec.first_pass for _, spec in self) else 0
+        first = backbone.flops_per_token * self.first_pass
         return first + sum(spec.flops_per_token(backbone.site(site)) for site, spec in self)
 
     def lowest_layer(self, backbone: Backbone) -> int:

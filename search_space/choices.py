@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
-from autopeft.search_space.adapters.mixture import BETWEEN_GIVEN, BY_TASK, LOOKING_AHEAD, MIXTURE_FIELDS
+from autopeft.search_space.adapters.mixture import BETWEEN_GIVEN, BY_TASK, LOOKING_AHEAD, MIXING, MIXTURE_FIELDS
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
 from autopeft.search_space.suggestions import did_you_mean
@@ -236,10 +236,10 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     if backbone.causal and ahead:
         yield ("router",), f"{' and '.join(ahead)} would look ahead, which a causal model must not"
     shared = choice.fields.get("shared_experts", 0)
-    apart = [str(router) for router in routers if router in ("poly", "soft")]
+    apart = [str(router) for router in routers if router in MIXING]
     if apart and (isinstance(shared, Domain) or shared):
         yield ("shared_experts",), f"{' and '.join(apart)}: there is a part for every expert, and no shared ones"
-    own_parts = [str(router) for router in routers if router in ("poly", "soft", "xlora")]
+    own_parts = [str(router) for router in routers if router in (*MIXING, "xlora")]
     if own_parts and choice.router_per == "layer":
         yield ("router_per",), f"{' and '.join(own_parts)}: each site has a part of its own, no other can follow it"
     if "poly" in routers and choice.kind != "lora":

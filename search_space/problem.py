@@ -178,13 +178,17 @@ class Measurement:
         return cls(**data)
 
 
+#: Roles of trials: a searcher asked for it; it repeats another without an evaluation; the name of a baseline follows;
+#: another seed of the trial `of`; the name of what stands in for the mixtures of the trial `of` follows.
+SEARCH, COPY, BASELINE, FINALIST, CONTROL = "search", "copy", "baseline:", "finalist", "control:"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """One evaluation of one candidate, as the ledger keeps it."""
 
     number: int
-    #: "search" (a searcher asked for it), "baseline:<name>", "finalist" (another seed of trial `of`), or
-    #: "control:<name>" (what stands in for the mixtures of trial `of`).
+    #: `SEARCH`, `COPY`, `FINALIST`, or `BASELINE` or `CONTROL` with a name.
     role: str
     candidate: Candidate
     #: The searcher's active genes, by name; empty for baselines.

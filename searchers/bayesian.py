@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autopeft.search_space.problem import Problem, Trial
+from autopeft.search_space.problem import SEARCH, Problem, Trial
 from autopeft.searchers.admission import admitted
 from autopeft.searchers.base import Searcher, Suggestion
 from autopeft.searchers.encoding import Encoding, Mask, Rows
@@ -58,7 +58,7 @@ class Bayesian(Searcher):
     def _trial(self, number: int, suggestion: Suggestion) -> Trial:
         candidate = self.problem.space.decode(suggestion.genes)
         state = suggestion.state
-        return Trial(number=number, role="search", candidate=candidate, genes=suggestion.genes, searcher_state=state)
+        return Trial(number=number, role=SEARCH, candidate=candidate, genes=suggestion.genes, searcher_state=state)
 
     def _next(self, under_way: Sequence[Trial]) -> Suggestion | None:
         pending = self.encoding.rows([trial.genes for trial in under_way])

@@ -17,7 +17,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from autopeft.search_space.problem import Objective, Trial
+from autopeft.search_space.problem import BASELINE, Objective, Trial
 from autopeft.studies.axes import Axis, short
 from autopeft.studies.front import FrontRow
 from autopeft.studies.layers import (
@@ -167,7 +167,7 @@ def curves_png(trials: Sequence[Trial], front: Sequence[int], path: str | PathLi
     }
     coloured = [number for number in front if number in curves]
     baselines = [
-        number for number, (trial, _) in curves.items() if number not in front and trial.role.startswith("baseline:")
+        number for number, (trial, _) in curves.items() if number not in front and trial.role.startswith(BASELINE)
     ]
     named = len(coloured) + len(baselines)
     with matplotlib.rc_context(STYLE):

@@ -11,14 +11,11 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.controls import CONTROLS, controls
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.presets import BASELINES
-from autopeft.search_space.problem import METRICS, Trial
+from autopeft.search_space.problem import BASELINE, CONTROL, FINALIST, METRICS, SEARCH, Trial
 from autopeft.search_space.space import SearchSpace
 from autopeft.studies import front
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFile
-
-#: Roles of trials; a name follows that of a baseline and of a control.
-SEARCH, BASELINE, FINALIST, CONTROL = "search", "baseline:", "finalist", "control:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,7 @@ def finalists(settings: StudyFile, snapshot: Snapshot) -> Iterator[Planned]:
                 yield Planned(FINALIST, trial.candidate, seed, of=trial.number)
 
 
-def compared(settings: StudyFile, snapshot: Snapshot) -> Iterator[Planned]:
+def comparisons(settings: StudyFile, snapshot: Snapshot) -> Iterator[Planned]:
     """What every contender with mixtures is compared with, trained as it is and with the same seeds, less those that
     there are.
     """

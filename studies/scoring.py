@@ -27,7 +27,16 @@ from autopeft.evaluators.train import TrainingFailed
 from autopeft.search_space.architecture import Architecture, Candidate, digest
 from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.problem import DECLARED, Measurement, Objective, Problem, Scored, Trial, declared_costs
+from autopeft.search_space.problem import (
+    DECLARED,
+    SEARCH,
+    Measurement,
+    Objective,
+    Problem,
+    Scored,
+    Trial,
+    declared_costs,
+)
 from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training
 from autopeft.searchers import SEARCHERS
@@ -267,7 +276,7 @@ def _searched(
             trials.append(
                 Trial(
                     number=len(trials),
-                    role="search",
+                    role=SEARCH,
                     candidate=point.candidate,
                     genes=point.genes,
                     state="complete" if ok else "failed",

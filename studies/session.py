@@ -205,7 +205,7 @@ def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
     and what they declare to cost counted for this backbone. Their copy, once this study was started. Raises
     StudyFileError if there is none.
     """
-    from autopeft.search_space.problem import declared_costs
+    from autopeft.search_space.problem import COPY, declared_costs
 
     if settings.search.prior is None:
         return ()
@@ -217,7 +217,7 @@ def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
         trials = [
             trial
             for trial in open_ledger(other).trials()
-            if trial.state == "complete" and trial.measurement is not None and trial.role != "copy" and trial.of is None
+            if trial.state == "complete" and trial.measurement is not None and trial.role != COPY and trial.of is None
         ]
     except ConfigurationError as error:
         raise StudyFileError([settings.render(PRIOR, str(error))]) from error

@@ -9,7 +9,17 @@ import numpy as np
 
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import METRICS, Measurement, Objective, Trial
+from autopeft.search_space.problem import (
+    BASELINE,
+    CONTROL,
+    COPY,
+    FINALIST,
+    METRICS,
+    SEARCH,
+    Measurement,
+    Objective,
+    Trial,
+)
 from autopeft.studies import comparison, front
 from autopeft.studies.comparison import Contender, Estimate, SeedSd
 from autopeft.studies.front import FrontRow
@@ -64,7 +74,7 @@ class Snapshot:
         """Complete candidates (of the search and of the baselines) in the order of their trials."""
         repeats: dict[int, list[Trial]] = {}
         for trial in self.trials:
-            if trial.role == "finalist" and trial.of is not None and trial.state == "complete":
+            if trial.role == FINALIST and trial.of is not None and trial.state == "complete":
                 repeats.setdefault(trial.of, []).append(trial)
         return [
             Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())))
@@ -76,8 +86,8 @@ class Snapshot:
         """What candidates with mixtures were compared with, by the number of their trial and the control's name."""
         runs: dict[tuple[int, str], list[Trial]] = {}
         for trial in self.trials:
-            if trial.role.startswith("control:") and trial.of is not None and trial.state == "complete":
-                runs.setdefault((trial.of, trial.role.removeprefix("control:")), []).append(trial)
+            if trial.role.startswith(CONTROL) and trial.of is not None and trial.state == "complete":
+                runs.setdefault((trial.of, trial.role.removeprefix(CONTROL)), []).append(trial)
         found: dict[int, dict[str, Entry]] = {}
         for (number, name), own in runs.items():
             found.setdefault(number, {})[name] = Entry(trial=own[0], repeats=tuple(own))
@@ -89,7 +99,7 @@ class Snapshot:
         best: dict[str, Entry] = {}
         for entry in self.entries():
             value = sign * entry.trial.values[self.quality]
-            key = f"trial {entry.trial.number}" if entry.trial.role == "search" else entry.trial.role
+            key = f"trial {entry.trial.number}" if entry.trial.role == SEARCH else entry.trial.role
             if key not in best or value > sign * best[key].trial.values[self.quality]:
                 best[key] = entry
         return list(best.values())
@@ -101,11 +111,11 @@ class Snapshot:
     @property
     def ended(self) -> tuple[Trial, ...]:
         """Evaluations that are over, whatever came of them; copies of another trial were none."""
-        return tuple(trial for trial in self.trials if trial.state != "running" and trial.role != "copy")
+        return tuple(trial for trial in self.trials if trial.state != "running" and trial.role != COPY)
 
     @property
     def search_trials(self) -> tuple[Trial, ...]:
-        return tuple(trial for trial in self.trials if trial.role == "search")
+        return tuple(trial for trial in self.trials if trial.role == SEARCH)
 
     @property
     def quality(self) -> str:
@@ -123,7 +133,7 @@ class Snapshot:
     def _seed_sd(self, metric: str, split: str) -> SeedSd | None:
         compared = [entry for own in self.compared().values() for entry in own.values()]
         repeated = [entry for entry in [*self.entries(), *compared] if len(entry.repeats) > 1]
-        adapters = [entry for entry in repeated if entry.trial.role not in ("baseline:head", "baseline:full")]
+        adapters = [entry for entry in repeated if entry.trial.role not in (BASELINE + "head", BASELINE + "full")]
         scores = [entry.scores(metric, split) for entry in adapters or repeated]
         return comparison.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
 
@@ -148,8 +158,8 @@ class Snapshot:
             FrontRow(
                 trial=entry.trial.number,
                 label=f"trial {entry.trial.number}"
-                if entry.trial.role == "search"
-                else entry.trial.role.removeprefix("baseline:"),
+                if entry.trial.role == SEARCH
+                else entry.trial.role.removeprefix(BASELINE),
                 values=value,
                 std_err=std_err,
                 on_front=member,

@@ -14,23 +14,23 @@ from safetensors.torch import save_file
 from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
-from autopeft.search_space.problem import METRICS, Fidelity, Problem, Trial
+from autopeft.search_space.problem import (
+    BASELINE,
+    CONTROL,
+    COPY,
+    FINALIST,
+    METRICS,
+    SEARCH,
+    Fidelity,
+    Problem,
+    Trial,
+)
 from autopeft.searchers import SEARCHERS, FromScores, Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
 from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
 from autopeft.studies.ledger import Ledger
-from autopeft.studies.planned import (
-    BASELINE,
-    CONTROL,
-    FINALIST,
-    SEARCH,
-    Planned,
-    baselines,
-    compared,
-    finalists,
-    num_evaluations,
-)
+from autopeft.studies.planned import Planned, baselines, comparisons, finalists, num_evaluations
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFile
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 MOST_REJECTIONS = 200
 #: Random candidates that are tried against the limits before a study starts.
 PROBES = 500
-COPY = "copy"
 
 
 class Watcher(Protocol):
@@ -100,7 +99,7 @@ class Study:
             self._search(unfinished, watcher)
             searched, done = self.snapshot(), len(self._counted())
             finals = list(finalists(self.settings, searched))
-            controls = list(compared(self.settings, searched))
+            controls = list(comparisons(self.settings, searched))
             under_way = sum(t.role.startswith((FINALIST, CONTROL)) for t in unfinished)
             watcher.plan(done + len(finals) + len(controls) + under_way, done)
             self._evaluate_planned(FINALIST, unfinished, finals, watcher)

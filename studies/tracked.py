@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.genes import TRAINING
-from autopeft.search_space.problem import METRICS, Measurement, Trial
+from autopeft.search_space.problem import METRICS, SEARCH, Measurement, Trial
 from autopeft.studies.front import FrontRow
 from autopeft.studies.routing import verdicts
 from autopeft.studies.snapshot import Snapshot, summary
@@ -44,7 +44,7 @@ def run_name(trial: Trial, snapshot: Snapshot) -> str:
     who = f"trial {trial.number}"
     if trial.of is not None:
         who += f" (trial {trial.of}, seed {trial.seed})"
-    elif trial.role != "search":
+    elif trial.role != SEARCH:
         who += f" ({trial.role.replace(':', ' ')})"
     return _cut(f"{who}: {summary(trial, snapshot.backbone)}", MAX_NAME)
 

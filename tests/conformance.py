@@ -20,6 +20,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from autopeft.evaluators.host import Attachment
 from autopeft.search_space.adapters import (
     AdapterSpec,
     Bitfit,
@@ -88,6 +89,15 @@ def tiny(family: str) -> tuple[nn.Module, Backbone]:
 def tokens(examples: int = 3, length: int = 5, seed: int = 0) -> Tensor:
     """Token ids [examples, length] without padding (id 0)."""
     return torch.randint(1, VOCABULARY, (examples, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def descend(attachment: Attachment) -> None:
+    """A step of gradient descent."""
+    for value, _ in attachment.trainable():
+        if value.grad is not None:
+            value.sub_(0.2 * value.grad)
+            value.grad = None
 
 
 @dataclass(frozen=True, kw_only=True)

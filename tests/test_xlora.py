@@ -32,7 +32,7 @@ from autopeft.studies.exporters import EXPORTERS, Fit
 from autopeft.studies.recipe import Recipe
 from autopeft.studies.study_file import load_study
 
-from .conformance import FAMILIES, tiny, tokens
+from .conformance import FAMILIES, descend, tiny, tokens
 from .exported import CLASSIFIERS, make_recipe, save_model, trained
 from .exported import logits as logits_of
 from .test_given import given_study, lora_in, mixture_of, placed
@@ -244,11 +244,7 @@ def test_a_slot_alone_equals_the_slot_in_a_pack(library: Library, family: str) -
                     logits = model(ids, attention_mask=MASK.repeat(slots, 1)).logits
                 assert seen == ([3] if asks else [])
                 attachment.routers.penalised(logits.square().view(slots, -1).mean(1)).sum().backward()
-                with torch.no_grad():
-                    for value, _ in attachment.trainable():
-                        if value.grad is not None:
-                            value.sub_(0.2 * value.grad)
-                            value.grad = None
+                descend(attachment)
             return [attachment.state(k) for k in range(slots)]
 
     together_ = steps(made, list(range(len(made))), True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from autopeft.search_space.adapters.mixture import BALANCED, DECIDING_BY_TEXT, Mixture
+from autopeft.search_space.adapters.mixture import BALANCED, CHOOSING, DECIDING_BY_TEXT, Mixture
 
 if TYPE_CHECKING:
     from autopeft.search_space.adapters.bank import Call
@@ -131,10 +131,10 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     else:
         probabilities = weights = logits.softmax(1)
         order = probabilities.detach()
-    if spec.router == "xlora":
-        chosen = owned.bool()[..., None].expand_as(probabilities)
-    else:
+    if spec.router in CHOOSING:
         chosen = _chosen(order, probabilities.detach(), call)
+    else:
+        chosen = owned.bool()[..., None].expand_as(probabilities)
     if spec.router == "sigmoid":
         gates = weights * chosen
         gates = gates / gates.sum(1, keepdim=True)

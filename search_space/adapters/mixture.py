@@ -24,6 +24,8 @@ DECIDING_BY_TEXT = ("sequence", "task")
 BY_TASK = frozenset({"task", "poly"})
 #: Routers that choose some of the experts.
 CHOOSING = ("token", "sigmoid", "sequence", "task", "arrow", "follow")
+#: Routers with a part for every expert, of which none is left out and none is always on.
+MIXING = ("poly", "soft")
 #: Routers between LoRAs that are given.
 BETWEEN_GIVEN = ("arrow", "xlora")
 #: Those that are asked to send as much to one expert as to another. What a task is sent to is its own affair.
@@ -107,7 +109,7 @@ class Mixture(AdapterSpec):
             raise ValueError("given LoRAs are the experts, all of them, and no others")
         if self.router == "poly" and type(self.expert) is not Lora:
             raise ValueError(f"'poly' mixes the parameters of LoRAs, not of a {self.expert.kind!r}")
-        if self.router in ("poly", "soft") and self.shared_experts:
+        if self.router in MIXING and self.shared_experts:
             raise ValueError(f"a router {self.router!r} has a part for every expert: there are no shared ones")
         object.__setattr__(self, "ranks", tuple(self.ranks))
         if self.ranks:
@@ -265,7 +267,7 @@ class Mixture(AdapterSpec):
 
     def acts_by(self, method, site):
         if method == "apply_linear":
-            return self.router not in ("poly", "soft") and self.expert.acts_by("mix_linear", site)
+            return self.router not in MIXING and self.expert.acts_by("mix_linear", site)
         return method in ("apply_input", "apply") and self.expert.acts_by(method, site)
 
     def apply_input(self, p, x, call):

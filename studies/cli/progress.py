@@ -11,7 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from autopeft.search_space.problem import Objective, Trial
+from autopeft.search_space.problem import BASELINE, FINALIST, SEARCH, Objective, Trial
 from autopeft.studies.diagnostics import diagnostics
 from autopeft.studies.snapshot import Snapshot, summary
 
@@ -120,6 +120,6 @@ class ProgressView:
 
 
 def _name(trial: Trial) -> str:
-    if trial.role == "finalist":
+    if trial.role == FINALIST:
         return f"trial {trial.of} again, seed {trial.seed}"
-    return f"trial {trial.number}" if trial.role == "search" else trial.role.removeprefix("baseline:")
+    return f"trial {trial.number}" if trial.role == SEARCH else trial.role.removeprefix(BASELINE)
