@@ -16,6 +16,7 @@ import pytest
 from autopeft.search_space.problem import Trial
 from autopeft.studies import selection
 from autopeft.studies.cli.files import check
+from autopeft.studies.cli.running import interruptible
 from autopeft.studies.planned import baselines, num_evaluations
 from autopeft.studies.recipe import Recipe
 from autopeft.studies.session import open_ledger, open_study, read_snapshot, was_started
@@ -226,6 +227,24 @@ def test_sigint_is_polite(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "autopeft resume" in errors and "Traceback" not in errors
+
+
+def test_a_signal_is_not_lost_where_exceptions_are(tmp_path: Path) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    settings = load_study(save_study(tmp_path / "study"))
+    with pytest.raises(SystemExit) as ended, interruptible(settings) as stop_if_asked:
+        stop_if_asked()
+        Dying()
+        stop_if_asked()
+        raise AssertionError("it went on")
+    assert ended.value.code == 130
+    with pytest.raises(SystemExit), interruptible(settings):
+        for _ in range(2):  # the second one does not wait for a step
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
 
 
 def test_a_study_that_was_killed_while_it_was_made_begins_anew(tmp_path: Path, monkeypatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -33,9 +33,13 @@ def measured(objective: Objective, values: Mapping[str, float], std_err: Mapping
 
 
 class ProgressView:
-    """A `Watcher` for terminals; without a terminal only the lines are printed. Use as a context manager."""
+    """A `Watcher` for terminals; without a terminal only the lines are printed. Use as a context manager.
 
-    def __init__(self, console: Console | None = None) -> None:
+    `between` is called between two steps, and may raise to end the study there.
+    """
+
+    def __init__(self, console: Console | None = None, between: Callable[[], None] = lambda: None) -> None:
+        self.between = between
         self.console = console or Console(stderr=True, highlight=False)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -73,6 +77,7 @@ class ProgressView:
         self.progress.update(self.task, total=evaluations, completed=done, done=done)
 
     def begin(self, trials: Sequence[Trial]) -> None:
+        self.between()
         self._leave_stage()
         self.running, self.before = trials, self.done
         names = [_name(trial) for trial in trials]
@@ -81,6 +86,7 @@ class ProgressView:
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Work ahead of the evaluations: a bar of its own, and a line when the next stage or an evaluation begins."""
+        self.between()
         if name != self.ahead:
             self._leave_stage()
             self.ahead, self.since_s = name, time.monotonic()
@@ -96,6 +102,7 @@ class ProgressView:
             self.ahead = ""
 
     def step(self, done: int, total: int) -> None:
+        self.between()
         # The last tenth of an evaluation is its validation.
         reached = self.before + 0.9 * len(self.running) * done / total
         self.progress.update(self.task, completed=max(self.done, reached))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +47,8 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     splits, _, _ = check(settings)
     for warning in splits.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    with interruptible(settings), open_study(settings, splits, resume=resume) as study:
-        with ProgressView() as view:
+    with interruptible(settings) as stop_if_asked, open_study(settings, splits, resume=resume) as study:
+        with ProgressView(between=stop_if_asked) as view:
             snapshot = study.run(view)
         files = write_report(snapshot, settings.output_folder / "report")
     if as_json:
@@ -64,16 +65,30 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
 
 
 @contextmanager
-def interruptible(settings: StudyFile) -> Iterator[None]:
-    """Ctrl-C and a polite kill stop between two steps; say how to go on, and exit with 130."""
+def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
+    """Ctrl-C and a polite kill end the study at its next step, a second one at once; say how to go on, exit with 130.
+
+    Yields what has to be called between two steps. The handler itself raises only when it is asked again: where a
+    signal happens to find the program, the exception may be lost (in a destructor) or cut a call of the database.
+    """
+    asked = False
 
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        # Not through `sys.stderr`, whose buffer may be in the middle of a write.
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    def stop_if_asked() -> None:
+        if asked:
+            raise KeyboardInterrupt
 
     # SIGINT too: a shell starts what it runs in the background with that signal ignored.
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop_if_asked
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; nothing is lost. Go on with: autopeft resume {settings.path}", err=True)
         sys.exit(130)
