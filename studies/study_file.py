@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
+from autopeft.search_space.architecture import digest
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.choices import SpaceError
 from autopeft.search_space.limits import Limits
@@ -66,11 +68,17 @@ class StudyFile(settings.Section):
 
     _source: Source = PrivateAttr(default_factory=lambda: Source("", {}))
     _file: Path = PrivateAttr(default_factory=lambda: Path.cwd() / FILE_NAME)
+    _overrides: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def path(self) -> Path:
         """The file, as the user named it."""
         return self._file
+
+    @property
+    def words(self) -> str:
+        """What names this study on a command line: the file, and what was set there in place of what it says."""
+        return shlex.join([str(self.path), *(word for each in self._overrides for word in ("--set", each))])
 
     @property
     def folder(self) -> Path:
@@ -150,7 +158,10 @@ def load_study(
     """Read and check a study file, or the `study.yaml` of a folder. Raises StudyFileError: every problem."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    return _checked(read(path, overrides, environment), path)
+    overrides = tuple(overrides)
+    study = _checked(read(path, overrides, environment), path)
+    study._overrides = overrides
+    return study
 
 
 def study_from_mapping(data: Mapping[str, Any], folder: str | Path = ".") -> StudyFile:
@@ -289,11 +300,21 @@ _LASTING = ("seed", "task", "model", "data", "space", "training", "objectives", 
 
 def fingerprint(study: StudyFile) -> dict[str, Any]:
     """What trials must share to be compared: it may not change between `run` and `run --resume`."""
+    from autopeft.searchers import SEARCHERS, FromScores
+
     dump = study.model_dump(mode="json")
     search = {key: dump["search"][key] for key in ("searcher", "share", "rungs", "keep", "batch")}
     # These came later: where they are not set, a study of before goes on.
     search |= {key: dump["search"][key] for key in ("initial", "surrogate", "start", "prior") if dump["search"][key]}
-    return {key: dump[key] for key in _LASTING} | {"search": search}
+    scores = study.proxy.model_dump(mode="json", exclude_defaults=True)
+    starts_from_scores = issubclass(SEARCHERS[study.search.searcher], FromScores)
+    found = {key: dump[key] for key in _LASTING} | {"search": search}
+    return found | {"proxy": scores} if scores and starts_from_scores else found
+
+
+def key_of(study: StudyFile, *fields: str) -> str:
+    """Of what these fields say other than by default: results with one key were found under the same settings."""
+    return digest(study.model_dump(mode="json", include=set(fields), exclude_defaults=True))
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -241,9 +241,13 @@ def test_a_signal_is_not_lost_where_exceptions_are(tmp_path: Path) -> None:
         stop_if_asked()
         raise AssertionError("it went on")
     assert ended.value.code == 130
-    with pytest.raises(SystemExit), interruptible(settings):
+    with pytest.raises(SystemExit), interruptible(settings) as stop_if_asked:
+        stop_if_asked()
         for _ in range(2):  # the second one does not wait for a step
             os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+    with pytest.raises(SystemExit), interruptible(settings):  # nor does the first one while there are none
+        os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("it went on")
 
 

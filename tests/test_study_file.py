@@ -559,6 +559,21 @@ def test_fingerprint_and_differences(load):
     ]
 
 
+def test_a_study_is_named_with_what_was_set_beside_its_file(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(MINIMAL)
+    assert load_study(path).words == str(path)
+    assert load_study(path, ["study=other", "objectives=[loss, num_params]"]).words == (
+        f"{path} --set study=other --set 'objectives=[loss, num_params]'"
+    )
+
+
+def test_what_scores_depend_on_may_not_change_where_they_are_used(load):
+    old, new = (fingerprint(load(MINIMAL, "search.searcher=proxy", *more)) for more in ((), ("proxy.subnets=500",)))
+    assert differences(old, new) == ['proxy: {"subnets": 500} was added']
+    assert fingerprint(load(MINIMAL, "proxy.subnets=500")) == fingerprint(load())
+
+
 def test_studies_from_before_there_were_domains_go_on(load):
     assert "domain" not in fingerprint(load())["data"]
     told = fingerprint(load(MINIMAL, "data.domain=origin"))

@@ -61,27 +61,30 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
 
         typer.echo(f"MLflow    {ui_command(settings.tracking_uri)}")
         typer.echo("          filter of the front: tags.`autopeft.pareto` = 'true'")
-    typer.echo(f"export    autopeft export {settings.path} --pick recommended --to peft")
+    typer.echo(f"export    autopeft export {settings.words} --pick recommended --to peft")
 
 
 @contextmanager
 def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
     """Ctrl-C and a polite kill end the study at its next step, a second one at once; say how to go on, exit with 130.
 
-    Yields what has to be called between two steps. The handler itself raises only when it is asked again: where a
-    signal happens to find the program, the exception may be lost (in a destructor) or cut a call of the database.
+    Yields what has to be called between two steps. Once the first was made, the handler itself raises only when it is
+    asked again: where a signal happens to find the program, the exception may be lost (in a destructor) or cut a call
+    of the database.
     """
-    asked = False
+    stepping = asked = False
 
     def stop(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if asked or not stepping:
             raise KeyboardInterrupt
         asked = True
         # Not through `sys.stderr`, whose buffer may be in the middle of a write.
         os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def stop_if_asked() -> None:
+        nonlocal stepping
+        stepping = True
         if asked:
             raise KeyboardInterrupt
 
@@ -90,7 +93,7 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
     try:
         yield stop_if_asked
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; nothing is lost. Go on with: autopeft resume {settings.path}", err=True)
+        typer.echo(f"\ninterrupted; nothing is lost. Go on with: autopeft resume {settings.words}", err=True)
         sys.exit(130)
     finally:
         for number, handler in previous.items():
