@@ -35,7 +35,7 @@ class Additive:
 
     def latency_s(self, candidate: Candidate) -> float:
         seconds = {"lora": 0.01, "bottleneck": 0.03}
-        return BARE_S + sum(seconds[spec.kind] + 0.001 * (spec.size or 0) for _, spec in candidate.architecture)
+        return BARE_S + sum(seconds[spec.plain.kind] + 0.001 * (spec.size or 0) for _, spec in candidate.architecture)
 
     def costs(self, candidate: Candidate, measured: frozenset[str]) -> Costs:
         assert measured == {"latency_s"}
@@ -43,8 +43,8 @@ class Additive:
         return Costs(values={"latency_s": self.latency_s(candidate) - self.noise * bool(candidate.architecture)})
 
 
-def table_of(evaluator: Any) -> CostTable:
-    return CostTable(cast(TrainEvaluator, evaluator), SPACE, ["latency_s"], {"batch_size": 4})
+def table_of(evaluator: Any, space: SearchSpace = SPACE, **options: Any) -> CostTable:
+    return CostTable(cast(TrainEvaluator, evaluator), space, ["latency_s"], {"batch_size": 4}, **options)
 
 
 def test_costs_add_up_and_are_measured_once() -> None:
@@ -62,3 +62,35 @@ def test_costs_add_up_and_are_measured_once() -> None:
 def test_no_adapter_makes_a_model_faster() -> None:
     table = table_of(Additive(noise=0.5))
     assert table.costs(SPACE.decode(SPACE.largest()).architecture) == {"latency_s": BARE_S}
+
+
+def test_what_was_measured_before_is_not_measured_again() -> None:
+    kept: dict[str, Any] = {}
+    architectures = [SPACE.decode(SPACE.sample(Random(n))).architecture for n in range(20)]
+    first = table_of(Additive(), keep=kept.update)
+    found = [first.costs(architecture) for architecture in architectures]
+    slower = Additive(noise=0.5)
+    again = table_of(slower, known=kept)
+    assert [again.costs(architecture) for architecture in architectures] == found
+    assert not slower.asked
+
+
+@pytest.mark.parametrize("router_per", ["site", "layer"])
+def test_mixtures(router_per: str) -> None:
+    space = SearchSpace(
+        backbone=SMALL,
+        adapters={
+            "lora": AdapterChoice(
+                kind="lora",
+                fields={"rank": Choice.of([1, 4]), "experts": Choice.of([0, 2, 4])},
+                vary={"experts": "layer"},
+                router_per=router_per,
+            )
+        },
+    )
+    evaluator, rng = Additive(), Random(0)
+    table = table_of(evaluator, space)
+    for _ in range(20):
+        candidate = space.decode(space.sample(rng))
+        expected = evaluator.latency_s(candidate)
+        assert table.costs(candidate.architecture) == {"latency_s": pytest.approx(expected)}
