@@ -124,6 +124,12 @@ class Problem:
     surrogate: Surrogate | None = None
     scored: tuple[Scored, ...] = ()
 
+    def violation(self, values: Mapping[str, float]) -> float:
+        """How far values lie beyond the limits and bounds of those that are known; <= 0 is within all of them."""
+        objection = self.limits.objection(values)
+        bounds = (o.violation(values[o.name]) for o in self.objectives if o.name in values)
+        return max([objection[0] if objection else -1.0, *bounds])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:

@@ -37,6 +37,8 @@ class Policy(ABC):
     num_banks: ClassVar[int] = 1
     #: Whether the first subnet of a step is the largest, which can teach the others.
     has_teacher: ClassVar[bool] = False
+    #: Whether subnets are drawn, from a pool if there is one.
+    draws: ClassVar[bool] = True
 
     def __init__(self, space: SearchSpace, seed: int, pool: Rows | None = None) -> None:
         self.space = space
@@ -100,6 +102,7 @@ class Sorted(Policy):
     summary = "subnets that are nested in each other"
     source = "Valipour et al. 2023, SortedNet, section 3"
     has_teacher = True
+    draws = False
 
     def __init__(self, space, seed, pool=None):
         super().__init__(space, seed, pool)

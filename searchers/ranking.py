@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 #: Resamples of the bootstrap, and the share of them that an interval holds.
 RESAMPLES = 1000
 LEVEL = 0.95
+#: Candidates that a ranking needs.
+LEAST_RANKED = 3
 #: Candidates that are taken by their scores, of which the best counts.
 PICKED = (1, 3)
 
@@ -43,8 +45,8 @@ class Ranking:
 def ranking(scores: ArrayLike, losses: ArrayLike, *, seed: int = 0) -> Ranking:
     """Candidates without a score rank behind all others. Raises ValueError for fewer than three candidates."""
     score, loss = np.nan_to_num(np.asarray(scores, float), nan=np.inf), np.asarray(losses, float)
-    if len(score) < 3:
-        raise ValueError(f"a ranking needs three candidates, got {len(score)}")
+    if len(score) < LEAST_RANKED:
+        raise ValueError(f"a ranking needs {LEAST_RANKED} candidates, got {len(score)}")
     top = np.argsort(loss, kind="stable")[: -(-len(loss) // 2)]
     rng = np.random.default_rng(seed)
     tau, tau_interval = _tau(score, loss, rng)

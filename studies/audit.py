@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autopeft.evaluators.base import Request
+from autopeft.evaluators.base import Request, memory_errors
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.proxies.supernet import Supernet
@@ -25,7 +25,8 @@ from autopeft.searchers.ranking import PICKED, Ranking, ranking
 from autopeft.studies import json_lines
 from autopeft.studies.markdown import table
 from autopeft.studies.race.table import QUALITY, Row, by_candidate
-from autopeft.studies.scoring import TRAINED, architectures_only, prepared
+from autopeft.studies.scoring import TRAINED, architectures_only, prepared, score_key
+from autopeft.studies.settings import ProxySettings
 from autopeft.studies.study_file import StudyFile
 
 if TYPE_CHECKING:
@@ -58,20 +59,17 @@ class Reference:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """What an arm said: a score by the key of each architecture. `reference_s`: one training, packed, on the same
-    machine.
+    machine. `settings`: the key of those that the scores depend on.
     """
 
     arm: str
+    settings: str
     epochs: float
     seed: int
     prepare_s: float
     score_s: float
     reference_s: float
     scores: Mapping[str, float]
-
-    @property
-    def key(self) -> tuple[str, float, int]:
-        return self.arm, self.epochs, self.seed
 
 
 def references(rows: Sequence[Row], decode: Callable[[Any], Candidate]) -> list[Reference]:
@@ -95,6 +93,24 @@ def epochs_of(arm: str, epochs: float) -> float:
     return epochs if ARMS[arm]["score"] in TRAINED else 0.0
 
 
+def settings_of(settings: StudyFile, arm: str, epochs: float, seed: int) -> StudyFile:
+    """A study's with an arm's in the place of its own proxy."""
+    proxy = ProxySettings(**ARMS[arm], epochs=epochs if ARMS[arm]["score"] in TRAINED else None)
+    return settings.model_copy(update={"proxy": proxy, "seed": seed})
+
+
+def fitting(told: Sequence[Told], settings: StudyFile, found: Sequence[Reference]) -> list[Told]:
+    """What was said under these settings, and of all these references."""
+    architectures = {reference.candidate.architecture.key for reference in found}
+    return [
+        entry
+        for entry in told
+        if entry.arm in ARMS
+        and entry.settings == score_key(settings_of(settings, entry.arm, entry.epochs, entry.seed))
+        and architectures <= entry.scores.keys()
+    ]
+
+
 def ask(
     settings: StudyFile,
     arm: str,
@@ -104,17 +120,20 @@ def ask(
     found: Sequence[Reference],
     reference_s: float,
 ) -> Told:
-    """Prepare an arm and have it score the references."""
-    wish = settings.proxy.model_copy(update={"epochs": epochs, **ARMS[arm]})
-    settings = settings.model_copy(update={"proxy": wish, "seed": seed})
+    """Prepare an arm and have it score the references. Raises NoScores, TrainingFailed and OutOfMemory for one that
+    cannot.
+    """
+    settings = settings_of(settings, arm, epochs, seed)
     inner = architectures_only(settings.problem(evaluator.backbone), len(found))
     architectures = list(dict.fromkeys(reference.candidate.architecture for reference in found))
     begin = time.perf_counter()
-    proxy = prepared(settings, inner, evaluator, None, lambda name, done, total: None)
-    ready = time.perf_counter()
-    scores = proxy.scores(architectures)
+    with memory_errors():
+        proxy = prepared(settings, inner, evaluator, None, lambda name, done, total: None)
+        ready = time.perf_counter()
+        scores = proxy.scores(architectures)
     return Told(
         arm=arm,
+        settings=score_key(settings),
         epochs=epochs_of(arm, epochs),
         seed=seed,
         prepare_s=ready - begin,

@@ -76,6 +76,8 @@ def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
     elif wish.distil and not POLICIES[wish.policy].has_teacher:
         able = " or ".join(name for name, policy in POLICIES.items() if policy.has_teacher)
         yield ("proxy", "distil"), f"needs the largest subnet at every step: set proxy.policy to {able}"
+    elif wish.filter is not None and not POLICIES[wish.policy].draws:
+        yield ("proxy", "filter"), f"the policy {wish.policy} draws nothing that could be filtered"
     if wish.distil and study.task != "classification":
         yield ("proxy", "distil"), "works for classification alone"
     if study.evaluation.evaluator != "packed" and searcher in SEARCHERS and searcher not in known:

@@ -18,12 +18,14 @@ import torch
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Objective, Trial
 from autopeft.studies import json_lines
+from autopeft.studies.errors import NoFeasibleCandidate
 from autopeft.studies.front import corner, hypervolume
 from autopeft.studies.markdown import table
 from autopeft.studies.medians import LEAST_SEEDS, Median, median_of
 from autopeft.studies.session import open_study
+from autopeft.studies.settings import SearchSettings
 from autopeft.studies.snapshot import Snapshot
-from autopeft.studies.study_file import StudyFile
+from autopeft.studies.study_file import StudyFile, key_of
 
 if TYPE_CHECKING:
     from autopeft.evaluators.tasks.data import Splits
@@ -34,12 +36,14 @@ UNLIMITED = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A study that ended. `allowed_s`: processor seconds for its search, None for as long as its trials take; `took_s`:
-    of the whole study. `front`: values by metric of the candidates that fresh seeds left on the front.
+    """A study that ended. `settings`: their key, but for the searcher and the seed; `allowed_s`: processor seconds for
+    its search, None for as long as its trials take; `took_s`: of the whole study. `front`: values by metric of the
+    candidates that fresh seeds left on the front.
     """
 
     searcher: str
     seed: int
+    settings: str
     allowed_s: float | None
     took_s: float
     trials: int
@@ -86,17 +90,28 @@ def run(settings: StudyFile, splits: Splits, searcher: str, seed: int, allowed_s
         with open_study(own, splits, resume=False) as study:
             study.clock = time.process_time
             study.started = begin
-            snapshot = study.run(Quiet())
+            try:
+                snapshot = study.run(Quiet())
+            except NoFeasibleCandidate:  # a front of none, then
+                snapshot = study.snapshot()
         took_s = time.process_time() - begin
     names = snapshot.objectives_by_name
     return Ended(
         searcher=searcher,
         seed=seed,
+        settings=study_key(settings),
         allowed_s=allowed_s,
         took_s=took_s,
         trials=len(snapshot.search_trials),
         front=tuple({name: row.values[name] for name in names} for row in snapshot.rows() if row.on_front),
     )
+
+
+def study_key(settings: StudyFile) -> str:
+    """Changes with everything in a study that its front depends on, but for the searcher and the seed."""
+    search = settings.search.model_copy(update={"searcher": SearchSettings().searcher})
+    fields = ("task", "model", "data", "space", "training", "objectives", "constraints", "search", "proxy", "finalists")
+    return key_of(settings.model_copy(update={"search": search}), *fields)
 
 
 def read(path: Path) -> list[Ended]:

@@ -3,7 +3,8 @@
 `proxy`: a supernet is trained, or a proxy without training prepared, and a search over thousands of architectures asks
 for its scores, batch by batch. `gates`: gates are trained under several penalties, and each proposes an architecture.
 All of it is replayable: the supernet goes on from its checkpoint, a search that is run again finds the scores that it
-had in `subnets.csv`, and what the gates have proposed stands in `gates.json`.
+had in `subnets.csv`, costs that were measured for it stand in `costs.json`, and what the gates have proposed in
+`gates.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.train import TrainingFailed
-from autopeft.search_space.architecture import Architecture, Candidate, digest
+from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import (
@@ -42,7 +43,7 @@ from autopeft.search_space.training import Training
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.gated import Gated
 from autopeft.searchers.policies import POLICIES, preferred
-from autopeft.studies.study_file import StudyFile
+from autopeft.studies.study_file import StudyFile, key_of
 from autopeft.studies.tracking import SUBNETS
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ PENALTY = 0.1
 PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 #: The supernet's checkpoint, in the study's folder.
 CHECKPOINT = "supernet.pt"
-#: What the gates have proposed, there as well.
-PROPOSALS = "gates.json"
+#: What the gates have proposed, and costs that were measured, there as well.
+PROPOSALS, COSTS = "gates.json", "costs.json"
 #: Candidates that the search over scores asks for at once.
 BATCH = 64
 #: Metrics that are known of an architecture without training it.
@@ -109,11 +110,8 @@ def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, st
 
 def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
     """What gates with each of `PENALTIES` choose, every architecture once; its place in that order is its score."""
-    space, path, key = problem.space, settings.output_folder / PROPOSALS, _key(settings)
-    proposals: list[Assignment] | None = None
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        proposals = kept["proposals"] if kept["settings"] == key else None
+    space, kept = problem.space, Kept(settings.output_folder / PROPOSALS, key=score_key(settings))
+    proposals: list[Assignment] | None = kept.read()
     if proposals is None:
         training = middle_training(settings, space)
         with memory_errors(), _refusals():
@@ -123,9 +121,7 @@ def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator,
                 evaluator.full_steps(training),
                 lambda done, total: stage(f"training gates with {len(PENALTIES)} penalties", done, total),
             )
-        draft = path.with_suffix(".partial")
-        draft.write_text(json.dumps({"settings": key, "proposals": proposals}) + "\n", encoding="utf-8")
-        draft.replace(path)
+        kept.write(proposals)
     for place, genes in enumerate(proposals):
         costs = declared_costs(space.decode(genes).architecture, space.backbone)
         yield Scored(genes=genes, score=float(place), costs=costs)
@@ -134,8 +130,9 @@ def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator,
 def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
     inner = architectures_only(problem, settings.proxy.subnets)
     folder = settings.output_folder
-    table = Table(folder / SUBNETS, key=_key(settings))
+    table = Table(folder / SUBNETS, key=score_key(settings))
     proxy: Proxy | None = None
+    words, met = f"scoring by {settings.proxy.score}", 0
 
     def score(points: Sequence[Point]) -> list[float]:
         nonlocal proxy
@@ -143,13 +140,16 @@ def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, s
         if lacking:
             with memory_errors():
                 proxy = proxy or prepared(settings, inner, evaluator, folder, stage)
-                values = proxy.scores([point.architecture for point in lacking])
+                values = proxy.scores(
+                    [point.architecture for point in lacking],
+                    lambda done, total: stage(words, met + done * len(lacking) // total, inner.num_trials),
+                )
             table.append(lacking, values)
         return [table.scores[point.key] for point in points]
 
-    costs = _costs(settings, inner, evaluator)
-    for number, (point, value) in enumerate(_searched(settings, inner, score, costs), 1):
-        stage(f"scoring by {settings.proxy.score}", number, inner.num_trials)
+    costs = _costs(settings, inner, evaluator, stage)
+    for met, (point, value) in enumerate(_searched(settings, inner, score, costs), 1):
+        stage(words, met, inner.num_trials)
         yield Scored(genes=problem.space.completed(point.genes), score=value, costs=point.costs)
 
 
@@ -172,7 +172,7 @@ def architectures_only(problem: Problem, num_trials: int) -> Problem:
 
 
 def _costs(
-    settings: StudyFile, inner: Problem, evaluator: PackedEvaluator
+    settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, stage: Stage
 ) -> Callable[[Architecture], dict[str, float]]:
     """What is known of an architecture's costs; a table of measurements if the study asks for more than is declared."""
     backbone = inner.space.backbone
@@ -181,7 +181,14 @@ def _costs(
         return lambda architecture: declared_costs(architecture, backbone)
     space = settings.space_for(backbone)
     training = space.middle.training
-    table = CostTable(evaluator, inner.space, measured, training)
+    # A study that goes on has to find the costs that it had: by others, other candidates would have been scored.
+    kept = Kept(settings.output_folder / COSTS, key=score_key(settings))
+
+    def keep(known: Mapping[str, Mapping[str, float]]) -> None:
+        kept.write(known)
+        stage("measuring what adapters add to the costs", len(known), len(known))
+
+    table = CostTable(evaluator, inner.space, measured, training, known=kept.read() or {}, keep=keep)
     return lambda architecture: {**declared_costs(architecture, backbone), **table.costs(architecture)}
 
 
@@ -227,8 +234,12 @@ def _supernet(
 ) -> Supernet:
     wish, pool = settings.proxy, None
     if wish.filter is not None:
-        stage(f"choosing what to train by {wish.filter}", 0, 1)
-        pool = preferred(inner.space, settings.seed, PROXIES[wish.filter](evaluator, settings.seed).scores)
+        words, chooser = f"choosing what to train by {wish.filter}", PROXIES[wish.filter](evaluator, settings.seed)
+        pool = preferred(
+            inner.space,
+            settings.seed,
+            lambda drawn: chooser.scores(drawn, lambda done, total: stage(words, done, total)),
+        )
     policy = POLICIES[wish.policy](inner.space, settings.seed, pool)
     supernet = Supernet(
         evaluator,
@@ -243,7 +254,7 @@ def _supernet(
         policy.subnets,
         evaluator.full_steps(training),
         checkpoint=None if folder is None else folder / CHECKPOINT,
-        key=_key(settings),
+        key=score_key(settings),
         progress=lambda done, total: stage(f"training the supernet ({policy.name})", done, total),
     )
     return supernet
@@ -281,17 +292,31 @@ def _searched(
                     genes=point.genes,
                     state="complete" if ok else "failed",
                     measurement=Measurement(values={SCORE.name: value, **point.costs}) if ok else None,
-                    violation=_violation(inner, {SCORE.name: value, **point.costs}),
+                    violation=inner.violation({SCORE.name: value, **point.costs}),
                     searcher_state=point.state,
                 )
             )
             yield point, value
 
 
-def _violation(inner: Problem, values: Mapping[str, float]) -> float:
-    """How far a candidate lies beyond the limits and bounds that its costs are known for."""
-    objection = inner.limits.objection(values)
-    return max(objection[0] if objection else -1.0, *(o.violation(values[o.name]) for o in inner.objectives))
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a study has found ahead of its trials, as JSON. That of other settings (`key`) does not count."""
+
+    path: Path
+    key: str
+
+    def read(self) -> Any:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(self.path.read_text(encoding="utf-8"))
+            return told["found"] if told["settings"] == self.key else None
+        return None
+
+    def write(self, found: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".partial")
+        draft.write_text(json.dumps({"settings": self.key, "found": found}) + "\n", encoding="utf-8")
+        draft.replace(self.path)
 
 
 class Table:
@@ -323,7 +348,6 @@ class Table:
                 self.scores[point.key] = value
 
 
-def _key(settings: StudyFile) -> str:
+def score_key(settings: StudyFile) -> str:
     """Changes with everything that a score depends on."""
-    told = settings.model_dump(mode="json", include={"seed", "task", "model", "data", "space", "training", "proxy"})
-    return digest(told)
+    return key_of(settings, "seed", "task", "model", "data", "space", "training", "proxy")

@@ -235,6 +235,9 @@ class Study:
 
     def _why_nothing(self) -> str:
         reasons = [t.error or "beyond a bound" for t in self.trials.values() if t.role == SEARCH]
+        if not reasons and self._out_of_time():
+            limit = f"search.timeout_s, {self.settings.search.timeout_s:g} s,"
+            return f"{limit} was over before a candidate was trained; baselines and scores count, too"
         shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
         return f"none of {len(reasons)} candidates is feasible; the last ones:\n  {shown}"
 
@@ -254,6 +257,7 @@ class Study:
         weighed: list[tuple[Trial, Costs]] = []
         for trial in trials:
             self.trials[trial.number] = trial
+            watcher.begin([trial])  # some costs are measured, which takes a while
             try:
                 objection, costs = self._weigh(trial)
             except OutOfMemory as error:
@@ -304,10 +308,7 @@ class Study:
             why = f"loss {values['loss']:.4g} after {measurement.share:.0%} of the steps"
             return replace(trial, state="pruned", measurement=measurement, error=why)
         self._save_weights(trial, outcome)
-        violation = max(o.violation(values[o.name]) for o in self.problem.objectives)
-        if trial.role != SEARCH:  # a candidate of the search that breaks a limit does not come this far
-            violation = max(violation, (self.problem.limits.objection(values) or (-1.0, ""))[0])
-        return replace(trial, state="complete", measurement=measurement, violation=violation)
+        return replace(trial, state="complete", measurement=measurement, violation=self.problem.violation(values))
 
     def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:
         """The objection to a candidate of the search, if there is one, and its costs. Declared costs come first:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import Trial
 from autopeft.studies import tracked
-from autopeft.studies.diagnostics import diagnostics
+from autopeft.studies.diagnostics import Diagnostics, diagnostics
 from autopeft.studies.front import FrontRow
 from autopeft.studies.report import front_data, write_report
 from autopeft.studies.snapshot import Snapshot, state_counts
@@ -285,14 +285,22 @@ class _Runs:
         return points
 
     def _audit(self, snapshot: Snapshot) -> list[Metric]:
-        """What the audit of a proxy has found, once; step: the number of the trial that came with it first."""
-        first = next((found for found in diagnostics(snapshot.trials) if found.audit), None)
-        if first is None or self.client.get_metric_history(self.parent.id, "audit/tau"):
-            return []
+        """What the audit of a proxy has found, again whenever it has seen more trainings; step: the number of the first
+        trial that came with it.
+        """
+        told: dict[int, Diagnostics] = {}
+        for found in diagnostics(snapshot.trials):
+            if found.audit:
+                told.setdefault(found.audit["num"], found)
+        known = {point.step for point in self.client.get_metric_history(self.parent.id, "audit/tau")} if told else set()
         at_ms = tracked.now_ms()
-        values = {"tau": first.audit["tau"], "top_tau": first.audit["top_tau"]}
-        values |= {f"regret_at_{k}": value for k, value in first.audit["regret"].items()}
-        return [tracked.metric(f"audit/{name}", value, at_ms, first.trial) for name, value in values.items()]
+        points = []
+        for found in told.values():
+            if found.trial not in known:
+                values = {"tau": found.audit["tau"], "top_tau": found.audit["top_tau"]}
+                values |= {f"regret_at_{k}": value for k, value in found.audit["regret"].items()}
+                points += [tracked.metric(f"audit/{name}", v, at_ms, found.trial) for name, v in values.items()]
+        return points
 
     def _write_artifacts(self, snapshot: Snapshot) -> None:
         with TemporaryDirectory() as folder:

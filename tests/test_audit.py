@@ -19,6 +19,8 @@ from autopeft.searchers.policies import POLICIES
 from autopeft.searchers.ranking import ranking, strata
 from autopeft.studies import audit
 from autopeft.studies.race.table import Row
+from autopeft.studies.scoring import score_key
+from autopeft.studies.study_file import load_study
 
 from .spaces import SMALL
 from .test_race import run  # noqa: F401  (a fixture)
@@ -112,7 +114,8 @@ def made_up(count: int, seeds: int, rate_matters: float) -> list[Row]:
 
 def told(rows: list[Row], score: Any, **fields: Any) -> audit.Told:
     architectures = {SPACE.decode(row.genes).architecture.key: score(row.genes) for row in rows}
-    fields = {"arm": "snip", "epochs": 0.0, "seed": 0, "prepare_s": 1.0, "score_s": 2.0, "reference_s": 10.0} | fields
+    fields = {"prepare_s": 1.0, "score_s": 2.0, "reference_s": 10.0} | fields
+    fields = {"arm": "snip", "settings": "", "epochs": 0.0, "seed": 0} | fields
     return audit.Told(**fields, scores=architectures)
 
 
@@ -166,6 +169,9 @@ def test_the_command(run: Any, tmp_path: Path) -> None:  # noqa: F811
     code, out, _ = run(*asked, "--json")
     assert code == 0 and results.read_bytes() == before
     assert [line["seeds"] for line in json.loads(out)[0]["lines"]] == [2] * 4
+    code, out, _ = run(*asked, "--json", "--set", "data.max_length=8", "--seeds", 1)
+    assert code == 0 and [line["seeds"] for line in json.loads(out)[0]["lines"]] == [1] * 4, "asked of other data"
+    assert len(results.read_text().splitlines()) == 12
     code, _, err = run("audit", "snipp")
     assert code == 2 and "unknown arm 'snipp'; did you mean 'snip'?" in err
 
@@ -173,3 +179,28 @@ def test_the_command(run: Any, tmp_path: Path) -> None:  # noqa: F811
 def test_a_candidate_is_its_architecture_and_its_training() -> None:
     rows = made_up(5, 1, rate_matters=0.0)
     assert all(isinstance(reference.candidate, Candidate) for reference in audit.references(rows, SPACE.decode))
+
+
+def test_what_was_said_of_other_candidates_does_not_count(tmp_path: Path) -> None:
+    settings = load_study(save_study(tmp_path))
+    rows = made_up(8, 1, rate_matters=0.0)
+    found = audit.references(rows, SPACE.decode)
+    key = score_key(audit.settings_of(settings, "snip", 0.0, 0))
+    good = told(rows, first_rank, settings=key)
+    few, stale = told(rows[:4], first_rank, settings=key), told(rows, first_rank, settings="another")
+    assert audit.fitting([few, good, stale], settings, found) == [good]
+
+
+def test_an_arm_that_cannot_have_scores_leaves_the_others_theirs(run: Any, tmp_path: Path) -> None:  # noqa: F811
+    study = save_study(
+        tmp_path / "study",
+        space={"adapters": {"prefix": {"kind": "prefix", "length": [1, 2], "vary": {"length": "layer"}}}},
+        training={"learning_rate": 1.0e-2, "epochs": 1, "batch_size": 8},
+    )
+    table = tmp_path / "table.csv"
+    assert run("tabulate", study, "--output", table, "--candidates", 4, "--repeated", 0)[0] == 0
+    words = ("audit", "gates", "num_params", "--study", study, "--table", table, "--seeds", 1, "--json")
+    code, out, err = run(*words, "--results", tmp_path / "proxies.jsonl")
+    assert code == 0, err
+    assert "gates has no scores: " in err
+    assert [line["arm"] for line in json.loads(out)[0]["lines"]] == ["num_params"]

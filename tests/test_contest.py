@@ -1,21 +1,29 @@
 """Whole studies against each other: what their fronts are worth, and what may be said of it."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autopeft.search_space.problem import Objective
-from autopeft.studies import contest
+from autopeft.studies import audit, contest
 from autopeft.studies.cli import app as cli
+from autopeft.studies.cli.files import check
 from autopeft.studies.medians import LEAST_SEEDS
+from autopeft.studies.race import table
+from autopeft.studies.study_file import load_study
 
+DEMO = Path(str(files("autopeft.studies.examples") / "demo.yaml"))
+OVERRIDES = ["objectives=[loss, num_params]"]
 OBJECTIVES = (Objective(name="loss", maximise=False), Objective(name="num_params", maximise=False))
 
 
-def ended(searcher: str, seed: int, *front: tuple[float, float]) -> contest.Ended:
+def ended(searcher: str, seed: int, *front: tuple[float, float], **fields: Any) -> contest.Ended:
     values = tuple({"loss": loss, "num_params": size} for loss, size in front)
-    return contest.Ended(searcher=searcher, seed=seed, allowed_s=None, took_s=10.0, trials=4, front=values)
+    fields = {"settings": "", "allowed_s": None, "took_s": 10.0, "trials": 4} | fields
+    return contest.Ended(searcher=searcher, seed=seed, front=values, **fields)
 
 
 def test_volumes_are_shares_of_what_all_dominate_up_to_one_corner() -> None:
@@ -47,7 +55,13 @@ def test_leads_are_paired_and_few_seeds_give_no_interval() -> None:
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     path = tmp_path / "contest.jsonl"
-    for entry in (ended("random", 3, (0.5, 100)), ended("nsga2", 3, (0.4, 200), (0.6, 50))):
+    key = contest.study_key(load_study(DEMO, OVERRIDES))
+    entries = [
+        ended("random", 3, (0.5, 100), settings=key),
+        ended("nsga2", 3, (0.4, 200), (0.6, 50), settings=key, allowed_s=20.0),
+        ended("random", 3, (9.0, 9), settings="of another study"),
+    ]
+    for entry in entries:
         contest.append(path, entry)
     return path
 
@@ -61,7 +75,7 @@ def invoked(*words: object) -> int:
 def test_what_is_in_the_file_is_reported_and_not_run_again(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = results.read_text()
     words = ["--searchers", "random, nsga2", "--seeds", "3", "--results", results]
-    words += ["--set", "objectives=[loss, num_params]"]
+    words += ["--set", *OVERRIDES]
     assert invoked(*words) == 0
     assert "ahead on 1 of 1 seeds. Fewer than 6: no interval." in capsys.readouterr().out
     assert invoked(*words, "--json") == 0
@@ -74,3 +88,15 @@ def test_what_is_in_the_file_is_reported_and_not_run_again(results: Path, capsys
 def test_seeds_that_are_none(seeds: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoked("--seeds", seeds, "--results", results) == 2
     assert "write whole numbers from 0 on" in capsys.readouterr().err
+
+
+def test_the_shipped_results_are_those_of_the_shipped_study() -> None:
+    """So that a reader who repeats the command of docs/proxies.md finds what it says there."""
+    docs = Path(__file__).parent.parent / "docs"
+    entries = contest.read(docs / "contest.jsonl")
+    assert {entry.settings for entry in entries} == {contest.study_key(load_study(DEMO))}
+    settings = load_study(DEMO)
+    space = check(settings)[2]
+    found = [each for each in audit.references(table.read(table.SHIPPED), space.decode) if each.seeds > 1]
+    told = audit.read(docs / "proxies.jsonl")
+    assert audit.fitting(told, settings, found) == told

@@ -119,7 +119,7 @@ def gated_study(folder: Path, **changes: Any) -> Path:
 
 
 def proposals_of(settings: StudyFile) -> list[Assignment]:
-    return json.loads((settings.output_folder / PROPOSALS).read_text())["proposals"]
+    return json.loads((settings.output_folder / PROPOSALS).read_text())["found"]
 
 
 def of_gates(snapshot: Snapshot) -> list[Trial]:
@@ -190,7 +190,7 @@ def test_killed_amid_the_gates(finished: tuple[StudyFile, Snapshot], tmp_path: P
     assert facts(list(snapshot.trials)) == facts(list(finished[1].trials))
 
 
-@pytest.mark.parametrize("text", ['{"settings": "another", "proposals": []}', "[]", '{"settings"'])
+@pytest.mark.parametrize("text", ['{"settings": "another", "found": []}', "[]", '{"settings"'])
 def test_proposals_of_other_settings_are_not_taken(tmp_path: Path, sweeps: list[Sequence[float]], text: str) -> None:
     settings = load_study(gated_study(tmp_path, proxy={"epochs": 1}))
     settings.output_folder.mkdir(parents=True)

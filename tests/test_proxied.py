@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.train import TrainingFailed
+from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import Measurement, Objective, Problem, Scored, Trial, declared_costs
 from autopeft.searchers.proxied import LEAST_AUDITED, Proxied
 from autopeft.studies.cli.app import main
 from autopeft.studies.diagnostics import diagnostics
+from autopeft.studies.errors import NoFeasibleCandidate
 from autopeft.studies.scoring import Table
 from autopeft.studies.snapshot import Snapshot
 from autopeft.studies.study_file import StudyFileError, load_study
+from autopeft.studies.tracking import _Runs
 
 from .test_bayesian import layered_space, quality
 from .test_study import Quiet, facts, run
@@ -55,7 +61,8 @@ def problem_of(noise: float, trials: int = 32) -> Problem:
     )
 
 
-def driven(problem: Problem, count: int) -> list[Trial]:
+def driven(problem: Problem, count: int, failing: int = 0) -> list[Trial]:
+    """The first `count` trials, of which the first `failing` come to nothing."""
     searcher, trials = Proxied(problem, 0), list[Trial]()
     while len(trials) < count:
         searcher.update(trials)
@@ -69,8 +76,8 @@ def driven(problem: Problem, count: int) -> list[Trial]:
                 role="search",
                 candidate=candidate,
                 genes=suggestion.genes,
-                state="complete",
-                measurement=Measurement(values=values),
+                state="complete" if len(trials) >= failing else "failed",
+                measurement=Measurement(values=values) if len(trials) >= failing else None,
                 searcher_state=suggestion.state,
             )
         )
@@ -116,6 +123,53 @@ def test_the_audit_covers_all_scores() -> None:
     places = sorted(ranked.index(scores[trial.candidate.key]) / len(ranked) for trial in audited)
     for i, place in enumerate(places):
         assert i / LEAST_AUDITED - 0.02 <= place <= (i + 1) / LEAST_AUDITED + 0.02
+
+
+def test_scores_that_no_audit_could_see_are_not_followed() -> None:
+    told = phases(trials := driven(problem_of(noise=0.05), 14, failing=LEAST_AUDITED - 2))
+    assert told[:LEAST_AUDITED] == ["audit"] * LEAST_AUDITED
+    assert "proxy" not in told
+    assert "too few trainings of the audit" in diagnostics(trials)[-1].note
+
+
+def test_an_audit_with_a_failure_counts_when_it_is_over() -> None:
+    trials = driven(problem_of(noise=0.05), 10, failing=1)
+    assert phases(trials)[LEAST_AUDITED:] == ["proxy"] * 2
+    assert diagnostics(trials)[-1].audit["num"] == LEAST_AUDITED - 1
+
+
+def test_nothing_is_picked_while_the_audit_is_under_way() -> None:
+    problem = problem_of(noise=0.05)
+    trials = driven(problem, LEAST_AUDITED)
+    searcher = Proxied(problem, 0)
+    searcher.update(trials[:5], trials[5:])
+    (suggestion,) = searcher.suggest(1)
+    assert suggestion.state["diagnostics"]["phase"] not in ("audit", "proxy")
+
+
+def test_what_is_known_to_break_a_limit_takes_no_part() -> None:
+    problem = problem_of(noise=0.05)
+    most = float(np.median([entry.costs["num_params"] for entry in problem.scored]))
+    limited = replace(problem, limits=Limits({"num_params": most}))
+    bounded = replace(problem, objectives=(problem.objectives[0], replace(problem.objectives[1], bound=most)))
+    for other in (limited, bounded):
+        trials = driven(other, 20)
+        scored = [t for t, phase in zip(trials, phases(trials), strict=True) if phase in ("audit", "proxy")]
+        assert len(scored) > LEAST_AUDITED
+        assert max(trial.values["num_params"] for trial in scored) <= most
+
+
+@pytest.mark.parametrize("known", [LEAST_AUDITED, 4])
+def test_more_trials_do_not_ask_for_another_audit(known: int) -> None:
+    problem = problem_of(noise=0.05)
+    trials = driven(problem, known)
+    longer = Proxied(replace(problem, num_trials=64), 0)
+    longer.update(trials)
+    audited = {trial.candidate.key for trial in trials}
+    assert audited <= longer._audited.keys()
+    assert len(longer._audited) == LEAST_AUDITED
+    phase = longer.suggest(1)[0].state["diagnostics"]["phase"]
+    assert phase == ("proxy" if known == LEAST_AUDITED else "audit")
 
 
 def test_without_scores_it_is_bo() -> None:
@@ -221,6 +275,31 @@ def test_other_scores_and_searches(tmp_path: Path, proxy: dict[str, Any]) -> Non
     assert any(row.on_front for row in snapshot.rows())
 
 
+def test_no_time_is_left_for_trials(tmp_path: Path) -> None:
+    search = {"searcher": "proxy", "trials": 12, "batch": 4, "timeout_s": 0.01}
+    settings = load_study(proxy_study(tmp_path), [f"search={json.dumps(search)}"])
+    with pytest.raises(NoFeasibleCandidate, match=r"timeout_s, 0\.01 s, was over before a candidate was trained"):
+        run(settings)
+
+
+def test_mlflow_has_the_audit_as_it_grows() -> None:
+    def trial(number: int, num: int) -> Any:
+        audit = {"num": num, "tau": 0.1 * num, "top_tau": 0.0, "regret": {1: 0.5}}
+        return SimpleNamespace(number=number, searcher_state={"diagnostics": {"phase": "proxy", "audit": audit}})
+
+    history = [SimpleNamespace(step=8)]
+    told = SimpleNamespace(
+        client=SimpleNamespace(get_metric_history=lambda run, name: history), parent=SimpleNamespace(id="run")
+    )
+    snapshot = SimpleNamespace(trials=[trial(8, 8), trial(9, 8), trial(16, 10), trial(17, 10)])
+    points = _Runs._audit(cast(Any, told), cast(Any, snapshot))
+    assert [(point.key, point.step) for point in points] == [
+        ("audit/tau", 16),
+        ("audit/top_tau", 16),
+        ("audit/regret_at_1", 16),
+    ]
+
+
 def test_half_a_line_of_the_table_is_dropped(tmp_path: Path, finished: tuple[Path, Snapshot]) -> None:
     folder = load_study(finished[0]).output_folder
     for name in ("subnets.csv", "subnets.json"):
@@ -240,6 +319,7 @@ def test_half_a_line_of_the_table_is_dropped(tmp_path: Path, finished: tuple[Pat
         ({"search": "proxy"}, "unknown searcher 'proxy'"),
         ({"policy": "uniform", "distil": True}, "needs the largest subnet at every step"),
         ({"filter": "size"}, "unknown proxy 'size'"),
+        ({"policy": "sorted", "filter": "snip"}, "the policy sorted draws nothing that could be filtered"),
     ],
 )
 def test_bad_settings(tmp_path: Path, proxy: dict[str, Any], wrong: str) -> None:

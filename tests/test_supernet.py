@@ -204,6 +204,9 @@ def test_a_killed_training_goes_on(evaluator: PackedEvaluator, tmp_path: Path, m
     again = untrained(evaluator)
     again.train(policy.subnets, STEPS, checkpoint=file, key="another", progress=lambda done, total: seen.append(done))
     assert seen[-STEPS:] == list(range(1, STEPS + 1))
+    for damaged in (file.read_bytes()[:-100], b"", b"no checkpoint"):
+        file.write_bytes(damaged)
+        assert untrained(evaluator).train(policy.subnets, STEPS, checkpoint=file, key="a") == losses
 
 
 def test_the_model_is_left_as_it_was(evaluator: PackedEvaluator) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.packed import PackedEvaluator, repeated
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.shared_weights import SharedWeights
-from autopeft.evaluators.tasks import Batch, model_inputs
+from autopeft.evaluators.tasks import Batch, Classification, model_inputs
 from autopeft.evaluators.train import TrainingFailed, decay_groups, rate
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.space import SearchSpace
@@ -55,7 +56,8 @@ class Supernet(Proxy):
     `num_banks`: M sets of weights. `bank_of` says which of them a subnet reads; where it does not, training gives every
     bank the subnets that have the lowest loss with it, the same number to each (Javan et al. 2023, "Balanced Mixture of
     SuperNets", as an assignment problem), and a score is the best over the banks. `distil`: the first subnet of a step
-    learns from the labels and teaches the others its outputs (Yu et al. 2020, BigNAS, in-place distillation).
+    learns from the labels and teaches the others its outputs (Yu et al. 2020, BigNAS, in-place distillation);
+    ValueError where the task is not classification.
     """
 
     name = "supernet"
@@ -73,6 +75,8 @@ class Supernet(Proxy):
         bank_of: BankOf = lambda architecture: 0,
         distil: bool = False,
     ) -> None:
+        if distil and not isinstance(evaluator.task, Classification):
+            raise ValueError("distillation works for classification alone")
         self.evaluator = evaluator
         self.training = training
         self.seed = seed
@@ -187,7 +191,10 @@ class Supernet(Proxy):
         """The losses of the steps that were made; weights and optimiser are then as they were behind these."""
         if path is None or not path.is_file():
             return []
-        state: dict[str, Any] = torch.load(path, map_location=self.evaluator.device, weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self.evaluator.device, weights_only=True)
+        except (RuntimeError, UnpicklingError, EOFError):  # what a machine that lost power may leave
+            return []
         if state["key"] != key:
             return []
         for (value, _), kept in zip(self.weights.trainable(), state["weights"], strict=True):

@@ -39,8 +39,11 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Score candidates whose trainings are known by every proxy, and report how well that ranks them."""
+    from autopeft.evaluators.base import OutOfMemory
+    from autopeft.evaluators.train import TrainingFailed
     from autopeft.studies import audit as auditing
     from autopeft.studies.race.table import SHIPPED, read
+    from autopeft.studies.scoring import NoScores
     from autopeft.studies.session import packed_evaluator_for
     from autopeft.studies.study_file import load_study
 
@@ -64,13 +67,14 @@ def audit(
         raise ConfigurationError(
             f"{table or SHIPPED}: {len(every)} trainings; a ranking needs three (`autopeft tabulate`)"
         )
-    known = {told.key for told in auditing.read(results)}
+    known = {(t.arm, t.epochs, t.seed) for t in auditing.fitting(auditing.read(results), settings, every)}
     lacking = [
         (name, seed)
         for name in names
         for seed in range(seeds)
         if (name, auditing.epochs_of(name, epochs), seed) not in known
     ]
+    refused: dict[str, str] = {}
     with BenchView() as view, written():
         view.plan(len(lacking))
         if lacking:
@@ -79,10 +83,15 @@ def audit(
             reference_s = auditing.training_s(evaluator, every)
             for name, seed in lacking:
                 view.stage(f"{name}, seed {seed}")
-                told = auditing.ask(settings, name, epochs, seed, evaluator, every, reference_s)
-                auditing.append(results, told)
+                try:
+                    told = auditing.ask(settings, name, epochs, seed, evaluator, every, reference_s)
+                    auditing.append(results, told)
+                except (TrainingFailed, OutOfMemory, NoScores) as error:  # the other arms have their say all the same
+                    refused[name] = str(error)
                 view.advance(1)
-    asked = [told for told in auditing.read(results) if told.arm in names]
+    for name, reason in refused.items():
+        typer.echo(f"{name} has no scores: {reason}", err=True)
+    asked = [told for told in auditing.fitting(auditing.read(results), settings, every) if told.arm in names]
     reports = auditing.reports(asked, rows, every)
     if as_json:
         print_json([report.to_dict() for report in reports])

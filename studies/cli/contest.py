@@ -41,18 +41,19 @@ def contest(
     path = study or Path(str(files("autopeft.studies.examples") / "demo.yaml"))
     settings = load_study(path, [*(set_ or ()), f"search.searcher={names[0]}"])
     splits, _, _ = check(settings)
-    known = {ended.key: ended for ended in contests.read(results)}
+    key = contests.study_key(settings)
+    known = {ended.key: ended for ended in contests.read(results) if ended.settings == key}
     with BenchView() as view, written():
         view.plan(sum((name, seed) not in known for name in names for seed in numbers))
         for seed in numbers:
             for name in names:
-                if (name, seed) in known:
-                    continue
-                view.stage(f"{name}, seed {seed}")
                 allowed_s = None if name == names[0] else times * known[names[0], seed].took_s
-                known[name, seed] = contests.run(settings, splits, name, seed, allowed_s)
-                contests.append(results, known[name, seed])
-                view.advance(1)
+                there = known.get((name, seed))
+                if there is None or there.allowed_s != allowed_s:
+                    view.stage(f"{name}, seed {seed}")
+                    known[name, seed] = contests.run(settings, splits, name, seed, allowed_s)
+                    contests.append(results, known[name, seed])
+                    view.advance(1)
     ended = [known[name, seed] for seed in numbers for name in names]
     objectives = settings.objectives_list()
     if as_json:
