@@ -18,6 +18,7 @@ from autopeft.evaluators.host import Attachment
 from autopeft.kernels import mixture_lora
 from autopeft.search_space import AdapterChoice, Architecture, Candidate, Choice, Float, SearchSpace, SpaceError
 from autopeft.search_space.adapters import (
+    ADAPTERS,
     AdapterSpec,
     Bottleneck,
     Dora,
@@ -30,7 +31,7 @@ from autopeft.search_space.adapters import (
 )
 from autopeft.search_space.adapters.bank import Bank, Tokens
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTERS
-from autopeft.search_space.backbone import Site
+from autopeft.search_space.backbone import LINEAR_ROLES, Site
 from autopeft.search_space.controls import controls
 from autopeft.search_space.problem import declared_costs
 from autopeft.searchers.encoding import Encoding
@@ -67,6 +68,8 @@ SETTINGS = {
     "soft": {},
     "uniform": {},
 }
+#: Types of experts that can sit at linears.
+AT_LINEARS = [kind for kind, spec in ADAPTERS.items() if spec.can_be_expert and {*spec.roles} & {*LINEAR_ROLES}]
 
 
 def mixture(expert: AdapterSpec, name: str, experts: int = 4, **fields) -> Mixture:
@@ -205,6 +208,36 @@ def check_reference(bank: Bank, specs: list[Mixture], x: Tensor, y: Tensor, foun
     ]
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("kind", AT_LINEARS)
+def test_experts_run_with_the_linear_as_they_do_after_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of a mixture is one operation with its linear: outputs and gradients, from values as after training."""
+    model, backbone = tiny("bert")
+    model.double()
+    expert = ADAPTERS[kind]()
+    sites = [s.name for s in backbone.sites if s.role in {*LINEAR_ROLES} & {*expert.roles}]
+    architecture = Architecture.of({name: [Mixture(expert=expert, experts=3)] for name in sites})
+
+    def outputs_and_gradients() -> list[Tensor]:
+        with Attachment(model, backbone, [architecture], [0]) as attachment:
+            attachment.double().eval()
+            load_moved(attachment)
+            logits = model(tokens(), attention_mask=torch.ones(3, 5)).logits
+            values = [value for value, _ in attachment.trainable()]
+            return [logits, *torch.autograd.grad(logits.square().sum(), values)]
+
+    found = outputs_and_gradients()
+    monkeypatch.setattr(Attachment, "_fuses", lambda self, *_: False)
+    for one, two in zip(found, outputs_and_gradients(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def load_moved(attachment: Attachment, k: int = 0) -> None:
+    """Values of a slot away from those of the start."""
+    generator = torch.Generator().manual_seed(4)
+    state = {name: v + 0.3 * torch.randn(v.shape, generator=generator) for name, v in attachment.state(k).items()}
+    attachment.load_state(state, k)
 
 
 @pytest.mark.parametrize("router", ["token", "sigmoid"])

@@ -65,8 +65,9 @@ def mixed_input(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
 def _weighted(spec: Mixture, p: Values, gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
     """What experts, weighted by gates [K, M, S + E], add to y: [K, M, D_out]. x: [K, M, D_in]."""
     p, gates = _rank_by_rank(spec, p, gates, call)
-    added = spec.expert.mix(p, gates, x, y, call)
-    return one_by_one(spec.expert.apply, p, gates, (x, y), call) if added is None else added
+    if spec.expert.acts_by("mix", call.bank.site):
+        return spec.expert.mix(p, gates, x, y, call)
+    return one_by_one(spec.expert.apply, p, gates, (x, y), call)
 
 
 def one_by_one(act: Callable[..., Tensor], p: Values, gates: Tensor, tensors: tuple[Tensor, ...], call: Call) -> Tensor:
