@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
-from autopeft.search_space.adapters.mixture import BETWEEN_GIVEN, BY_TASK, LOOKING_AHEAD, MIXING, MIXTURE_FIELDS
+from autopeft.search_space.adapters.mixture import (
+    BETWEEN_GIVEN,
+    BY_TASK,
+    LOOKING_AHEAD,
+    MIXING,
+    MIXTURE_FIELDS,
+    ROUTER_FIELDS,
+)
 from autopeft.search_space.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
 from autopeft.search_space.suggestions import did_you_mean
@@ -247,6 +254,9 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
         yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
+    for key in ROUTER_FIELDS:
+        if choice.router_per == "layer" and choice.vary.get(key) == "site":
+            yield ("vary", key), "the sites of a layer share a router (router_per: layer): vary it by layer at most"
     if BY_TASK & set(routers) and "tasks" not in choice.fields:
         yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
 

@@ -10,7 +10,6 @@ from autopeft.search_space.adapters.base import (
     Parameter,
     check_at_least,
     check_one_of,
-    check_probability,
 )
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.backbone import LINEAR_ROLES
@@ -101,7 +100,8 @@ class Mixture(AdapterSpec):
         check_at_least("shared_experts", self.shared_experts, 0)
         check_one_of("router", self.router, ROUTERS)
         check_at_least("top_k", self.top_k, 1)
-        check_probability("top_p", 1.0 - self.top_p)  # in (0, 1]
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         check_at_least("tasks", self.tasks, 1)
         check_at_least("heads", self.heads, 1)
         object.__setattr__(self, "given", tuple(self.given))  # a list, where it was read from a file
