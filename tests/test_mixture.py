@@ -27,6 +27,7 @@ from autopeft.search_space.adapters import (
     Mixture,
     Norm,
     Prefix,
+    mixing,
     spec_from_dict,
 )
 from autopeft.search_space.adapters.bank import Bank, Tokens
@@ -755,6 +756,68 @@ def test_one_expert_of_a_sigmoid_router_is_one_network() -> None:
     banks = [bank_of([spec], LINEAR) for spec in (two, two.canonical())]
     x, y = batch(1)
     torch.testing.assert_close(banks[0](x, y), banks[1](x, y))
+
+
+def test_a_top_p_of_1_limits_nothing_in_a_pack_either() -> None:
+    """Of experts that are so improbable that their share is lost in the sum of the others."""
+    specs = [mixture(Lora(rank=2), "token", top_p=top_p) for top_p in (0.5, 1.0)]
+    bank, single = bank_of(specs, LINEAR), bank_of(specs[1:], LINEAR, seed=1)
+    for own in (bank, single):
+        with torch.no_grad():
+            own.values["router"].mul_(1000)
+    x, y = batch(2)
+    torch.testing.assert_close(bank(x, y)[1:], single(x[1:], y[1:]))
+    assert bank.routing is not None and single.routing is not None
+    assert float(bank.routing.active[1]) == float(single.routing.active[0]) == 2.0
+    torch.testing.assert_close(bank.routing.load[1:], single.routing.load)
+
+
+def test_gates_are_not_rounded_to_a_backbone_of_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, backbone = tiny("bert")
+    model.bfloat16()
+    lead = Mixture(expert=Lora(rank=2), experts=3)
+    here = {
+        "q": lead,
+        "k": replace(lead, router="uniform"),
+        "v": replace(lead, router="follow", leader="layers.0.attn.q"),
+    }
+    architecture = Architecture.of({f"layers.0.attn.{part}": [spec.canonical()] for part, spec in here.items()})
+
+    def gates() -> list[Tensor]:
+        found, routed = [], mixing.routed
+        with Attachment(model, backbone, [architecture], [0]) as attachment, monkeypatch.context() as patch:
+            patch.setattr(mixing, "routed", lambda *args: found.append(routed(*args)) or found[-1])
+            load_moved(attachment)
+            model(tokens())
+        return found
+
+    fused = gates()
+    monkeypatch.setattr(Attachment, "_fuses", lambda self, *_: False)
+    assert len(fused) == 3
+    for one, two in zip(fused, gates(), strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("router", ["token", "sigmoid"])
+def test_left_padded_texts_are_generated_with_a_cache(router: str) -> None:
+    model, backbone = tiny("llama-causal")
+    spec = Mixture(expert=Lora(rank=2), experts=4, router=router)
+    architecture = Architecture.of({site.name: [spec] for site in backbone.sites if site.role in ("attn.q", "mlp.up")})
+    ids, mask = tokens(2), torch.ones(2, 5, dtype=torch.long)
+    ids[0, :2] = mask[0, :2] = 0
+    with Attachment(model, backbone, [architecture], [0]) as attachment:
+        attachment.eval()
+        load_moved(attachment)
+        found, expected = (
+            model.generate(  # type: ignore[operator]
+                ids, attention_mask=mask, min_new_tokens=4, max_new_tokens=4, do_sample=False, use_cache=cached,
+                output_logits=True, return_dict_in_generate=True,
+            )
+            for cached in (True, False)
+        )  # fmt: skip
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
 
 
 @settings(deadline=None, max_examples=40)
