@@ -30,9 +30,9 @@ from autopeft.search_space.adapters import (
     mixing,
     spec_from_dict,
 )
-from autopeft.search_space.adapters.bank import Bank, Tokens
+from autopeft.search_space.adapters.bank import Bank, Call, Tokens
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTERS
-from autopeft.search_space.backbone import LINEAR_ROLES, Site
+from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.search_space.controls import controls
 from autopeft.search_space.problem import declared_costs
 from autopeft.searchers.encoding import Encoding
@@ -239,6 +239,23 @@ def load_moved(attachment: Attachment, k: int = 0) -> None:
     generator = torch.Generator().manual_seed(4)
     state = {name: v + 0.3 * torch.randn(v.shape, generator=generator) for name, v in attachment.state(k).items()}
     attachment.load_state(state, k)
+
+
+def gates_in(model: nn.Module, backbone: Backbone, architecture: Architecture) -> dict[tuple[str, AdapterSpec], Tensor]:
+    """Of a forward pass, by site and mixture."""
+    found: dict[tuple[str, AdapterSpec], Tensor] = {}
+    routed = mixing.routed
+
+    def told(spec: Mixture, p: mixing.Values, x: Tensor, call: Call) -> Tensor:
+        gates = found[call.bank.site.name, spec] = routed(spec, p, x, call)
+        return gates
+
+    with Attachment(model, backbone, [architecture], [0]) as attachment, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "routed", told)
+        attachment.eval()
+        load_moved(attachment)
+        model(tokens())
+    return found
 
 
 @pytest.mark.parametrize("router", ["token", "sigmoid"])
@@ -703,6 +720,22 @@ def test_a_site_that_follows_has_the_gates_of_the_one_before() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["bitfit", "ssf"])
+@pytest.mark.parametrize(("family", "leader"), [("bert", "attn.q"), ("gpt2", "norm.0"), ("llama", "attn.q")])
+def test_the_site_that_runs_first_leads(kind: str, family: str, leader: str) -> None:
+    """Of linears and norms: those of GPT-2 run ahead of the attention, those of BERT after it."""
+    model, backbone = tiny(family)
+    choice = AdapterChoice(kind=kind, fields={"experts": 3}, router_per="layer")
+    if kind == "bitfit" and family == "llama":  # which has no biases
+        return
+    architecture = SearchSpace(backbone=backbone, adapters={"it": choice}).decode({}).architecture
+    found = gates_in(model, backbone, architecture)
+    assert len(found) == sum(1 for _ in architecture)
+    leading = [name for name, spec in architecture if isinstance(spec, Mixture) and not spec.leader]
+    assert leading == [*(f"layers.{layer}.{leader}" for layer in range(2)), *leading[2:]]
+    assert all(backbone.site(name).layer is None for name in leading[2:])
+
+
 def test_nobody_to_follow() -> None:
     model, backbone = tiny("bert")
     alone_ = Architecture.of({"layers.0.attn.q": [Mixture(router="follow")]})
@@ -719,12 +752,13 @@ def test_nobody_to_follow() -> None:
         ({"fields": {"experts": 2, "router": Choice.of(["token", "sigmoid"])}, "vary": {"router": "site"}}, "vary it"),
         ({"fields": {"experts": 2, "balance": Float(low=0.0, high=0.1)}, "vary": {"balance": "site"}}, "vary it"),
         ({"fields": {"experts": 2, "router": "soft"}}, "no other can follow"),
+        ({"kind": "bitfit", "fields": {"experts": 2}, "at": ("attn.q", "norm")}, "before its attention is not known"),
         ({"fields": {}}, "say how many experts"),
     ],
 )
 def test_what_cannot_share_a_router(choice, message) -> None:
     with pytest.raises(SpaceError, match=message):
-        SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(kind="lora", router_per="layer", **choice)})
+        SearchSpace(backbone=SMALL, adapters={"it": AdapterChoice(**{"kind": "lora", "router_per": "layer", **choice})})
 
 
 def test_costs_of_a_space_with_experts_by_its_encoding() -> None:
@@ -783,20 +817,14 @@ def test_gates_are_not_rounded_to_a_backbone_of_lower_precision(monkeypatch: pyt
     }
     architecture = Architecture.of({f"layers.0.attn.{part}": [spec.canonical()] for part, spec in here.items()})
 
-    def gates() -> list[Tensor]:
-        found, routed = [], mixing.routed
-        with Attachment(model, backbone, [architecture], [0]) as attachment, monkeypatch.context() as patch:
-            patch.setattr(mixing, "routed", lambda *args: found.append(routed(*args)) or found[-1])
-            load_moved(attachment)
-            model(tokens())
-        return found
-
-    fused = gates()
+    fused = gates_in(model, backbone, architecture)
     monkeypatch.setattr(Attachment, "_fuses", lambda self, *_: False)
+    after = gates_in(model, backbone, architecture)
     assert len(fused) == 3
-    for one, two in zip(fused, gates(), strict=True):
-        assert one.dtype == torch.float32
-        assert torch.equal(one, two)
+    assert fused.keys() == after.keys()
+    for key, gates in fused.items():
+        assert gates.dtype == torch.float32
+        assert torch.equal(gates, after[key])
 
 
 @pytest.mark.parametrize("router", ["token", "sigmoid"])
