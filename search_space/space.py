@@ -24,7 +24,7 @@ from autopeft.search_space.choices import (
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, without_zero
 from autopeft.search_space.genes import TRAINING, Assignment, Condition, Gate, Gene
 from autopeft.search_space.location import locate
-from autopeft.search_space.placement import Placement
+from autopeft.search_space.placement import Placement, numbered
 
 
 class SearchSpace:
@@ -268,9 +268,9 @@ class SearchSpace:
     def decode(self, assignment: Mapping[str, Value]) -> Candidate:
         """The candidate that an assignment of the active genes stands for."""
         placed: dict[str, list[AdapterSpec]] = {}
-        for place in self.placements:
-            if place.is_on(assignment):
-                placed.setdefault(place.site.name, []).append(place.spec(assignment))
+        on = [(place, place.spec(assignment)) for place in self.placements if place.is_on(assignment)]
+        for site, spec in numbered(on):
+            placed.setdefault(site, []).append(spec)
         training = {
             key: assignment[TRAINING + key] if isinstance(domain, Domain) else domain
             for key, domain in self.training.items()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
 from random import Random
 
@@ -718,6 +720,92 @@ def test_a_site_that_follows_has_the_gates_of_the_one_before() -> None:
         found = model(ids.repeat(2, 1), attention_mask=torch.ones_like(ids).repeat(2, 1)).logits[3:]
         assert not any("attn.v/mixture/router" in name for name in attachment.state(1))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("beside", "leading"),
+    [
+        (AdapterChoice(kind="ssf", at=("attn.q",), fields={"experts": 2}), ["token"]),
+        (AdapterChoice(kind="lora", at=("attn.q", "attn.v"), fields={"experts": 4, "router": "sigmoid"}), ["token"]),
+        (
+            AdapterChoice(
+                kind="lora", at=("attn.q", "attn.v"), fields={"experts": 4, "router": "sigmoid"}, router_per="layer"
+            ),
+            ["sigmoid", "token"],
+        ),
+    ],
+)
+def test_a_site_follows_the_mixture_of_its_own_declaration(
+    beside: AdapterChoice, leading: list[str], first: bool
+) -> None:
+    """Of several at the site of the leader."""
+    model, backbone = tiny("bert")
+    own = AdapterChoice(kind="lora", at=("attn.q", "attn.v"), fields={"experts": 4}, router_per="layer")
+    adapters = {"own": own, "beside": beside} if first else {"beside": beside, "own": own}
+    declared = SearchSpace(backbone=backbone, adapters=adapters)
+    architecture = declared.decode({}).architecture
+    assert Architecture.from_dict(architecture.to_dict()) == architecture
+    assert declared.locate(Candidate(architecture=architecture)) == {}
+
+    found, here = gates_in(model, backbone, architecture), dict(architecture.adapters)
+    for layer in range(2):
+        at, followed = f"layers.{layer}.attn.q", []
+        for spec in here[f"layers.{layer}.attn.v"]:
+            if isinstance(spec, Mixture) and spec.leader:
+                site, number = spec.leader.split("#")
+                leader = here[site][int(number) - 1]
+                assert isinstance(leader, Mixture) and site == at and leader.expert == spec.expert
+                assert torch.equal(found[f"layers.{layer}.attn.v", spec], found[at, leader])
+                followed.append(leader.router)
+        assert sorted(followed) == leading
+    before = json.loads(re.sub(r"#\d", "", json.dumps(architecture.to_dict())))
+    gates_in(model, backbone, Architecture.from_dict(before))  # recipes without numbers load
+    single = SearchSpace(backbone=backbone, adapters={"own": own}).decode({}).architecture
+    assert {spec.to_dict()["leader"] for _, spec in single} == {"", "layers.0.attn.q", "layers.1.attn.q"}
+
+    def logits(*architectures: Architecture) -> Tensor:
+        with Attachment(model, backbone, architectures, [0] * len(architectures)) as attachment:
+            attachment.eval()
+            for k in range(len(architectures)):
+                load_moved(attachment, k)
+            return model(tokens().repeat(len(architectures), 1)).logits
+
+    torch.testing.assert_close(logits(single, architecture), torch.cat([logits(single), logits(architecture)]))
+
+
+def test_mixtures_at_one_site_have_random_streams_of_their_own() -> None:
+    """The first of them that which it has alone."""
+    model, backbone = tiny("bert")
+    specs = [Mixture(expert=Lora(rank=2, dropout=0.1), router=router) for router in ("token", "sigmoid")]
+    both, *single = (Architecture.of({"layers.0.attn.q": own}) for own in (specs, specs[:1], specs[1:]))
+    with Attachment(model, backbone, [both, *single], [5, 5, 5]) as attachment:
+        streams = [{key: s.get_state() for key, s in attachment.dropout_streams(k).items()} for k in range(3)]
+        states = [attachment.state(k) for k in range(3)]
+    one, two = (f"layers.0.attn.q/mixture{nth}" for nth in ("", "#2"))
+    for name in ("A", "router"):
+        assert not torch.equal(states[0][f"{one}/{name}"], states[0][f"{two}/{name}"])
+        assert torch.equal(states[1][f"{one}/{name}"], states[2][f"{one}/{name}"])
+        assert any(torch.equal(states[0][f"{key}/{name}"], states[1][f"{one}/{name}"]) for key in (one, two))
+    assert not torch.equal(streams[0][one], streams[0][two])
+    with Attachment(model, backbone, [both], [5]) as attachment:
+        alone_ = attachment.state()
+    assert all(torch.equal(value, states[0][name]) for name, value in alone_.items())
+
+
+def test_a_layer_without_a_router_has_nobody_to_follow() -> None:
+    model, backbone = tiny("bert")
+    fields = {"experts": 3, "router": Choice.of(["token", "uniform"])}
+    choice = AdapterChoice(kind="lora", fields=fields, router_per="layer", vary={"router": "layer"})
+    declared = SearchSpace(backbone=backbone, adapters={"lora": choice})
+    for routers in (["token", "uniform"], ["uniform", "token"], ["uniform", "uniform"]):
+        genes = {f"lora.router.layers.{layer}": router for layer, router in enumerate(routers)}
+        candidate = declared.decode(genes)
+        assert declared.locate(candidate) == genes
+        gates_in(model, backbone, candidate.architecture)
+    alike = AdapterChoice(kind="lora", fields={**fields, "router": "uniform"})
+    assert SearchSpace(backbone=backbone, adapters={"lora": alike}).decode({}) == candidate
+    assert "average" not in controls(candidate.architecture, backbone)
 
 
 @pytest.mark.parametrize("kind", ["bitfit", "ssf"])

@@ -117,7 +117,8 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
         gates = (owned / owned.sum(-1, keepdim=True))[:, None].expand(-1, tokens, -1)
         return _with_shared(spec, gates.to(call.bank.dtype))
     if spec.router == "follow":
-        gates = call.tokens.gates_of(spec.leader, call.bank, owned.shape[-1])
+        leaders = [own.leader for own in call.bank.specs if isinstance(own, Mixture)]
+        gates = call.tokens.gates_of(leaders, call.bank, owned.shape[-1])
         return _with_shared(spec, gates.to(call.bank.dtype))
     # At least float32, as all routers are: a gate that is rounded sends a token elsewhere. Experts come before tokens
     # until the gates are ready: over a last axis as short as theirs a softmax takes ten times as long.

@@ -59,6 +59,7 @@ class Mixture(AdapterSpec):
       peft's terms a classifier of depth 1 with layerwise scalings);
     - "uniform": 1/E, for comparison: what is left without a router;
     - "follow": the gates of the mixture at the site `leader`, which runs before it: several sites share one router.
+      Where there are several mixtures, "site#2" is the second of them in the order of the `Architecture`.
 
     `given`: folders of LoRAs of the same model, one for each expert, which are then not trained. With "token" that is
     MeteoRA.
@@ -183,9 +184,14 @@ class Mixture(AdapterSpec):
             self.tasks,
             self.heads,
             self.given,
-            self.leader,
+            self.leader_site,
             self.ranks,
         )
+
+    @property
+    def leader_site(self) -> str:
+        """Of `leader`, without the number."""
+        return self.leader.partition("#")[0]
 
     def parameters(self, site):
         own = self.expert.parameters(site)
