@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autopeft.evaluators.heads import head_bank, head_sites
 from autopeft.evaluators.routers import Routers, banks_of, check_routers
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.bank import Bank
 from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.adapters.linear import set_weight, weight_of
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 SUBLAYER_ROLES = ("attn", "mlp")
 #: A bank and the slots that it serves, None for all of them.
 Served = tuple[Bank, Tensor | None]
+#: Slots whose adapters at a site share a structure, their adapters, how many alike came before, and for each slot the
+#: number of its adapter, from 1, among those with which it must not share a random stream.
+Group = tuple[list[int], list[AdapterSpec], int, list[int]]
 
 
 class Attachment(nn.Module):
@@ -74,15 +77,19 @@ class Attachment(nn.Module):
 
         placed = {name for architecture in self.architectures for name, _ in architecture.adapters}
         for site in sorted((backbone.site(name) for name in placed), key=backbone.sites.index):
-            for slots, specs, nth in self._groups(site):
+            for slots, specs, nth, numbers in self._groups(site):
                 if site.role == "backbone":
                     self._train_backbone(model)
                 else:
-                    own_seeds = [f"{seeds[k]}#{nth}" if nth else seeds[k] for k in slots]
+                    own_seeds = [
+                        f"{seeds[k]}#{n - 1}" if n > 1 else seeds[k] for k, n in zip(slots, numbers, strict=True)
+                    ]
                     base, of, read = model.get_submodule(site.module), None, None
                     if shared is not None:
                         of, read = shared.bank(site, specs[0].structure(), nth), [banks[k] for k in slots]
-                    self._add(Bank(site, specs, base, own_seeds, read, of, draw), slots)
+                    bank = Bank(site, specs, base, own_seeds, read, of, draw)
+                    bank.numbers = numbers
+                    self._add(bank, slots)
         every = list(range(self.num_slots))
         for site in head_sites(model, backbone):
             if shared is None:
@@ -105,23 +112,24 @@ class Attachment(nn.Module):
 
     # Building
 
-    def _groups(self, site: Site) -> Iterator[tuple[list[int], list[AdapterSpec], int]]:
-        """Slots whose adapters at `site` share a structure, their adapters, and how many alike came before.
-
-        In the order in which they act; see `ADAPTERS`.
-        """
-        groups: dict[tuple, tuple[list[int], list[AdapterSpec], int]] = {}
+    def _groups(self, site: Site) -> Iterator[Group]:
+        """In the order in which they act; see `ADAPTERS`."""
+        groups: dict[tuple, Group] = {}
         for k, architecture in enumerate(self.architectures):
             seen: dict[tuple, int] = {}
+            mixtures = 0
             for spec in dict(architecture.adapters).get(site.name, ()):
-                # Two adapters of one structure at one site are two groups, with random streams of their own.
+                # Two adapters of one structure at one site are two groups, with random streams of their own. So are
+                # all mixtures, whose routers and experts would begin alike otherwise.
                 structure = spec.structure()
                 nth = seen[structure] = seen.get(structure, -1) + 1
+                mixtures += isinstance(spec, Mixture)
                 if nth and not spec.repeatable:
                     raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: there can be one")
-                slots, specs, _ = groups.setdefault((structure, nth), ([], [], nth))
+                slots, specs, _, numbers = groups.setdefault((structure, nth), ([], [], nth, []))
                 slots.append(k)
                 specs.append(spec)
+                numbers.append(mixtures if isinstance(spec, Mixture) else nth + 1)
         kinds = list(ADAPTERS)
         order = sorted(groups, key=lambda key: (kinds.index(key[0][0]), repr(key)))
         return iter(groups[key] for key in order)

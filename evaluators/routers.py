@@ -43,7 +43,8 @@ class Routers:
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"routers need an attention mask of texts and tokens, not of shape {tuple(mask.shape)}")
-        mask = None if mask is None else mask[: shape[0] // self.num_slots].bool()
+        # Where keys and values are cached, the mask has the columns of the tokens before these, too.
+        mask = None if mask is None else mask[: shape[0] // self.num_slots, -shape[1] :].bool()
         self.tokens.begin(shape[1], mask, lambda: self._first_pass(args, kwargs, shape[0]))
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,7 @@ class SharedWeights(nn.Module):
         seeds = [seed if m == 0 else f"{seed}/{m}" for m in range(num_banks)]
         largest: dict[tuple[Any, ...], list[AdapterSpec]] = {}
         sites = {place.site.name: place.site for place in space.placements}
+        mixed: dict[str, set[str]] = {}  # adapters with experts, by site
         for place in space.placements:
             if place.site.role == "backbone":
                 raise ValueError(f"a supernet has no weights for {place.adapter!r}: it trains the backbone itself")
@@ -46,10 +47,15 @@ class SharedWeights(nn.Module):
                 )
             for spec in _largest(place, domains):
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
+                if isinstance(spec, Mixture):
+                    mixed.setdefault(place.site.name, set()).add(place.adapter)
+        several = {name: count() for name, adapters in mixed.items() if len(adapters) > 1}
         for (name, structure), specs in largest.items():
             spec, site = _enveloping(specs), sites[name]
             for nth in range(len(specs)):  # any of them may be the n-th of its structure at the site
-                named = [f"{word}#{nth}" if nth else word for word in seeds]
+                # Mixtures side by side would begin alike, whatever their structures.
+                number = next(several[name]) if isinstance(spec, Mixture) and name in several else nth
+                named = [f"{word}#{number}" if number else word for word in seeds]
                 bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named)
                 self._add((name, structure, nth), bank)
         for site in head_sites(model, space.backbone):

@@ -30,6 +30,11 @@ def digest(data: Any) -> str:
     return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:16]
 
 
+def order_at_site(spec: AdapterSpec) -> str:
+    """By which the adapters of a site are sorted."""
+    return canonical_json(spec.to_dict())
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """Adapters by site name. Sites without adapters do not appear; the order of sites and adapters does not count."""
@@ -40,7 +45,7 @@ class Architecture:
     def of(cls, adapters: Mapping[str, Sequence[AdapterSpec]]) -> Architecture:
         rows = []
         for site in sorted(adapters):
-            specs = sorted(adapters[site], key=lambda spec: canonical_json(spec.to_dict()))
+            specs = sorted(adapters[site], key=order_at_site)
             if specs:
                 rows.append((site, tuple(specs)))
         return cls(tuple(rows))

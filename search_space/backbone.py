@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -10,6 +10,10 @@ from autopeft.search_space.suggestions import did_you_mean
 
 LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ROLES = (*LINEAR_ROLES, "attn", "mlp", "norm", "embed", "backbone", "head")
+
+# How the path of the first norm of a layer ends.
+_AHEAD_OF_ATTENTION = ("ln_1", "input_layernorm", "layernorm_before")
+_AFTER_ATTENTION = ("attention.output.LayerNorm", "sa_layer_norm")
 
 # An absent role, the role that stands in for it, and why.
 _INSTEAD = {
@@ -54,6 +58,18 @@ class Site:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"unknown role {self.role!r}{did_you_mean(self.role, ROLES)}")
+
+
+def first_to_run(sites: Sequence[Site]) -> Site | None:
+    """Of some sites of one layer in canonical order, the one that runs first. None where there are norms beside others
+    and the name of the first does not say on which side of the attention it is.
+    """
+    norms, others = ([site for site in sites if (site.role == "norm") == wanted] for wanted in (True, False))
+    if not (norms and others) or norms[0].module.endswith(_AHEAD_OF_ATTENTION):
+        return (norms or others)[0]
+    if norms[0].module.endswith(_AFTER_ATTENTION):
+        return next((site for site in others if site.role.startswith("attn")), norms[0])
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

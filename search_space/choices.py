@@ -8,8 +8,15 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
-from autopeft.search_space.adapters.mixture import BETWEEN_GIVEN, BY_TASK, LOOKING_AHEAD, MIXING, MIXTURE_FIELDS
-from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.adapters.mixture import (
+    BETWEEN_GIVEN,
+    BY_TASK,
+    LOOKING_AHEAD,
+    MIXING,
+    MIXTURE_FIELDS,
+    ROUTER_FIELDS,
+)
+from autopeft.search_space.backbone import Backbone, Site, first_to_run
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
 from autopeft.search_space.suggestions import did_you_mean
 from autopeft.search_space.training import Training
@@ -79,6 +86,15 @@ def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
         and ADAPTERS[choice.kind]().fits(site)
         and (choice.layers is None or site.layer in choice.layers)
     )
+
+
+def leaders_of(choice: AdapterChoice, sites: Sequence[Site]) -> dict[int | None, Site | None]:
+    """Of each layer whose sites share a router, the one that has it; None where that is not known."""
+    layers: dict[int | None, list[Site]] = {}
+    for site in sites if choice.router_per == "layer" else ():
+        if site.layer is not None:
+            layers.setdefault(site.layer, []).append(site)
+    return {layer: first_to_run(here) for layer, here in layers.items()}
 
 
 def problems_of(
@@ -247,6 +263,14 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
         yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
+    for layer, leader in leaders_of(choice, sites_of(choice, backbone)).items():
+        if leader is None:
+            what = f"whether the norms of layer {layer} run before its attention is not known: have `at` name no norms"
+            yield ("router_per",), what
+            break
+    for key in ROUTER_FIELDS:
+        if choice.router_per == "layer" and choice.vary.get(key) == "site":
+            yield ("vary", key), "the sites of a layer share a router (router_per: layer): vary it by layer at most"
     if BY_TASK & set(routers) and "tasks" not in choice.fields:
         yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
 

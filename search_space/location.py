@@ -100,7 +100,7 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
     another one, with one that will do. None if it cannot be there.
     """
     mixture = isinstance(spec, Mixture)
-    if isinstance(spec, Mixture) and (spec.given, spec.leader) != (place.given, place.leader):
+    if isinstance(spec, Mixture) and (spec.given, spec.leader_site) != (place.given, place.leader_of(spec)):
         return None
     if place.kind != spec.plain.kind or (place.experts is None and mixture != place.is_mixture({})):
         return None

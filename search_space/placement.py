@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
+from autopeft.search_space.architecture import order_at_site
 from autopeft.search_space.backbone import Site
 from autopeft.search_space.domains import Value
 from autopeft.search_space.genes import Gate
@@ -69,6 +70,27 @@ class Placement:
         expert = ADAPTERS[self.kind](**own)
         if not mixture:
             return expert
-        if self.leader:
-            fields_ |= {"router": "follow", "leader": self.leader}
-        return Mixture(expert=expert, given=self.given, **fields_).canonical()
+        mixture_ = Mixture(expert=expert, given=self.given, **fields_)
+        if leader := self.leader_of(mixture_):
+            mixture_ = replace(mixture_, router="follow", leader=leader)
+        return mixture_.canonical()
+
+    def leader_of(self, spec: Mixture) -> str:
+        """The site whose gates a mixture has at this place: where all gates are alike, it needs none."""
+        return "" if spec.router == "uniform" else self.leader
+
+
+def numbered(placed: Sequence[tuple[Placement, AdapterSpec]]) -> Iterator[tuple[str, AdapterSpec]]:
+    """All adapters of an architecture with their sites. Those that follow a site of several mixtures say which of them,
+    that of the same declaration.
+    """
+    mixtures: dict[str, list[tuple[Placement, AdapterSpec]]] = {}
+    for place, spec in placed:
+        if isinstance(spec, Mixture):
+            mixtures.setdefault(place.site.name, []).append((place, spec))
+    for place, spec in placed:
+        if isinstance(spec, Mixture) and len(mixtures.get(spec.leader, ())) > 1:
+            there = sorted(mixtures[spec.leader], key=lambda pair: order_at_site(pair[1]))
+            number = 1 + [other.adapter for other, _ in there].index(place.adapter)
+            spec = replace(spec, leader=f"{spec.leader}#{number}")
+        yield place.site.name, spec

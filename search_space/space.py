@@ -11,11 +11,20 @@ from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbone import Backbone, Site
-from autopeft.search_space.choices import OFF, STAGES, AdapterChoice, OneOf, SpaceError, problems_of, sites_of
+from autopeft.search_space.choices import (
+    OFF,
+    STAGES,
+    AdapterChoice,
+    OneOf,
+    SpaceError,
+    leaders_of,
+    problems_of,
+    sites_of,
+)
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, without_zero
 from autopeft.search_space.genes import TRAINING, Assignment, Condition, Gate, Gene
 from autopeft.search_space.location import locate
-from autopeft.search_space.placement import Placement
+from autopeft.search_space.placement import Placement, numbered
 
 
 class SearchSpace:
@@ -199,9 +208,9 @@ class SearchSpace:
         yield from (frozenset({(gene, count)}) for count in counts if count > number)
 
     def _place(self) -> Iterator[Placement]:
-        led: dict[tuple[str, int | None], str] = {}
         for name, choice in self.adapters.items():
             ranks = self._rank_names(name)
+            leaders = leaders_of(choice, self._sites[name])
             for site in self._sites[name]:
                 genes = {
                     key: f"{name}.{key}{self._scope(choice.vary.get(key, 'model'), site)}"
@@ -210,9 +219,7 @@ class SearchSpace:
                 }
                 fixed = {key: value for key, value in choice.fields.items() if not isinstance(value, Domain)}
                 gates, experts = self._gates[name, site.name], self._experts[name, site.name]
-                first = led.setdefault((name, site.layer), site.name)
-                shares = choice.router_per == "layer" and site.layer is not None and first != site.name
-                leader = first if shares else ""
+                leader = leaders.get(site.layer) or site
                 yield Placement(
                     name,
                     choice.kind,
@@ -221,7 +228,7 @@ class SearchSpace:
                     genes,
                     fixed,
                     experts,
-                    leader,
+                    "" if leader == site else leader.name,
                     choice.given,
                     shared_ranks=ranks["shared_experts"],
                     ranks=ranks["experts"],
@@ -261,9 +268,9 @@ class SearchSpace:
     def decode(self, assignment: Mapping[str, Value]) -> Candidate:
         """The candidate that an assignment of the active genes stands for."""
         placed: dict[str, list[AdapterSpec]] = {}
-        for place in self.placements:
-            if place.is_on(assignment):
-                placed.setdefault(place.site.name, []).append(place.spec(assignment))
+        on = [(place, place.spec(assignment)) for place in self.placements if place.is_on(assignment)]
+        for site, spec in numbered(on):
+            placed.setdefault(site, []).append(spec)
         training = {
             key: assignment[TRAINING + key] if isinstance(domain, Domain) else domain
             for key, domain in self.training.items()

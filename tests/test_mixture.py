@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
 from random import Random
 
@@ -18,6 +20,7 @@ from autopeft.evaluators.host import Attachment
 from autopeft.kernels import mixture_lora
 from autopeft.search_space import AdapterChoice, Architecture, Candidate, Choice, Float, SearchSpace, SpaceError
 from autopeft.search_space.adapters import (
+    ADAPTERS,
     AdapterSpec,
     Bottleneck,
     Dora,
@@ -26,11 +29,12 @@ from autopeft.search_space.adapters import (
     Mixture,
     Norm,
     Prefix,
+    mixing,
     spec_from_dict,
 )
-from autopeft.search_space.adapters.bank import Bank, Tokens
+from autopeft.search_space.adapters.bank import Bank, Call, Tokens
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTERS
-from autopeft.search_space.backbone import Site
+from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.search_space.controls import controls
 from autopeft.search_space.problem import declared_costs
 from autopeft.searchers.encoding import Encoding
@@ -67,6 +71,8 @@ SETTINGS = {
     "soft": {},
     "uniform": {},
 }
+#: Types of experts that can sit at linears.
+AT_LINEARS = [kind for kind, spec in ADAPTERS.items() if spec.can_be_expert and {*spec.roles} & {*LINEAR_ROLES}]
 
 
 def mixture(expert: AdapterSpec, name: str, experts: int = 4, **fields) -> Mixture:
@@ -205,6 +211,53 @@ def check_reference(bank: Bank, specs: list[Mixture], x: Tensor, y: Tensor, foun
     ]
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("kind", AT_LINEARS)
+def test_experts_run_with_the_linear_as_they_do_after_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of a mixture is one operation with its linear: outputs and gradients, from values as after training."""
+    model, backbone = tiny("bert")
+    model.double()
+    expert = ADAPTERS[kind]()
+    sites = [s.name for s in backbone.sites if s.role in {*LINEAR_ROLES} & {*expert.roles}]
+    architecture = Architecture.of({name: [Mixture(expert=expert, experts=3)] for name in sites})
+
+    def outputs_and_gradients() -> list[Tensor]:
+        with Attachment(model, backbone, [architecture], [0]) as attachment:
+            attachment.double().eval()
+            load_moved(attachment)
+            logits = model(tokens(), attention_mask=torch.ones(3, 5)).logits
+            values = [value for value, _ in attachment.trainable()]
+            return [logits, *torch.autograd.grad(logits.square().sum(), values)]
+
+    found = outputs_and_gradients()
+    monkeypatch.setattr(Attachment, "_fuses", lambda self, *_: False)
+    for one, two in zip(found, outputs_and_gradients(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def load_moved(attachment: Attachment, k: int = 0) -> None:
+    """Values of a slot away from those of the start."""
+    generator = torch.Generator().manual_seed(4)
+    state = {name: v + 0.3 * torch.randn(v.shape, generator=generator) for name, v in attachment.state(k).items()}
+    attachment.load_state(state, k)
+
+
+def gates_in(model: nn.Module, backbone: Backbone, architecture: Architecture) -> dict[tuple[str, AdapterSpec], Tensor]:
+    """Of a forward pass, by site and mixture."""
+    found: dict[tuple[str, AdapterSpec], Tensor] = {}
+    routed = mixing.routed
+
+    def told(spec: Mixture, p: mixing.Values, x: Tensor, call: Call) -> Tensor:
+        gates = found[call.bank.site.name, spec] = routed(spec, p, x, call)
+        return gates
+
+    with Attachment(model, backbone, [architecture], [0]) as attachment, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "routed", told)
+        attachment.eval()
+        load_moved(attachment)
+        model(tokens())
+    return found
 
 
 @pytest.mark.parametrize("router", ["token", "sigmoid"])
@@ -382,7 +435,8 @@ def test_bad_mixtures() -> None:
         ({"expert": Mixture()}, "cannot be an expert"),
         ({"router": "dice"}, "router must be one of"),
         ({"experts": 0}, "experts must be at least 1"),
-        ({"top_p": 0.0}, r"top_p"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"router": "soft", "shared_experts": 1}, "no shared ones"),
         ({"router": "poly", "expert": Ia3()}, "parameters of LoRAs"),
         ({"router": "poly", "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
@@ -668,6 +722,108 @@ def test_a_site_that_follows_has_the_gates_of_the_one_before() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("beside", "leading"),
+    [
+        (AdapterChoice(kind="ssf", at=("attn.q",), fields={"experts": 2}), ["token"]),
+        (AdapterChoice(kind="lora", at=("attn.q", "attn.v"), fields={"experts": 4, "router": "sigmoid"}), ["token"]),
+        (
+            AdapterChoice(
+                kind="lora", at=("attn.q", "attn.v"), fields={"experts": 4, "router": "sigmoid"}, router_per="layer"
+            ),
+            ["sigmoid", "token"],
+        ),
+    ],
+)
+def test_a_site_follows_the_mixture_of_its_own_declaration(
+    beside: AdapterChoice, leading: list[str], first: bool
+) -> None:
+    """Of several at the site of the leader."""
+    model, backbone = tiny("bert")
+    own = AdapterChoice(kind="lora", at=("attn.q", "attn.v"), fields={"experts": 4}, router_per="layer")
+    adapters = {"own": own, "beside": beside} if first else {"beside": beside, "own": own}
+    declared = SearchSpace(backbone=backbone, adapters=adapters)
+    architecture = declared.decode({}).architecture
+    assert Architecture.from_dict(architecture.to_dict()) == architecture
+    assert declared.locate(Candidate(architecture=architecture)) == {}
+
+    found, here = gates_in(model, backbone, architecture), dict(architecture.adapters)
+    for layer in range(2):
+        at, followed = f"layers.{layer}.attn.q", []
+        for spec in here[f"layers.{layer}.attn.v"]:
+            if isinstance(spec, Mixture) and spec.leader:
+                site, number = spec.leader.split("#")
+                leader = here[site][int(number) - 1]
+                assert isinstance(leader, Mixture) and site == at and leader.expert == spec.expert
+                assert torch.equal(found[f"layers.{layer}.attn.v", spec], found[at, leader])
+                followed.append(leader.router)
+        assert sorted(followed) == leading
+    before = json.loads(re.sub(r"#\d", "", json.dumps(architecture.to_dict())))
+    gates_in(model, backbone, Architecture.from_dict(before))  # recipes without numbers load
+    single = SearchSpace(backbone=backbone, adapters={"own": own}).decode({}).architecture
+    assert {spec.to_dict()["leader"] for _, spec in single} == {"", "layers.0.attn.q", "layers.1.attn.q"}
+
+    def logits(*architectures: Architecture) -> Tensor:
+        with Attachment(model, backbone, architectures, [0] * len(architectures)) as attachment:
+            attachment.eval()
+            for k in range(len(architectures)):
+                load_moved(attachment, k)
+            return model(tokens().repeat(len(architectures), 1)).logits
+
+    torch.testing.assert_close(logits(single, architecture), torch.cat([logits(single), logits(architecture)]))
+
+
+def test_mixtures_at_one_site_have_random_streams_of_their_own() -> None:
+    """The first of them that which it has alone."""
+    model, backbone = tiny("bert")
+    specs = [Mixture(expert=Lora(rank=2, dropout=0.1), router=router) for router in ("token", "sigmoid")]
+    both, *single = (Architecture.of({"layers.0.attn.q": own}) for own in (specs, specs[:1], specs[1:]))
+    with Attachment(model, backbone, [both, *single], [5, 5, 5]) as attachment:
+        streams = [{key: s.get_state() for key, s in attachment.dropout_streams(k).items()} for k in range(3)]
+        states = [attachment.state(k) for k in range(3)]
+    one, two = (f"layers.0.attn.q/mixture{nth}" for nth in ("", "#2"))
+    for name in ("A", "router"):
+        assert not torch.equal(states[0][f"{one}/{name}"], states[0][f"{two}/{name}"])
+        assert torch.equal(states[1][f"{one}/{name}"], states[2][f"{one}/{name}"])
+        assert any(torch.equal(states[0][f"{key}/{name}"], states[1][f"{one}/{name}"]) for key in (one, two))
+    assert not torch.equal(streams[0][one], streams[0][two])
+    with Attachment(model, backbone, [both], [5]) as attachment:
+        alone_ = attachment.state()
+    assert all(torch.equal(value, states[0][name]) for name, value in alone_.items())
+
+
+def test_a_layer_without_a_router_has_nobody_to_follow() -> None:
+    model, backbone = tiny("bert")
+    fields = {"experts": 3, "router": Choice.of(["token", "uniform"])}
+    choice = AdapterChoice(kind="lora", fields=fields, router_per="layer", vary={"router": "layer"})
+    declared = SearchSpace(backbone=backbone, adapters={"lora": choice})
+    for routers in (["token", "uniform"], ["uniform", "token"], ["uniform", "uniform"]):
+        genes = {f"lora.router.layers.{layer}": router for layer, router in enumerate(routers)}
+        candidate = declared.decode(genes)
+        assert declared.locate(candidate) == genes
+        gates_in(model, backbone, candidate.architecture)
+    alike = AdapterChoice(kind="lora", fields={**fields, "router": "uniform"})
+    assert SearchSpace(backbone=backbone, adapters={"lora": alike}).decode({}) == candidate
+    assert "average" not in controls(candidate.architecture, backbone)
+
+
+@pytest.mark.parametrize("kind", ["bitfit", "ssf"])
+@pytest.mark.parametrize(("family", "leader"), [("bert", "attn.q"), ("gpt2", "norm.0"), ("llama", "attn.q")])
+def test_the_site_that_runs_first_leads(kind: str, family: str, leader: str) -> None:
+    """Of linears and norms: those of GPT-2 run ahead of the attention, those of BERT after it."""
+    model, backbone = tiny(family)
+    choice = AdapterChoice(kind=kind, fields={"experts": 3}, router_per="layer")
+    if kind == "bitfit" and family == "llama":  # which has no biases
+        return
+    architecture = SearchSpace(backbone=backbone, adapters={"it": choice}).decode({}).architecture
+    found = gates_in(model, backbone, architecture)
+    assert len(found) == sum(1 for _ in architecture)
+    leading = [name for name, spec in architecture if isinstance(spec, Mixture) and not spec.leader]
+    assert leading == [*(f"layers.{layer}.{leader}" for layer in range(2)), *leading[2:]]
+    assert all(backbone.site(name).layer is None for name in leading[2:])
+
+
 def test_nobody_to_follow() -> None:
     model, backbone = tiny("bert")
     alone_ = Architecture.of({"layers.0.attn.q": [Mixture(router="follow")]})
@@ -681,13 +837,16 @@ def test_nobody_to_follow() -> None:
         ({"fields": {"experts": 2}, "placement": "site"}, "on together"),
         ({"fields": {"experts": 4, "top_k": Choice.of([1, 2])}, "vary": {"top_k": "site"}}, "on together"),
         ({"fields": {"experts": Choice.of([2, 4])}, "vary": {"experts": "site"}}, "on together"),
+        ({"fields": {"experts": 2, "router": Choice.of(["token", "sigmoid"])}, "vary": {"router": "site"}}, "vary it"),
+        ({"fields": {"experts": 2, "balance": Float(low=0.0, high=0.1)}, "vary": {"balance": "site"}}, "vary it"),
         ({"fields": {"experts": 2, "router": "soft"}}, "no other can follow"),
+        ({"kind": "bitfit", "fields": {"experts": 2}, "at": ("attn.q", "norm")}, "before its attention is not known"),
         ({"fields": {}}, "say how many experts"),
     ],
 )
 def test_what_cannot_share_a_router(choice, message) -> None:
     with pytest.raises(SpaceError, match=message):
-        SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(kind="lora", router_per="layer", **choice)})
+        SearchSpace(backbone=SMALL, adapters={"it": AdapterChoice(**{"kind": "lora", "router_per": "layer", **choice})})
 
 
 def test_costs_of_a_space_with_experts_by_its_encoding() -> None:
@@ -719,6 +878,62 @@ def test_one_expert_of_a_sigmoid_router_is_one_network() -> None:
     banks = [bank_of([spec], LINEAR) for spec in (two, two.canonical())]
     x, y = batch(1)
     torch.testing.assert_close(banks[0](x, y), banks[1](x, y))
+
+
+def test_a_top_p_of_1_limits_nothing_in_a_pack_either() -> None:
+    """Of experts that are so improbable that their share is lost in the sum of the others."""
+    specs = [mixture(Lora(rank=2), "token", top_p=top_p) for top_p in (0.5, 1.0)]
+    bank, single = bank_of(specs, LINEAR), bank_of(specs[1:], LINEAR, seed=1)
+    for own in (bank, single):
+        with torch.no_grad():
+            own.values["router"].mul_(1000)
+    x, y = batch(2)
+    torch.testing.assert_close(bank(x, y)[1:], single(x[1:], y[1:]))
+    assert bank.routing is not None and single.routing is not None
+    assert float(bank.routing.active[1]) == float(single.routing.active[0]) == 2.0
+    torch.testing.assert_close(bank.routing.load[1:], single.routing.load)
+
+
+def test_gates_are_not_rounded_to_a_backbone_of_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, backbone = tiny("bert")
+    model.bfloat16()
+    lead = Mixture(expert=Lora(rank=2), experts=3)
+    here = {
+        "q": lead,
+        "k": replace(lead, router="uniform"),
+        "v": replace(lead, router="follow", leader="layers.0.attn.q"),
+    }
+    architecture = Architecture.of({f"layers.0.attn.{part}": [spec.canonical()] for part, spec in here.items()})
+
+    fused = gates_in(model, backbone, architecture)
+    monkeypatch.setattr(Attachment, "_fuses", lambda self, *_: False)
+    after = gates_in(model, backbone, architecture)
+    assert len(fused) == 3
+    assert fused.keys() == after.keys()
+    for key, gates in fused.items():
+        assert gates.dtype == torch.float32
+        assert torch.equal(gates, after[key])
+
+
+@pytest.mark.parametrize("router", ["token", "sigmoid"])
+def test_left_padded_texts_are_generated_with_a_cache(router: str) -> None:
+    model, backbone = tiny("llama-causal")
+    spec = Mixture(expert=Lora(rank=2), experts=4, router=router)
+    architecture = Architecture.of({site.name: [spec] for site in backbone.sites if site.role in ("attn.q", "mlp.up")})
+    ids, mask = tokens(2), torch.ones(2, 5, dtype=torch.long)
+    ids[0, :2] = mask[0, :2] = 0
+    with Attachment(model, backbone, [architecture], [0]) as attachment:
+        attachment.eval()
+        load_moved(attachment)
+        found, expected = (
+            model.generate(  # type: ignore[operator]
+                ids, attention_mask=mask, min_new_tokens=4, max_new_tokens=4, do_sample=False, use_cache=cached,
+                output_logits=True, return_dict_in_generate=True,
+            )
+            for cached in (True, False)
+        )  # fmt: skip
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
 
 
 @settings(deadline=None, max_examples=40)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from autopeft.evaluators.backbones import LoadedBackbone
+from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.packed import PackedEvaluator
 from autopeft.evaluators.prefix import PrefixCache
 from autopeft.evaluators.shared_weights import SharedWeights
@@ -16,7 +17,7 @@ from autopeft.evaluators.train import TrainEvaluator
 from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpace
 from autopeft.search_space.adapters import Bottleneck, Dora, Lora, Mixture
 
-from .conformance import tiny
+from .conformance import tiny, tokens
 from .test_causal_lm import TRAIN, rows
 from .test_causal_lm import loaded as causal  # noqa: F401  (a fixture)
 from .test_packed import alone, at, compare, loaded, requests, together  # noqa: F401  (a fixture)
@@ -86,6 +87,29 @@ def test_shared_weights_have_room_for_many_experts_and_for_large_ones() -> None:
             bank = shared.bank(backbone.site(name), spec.structure())
             for key, parameter in spec.parameters(backbone.site(name)).items():
                 assert all(own <= has for own, has in zip(parameter.shape, bank.values[key].shape[1:], strict=True))
+
+
+def test_shared_weights_of_mixtures_side_by_side_begin_apart() -> None:
+    """Those of one declaration, of which a candidate has one, begin alike. Both are found again by who follows them."""
+    model, backbone = tiny("bert")
+    fields = {"experts": 2, "router": Choice.of(["token", "sigmoid"])}
+    choice = AdapterChoice(kind="lora", at=("attn.q", "attn.v"), fields=fields, router_per="layer")
+    site = backbone.site("layers.0.attn.q")
+
+    def starts(space: SearchSpace, **genes: str) -> list[torch.Tensor]:
+        shared = SharedWeights(model, space, seed=0)
+        architecture = space.decode(genes).architecture
+        with Attachment(model, backbone, [architecture], [0], shared=shared) as attachment, torch.no_grad():
+            model(tokens())
+            return [bank.values["A"].clone() for bank in attachment.banks if bank.site == site]
+
+    single = SearchSpace(backbone=backbone, adapters={"lora": choice})
+    (token,), (sigmoid,) = (starts(single, **{"lora.router": router}) for router in ("token", "sigmoid"))
+    assert torch.equal(token, sigmoid)
+    both = SearchSpace(backbone=backbone, adapters={"lora": choice, "again": choice})
+    for first, second in (("token", "sigmoid"), ("sigmoid", "token"), ("token", "token")):
+        one, two = starts(both, **{"lora.router": first, "again.router": second})
+        assert not torch.equal(one, two)
 
 
 def test_shared_weights_have_no_ranks_of_each_expert() -> None:

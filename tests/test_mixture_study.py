@@ -316,6 +316,21 @@ def test_a_study_with_a_router_by_task(tmp_path: Path) -> None:
     assert all(trial.state == "complete" for trial in snapshot.search_trials)
 
 
+def test_a_study_with_one_router_for_a_layer_or_none(tmp_path: Path) -> None:
+    own = {
+        **LORA,
+        "experts": [2, 3],
+        "router": ["token", "uniform"],
+        "router_per": "layer",
+        "vary": {"router": "layer"},
+    }
+    path = mixture_study(tmp_path / "study", space={"adapters": {"lora": own}}, finalists={"seeds": 1, "most": 1})
+    snapshot = run(load_study(path))
+    assert all(trial.state == "complete" for trial in snapshot.search_trials)
+    routers = {spec.to_dict()["router"] for trial in snapshot.search_trials for _, spec in trial.candidate.architecture}
+    assert routers == {"token", "follow", "uniform"}
+
+
 def test_a_study_with_a_rank_for_each_expert(tmp_path: Path) -> None:
     own = {**LORA, "experts": [0, 3], "shared_experts": 1, "rank": [1, 2, 4], "vary": {"rank": "expert"}}
     start = [{"lora.experts": 3, "lora.rank": 2, "lora.rank.experts.0": 4}]

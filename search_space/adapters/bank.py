@@ -42,7 +42,7 @@ class Tokens:
     domains: Tensor | None = None
     #: Runs the model without adapters on the minibatch, for its last hidden states [N, T, H]; None: nobody may ask.
     first_pass: Callable[[], Tensor] | None = None
-    #: What routers have decided in this forward pass, by site and slot: [M, E] each.
+    #: What routers have decided in this forward pass, by leader and slot: [M, E] each.
     _gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _counted: tuple[Tensor, Tensor] | None = None
 
@@ -65,15 +65,16 @@ class Tokens:
 
     def lead(self, bank: Bank, gates: Tensor) -> None:
         """Keep gates [K, M, E] for mixtures that follow."""
-        self._gates |= {(bank.site.name, slot): own for slot, own in zip(bank.slots_served, gates, strict=True)}
+        for slot, number, own in zip(bank.slots_served, bank.numbers, gates, strict=True):
+            self._gates[bank.site.name, slot] = self._gates[f"{bank.site.name}#{number}", slot] = own
 
-    def gates_of(self, leader: str, bank: Bank, experts: int) -> Tensor:
-        """[K, M, experts] of the mixture at the site `leader`. Raises ValueError where it has not run."""
+    def gates_of(self, leaders: Sequence[str], bank: Bank, experts: int) -> Tensor:
+        """[K, M, experts] of each slot's leader. Raises ValueError where one has not run."""
         try:
-            found = [self._gates[leader, slot][:, :experts] for slot in bank.slots_served]
-        except KeyError:
+            found = [self._gates[key][:, :experts] for key in zip(leaders, bank.slots_served, strict=True)]
+        except KeyError as error:
             raise ValueError(
-                f"{bank.site.name}: no mixture at {leader!r} has run before it, which it follows"
+                f"{bank.site.name}: no mixture at {error.args[0][0]!r} has run before it, which it follows"
             ) from None
         return torch.stack([F.pad(gates, (0, experts - gates.shape[1])) for gates in found])
 
@@ -228,6 +229,8 @@ class Bank(nn.Module):
         self.tokens = Tokens()
         #: Numbers of its slots in the attachment.
         self.slots_served = list(range(len(self.specs)))
+        #: Of a mixture: which of its slot's mixtures at the site it is, from 1, for each slot.
+        self.numbers = [1] * len(self.specs)
         self.routing: Routing | None = None
         #: Whether its router is not asked, and all experts are weighted alike.
         self.averaged = False

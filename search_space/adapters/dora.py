@@ -42,12 +42,6 @@ class Dora(Lora):
         factor = (p["m"] / _row_norms(weight, p["A"], p["B"], scale, call.mask))[:, None, :]
         return y + (factor - 1.0) * frozen + factor * packed_lora(dropped, p["A"], p["B"], scale, call.mask)
 
-    def apply_linear(self, p, x, weight, bias, call, slots):
-        return None
-
-    def mix(self, p, gates, x, y, call):
-        return None
-
     def merge(self, p, weight, bias):
         direction = weight + self.scale * (p["B"] @ p["A"])
         return (p["m"] / direction.norm(dim=1))[:, None] * direction, bias

@@ -32,7 +32,7 @@ class Ia3(AdapterSpec):
         return 0
 
     def acts_by(self, method, site):
-        return method == ("apply_input" if site.role == "mlp.down" else "apply")
+        return method in (("apply_input",) if site.role == "mlp.down" else ("apply", "mix"))
 
     def apply_input(self, p, x, call):
         return x * p["input"][:, None, :] if "input" in p else x

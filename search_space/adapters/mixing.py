@@ -65,8 +65,9 @@ def mixed_input(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
 def _weighted(spec: Mixture, p: Values, gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
     """What experts, weighted by gates [K, M, S + E], add to y: [K, M, D_out]. x: [K, M, D_in]."""
     p, gates = _rank_by_rank(spec, p, gates, call)
-    added = spec.expert.mix(p, gates, x, y, call)
-    return one_by_one(spec.expert.apply, p, gates, (x, y), call) if added is None else added
+    if spec.expert.acts_by("mix", call.bank.site):
+        return spec.expert.mix(p, gates, x, y, call)
+    return one_by_one(spec.expert.apply, p, gates, (x, y), call)
 
 
 def one_by_one(act: Callable[..., Tensor], p: Values, gates: Tensor, tensors: tuple[Tensor, ...], call: Call) -> Tensor:
@@ -109,15 +110,16 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
-    """Gates [K, M, S + E], and `Routing` for the bank. x: [K, M, D_in]."""
+    """Gates [K, M, S + E] in the bank's type, and `Routing` for the bank. x: [K, M, D_in], maybe in the backbone's."""
     tokens, owned = x.shape[1], call.owned_experts
     call.bank.routing = None
     if spec.router == "uniform" or call.bank.averaged:
         gates = (owned / owned.sum(-1, keepdim=True))[:, None].expand(-1, tokens, -1)
-        return _with_shared(spec, gates.to(x.dtype))
+        return _with_shared(spec, gates.to(call.bank.dtype))
     if spec.router == "follow":
-        gates = call.tokens.gates_of(spec.leader, call.bank, owned.shape[-1])
-        return _with_shared(spec, gates.to(x.dtype))
+        leaders = [own.leader for own in call.bank.specs if isinstance(own, Mixture)]
+        gates = call.tokens.gates_of(leaders, call.bank, owned.shape[-1])
+        return _with_shared(spec, gates.to(call.bank.dtype))
     # At least float32, as all routers are: a gate that is rounded sends a token elsewhere. Experts come before tokens
     # until the gates are ready: over a last axis as short as theirs a softmax takes ten times as long.
     logits = _logits(spec, p, _exact(x), call)
@@ -147,7 +149,7 @@ def routed(spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
     if gates.shape[1] != tokens:  # one decision for a text
         gates = gates.repeat_interleave(tokens // gates.shape[1], 1)
     call.tokens.lead(call.bank, gates)
-    return _with_shared(spec, gates.to(x.dtype))
+    return _with_shared(spec, gates.to(call.bank.dtype))
 
 
 def _among(owned: Tensor, values: Tensor, call: Call) -> Tensor:
@@ -210,8 +212,9 @@ def _chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
     rank = torch.arange(most, device=order.device)[:, None]
     keep = (rank < call.constants["top_k"][:, None, None]).expand_as(places)
     if call.least("top_p") < 1.0:
-        ahead = probabilities.gather(1, places)
-        keep = keep & (ahead.cumsum(1) - ahead < call.constants["top_p"][:, None, None])
+        ahead, top_p = probabilities.gather(1, places), call.constants["top_p"][:, None, None]
+        # 1 is no limit: a sum of float32 reaches it ahead of what is improbable.
+        keep = keep & ((ahead.cumsum(1) - ahead < top_p) | (top_p == 1.0))
     return chosen.scatter_(1, places, keep)
 
 

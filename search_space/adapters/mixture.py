@@ -10,7 +10,6 @@ from autopeft.search_space.adapters.base import (
     Parameter,
     check_at_least,
     check_one_of,
-    check_probability,
 )
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.backbone import LINEAR_ROLES
@@ -60,6 +59,7 @@ class Mixture(AdapterSpec):
       peft's terms a classifier of depth 1 with layerwise scalings);
     - "uniform": 1/E, for comparison: what is left without a router;
     - "follow": the gates of the mixture at the site `leader`, which runs before it: several sites share one router.
+      Where there are several mixtures, "site#2" is the second of them in the order of the `Architecture`.
 
     `given`: folders of LoRAs of the same model, one for each expert, which are then not trained. With "token" that is
     MeteoRA.
@@ -101,7 +101,8 @@ class Mixture(AdapterSpec):
         check_at_least("shared_experts", self.shared_experts, 0)
         check_one_of("router", self.router, ROUTERS)
         check_at_least("top_k", self.top_k, 1)
-        check_probability("top_p", 1.0 - self.top_p)  # in (0, 1]
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         check_at_least("tasks", self.tasks, 1)
         check_at_least("heads", self.heads, 1)
         object.__setattr__(self, "given", tuple(self.given))  # a list, where it was read from a file
@@ -183,9 +184,14 @@ class Mixture(AdapterSpec):
             self.tasks,
             self.heads,
             self.given,
-            self.leader,
+            self.leader_site,
             self.ranks,
         )
+
+    @property
+    def leader_site(self) -> str:
+        """Of `leader`, without the number."""
+        return self.leader.partition("#")[0]
 
     def parameters(self, site):
         own = self.expert.parameters(site)
