@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autopeft.evaluators.backbones import load_backbone
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.optimizer import PackedAdamW
 from autopeft.search_space import Architecture
 from autopeft.search_space.adapters import Lora, Mixture, spec_from_dict
-from autopeft.search_space.adapters.given import CONFIG, GivenError, arrows, read, roles_of
+from autopeft.search_space.adapters.given import CONFIG, GivenError, arrows, read, sites_of
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.training import Training
 from autopeft.studies.cli.app import main
@@ -23,7 +24,7 @@ from autopeft.studies.study_file import StudyFileError, load_study
 
 from .conformance import tiny, tokens
 from .test_study import run
-from .tiny_study import save_study
+from .tiny_study import LABELS, save_study
 
 torch.set_num_threads(1)
 
@@ -33,7 +34,7 @@ def lora_in(folder: Path, model: nn.Module, seed: int, modules: list[str] | str,
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(target_modules=modules, init_lora_weights=False, **settings)
+    config = LoraConfig(**{"target_modules": modules, "init_lora_weights": False, **settings})
     adapted = get_peft_model(model, config).eval()  # type: ignore[arg-type]
     adapted.save_pretrained(str(folder))
     with torch.no_grad():
@@ -151,11 +152,36 @@ def test_what_cannot_be_given(tmp_path: Path) -> None:
         read(str(broken))
     model, backbone = tiny("bert")
     lora_in(tmp_path / "lora", model, 1, ["query"], r=2)
-    assert list(roles_of([str(tmp_path / "lora")], backbone)) == ["attn.q"]
+    assert {site.role for site in sites_of([str(tmp_path / "lora")], backbone)} == {"attn.q"}
     for fields in ({"experts": 2}, {"shared_experts": 1, "experts": 1}):
         with pytest.raises(ValueError, match="all of them"):
             Mixture(given=(str(tmp_path / "lora"),), **fields)
     assert not Mixture(router="arrow").fits(backbone.site("layers.0.attn.q"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"lora_bias": True}, "lora_bias: True"),
+        ({"bias": "all"}, "bias: all"),
+        ({"bias": "lora_only"}, "bias: lora_only"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
+        ({"modules_to_save": ["word_embeddings"]}, "word_embeddings.weight: no linear"),
+        ({"target_modules": ["query", "pooler.dense"]}, "bert.pooler.dense: no linear"),
+    ],
+)
+def test_what_an_expert_would_not_have_is_refused(tmp_path: Path, settings: dict[str, Any], problem: str) -> None:
+    """And not left out of what the LoRA was."""
+    model, backbone = tiny("bert")
+    lora_in(tmp_path / "lora", model, 1, **{"modules": ["query"], "r": 2, **settings})
+    with pytest.raises(GivenError, match=f"{tmp_path / 'lora'}: .*{problem}"):
+        sites_of([str(tmp_path / "lora")], backbone)
+
+
+def test_a_task_head_beside_a_lora_is_left_out(tmp_path: Path) -> None:
+    model, backbone = tiny("bert")
+    lora_in(tmp_path / "lora", model, 1, ["attention.output.dense"], r=2, modules_to_save=["classifier"])
+    assert {site.role for site in sites_of([str(tmp_path / "lora")], backbone)} == {"attn.o"}
 
 
 def test_a_spec_with_given_experts_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -163,8 +189,8 @@ def test_a_spec_with_given_experts_is_read_as_it_was_written(tmp_path: Path) -> 
     assert spec_from_dict(spec.to_dict()) == spec
 
 
-def given_study(folder: Path, **lora: Any) -> Path:
-    """The tiny study between two LoRAs of its model."""
+def given_study(folder: Path, only: dict[str, Any] | None = None, **lora: Any) -> Path:
+    """The tiny study between two LoRAs of its model. `only`: settings of peft for these."""
     from transformers import AutoModelForSequenceClassification
 
     path = save_study(
@@ -175,7 +201,7 @@ def given_study(folder: Path, **lora: Any) -> Path:
     )
     for name in "ab":
         model = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=3)
-        lora_in(folder / name, model, ord(name), ["query", "value"], r=2)
+        lora_in(folder / name, model, ord(name), ["query", "value"], **{"r": 2, **(only or {})})
     return path
 
 
@@ -189,6 +215,25 @@ def test_a_study_between_given_loras(tmp_path: Path) -> None:
         assert trial.state == "complete"
         assert (trial.values["num_params"] == 0) == arrow
         assert {snapshot.backbone.site(site).role for site, _ in trial.candidate.architecture} == {"attn.q", "attn.v"}
+
+
+@pytest.mark.parametrize(
+    ("own", "layers"), [({}, {1, 2}), ({"layers": [0, 1]}, {1}), ({"at": ["attn.q"], "placement": "layer"}, {1, 2})]
+)
+def test_mixtures_are_where_there_are_given_loras(tmp_path: Path, own: dict[str, Any], layers: set[int]) -> None:
+    """Elsewhere a router between nothing would be trained, and the layers below could not be shared."""
+    path = given_study(tmp_path / "study", only={"layers_to_transform": [1, 2]}, router=["token", "arrow"], **own)
+    backbone = load_backbone(str(tmp_path / "study" / "model"), task="classification", labels=LABELS).backbone
+    space = load_study(path).space_for(backbone)
+    assert {place.site.layer for place in space.placements} == layers
+    assert space.decode(space.largest()).architecture.lowest_layer(backbone) == 1
+
+
+@pytest.mark.parametrize("own", [{"layers": [0]}, {"at": ["attn.o"]}])
+def test_where_there_is_nothing_given_there_is_no_mixture(tmp_path: Path, own: dict[str, Any]) -> None:
+    path = given_study(tmp_path / "study", only={"layers_to_transform": [1, 2]}, **own)
+    with pytest.raises(StudyFileError, match="no module that the LoRAs are for"):
+        run(load_study(path))
 
 
 def test_an_export_holds_the_given_loras(tmp_path: Path) -> None:
