@@ -33,10 +33,15 @@ class PackedAdamW:
         for row in attachment.slots_of_rows():
             by_width.setdefault(WIDTH if row[0][0].numel() % WIDTH == 0 else 1, []).append(row)
         self._buffers = [_Buffers(rows, width) for width, rows in by_width.items()]
-        device = self._buffers[0].values.device
+        device = next(attachment.model[0].parameters()).device
         self._decay = torch.tensor([w for t in trainings for w in (t.weight_decay, 0.0)], device=device)
         # No clipping is a bound that nothing reaches.
         self._max_norm = torch.tensor([t.max_grad_norm or float("inf") for t in trainings], device=device)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is trained: there is no step to make."""
+        return not self._buffers
 
     def step(self, number: int, rates: Tensor) -> None:
         """Update all slots by their gradients and forget these. `number` counts from 1; `rates`: [K] learning rates."""

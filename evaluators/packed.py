@@ -162,7 +162,7 @@ class PackedEvaluator(TrainEvaluator):
                 ended(run.index, outcome)
 
         for run in runs:
-            if "full" in run.request.candidate.architecture.kinds:
+            if "full" in run.request.candidate.architecture.kinds or self.is_bare(run.request.candidate):
                 end(run, self._evaluate(run.request, report))
         while alive := [run for run in runs if run.outcome is None]:
             # Those that are behind come first: nobody passes a rung before all have reached it.
@@ -250,8 +250,6 @@ class PackedEvaluator(TrainEvaluator):
         with Attachment(
             self.model, self.backbone, architectures, seeds, pretrained_head=self.pretrained_head
         ) as attachment:
-            if not attachment.banks:
-                raise TrainingFailed("nothing to train: no adapter is on and the model has no task head")
             optimizer = PackedAdamW(attachment, [run.training for run in pack])
             for k, run in enumerate(pack):
                 if run.kept is not None:
@@ -312,8 +310,10 @@ class PackedEvaluator(TrainEvaluator):
         unseen: list[Tensor] = []
         for number, indices, now in zip(numbers, islice(order, first, None), rates, strict=False):
             loss = self.scores(attachment, "train", indices)[0].mean(1)
-            attachment.routers.penalised(loss).sum().backward()
-            optimizer.step(number, now)
+            penalised = attachment.routers.penalised(loss).sum()
+            if not optimizer.idle:
+                penalised.backward()
+                optimizer.step(number, now)
             unseen.append(loss.detach())
             if len(unseen) == looks or number == last:
                 losses += torch.stack(unseen).tolist()

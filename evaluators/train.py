@@ -42,7 +42,8 @@ class TrainEvaluator(Evaluator):
 
     The frozen backbone stays in evaluation mode (no dropout of its own); a candidate that trains the backbone itself
     has the backbone's dropout. Minibatches depend on the seed and the batch size alone, so candidates of a seed see
-    the same ones. Raises DataError for rows that the model cannot read.
+    the same ones. One of which nothing is trained (a router without parameters between LoRAs that are given) makes the
+    same steps without effect. Raises DataError for rows that the model cannot read.
     """
 
     name = "train"
@@ -102,6 +103,10 @@ class TrainEvaluator(Evaluator):
         order = sorted(range(len(self.lengths["train"])), key=lambda i: self.lengths["train"][i])
         return self.batch("train", order[-self.training(candidate).batch_size :])
 
+    def is_bare(self, candidate: Candidate) -> bool:
+        """Whether it is the frozen model and nothing else."""
+        return not candidate.architecture and not self.backbone.head_modules
+
     @staticmethod
     def training(candidate: Candidate) -> Training:
         return Training(**candidate.training)
@@ -134,6 +139,8 @@ class TrainEvaluator(Evaluator):
 
     def _evaluate(self, request: Request, report: Callable[[int], None]) -> Outcome:
         try:
+            if self.is_bare(request.candidate):
+                raise TrainingFailed("nothing to train: no adapter is on and the model has no task head")
             with memory_errors(), self.attach(request) as attachment:
                 return self._train(request, attachment, report)
         except Exception as error:
@@ -165,23 +172,24 @@ class TrainEvaluator(Evaluator):
         Raises TrainingFailed when the loss is not a number. Leaves the attachment in training mode between steps.
         """
         parameters = list(attachment.trainable())
-        if not parameters:
-            raise TrainingFailed("nothing to train: no adapter is on and the model has no task head")
-        optimizer = AdamW(decay_groups(parameters, training), lr=training.learning_rate, fused=True)
+        groups = decay_groups(parameters, training)
+        optimizer = AdamW(groups, lr=training.learning_rate, fused=True) if groups else None
         order = batching.training_batches(self.lengths["train"], training.batch_size, request.seed)
         attachment.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(request.seed)  # a backbone that is trained itself draws its dropout here
             for step in range(1, steps + 1):
                 start = time.perf_counter()
-                for group in optimizer.param_groups:
-                    group["lr"] = training.learning_rate * rate(step - 1, full, training)
                 loss = self.scores(attachment, "train", next(order))[0].mean(1)
-                attachment.routers.penalised(loss).sum().backward()
-                if training.max_grad_norm:
-                    clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                penalised = attachment.routers.penalised(loss).sum()
+                if optimizer is not None:
+                    penalised.backward()
+                    if training.max_grad_norm:
+                        clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
+                    for group in optimizer.param_groups:
+                        group["lr"] = training.learning_rate * rate(step - 1, full, training)
+                    optimizer.step()
+                    optimizer.zero_grad()
                 value = loss.item()
                 if not math.isfinite(value):
                     raise TrainingFailed(f"the training loss became {value} at step {step} of {steps}")

@@ -82,6 +82,10 @@ class Architecture:
         """Trainable parameters of the adapters; the head counts apart."""
         return sum(spec.num_params(backbone.site(site)) for site, spec in self)
 
+    def total_params(self, backbone: Backbone) -> int:
+        """All that are at work: those that are trained and those of LoRAs that are given."""
+        return sum(spec.total_params(backbone.site(site)) for site, spec in self)
+
     def active_params(self, backbone: Backbone) -> int:
         """Those that a token meets: of a mixture the experts that it is sent to, and the router."""
         return sum(spec.active_params(backbone.site(site)) for site, spec in self)

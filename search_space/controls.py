@@ -14,7 +14,7 @@ from autopeft.search_space.backbone import Backbone, Site
 CONTROLS: Mapping[str, str] = {
     "average": "the same experts, all weighted alike (Caccia et al. 2023, MHR-mu, but trained so from the start)",
     "active": "a plain adapter with as many parameters as a token meets of the mixture",
-    "total": "a plain adapter with as many parameters as the mixture has",
+    "total": "a plain adapter with as many parameters as the mixture has, those of given experts too",
 }
 
 
@@ -28,7 +28,7 @@ def controls(architecture: Architecture, backbone: Backbone) -> dict[str, Archit
         found["average"] = _with(architecture, backbone, _averaged)
     if all(spec.expert.size_field for spec in mixtures):
         found["active"] = _with(architecture, backbone, lambda spec, site: _plain(spec, site, spec.active_params(site)))
-        found["total"] = _with(architecture, backbone, lambda spec, site: _plain(spec, site, spec.num_params(site)))
+        found["total"] = _with(architecture, backbone, lambda spec, site: _plain(spec, site, spec.total_params(site)))
         if found["total"] == found["active"]:  # every token meets all experts
             del found["active"]
     return found

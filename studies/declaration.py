@@ -12,7 +12,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, Mixture
-from autopeft.search_space.adapters.given import GivenError, read, roles_of
+from autopeft.search_space.adapters.given import GivenError, read, sites_of
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.choices import AdapterChoice, OneOf, SpaceError
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
@@ -139,16 +139,24 @@ def _given(
     given = tuple(str((folder / Path(one).expanduser()).resolve()) for one in settings.given)
     try:
         rank = max(read(one).rank for one in given)
-        at = choice.at or tuple(roles_of(given, backbone))
+        sites = sites_of(given, backbone)
     except GivenError as error:
         problems.append(((*path, "given"), str(error)))
         return choice
-    if not at and backbone.id != ANY_MODEL:
-        problems.append(((*path, "given"), "this model has no module that the LoRAs are for"))
+    at, layers = choice.at or tuple(dict.fromkeys(site.role for site in sites)), choice.layers
+    if backbone.id != ANY_MODEL:
+        there = {site.layer for site in sites if site.role in at}
+        # Elsewhere a router would be trained between experts that do nothing. Layers that the model lacks stay, for
+        # the space to object to.
+        named = range(backbone.num_layers) if layers is None else layers
+        layers = tuple(layer for layer in named if layer in there or layer not in range(backbone.num_layers))
+        if not layers:
+            problems.append(((*path, "given"), "this model has no module that the LoRAs are for"))
+            return choice
     own = {key: value for key, value in choice.fields.items() if key not in OF_GIVEN}
     # Their scale is in their values: alpha over the rank is 1.
     fields = {**own, "experts": len(given), "rank": rank, "alpha": float(rank)}
-    return replace(choice, at=at, fields=fields, given=given)
+    return replace(choice, at=at, layers=layers, fields=fields, given=given)
 
 
 def _settings(

@@ -16,10 +16,11 @@ from autopeft.studies.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Against:
-    """A mixture's quality less that of a control, better is positive; `num_params`: of the control."""
+    """A mixture's quality less that of a control, better is positive; `num_params`, `total_params`: of the control."""
 
     control: str
     num_params: int
+    total_params: int
     difference: Estimate
 
     @property
@@ -38,14 +39,16 @@ class Against:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """`trial`: the candidate with mixtures. `busiest`: the largest share of the tokens (or texts) that one expert gets,
-    by site; an even load has 1/E. `averaged`: what the quality falls by if all experts are weighted alike after the
-    training, None if that was not measured.
+    """`trial`: the candidate with mixtures. `num_params`: those that are trained, `total_params`: with those of LoRAs
+    that are given, `active_params`: of all these what a token meets. `busiest`: the largest share of the tokens (or
+    texts) that one expert gets, by site; an even load has 1/E. `averaged`: what the quality falls by if all experts are
+    weighted alike after the training, None if that was not measured.
     """
 
     trial: int
     label: str
     num_params: int
+    total_params: int
     active_params: int
     against: tuple[Against, ...]
     busiest: dict[str, float]
@@ -64,19 +67,24 @@ class Verdict:
     def lines(self, quality: str) -> list[str]:
         """In the quality's own direction."""
         sign = 1.0 if METRICS[quality].maximise else -1.0
-        head = f"{self.label} ({self.num_params:,} parameters, {self.active_params:,} of them for a token)"
+        head = f"{self.label} ({_sizes(self)}, {self.active_params:,} of them for a token)"
         word = "routing earned its keep" if self.earned else "routing did not show that it earns its keep"
         found = [f"{head}: {word}"]
         for one in self.against:
             value, low, high = one.of(quality)
             interval = f"{value:+.4f} {quality} ({low:+.4f} to {high:+.4f}, 95 %)"
-            found.append(f"  against {one.control}, {one.num_params:,} parameters: {one.verdict}, {interval}")
+            found.append(f"  against {one.control}, {_sizes(one)}: {one.verdict}, {interval}")
         if self.averaged is not None:
             found.append(f"  its experts weighted alike after the training: {-sign * self.averaged:+.4f} {quality}")
         if self.busiest:
             most = max(self.busiest, key=lambda site: self.busiest[site])
             found.append(f"  busiest expert: {self.busiest[most]:.0%} of what is routed at {most}")
         return found
+
+
+def _sizes(one: Against | Verdict) -> str:
+    trained = "" if one.num_params == one.total_params else f", {one.num_params:,} of them trained"
+    return f"{one.total_params:,} parameters{trained}"
 
 
 def verdicts(snapshot: Snapshot) -> list[Verdict]:
@@ -96,6 +104,7 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
             Against(
                 control=name,
                 num_params=control.trial.candidate.architecture.num_params(snapshot.backbone),
+                total_params=control.trial.candidate.architecture.total_params(snapshot.backbone),
                 difference=comparison.paired_difference(scores, control.scores(quality), seed_sd=seed_sd),
             )
             for name in CONTROLS
@@ -109,6 +118,7 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
                 trial=number,
                 label=f"trial {number}",
                 num_params=architecture.num_params(snapshot.backbone),
+                total_params=architecture.total_params(snapshot.backbone),
                 active_params=architecture.active_params(snapshot.backbone),
                 against=tuple(against),
                 busiest={site: max(route["load"]) for site, route in (measured[0].routes if measured else {}).items()},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from safetensors.torch import save_file
 
-from autopeft.evaluators.base import Costs, Evaluator, Outcome, OutOfMemory, Request, Select
+from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.problem import (
@@ -254,14 +254,17 @@ class Study:
 
     def _evaluate_batch(self, trials: Sequence[Trial], watcher: Watcher, halving: bool = False) -> None:
         """Evaluate trials side by side and record how they ended."""
+        from autopeft.evaluators.train import failure
+
         weighed: list[tuple[Trial, Costs]] = []
         for trial in trials:
             self.trials[trial.number] = trial
             watcher.begin([trial])  # some costs are measured, which takes a while
             try:
                 objection, costs = self._weigh(trial)
-            except OutOfMemory as error:
-                objection, costs = (1.0, str(error)), Costs(values={})
+            except Exception as error:  # that it cannot be measured ends this trial alone
+                self._end([self._ended(trial, Costs(values={}), failure(self._request(trial), error))], watcher)
+                continue
             if objection is None:
                 weighed.append((trial, costs))
             else:

@@ -269,6 +269,21 @@ def test_controls_have_the_parameters_that_they_claim() -> None:
     assert all(dict(a.adapters)["layers.0.mlp"] == (other,) for a in found.values())
 
 
+def test_controls_of_given_experts_have_their_parameters_too() -> None:
+    """Which are not trained, and at work all the same."""
+    site = SMALL.site("layers.0.attn.q")
+    for router in ("token", "arrow"):
+        given = Mixture(expert=Lora(rank=3, alpha=3.0), experts=4, given=tuple("abcd"), router=router, top_k=1)
+        found = controls(Architecture.of({site.name: [given]}), SMALL)
+        plain = {name: dict(a.adapters)[site.name][0] for name, a in found.items()}
+        assert given.num_params(site) < given.active_params(site) < given.total_params(site)
+        assert given.total_params(site) == given.stored_bits(site) // 32
+        for name, budget in (("active", given.active_params(site)), ("total", given.total_params(site))):
+            spec = plain[name]
+            assert isinstance(spec, Lora)
+            assert spec.num_params(site) <= budget < replace(spec, rank=spec.rank + 1).num_params(site)
+
+
 def test_what_has_no_size_has_its_average_alone() -> None:
     ia3 = Mixture(expert=Ia3(), experts=3)
     assert list(controls(Architecture.of({"layers.0.attn.v": [ia3]}), SMALL)) == ["average"]

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from autopeft.evaluators.base import Outcome
 from autopeft.search_space.adapters import Bottleneck, Lora, Norm
 from autopeft.studies.errors import UserError
-from autopeft.studies.recipe import SCHEMA_VERSION, Averaged, Recipe, RecipeError
+from autopeft.studies.recipe import SCHEMA_VERSION, Averaged, Measured, Recipe, RecipeError
+from autopeft.studies.retraining import Retrained, kept
 
 from .exported import make_recipe, save_model
 
@@ -51,6 +53,14 @@ def test_a_recipe_from_before_mixtures_is_read(recipe: Recipe, tmp_path: Path) -
     data = {key: value for key, value in recipe.to_dict().items() if key not in ("domains", "averaged")}
     YAML().dump(data, tmp_path / "recipe.yaml")
     assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_a_promise_without_spread_is_kept_as_closely_as_scores_are_written(recipe: Recipe) -> None:
+    """Where nothing is trained, each seed has the same scores, and the study has them with four decimals."""
+    promised = {"loss": Measured(value=5.68624, low=5.68624, high=5.68624, split="test", seeds=(1, 2))}
+    of = recipe.model_copy(update={"measured": promised})
+    for loss, expected in ((5.686245, True), (5.6861, True), (5.6865, False)):
+        assert kept(of, [Retrained(seed=3, test={"loss": loss}, outcome=Outcome())]) == {"loss": expected}
 
 
 def test_domains_and_the_price_of_averaging_are_kept(recipe: Recipe, tmp_path: Path) -> None:

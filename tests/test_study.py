@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from autopeft.evaluators.train import TrainEvaluator
 from autopeft.search_space.problem import Trial
 from autopeft.studies import selection
 from autopeft.studies.cli.files import check
@@ -290,6 +291,28 @@ def test_measured_objectives(tmp_path: Path) -> None:
     assert trial.measurement.values["peak_memory_bytes"] > 0
     assert trial.measurement.spread["latency_s"] >= 0
     assert snapshot.quality == "loss"
+
+
+def test_a_candidate_that_cannot_be_measured_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = TrainEvaluator.costs
+
+    def breaking(self, candidate, measured=frozenset()):
+        if measured and {spec.size for _, spec in candidate.architecture} == {2}:
+            raise ValueError("no such kernel")
+        return costs(self, candidate, measured)
+
+    monkeypatch.setattr(TrainEvaluator, "costs", breaking)
+    changes = {
+        "objectives": ["loss", "peak_memory_bytes"],
+        "search": {"searcher": "grid", "trials": 3, "batch": 3},
+        "space": {"adapters": {"lora": {"rank": [1, 2, 4]}}},
+        "training": {"epochs": 1, "batch_size": 8},
+        "baselines": {"names": ["head"]},
+    }
+    snapshot = run(load_study(save_study(tmp_path / "study", **changes, finalists={"seeds": 1, "most": 1})))
+    found = {t.candidate.architecture.adapters[0][1][0].size: (t.state, t.error) for t in snapshot.search_trials}
+    assert found.pop(2) == ("failed", "ValueError: no such kernel")
+    assert set(found.values()) == {("complete", None)}
 
 
 @pytest.mark.parametrize("searcher", ["bo", "random", "qmc", "nsga2", "evolution", "linas", "grid"])

@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 class Saliency(ZeroCost):
     """One forward and one backward pass per minibatch and candidate, in packs.
 
-    No adapter: 0. Training of the backbone itself (`full`), what cannot be attached and what is not finite: NaN.
+    No adapter, or none that is trained: 0, as little as training can bring there. Training of the backbone itself
+    (`full`), what cannot be attached and what is not finite: NaN.
     """
 
     @abstractmethod
@@ -47,7 +48,8 @@ class Saliency(ZeroCost):
 
     def scores(self, architectures, progress=None):
         found = [math.nan if "full" in architecture.kinds else 0.0 for architecture in architectures]
-        scored = [i for i, architecture in enumerate(architectures) if architecture and not math.isnan(found[i])]
+        trained = [architecture.num_params(self.evaluator.backbone) > 0 for architecture in architectures]
+        scored = [i for i, score in enumerate(found) if trained[i] and not math.isnan(score)]
         done = len(architectures) - len(scored)
         for pack in self._packs(architectures, scored):
             for i, score in zip(pack, self._scores([architectures[i] for i in pack]), strict=True):

@@ -92,9 +92,13 @@ class AdapterSpec(ABC):
         """Those that are trained."""
         return sum(parameter.count for parameter in self.parameters(site).values() if not parameter.given)
 
+    def total_params(self, site: Site) -> int:
+        """All that are at work, the given ones too."""
+        return sum(parameter.count for parameter in self.parameters(site).values())
+
     def stored_bits(self, site: Site) -> int:
         """Bits that the adapter takes on disk."""
-        return FLOAT32_BITS * sum(parameter.count for parameter in self.parameters(site).values())
+        return FLOAT32_BITS * self.total_params(site)
 
     @property
     def size(self) -> int | None:
@@ -127,7 +131,7 @@ class AdapterSpec(ABC):
 
     def active_params(self, site: Site) -> int:
         """Parameters that a token meets: of a mixture those of the experts that it is sent to, and the router's."""
-        return sum(parameter.count for parameter in self.parameters(site).values())
+        return self.total_params(site)
 
     def structure(self) -> tuple[Any, ...]:
         """What slots must agree on to share one bank: everything but the size and the per-slot fields."""
