@@ -46,7 +46,8 @@ class AdapterChoice:
     other fields of `Mixture` may be there. `vary`: the granularity at which a field is chosen (default: once for the
     model); "expert": the rank of LoRAs, once for each expert of the model, whose first is also that of a plain one.
     `router_per`: whether each site has a router, or the first of a layer has one that the others follow. `given`:
-    folders of LoRAs that are the experts, as they are; number, rank and scale are then fields of one value.
+    folders of LoRAs that are the experts, as they are; number, rank and scale are then fields of one value. `sites`:
+    names of those that any of them is for, and of no others (None: no matter).
     """
 
     kind: str
@@ -57,6 +58,7 @@ class AdapterChoice:
     vary: Mapping[str, Variation] = field(default_factory=dict)
     router_per: Literal["site", "layer"] = "site"
     given: tuple[str, ...] = ()
+    sites: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ STAGES = 4
 
 
 def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
-    """The sites that a choice may take: of its roles and layers, where its type fits."""
+    """The sites that a choice may take: of its roles and layers and those that are named, where its type fits."""
     roles = choice.at or ADAPTERS[choice.kind].default_roles
     return tuple(
         site
@@ -85,6 +87,7 @@ def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
         if site.role in roles
         and ADAPTERS[choice.kind]().fits(site)
         and (choice.layers is None or site.layer in choice.layers)
+        and (choice.sites is None or site.name in choice.sites)
     )
 
 
@@ -297,7 +300,9 @@ def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Probl
     if not fine or sites_of(choice, backbone):
         return
     roles = choice.at or spec.default_roles
-    if not choice.at and not set(roles) & set(present):
+    if choice.sites is not None and sites_of(replace(choice, sites=None), backbone):
+        yield ("given",), f"there is no module that the LoRAs are for, of {', '.join(roles)} in these layers"
+    elif not choice.at and not set(roles) & set(present):
         yield ("at",), f"none of {', '.join(roles)} is in this model; name sites of your own"
     elif choice.layers is not None and sites_of(replace(choice, layers=None), backbone):
         yield ("layers",), f"no site {' or '.join(roles)} is in these layers"

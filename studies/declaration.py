@@ -143,20 +143,13 @@ def _given(
     except GivenError as error:
         problems.append(((*path, "given"), str(error)))
         return choice
-    at, layers = choice.at or tuple(dict.fromkeys(site.role for site in sites)), choice.layers
-    if backbone.id != ANY_MODEL:
-        there = {site.layer for site in sites if site.role in at}
-        # Elsewhere a router would be trained between experts that do nothing. Layers that the model lacks stay, for
-        # the space to object to.
-        named = range(backbone.num_layers) if layers is None else layers
-        layers = tuple(layer for layer in named if layer in there or layer not in range(backbone.num_layers))
-        if not layers:
-            problems.append(((*path, "given"), "this model has no module that the LoRAs are for"))
-            return choice
+    at = choice.at or tuple(dict.fromkeys(site.role for site in sites))
+    # Elsewhere a router would be trained between experts that do nothing.
+    names = None if backbone.id == ANY_MODEL else frozenset(site.name for site in sites)
     own = {key: value for key, value in choice.fields.items() if key not in OF_GIVEN}
     # Their scale is in their values: alpha over the rank is 1.
     fields = {**own, "experts": len(given), "rank": rank, "alpha": float(rank)}
-    return replace(choice, at=at, layers=layers, fields=fields, given=given)
+    return replace(choice, at=at, sites=names, fields=fields, given=given)
 
 
 def _settings(

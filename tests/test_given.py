@@ -243,6 +243,19 @@ def test_mixtures_are_where_there_are_given_loras(tmp_path: Path, own: dict[str,
     assert space.decode(space.largest()).architecture.lowest_layer(backbone) == 1
 
 
+def test_a_layer_has_mixtures_at_the_sites_of_its_own_loras(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    path = given_study(folder, only={"layers_to_transform": [0]})
+    loaded = load_backbone(str(folder / "model"), task="classification", labels=LABELS)
+    lora_in(folder / "b", loaded.model, 1, r".*layer\.2\.output\.dense", r=2)
+    space = load_study(path).space_for(loaded.backbone)
+    assert {place.site.name for place in space.placements} == {
+        "layers.0.attn.q",
+        "layers.0.attn.v",
+        "layers.2.mlp.down",
+    }
+
+
 @pytest.mark.parametrize("own", [{"layers": [0]}, {"at": ["attn.o"]}])
 def test_where_there_is_nothing_given_there_is_no_mixture(tmp_path: Path, own: dict[str, Any]) -> None:
     path = given_study(tmp_path / "study", only={"layers_to_transform": [1, 2]}, **own)
