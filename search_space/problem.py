@@ -110,8 +110,9 @@ class Problem:
 
     What is known beforehand helps the searchers that can use it: `limits` that rule candidates out before training;
     `start`, points to evaluate first; `initial`, how many points to spread over the space before a model is trusted
-    (None: the searcher's own); `earlier`, trials of a related study, their genes those of this space; `surrogate`, the
-    kind of model (None: the searcher's choice); `scored`, points and what a proxy says of them.
+    (None: the searcher's own); `known`, trials of this study that no searcher asked for, their genes those of this
+    space; `earlier`, the same of a related study; `surrogate`, the kind of model (None: the searcher's choice);
+    `scored`, points and what a proxy says of them.
     """
 
     space: SearchSpace
@@ -120,6 +121,7 @@ class Problem:
     limits: Limits = field(default_factory=lambda: Limits({}))
     initial: int | None = None
     start: tuple[Assignment, ...] = ()
+    known: tuple[Trial, ...] = ()
     earlier: tuple[Trial, ...] = ()
     surrogate: Surrogate | None = None
     scored: tuple[Scored, ...] = ()

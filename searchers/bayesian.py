@@ -28,6 +28,7 @@ class Bayesian(Searcher):
     """Gaussian processes for what is measured, and the expected improvement of the hypervolume under noise.
 
     What is declared of an architecture (parameters, bytes, operations) is known before any trial and is not modelled.
+    Trials that are known beside the search (`Problem.known`) are modelled like its own, and not asked for again.
     The first points come from `initial.design`. Where no process ranks the trials that it has not seen better than
     chance, NSGA-II goes on, until one does.
     """
@@ -93,6 +94,7 @@ class Bayesian(Searcher):
 
     def _allowed(self, known: Rows) -> Judge:
         """0 for points that may be proposed; -inf for known ones and those that are not admitted."""
+        known = np.vstack([known, self.encoding.rows([trial.genes for trial in self.problem.known])])
         keys = set(keys_of(known, self.encoding.active(known)))
 
         def judge(rows: Rows, active: Mask) -> Rows:
@@ -115,7 +117,7 @@ class Bayesian(Searcher):
         from autopeft.searchers.belief import Belief
 
         if self._belief[0] != self.completed:
-            belief, data = None, self.observations.of(self.completed, self.losses)
+            belief, data = None, self.observations.of((*self.problem.known, *self.completed), self.losses)
             if data is not None:
                 belief = Belief.of(self.problem, self.encoding, self.observations, data, self._of_earlier())
             self._belief = self.completed, belief

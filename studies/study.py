@@ -125,7 +125,8 @@ class Study:
     # The search
 
     def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
-        searcher = SEARCHERS[self.settings.search.searcher](self._scored(watcher), self.settings.seed)
+        problem = replace(self._scored(watcher), known=tuple(self._known()))
+        searcher = SEARCHERS[self.settings.search.searcher](problem, self.settings.seed)
         pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
         # A batch is filled one by one, each suggestion knowing those before it: wherever a study was killed, it goes on
         # with the very batch that it had.
@@ -142,6 +143,14 @@ class Study:
             pending = []
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
             raise NoFeasibleCandidate(self._why_nothing())
+
+    def _known(self) -> Iterator[Trial]:
+        """Baselines that the search could have asked for, trained as long as its trials are."""
+        for trial in self.trials.values():
+            if trial.role.startswith(BASELINE) and trial.state == "complete" and self.settings.search.share == 1.0:
+                genes = self.problem.space.locate(trial.candidate)
+                if genes is not None and self._objection(trial.candidate) is None:
+                    yield replace(trial, genes=genes)
 
     def _scored(self, watcher: Watcher) -> Problem:
         """The problem, with scored candidates if the searcher starts from such."""

@@ -586,3 +586,25 @@ def test_nothing_heavy_is_loaded_before_there_is_something_to_model() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_known_beside_the_search_is_modelled_and_not_asked_for() -> None:
+    space = layered_space()
+    problem = Problem(space=space, objectives=(Objective.of("accuracy"), Objective.of("num_params")), num_trials=12)
+    rng, known = Random(1), []
+    for number in range(10):
+        genes = space.sample(rng)
+        candidate = space.decode(genes)
+        values = {"accuracy": quality(genes), **declared_costs(candidate.architecture, space.backbone)}
+        measurement = Measurement(values=values)
+        known.append(
+            Trial(number=number, role="baseline:x", candidate=candidate, genes=genes, state="complete",
+                  measurement=measurement)
+        )  # fmt: skip
+    alone, told = (Bayesian(replace(problem, known=trials), 0) for trials in ((), tuple(known)))
+    for searcher in (alone, told):
+        searcher.update([replace(trial, role="search") for trial in known[:4]])
+    assert alone._believe().data.rows.shape[0] == 4  # type: ignore[union-attr]
+    assert told._believe().data.rows.shape[0] == 10  # type: ignore[union-attr]
+    keys = {trial.candidate.key for trial in known}
+    assert all(space.decode(s.genes).key not in keys for s in told.suggest(3))

@@ -159,6 +159,19 @@ def test_one_that_stands_twice_is_evaluated_once(tmp_path: Path) -> None:
     assert [t.role for t in snapshot.trials][1:4] == ["search", "copy", "search"]
 
 
+@pytest.mark.parametrize(("limit", "known"), [(10_000, 1), (1_000, 0)])
+def test_baselines_that_the_search_could_have_asked_for_are_known_to_it(limit: int, known: int, tmp_path: Path) -> None:
+    rates = {"names": ["head", "lora-r8-qv", "ia3"], "learning_rates": [1e-2, 1.0]}  # one of them is in the space
+    changes = {"search": {"searcher": "random", "trials": 1, "batch": 1}, "constraints": {"num_params": limit}}
+    settings = load_study(save_study(tmp_path, **{**SHORT, **changes, "baselines": rates}))
+    run(settings)
+    with open_study(settings, check(settings)[0], resume=True) as study:
+        found = list(study._known())
+        told = [(trial.role, trial.candidate.training["learning_rate"]) for trial in found]
+        assert told == [("baseline:lora-r8-qv", 1e-2)] * known
+        assert all(study.problem.space.decode(t.genes).key == t.candidate.key for t in found)
+
+
 def problems(path: Path) -> list[str]:
     with pytest.raises(StudyFileError) as caught:
         check(load_study(path))
