@@ -148,8 +148,9 @@ class Study:
         """Baselines that the search could have asked for, trained as long as its trials are."""
         for trial in self.trials.values():
             if trial.role.startswith(BASELINE) and trial.state == "complete" and self.settings.search.share == 1.0:
-                genes = self.problem.space.locate(trial.candidate)
-                if genes is not None and self._objection(trial.candidate) is None:
+                within = trial.candidate.architecture and self.problem.limits.objection(trial.values) is None
+                genes = self.problem.space.locate(trial.candidate) if within else None
+                if genes is not None:
                     yield replace(trial, genes=genes)
 
     def _scored(self, watcher: Watcher) -> Problem:
