@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 
 from autopeft.search_space.genes import Assignment
-from autopeft.search_space.problem import METRICS, Problem, Trial
+from autopeft.search_space.problem import METRICS, Problem, Scored, Trial
 from autopeft.searchers.base import WHOLE, Suggestion
 from autopeft.searchers.from_scores import FromScores
 from autopeft.searchers.genetic import ranks, spread_first
@@ -39,12 +39,11 @@ class Proxied(FromScores):
 
     def __init__(self, problem: Problem, seed: int) -> None:
         super().__init__(problem, seed)
-        self._scored = {problem.space.decode(e.genes).key: e for e in problem.scored if problem.violation(e.costs) <= 0}
-        keys = list(self._scored)
+        self._scored = [entry for entry in problem.scored if problem.violation(entry.costs) <= 0]
         count = max(LEAST_AUDITED, min(MOST_AUDITED, problem.num_trials // 4))
-        places = strata([self._scored[key].score for key in keys], count, np.random.default_rng(seed))
+        places = strata([entry.score for entry in self._scored], count, np.random.default_rng(seed))
         #: What is trained for the audit, by the keys of the candidates.
-        self._audited = {keys[place]: self._scored[keys[place]] for place in places}
+        self._audited = {problem.space.decode(e.genes).key: e for e in (self._scored[place] for place in places)}
         self._picked = self._picks(round(PICKED_SHARE * max(0, problem.num_trials - len(self._audited))))
         self._audit: Ranking | None = None
         self._audit_over = False
@@ -52,9 +51,9 @@ class Proxied(FromScores):
     def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
         super().update(completed, pending)
         begun = {
-            trial.candidate.key: self._scored[trial.candidate.key]
+            trial.candidate.key: entry
             for trial in (*completed, *pending)
-            if _phase(trial) == AUDIT and trial.candidate.key in self._scored
+            if _phase(trial) == AUDIT and (entry := self._entry(trial))
         }
         if not begun.keys() <= self._audited.keys():
             # Drawn when the study was to have another number of trials: what has been trained then is the audit.
@@ -62,6 +61,10 @@ class Proxied(FromScores):
             self._audited = dict(islice((begun | self._audited).items(), most))
         self._audit_over = self._audited.keys() <= {trial.candidate.key for trial in completed}
         self._audit = self.audit()
+
+    def _entry(self, trial: Trial) -> Scored | None:
+        known = self._audited.get(trial.candidate.key)
+        return known or next((entry for entry in self._scored if entry.genes == trial.genes), None)
 
     def planned(self) -> Iterator[Suggestion]:
         for entry in self._audited.values():
@@ -101,7 +104,7 @@ class Proxied(FromScores):
         """The front of the scored candidates, the best score first and then always the one farthest from those before
         it; then what is the front without them, and so on.
         """
-        finite = sorted((e for e in self._scored.values() if np.isfinite(e.score)), key=lambda entry: entry.score)
+        finite = sorted((e for e in self._scored if np.isfinite(e.score)), key=lambda entry: entry.score)
         if not finite:
             return []
         priced = [o for o in self.problem.objectives if o.name in finite[0].costs]

@@ -21,7 +21,7 @@ from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import Objective
 from autopeft.searchers.policies import POLICIES
-from autopeft.searchers.ranking import PICKED, Ranking, ranking
+from autopeft.searchers.ranking import LEAST_RANKED, PICKED, Ranking, ranking
 from autopeft.studies import json_lines
 from autopeft.studies.markdown import table
 from autopeft.studies.race.table import QUALITY, Row, by_candidate
@@ -268,7 +268,7 @@ def ceiling(rows: Sequence[Row], found: Sequence[Reference], metric: str) -> Ran
     three candidates have several seeds.
     """
     several = [reference for reference in found if reference.seeds > 1]
-    if len(several) < 3:
+    if len(several) < LEAST_RANKED:
         return None
     grouped = by_candidate(sorted(rows, key=lambda row: row.seed))
     losses = [

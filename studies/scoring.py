@@ -324,19 +324,18 @@ class Table:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        beside = path.with_suffix(".json")
+        beside = Kept(path.with_suffix(".json"), key)
         rows: list[dict[str, str]] = []
-        with suppress(OSError, ValueError, KeyError):
-            if json.loads(beside.read_text(encoding="utf-8"))["settings"] == key:
-                with path.open(encoding="utf-8", newline="") as file:
-                    # A study that was killed may have left half a line.
-                    rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in COLUMNS)]
+        if beside.read() is not None:
+            with suppress(OSError, ValueError), path.open(encoding="utf-8", newline="") as file:
+                # A study that was killed may have left half a line.
+                rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in COLUMNS)]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        beside.write_text(json.dumps({"settings": key}) + "\n", encoding="utf-8")
+        beside.write(path.name)
         self.scores = {row["key"]: float(row["score"]) for row in rows}
 
     def append(self, points: Sequence[Point], values: Sequence[float]) -> None:

@@ -41,6 +41,7 @@ def audit(
     """Score candidates whose trainings are known by every proxy, and report how well that ranks them."""
     from autopeft.evaluators.base import OutOfMemory
     from autopeft.evaluators.train import TrainingFailed
+    from autopeft.searchers.ranking import LEAST_RANKED
     from autopeft.studies import audit as auditing
     from autopeft.studies.race.table import SHIPPED, read
     from autopeft.studies.scoring import NoScores
@@ -63,9 +64,9 @@ def audit(
     every = auditing.references(rows, space.decode)
     # One training of a candidate says too little of it, where there are some with several.
     every = [reference for reference in every if reference.seeds > 1] or every
-    if len(every) < 3:
+    if len(every) < LEAST_RANKED:
         raise ConfigurationError(
-            f"{table or SHIPPED}: {len(every)} trainings; a ranking needs three (`autopeft tabulate`)"
+            f"{table or SHIPPED}: {len(every)} trainings; a ranking needs {LEAST_RANKED} (`autopeft tabulate`)"
         )
     known = {(t.arm, t.epochs, t.seed) for t in auditing.fitting(auditing.read(results), settings, every)}
     lacking = [
@@ -100,11 +101,12 @@ def audit(
 
 
 def _foretell(settings: StudyFile, splits: Splits, draws: int, as_json: bool) -> None:
+    from autopeft.searchers.ranking import LEAST_RANKED
     from autopeft.studies.foretold import foretell
     from autopeft.studies.session import packed_evaluator_for
 
-    if draws < 3:
-        raise ConfigurationError(f"--latency {draws}: a ranking needs three draws")
+    if draws < LEAST_RANKED:
+        raise ConfigurationError(f"--latency {draws}: a ranking needs {LEAST_RANKED} draws")
     with BenchView() as view:
         view.plan(draws)
         view.stage("latencies")
