@@ -39,6 +39,7 @@ from torch.optim import AdamW
 from autopeft.evaluators.base import Costs
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.tasks import Batch, Task, model_inputs
+from autopeft.evaluators.timing import now
 
 #: Repeats go on until the median's standard error is below this share of it, within the bounds that follow.
 PRECISION = 0.01
@@ -224,14 +225,9 @@ class _Bench:
             return self.timed(self.forward)
 
     def timed(self, run: Callable[[], None]) -> float:
-        begin = self.now()
+        begin = now(self.device)
         run()
-        return self.now() - begin
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device) - begin
 
 
 _METHODS: dict[str, Callable[[_Bench], tuple[float, float]]] = {

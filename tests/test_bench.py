@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,19 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertModel
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 
+from autopeft.evaluators.backbones import load_backbone
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.tasks.data import load_splits
+from autopeft.evaluators.packed import PackedEvaluator
+from autopeft.evaluators.tasks.data import Splits, load_splits
+from autopeft.evaluators.timing import Spread, interleaved
+from autopeft.kernels import linear_cross_entropy, slot_products
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Fidelity
+from autopeft.search_space.training import Training
 from autopeft.studies.bench import arms, kernels, ranking
-from autopeft.studies.bench.arms import ArmRow, Bench, ParityError, Spread, Table, check_parity
+from autopeft.studies.bench.arms import ArmRow, Bench, ParityError, Table, check_parity
 from autopeft.studies.bench.benchmark import run_bench
-from autopeft.studies.bench.kernels import KernelRow
+from autopeft.studies.bench.kernels import KernelCase, KernelRow, kernel_cases
 from autopeft.studies.bench.loop import Run
-from autopeft.studies.bench.overhead import Overhead
+from autopeft.studies.bench.overhead import Overhead, measure_overhead
 from autopeft.studies.bench.ranking import (
     SHARES,
     Agreement,
@@ -43,6 +50,7 @@ from autopeft.studies.bench.report import HourRow, Ranking, Result, to_markdown
 from autopeft.studies.cli import app as cli
 from autopeft.studies.study_file import load_study
 
+from .tiny_models import byte_tokenizer, save, seeded
 from .tiny_study import save_study
 
 torch.set_num_threads(1)
@@ -51,9 +59,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def tiny_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their times say nothing here."""
-    monkeypatch.setitem(kernels.SHAPES, "cpu", (4, 16, 2, 32))
+    monkeypatch.setitem(kernels.SHAPES, "cpu", TINY)
 
 
+TINY = (4, 16, 2, 32)
+CPU = torch.device("cpu")
 QUICK = ("--candidates", "2", "--rounds", "1", "--ranking", "0")
 
 
@@ -130,6 +140,162 @@ def test_what_peft_does_not_hold(bench: Bench) -> None:
     (candidate, _) = (request.candidate for request in requests(bench))
     assert bench.loop.holds(candidate)
     assert not bench.loop.holds(replace(candidate, architecture=Architecture()))
+
+
+# Time
+
+
+def test_ratios_are_of_neighbours_and_taken_in_turns() -> None:
+    asked: list[str] = []
+
+    def arm(name: str, seconds: float) -> float:
+        asked.append(name)
+        return seconds if len(asked) > 4 else 100.0 * len(asked)
+
+    ratio = interleaved(lambda: arm("other", 2.0), lambda: arm("own", 1.0), repeats=4)
+    assert asked == ["other", "own", "own", "other"] * 3, "two pairs to warm up, and four"
+    assert ratio == Spread(median=2.0, low=2.0, high=2.0)
+
+
+def test_the_overhead_for_a_language_model_in_bfloat16(tmp_path: Path) -> None:
+    texts = [f"{word} or {word[::-1]}" for word in ("abc", "bcd", "cde", "def", "efg", "fgh")]
+    tokenizer = byte_tokenizer(texts)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    folder = save(seeded(LlamaForCausalLM, config), tmp_path, tokenizer)
+    loaded = load_backbone(folder, task="causal-lm", dtype="bfloat16")
+    rows = [{"text": text} for text in texts]
+    evaluator = PackedEvaluator(loaded, "causal-lm", Splits(rows, rows, rows, None), 16, share_prefix=False)
+    found = measure_overhead(evaluator, Training(batch_size=2), 0, repeats=2)
+    assert found.tokens % (2 * found.slots) == 0 and found.rho.median > 0
+    assert not any(parameter.grad is not None for parameter in loaded.model.parameters())
+
+
+# Kernels
+
+
+def found_by(run: kernels.Pass, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The result, and the gradient of each input."""
+    out = run()
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out.shape, generator=generator).to(out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, weight, allow_unused=True)]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "tolerance"),
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 1e-2),
+        (torch.bfloat16, torch.bfloat16, 1e-2),
+    ],
+)
+def test_what_kernels_are_compared_with_does_the_same(
+    monkeypatch: Any, native: bool, dtype: torch.dtype, adapter_dtype: torch.dtype, tolerance: float
+) -> None:
+    """`native`: with the operation for the cross-entropy that PyTorch 2.13 has."""
+    if not native:
+        monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    cases = list(kernel_cases(CPU, TINY, dtype, adapter_dtype))
+    assert len({case.name for case in cases}) == len(cases) == 6
+    for case in cases:
+        ways = [case.kernel, case.batched]
+        if "over one LoRA" not in case.name:  # the reference there is other work
+            ways.append(case.reference)
+        expected, *others = (found_by(way, case.inputs) for way in reversed(ways))
+        for found in others:
+            for tensor, ours, theirs in zip([None, *case.inputs], found, expected, strict=True):
+                if theirs is None:
+                    assert ours is None
+                    continue
+                assert ours is not None and ours.shape == theirs.shape
+                if tensor is not None:
+                    # A gate of zero gets no gradient from a top-k, and only some ways compute one.
+                    assert ours.dtype == theirs.dtype == tensor.dtype
+                    ours, theirs = ours * (tensor != 0), theirs * (tensor != 0)
+                distance = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+                assert distance < tolerance, (case.name, distance)
+
+
+@pytest.mark.parametrize(("batched", "without", "smaller"), [(3.0, 2.0, 2.0), (1.5, 2.0, 1.5)])
+def test_pytorch_is_the_better_one_of_its_two_ways(
+    monkeypatch: Any, batched: float, without: float, smaller: float
+) -> None:
+    """By a clock that backward passes move: without Triton means that there is none in these either."""
+    clock = [0.0]
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, seconds: float, without: float) -> torch.Tensor:
+            ctx.seconds, ctx.without = seconds, without
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+            clock[0] += ctx.without if slot_products.triton is None else ctx.seconds
+            return gradient, None, None
+
+    monkeypatch.setattr(kernels, "now", lambda device: clock[0])
+    triton = object()
+    monkeypatch.setattr(slot_products, "triton", triton)
+    x = torch.ones(1, requires_grad=True)
+    case = KernelCase(
+        name="",
+        shape="",
+        inputs=[x],
+        kernel=lambda: Operator.apply(x, 1.0, without),
+        reference=lambda: x,
+        batched=lambda: Operator.apply(x, batched, batched),
+        pull=torch.ones(1),
+    )
+    found = kernels._over_pytorch(case, torch.device("cuda"))  # which is only a name here
+    assert found is not None and found.median == smaller
+    assert slot_products.triton is triton
+    assert kernels._over_pytorch(case, CPU) is None
+
+
+def test_the_cross_entropy_without_triton_has_its_own_softmax() -> None:
+    softmax = linear_cross_entropy._softmax_triton
+    with kernels._triton_off():
+        assert linear_cross_entropy._softmax_triton is linear_cross_entropy._softmax
+    assert linear_cross_entropy._softmax_triton is softmax
+
+
+# What needs little
+
+
+#: Of our requirements, those that a machine with torch, transformers and peft need not have.
+HEAVY = (
+    *("botorch", "datasets", "gpytorch", "matplotlib", "mlflow", "optuna", "pandas", "plotly", "pyarrow", "pydantic"),
+    *("rich", "ruamel", "scipy", "sklearn", "sqlalchemy", "threadpoolctl", "typer"),
+)
+LIGHT = ("studies.bench.trainer", "studies.bench.overhead", "studies.bench.kernels", "evaluators.packed")
+
+
+IMPORTS = "".join(f"import autopeft.{name}\n" for name in LIGHT)
+
+
+def python(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_parts_of_the_benchmark_run_where_little_is_installed() -> None:
+    python(f"import sys\nsys.modules.update(dict.fromkeys({HEAVY}))\n{IMPORTS}")  # None: as if it were missing
+
+
+def test_and_load_no_more_where_there_is_more() -> None:
+    # transformers' Trainer itself loads datasets where that is installed, and datasets the others.
+    python(
+        "import sys\n"
+        "from transformers import PrinterCallback, Trainer, TrainingArguments\n"
+        f"theirs = {set(HEAVY)} & set(sys.modules)\n"
+        "assert theirs <= {'datasets', 'pandas', 'pyarrow', 'scipy'}, theirs\n"
+        f"{IMPORTS}"
+        f"assert not (ours := {set(HEAVY)} & set(sys.modules) - theirs), ours\n"
+    )
 
 
 # Parity
@@ -280,7 +446,7 @@ def made_up(peak: int | None = None) -> Result:
         },
         equal_work=(Table(title="t", candidates=8, steps=64, lowest_layer=None, rows=tuple(rows)),),
         kernels=(KernelRow(kernel="LoRA", shape="8 x 2", over_reference=Spread.of([1.51, 1.52]), over_pytorch=None),),
-        overhead=Overhead(slots=8, rank=16, tokens=4096, rho=Spread(median=1.31, low=1.29, high=1.37)),
+        overhead=Overhead(slots=8, rank=16, tokens=4096, rho=Spread(median=1.31, low=1.29, high=1.37), bare_s=0.5),
         ranking=Ranking(
             candidates=24, ceiling=both, budgets=(Budget(share=0.15, agreement=both),), matched_share=0.15,
             reached=False,

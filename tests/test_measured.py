@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from autopeft.evaluators import measured
+from autopeft.evaluators import measured, timing
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.measured import measure
 from autopeft.evaluators.tasks import Batch
@@ -205,7 +205,8 @@ class Clock:
 @pytest.fixture
 def clock(bert, monkeypatch) -> Clock:
     clock = Clock(bert[0])
-    monkeypatch.setattr(measured, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    for module in (measured, timing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.perf_counter))
     return clock
 
 

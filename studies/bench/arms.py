@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Protocol
 
 import torch
@@ -20,15 +19,14 @@ from autopeft.evaluators.base import Outcome, Request, Select
 from autopeft.evaluators.packed import PackedEvaluator
 from autopeft.evaluators.prefix import PrefixCache
 from autopeft.evaluators.tasks.data import Splits
+from autopeft.evaluators.timing import Spread, now
 from autopeft.evaluators.train import TrainEvaluator
-from autopeft.studies.bench.loop import Loop, Run, now
+from autopeft.studies.bench.loop import Loop, Run
 from autopeft.studies.errors import UserError
 from autopeft.studies.session import evaluator_for
 from autopeft.studies.study_file import StudyFile
 
 CACHE_BYTES = 2**31
-#: Pairs of a ratio that is taken in turns.
-REPEATS = 15
 #: Steps whose losses are compared: later, rounding has grown.
 COMPARED_STEPS = 20
 #: Relative differences from `single` that another order of summation explains.
@@ -52,33 +50,6 @@ class Watch(Protocol):
 
 class ParityError(UserError):
     """Arms that were to do the same work have not done it: their times say nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """Median over the rounds, and the extremes."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(median=statistics.median(values), low=min(values), high=max(values))
-
-    def times(self, factor: float) -> Spread:
-        return Spread(median=factor * self.median, low=factor * self.low, high=factor * self.high)
-
-
-def interleaved(other: Callable[[], float], own: Callable[[], float]) -> Spread:
-    """Seconds of `other` over those of `own`, in turns: median and quartiles of the ratios of neighbours in time."""
-    arms = cycle([(other, own), (own, other)])
-    ratios = []
-    for _ in range(REPEATS + 2):
-        taken = {arm: arm() for arm in next(arms)}
-        ratios.append(taken[other] / taken[own])
-    low, median, high = statistics.quantiles(ratios[2:], n=4, method="inclusive")  # two to warm up
-    return Spread(median=median, low=low, high=high)
 
 
 @dataclass(slots=True)

@@ -13,13 +13,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from autopeft.evaluators.base import Request
+from autopeft.evaluators.timing import Spread
 from autopeft.evaluators.train import steps_at
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Fidelity, Measurement
-from autopeft.studies.bench.arms import ARMS, Bench, Spread, Table, Watch, compare
+from autopeft.studies.bench.arms import ARMS, Bench, Table, Watch, compare
 from autopeft.studies.bench.kernels import measure_kernels
 from autopeft.studies.bench.loop import LoopRun
-from autopeft.studies.bench.overhead import attention_lora, measure_overhead
+from autopeft.studies.bench.overhead import RANK, SLOTS, attention_lora, measure_overhead
 from autopeft.studies.bench.ranking import (
     KEEP,
     SHARES,
@@ -72,7 +73,9 @@ def run_bench(
     watch.plan(len(ARMS) * rounds * equal + (3 + rounds) * steps(drawn[:ranked]) + controls)
     first, runs = compare(bench, "candidates of the space", drawn[:candidates], rounds)
     tables = [first, *(compare(bench, title, requests, rounds)[0] for title, requests in placed)]
-    overhead = measure_overhead(bench, bench.single.training(drawn[0].candidate), settings.seed)
+    watch.stage(f"overhead of {SLOTS} x rank {RANK}")
+    training = bench.single.training(drawn[0].candidate)
+    overhead = measure_overhead(bench.packed(share_prefix=False), training, settings.seed)
     loops = [run for found in runs["loop"] for run in found if isinstance(run, LoopRun)]
     return Result(
         conditions=before,

@@ -12,13 +12,12 @@ from autopeft.evaluators import batching
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.optimizer import PackedAdamW
 from autopeft.evaluators.packed import PackedEvaluator
+from autopeft.evaluators.timing import Spread, interleaved, now
 from autopeft.search_space.adapters import AdapterSpec, Lora, Mixture
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import LINEAR_ROLES
 from autopeft.search_space.training import Training
 from autopeft.studies import markdown
-from autopeft.studies.bench.arms import Spread, interleaved
-from autopeft.studies.bench.loop import now
 
 EXPERTS, TOP_K, RANK = 8, 2, 8
 PLACES = {"query and value": ("attn.q", "attn.v"), "all linears": LINEAR_ROLES}

@@ -6,6 +6,7 @@ Notation: K slots; rho as in "cost of a step against the bare frozen backbone on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from autopeft.evaluators import batching
 from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.optimizer import PackedAdamW
+from autopeft.evaluators.packed import PackedEvaluator, repeated
+from autopeft.evaluators.timing import REPEATS, Spread, interleaved, now
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import Backbone
 from autopeft.search_space.training import Training
-from autopeft.studies.bench.arms import Bench, Spread, interleaved
-from autopeft.studies.bench.loop import now
 
 SLOTS = 8
 RANK = 16
@@ -27,12 +28,13 @@ RANK = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
-    """`rho`: median of the ratios of neighbours in time, and their quartiles."""
+    """`rho`: median of the ratios of neighbours in time, and their quartiles. `bare_s`: the bare backbone's pass."""
 
     slots: int
     rank: int
     tokens: int
     rho: Spread
+    bare_s: float
 
 
 def attention_lora(backbone: Backbone, rank: int, lowest: int = 0) -> Architecture:
@@ -42,15 +44,16 @@ def attention_lora(backbone: Backbone, rank: int, lowest: int = 0) -> Architectu
     return Architecture.of({site.name: [Lora(rank=rank)] for site in sites})
 
 
-def measure_overhead(bench: Bench, training: Training, seed: int) -> Overhead:
-    """A step of `SLOTS` candidates, no layer of which is shared, over forward and backward pass of the same rows
-    through the bare backbone, down to the output of its embedding.
+def measure_overhead(evaluator: PackedEvaluator, training: Training, seed: int, *, repeats: int = REPEATS) -> Overhead:
+    """Measure a step of `SLOTS` candidates over forward and backward pass of the same rows through the bare backbone,
+    down to the output of its embedding.
+
+    `evaluator`: one that shares no layer between candidates. `repeats`: pairs of the two, in turns.
     """
-    evaluator = bench.packed(share_prefix=False)
     batches = batching.ordered_batches(evaluator.lengths["train"], training.batch_size)
     indices = batches[len(batches) // 2]
     one = evaluator.batch("train", indices)
-    batch = {name: tensor.repeat(SLOTS, *[1] * (tensor.dim() - 1)) for name, tensor in one.items()}
+    batch = {name: repeated(tensor, SLOTS) for name, tensor in one.items()}
     architecture = attention_lora(evaluator.backbone, RANK)
     with Attachment(evaluator.model, evaluator.backbone, [architecture] * SLOTS, [seed] * SLOTS) as attachment:
         optimizer = PackedAdamW(attachment, [training] * SLOTS)
@@ -62,6 +65,8 @@ def measure_overhead(bench: Bench, training: Training, seed: int) -> Overhead:
             optimizer.step(1, rates)
             return now(evaluator.device) - begin
 
+        taken: list[float] = []
+
         def bare() -> float:
             model: Any = evaluator.model
             with attachment.bare():
@@ -69,13 +74,13 @@ def measure_overhead(bench: Bench, training: Training, seed: int) -> Overhead:
                 try:
                     begin = now(evaluator.device)
                     evaluator.task.scores(model, batch)[0].mean().backward()
-                    return now(evaluator.device) - begin
+                    taken.append(now(evaluator.device) - begin)
                 finally:
                     hook.remove()
+            return taken[-1]
 
-        bench.watch.stage(f"overhead of {SLOTS} x rank {RANK}")
-        rho = interleaved(packed, bare)
-    return Overhead(slots=SLOTS, rank=RANK, tokens=batch["input_ids"].numel(), rho=rho)
+        rho = interleaved(packed, bare, repeats=repeats)
+    return Overhead(slots=SLOTS, rank=RANK, tokens=batch["input_ids"].numel(), rho=rho, bare_s=median(taken))
 
 
 def _require_gradient(module: Any, args: Any, output: Tensor) -> Tensor:
