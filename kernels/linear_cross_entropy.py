@@ -17,14 +17,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
+from autopeft.kernels.slot_products import Count, by_triton, jit, matmul_count
+
 try:
-    import triton
     import triton.language as tl
 except ImportError:  # there is none for this platform
-    triton = None
+    tl = None
 
 #: Logits of a chunk: 64 MB in float32.
 CHUNK_ELEMENTS = 2**24
+#: On CUDA: 128 MB in bfloat16, as two products read the whole weight for every chunk. C rows do 2 C operations per
+#: number of it, C per byte in bfloat16, and an H100 does some 300 in the time of a byte (counted, not measured). Of a
+#: vocabulary of 131072 this is 512 rows.
+CUDA_CHUNK_ELEMENTS = 2**26
 #: Every chunk reads the whole weight, so a large vocabulary must not make the chunks small.
 MIN_CHUNK = 256
 
@@ -34,16 +39,24 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The cross-entropy of logits = hidden weight^T + bias, and whether the largest of them is the target's.
 
-    hidden: [M, D], weight: [V, D], targets: [M] int64 in 0..V-1, bias: [V], chunk: tokens at a time (None: by V).
-    Returns losses and correct (1 or 0), each [M] float32. The logits have hidden's dtype, their softmax float32.
-    The gradient is that of `hidden` only, once differentiable. Raises ValueError where weight or bias want one too.
+    hidden: [M, D], weight: [V, D], targets: [M] int64 in 0..V-1, bias: [V], chunk: tokens at a time (None: as
+    `chunk_rows` says). Returns losses and correct (1 or 0), each [M] float32. The logits have hidden's dtype, their
+    softmax float32. The gradient is that of `hidden` only, once differentiable. Raises ValueError where weight or bias
+    want one too.
     """
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("linear_cross_entropy has no gradient for weight and bias: they have to be frozen")
-    rows = chunk or max(MIN_CHUNK, CHUNK_ELEMENTS // len(weight))
+    rows = chunk or chunk_rows(len(weight), hidden.device)
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad
     losses, correct, _ = _op(hidden, weight, targets, bias, rows, with_gradient)
     return losses, correct
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens of a chunk. On CUDA a multiple of 128, the rows of the tiles of large matrix products."""
+    if device.type != "cuda":
+        return max(MIN_CHUNK, CHUNK_ELEMENTS // vocabulary)
+    return max(MIN_CHUNK, CUDA_CHUNK_ELEMENTS // vocabulary // 128 * 128)
 
 
 def linear_cross_entropy_reference(
@@ -59,7 +72,10 @@ def _op(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and correct [M], and each loss's gradient with respect to its hidden state [M, D] (without: empty)."""
-    return _in_chunks(_softmax, hidden, weight, targets, bias, chunk, with_gradient)
+    if not by_triton(hidden, weight):
+        return _in_chunks(_softmax, hidden, weight, targets, bias, chunk, with_gradient)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever the tensors are on
+        return _in_chunks(_softmax_triton, hidden, weight, targets.contiguous(), bias, chunk, with_gradient)
 
 
 @_op.register_fake
@@ -124,63 +140,92 @@ def _softmax(logits: Tensor, targets: Tensor, losses: Tensor, correct: Tensor, w
             logits.copy_(shifted)
 
 
-if triton is not None:
-    #: Finite, because -inf - -inf is not a number: below every logit, and the exponential of the difference is 0.
-    _LOWEST = tl.constexpr(-3.0e38)
+#: Finite, because -inf - -inf is not a number: below every logit, and the exponential of the difference is 0.
+_LOWEST = None if tl is None else tl.constexpr(-3.0e38)
 
-    @triton.jit
-    def _softmax_kernel(  # type: ignore[no-untyped-def]
-        logits, targets, losses, correct, vocabulary, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """One program per token: an online log-sum-exp in each lane (Milakov and Gimelshein 2018), then over lanes."""
-        row = tl.program_id(0).to(tl.int64)  # C * V may be beyond 32 bits
-        logits += row * vocabulary
-        target = tl.load(targets + row)
-        lane = tl.arange(0, BLOCK)
-        top = tl.full([BLOCK], _LOWEST, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        first = tl.zeros([BLOCK], tl.int32)
+
+# Rows are counted by the grid, not by an argument, and the vocabulary is the model's: specialised, it lets loads take
+# 16 bytes. targets, losses and correct are parts of larger tensors, aligned or not: one number a row, it is the same.
+@jit(do_not_specialize=["targets", "losses", "correct"])
+def _softmax_kernel(  # type: ignore[no-untyped-def]
+    logits, targets, losses, correct, vocabulary, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per token: an online log-sum-exp in each lane (Milakov and Gimelshein 2018), then over lanes."""
+    row = tl.program_id(0).to(tl.int64)  # C * V may be beyond 32 bits; a column is not
+    logits += row * vocabulary
+    target = tl.load(targets + row)
+    lane = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], _LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    first = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, vocabulary, BLOCK):
+        column = start + lane
+        x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, x)
+        total = total * tl.exp(top - higher) + tl.exp(x - higher)
+        first = tl.where(x > top, column, first)
+        top = higher
+    highest = tl.max(top, 0)
+    total_of_row = tl.sum(total * tl.exp(top - highest), 0)
+    first_of_row = tl.min(tl.where(top == highest, first, vocabulary), 0)
+    # A target outside of the vocabulary makes the loss NaN; it must not read the memory of others.
+    inside = (target >= 0) & (target < vocabulary)
+    of_target = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
+    tl.store(losses + row, tl.log(total_of_row) - (of_target - highest))
+    tl.store(correct + row, (first_of_row == target).to(tl.float32))
+    if WITH_GRADIENT:
+        tl.debug_barrier()  # no warp overwrites the target's logit before the others have read it
         for start in range(0, vocabulary, BLOCK):
             column = start + lane
             x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-            higher = tl.maximum(top, x)
-            total = total * tl.exp(top - higher) + tl.exp(x - higher)
-            first = tl.where(x > top, column, first)
-            top = higher
-        highest = tl.max(top, 0)
-        total_of_row = tl.sum(total * tl.exp(top - highest), 0)
-        first_of_row = tl.min(tl.where(top == highest, first, vocabulary), 0)
-        # A target outside of the vocabulary makes the loss NaN; it must not read the memory of others.
-        inside = (target >= 0) & (target < vocabulary)
-        of_target = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
-        tl.store(losses + row, tl.log(total_of_row) - (of_target - highest))
-        tl.store(correct + row, (first_of_row == target).to(tl.float32))
-        if WITH_GRADIENT:
-            tl.debug_barrier()  # no warp overwrites the target's logit before the others have read it
-            for start in range(0, vocabulary, BLOCK):
-                column = start + lane
-                x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-                gradient = tl.exp(x - highest) / total_of_row - (column == target).to(tl.float32)
-                tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < vocabulary)
+            gradient = tl.exp(x - highest) / total_of_row - (column == target).to(tl.float32)
+            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < vocabulary)
 
 
-def _softmax_triton(logits: Tensor, targets: Tensor, losses: Tensor, correct: Tensor, with_gradient: bool) -> None:
-    """`_softmax` in two passes over the logits where PyTorch takes many."""
+def _softmax_triton(
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    correct: Tensor,
+    with_gradient: bool,
+    block: int | None = None,
+    warps: int = 8,
+) -> None:
+    """`_softmax` in two passes over the logits where PyTorch takes many. block: columns at a time, a power of 2."""
     vocabulary = logits.shape[1]
-    block = min(1024, triton.next_power_of_2(vocabulary))
-    grid = (len(logits),)
-    _softmax_kernel[grid](
-        logits, targets, losses, correct, vocabulary, WITH_GRADIENT=with_gradient, BLOCK=block, num_warps=4
+    block = block or softmax_block(vocabulary)
+    _softmax_kernel[(len(logits),)](
+        logits, targets, losses, correct, vocabulary, WITH_GRADIENT=with_gradient, BLOCK=block, num_warps=warps
     )
 
 
-def linear_cross_entropy_triton(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op with Triton's softmax: for CUDA, and for any tensors under Triton's interpreter."""
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever the tensors are on
-        return _in_chunks(_softmax_triton, hidden, weight, targets.contiguous(), bias, chunk, with_gradient)
+def softmax_block(vocabulary: int) -> int:
+    """Columns at a time: 16 per thread of 8 warps, two loads of 16 bytes under way in bfloat16; 8 to 38 turns for
+    vocabularies of 32k to 152k. Chosen from that count, not measured.
+    """
+    return min(4096, max(16, 1 << (vocabulary - 1).bit_length()))
 
 
-if triton is not None:
-    _op.register_kernel("cuda")(linear_cross_entropy_triton)
+def softmax_count(rows: int, vocabulary: int, dtype: torch.dtype, with_gradient: bool = True) -> Count:
+    """Of the softmax of one chunk: logits are read once, for the gradient again, and that is written in their place.
+
+    Operations per logit: 5 (difference, exponential, sum, and the running maximum's), for the gradient 4 more.
+    Targets, losses and hits are not counted.
+    """
+    passes, operations = (3, 9) if with_gradient else (1, 5)
+    return Count(operations * rows * vocabulary, passes * rows * vocabulary * dtype.itemsize)
+
+
+def linear_cross_entropy_count(
+    tokens: int, features: int, vocabulary: int, dtype: torch.dtype, chunk: int, with_gradient: bool = True
+) -> Count:
+    """Of all chunks: the logits, their softmax, and the gradient of the hidden states; each product reads the weight
+    again."""
+    count = Count(0, 0)
+    for start in range(0, tokens, chunk):
+        rows = min(chunk, tokens - start)
+        product = matmul_count(rows, features, vocabulary, dtype)  # the gradient's moves the same three matrices
+        count += product + softmax_count(rows, vocabulary, dtype, with_gradient)
+        if with_gradient:
+            count += product
+    return count

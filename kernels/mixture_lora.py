@@ -65,7 +65,8 @@ def _routes(
     """Gates with the scale in them, mask, tokens and counts, by the way that is the faster one."""
     gates = gates.to(a.dtype) * scale.detach().to(a.dtype)[:, None, None]
     owned = None if mask is None else mask.detach().to(a.dtype)
-    if not (x.is_cpu and is_routed(x.shape[1], a.shape[3] + b.shape[2], a.shape[1], a.shape[2], active)):
+    by_pytorch = x.is_cpu and not slot_products.by_triton(x, a)
+    if not (by_pytorch and is_routed(x.shape[1], a.shape[3] + b.shape[2], a.shape[1], a.shape[2], active)):
         return gates, None if owned is None else owned[:, None], None, []
     # In the order of the groups, (slot, expert), which thereby needs no sort.
     chosen = (gates != 0).transpose(1, 2)
@@ -85,7 +86,7 @@ def is_routed(tokens: int, width: int, experts: int, rank: int, active: int | No
     both ways: 2 to 64 experts of rank 1 to 32, 1 to 4 active, 128 to 4096 tokens of 384 to 2048 features. There the
     chosen way takes 1.01 times the better one on average, all experts always 1.34 times and at worst 11 times. It does
     not ask for the number of slots: a slot alone goes the way of its pack. Not measured on GPUs, which take all
-    experts: groups one by one would leave most of one idle.
+    experts, as Triton does under its interpreter: groups one by one would leave most of a GPU idle.
     """
     if active is None:
         return False

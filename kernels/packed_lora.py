@@ -6,13 +6,25 @@ R rank (the largest of the slots).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from autopeft.kernels.slot_products import expand, expand_, outer, shrink
+from autopeft.kernels.slot_products import (
+    Count,
+    expand,
+    expand_,
+    expand_count,
+    matmul_count,
+    outer,
+    outer_count,
+    shrink,
+    shrink_count,
+)
 
 
 def packed_lora(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -149,14 +161,43 @@ def _backward(ctx, gy, _):
 _packed_lora.register_autograd(_backward, setup_context=_setup_context)
 
 
+def packed_lora_count(
+    x: Sequence[int],
+    a: Sequence[int],
+    b: Sequence[int],
+    linear: bool,
+    wide: torch.dtype = torch.bfloat16,
+    narrow: torch.dtype = torch.float32,
+) -> Count:
+    """Of a forward pass, from the shapes of x, a and b (linear: with the frozen layer); wide: x's type, narrow: a's."""
+    (k, t, d_in), (s, r, _), d_out = x, a, b[1]
+    update = shrink_count(s, t, d_in, r, wide, narrow) + expand_count(s, t, d_out, r, wide, narrow, base=linear)
+    return update + matmul_count(k * t, d_in, d_out, wide) if linear else update
+
+
+def packed_lora_backward_count(
+    x: Sequence[int],
+    a: Sequence[int],
+    b: Sequence[int],
+    linear: bool,
+    needs_x: bool = True,
+    wide: torch.dtype = torch.bfloat16,
+    narrow: torch.dtype = torch.float32,
+) -> Count:
+    """Of a backward pass, likewise. needs_x: something below is trained."""
+    (k, t, d_in), (s, r, _), d_out = x, a, b[1]
+    count = shrink_count(s, t, d_out, r, wide, narrow)
+    count += outer_count(s, t, d_in, r, wide, narrow) + outer_count(s, t, d_out, r, wide, narrow)
+    if needs_x:
+        count += expand_count(s, t, d_in, r, wide, narrow, base=linear)
+    return count + matmul_count(k * t, d_out, d_in, wide) if needs_x and linear else count
+
+
 @register_flop_formula(torch.ops.autopeft.packed_lora)
 def _flops(x, weight, bias, a, b, factor, slots, *, out_shape=None):
-    (k, t, d_in), (s, r, _), d_out = x, a, b[1]
-    return 2 * t * ((k * d_in * d_out if weight else 0) + s * r * (d_in + d_out))
+    return packed_lora_count(x, a, b, linear=weight is not None).flops
 
 
 @register_flop_formula(torch.ops.autopeft.packed_lora_backward)
 def _flops_backward(gy, x, weight, a, b, factor, slots, h, needs_x, *, out_shape=None):
-    (k, t, d_in), (s, r, _), d_out = x, a, b[1]
-    below = (k * d_in * d_out if weight else 0) + s * r * d_in
-    return 2 * t * ((below if needs_x else 0) + s * r * (d_in + 2 * d_out))
+    return packed_lora_backward_count(x, a, b, weight is not None, needs_x).flops

@@ -10,14 +10,17 @@ Letters: K slots in the batch, S slots that the adapter serves (`slots` [S]: whi
 T tokens per slot, D features (wide), R rank (narrow, the largest of the slots). Products are taken in the adapter's
 type, that of w or h; the wide tensors may have another. Any tensor may be strided.
 
-PyTorch serves CPUs, Triton serves CUDA tensors. Where the types agree (with Triton, always) no wide tensor is made
-beside the result: copies of these, not operations, are what a pack waits for.
+PyTorch serves CPUs. Triton serves CUDA tensors, and under its interpreter all tensors. float64 stays with PyTorch.
+Where the types agree (with Triton, always) no wide tensor is made beside the result: copies of these, not operations,
+are what a pack waits for.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +51,7 @@ def shrink(x: Tensor, w: Tensor, factor: Tensor | None = None, slots: Tensor | N
 
 def expand(h: Tensor, w: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y = base + h w^T as a new tensor. h: [K, T, R], w: [K, D, R], base: [K, T, D]; returns [K, T, D] in `dtype`."""
-    if by_triton(h, w):
+    if by_triton(h, w, base):
         return triton_expand(h, w, base, _empty((*h.shape[:2], w.shape[1]), dtype, h.device))
     if base is None:
         return torch.bmm(h, w.transpose(1, 2)).to(dtype)
@@ -59,7 +62,7 @@ def expand(h: Tensor, w: Tensor, base: Tensor | None, dtype: torch.dtype) -> Ten
 
 def expand_(y: Tensor, h: Tensor, w: Tensor, slots: Tensor | None = None) -> Tensor:
     """y[slots] += h w^T in place. y: [K, T, D], h: [S, T, R], w: [S, D, R]; returns y."""
-    if by_triton(h, w):
+    if by_triton(h, w, y):
         return triton_expand(h, w, y, y, slots)
     if slots is None and y.dtype == h.dtype:
         return y.baddbmm_(h, w.transpose(1, 2))  # 5 to 10 % less time than the loop, more where T is small
@@ -87,43 +90,210 @@ def outer(h: Tensor, x: Tensor, slots: Tensor | None = None) -> Tensor:
     return g
 
 
-def by_triton(*tensors: Tensor) -> bool:
-    return all(t.is_cuda and t.dtype in TRITON_TYPES for t in tensors) and triton is not None
+def by_triton(*tensors: Tensor | None) -> bool:
+    """Whether Triton serves an op on these: CUDA tensors, and under its interpreter those of a CPU as well."""
+    return triton is not None and all(
+        t is None or (t.dtype in TRITON_TYPES and (t.is_cuda or (INTERPRET and t.is_cpu))) for t in tensors
+    )
 
 
-# Triton. Offsets are int64: K * T * D passes 2^31 in a large pack. A mask on loads pads every size to its block, so
-# that no size is a constant of the compiled kernel.
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Every op of `kernels/` by PyTorch, whatever the device. In all threads: autograd has its own."""
+    global triton
+    kept, triton = triton, None
+    try:
+        yield
+    finally:
+        triton = kept
 
-#: The interpreter computes a bfloat16 `tl.dot` wrongly, without a word: there operands are widened first.
+
+# How a program multiplies and how much it takes at a time: rules of types and sizes, chosen from what compilers tell
+# (registers, shared memory) and from counts, not measured. There is no autotuner: tiles decide the order in which sums
+# are rounded, so a result would depend on what a timer said in that run, and a study could not be replayed. For the
+# same reason no rule asks for the number of slots: a slot alone is summed as in a pack of the same largest rank.
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """What a program takes at a time: tokens, features, ranks; its warps, the loads under way, how it multiplies.
+
+    product, with its relative error (counted, not measured; sums are float32 in all):
+        mma     operands of 16 bits, whose products are exact
+        pieces  bfloat16 times a float32 split into three bfloat16 numbers, 3 x 8 bits of its 24: products are exact
+        tf32x3  float32, each number as two of 11 bits: 2^-21 of a product
+        ieee    float32 on the units for single products, of which an H100 does 67 TFLOP/s: it would wait for them, as
+                a shrink of bfloat16 by rank 16 does 16 operations a byte, 48 TFLOP/s at the memory's 3 TB/s
+    A tensor core cuts a sum to 24 bits after 8 or 16 products. For 4096 features that is about 3e-6 of the norm.
+    """
+
+    tokens: int
+    features: int
+    ranks: int
+    warps: int
+    stages: int
+    product: str
+
+    def constants(self) -> dict[str, Any]:
+        sizes = {"BLOCK_T": self.tokens, "BLOCK_D": self.features, "BLOCK_R": self.ranks}
+        how = {"PRODUCT": self.product, "INTERPRET": INTERPRET}
+        return sizes | how | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def shrink_tiles(tokens: int, rank: int, wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> Tiles:
+    """For `shrink`: one pass over x up to rank 128.
+
+    A program holds all features of its tokens in turn, so programs are few where tokens are: with 8 slots of 1024
+    tokens 128, about the multiprocessors of an H100 (132), with 128 tokens 32. More would have to split the features
+    and add the parts in a second launch, some microseconds; 8 x 128 tokens are 8 MB, 3 at 3 TB/s (counted).
+    """
+    product, ranks = product_of(wide, narrow, device), bucket(rank)
+    if product == "ieee":
+        return _ieee(ranks)
+    features = 64 if ranks <= {"mma": 128, "pieces": 32, "tf32x3": 0}[product] else 32
+    return Tiles(64 if tokens > FEW else 32, features, ranks, *_pace(ranks), product)
+
+
+def expand_tiles(rank: int, narrow: torch.dtype, device: torch.device) -> Tiles:
+    """For `expand`, whose programs are many in any case. Ranks are taken one piece after the other."""
+    product = product_of(narrow, narrow, device)
+    if product == "ieee":
+        return _ieee(16)
+    if product == "mma":
+        return Tiles(64, 128, min(32, bucket(rank)), 8, 2, product)
+    return Tiles(64, 64, 16, 4, 2, product)
+
+
+def outer_tiles(rank: int, wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> Tiles:
+    """For `outer`: one pass over x up to rank 128."""
+    product, ranks = product_of(wide, narrow, device), bucket(rank)
+    if product == "ieee":
+        return _ieee(ranks)
+    if product == "tf32x3":
+        return Tiles(32 if ranks < 64 else 16, 64, ranks, *_pace(ranks), product)
+    tokens = 64 if wide.itemsize == 2 and ranks <= {"mma": 64, "pieces": 16}[product] else 32
+    return Tiles(tokens, 128, ranks, *_pace(ranks), product)
+
+
+def outer_chunk(tokens: int, features: int, tiles: Tiles) -> int:
+    """Tokens that one program of `outer` sums: all, unless that leaves a slot less than `PROGRAMS` programs.
+
+    A chunk of C tokens writes and reads 8 R bytes for 2 C bytes of a bfloat16 x, so it has at least `LEAST_CHUNK`.
+    """
+    chunks = max(1, min(tokens // LEAST_CHUNK, PROGRAMS // _blocks(features, tiles.features)))
+    return max(1, _blocks(_blocks(tokens, chunks), tiles.tokens)) * tiles.tokens
+
+
+def candidate_tiles(tiles: Tiles) -> tuple[Tiles, ...]:
+    """A rule's tiles and some of their neighbours, to be timed on a card. Triton raises OutOfResources at the launch of
+    one that does not fit there."""
+    others = [
+        replace(tiles, features=2 * tiles.features),
+        replace(tiles, features=max(32, tiles.features // 2)),
+        replace(tiles, tokens=2 * tiles.tokens, warps=8),
+        replace(tiles, tokens=max(16, tiles.tokens // 2)),
+        replace(tiles, stages=tiles.stages - 1),
+    ]
+    return tuple(dict.fromkeys([tiles, *others]))
+
+
+def product_of(wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> str:
+    """How `Tiles` multiply a wide by a narrow tensor, in the narrow one's type."""
+    if narrow != torch.float32:
+        return "mma"
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "ieee"  # tensor cores before sm_80 know neither bfloat16 nor tf32, AMD's other ways were not compiled
+    return "pieces" if wide == torch.bfloat16 else "tf32x3"
+
+
+def bucket(rank: int) -> int:
+    """Ranks of a tile: 16, 32, 64 or 128. `tl.dot` takes no side below 16; beyond 128 there are several tiles."""
+    return min(128, max(16, 1 << (rank - 1).bit_length()))
+
+
+def _pace(ranks: int) -> tuple[int, int]:
+    """Warps and stages with which no kernel spills registers or takes the 99 KB of an sm_89's shared memory."""
+    return (8, 3) if ranks == 128 else (4, 4)
+
+
+def _ieee(ranks: int) -> Tiles:
+    return Tiles(32, 64, min(32, ranks), 4, 2, "ieee")
+
+
+# Kernels. Offsets are int64: K * T * D passes 2^31 in a large pack. Loads are masked, so that no size is a constant of
+# the compiled kernel. What changes with minibatch and pack (T, R, S and the strides that R is in) is not specialised:
+# without that Triton compiles again for 1 and for multiples of 16. It still has to know that ranks lie 16 bytes apart
+# to load them so. `R_STEP` and `W_STEP` say it, 8 or 1: R and strides come in these units. Features and the strides of
+# wide tensors are the model's, and specialised. Along a grid's y and z (65535 at most) lie blocks of features, of
+# ranks, and slots; tokens lie along x.
+
+#: Under Triton's interpreter, which computes a bfloat16 `tl.dot` wrongly, without a word: operands are widened there.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-#: Tokens, features and ranks of a program: the largest with which no kernel spills registers on sm_90. Chosen and not
-#: tuned; an autotuner would go here.
-BLOCK_T, BLOCK_D, MAX_BLOCK_R = 32, 64, 32
-#: Tokens that one program of `outer` sums, a multiple of BLOCK_T.
-CHUNK_T = 512
+#: Tokens of a slot up to which a program of `shrink` takes half as many.
+FEW = 256
+#: Programs that `outer` wants for a slot: 8 slots then fill an H100's 132 multiprocessors about twice.
+PROGRAMS = 32
+LEAST_CHUNK = 256
 
 # Without Triton the kernels are plain functions that nobody calls.
-jit: Any = (lambda kernel: kernel) if triton is None else triton.jit
+jit: Any = (lambda **_: lambda kernel: kernel) if triton is None else triton.jit
 
 
-@jit
-def _dot(a, b, acc, INTERPRET: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + a b. float32 stays float32 ("ieee"): with tf32 a pack would not be the slot alone on a CPU, and narrow
-    products wait for memory anyway."""
-    if INTERPRET:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+@jit()
+def _dot(a, b, acc, PRODUCT: tl.constexpr, INTERPRET: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + a b in float32, see `Tiles`."""
+    if PRODUCT == "pieces":  # the smallest first
+        if a.dtype == tl.float32:
+            high, middle, low = _pieces(a)
+            acc = _dot(low, b, acc, "mma", INTERPRET)
+            acc = _dot(middle, b, acc, "mma", INTERPRET)
+            acc = _dot(high, b, acc, "mma", INTERPRET)
+        else:
+            high, middle, low = _pieces(b)
+            acc = _dot(a, low, acc, "mma", INTERPRET)
+            acc = _dot(a, middle, acc, "mma", INTERPRET)
+            acc = _dot(a, high, acc, "mma", INTERPRET)
+    elif INTERPRET:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif PRODUCT == "mma":
+        acc = tl.dot(a, b, acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRODUCT)
+    return acc
 
 
-@jit
+@jit()
+def _pieces(x):
+    """Three bfloat16 numbers whose sum is a float32 below 3.3e38; what is not finite becomes NaN."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@jit()
+def _strides(w_s, w_r, w_d, DENSE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Those of a narrow tensor, with all that `_narrow` knows of them."""
+    if DENSE == "D":
+        return w_s * STEP, w_r * STEP, 1
+    elif DENSE == "R":
+        return w_s * STEP, 1, w_d * STEP
+    else:
+        return w_s, w_r, w_d
+
+
+@jit(do_not_specialize=["T", "R", "w_s", "w_r", "w_d"])
 def _shrink_kernel(  # type: ignore[no-untyped-def]
     x, w, factor, slots, h, T, D, R,
     x_k, x_t, x_d, w_s, w_r, w_d,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCT: tl.constexpr,
+    W_DENSE: tl.constexpr, W_STEP: tl.constexpr, R_STEP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (block of T, block of R, slot). h: [S, T, R], contiguous."""
+    R *= R_STEP
+    w_s, w_r, w_d = _strides(w_s, w_r, w_d, W_DENSE, W_STEP)
     s = tl.program_id(2).to(tl.int64)
-    k = s if slots is None else tl.load(slots + s)
+    k = s if slots is None else tl.load(slots + s).to(tl.int64)
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
@@ -133,24 +303,33 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
         w_at = w + s * w_s + r[None, :] * w_r + d[:, None] * w_d
         x_tile = tl.load(x_at, mask=(t[:, None] < T) & (d[None, :] < D), other=0.0)
         w_tile = tl.load(w_at, mask=(r[None, :] < R) & (d[:, None] < D), other=0.0)
-        acc = _dot(x_tile.to(w_tile.dtype), w_tile, acc, INTERPRET)
+        if PRODUCT != "pieces":
+            x_tile = x_tile.to(w_tile.dtype)
+        acc = _dot(x_tile, w_tile, acc, PRODUCT, INTERPRET)
     if factor is not None:
         acc *= tl.load(factor + s * R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
     h_at = h + (s * T + t[:, None]) * R + r[None, :]
     tl.store(h_at, acc.to(h.dtype.element_ty), mask=(t[:, None] < T) & (r[None, :] < R))
 
 
-@jit
+@jit(do_not_specialize=["T", "R", "w_s", "w_r", "w_d"])
 def _expand_kernel(  # type: ignore[no-untyped-def]
     h, w, base, slots, y, T, D, R,
-    w_s, w_d, w_r, base_k, base_t, base_d, y_k, y_t, y_d,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, INTERPRET: tl.constexpr,
+    w_s, w_r, w_d, base_k, base_t, base_d, y_k, y_t, y_d,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCT: tl.constexpr,
+    W_DENSE: tl.constexpr, W_STEP: tl.constexpr, R_STEP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (block of T, block of D, slot). h: [S, T, R], contiguous; base may be y."""
+    R *= R_STEP
+    w_s, w_r, w_d = _strides(w_s, w_r, w_d, W_DENSE, W_STEP)
     s = tl.program_id(2).to(tl.int64)
-    k = s if slots is None else tl.load(slots + s)
+    k = s if slots is None else tl.load(slots + s).to(tl.int64)
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (t[:, None] < T) & (d[None, :] < D)
+    if base is not None:  # asked for first, needed last
+        base_at = base + k * base_k + t[:, None] * base_t + d[None, :] * base_d
+        base_tile = tl.load(base_at, mask=inside, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -158,79 +337,162 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         w_at = w + s * w_s + d[None, :] * w_d + r[:, None] * w_r
         h_tile = tl.load(h_at, mask=(t[:, None] < T) & (r[None, :] < R), other=0.0)
         w_tile = tl.load(w_at, mask=(d[None, :] < D) & (r[:, None] < R), other=0.0)
-        acc = _dot(h_tile, w_tile.to(h_tile.dtype), acc, INTERPRET)
-    inside = (t[:, None] < T) & (d[None, :] < D)
+        acc = _dot(h_tile, w_tile.to(h_tile.dtype), acc, PRODUCT, INTERPRET)
     if base is not None:
-        base_at = base + k * base_k + t[:, None] * base_t + d[None, :] * base_d
-        acc += tl.load(base_at, mask=inside, other=0.0).to(tl.float32)
+        acc += base_tile.to(tl.float32)
     y_at = y + k * y_k + t[:, None] * y_t + d[None, :] * y_d
     tl.store(y_at, acc.to(y.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["S", "T", "R", "chunk"])
 def _outer_kernel(  # type: ignore[no-untyped-def]
-    h, x, slots, partial, S, T, D, R, x_k, x_t, x_d,
-    CHUNK_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    h, x, slots, partial, S, T, D, R, x_k, x_t, x_d, chunk,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCT: tl.constexpr,
+    R_STEP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (block of D, chunk of T and block of R, slot). h: [S, T, R], partial: [chunks, S, R, D], contiguous."""
+    R *= R_STEP
     s = tl.program_id(2).to(tl.int64)
-    k = s if slots is None else tl.load(slots + s)
+    k = s if slots is None else tl.load(slots + s).to(tl.int64)
     blocks_r = tl.cdiv(R, BLOCK_R)
-    chunk = (tl.program_id(1) // blocks_r).to(tl.int64)
+    own = (tl.program_id(1) // blocks_r).to(tl.int64)
     r = (tl.program_id(1) % blocks_r).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for start in range(0, CHUNK_T, BLOCK_T):
-        t = chunk * CHUNK_T + start + tl.arange(0, BLOCK_T)
+    for start in range(0, chunk, BLOCK_T):
+        t = own * chunk + start + tl.arange(0, BLOCK_T)
         h_at = h + (s * T + t[None, :]) * R + r[:, None]
         x_at = x + k * x_k + t[:, None] * x_t + d[None, :] * x_d
         h_tile = tl.load(h_at, mask=(t[None, :] < T) & (r[:, None] < R), other=0.0)
         x_tile = tl.load(x_at, mask=(t[:, None] < T) & (d[None, :] < D), other=0.0)
-        acc = _dot(h_tile, x_tile.to(h_tile.dtype), acc, INTERPRET)
-    at = partial + ((chunk * S + s) * R + r[:, None]) * D + d[None, :]
+        if PRODUCT != "pieces":
+            x_tile = x_tile.to(h_tile.dtype)
+        acc = _dot(h_tile, x_tile, acc, PRODUCT, INTERPRET)
+    at = partial + ((own * S + s) * R + r[:, None]) * D + d[None, :]
     tl.store(at, acc, mask=(r[:, None] < R) & (d[None, :] < D))
 
 
-def triton_shrink(x: Tensor, w: Tensor, factor: Tensor | None, slots: Tensor | None) -> Tensor:
+def triton_shrink(
+    x: Tensor, w: Tensor, factor: Tensor | None, slots: Tensor | None, tiles: Tiles | None = None
+) -> Tensor:
+    """`shrink` by Triton. tiles: None for those of the rule, here and below."""
     (s, r, d), t = w.shape, x.shape[1]
+    tiles = tiles or shrink_tiles(t, r, x.dtype, w.dtype, x.device)
     h = _empty((s, t, r), w.dtype, x.device)
-    blocks = _blocks(r)
-    grid = (triton.cdiv(t, BLOCK_T), triton.cdiv(r, blocks["BLOCK_R"]), s)
-    if factor is not None:
-        factor = factor.contiguous()
-    with torch.cuda.device_of(x):
-        _shrink_kernel[grid](x, w, factor, slots, h, t, d, r, *x.stride(), *w.stride(), **blocks)
+    grid = (_blocks(t, tiles.tokens), _blocks(r, tiles.ranks), s)
+    strides, narrow = _narrow(w)
+    step = _step(r) if narrow["W_DENSE"] == "R" else 1  # only there does a load run along ranks
+    factor, slots = (None if given is None else given.contiguous() for given in (factor, slots))
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
+        _shrink_kernel[grid](
+            x, w, factor, slots, h, t, d, r // step, *x.stride(), *strides,
+            **narrow, R_STEP=step, **tiles.constants(),
+        )  # fmt: skip
     return h
 
 
-def triton_expand(h: Tensor, w: Tensor, base: Tensor | None, y: Tensor, slots: Tensor | None = None) -> Tensor:
+def triton_expand(
+    h: Tensor, w: Tensor, base: Tensor | None, y: Tensor, slots: Tensor | None = None, tiles: Tiles | None = None
+) -> Tensor:
     """y[slots] = base[slots] + h w^T, written into y."""
     (s, t, r), d = h.shape, w.shape[1]
-    grid = (triton.cdiv(t, BLOCK_T), triton.cdiv(d, BLOCK_D), s)
-    strides = (*w.stride(), *(y if base is None else base).stride(), *y.stride())
+    tiles = tiles or expand_tiles(r, h.dtype, h.device)
+    grid = (_blocks(t, tiles.tokens), _blocks(d, tiles.features), s)
+    strides, narrow = _narrow(w.transpose(1, 2))
+    step, of_base = _step(r), (y if base is None else base).stride()
+    slots = None if slots is None else slots.contiguous()
     with torch.cuda.device_of(y):
-        _expand_kernel[grid](h.contiguous(), w, base, slots, y, t, d, r, *strides, **_blocks(r))
+        _expand_kernel[grid](
+            h.contiguous(), w, base, slots, y, t, d, r // step, *strides, *of_base, *y.stride(),
+            **narrow, R_STEP=step, **tiles.constants(),
+        )  # fmt: skip
     return y
 
 
-def triton_outer(h: Tensor, x: Tensor, slots: Tensor | None) -> Tensor:
-    """In two stages, a sum per chunk of tokens and the sum of these: atomics would make the order, and with it the
-    result, differ from run to run."""
+def triton_outer(
+    h: Tensor, x: Tensor, slots: Tensor | None, tiles: Tiles | None = None, chunk: int | None = None
+) -> Tensor:
+    """`outer` in two stages, a sum per chunk of tokens (a multiple of the tiles') and the sum of these: atomics would
+    make the order, and with it the result, differ from run to run."""
     (s, t, r), d = h.shape, x.shape[2]
-    chunks, blocks = triton.cdiv(t, CHUNK_T), _blocks(r)
+    tiles = tiles or outer_tiles(r, x.dtype, h.dtype, x.device)
+    chunk = chunk or outer_chunk(t, d, tiles)
+    chunks, step = max(1, _blocks(t, chunk)), _step(r)  # of no tokens the sum is 0
     partial = _empty((chunks, s, r, d), torch.float32, x.device)
-    grid = (triton.cdiv(d, BLOCK_D), chunks * triton.cdiv(r, blocks["BLOCK_R"]), s)
+    grid = (_blocks(d, tiles.features), chunks * _blocks(r, tiles.ranks), s)
+    slots = None if slots is None else slots.contiguous()
     with torch.cuda.device_of(x):
-        _outer_kernel[grid](h.contiguous(), x, slots, partial, s, t, d, r, *x.stride(), CHUNK_T=CHUNK_T, **blocks)
-    return partial.sum(0).to(h.dtype)
+        _outer_kernel[grid](
+            h.contiguous(), x, slots, partial, s, t, d, r // step, *x.stride(), chunk,
+            R_STEP=step, **tiles.constants(),
+        )  # fmt: skip
+    return (partial[0] if chunks == 1 else partial.sum(0)).to(h.dtype)
 
 
-def _blocks(r: int) -> dict[str, Any]:
-    block_r = min(MAX_BLOCK_R, max(16, triton.next_power_of_2(r)))  # `tl.dot` takes no side below 16
-    return {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "BLOCK_R": block_r, "INTERPRET": INTERPRET}
+def _narrow(w: Tensor) -> tuple[list[int], dict[str, Any]]:
+    """Strides of w [S, R, D] in units of `W_STEP`, and along which of its last axes it is dense in memory."""
+    # In this order: up-projections of rank 1, dense along both, go with those of other ranks.
+    dense = "R" if w.stride(1) == 1 else "D" if w.stride(2) == 1 else ""
+    strides = [stride if size > 1 else 0 for size, stride in zip(w.shape, w.stride(), strict=True)]
+    others = [stride for axis, stride in zip("SRD", strides, strict=True) if axis != dense]
+    step = min(_step(stride) for stride in others) if dense else 1
+    return [stride // step for stride in strides], {"W_DENSE": dense, "W_STEP": step}
+
+
+def _step(n: int) -> int:
+    return 8 if n % 8 == 0 else 1
+
+
+def _blocks(n: int, block: int) -> int:
+    return -(-n // block)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """What the kernels write to, results and scratch; the tests fill it with NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+# Counts
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Operations (a multiplication and an addition are two), and bytes: each tensor read or written once."""
+
+    flops: int
+    nbytes: int
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.flops + other.flops, self.nbytes + other.nbytes)
+
+
+def shrink_count(
+    slots: int, tokens: int, features: int, rank: int, wide: torch.dtype, narrow: torch.dtype, factor: bool = True
+) -> Count:
+    """Of `shrink`: x and w are read (wide: x's type), h is written. factor adds R numbers, its products are free."""
+    own = tokens * rank + rank * features + (rank if factor else 0)
+    nbytes = tokens * features * wide.itemsize + own * narrow.itemsize
+    return Count(2 * slots * tokens * features * rank, slots * nbytes)
+
+
+def expand_count(
+    slots: int, tokens: int, features: int, rank: int, wide: torch.dtype, narrow: torch.dtype, base: bool = True
+) -> Count:
+    """Of `expand` and `expand_`: h, w and the base are read (wide: its type and y's), y is written."""
+    nbytes = tokens * features * wide.itemsize * (2 if base else 1) + (tokens + features) * rank * narrow.itemsize
+    return Count(2 * slots * tokens * features * rank, slots * nbytes)
+
+
+def outer_count(
+    slots: int, tokens: int, features: int, rank: int, wide: torch.dtype, narrow: torch.dtype, chunks: int = 1
+) -> Count:
+    """Of `outer`: h and x are read, g is written; of several chunks each is written and read in float32 before."""
+    nbytes = tokens * features * wide.itemsize + (tokens + features) * rank * narrow.itemsize
+    between = 8 * chunks * rank * features if chunks > 1 else 0
+    return Count(2 * slots * tokens * features * rank, slots * (nbytes + between))
+
+
+def matmul_count(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Count:
+    """Of the product of two matrices, as of a frozen layer. A bias is not counted."""
+    nbytes = (rows * inner + inner * columns + rows * columns) * dtype.itemsize
+    return Count(2 * rows * inner * columns, nbytes)

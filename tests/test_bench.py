@@ -20,7 +20,7 @@ from autopeft.evaluators.base import Request
 from autopeft.evaluators.packed import PackedEvaluator
 from autopeft.evaluators.tasks.data import Splits, load_splits
 from autopeft.evaluators.timing import Spread, interleaved
-from autopeft.kernels import linear_cross_entropy, slot_products
+from autopeft.kernels import slot_products
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Fidelity
@@ -254,13 +254,6 @@ def test_pytorch_is_the_better_one_of_its_two_ways(
     assert found is not None and found.median == smaller
     assert slot_products.triton is triton
     assert kernels._over_pytorch(case, CPU) is None
-
-
-def test_the_cross_entropy_without_triton_has_its_own_softmax() -> None:
-    softmax = linear_cross_entropy._softmax_triton
-    with kernels._triton_off():
-        assert linear_cross_entropy._softmax_triton is linear_cross_entropy._softmax
-    assert linear_cross_entropy._softmax_triton is softmax
 
 
 # What needs little

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from autopeft.kernels import linear_cross_entropy as cross_entropy_module
 from autopeft.kernels import packed_bottleneck as bottleneck_module
 from autopeft.kernels import packed_lora as lora_module
+from autopeft.kernels import slot_products
 from autopeft.kernels.packed_bottleneck import ACTIVATIONS, packed_bottleneck, packed_bottleneck_reference
 from autopeft.kernels.packed_lora import (
     packed_lora,
@@ -216,35 +219,252 @@ def test_the_lowest_adapter_computes_no_gradient_below_it() -> None:
 
 
 def test_importing_needs_no_triton() -> None:
-    modules = "autopeft.kernels.packed_lora, autopeft.kernels.packed_bottleneck"
+    modules = "autopeft.kernels.packed_lora, autopeft.kernels.packed_bottleneck, autopeft.kernels.linear_cross_entropy"
     code = f"import sys; sys.modules['triton'] = None; import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+# What Triton would launch, seen without a device.
+
+D, FP32, BF16, FP16 = 1024, torch.float32, torch.bfloat16, torch.float16
+
+
+COMPILED = pytest.mark.skipif(slot_products.INTERPRET, reason="under its interpreter Triton compiles nothing")
+
+
+class Recorder:
+    """In the place of a kernel: keeps arguments in place of a launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launches.append((grid, args, options))
+
+
+def launches(call: Callable[[], object], module: Any, *names: str) -> list[tuple[Any, tuple, tuple, dict]]:
+    """Kernel, grid, arguments and options of each launch of these kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorders = {name: Recorder(getattr(module, name)) for name in names}
+        for name, recorder in recorders.items():
+            patch.setattr(module, name, recorder)
+        call()
+    return [(recorder.kernel, *launch) for recorder in recorders.values() for launch in recorder.launches]
+
+
+def products(rank: int, tokens: int, wide: torch.dtype, narrow: torch.dtype, slots: int = 2) -> list:
+    """The launches of a LoRA: shrink with A and with B, expand with B and with A, outer."""
+    x, h = torch.empty(slots, tokens, D, dtype=wide), torch.empty(slots, tokens, rank, dtype=narrow)
+    a, b = torch.empty(slots, rank, D, dtype=narrow), torch.empty(slots, D, rank, dtype=narrow)
+    own = torch.arange(slots)
+
+    def call() -> None:
+        for w in (a, b.mT):
+            slot_products.triton_shrink(x, w, torch.empty(slots, rank, dtype=narrow), own)
+        for w in (b, a.mT):
+            slot_products.triton_expand(h, w, x, x, own)
+        slot_products.triton_outer(h, x, own)
+
+    return launches(call, slot_products, "_shrink_kernel", "_expand_kernel", "_outer_kernel")
+
+
+def specialised(kernel: Any, args: tuple, options: dict, arch: int) -> tuple[Any, dict, str]:
+    """The source and options that Triton compiles for a launch, and what tells it from others in its cache."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend, options = make_backend(GPUTarget("cuda", arch, 32)), options | {"debug": False}
+    bound, specialisation, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **options
+    )
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialisation, rest)
+    return ASTSource(kernel, signature, constants, attributes), parsed.__dict__, f"{specialisation} {rest}"
+
+
+#: Of an sm_89; an sm_80 has 163, an sm_90 227.
+SHARED_BYTES = 99 * 1024
+
+
+@COMPILED
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_triton_kernels_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No device is needed to compile, and the interpreter forgives what the compiler does not."""
+def test_triton_kernels_fit_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No device is needed to compile. Neither registers nor shared memory overflow, products are tensor cores' and the
+    loads of wide tensors take 16 bytes. Minutes for all; here every bucket of every kind of types, and what is special
+    for the default types.
+    """
     triton = pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.backends.compiler import GPUTarget
 
-    from autopeft.kernels import slot_products
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    seen: set[tuple[int, str]] = set()
+    cases = [(rank, 1024, *types) for types in ((BF16, FP32), (BF16, BF16), (FP32, FP32)) for rank in (16, 32, 64, 128)]
+    cases += [(33, 1024, BF16, FP32), (16, 128, BF16, FP32), (64, 128, BF16, FP32), (16, 1024, FP32, BF16)]
+    all_launches = [launch for case in cases for launch in products(*case)]
+    for dtype, with_gradient in itertools.product((BF16, FP32), (False, True)):
+        all_launches += softmax_launches(2, 32000, dtype, with_gradient)
+    for arch, (kernel, _, args, options) in itertools.product((80, 90), all_launches):
+        source, parsed, key = specialised(kernel, args, options, arch)
+        if (arch, key) in seen:
+            continue
+        seen.add((arch, key))
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=parsed)
+        binary, what = tmp_path / "kernel.cubin", f"{kernel.__name__} {parsed['num_warps']} {options} sm_{arch}"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True)
+        assert "STACK:0 " in usage.stdout, f"{what} spills registers: {usage.stdout}"
+        assert compiled.metadata.shared <= SHARED_BYTES, what
+        if "PRODUCT" in options:
+            assert "mma" in compiled.asm["ptx"] and "fma.rn.f32" not in compiled.asm["ptx"], what
+            assert re.search(r"cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10|ld\.global\S*\.v4", compiled.asm["ptx"]), what
 
-    blocks = slot_products._blocks(20) | {"INTERPRET": False}
-    for adapter, backbone in itertools.product(("fp32", "bf16"), repeat=2):
-        pointers = {
-            slot_products._shrink_kernel: {"x": backbone, "w": adapter, "factor": adapter, "h": adapter},
-            slot_products._expand_kernel: {"h": adapter, "w": adapter, "base": backbone, "y": backbone},
-            slot_products._outer_kernel: {"h": adapter, "x": backbone, "partial": "fp32"},
-        }
-        for kernel, types in pointers.items():
-            constants = {
-                name: n for name, n in (blocks | {"CHUNK_T": slot_products.CHUNK_T}).items() if name in kernel.arg_names
-            }
-            signature = {
-                name: "constexpr" if name in constants else f"*{types[name]}" if name in types else "i32"
-                for name in kernel.arg_names
-            } | {"slots": "*i64"}
-            source = triton.compiler.ASTSource(kernel, signature, constants)
-            triton.compile(source, target=GPUTarget("cuda", 90, 32))
+
+def softmax_launches(rows: int, vocabulary: int, dtype: torch.dtype, with_gradient: bool, first: int = 0) -> list:
+    """Of the softmax of linear cross-entropy, for rows of a larger chunk, from the given one."""
+    logits, targets = torch.empty(rows, vocabulary, dtype=dtype), torch.empty(rows + first, dtype=torch.long)[first:]
+    losses, correct = torch.empty(2, rows + first)[:, first:]
+    return launches(
+        lambda: cross_entropy_module._softmax_triton(logits, targets, losses, correct, with_gradient),
+        cross_entropy_module,
+        "_softmax_kernel",
+    )
+
+
+@COMPILED
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("types", [(BF16, FP32), (BF16, BF16)])
+def test_sizes_of_a_minibatch_or_a_pack_compile_nothing_new(types: tuple[torch.dtype, torch.dtype]) -> None:
+    """Of one kernel, bucket and type: one variant for ranks that are multiples of 8, so that 16 bytes of them can be
+    loaded, and one for others; shrink with A, which is dense along features, has one for all."""
+    pytest.importorskip("triton")
+    variants: dict[tuple, set[str]] = {}
+    for rank in [*range(1, 34), 40, 63, 64, 65, 100, 127, 128, 200, 256]:
+        for tokens, slots in ((1, 1), (7, 3), (16, 2), (128, 1)):
+            found = products(rank, tokens, *types, slots)
+            assert len(found) == 5
+            for number, (kernel, _, args, options) in enumerate(found):
+                aligned = number > 0 and rank % 8 == 0
+                key = specialised(kernel, args, options, 90)[2]
+                variants.setdefault((number, slot_products.bucket(rank), aligned), set()).add(key)
+    assert len(variants) == 4 + 4 * 2 * 4
+    assert {len(keys) for keys in variants.values()} == {1}
+
+
+@COMPILED
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_rows_of_a_chunk_compile_nothing_new() -> None:
+    pytest.importorskip("triton")
+    keys = set()
+    for rows, first in ((1, 0), (7, 1), (16, 3), (512, 16)):
+        ((kernel, _, args, options),) = softmax_launches(rows, 1024, BF16, True, first)
+        keys.add(specialised(kernel, args, options, 90)[2])
+    assert len(keys) == 1
+
+
+def test_tiles_do_not_depend_on_the_pack() -> None:
+    """The order in which a slot's tokens are summed is its own, whatever its neighbours are."""
+    pytest.importorskip("triton")
+    for tokens in (0, 1, 300, 5000):
+        alone, packed = (products(20, tokens, BF16, FP32, slots) for slots in (1, 8))
+        for (_, grid, args, options), (_, other_grid, other_args, other_options) in zip(alone, packed, strict=True):
+            assert grid[:2] == other_grid[:2] and options == other_options
+            assert (grid[2], other_grid[2]) == (1, 8)
+            assert args[-1] == other_args[-1]  # the chunk, of outer
+
+
+@pytest.mark.parametrize("features", [1, 896, 4096, 14336])
+def test_chunks_of_tokens_are_whole_tiles(features: int) -> None:
+    tiles = slot_products.outer_tiles(16, BF16, FP32, torch.device("cpu"))
+    for tokens in (0, 1, 33, 1000, 4096, 10**6):
+        chunk = slot_products.outer_chunk(tokens, features, tiles)
+        chunks = -(-tokens // chunk)
+        assert chunk >= tiles.tokens and chunk % tiles.tokens == 0
+        assert chunks <= slot_products.PROGRAMS
+        assert chunks <= 1 or chunk >= slot_products.LEAST_CHUNK
+
+
+def test_how_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    kinds = {(BF16, FP32): "pieces", (FP16, FP32): "tf32x3", (FP32, FP32): "tf32x3", (BF16, BF16): "mma"}
+    for types, kind in kinds.items():
+        assert slot_products.product_of(*types, cpu) == kind
+        for capability in ((8, 0), (8, 9), (9, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, own=capability: own)
+            assert slot_products.product_of(*types, gpu) == kind
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        older = "mma" if kind == "mma" else "ieee"
+        assert slot_products.product_of(*types, gpu) == older
+        assert slot_products.shrink_tiles(1024, 64, *types, gpu).product == older
+    assert [slot_products.bucket(rank) for rank in (1, 16, 17, 33, 64, 65, 128, 500)] == [16, 16, 32, 64, 64] + 3 * [
+        128
+    ]
+
+
+def test_candidates_are_few_and_start_with_the_rule() -> None:
+    for rank, types in itertools.product((1, 32, 64, 128), ((BF16, FP32), (BF16, BF16), (FP32, FP32))):
+        tiles = slot_products.shrink_tiles(1024, rank, *types, torch.device("cpu"))
+        candidates = slot_products.candidate_tiles(tiles)
+        assert candidates[0] == tiles and 3 <= len(set(candidates)) == len(candidates) <= 6
+        assert all(min(own.tokens, own.features, own.ranks) >= 16 and own.stages >= 1 for own in candidates)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(slot_products, "INTERPRET", True)
+    x = torch.zeros(1)
+    assert slot_products.by_triton(x, None) and not slot_products.by_triton(x, x.double())
+    with pytest.raises(RuntimeError, match="restored"), slot_products.without_triton():
+        assert not slot_products.by_triton(x)
+        raise RuntimeError("restored")
+    assert slot_products.by_triton(x)
+
+
+# Counts.
+
+
+def test_bytes_by_hand() -> None:
+    """2 slots, 3 tokens, 5 features, rank 7; bfloat16 beside float32."""
+    sizes = (2, 3, 5, 7, BF16, FP32)
+    flops = 2 * 2 * 3 * 5 * 7
+    x, w, h = 2 * 15 * 2, 2 * 35 * 4, 2 * 21 * 4
+    assert slot_products.shrink_count(*sizes) == slot_products.Count(flops, x + w + h + 2 * 7 * 4)
+    assert slot_products.shrink_count(*sizes, factor=False).nbytes == x + w + h
+    assert slot_products.expand_count(*sizes) == slot_products.Count(flops, h + w + 2 * x)
+    assert slot_products.expand_count(*sizes, base=False).nbytes == h + w + x
+    assert slot_products.outer_count(*sizes) == slot_products.Count(flops, h + x + w)
+    assert slot_products.outer_count(*sizes, chunks=2).nbytes == h + x + w + 2 * 2 * w
+    assert slot_products.matmul_count(6, 5, 4, BF16) == slot_products.Count(240, 2 * (30 + 20 + 24))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_counts_are_what_runs(linear: bool, needs_x: bool) -> None:
+    """PyTorch's products, one by one, as its own counter sees them: all but those in place (of equal types)."""
+    wide, narrow = Draw(dtype=FP32), Draw()
+    x, a, b = wide.constant(3 if linear else 2, 5, 7), narrow.constant(2, 4, 7), narrow.constant(2, 9, 4)
+    weight, slots = (wide.constant(9, 7), torch.tensor([2, 0])) if linear else (None, None)
+    gy, h, factor = wide.constant(len(x), 5, 9), narrow.constant(2, 5, 4), narrow.constant(2, 4)
+    shapes = (x.shape, a.shape, b.shape, linear)
+    with FlopCounterMode(display=False) as counter:
+        lora_module._packed_lora._init_fn(x, weight, None, a, b, factor, slots)
+    assert lora_module.packed_lora_count(*shapes).flops == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        lora_module._packed_lora_backward._init_fn(gy, x, weight, a, b, factor, slots, h, needs_x)
+    assert lora_module.packed_lora_backward_count(*shapes, needs_x).flops == counter.get_total_flops()
+
+
+def test_bytes_of_a_lora_by_hand() -> None:
+    """The default types; 3 slots of 5 tokens, 2 of them served, 7 to 9 features, rank 4."""
+    shapes = ((3, 5, 7), (2, 4, 7), (2, 9, 4))
+    x, y, weight, a, b, h = 2 * 105, 2 * 135, 2 * 63, 4 * 56, 4 * 72, 4 * 40
+    of_x, of_y, factor = x * 2 // 3, y * 2 // 3, 4 * 8
+    forward = (x + weight + y) + (of_x + a + factor + h) + (h + b + 2 * of_y)
+    assert lora_module.packed_lora_count(*shapes, linear=True).nbytes == forward
+    backward = (of_y + b + factor + h) + (h + of_x + a) + (h + of_y + b)
+    assert lora_module.packed_lora_backward_count(*shapes, linear=True, needs_x=False).nbytes == backward
+    below = (y + weight + x) + (h + a + 2 * of_x)
+    assert lora_module.packed_lora_backward_count(*shapes, linear=True).nbytes == backward + below

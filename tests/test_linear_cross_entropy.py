@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autopeft.kernels import linear_cross_entropy as module
+from autopeft.kernels import slot_products
 from autopeft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 torch.set_num_threads(1)
@@ -177,3 +178,22 @@ def test_chunks_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for vocabulary in (1000, 2**15, 2**18):
         linear_cross_entropy(torch.zeros(2, 1), torch.zeros(vocabulary, 1), torch.zeros(2, dtype=torch.long))
     assert seen == [16777, 512, 256]
+
+
+def test_chunks_on_a_gpu() -> None:
+    gpu = torch.device("cuda")
+    sizes = {vocabulary: module.chunk_rows(vocabulary, gpu) for vocabulary in (32000, 50257, 128256, 131072, 152064)}
+    assert sizes == {32000: 2048, 50257: 1280, 128256: 512, 131072: 512, 152064: 384}
+    assert module.chunk_rows(2**20, gpu) == 256
+
+
+def test_counts_by_hand() -> None:
+    """5 tokens in chunks of 3 and 2, 7 features, 11 words in bfloat16."""
+    half = torch.bfloat16
+    assert module.softmax_count(3, 11, half) == slot_products.Count(9 * 33, 3 * 2 * 33)
+    assert module.softmax_count(3, 11, half, with_gradient=False) == slot_products.Count(5 * 33, 2 * 33)
+    softmax = module.softmax_count(5, 11, half)
+    product = slot_products.Count(2 * 5 * 7 * 11, 2 * (5 * 7 + 2 * 7 * 11 + 5 * 11))
+    assert module.linear_cross_entropy_count(5, 7, 11, half, 3) == product + product + softmax
+    softmax = module.softmax_count(5, 11, half, with_gradient=False)
+    assert module.linear_cross_entropy_count(5, 7, 11, half, 3, with_gradient=False) == product + softmax

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from autopeft.kernels.mixture_lora import (
     mixture_lora_reference,
 )
 from autopeft.kernels.packed_lora import packed_lora
+from autopeft.kernels.slot_products import without_triton
 
 from .test_kernels import Draw, assert_same, root_mean_square_ratio
 
@@ -27,10 +29,10 @@ Op = Callable[..., Tensor]
 
 
 def way(routed: bool, function: Op = mixture_lora) -> Op:
-    """A function by one of its two ways, whatever the sizes."""
+    """A function by one of its two ways, whatever the sizes. The routed way is PyTorch's alone."""
 
     def op(*args: Tensor | None) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, without_triton() if routed else nullcontext():
             patch.setattr(module, "is_routed", lambda *_: routed)
             return function(*args)
 
@@ -259,6 +261,6 @@ def test_the_way_is_chosen_by_size() -> None:
     draw = Draw(dtype=torch.float)
     x, a, b, scale = draw(1, 800, 384), draw(1, 64, 8, 384), draw(1, 64, 384, 8), draw.scale(1)
     for active, computed in ((2, 2), (None, 64)):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, without_triton():
             mixture_lora(x, a, b, choices(draw, 1, 800, 64, 2), scale, None, active)
         assert counter.get_total_flops() == 2 * 800 * computed * 8 * 2 * 384

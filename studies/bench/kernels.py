@@ -10,7 +10,6 @@ and our own operators without Triton. A Triton kernel that is not 1.2 times as f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -256,23 +255,12 @@ def _over_pytorch(case: KernelCase, device: torch.device) -> Spread | None:
         return None
 
     def without_triton() -> float:
-        with _triton_off():
+        with slot_products.without_triton():  # the backward pass within
             return _seconds(case.kernel, case, device)
 
     ways = without_triton, partial(_seconds, case.batched, case, device)
     found = [interleaved(way, partial(_seconds, case.kernel, case, device)) for way in ways]
     return min(found, key=lambda spread: spread.median)
-
-
-@contextmanager
-def _triton_off() -> Iterator[None]:
-    """PyTorch's implementation for CUDA tensors too. The backward pass has to be within."""
-    triton, slot_products.triton = slot_products.triton, None
-    softmax, cross_entropy._softmax_triton = cross_entropy._softmax_triton, cross_entropy._softmax
-    try:
-        yield
-    finally:
-        slot_products.triton, cross_entropy._softmax_triton = triton, softmax
 
 
 def _seconds(run: Pass, case: KernelCase, device: torch.device) -> float:

@@ -15,16 +15,43 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 from torch import Tensor
 
-from autopeft.kernels.linear_cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_triton
+from autopeft.kernels import linear_cross_entropy as module
+from autopeft.kernels import slot_products
+from autopeft.kernels.linear_cross_entropy import linear_cross_entropy_reference
 
 from ..test_linear_cross_entropy import draw, given_logits, poisoned  # noqa: F401
 
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several turns of a loop at vocabularies that the interpreter is quick with."""
+    monkeypatch.setattr(module, "softmax_block", lambda vocabulary: min(1024, 1 << (vocabulary - 1).bit_length()))
+
+
 @torch.no_grad()
 def launch(inputs: dict, chunk: int = 5, with_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    return linear_cross_entropy_triton(**inputs, chunk=chunk, with_gradient=with_gradient)
+    return module._op(**inputs, chunk=chunk, with_gradient=with_gradient)
+
+
+def test_triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but float64, and not where it is switched off."""
+    calls, own = [], module._softmax_triton
+    monkeypatch.setattr(module, "_softmax_triton", lambda *args: calls.append(1) or own(*args))
+    inputs = draw(3, 4, 9)
+    module.linear_cross_entropy(**inputs, chunk=2)
+    assert len(calls) == 2
+    with slot_products.without_triton():
+        module.linear_cross_entropy(**inputs)
+    module.linear_cross_entropy(**draw(3, 4, 9, dtype=torch.float64))
+    assert len(calls) == 2
+
+
+def test_the_block_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert [module.softmax_block(vocabulary) for vocabulary in (1, 37, 2345, 151936)] == [16, 64, 4096, 4096]
+    assert_same(draw(2, 3, 4097))
 
 
 def reference(inputs: dict) -> tuple[Tensor, Tensor, Tensor]:

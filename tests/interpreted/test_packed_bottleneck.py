@@ -14,7 +14,7 @@ import torch
 from autopeft.kernels.packed_bottleneck import ACTIVATIONS, packed_bottleneck, packed_bottleneck_reference
 
 from ..test_kernels import Draw, mask_of
-from .test_packed_lora import RANKS, TOLERANCE, TYPES, T, assert_close, by_triton, strided  # noqa: F401
+from .test_packed_lora import RANKS, TOLERANCE, TYPES, T, assert_close, poisoned, strided  # noqa: F401
 
 D_Z, D = 35, 67
 

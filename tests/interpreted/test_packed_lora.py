@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,32 +22,38 @@ from autopeft.kernels.packed_lora import (
     packed_lora_linear_reference,
     packed_lora_reference,
 )
+from autopeft.kernels.slot_products import Tiles
 
 from ..test_kernels import Draw, mask_of, root_mean_square_ratio
 
 torch.set_num_threads(1)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 #: Types of the backbone and of the adapter.
 TYPES = pytest.mark.parametrize(
     ("wide_type", "narrow_type"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
-    ids=["fp32", "mixed", "bf16"],
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+    ids=["fp32", "mixed", "bf16", "mixed fp16", "fp16"],
 )
-# Over and under the blocks of 32 tokens, 64 features, 32 ranks; ranks that differ by slot; rank 1.
-RANKS = pytest.mark.parametrize("ranks", [(1,), (1, 5, 3), (3, 33)])
+# Over and under the blocks of tokens, of 64 features and of 16 to 128 ranks; ranks that differ by slot; rank 1.
+RANKS = pytest.mark.parametrize("ranks", [(1,), (1, 5, 3), (3, 33), (64, 8), (65,)])
 T, D_IN, D_OUT = 37, 67, 35
 
 
 @pytest.fixture(autouse=True)
-def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every op through Triton, on the CPU; what a kernel does not write is NaN; sums over tokens in two chunks."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is NaN; sums over tokens are of several chunks."""
 
-    def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
-    monkeypatch.setattr(slot_products, "by_triton", lambda *tensors: True)
-    monkeypatch.setattr(slot_products, "_empty", poisoned)
-    monkeypatch.setattr(slot_products, "CHUNK_T", slot_products.BLOCK_T)
+    monkeypatch.setattr(slot_products, "_empty", empty)
+    monkeypatch.setattr(slot_products, "outer_chunk", lambda tokens, features, tiles: tiles.tokens)
 
 
 def assert_close(
@@ -95,24 +102,121 @@ def test_lora_linear(ranks: tuple[int, ...], wide_type: torch.dtype, narrow_type
     assert_close(*functions, [x, a, b], *args, slots, tolerance=TOLERANCE[wide_type])
 
 
-@TYPES
-def test_products(wide_type: torch.dtype, narrow_type: torch.dtype) -> None:
-    wide, narrow, slots, r = Draw(0, wide_type), Draw(1, narrow_type), torch.tensor([2, 0]), 33
-    x, w = strided(wide(3, T, D_IN)).detach(), strided(narrow(2, r, D_IN)).detach()
-    h, factor = narrow.constant(2, T, r), narrow.constant(2, r)
+def check_products(
+    tokens: int,
+    rank: int,
+    types: tuple[torch.dtype, torch.dtype],
+    tiles: Callable[[Tiles], Tiles] = lambda tiles: tiles,
+) -> None:
+    """Each product with what `tiles` makes of its rule's, against PyTorch in float32; nothing is dense in memory."""
+    wide, narrow, slots, device = Draw(0, types[0]), Draw(1, types[1]), torch.tensor([2, 0]), torch.device("cpu")
+    x, w = strided(wide(3, tokens, D_IN)).detach(), strided(narrow(2, rank, D_IN)).detach()
+    h, factor = narrow.constant(2, tokens, rank), narrow.constant(2, rank)
     chosen, narrow_w, narrow_h = x[slots].float(), w.float(), h.float()
-    y = strided(wide(3, T, D_IN)).detach()
+    y = strided(wide(3, tokens, D_IN)).detach()
     expected = y.float().index_add(0, slots, narrow_h @ narrow_w)
+    for_shrink = tiles(slot_products.shrink_tiles(tokens, rank, *types, device))
+    for_outer, for_expand = (
+        tiles(slot_products.outer_tiles(rank, *types, device)),
+        tiles(slot_products.expand_tiles(rank, types[1], device)),
+    )
+    down = (chosen @ narrow_w.mT) * factor.float()[:, None, :]
+    dense = w.mT.contiguous().mT
     pairs = [
-        (slot_products.triton_shrink(x, w, factor, slots), (chosen @ narrow_w.mT) * factor.float()[:, None, :]),
-        (slot_products.triton_outer(h, x, slots), narrow_h.mT @ chosen),
-        (slot_products.triton_expand(h, w.mT, y, y, slots), expected),
+        *((slot_products.triton_shrink(x, own, factor, slots, for_shrink), down) for own in (w, w.contiguous(), dense)),
+        (slot_products.triton_outer(h, x, slots, for_outer), narrow_h.mT @ chosen),
+        (slot_products.triton_expand(h, dense.mT, y, y.clone(), slots, for_expand)[slots], expected[slots]),
+        (slot_products.triton_expand(h, w.mT, y, y, slots, for_expand), expected),
     ]
     for ours, theirs in pairs:
-        assert root_mean_square_ratio(ours, theirs) <= TOLERANCE[wide_type]
+        assert root_mean_square_ratio(ours, theirs) <= TOLERANCE[types[0]]
+
+
+# Each bucket at its edges, aligned and not, and two tiles of ranks.
+@TYPES
+@pytest.mark.parametrize("rank", [1, 16, 17, 32, 33, 64, 65, 128, 130])
+def test_products(rank: int, wide_type: torch.dtype, narrow_type: torch.dtype) -> None:
+    check_products(T, rank, (wide_type, narrow_type))
+
+
+@TYPES
+def test_many_tokens(wide_type: torch.dtype, narrow_type: torch.dtype) -> None:
+    check_products(slot_products.FEW + 3, 40, (wide_type, narrow_type))
+
+
+@TYPES
+@pytest.mark.parametrize("number", range(6))
+def test_other_tiles(number: int, wide_type: torch.dtype, narrow_type: torch.dtype) -> None:
+    def other(tiles: Tiles) -> Tiles:
+        candidates = slot_products.candidate_tiles(tiles)
+        return candidates[number % len(candidates)]
+
+    check_products(70, 20, (wide_type, narrow_type), other)
+
+
+def test_products_one_by_one() -> None:
+    check_products(T, 20, (torch.bfloat16, torch.float32), lambda tiles: slot_products.Tiles(32, 64, 16, 4, 2, "ieee"))
+
+
+def test_a_split_number_is_exact() -> None:
+    """bfloat16 x float32 in pieces: products of single terms have all bits; the largest and smallest, too."""
+    x = torch.zeros(1, 1, 3, dtype=torch.bfloat16)
+    x[..., 1] = 1.0
+    w = torch.zeros(1, 9, 3)
+    w[0, :, 1] = torch.tensor([1 + 2**-23, -1 / 3, 3.3e38, 1e-30, 2**24 - 1, 0.1, 7e-20, -(2**-126), 5.0])
+    assert torch.equal(slot_products.triton_shrink(x, w, None, None)[0, 0], w[0, :, 1])
+    h = torch.zeros(1, 3, 9)
+    h[0, 1] = w[0, :, 1]
+    assert torch.equal(slot_products.triton_outer(h, x.mT, None)[0, :, 0], w[0, :, 1])
+
+
+def test_nothing_to_do() -> None:
+    """No tokens, no slots: the sum over no tokens is 0."""
+    draw = Draw(0, torch.float32)
+    for slots, tokens in ((2, 0), (0, 5)):
+        x, w, h = draw.constant(slots, tokens, 7), draw.constant(slots, 3, 7), draw.constant(slots, tokens, 3)
+        assert slot_products.triton_shrink(x, w, None, None).shape == h.shape
+        assert slot_products.triton_expand(h, w.mT, None, x).shape == x.shape
+        assert torch.equal(slot_products.triton_outer(h, x, None), torch.zeros(slots, 3, 7))
+
+
+def test_triton_runs_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but float64, and not where it is switched off."""
+    calls = []
+    for name in ("shrink", "expand", "outer"):
+        own = getattr(slot_products, f"triton_{name}")
+        monkeypatch.setattr(
+            slot_products, f"triton_{name}", lambda *args, name=name, own=own: calls.append(name) or own(*args)
+        )
+    for dtype in (torch.float32, torch.float64):
+        draw = Draw(0, dtype)
+        x, a, b, scale = draw(2, 5, 7), draw(2, 3, 7), draw(2, 9, 3), draw.scale(2)
+        with slot_products.without_triton() if dtype == torch.float32 else contextlib.nullcontext():
+            packed_lora(x, a, b, scale).sum().backward()
+        assert not calls
+    packed_lora(x.float(), a.float(), b.float(), scale.float()).sum().backward()
+    assert sorted(calls) == ["expand", "expand", "outer", "outer", "shrink", "shrink"]
+
+
+def test_a_base_in_float64_stays_exact() -> None:
+    draw = Draw(0, torch.float32)
+    h, w, base = draw.constant(1, 2, 3), draw.constant(1, 4, 3), torch.full((1, 2, 4), 1e12, dtype=torch.float64)
+    torch.testing.assert_close(slot_products.expand_(base.clone(), h, w) - base, (h @ w.mT).double(), rtol=0, atol=1e-3)
 
 
 def test_sums_do_not_depend_on_the_run() -> None:
     draw = Draw(0, torch.float32)
-    h, x = draw.constant(2, 3 * slot_products.CHUNK_T + 5, 3), draw.constant(2, 3 * slot_products.CHUNK_T + 5, 17)
+    h, x = draw.constant(2, 150, 3), draw.constant(2, 150, 17)
     assert torch.equal(slot_products.triton_outer(h, x, None), slot_products.triton_outer(h, x, None))
+
+
+def test_a_slot_alone_is_the_slot_in_a_pack() -> None:
+    draw = Draw(0, torch.float32)
+    x, w, h = draw.constant(3, T, D_IN), draw.constant(3, 20, D_IN), draw.constant(3, T, 20)
+
+    def results(x: Tensor, w: Tensor, h: Tensor) -> list[Tensor]:
+        expanded = slot_products.triton_expand(h, w.mT, x, torch.empty_like(x))
+        return [slot_products.triton_shrink(x, w, None, None), expanded, slot_products.triton_outer(h, x, None)]
+
+    for alone, packed in zip(results(x[1:2], w[1:2], h[1:2]), results(x, w, h), strict=True):
+        assert torch.equal(alone[0], packed[1])
