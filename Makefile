@@ -13,7 +13,15 @@ STAMP := $(VENV)/.installed
 LINK := .typecheck/autopeft
 LINT_IMPORTS := PYTHONPATH=.typecheck $(BIN)/lint-imports --no-logo
 
-.PHONY: help install demo test slow-test lint browser-test clean
+# The GPU kit runs in .venv if there is one, else where PYTHON has torch: a GPU machine may have no package index.
+GPU_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+DEVICE ?= cuda
+MINUTES ?= 8
+OUTPUT ?= runs/gpu
+# More words for the kit, such as --only kernel-parity,kernel-speed.
+GPU_ARGS ?=
+
+.PHONY: help install demo test slow-test lint browser-test gpu clean
 
 help:
 	@echo "make demo          a complete search, offline, on the CPU"
@@ -21,6 +29,7 @@ help:
 	@echo "make lint          ruff, mypy and the import rules"
 	@echo "make slow-test     the tests that take minutes or start servers"
 	@echo "make browser-test  the tests that need a web browser (Chromium)"
+	@echo "make gpu           test and measure everything on a GPU in eight minutes (DEVICE=cpu: a dry run)"
 	@echo "make install       only fill .venv (PYTHON=python3.12 picks the interpreter)"
 	@echo "make clean         remove .venv and everything built"
 
@@ -65,6 +74,10 @@ slow-test: $(STAMP)
 browser-test: demo
 	@$(BIN)/pytest --quiet -m browser
 
+gpu: $(LINK)
+	@PYTHONPATH=.typecheck $(GPU_PYTHON) -m autopeft.benchmarks.gpu --device $(DEVICE) --minutes $(MINUTES) \
+		--output $(OUTPUT) $(GPU_ARGS)
+
 clean:
 	@rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	@find evaluators kernels search_space searchers studies tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find benchmarks evaluators kernels search_space searchers studies tests -name __pycache__ -type d -prune -exec rm -rf {} +

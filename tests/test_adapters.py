@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.optimizer import PackedAdamW
 from autopeft.search_space.adapters import (
     ADAPTERS,
     AdapterSpec,
@@ -24,10 +25,12 @@ from autopeft.search_space.adapters import (
     Prefix,
     Ssf,
 )
+from autopeft.search_space.adapters import bank as bank_module
 from autopeft.search_space.adapters import dora as dora_module
-from autopeft.search_space.adapters.bank import Bank, Call
+from autopeft.search_space.adapters.bank import Bank, Call, stream
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.training import Training
 
 from .conformance import FAMILIES, ROWS, Peft, Row, tiny, tokens
 
@@ -520,3 +523,24 @@ def test_slots_of_one_bank_agree_in_structure() -> None:
         Bank(site, [Lora(), Dora()], base, [1, 2])
     with pytest.raises(ValueError, match="shape"):
         Bank(site, [Lora(rank=2)], base, [1]).load_slot(0, Bank(site, [Lora(rank=3)], base, [1]).of_slot(0))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama-causal"])  # GPT-2 asks a mask for its values
+@kinds(BANKED)
+def test_a_step_of_a_pack_stays_on_the_devices_of_its_backbone(
+    row: Row, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On torch's meta device, which computes shapes alone: a tensor that is made on the CPU meets one of another
+    device and raises, as it would on a GPU."""
+    monkeypatch.setattr(bank_module, "stream", lambda *words, device="cpu": stream(*words))  # meta has no generators
+    model, backbone = tiny(family)
+    model.to("meta")
+    architectures = [placed(row, spec, backbone) for spec in row.specs]
+    seeds = list(range(len(architectures)))
+    with Attachment(model, backbone, architectures, seeds, draw=False) as attachment:
+        optimizer = PackedAdamW(attachment, [Training(learning_rate=0.1)] * len(seeds))
+        logits = model(tokens(len(seeds)).to("meta")).logits
+        losses = logits.float().view(len(seeds), -1).mean(1)
+        attachment.routers.penalised(losses).sum().backward()
+        optimizer.step(1, torch.zeros(len(seeds), device="meta"))
+    assert losses.device.type == "meta"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PORTIONS = ("evaluators", "kernels", "search_space", "searchers", "studies")
+PORTIONS = ("benchmarks", "evaluators", "kernels", "search_space", "searchers", "studies")
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DATA_SUFFIXES = {pattern.removeprefix("*") for pattern in CONFIG["tool"]["setuptools"]["package-data"]["*"]}
 

@@ -1,0 +1,73 @@
+"""Times of operations on a device, without what the host takes to ask for them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from autopeft.evaluators.timing import now
+
+#: Calls in a graph: enough that the time between two replays does not count.
+MOST_CALLS = 20
+#: What a graph is to take, and all of its replays.
+GRAPH_S, ALL_S = 4e-3, 0.25
+MIN_REPLAYS, MAX_REPLAYS = 5, 25
+
+
+def device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Seconds of one call, the median over replays of a CUDA graph of some of them.
+
+    `calls` do the same to inputs of their own, in turns: over one set of inputs that fits in the cache, the cache would
+    be measured. Nothing in them may wait for the device. Without CUDA: by the host's clock.
+    """
+    for call in calls:
+        call()  # compiles, and loads libraries
+    alone = [_host_seconds(call, device) for call in calls]
+    if device.type != "cuda":
+        return statistics.median(alone)
+    about = min(alone)
+    number = max(len(calls), min(MOST_CALLS, round(GRAPH_S / about)))
+    replay = capture(lambda: [calls[index % len(calls)]() for index in range(number)], device)
+    taken = []
+    for _ in range(2 + max(MIN_REPLAYS, min(MAX_REPLAYS, round(ALL_S / (number * about))))):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize(device)
+        taken.append(1e-3 * begin.elapsed_time(end) / number)
+    return statistics.median(taken[2:])
+
+
+def capture(work: Callable[[], object], device: torch.device, warm_ups: int = 1) -> Callable[[], None]:
+    """A CUDA graph of `work`, as the function that replays it. What `work` allocates stays with the graph.
+
+    It runs `warm_ups` times before, on a stream of its own as a capture wants it. Raises RuntimeError where `work`
+    waits for the device.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(warm_ups):
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def host_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of one call as a user has them, the median: what the host takes to ask for it is in it."""
+    for _ in range(2):
+        call()
+    return statistics.median(_host_seconds(call, device) for _ in range(repeats))
+
+
+def _host_seconds(call: Callable[[], object], device: torch.device) -> float:
+    begin = now(device)
+    call()
+    return now(device) - begin

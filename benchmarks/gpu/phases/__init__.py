@@ -1,0 +1,32 @@
+"""The phases by name, in the order of their worth. To add one: a module here with `measure`, and a line below."""
+
+from __future__ import annotations
+
+from autopeft.benchmarks.gpu.phase import Phase
+
+_HERE = __name__
+
+PHASES: dict[str, Phase] = {
+    phase.name: phase
+    for phase in (
+        Phase(
+            "environment", f"{_HERE}.environment", 30, "the card, the versions, the two ceilings: bytes and operations"
+        ),
+        Phase(
+            "kernel-parity",
+            f"{_HERE}.kernel_parity",
+            90,
+            "every kernel against its reference, with gradients",
+            interpreted=True,
+        ),
+        Phase("pack-parity", f"{_HERE}.pack_parity", 90, "candidates in a pack against the same ones alone"),
+        Phase(
+            "kernel-speed", f"{_HERE}.kernel_speed", 110, "every kernel against PyTorch's best way", interpreted=True
+        ),
+        Phase("step-overhead", f"{_HERE}.step_overhead", 75, "rho: a packed step over the bare backbone's"),
+        Phase("equal-work", f"{_HERE}.equal_work", 75, "a pack of eight against a loop over peft and Trainer"),
+        Phase("graphs", f"{_HERE}.graphs", 60, "the packed step as a CUDA graph and compiled"),
+        Phase("memory", f"{_HERE}.memory", 40, "what a pack is forecast to hold against what it holds"),
+        Phase("demo", f"{_HERE}.demo", 240, "the demo as a whole study"),
+    )
+}

@@ -1,0 +1,235 @@
+"""(d) Every kernel at real shapes: against PyTorch's best way, against what its bytes and operations allow, and the
+tiles that the rule chose against their neighbours.
+
+Device times are those of CUDA graphs over several sets of inputs; the host's times of the same calls stand beside them,
+because a step of small minibatches waits for the host.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopeft.benchmarks.gpu.clock import device_seconds, host_seconds
+from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.evaluators.timing import interleaved, now
+from autopeft.kernels import linear_cross_entropy as cross_entropy
+from autopeft.kernels import slot_products
+from autopeft.kernels.slot_products import Count, Tiles
+from autopeft.studies.bench.kernels import KernelCase, kernel_cases
+
+#: Types of the backbone and of the adapters: the default first.
+TYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "bf16 + fp32": (torch.bfloat16, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+}
+#: Tokens per slot, features, rank, vocabulary: of the models with 0.5B, 3B and 8B parameters, few tokens and many.
+OPERATORS = ((1024, 2048, 16, 151936), (128, 896, 16, 151936), (1024, 4096, 16, 128256), (1024, 4096, 64, 128256))
+#: Tokens per slot, features, rank of the products alone.
+PRODUCTS = ((1024, 4096, 16), (128, 896, 16), (1024, 2048, 64), (2048, 14336, 16), (1024, 4096, 128))
+#: Tokens, features, vocabulary.
+HEADS = ((8192, 2048, 151936), (1024, 896, 151936))
+TOY_OPERATORS, TOY_PRODUCTS, TOY_HEADS = ((4, 16, 2, 64),), ((4, 16, 2),), ((8, 16, 64),)
+SLOTS = 8
+#: Sets of inputs, so that none is still in the cache when its turn comes.
+SETS = 3
+REPEATS = 7
+#: A Triton kernel that is not so many times as fast as PyTorch goes.
+WANTED = 1.2
+
+
+def measure(run: Run) -> Iterator[Row]:
+    device = torch.device(run.device)
+    operators = TOY_OPERATORS if run.toy else OPERATORS
+    products, heads = (TOY_PRODUCTS, TOY_HEADS) if run.toy else (PRODUCTS, HEADS)
+    # By worth: the default types at every shape, then the products, then the other types.
+    default, *others = TYPES
+    yield from _operators(run, device, default, operators)
+    for size in products:
+        yield from _products(run, device, default, _narrow_products(device, default, *size))
+    for size in heads:
+        yield from _products(run, device, default, _heads(device, default, *size))
+    for types in () if run.toy else others:
+        yield from _operators(run, device, types, operators[:1])
+        yield from _products(run, device, types, _narrow_products(device, types, *products[0]))
+
+
+def _operators(
+    run: Run, device: torch.device, types: str, shapes: tuple[tuple[int, int, int, int], ...]
+) -> Iterator[Row]:
+    for shape in shapes:
+        seen: set[Callable[[], Tensor]] = set()  # the mixture is there twice, against two references
+        for case in kernel_cases(device, shape, *TYPES[types]):
+            if case.kernel in seen:
+                continue
+            seen.add(case.kernel)
+            what = f"{case.name}, {types}, {case.shape}"
+            if not run.has_time(what, 8.0):
+                continue
+            row: Row = {"what": "operator", "kernel": case.name, "types": types, "shape": case.shape, "wanted": WANTED}
+            try:
+                yield row | _operator(case, device, 2 if run.toy else REPEATS)
+            except Exception as error:  # too large for this card, say: the others go on
+                yield row | {"error": f"{type(error).__name__}: {error}"[:1000]}
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        gc.collect()
+
+
+def _operator(case: KernelCase, device: torch.device, repeats: int) -> Row:
+    """Forward and backward pass by Triton, by PyTorch's batched products, and by our operator without Triton."""
+
+    def without_triton() -> Any:
+        with slot_products.without_triton():
+            return case.gradients(case.kernel)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "kernel": partial(case.gradients, case.kernel),
+        "batched": partial(case.gradients, case.batched),
+        "without_triton": without_triton,
+    }
+
+    def host(way: Callable[[], Any]) -> Callable[[], float]:
+        def seconds() -> float:
+            begin = now(device)
+            way()
+            return now(device) - begin
+
+        return seconds
+
+    found: Row = {f"{name}_s": host_seconds(way, device, repeats) for name, way in ways.items()}
+    best = min(("batched", "without_triton"), key=lambda name: found[f"{name}_s"])
+    over = interleaved(host(ways[best]), host(ways["kernel"]), repeats=repeats)
+    found |= {
+        "pytorchs_best": best,
+        "over_pytorch": over.median,
+        "over_pytorch_low": over.low,
+        "over_pytorch_high": over.high,
+    }
+    for name, way in ways.items():
+        try:
+            found[f"{name}_device_s"] = device_seconds([way], device)
+        except Exception as error:  # what waits for the device in its course cannot be captured
+            found[f"{name}_device_note"] = f"{type(error).__name__}: {error}"[:200]
+    known = [found[f"{name}_device_s"] for name in ("batched", "without_triton") if f"{name}_device_s" in found]
+    if known and "kernel_device_s" in found:
+        found["device_over_pytorch"] = min(known) / found["kernel_device_s"]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A kernel alone. `ways`: what it is told to take at a time, the rule's choice first, each with calls over `SETS`
+    sets of inputs. `count`: the least there is to do.
+    """
+
+    name: str
+    shape: str
+    count: Count
+    ways: Mapping[str, Sequence[Callable[[], object]]]
+
+
+def _products(run: Run, device: torch.device, types: str, made: Iterable[Product]) -> Iterator[Row]:
+    for product in made:
+        if not run.has_time(f"{product.name}, {types}, {product.shape}", 6.0):
+            continue
+        row: Row = {"what": "product", "product": product.name, "types": types, "shape": product.shape}
+        row |= asdict(product.count)
+        times: dict[str, float] = {}
+        for way, calls in product.ways.items():
+            try:
+                times[way] = device_seconds(calls, device)
+            except Exception as error:  # tiles that do not fit this card
+                row.setdefault("refused", {})[way] = f"{type(error).__name__}: {error}"[:200]
+        if times:
+            rule, best = next(iter(times)), min(times, key=lambda way: times[way])
+            row |= {"device_s": times[rule], "way": rule, "best_s": times[best], "best_way": best}
+        yield row
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _narrow_products(device: torch.device, types: str, tokens: int, features: int, rank: int) -> Iterator[Product]:
+    """The three products of packed adapters, with the rule's tiles and their neighbours."""
+    wide, narrow = TYPES[types]
+    draw = _draw(device)
+    xs = [draw(wide, SLOTS, tokens, features) for _ in range(SETS)]
+    w, h, up = (
+        draw(narrow, SLOTS, rank, features),
+        draw(narrow, SLOTS, tokens, rank),
+        draw(narrow, SLOTS, features, rank),
+    )
+    factor = draw(narrow, SLOTS, rank)
+    sizes = (SLOTS, tokens, features, rank, wide, narrow)
+    products = (
+        (
+            "shrink",
+            slot_products.shrink_count(*sizes),
+            slot_products.shrink_tiles(tokens, rank, wide, narrow, device),
+            lambda x, tiles: slot_products.triton_shrink(x, w, factor, None, tiles),
+        ),
+        (
+            "expand",
+            slot_products.expand_count(*sizes),
+            slot_products.expand_tiles(rank, narrow, device),
+            lambda x, tiles: slot_products.triton_expand(h, up, x, x, None, tiles),
+        ),
+        (
+            "outer",
+            slot_products.outer_count(*sizes),
+            slot_products.outer_tiles(rank, wide, narrow, device),
+            lambda x, tiles: slot_products.triton_outer(h, x, None, tiles),
+        ),
+    )
+    shape = f"{SLOTS} slots x {tokens} tokens, {features} features, rank {rank}"
+    for name, count, rule, way in products:
+        ways = {_words(tiles): [partial(way, x, tiles) for x in xs] for tiles in slot_products.candidate_tiles(rule)}
+        yield Product(name, shape, count, ways)
+
+
+def _words(tiles: Tiles) -> str:
+    sizes = f"{tiles.tokens} x {tiles.features} x {tiles.ranks}"
+    return f"{sizes}, {tiles.warps} warps, {tiles.stages} stages, {tiles.product}"
+
+
+def _heads(device: torch.device, types: str, tokens: int, features: int, vocabulary: int) -> Iterator[Product]:
+    """The softmax of linear cross-entropy at several blocks, and the whole at several chunks."""
+    dtype, _ = TYPES[types]
+    draw = _draw(device)
+    rows = min(tokens, cross_entropy.chunk_rows(vocabulary, device))
+    targets = torch.arange(tokens, device=device) % vocabulary
+    losses, correct = torch.empty(2, rows, device=device)
+    logits = draw(dtype, rows, vocabulary)
+    yield Product(
+        "softmax of a chunk",
+        f"{rows} tokens, {vocabulary} words",
+        cross_entropy.softmax_count(rows, vocabulary, dtype),
+        {
+            f"block {block or 'by rule'}": [
+                partial(cross_entropy._softmax_triton, logits, targets[:rows], losses, correct, True, block=block)
+            ]
+            for block in (None, 1024, 2048, 8192)
+        },
+    )
+    hidden, weight = draw(dtype, tokens, features).requires_grad_(), draw(dtype, vocabulary, features)
+    yield Product(
+        "linear cross-entropy by chunk",
+        f"{tokens} tokens, {features} features, {vocabulary} words",
+        cross_entropy.linear_cross_entropy_count(tokens, features, vocabulary, dtype, rows),
+        {
+            f"{chunk} tokens": [partial(cross_entropy.linear_cross_entropy, hidden, weight, targets, chunk=chunk)]
+            for chunk in dict.fromkeys((rows, 256, 512, 1024, 2048))
+        },
+    )
+
+
+def _draw(device: torch.device) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda dtype, *shape: torch.randn(shape, generator=generator, device=device).to(dtype)

@@ -1,0 +1,81 @@
+"""(h) What a pack is forecast to hold (`evaluators/memory.py`) against the allocator's high-water mark."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from autopeft.benchmarks.gpu import models
+from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.evaluators.base import Request
+from autopeft.evaluators.measured import step_bytes
+from autopeft.evaluators.memory import FILLED, fitting_slots
+from autopeft.evaluators.packed import PackedEvaluator
+from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Lora
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.backbone import LINEAR_ROLES, Backbone
+
+#: The model's layers, and a minibatch of a slot.
+LAYERS, ROWS, WORDS, STEPS = 8, 4, 512, 2
+SLOTS = (1, 2, 4, 8, 16)
+
+
+def measure(run: Run) -> Iterator[Row]:
+    device = torch.device(run.device)
+    dtype = torch.float32 if run.toy else torch.bfloat16
+    rows, words = (1, 8) if run.toy else (ROWS, WORDS)
+    slots_tried = (1, 3) if run.toy else SLOTS
+    for name in ("0.5B",) if run.toy else ("0.5B", "3B"):
+        shape = models.TOY if run.toy else models.SHAPES[name]
+        loaded = models.loaded(models.decoder(shape, device, dtype, None if run.toy else LAYERS))
+        splits = models.causal_splits(rows * STEPS, words)
+        for kind, architecture in _architectures(loaded.backbone).items():
+            for slots in slots_tried:
+                if not run.has_time(f"{name}, {kind}, {slots} slots", 5.0):
+                    continue
+                evaluator = PackedEvaluator(
+                    loaded, "causal-lm", splits, max_length=words, pack=slots, share_prefix=False
+                )
+                training = {"learning_rate": 1e-3, "batch_size": rows, "epochs": 1}
+                request = Request(candidate=Candidate(architecture=architecture, training=training))
+                yield {
+                    "model": name, "layers": loaded.backbone.num_layers, "adapter": kind, "slots": slots,
+                    "tokens": rows * words, "dtype": str(dtype), **_of_pack(evaluator, request, slots),
+                }  # fmt: skip
+
+
+def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int) -> dict[str, Any]:
+    """Forecast and high-water mark of `slots` such candidates, without what the backbone takes."""
+    device = evaluator.device
+    with evaluator.attach(request) as attachment:
+        forecast = slots * step_bytes(attachment, evaluator.task, evaluator.longest_batch(request.candidate))
+    row: dict[str, Any] = {"forecast_bytes": forecast, "fitting_slots": fitting_slots(evaluator, [request])}
+    gc.collect()
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    outcomes = evaluator.evaluate([request] * slots)
+    failed = [outcome.reason for outcome in outcomes if outcome.measurement is None]
+    if failed:
+        return row | {"passed": False, "error": failed[0]}
+    if device.type != "cuda":
+        return row | {"note": "CUDA's allocator alone tells what was held"}
+    measured = torch.cuda.max_memory_allocated(device) - before
+    # A pack may fill so much of the free memory by its forecast; what it holds has to fit into all of it.
+    return row | {"measured_bytes": measured, "ratio": measured / forecast, "passed": FILLED * measured <= forecast}
+
+
+def _architectures(backbone: Backbone) -> dict[str, Architecture]:
+    def at(spec: AdapterSpec, roles: tuple[str, ...]) -> Architecture:
+        return Architecture.of({site.name: [spec] for site in backbone.sites if site.role in roles})
+
+    return {
+        "lora, query and value": at(Lora(rank=16), ("attn.q", "attn.v")),
+        "lora with dropout, all linears": at(Lora(rank=16, dropout=0.1), LINEAR_ROLES),
+        "bottleneck": at(Bottleneck(size=16), Bottleneck.default_roles),
+    }
