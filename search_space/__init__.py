@@ -2,8 +2,8 @@
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.backbone import Backbone, Site
-from autopeft.search_space.choices import AdapterChoice, OneOf, SpaceError
+from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.declaration import AdapterChoice, OneOf, SpaceError
 from autopeft.search_space.domains import Choice, Float, Int
 from autopeft.search_space.genes import Assignment
 from autopeft.search_space.presets import BASELINES, PRESETS

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
-from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.backbones.backbone import Backbone
 
 
 def canonical_json(data: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec, Mixture
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.backbones.backbone import Backbone, Site
 
 #: Of an architecture with mixtures, by name: what stands in their place.
 CONTROLS: Mapping[str, str] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.backbones.backbone import Backbone
 
 
 @dataclass(frozen=True, slots=True)

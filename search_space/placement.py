@@ -9,7 +9,7 @@ from typing import Any
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.architecture import order_at_site
-from autopeft.search_space.backbone import Site
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Value
 from autopeft.search_space.genes import Gate
 

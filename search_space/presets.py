@@ -9,8 +9,8 @@ from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Full, Ia3, Lora, Mixture
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import LINEAR_ROLES, Backbone
-from autopeft.search_space.choices import AdapterChoice, OneOf
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone
+from autopeft.search_space.declaration import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Domain, Value
 
 Fields = dict[str, Domain | Value]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.space import SearchSpace

@@ -10,8 +10,8 @@ from typing import Any
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.backbone import Backbone, Site
-from autopeft.search_space.choices import (
+from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.declaration import (
     OFF,
     STAGES,
     AdapterChoice,
@@ -23,7 +23,6 @@ from autopeft.search_space.choices import (
 )
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, without_zero
 from autopeft.search_space.genes import TRAINING, Assignment, Condition, Gate, Gene
-from autopeft.search_space.location import locate
 from autopeft.search_space.placement import Placement, numbered
 
 
@@ -276,10 +275,6 @@ class SearchSpace:
             for key, domain in self.training.items()
         }
         return Candidate(architecture=Architecture.of(placed), training=training)
-
-    def locate(self, candidate: Candidate) -> Assignment | None:
-        """An assignment that decodes to the candidate's architecture; see `location.py`."""
-        return locate(self, candidate)
 
     def encode(self, assignment: Mapping[str, Value]) -> tuple[list[float], list[bool]]:
         """Position on the unit interval per gene and whether the gene is active; inactive genes stand at 0.5."""

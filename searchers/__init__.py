@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from autopeft.searchers.base import Searcher, Suggestion
-from autopeft.searchers.bayesian import Bayesian
+from autopeft.searchers.bo.bayesian import Bayesian
 from autopeft.searchers.enumerated import Grid, Qmc
 from autopeft.searchers.evolution import Evolution
-from autopeft.searchers.from_scores import FromScores
-from autopeft.searchers.gated import Gated
 from autopeft.searchers.linas import Linas
 from autopeft.searchers.optuna_samplers import NsgaII, Random, Tpe
-from autopeft.searchers.proxied import Proxied
+from autopeft.searchers.scored.from_scores import FromScores
+from autopeft.searchers.scored.gated import Gated
+from autopeft.searchers.scored.proxied import Proxied
 
 SEARCHERS: dict[str, type[Searcher]] = {
     searcher.name: searcher for searcher in (Random, Qmc, Tpe, NsgaII, Evolution, Linas, Bayesian, Proxied, Gated, Grid)

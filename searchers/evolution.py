@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from autopeft.search_space.problem import Problem, Trial
-from autopeft.searchers.admission import admitted
 from autopeft.searchers.base import Searcher, Suggestion
-from autopeft.searchers.encoding import Encoding, Mask, Rows
+from autopeft.searchers.bo.acquisition_optimizer import keys_of, unknown
+from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
+from autopeft.searchers.bo.feasibility import admitted
 from autopeft.searchers.genetic import best_first, children
-from autopeft.searchers.moves import keys_of, unknown
 
 #: Points that are bred or drawn at once.
 BLOCK = 128

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from autopeft.searchers.encoding import Encoding, Rows
+from autopeft.searchers.bo.encoding import Encoding, Rows
 
 Integers = NDArray[np.int_]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autopeft.search_space.problem import DECLARED
-from autopeft.searchers.encoding import Mask, Rows
+from autopeft.searchers.bo.acquisition_optimizer import keys_of, unknown
+from autopeft.searchers.bo.encoding import Mask, Rows
 from autopeft.searchers.evolution import Evolution
 from autopeft.searchers.genetic import best_first, children, ranks, spread_first
-from autopeft.searchers.moves import keys_of, unknown
 
 if TYPE_CHECKING:
     from autopeft.searchers.predictor import Predictor

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.linear_model import RidgeCV
 
-from autopeft.searchers.encoding import Rows
+from autopeft.searchers.bo.encoding import Rows
 
 FOLDS = 4
 #: Trees of each fold.

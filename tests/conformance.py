@@ -20,7 +20,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.search_space.adapters import (
     AdapterSpec,
     Bitfit,
@@ -35,8 +35,8 @@ from autopeft.search_space.adapters import (
     Ssf,
 )
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
-from autopeft.search_space.introspection import describe
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.backbones.introspection import describe
 
 VOCABULARY = 61
 

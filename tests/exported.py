@@ -27,12 +27,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.heads import head_sites
 from autopeft.evaluators.backbones import load_backbone
-from autopeft.evaluators.heads import head_sites
-from autopeft.evaluators.host import Attachment
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.studies.recipe import Measured, Provenance, Recipe
+from autopeft.studies.recipes.recipe import Measured, Provenance, Recipe
 
 WORDS = ("[PAD]", "[EOS]", "[UNK]", *(f"w{i}" for i in range(40)))
 LABELS = ("cold", "hot", "warm")

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from autopeft.search_space import AdapterChoice, Backbone, Choice, Float, Int, OneOf, SearchSpace, Site
-from autopeft.search_space.choices import GRANULARITIES
+from autopeft.search_space.declaration import GRANULARITIES
 from autopeft.search_space.domains import Domain
 
 BERT_LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")

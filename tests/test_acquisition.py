@@ -19,9 +19,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import Module
 
-from autopeft.searchers import acquisition as module
-from autopeft.searchers.acquisition import TINY, NoisyHypervolumeImprovement, WithKnown, Worth, acquisition
-from autopeft.searchers.surrogate import Surrogate
+from autopeft.searchers.bo import acquisition as module
+from autopeft.searchers.bo.acquisition import TINY, NoisyHypervolumeImprovement, WithKnown, Worth, acquisition
+from autopeft.searchers.bo.surrogate import Surrogate
 
 #: Features of a point.
 WIDTH = 2

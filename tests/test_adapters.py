@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.optimizer import PackedAdamW
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.search_space.adapters import (
     ADAPTERS,
     AdapterSpec,
@@ -25,11 +25,11 @@ from autopeft.search_space.adapters import (
     Prefix,
     Ssf,
 )
-from autopeft.search_space.adapters import bank as bank_module
 from autopeft.search_space.adapters import dora as dora_module
-from autopeft.search_space.adapters.bank import Bank, Call, stream
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.runtime import bank as bank_module
+from autopeft.search_space.runtime.bank import Bank, Call, stream
 from autopeft.search_space.training import Training
 
 from .conformance import FAMILIES, ROWS, Peft, Row, tiny, tokens

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from autopeft.search_space import AdapterSpec, Architecture, Backbone, Candidate
 from autopeft.search_space.adapters import Bitfit, Bottleneck, Lora, Norm, Prefix
 from autopeft.search_space.architecture import canonical_json, digest
-from autopeft.search_space.suggestions import did_you_mean
+from autopeft.search_space.spelling import did_you_mean
 
 from .spaces import SMALL, encoder
 

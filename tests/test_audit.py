@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
+from autopeft.benchmarks import proxy_audit
+from autopeft.benchmarks.race.table import Row
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.search_space import AdapterChoice, Candidate, Choice, Float, SearchSpace
 from autopeft.search_space.problem import Measurement
-from autopeft.searchers.policies import POLICIES
-from autopeft.searchers.ranking import ranking, strata
-from autopeft.studies import audit
-from autopeft.studies.race.table import Row
-from autopeft.studies.scoring import score_key
-from autopeft.studies.study_file import load_study
+from autopeft.searchers.scored.policies import POLICIES
+from autopeft.searchers.scored.ranking import ranking, strata
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.engine.proxy_scores import score_key
 
 from .spaces import SMALL
 from .test_race import run  # noqa: F401  (a fixture)
@@ -112,11 +112,11 @@ def made_up(count: int, seeds: int, rate_matters: float) -> list[Row]:
     return rows
 
 
-def told(rows: list[Row], score: Any, **fields: Any) -> audit.Told:
+def told(rows: list[Row], score: Any, **fields: Any) -> proxy_audit.Told:
     architectures = {SPACE.decode(row.genes).architecture.key: score(row.genes) for row in rows}
     fields = {"prepare_s": 1.0, "score_s": 2.0, "reference_s": 10.0} | fields
     fields = {"arm": "snip", "settings": "", "epochs": 0.0, "seed": 0} | fields
-    return audit.Told(**fields, scores=architectures)
+    return proxy_audit.Told(**fields, scores=architectures)
 
 
 def first_rank(genes: Any) -> float:
@@ -125,10 +125,12 @@ def first_rank(genes: Any) -> float:
 
 def test_what_the_learning_rate_explains_does_not_count() -> None:
     rows = made_up(60, 3, rate_matters=1.0)
-    found = audit.references(rows, SPACE.decode)
+    found = proxy_audit.references(rows, SPACE.decode)
     assert [reference.seeds for reference in found] == [3] * len(found)
     raw = ranking([first_rank(row.genes) for row in rows[::3]], [r.values["loss"] for r in found])
-    loss = next(report for report in audit.reports([told(rows, first_rank)], rows, found) if report.metric == "loss")
+    loss = next(
+        report for report in proxy_audit.reports([told(rows, first_rank)], rows, found) if report.metric == "loss"
+    )
     (line,) = loss.lines
     assert line.tau > raw.tau + 0.2
     assert loss.ceiling is not None
@@ -137,9 +139,9 @@ def test_what_the_learning_rate_explains_does_not_count() -> None:
 
 def test_regret_and_cost() -> None:
     rows = made_up(40, 2, rate_matters=0.0)
-    found = audit.references(rows, SPACE.decode)
+    found = proxy_audit.references(rows, SPACE.decode)
     good, bad = told(rows, first_rank), told(rows, lambda genes: -first_rank(genes), arm="grad_norm")
-    loss = next(report for report in audit.reports([good, bad], rows, found) if report.metric == "loss")
+    loss = next(report for report in proxy_audit.reports([good, bad], rows, found) if report.metric == "loss")
     by_arm = {line.arm: line for line in loss.lines}
     assert by_arm["snip"].regret[3] < 3
     assert by_arm["grad_norm"].regret[1] > 10
@@ -148,7 +150,7 @@ def test_regret_and_cost() -> None:
 
 
 def test_every_proxy_and_policy_is_an_arm() -> None:
-    assert {*PROXIES, *POLICIES, "gates"} <= audit.ARMS.keys()
+    assert {*PROXIES, *POLICIES, "gates"} <= proxy_audit.ARMS.keys()
 
 
 def test_the_command(run: Any, tmp_path: Path) -> None:  # noqa: F811
@@ -178,17 +180,17 @@ def test_the_command(run: Any, tmp_path: Path) -> None:  # noqa: F811
 
 def test_a_candidate_is_its_architecture_and_its_training() -> None:
     rows = made_up(5, 1, rate_matters=0.0)
-    assert all(isinstance(reference.candidate, Candidate) for reference in audit.references(rows, SPACE.decode))
+    assert all(isinstance(reference.candidate, Candidate) for reference in proxy_audit.references(rows, SPACE.decode))
 
 
 def test_what_was_said_of_other_candidates_does_not_count(tmp_path: Path) -> None:
     settings = load_study(save_study(tmp_path))
     rows = made_up(8, 1, rate_matters=0.0)
-    found = audit.references(rows, SPACE.decode)
-    key = score_key(audit.settings_of(settings, "snip", 0.0, 0))
+    found = proxy_audit.references(rows, SPACE.decode)
+    key = score_key(proxy_audit.settings_of(settings, "snip", 0.0, 0))
     good = told(rows, first_rank, settings=key)
     few, stale = told(rows[:4], first_rank, settings=key), told(rows, first_rank, settings="another")
-    assert audit.fitting([few, good, stale], settings, found) == [good]
+    assert proxy_audit.fitting([few, good, stale], settings, found) == [good]
 
 
 def test_an_arm_that_cannot_have_scores_leaves_the_others_theirs(run: Any, tmp_path: Path) -> None:  # noqa: F811

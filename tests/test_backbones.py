@@ -39,7 +39,7 @@ from autopeft.evaluators.backbones import (
     resolve,
     skeleton,
 )
-from autopeft.search_space.introspection import describe
+from autopeft.search_space.backbones.introspection import describe
 
 from .tiny_models import byte_tokenizer, save, seeded
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from autopeft.studies.cli.app import main
-from autopeft.studies.session import open_ledger, read_snapshot
-from autopeft.studies.study_file import load_study
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.engine.session import open_ledger, read_snapshot
 
 from .tiny_study import save_study, settings, write_rows
 
@@ -118,7 +118,7 @@ def test_a_constraint_that_nothing_meets(cli, tmp_path: Path) -> None:
 
 
 def test_a_measured_constraint_that_nothing_meets(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autopeft.studies.study.MOST_REJECTIONS", 3)
+    monkeypatch.setattr("autopeft.studies.engine.study.MOST_REJECTIONS", 3)
     path = save_study(tmp_path, constraints={"peak_memory_bytes": 10}, **SHORT)
     code, _, errors = cli("run", path)
     assert code == 3 and "peak_memory_bytes" in errors and "above the limit 10" in errors
@@ -231,7 +231,7 @@ def test_mlflow_out_of_reach(cli, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     """The study goes on; what was missed is written by the next sync that gets through."""
     from mlflow import MlflowClient
 
-    from autopeft.studies.tracking import Tracker
+    from autopeft.studies.tracking.mlflow_sync import Tracker
 
     path = save_study(tmp_path, tracking={"enabled": True, "uri": "http://127.0.0.1:9"}, **SHORT)
     code, errors, snapshot = run_tiny(cli, path, "--set", "search.trials=2")
@@ -257,7 +257,7 @@ def test_a_nan_loss_fails_its_trial_alone(cli, tmp_path: Path) -> None:
 
 
 def test_out_of_memory_is_infeasible(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autopeft.evaluators import packed
+    from autopeft.evaluators.training import packed
 
     steps = packed.PackedEvaluator._steps_of
 
@@ -274,7 +274,7 @@ def test_out_of_memory_is_infeasible(cli, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_unexpected_error_fails_its_trial_alone(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autopeft.evaluators import packed
+    from autopeft.evaluators.training import packed
 
     steps = packed.PackedEvaluator._steps_of
 

@@ -31,10 +31,10 @@ from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import declared_costs
 from autopeft.searchers import SEARCHERS
-from autopeft.searchers.bayesian import Bayesian
-from autopeft.searchers.encoding import Encoding
-from autopeft.searchers.initial import num_initial
-from autopeft.searchers.observations import LEAST_COURSES, Data, Observations
+from autopeft.searchers.bo.bayesian import Bayesian
+from autopeft.searchers.bo.encoding import Encoding
+from autopeft.searchers.bo.initial import num_initial
+from autopeft.searchers.bo.observations import LEAST_COURSES, Data, Observations
 
 from .spaces import SMALL, encoder
 from .test_searchers import deep_space, exact, front_of, hypervolume, plausible, run, stored

@@ -15,23 +15,14 @@ import pytest
 import torch
 from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 
-from autopeft.evaluators.backbones import load_backbone
-from autopeft.evaluators.base import Request
-from autopeft.evaluators.packed import PackedEvaluator
-from autopeft.evaluators.tasks.data import Splits, load_splits
-from autopeft.evaluators.timing import Spread, interleaved
-from autopeft.kernels import slot_products
-from autopeft.search_space.adapters import Lora
-from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.problem import Fidelity
-from autopeft.search_space.training import Training
-from autopeft.studies.bench import arms, kernels, ranking
-from autopeft.studies.bench.arms import ArmRow, Bench, ParityError, Table, check_parity
-from autopeft.studies.bench.benchmark import run_bench
-from autopeft.studies.bench.kernels import KernelCase, KernelRow, kernel_cases
-from autopeft.studies.bench.loop import Run
-from autopeft.studies.bench.overhead import Overhead, measure_overhead
-from autopeft.studies.bench.ranking import (
+from autopeft.benchmarks import __main__ as cli
+from autopeft.benchmarks.speed import arms, kernels, ranking
+from autopeft.benchmarks.speed.arms import ArmRow, Bench, ParityError, Table, check_parity
+from autopeft.benchmarks.speed.benchmark import run_bench
+from autopeft.benchmarks.speed.kernels import KernelCase, KernelRow, kernel_cases
+from autopeft.benchmarks.speed.loop import Run
+from autopeft.benchmarks.speed.overhead import Overhead, measure_overhead
+from autopeft.benchmarks.speed.ranking import (
     SHARES,
     Agreement,
     Budget,
@@ -46,9 +37,18 @@ from autopeft.studies.bench.ranking import (
     spent_share,
     top_half,
 )
-from autopeft.studies.bench.report import HourRow, Ranking, Result, to_markdown
-from autopeft.studies.cli import app as cli
-from autopeft.studies.study_file import load_study
+from autopeft.benchmarks.speed.report import HourRow, Ranking, Result, to_markdown
+from autopeft.evaluators.backbones import load_backbone
+from autopeft.evaluators.base import Request
+from autopeft.evaluators.costs.timing import Spread, interleaved
+from autopeft.evaluators.data.splits import Splits, load_splits
+from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.kernels import slot_products
+from autopeft.search_space.adapters import Lora
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.problem import Fidelity
+from autopeft.search_space.training import Training
+from autopeft.studies.config.loading import load_study
 
 from .tiny_models import byte_tokenizer, save, seeded
 from .tiny_study import save_study
@@ -264,7 +264,12 @@ HEAVY = (
     *("botorch", "datasets", "gpytorch", "matplotlib", "mlflow", "optuna", "pandas", "plotly", "pyarrow", "pydantic"),
     *("rich", "ruamel", "scipy", "sklearn", "sqlalchemy", "threadpoolctl", "typer"),
 )
-LIGHT = ("studies.bench.trainer", "studies.bench.overhead", "studies.bench.kernels", "evaluators.packed")
+LIGHT = (
+    "benchmarks.speed.trainer",
+    "benchmarks.speed.overhead",
+    "benchmarks.speed.kernels",
+    "evaluators.training.packed",
+)
 
 
 IMPORTS = "".join(f"import autopeft.{name}\n" for name in LIGHT)
@@ -333,7 +338,7 @@ def test_a_broken_arm_ends_the_benchmark(study: Path, monkeypatch: Any, capsys: 
 
     monkeypatch.setitem(arms.ARMS, "packed", broken)
     with pytest.raises(SystemExit) as exited:
-        cli.main(["bench", str(study), *QUICK, "--json"])
+        cli.main(["speed", str(study), *QUICK, "--json"])
     out, err = capsys.readouterr()
     assert (exited.value.code, out) == (1, "")
     assert "packed, candidate 0: the loss of step 3" in err and "no ratios" in err
@@ -484,7 +489,7 @@ def test_memory_is_shown_where_it_was_measured() -> None:
 
 def test_the_command(study: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as exited:
-        cli.main(["bench", str(study), *QUICK, "--json", "--seed", "4"])
+        cli.main(["speed", str(study), *QUICK, "--json", "--seed", "4"])
     out, err = capsys.readouterr()
     assert exited.value.code == 0, err
     data = json.loads(out)
@@ -523,6 +528,6 @@ def test_the_ranking_part(study: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(study: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as exited:
-        cli.main(["bench", str(study), *QUICK, "--device", "cuda"])
+        cli.main(["speed", str(study), *QUICK, "--device", "cuda"])
     out, err = capsys.readouterr()
     assert (exited.value.code, out) == (4, "") and "no GPU" in err

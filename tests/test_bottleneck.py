@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.search_space.adapters import Bottleneck
-from autopeft.search_space.adapters.bank import Bank
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import Backbone, Site
-from autopeft.search_space.introspection import describe
+from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.backbones.introspection import describe
+from autopeft.search_space.runtime.bank import Bank
 
 WIDTH, LAYERS = 24, 2
 _SHAPE = {

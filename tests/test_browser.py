@@ -20,8 +20,8 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
-from autopeft.studies.tracked import run_name
-from autopeft.studies.tracking import Tracker
+from autopeft.studies.tracking.mlflow_payload import run_name
+from autopeft.studies.tracking.mlflow_sync import Tracker
 
 from .tracked_study import FRONT, TRIALS, free_port, mlflow_server, snapshot, wait_for
 

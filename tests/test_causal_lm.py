@@ -25,19 +25,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone, describe_backbone, load_backbone, load_tokenizer
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.data.splits import DataError, Splits, load_splits
 from autopeft.evaluators.tasks import causal_lm
 from autopeft.evaluators.tasks.base import IGNORED, Batch, Task
 from autopeft.evaluators.tasks.causal_lm import CausalLM
-from autopeft.evaluators.tasks.data import DataError, Splits, load_splits
-from autopeft.evaluators.train import TrainEvaluator
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Full, Lora, Prefix
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.presets import everywhere, linears
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.config.problem import problem_for
 from autopeft.studies.examples import tiny_llama
-from autopeft.studies.study_file import load_study
 
 from .tiny_models import byte_tokenizer, save, seeded
 
@@ -361,7 +362,7 @@ def test_the_example_is_a_study(tmp_path):
     splits = load_splits(study.data_settings(), study.task)
     assert splits.warnings == () and len(splits.train) > 400
     described = describe_backbone(study.model_id, task=study.task)
-    assert study.problem(described).space.cardinality == 625
+    assert problem_for(study, described).space.cardinality == 625
     # No row is cut, and every letter is a token.
     words = load_tokenizer(study.model_id)
     assert words.convert_ids_to_tokens(words(" a z")["input_ids"]) == ["<s>", "\u0120a", "\u0120z"]

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from autopeft.studies.cli import app as cli
 from autopeft.studies.cli import doctor
+from autopeft.studies.config.loading import load_study
 from autopeft.studies.errors import (
     ConfigurationError,
     EnvironmentProblem,
     NoFeasibleCandidate,
     UserError,
 )
-from autopeft.studies.study_file import load_study
 
 runner = CliRunner()
 

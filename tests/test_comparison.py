@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autopeft.search_space.problem import Objective
-from autopeft.studies.comparison import (
+from autopeft.studies.analysis.comparison import (
     Contender,
     SeedSd,
     costs,

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from autopeft.benchmarks import __main__ as cli
+from autopeft.benchmarks import contest, proxy_audit
+from autopeft.benchmarks.race import table
 from autopeft.search_space.problem import Objective
-from autopeft.studies import audit, contest
-from autopeft.studies.cli import app as cli
-from autopeft.studies.cli.files import check
-from autopeft.studies.medians import LEAST_SEEDS
-from autopeft.studies.race import table
-from autopeft.studies.study_file import load_study
+from autopeft.studies.analysis.medians import LEAST_SEEDS
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.engine.check import check
 
 DEMO = Path(str(files("autopeft.studies.examples") / "demo.yaml"))
 OVERRIDES = ["objectives=[loss, num_params]"]
@@ -92,11 +92,11 @@ def test_seeds_that_are_none(seeds: str, results: Path, capsys: pytest.CaptureFi
 
 def test_the_shipped_results_are_those_of_the_shipped_study() -> None:
     """So that a reader who repeats the command of docs/proxies.md finds what it says there."""
-    docs = Path(__file__).parent.parent / "docs"
-    entries = contest.read(docs / "contest.jsonl")
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    entries = contest.read(results / "contest.jsonl")
     assert {entry.settings for entry in entries} == {contest.study_key(load_study(DEMO))}
     settings = load_study(DEMO)
     space = check(settings)[2]
-    found = [each for each in audit.references(table.read(table.SHIPPED), space.decode) if each.seeds > 1]
-    told = audit.read(docs / "proxies.jsonl")
-    assert audit.fitting(told, settings, found) == told
+    found = [each for each in proxy_audit.references(table.read(table.SHIPPED), space.decode) if each.seeds > 1]
+    told = proxy_audit.read(results / "proxies.jsonl")
+    assert proxy_audit.fitting(told, settings, found) == told

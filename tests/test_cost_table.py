@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from autopeft.evaluators.base import Costs
-from autopeft.evaluators.cost_table import CostTable
-from autopeft.evaluators.train import TrainEvaluator
+from autopeft.evaluators.costs.predictor import CostTable
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import AdapterChoice, Candidate, Choice, SearchSpace
 
 from .spaces import SMALL

@@ -11,7 +11,7 @@ import datasets
 import pandas
 import pytest
 
-from autopeft.evaluators.tasks.data import DataError, DataSettings, load_splits
+from autopeft.evaluators.data.splits import DataError, DataSettings, load_splits
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(6)]
 FILES = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from autopeft.searchers import SEARCHERS, Suggestion
+from autopeft.studies.analysis.diagnostics import diagnostics
 from autopeft.studies.cli.app import main
 from autopeft.studies.cli.progress import ProgressView
-from autopeft.studies.diagnostics import diagnostics
-from autopeft.studies.study_file import load_study
+from autopeft.studies.config.loading import load_study
 
 from .test_study import run
 from .tiny_study import save_study

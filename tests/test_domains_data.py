@@ -17,18 +17,18 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from autopeft.evaluators.backbones import LoadedBackbone, load_backbone
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.domains import build
-from autopeft.evaluators.packed import PackedEvaluator
-from autopeft.evaluators.prefix import PrefixCache
+from autopeft.evaluators.data.domains import build
+from autopeft.evaluators.data.splits import DataSettings, Splits, load_splits
+from autopeft.evaluators.data.topics.build import near_duplicates, words
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.tasks import model_inputs
-from autopeft.evaluators.tasks.data import DataSettings, Splits, load_splits
-from autopeft.evaluators.topics.build import near_duplicates, words
-from autopeft.evaluators.train import TrainEvaluator
+from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.choices import AdapterChoice
+from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.domains import Choice
 from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from autopeft.search_space import PRESETS, AdapterChoice, Choice, Float, Int, SearchSpace
 from autopeft.search_space.problem import declared_costs
-from autopeft.searchers.encoding import Encoding, Mask, Rows
-from autopeft.searchers.moves import TIE, Judge, keys_of, mutants, neighbours, propose
+from autopeft.searchers.bo.acquisition_optimizer import TIE, Judge, keys_of, mutants, neighbours, propose
+from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 
 from .spaces import SMALL, encoder, spaces
 

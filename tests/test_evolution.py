@@ -13,6 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopeft.benchmarks.race.base import RaceProblem
+from autopeft.benchmarks.race.problems import PROBLEMS
+from autopeft.benchmarks.race.races import Race
+from autopeft.benchmarks.race.races import run as run_race
 from autopeft.search_space import (
     AdapterChoice,
     Choice,
@@ -26,14 +30,10 @@ from autopeft.search_space import (
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import declared_costs
 from autopeft.searchers import SEARCHERS, Searcher
-from autopeft.searchers.admission import admitted
-from autopeft.searchers.encoding import Encoding
+from autopeft.searchers.bo.acquisition_optimizer import keys_of
+from autopeft.searchers.bo.encoding import Encoding
+from autopeft.searchers.bo.feasibility import admitted
 from autopeft.searchers.genetic import best_first, children, crossed, crowding, mutated, ranks, spread_first
-from autopeft.searchers.moves import keys_of
-from autopeft.studies.race.base import RaceProblem
-from autopeft.studies.race.problems import PROBLEMS
-from autopeft.studies.race.races import Race
-from autopeft.studies.race.races import run as run_race
 
 from .spaces import SMALL, spaces
 from .test_searchers import ended, exact, mixed_space, problem_of, run

@@ -34,12 +34,12 @@ from autopeft.search_space.adapters import (
     Prefix,
     Ssf,
 )
-from autopeft.search_space.adapters.mixture import ROUTERS
+from autopeft.search_space.routers import ROUTERS
 from autopeft.studies.errors import UserError
 from autopeft.studies.exporters import EXPORTERS, ExportError, Fit, native
 from autopeft.studies.exporters import axolotl as axolotl_target
 from autopeft.studies.exporters.peft_config import plan
-from autopeft.studies.recipe import Averaged, Recipe
+from autopeft.studies.recipes.recipe import Averaged, Recipe
 
 from .exported import CLASSIFIERS, MODELS, TEXTS, logits, make_recipe, save_model, trained
 

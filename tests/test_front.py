@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Measurement, Objective, Trial
-from autopeft.studies.front import hypervolume, hypervolume_by_trial, losses, reference_point
+from autopeft.studies.analysis.pareto import hypervolume, hypervolume_by_trial, losses, reference_point
 
 # Few values, so that ties and duplicates are common.
 tables = arrays(

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 
+from autopeft.evaluators.proxies import TRAINED
 from autopeft.evaluators.proxies.gates import Gates
-from autopeft.evaluators.train import TrainingFailed
+from autopeft.evaluators.training.train import TrainingFailed
 from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import Problem, Scored, Trial, declared_costs
 from autopeft.searchers import SEARCHERS
-from autopeft.searchers.gated import Gated
-from autopeft.studies import scoring
-from autopeft.studies.scoring import PENALTIES, PROPOSALS
-from autopeft.studies.snapshot import Snapshot
-from autopeft.studies.study_file import StudyFile, StudyFileError, load_study
+from autopeft.searchers.scored.gated import Gated
+from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.config.problem import problem_for
+from autopeft.studies.config.source import StudyFileError
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine import proxy_scores
+from autopeft.studies.engine.proxy_scores import PENALTIES, PROPOSALS
 
 from .test_searchers import ended, exact, mixed_space, problem_of
 from .test_searchers import run as drive
@@ -130,7 +134,7 @@ def of_gates(snapshot: Snapshot) -> list[Trial]:
 @pytest.fixture(scope="module", autouse=True)
 def few_penalties() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "PENALTIES", TRIED)
+        patch.setattr(proxy_scores, "PENALTIES", TRIED)
         yield
 
 
@@ -157,7 +161,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFile, Snaps
 def test_a_study(finished: tuple[StudyFile, Snapshot]) -> None:
     settings, snapshot = finished
     proposals = proposals_of(settings)
-    space = settings.problem(snapshot.backbone).space
+    space = problem_for(settings, snapshot.backbone).space
     sizes = [space.decode(genes).architecture.num_params(snapshot.backbone) for genes in proposals]
     assert len(sizes) == len(TRIED) and sizes == sorted(sizes, reverse=True)
     assert [trial.genes for trial in of_gates(snapshot)] == proposals
@@ -250,4 +254,4 @@ def test_bad_settings(tmp_path: Path) -> None:
 
 def test_names() -> None:
     """The searcher is named after the proxy whose gates it has."""
-    assert Gated.name == Gates.name and Gates.name in scoring.TRAINED
+    assert Gated.name == Gates.name and Gates.name in TRAINED

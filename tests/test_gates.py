@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import load_backbone
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.packed import PackedEvaluator
+from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.proxies.gates import Decision, GatedAttachment, Gates, nested
-from autopeft.evaluators.tasks.data import Splits
+from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, SearchSpace
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.domains import BOOLEAN
+from autopeft.search_space.location import locate
 from autopeft.search_space.training import Training
 
 from .test_proxies import unchanged
@@ -350,7 +351,7 @@ def test_scores(evaluator: PackedEvaluator, name: str) -> None:
     architectures = [space.decode(space.sample(rng)).architecture for _ in range(5)]
     found = gates.scores(architectures)
     for architecture, score in zip(architectures, found, strict=True):
-        assignment = space.locate(replace(space.decode(space.largest()), architecture=architecture))
+        assignment = locate(space, replace(space.decode(space.largest()), architecture=architecture))
         expected = 1.0
         for gene, value in (assignment or {}).items():
             if gene in probabilities:

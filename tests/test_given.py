@@ -13,26 +13,28 @@ from ruamel.yaml import YAML
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import load_backbone
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.optimizer import PackedAdamW
-from autopeft.evaluators.packed import PackedEvaluator
-from autopeft.evaluators.prefix import PrefixCache
+from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.proxies import PROXIES
-from autopeft.evaluators.tasks.data import Splits
-from autopeft.evaluators.train import TrainEvaluator
+from autopeft.evaluators.training.optimizer import PackedAdamW
+from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import Architecture
 from autopeft.search_space.adapters import Lora, Mixture, spec_from_dict
 from autopeft.search_space.adapters.given import CONFIG, GivenError, arrows, read, sites_of
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.backbone import Backbone
+from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.problem import Fidelity
 from autopeft.search_space.training import Training
+from autopeft.studies.analysis.mixture_verdicts import verdicts
 from autopeft.studies.cli.app import main
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.config.problem import space_for
+from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.exporters.native import load
-from autopeft.studies.routing import verdicts
-from autopeft.studies.study_file import StudyFileError, load_study
 
 from .conformance import tiny, tokens
 from .test_causal_lm import rows
@@ -238,7 +240,7 @@ def test_mixtures_are_where_there_are_given_loras(tmp_path: Path, own: dict[str,
     """Elsewhere a router between nothing would be trained, and the layers below could not be shared."""
     path = given_study(tmp_path / "study", only={"layers_to_transform": [1, 2]}, router=["token", "arrow"], **own)
     backbone = load_backbone(str(tmp_path / "study" / "model"), task="classification", labels=LABELS).backbone
-    space = load_study(path).space_for(backbone)
+    space = space_for(load_study(path), backbone)
     assert {place.site.layer for place in space.placements} == layers
     assert space.decode(space.largest()).architecture.lowest_layer(backbone) == 1
 
@@ -248,7 +250,7 @@ def test_a_layer_has_mixtures_at_the_sites_of_its_own_loras(tmp_path: Path) -> N
     path = given_study(folder, only={"layers_to_transform": [0]})
     loaded = load_backbone(str(folder / "model"), task="classification", labels=LABELS)
     lora_in(folder / "b", loaded.model, 1, r".*layer\.2\.output\.dense", r=2)
-    space = load_study(path).space_for(loaded.backbone)
+    space = space_for(load_study(path), loaded.backbone)
     assert {place.site.name for place in space.placements} == {
         "layers.0.attn.q",
         "layers.0.attn.v",

@@ -11,9 +11,9 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from autopeft.studies.cli.app import main
-from autopeft.studies.recipe import Recipe
-from autopeft.studies.session import open_ledger, read_snapshot
-from autopeft.studies.study_file import load_study
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.engine.session import open_ledger, read_snapshot
+from autopeft.studies.recipes.recipe import Recipe
 
 from .tiny_study import save_study
 

@@ -16,8 +16,8 @@ import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
-from autopeft.search_space.introspection import UnknownBackboneError, describe
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 
 LAYERS, WIDTH, INNER, HEADS, VOCAB = 3, 32, 48, 4, 64
 
@@ -492,6 +492,9 @@ def test_a_site_refuses_a_role_that_does_not_exist() -> None:
 
 
 def test_describing_needs_no_torch() -> None:
-    code = "import sys, autopeft.search_space.introspection; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, autopeft.search_space.backbones.introspection\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

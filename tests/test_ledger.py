@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from autopeft.search_space import Backbone, Choice, Float, Measurement, Objective, Problem, SearchSpace, Site
-from autopeft.search_space.choices import AdapterChoice
+from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.problem import Trial
 from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
-from autopeft.studies.ledger import About, Ledger
+from autopeft.studies.storage.ledger import About, Ledger
 
 OBJECTIVES = (Objective.of("accuracy"), Objective.of("num_params"))
 
@@ -98,7 +98,7 @@ def test_domains_are_kept_and_old_ledgers_have_none(url: str, monkeypatch: pytes
     assert Ledger.open(url, "toy").domains == ("2", "10")
     Ledger.create(url, "without", about())
     assert Ledger.open(url, "without").domains is None
-    monkeypatch.setattr("autopeft.studies.ledger.DOMAINS", "what no ledger has")
+    monkeypatch.setattr("autopeft.studies.storage.ledger.DOMAINS", "what no ledger has")
     assert Ledger.open(url, "toy").domains is None
 
 

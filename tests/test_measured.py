@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from autopeft.evaluators import measured, timing
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.measured import measure
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.costs import measurement, timing
+from autopeft.evaluators.costs.measurement import measure
 from autopeft.evaluators.tasks import Batch
 from autopeft.evaluators.tasks.classification import Classification
 from autopeft.search_space.adapters import AdapterSpec
@@ -22,8 +22,8 @@ from autopeft.search_space.adapters.bottleneck import Bottleneck
 from autopeft.search_space.adapters.full import Full
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import Backbone
-from autopeft.search_space.introspection import describe
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.backbones.introspection import describe
 from autopeft.search_space.problem import METRICS
 
 LAYERS, LABELS = 3, ("a", "b", "c")
@@ -59,7 +59,7 @@ def task() -> Classification:
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test asserts a speed: few repeats will do."""
-    monkeypatch.setattr(measured, "MAX_REPEATS", measured.MIN_REPEATS)
+    monkeypatch.setattr(measurement, "MAX_REPEATS", measurement.MIN_REPEATS)
 
 
 def placed(backbone: Backbone, spec: AdapterSpec, layers: range | None = None) -> Architecture:
@@ -205,7 +205,7 @@ class Clock:
 @pytest.fixture
 def clock(bert, monkeypatch) -> Clock:
     clock = Clock(bert[0])
-    for module in (measured, timing):
+    for module in (measurement, timing):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.perf_counter))
     return clock
 
@@ -231,7 +231,7 @@ def test_a_machine_that_slows_down_between_candidates_changes_nothing(bert, task
 
 
 def test_a_jump_within_a_measurement_spoils_one_pair_and_not_the_median(bert, task, batch, clock) -> None:
-    reference_and_warm_up = measured.MIN_REPEATS + 1 + 2
+    reference_and_warm_up = measurement.MIN_REPEATS + 1 + 2
     clock.speeds = chain(repeat(1.0, reference_and_warm_up + 5), repeat(3.0))
     with clock.watch(attach(bert, placed(bert[1], Lora()))) as attachment:
         costs = measure(attachment, task, batch, frozenset({"latency_s"}))
@@ -249,7 +249,7 @@ def test_the_reference_is_taken_once_per_model_and_shape(bert, task, batch, cloc
             measure(attachment, task, part, frozenset({"latency_s"}))
         return len(passes)
 
-    arm = 1 + measured.MIN_REPEATS
+    arm = 1 + measurement.MIN_REPEATS
     assert [counted(4), counted(4), counted(2), counted(2)] == [3 * arm, 2 * arm, 3 * arm, 2 * arm]
 
 
@@ -265,7 +265,7 @@ def test_several_slots_are_timed_together_and_not_merged(bert, task, batch) -> N
 
 
 def test_equal_draws_stop_early_and_noisy_ones_go_on_to_the_limits(monkeypatch) -> None:
-    monkeypatch.setattr(measured, "MAX_REPEATS", 40)
+    monkeypatch.setattr(measurement, "MAX_REPEATS", 40)
     drawn = []
 
     def draws(values: Iterator[float]) -> int:
@@ -274,16 +274,16 @@ def test_equal_draws_stop_early_and_noisy_ones_go_on_to_the_limits(monkeypatch) 
             return drawn[-1]
 
         drawn.clear()
-        measured._sample(draw)
+        measurement._sample(draw)
         return len(drawn) - 1  # without the warm-up
 
-    assert draws(repeat(1.0)) == measured.MIN_REPEATS
+    assert draws(repeat(1.0)) == measurement.MIN_REPEATS
     assert draws(iter([1.0, 2.0] * 30)) == 40
-    monkeypatch.setattr(measured, "MAX_SECONDS", -1.0)
-    assert draws(iter([1.0, 2.0] * 30)) == measured.MIN_REPEATS
+    monkeypatch.setattr(measurement, "MAX_SECONDS", -1.0)
+    assert draws(iter([1.0, 2.0] * 30)) == measurement.MIN_REPEATS
 
 
 def test_the_median_ignores_the_warm_up_and_outliers() -> None:
     values = iter([100.0, *([1.0, 2.0, 3.0] * 20), 1000.0])
-    median, spread = measured._sample(lambda: next(values))
+    median, spread = measurement._sample(lambda: next(values))
     assert (median, spread) == (2.0, pytest.approx(1.0, abs=0.5))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.kernels import mixture_lora
 from autopeft.search_space import AdapterChoice, Architecture, Candidate, Choice, Float, SearchSpace, SpaceError
 from autopeft.search_space.adapters import (
@@ -29,15 +29,16 @@ from autopeft.search_space.adapters import (
     Mixture,
     Norm,
     Prefix,
-    mixing,
     spec_from_dict,
 )
-from autopeft.search_space.adapters.bank import Bank, Call, Tokens
-from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTERS
-from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.search_space.controls import controls
+from autopeft.search_space.location import locate
 from autopeft.search_space.problem import declared_costs
-from autopeft.searchers.encoding import Encoding
+from autopeft.search_space.routers import ROUTERS, mixing
+from autopeft.search_space.runtime.bank import Bank, Call, Tokens
+from autopeft.searchers.bo.encoding import Encoding
 
 from .conformance import descend, tiny, tokens
 from .spaces import SMALL
@@ -620,7 +621,7 @@ def test_candidates_are_found_again_and_equal_networks_have_equal_keys() -> None
     for _ in range(50):
         genes = declared.sample(rng)
         candidate = declared.decode(genes)
-        found = declared.locate(candidate)
+        found = locate(declared, candidate)
         assert found is not None
         assert declared.decode(found).key == candidate.key
         assert Candidate.from_dict(candidate.to_dict()) == candidate
@@ -684,8 +685,8 @@ def test_the_sites_of_a_layer_share_a_router() -> None:
     routers = {site: spec.router for site, spec in candidate.architecture}  # type: ignore[attr-defined]
     leading = [site for site, router in routers.items() if router != "follow"]
     assert sorted(leading) == ["layers.0.attn.q", "layers.1.attn.q"]
-    assert declared.locate(candidate) is not None
-    assert declared.decode(declared.locate(candidate)).key == candidate.key  # type: ignore[arg-type]
+    assert locate(declared, candidate) is not None
+    assert declared.decode(locate(declared, candidate)).key == candidate.key  # type: ignore[arg-type]
     assert spec_from_dict(next(iter(candidate.architecture))[1].to_dict()).kind == "mixture"
 
 
@@ -746,7 +747,7 @@ def test_a_site_follows_the_mixture_of_its_own_declaration(
     declared = SearchSpace(backbone=backbone, adapters=adapters)
     architecture = declared.decode({}).architecture
     assert Architecture.from_dict(architecture.to_dict()) == architecture
-    assert declared.locate(Candidate(architecture=architecture)) == {}
+    assert locate(declared, Candidate(architecture=architecture)) == {}
 
     found, here = gates_in(model, backbone, architecture), dict(architecture.adapters)
     for layer in range(2):
@@ -801,7 +802,7 @@ def test_a_layer_without_a_router_has_nobody_to_follow() -> None:
     for routers in (["token", "uniform"], ["uniform", "token"], ["uniform", "uniform"]):
         genes = {f"lora.router.layers.{layer}": router for layer, router in enumerate(routers)}
         candidate = declared.decode(genes)
-        assert declared.locate(candidate) == genes
+        assert locate(declared, candidate) == genes
         gates_in(model, backbone, candidate.architecture)
     alike = AdapterChoice(kind="lora", fields={**fields, "router": "uniform"})
     assert SearchSpace(backbone=backbone, adapters={"lora": alike}).decode({}) == candidate
@@ -984,11 +985,11 @@ def test_candidates_whose_fields_say_the_same_in_several_ways_are_found() -> Non
         rng = Random(3)
         for _ in range(100):
             candidate = declared.decode(declared.sample(rng))
-            found = declared.locate(candidate)
+            found = locate(declared, candidate)
             assert found is not None
             assert declared.decode(found).architecture == candidate.architecture
     eight = Architecture.of({"layers.0.attn.q": [Mixture(expert=Lora(rank=1), experts=8)]})
-    assert space().locate(Candidate(architecture=eight)) is None
+    assert locate(space(), Candidate(architecture=eight)) is None
 
 
 def test_norms_have_experts_too() -> None:

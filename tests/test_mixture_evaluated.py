@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.packed import PackedEvaluator
-from autopeft.evaluators.prefix import PrefixCache
-from autopeft.evaluators.shared_weights import SharedWeights
-from autopeft.evaluators.tasks.data import Splits
-from autopeft.evaluators.train import TrainEvaluator
+from autopeft.evaluators.data.splits import Splits
+from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpace
 from autopeft.search_space.adapters import Bottleneck, Dora, Lora, Mixture
 

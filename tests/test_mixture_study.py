@@ -16,16 +16,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from autopeft.search_space import Architecture
 from autopeft.search_space.adapters import Bottleneck, Ia3, Lora, Mixture
 from autopeft.search_space.controls import CONTROLS, controls
+from autopeft.studies.analysis.mixture_verdicts import verdicts
+from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.cli.app import main
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.config.problem import space_for
+from autopeft.studies.config.source import StudyFileError
+from autopeft.studies.engine.retraining import retrain
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.exporters.native import load
-from autopeft.studies.recipe import Recipe
-from autopeft.studies.report import write_report
-from autopeft.studies.retraining import retrain
-from autopeft.studies.routing import verdicts
-from autopeft.studies.snapshot import Snapshot
-from autopeft.studies.study_file import StudyFileError, load_study
-from autopeft.studies.tracked import trial_metrics
+from autopeft.studies.recipes.recipe import Recipe
+from autopeft.studies.reports.report import write_report
+from autopeft.studies.tracking.mlflow_payload import trial_metrics
 
 from .spaces import SMALL
 from .test_study import facts, run
@@ -246,7 +248,7 @@ def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.Captu
 def test_bad_mixtures_in_a_study_file(tmp_path: Path, change, problem: str) -> None:
     path = mixture_study(tmp_path / "study", space={"adapters": {"lora": {**LORA, **change}}})
     with pytest.raises((StudyFileError, ValueError), match=problem):
-        load_study(path).space_for(SMALL)
+        space_for(load_study(path), SMALL)
 
 
 # Controls

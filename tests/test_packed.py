@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from autopeft.evaluators import packed
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone, load_backbone
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.packed import PackedEvaluator
-from autopeft.evaluators.prefix import PrefixCache, fingerprint, layer_paths
-from autopeft.evaluators.tasks.data import Splits
-from autopeft.evaluators.train import TrainEvaluator
+from autopeft.evaluators.data.splits import Splits
+from autopeft.evaluators.training import packed
+from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.shared_layers import PrefixCache, fingerprint, layer_paths
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Full, Lora, Prefix
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Fidelity
@@ -244,22 +244,22 @@ def test_progress_counts_all_steps(loaded: LoadedBackbone) -> None:
 
 
 def test_the_pack_is_as_large_as_the_memory(loaded: LoadedBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autopeft.evaluators import memory
+    from autopeft.evaluators.costs import pack_sizing
 
     evaluator = together(loaded)
     wanted = requests(mixed(loaded))
     with evaluator.attach(wanted[0]) as attachment:
-        one = memory.step_bytes(attachment, evaluator.task, evaluator.longest_batch(wanted[0].candidate))
+        one = pack_sizing.step_bytes(attachment, evaluator.task, evaluator.longest_batch(wanted[0].candidate))
     assert one > 0
-    for free, slots in ((0, 1), (3.5 * one / memory.FILLED, 3), (1e15, memory.MOST_SLOTS["cpu"])):
-        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        assert memory.fitting_slots(evaluator, wanted[:1]) == slots
+    for free, slots in ((0, 1), (3.5 * one / pack_sizing.FILLED, 3), (1e15, pack_sizing.MOST_SLOTS["cpu"])):
+        monkeypatch.setattr(pack_sizing, "free_bytes", lambda device, free=free: free)
+        assert pack_sizing.fitting_slots(evaluator, wanted[:1]) == slots
 
     def scarce(*_: Any) -> int:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(memory, "step_bytes", scarce)
-    assert memory.fitting_slots(evaluator, wanted) == 1
+    monkeypatch.setattr(pack_sizing, "step_bytes", scarce)
+    assert pack_sizing.fitting_slots(evaluator, wanted) == 1
 
 
 def test_a_backbone_of_a_lower_precision(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Measurement, Objective, Trial
-from autopeft.studies.axes import Axis, Label, place_labels, short
-from autopeft.studies.front import FrontRow
-from autopeft.studies.page import front_html
-from autopeft.studies.pictures import curves_png, front_png, hypervolume_png, smooth
+from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.reports.axes import Axis, Label, place_labels, short
+from autopeft.studies.reports.page import front_html
+from autopeft.studies.reports.pictures import curves_png, front_png, hypervolume_png, smooth
 
 OBJECTIVES = [Objective.of(name) for name in ("accuracy", "num_params", "latency_s", "stored_bytes")]
 SETTINGS = {"study": "topics <1>", "num_evaluations": 42}

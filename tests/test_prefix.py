@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from autopeft.evaluators.attention import install
-from autopeft.evaluators.host import Attachment
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.attention import install
 from autopeft.search_space.adapters import Bottleneck, Prefix
-from autopeft.search_space.adapters.bank import Bank
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import Backbone
-from autopeft.search_space.introspection import describe
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.backbones.introspection import describe
+from autopeft.search_space.runtime.bank import Bank
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 2, 24, 4, 61
 _SHAPE = {

@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 
 from autopeft.evaluators.proxies.supernet import Supernet
-from autopeft.evaluators.train import TrainingFailed
+from autopeft.evaluators.training.train import TrainingFailed
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import Measurement, Objective, Problem, Scored, Trial, declared_costs
-from autopeft.searchers.proxied import LEAST_AUDITED, Proxied
+from autopeft.searchers.scored.proxied import LEAST_AUDITED, Proxied
+from autopeft.studies.analysis.diagnostics import diagnostics
+from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.cli.app import main
-from autopeft.studies.diagnostics import diagnostics
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.config.source import StudyFileError
+from autopeft.studies.engine.proxy_scores import Table
 from autopeft.studies.errors import NoFeasibleCandidate
-from autopeft.studies.scoring import Table
-from autopeft.studies.snapshot import Snapshot
-from autopeft.studies.study_file import StudyFileError, load_study
-from autopeft.studies.tracking import _Runs
+from autopeft.studies.tracking.mlflow_sync import _Runs
 
 from .test_bayesian import layered_space, quality
 from .test_study import Quiet, facts, run

@@ -29,21 +29,21 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from autopeft.evaluators import batching
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone, load_backbone
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.packed import PackedEvaluator
-from autopeft.evaluators.prefix import PrefixCache
+from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.proxies import PROXIES, damping, saliency, zero_cost
 from autopeft.evaluators.proxies.damping import FACTOR, Damping
 from autopeft.evaluators.proxies.importance import Branch, Importance, residual_branches
 from autopeft.evaluators.proxies.saliency import JITTER
 from autopeft.evaluators.proxies.similarity import Similarity
-from autopeft.evaluators.tasks.data import Splits
+from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.shared_layers import PrefixCache
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Full, Ia3, Lora, Norm, Prefix
-from autopeft.search_space.adapters.bank import stream
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import Site
+from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.runtime.bank import stream
 
 from . import conformance, test_causal_lm
 from .test_train import LABELS, rows

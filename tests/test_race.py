@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autopeft.benchmarks import __main__ as cli
+from autopeft.benchmarks.race import clock, collect, models, races, report, surrogate, synthetic, table
+from autopeft.benchmarks.race.base import RaceProblem, best_sums, pareto
+from autopeft.benchmarks.race.problems import BY_DEFAULT, PROBLEMS
+from autopeft.benchmarks.race.races import ARMS, Ended, Race
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Measurement, declared_costs
 from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.optuna_samplers import Random as RandomSearcher
-from autopeft.studies.cli import app as cli
-from autopeft.studies.front import hypervolume
-from autopeft.studies.race import clock, collect, models, races, report, surrogate, synthetic, table
-from autopeft.studies.race.base import RaceProblem, best_sums, pareto
-from autopeft.studies.race.problems import BY_DEFAULT, PROBLEMS
-from autopeft.studies.race.races import ARMS, Ended, Race
+from autopeft.studies.analysis.pareto import hypervolume
 
 from .tiny_study import save_study
 
@@ -333,7 +333,7 @@ def test_noise_without_repeats_is_that_of_the_examples(grown: Path) -> None:
 
 
 def test_too_few_rows(tmp_path: Path) -> None:
-    with pytest.raises(surrogate.NoTable, match="has 0 candidates, too few to learn from: `autopeft tabulate`"):
+    with pytest.raises(surrogate.NoTable, match=r"has 0 candidates, too few to learn from: `python -m .* tabulate`"):
         surrogate.tabulated(tmp_path / "none.csv")
 
 

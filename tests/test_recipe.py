@@ -11,9 +11,9 @@ from ruamel.yaml import YAML
 
 from autopeft.evaluators.base import Outcome
 from autopeft.search_space.adapters import Bottleneck, Lora, Norm
+from autopeft.studies.engine.retraining import Retrained, kept
 from autopeft.studies.errors import UserError
-from autopeft.studies.recipe import SCHEMA_VERSION, Averaged, Measured, Recipe, RecipeError
-from autopeft.studies.retraining import Retrained, kept
+from autopeft.studies.recipes.recipe import SCHEMA_VERSION, Averaged, Measured, Recipe, RecipeError
 
 from .exported import make_recipe, save_model
 

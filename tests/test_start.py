@@ -10,10 +10,13 @@ import pytest
 
 from autopeft.search_space import AdapterChoice, Choice, Float, OneOf, SearchSpace, SpaceError
 from autopeft.searchers import SEARCHERS
-from autopeft.studies.cli.files import check
-from autopeft.studies.session import earlier_trials, open_ledger, open_study
-from autopeft.studies.starting import assignment_of
-from autopeft.studies.study_file import StudyFileError, fingerprint, load_study
+from autopeft.studies.config.fingerprint import fingerprint
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.config.problem import problem_for
+from autopeft.studies.config.source import StudyFileError
+from autopeft.studies.config.starting import assignment_of
+from autopeft.studies.engine.check import check
+from autopeft.studies.engine.session import earlier_trials, open_ledger, open_study
 
 from .spaces import SMALL
 from .test_study import Quiet, facts, run
@@ -215,7 +218,7 @@ def test_limits_and_numbers_are_checked_too(tmp_path: Path) -> None:
 def test_they_reach_the_problem_and_the_fingerprint(tmp_path: Path) -> None:
     path = save_study(tmp_path, **search(initial=3), constraints={"num_params": 5000})
     settings = load_study(path)
-    problem = settings.problem(check(settings)[1])
+    problem = problem_for(settings, check(settings)[1])
     assert (problem.initial, len(problem.start), dict(problem.limits.most)) == (3, 2, {"num_params": 5000})
     assert fingerprint(settings)["search"].keys() >= {"initial", "start"}
     plain = load_study(path, ["search.initial=null", "search.start=[]"])
@@ -240,7 +243,7 @@ def test_trials_of_an_earlier_study_become_points_of_this_space(earlier: Path) -
     wide = {"adapters": {"mine": {"kind": "lora", "at": ["attn.q", "attn.v", "mlp.up"], "rank": [0, 1, 2, 8],
                                   "vary": {"rank": "site"}}}}  # fmt: skip
     settings = load_study(new_study(earlier, space=wide))
-    problem = settings.problem(check(settings)[1])
+    problem = problem_for(settings, check(settings)[1])
     trials = earlier_trials(settings, problem)
     old = {t.number: t for t in open_ledger(load_study(earlier / "old")).trials()}
     assert {t.role for t in trials} == {"baseline:head", "search"} and len(trials) == 5

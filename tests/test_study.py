@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.evaluators.train import TrainEvaluator
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.problem import Trial
-from autopeft.studies import selection
-from autopeft.studies.cli.files import check
+from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.cli.running import interruptible
-from autopeft.studies.planned import baselines, num_evaluations
-from autopeft.studies.recipe import Recipe
-from autopeft.studies.session import open_ledger, open_study, read_snapshot, was_started
-from autopeft.studies.snapshot import Snapshot
-from autopeft.studies.study import weights_path
-from autopeft.studies.study_file import StudyFile, load_study
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.config.problem import problem_for
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.check import check
+from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations
+from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot, was_started
+from autopeft.studies.engine.study import weights_path
+from autopeft.studies.recipes import selection
+from autopeft.studies.recipes.recipe import Recipe
 
 from .tiny_study import save_study
 
@@ -93,7 +95,7 @@ def test_phases(finished) -> None:
     assert {t.seed for t in finalists} == {1, 2}
     assert all(t.measurement.test and t.measurement.test_per_example for t in finalists)
     assert not any(t.measurement.test for t in searched), "the search never sees the test split"
-    assert len(watcher.ended) <= num_evaluations(settings, settings.problem(snapshot.backbone).space) + 20
+    assert len(watcher.ended) <= num_evaluations(settings, problem_for(settings, snapshot.backbone).space) + 20
     assert [t.number for t in snapshot.trials] == list(range(len(snapshot.trials)))
 
 
@@ -126,7 +128,7 @@ def test_front_and_recommendation(finished) -> None:
 
 def test_baselines_take_the_study_training(finished) -> None:
     settings, snapshot, _ = finished
-    planned = list(baselines(settings, settings.problem(snapshot.backbone).space))
+    planned = list(baselines(settings, problem_for(settings, snapshot.backbone).space))
     assert [p.candidate.training["learning_rate"] for p in planned] == [1e-2, 1e-2]
     assert all(p.candidate.training["batch_size"] == 8 for p in planned)
 
@@ -259,7 +261,7 @@ def test_a_study_that_was_killed_while_it_was_made_begins_anew(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("autopeft.studies.ledger._pack", killed)  # between the first attribute and the last
+        patch.setattr("autopeft.studies.storage.ledger._pack", killed)  # between the first attribute and the last
         with pytest.raises(KeyboardInterrupt):
             run(settings)
     assert not was_started(settings)

@@ -8,23 +8,20 @@ from pathlib import Path
 import pytest
 
 from autopeft.search_space.adapters import ADAPTERS
-from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Float, Int
 from autopeft.search_space.presets import PRESETS
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.training import Training
 from autopeft.searchers import SEARCHERS
-from autopeft.studies.schema import json_schema
-from autopeft.studies.settings import ConstraintSettings, DataSettings, ModelSettings, TrainingSettings
-from autopeft.studies.study_file import (
-    StudyFileError,
-    differences,
-    fingerprint,
-    load_study,
-    study_from_mapping,
-)
+from autopeft.studies.config.fingerprint import differences, fingerprint
+from autopeft.studies.config.loading import load_study, study_from_mapping
+from autopeft.studies.config.problem import problem_for, space_for
+from autopeft.studies.config.schema import json_schema
+from autopeft.studies.config.settings import ConstraintSettings, DataSettings, ModelSettings, TrainingSettings
+from autopeft.studies.config.source import StudyFileError
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "studies" / "templates" / "study.yaml"
+TEMPLATE = Path(__file__).resolve().parent.parent / "studies" / "config" / "templates" / "study.yaml"
 MINIMAL = """\
 study: small
 space:
@@ -81,7 +78,7 @@ def test_defaults(load):
         "bo",
         40,
     )
-    assert study.space_for(backbone()).training["learning_rate"] == Float(low=5e-4, high=1e-2, log=True)
+    assert space_for(study, backbone()).training["learning_rate"] == Float(low=5e-4, high=1e-2, log=True)
     assert [(o.name, o.maximise) for o in study.objectives_list()] == [
         ("accuracy", True),
         ("num_params", False),
@@ -91,7 +88,7 @@ def test_defaults(load):
 def test_template_is_valid_and_differs_where_it_must(load):
     """It says the defaults, but for what makes a first study end in minutes."""
     study = load_study(TEMPLATE, environment={})
-    assert study.space_for(backbone(6, ("attn.q", "attn.v", "mlp.up", "mlp.down"))).genes
+    assert space_for(study, backbone(6, ("attn.q", "attn.v", "mlp.up", "mlp.down"))).genes
     minimal = load().model_copy(update={"study": study.study})
     different = {"space", "constraints", "data", "training", "search", "baselines", "finalists"}
     assert study.model_dump(exclude=different) == minimal.model_dump(exclude=different)
@@ -130,7 +127,7 @@ training:
   schedule: [linear, cosine]
 """
     )
-    space = load(text).space_for(backbone())
+    space = space_for(load(text), backbone())
     fields = space.adapters["lora"].fields
     assert fields["rank"] == Choice(choices=(0, 4, 8), ordered=True)
     # alpha is a real number in every network, so that 16 and 16.0 are not two
@@ -154,7 +151,7 @@ space:
   layer_gate: true
   stages: 2
 """)
-    space = study.space_for(backbone())
+    space = space_for(study, backbone())
     assert (space.stages, space.layer_gate) == (2, True)
     names = {gene.name for gene in space.genes}
     assert {"layers.3.on", "size.layers.0", "big.rank.layers.1"} <= names
@@ -162,13 +159,13 @@ space:
 
 
 def test_stages_default_fits_a_shallow_model(load):
-    assert load().space_for(backbone(num_layers=2)).stages == 2
+    assert space_for(load(), backbone(num_layers=2)).stages == 2
 
 
 def test_adapters_of_the_file_replace_those_of_the_preset(load):
     own = "{mlp: {kind: lora, at: [mlp.up], rank: 3}}"
     text = f"study: s\nspace: {{preset: lora-per-layer, adapters: {own}}}\n"
-    adapters = load(text).space_for(backbone()).adapters
+    adapters = space_for(load(text), backbone()).adapters
     assert adapters["mlp"].fields == {"rank": 3}
     assert adapters["attn"].vary == {"rank": "layer"}
 
@@ -184,7 +181,7 @@ def test_objectives(load):
     assert (loss.maximise, latency.bound, latency.reference, latency.unit) == (False, 0.1, 1.0, "seconds")
     turned = load(MINIMAL + "objectives: [accuracy, {name: num_params, direction: maximise}]\n").objectives_list()
     assert turned[1].maximise
-    problem = study.problem(backbone())
+    problem = problem_for(study, backbone())
     assert problem.num_trials == 40 and problem.objectives == study.objectives_list()
 
 
@@ -521,7 +518,7 @@ def test_wrong_environment(problems):
 def test_problems_with_a_model_have_lines_too(load, tmp_path):
     study = load(MINIMAL + "      at: [attn.q, mlp.gate]\n      layers: [0, 9]\n  stages: 30\n")
     with pytest.raises(StudyFileError) as caught:
-        study.space_for(backbone())
+        space_for(study, backbone())
     assert [line.replace(f"{tmp_path}/", "") for line in caught.value.problems] == [
         "study.yaml:6 space.adapters.lora.at: this model has no site 'mlp.gate'; it has attn.q, attn.v, mlp.up",
         "study.yaml:7 space.adapters.lora.layers: no layer 9: the model has layers 0 to 3",
@@ -532,7 +529,7 @@ def test_problems_with_a_model_have_lines_too(load, tmp_path):
 def test_problems_of_a_preset_with_a_model_point_at_the_preset(load):
     study = load("study: s\nspace:\n  preset: mam\n")
     with pytest.raises(StudyFileError, match=r"study\.yaml:2 space\.adapters\.prefix\.at: "):
-        study.space_for(backbone())
+        space_for(study, backbone())
 
 
 # Resuming
@@ -588,9 +585,9 @@ def test_training_settings_are_the_fields_of_training():
 
 
 def test_data_settings_are_those_of_the_loader():
-    from autopeft.evaluators.tasks import data
+    from autopeft.evaluators.data import splits
 
-    loader = {f.name: f.default for f in dataclasses.fields(data.DataSettings)}
+    loader = {f.name: f.default for f in dataclasses.fields(splits.DataSettings)}
     ours = {name: field.default for name, field in DataSettings.model_fields.items()}
     assert ours.keys() == loader.keys() - {"folder"}
     assert {name: default for name, default in ours.items() if name not in ("train", "validation", "test")} == {

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.packed import PackedEvaluator
 from autopeft.evaluators.proxies import supernet as module
 from autopeft.evaluators.proxies.supernet import Supernet
+from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbone import Backbone
-from autopeft.search_space.choices import AdapterChoice, OneOf
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.declaration import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Int
 from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training
-from autopeft.searchers.policies import POLICIES, SUBNETS, preferred
+from autopeft.searchers.scored.policies import POLICIES, SUBNETS, preferred
 
 from .test_packed import loaded, together  # noqa: F401  (a fixture)
 

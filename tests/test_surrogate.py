@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autopeft.searchers.surrogate import Floats, Surrogate, relevance
+from autopeft.searchers.bo.surrogate import Floats, Surrogate, relevance
 
 every_kind = pytest.mark.parametrize("kind", ["smooth", "sparse"])
 UNKNOWN = float("nan")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.evaluators.topics import build
+from autopeft.evaluators.data.topics import build
 
 FOLDER = Path(build.__file__).parent
 

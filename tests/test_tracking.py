@@ -20,8 +20,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from autopeft.studies import tracking
-from autopeft.studies.tracking import Tracker, absolute_uri, ui_command
+from autopeft.studies.tracking import mlflow_sync
+from autopeft.studies.tracking.mlflow_sync import Tracker, absolute_uri, ui_command
 
 from .tracked_study import FRONT, NUM_STEPS, OBJECTIVES, SETTINGS, TRIALS, mlflow_server, snapshot, trial
 
@@ -435,7 +435,7 @@ def test_pauses_grow_and_the_warning_comes_once(
         tried.append(now)
         raise OSError("no route to host")
 
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now)
+    monkeypatch.setattr(mlflow_sync.time, "monotonic", lambda: now)
     tracker = store.tracker()
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "_connect", connect)

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.prefix import PrefixCache
+from autopeft.evaluators.training.shared_layers import PrefixCache
 from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpace, SpaceError
 from autopeft.search_space.adapters import Bottleneck, Lora, Mixture, Prefix
-from autopeft.search_space.adapters.bank import Bank, Tokens
-from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.problem import declared_costs
-from autopeft.searchers.encoding import Encoding
+from autopeft.search_space.runtime.bank import Bank, Tokens
+from autopeft.searchers.bo.encoding import Encoding
+from autopeft.studies.config.loading import load_study
 from autopeft.studies.exporters import EXPORTERS, Fit
-from autopeft.studies.recipe import Recipe
-from autopeft.studies.study_file import load_study
+from autopeft.studies.recipes.recipe import Recipe
 
 from .conformance import FAMILIES, descend, tiny, tokens
 from .exported import CLASSIFIERS, make_recipe, save_model, trained

@@ -16,9 +16,9 @@ from typing import Any
 
 from autopeft.search_space.adapters import Lora, Prefix
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.backbone import Backbone, Site
+from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.problem import Measurement, Objective, Trial
-from autopeft.studies.snapshot import Snapshot
+from autopeft.studies.analysis.snapshot import Snapshot
 
 OBJECTIVES = (Objective.of("accuracy"), Objective.of("num_params"))
 NUM_EXAMPLES, NUM_STEPS = 50, 20

@@ -63,7 +63,7 @@ def _problem(device: str) -> str | None:
     question = "import torch; print(torch.cuda.is_available())"
     done = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1]
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return f"{sys.executable} cannot import torch ({reason}); `make install`, or make gpu PYTHON=..."
     if device == "cuda" and done.stdout.strip() != "True":
         return "torch sees no CUDA device here; `--device cpu` (make gpu DEVICE=cpu) is a dry run at toy sizes"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from autopeft.evaluators.timing import now
+from autopeft.evaluators.costs.timing import now
 
 #: Calls in a graph: enough that the time between two replays does not count.
-MOST_CALLS = 20
+MOST_CALLS = 200
 #: What a graph is to take, and all of its replays.
 GRAPH_S, ALL_S = 4e-3, 0.25
 MIN_REPLAYS, MAX_REPLAYS = 5, 25
@@ -20,16 +20,23 @@ def device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) 
     """Seconds of one call, the median over replays of a CUDA graph of some of them.
 
     `calls` do the same to inputs of their own, in turns: over one set of inputs that fits in the cache, the cache would
-    be measured. Nothing in them may wait for the device. Without CUDA: by the host's clock.
+    be measured. Without CUDA: by the host's clock. Raises RuntimeError where a call waits for the device.
     """
     for call in calls:
         call()  # compiles, and loads libraries
     alone = [_host_seconds(call, device) for call in calls]
     if device.type != "cuda":
         return statistics.median(alone)
+    # Found out before: after a capture that failed, torch's allocator and random streams are not what they were.
+    _check_waits(calls[0])
     about = min(alone)
     number = max(len(calls), min(MOST_CALLS, round(GRAPH_S / about)))
-    replay = capture(lambda: [calls[index % len(calls)]() for index in range(number)], device)
+
+    def work() -> None:
+        for index in range(number):
+            calls[index % len(calls)]()
+
+    replay = capture(work, device)
     taken = []
     for _ in range(2 + max(MIN_REPLAYS, min(MAX_REPLAYS, round(ALL_S / (number * about))))):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -44,8 +51,8 @@ def device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) 
 def capture(work: Callable[[], object], device: torch.device, warm_ups: int = 1) -> Callable[[], None]:
     """A CUDA graph of `work`, as the function that replays it. What `work` allocates stays with the graph.
 
-    It runs `warm_ups` times before, on a stream of its own as a capture wants it. Raises RuntimeError where `work`
-    waits for the device.
+    It runs `warm_ups` times before, on a stream of its own as a capture wants it. `work` must not wait for the device:
+    a capture that fails leaves the process unfit for others.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -58,6 +65,14 @@ def capture(work: Callable[[], object], device: torch.device, warm_ups: int = 1)
         work()
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def _check_waits(call: Callable[[], object]) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:

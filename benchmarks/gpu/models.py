@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.tasks.data import Splits
-from autopeft.search_space.introspection import describe
+from autopeft.evaluators.data.splits import Splits
+from autopeft.search_space.backbones.introspection import describe
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ class Run:
 
     device: str
     seconds: float
-    #: What was not measured for lack of time.
+    #: What was not measured, for lack of time if it does not say otherwise.
     left_out: list[str] = field(default_factory=list)
     _begin: float = field(default_factory=time.monotonic)
 

@@ -20,7 +20,7 @@ from autopeft.benchmarks.gpu.phases.kernel_speed import WANTED
 from autopeft.benchmarks.gpu.phases.pack_parity import TOLERANCES
 from autopeft.benchmarks.gpu.phases.step_overhead import TARGETS
 from autopeft.benchmarks.gpu.runner import SCHEMA
-from autopeft.studies import markdown
+from autopeft.studies.reports import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.file is not None:
         try:
             adopt(json.loads(options.file.read_text(encoding="utf-8")), RESULTS)
-        except (OSError, ValueError) as problem:
-            print(f"{options.file}: {problem}", file=sys.stderr)
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            print(f"{options.file}: {type(problem).__name__}: {problem}", file=sys.stderr)
             return 1
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(with_section(text, section(load(RESULTS))), encoding="utf-8")
@@ -56,8 +56,8 @@ def load(folder: Path) -> list[Found]:
 def adopt(found: Found, folder: Path) -> Path:
     """Put the phases of a run into the file of its card; each keeps the commit and the time of its run.
 
-    A phase without rows does not replace one that has some. Raises ValueError for a dry run, another layout, or a run
-    that does not say which card it ran on.
+    A phase that was broken off does not replace one that came further. Raises ValueError for a dry run, another layout,
+    or a run that does not say which card it ran on.
     """
     if found.get("schema") != SCHEMA:
         raise ValueError(f"not a gpu.json of layout {SCHEMA}")
@@ -71,7 +71,8 @@ def adopt(found: Found, folder: Path) -> Path:
     path = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card['name'].lower()).strip('-')}.json"
     whole: Found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": SCHEMA, "phases": {}}
     for name, phase in found["phases"].items():
-        if phase["rows"] or name not in whole["phases"]:
+        before = whole["phases"].get(name, {"rows": []})
+        if phase["status"] in ("ok", "cut") or len(phase["rows"]) >= len(before["rows"]):
             whole["phases"][name] = phase | {"commit": found["commit"], "started": found["started"]}
     whole["phases"] = {name: whole["phases"][name] for name in PHASES if name in whole["phases"]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def _of_card(found: Found) -> Iterable[str]:
         f" {card.get('driver')}; {named}. {_ceilings(found)}"
     )
     yield _targets(found)
-    for part in (_parity(found), _operators(found), _products(found), _graphs(found), _memory(found)):
+    for part in (_tests(found), _operators(found), _products(found), _graphs(found), _memory(found)):
         if part:
             yield part
     yield _phases(found)
@@ -136,23 +137,33 @@ def _targets(found: Found | None) -> str:
     return markdown.table(lines if found else [line[:2] for line in lines])
 
 
-def _parity(found: Found) -> str:
+def _tests(found: Found) -> str:
     parts = []
-    for name, words in (("kernel-parity", "kernels against their references"), ("pack-parity", "packs against alone")):
+    for name in found["phases"]:
         tested = [row for row in _rows(found, name) if "passed" in row]
         failed = [row for row in tested if not row["passed"]]
         if tested:
-            parts.append(f"{words.capitalize()}: {len(tested) - len(failed)} of {len(tested)} tests passed.")
-        parts += [f"- failed: {_failed(row)}" for row in failed[:MOST_NAMED]]
+            parts.append(f"- {name}: {len(tested) - len(failed)} of {len(tested)} tests passed")
+        parts += [f"  - failed: {_failed(row)}" for row in failed[:MOST_NAMED]]
         if len(failed) > MOST_NAMED:
-            parts.append(f"- and {len(failed) - MOST_NAMED} more")
+            parts.append(f"  - and {len(failed) - MOST_NAMED} more")
     return "\n".join(parts)
 
 
 def _failed(row: Mapping[str, Any]) -> str:
-    where = ", ".join(str(row[key]) for key in ("op", "adapter", "model", "types", "dtype", "shape") if key in row)
+    names = ("op", "adapter", "model", "regime", "types", "dtype", "shape", "slots")
+    where = ", ".join(str(row[key]) for key in names if key in row)
+    if "error" in row:
+        return f"{where}: {_line(row['error'])}"
+    if "ratio" in row:
+        return f"{where}: {row['ratio']:.2f} times its forecast"
     error = row.get("relative_error", row.get("relative_difference"))
-    return f"{where}: {row['error']}" if error is None else f"{where}: {error}, allowed is {row['tolerance']}"
+    return f"{where}: {error}, allowed is {row['tolerance']}"
+
+
+def _line(text: str, width: int = 80) -> str:
+    """The first line of a message, fit for a cell of a table."""
+    return next(iter(text.splitlines()), "").replace("|", "/")[:width]
 
 
 def _operators(found: Found) -> str:
@@ -161,7 +172,7 @@ def _operators(found: Found) -> str:
         if row["what"] != "operator":
             continue
         if "error" in row:
-            lines.append([row["kernel"], row["types"], row["shape"], "-", row["error"][:60], "-"])
+            lines.append([row["kernel"], row["types"], row["shape"], "-", _line(row["error"]), "-"])
             continue
         own = row.get("kernel_device_s")
         ratio = row.get("device_over_pytorch")
@@ -173,15 +184,21 @@ def _operators(found: Found) -> str:
 
 
 def _products(found: Found) -> str:
-    """Each product's share of what the memory allows, and whether its tiles are the best of their neighbours."""
+    """How near each product comes to what the card allows, and whether the rule's tiles are the best of those tried."""
     rates = {row["what"]: row for row in _rows(found, "environment")}
-    if "copy" not in rates:
+    if "copy" not in rates or "product, bfloat16" not in rates:
         return ""
-    lines = [["Product", "types", "shape", "us", "of the memory's rate", "the rule's time over the best", "the best"]]
+    lines = [
+        ["Product", "types", "shape", "us", "of what the card allows", "the rule's time over the best", "the best"]
+    ]
     for row in _rows(found, "kernel-speed"):
         if row["what"] != "product" or "device_s" not in row:
             continue
-        share = row["nbytes"] / rates["copy"]["bytes_per_s"] / row["device_s"]
+        # The time of its bytes or of its operations, whichever is longer: nothing runs faster.
+        floor_s = max(
+            row["nbytes"] / rates["copy"]["bytes_per_s"], row["flops"] / rates["product, bfloat16"]["flops_per_s"]
+        )
+        share = floor_s / row["device_s"]
         lines.append(
             [row["product"], row["types"], row["shape"], f"{1e6 * row['device_s']:.1f}", f"{share:.0%}",
              f"{row['device_s'] / row['best_s']:.2f}", row["best_way"]]
@@ -193,14 +210,14 @@ def _graphs(found: Found) -> str:
     lines = [["Step", "regime", "way", "ms", "times as fast as eager", "first call, s", "pays after steps"]]
     for row in _rows(found, "graphs"):
         head = [row["step"], row["regime"], row["way"]]
-        if "step_s" in row:
+        if "over_eager" in row:
             after = float(row["steps_to_pay"])
             pays = "never" if after == float("inf") else f"{after:.0f}"
             lines.append(
                 [*head, f"{1e3 * row['step_s']:.1f}", f"{row['over_eager']:.2f}", f"{row['first_s']:.1f}", pays]
             )
         else:
-            lines.append([*head, "-", row.get("error", row.get("note", ""))[:80], "-", "-"])
+            lines.append([*head, "-", _line(row.get("error", row.get("note", ""))), "-", "-"])
     return markdown.table(lines) if len(lines) > 1 else ""
 
 

@@ -21,7 +21,7 @@ from autopeft.benchmarks.gpu.phase import FULL_MINUTES, Phase, Row
 
 #: The version of the layout of `gpu.json`.
 SCHEMA = 1
-#: Characters of a phase's standard error that are kept where it did not go well.
+#: Bytes of a phase's standard error that are kept where it did not go well.
 LOG_TAIL = 4000
 #: With less time left no phase is started.
 LEAST_SECONDS = 5.0
@@ -105,7 +105,7 @@ def describe(result: PhaseResult) -> str:
     if tested:
         words.append(f"{sum(tested)} of {len(tested)} tests passed")
     if result.left_out:
-        words.append(f"left out for lack of time: {', '.join(result.left_out)}")
+        words.append(f"left out: {', '.join(result.left_out)}")
     if result.reason:
         words.append(result.reason)
     if result.error:
@@ -130,13 +130,12 @@ def _run_phase(
         text=True,
         encoding="utf-8",
         env=os.environ | _environment(phase, device),
-        start_new_session=True,  # so that what it has started can be ended with it
+        process_group=0,  # so that what it has started can be ended with it
     )
     assert process.stdout is not None
     lines: Queue[str | None] = Queue()
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
     result.status = "interrupted"
-    saved = 0.0
     try:
         while True:
             try:
@@ -145,22 +144,20 @@ def _run_phase(
                 result.status = "timed out"
                 break
             if line is None:
-                result.status = _ended(result, process.wait())
+                result.status = _ended(result, process, limit - (time.monotonic() - begin))
                 break
-            _take(result, json.loads(line))
-            if time.monotonic() - saved > 1.0:
-                result.seconds = round(time.monotonic() - begin, 1)
-                save()
-                saved = time.monotonic()
+            _take(result, line)
+            result.seconds = round(time.monotonic() - begin, 1)
+            save()
     finally:
         _end(process)
         result.seconds = round(time.monotonic() - begin, 1)
         tested = [row["passed"] for row in result.rows if "passed" in row]
         result.passed = all(tested) if tested else None
-        log.seek(start_of_log)
-        written = log.read()
+        end_of_log = log.seek(0, os.SEEK_END)
         if result.status not in ("ok", "cut", "skipped"):
-            result.log = written[-LOG_TAIL:]
+            log.seek(max(start_of_log, end_of_log - LOG_TAIL))
+            result.log = log.read()
 
 
 def _environment(phase: Phase, device: str) -> dict[str, str]:
@@ -171,8 +168,12 @@ def _environment(phase: Phase, device: str) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **({"TRITON_INTERPRET": "1"} if phase.interpreted else {})}
 
 
-def _ended(result: PhaseResult, code: int) -> str:
-    """The status of a phase that ended by itself."""
+def _ended(result: PhaseResult, process: subprocess.Popen[str], seconds_left: float) -> str:
+    """The status of a phase that has nothing more to say."""
+    try:
+        code = process.wait(max(1.0, seconds_left))
+    except subprocess.TimeoutExpired:
+        return "timed out"
     if result.error is not None:
         return "failed"
     if code:
@@ -183,7 +184,11 @@ def _ended(result: PhaseResult, code: int) -> str:
     return "cut" if result.left_out else "ok"
 
 
-def _take(result: PhaseResult, said: dict[str, Any]) -> None:
+def _take(result: PhaseResult, line: str) -> None:
+    try:
+        said: dict[str, Any] = json.loads(line)
+    except ValueError:  # half a line of a process that has died
+        return
     if "row" in said:
         result.rows.append(said["row"])
     result.left_out += said.get("left_out", [])
@@ -201,7 +206,8 @@ def _end(process: subprocess.Popen[str]) -> None:
     """Kill the phase and all that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in a driver dies when the driver lets it
+        process.wait(10)
 
 
 def _death(code: int) -> str:

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.host import Attachment
 from autopeft.evaluators.proxies.importance import Importance
 from autopeft.evaluators.proxies.zero_cost import BATCH_SIZE
-from autopeft.evaluators.train import TrainingFailed
+from autopeft.evaluators.training.train import TrainingFailed
 from autopeft.search_space.architecture import Architecture, Candidate
 
 #: What is left of a damped sub-layer's output: the response suppression factor of the authors' code.

@@ -39,19 +39,20 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
-from autopeft.evaluators import batching
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.packed import PackedEvaluator
 from autopeft.evaluators.proxies.base import Proxy
-from autopeft.evaluators.shared_weights import SharedWeights
-from autopeft.evaluators.train import TrainingFailed, decay_groups, rate
+from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.train import TrainingFailed, decay_groups, rate
 from autopeft.search_space.adapters import ADAPTERS
-from autopeft.search_space.adapters.bank import Bank, stream
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value
 from autopeft.search_space.genes import TRAINING, Assignment
+from autopeft.search_space.location import locate
 from autopeft.search_space.placement import Placement
+from autopeft.search_space.runtime.bank import Bank, stream
 from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training
 
@@ -351,7 +352,7 @@ class Gates(Proxy):
         logs = {gene: decision.probabilities().log().tolist() for gene, decision in self.decisions.items()}
         scores = []
         for number, architecture in enumerate(architectures, 1):
-            genes = self.space.locate(Candidate(architecture=architecture))
+            genes = locate(self.space, Candidate(architecture=architecture))
             if genes is None:
                 scores.append(math.nan)
             else:

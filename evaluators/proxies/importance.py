@@ -23,9 +23,9 @@ from torch import Tensor
 
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.zero_cost import ZeroCost
-from autopeft.evaluators.train import TrainEvaluator
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import AdapterSpec
-from autopeft.search_space.backbone import Site
+from autopeft.search_space.backbones.backbone import Site
 
 SUBLAYERS = ("attn", "mlp")
 

@@ -23,12 +23,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.base import OutOfMemory, Request, memory_errors
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.memory import fitting_slots
+from autopeft.evaluators.costs.pack_sizing import fitting_slots
 from autopeft.evaluators.proxies.zero_cost import BATCH_SIZE, ZeroCost
-from autopeft.search_space.adapters.bank import stream
 from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.runtime.bank import stream
 
 #: Standard deviation that stands in for zero: the transformers' own for new weights.
 JITTER = 0.02

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
-from autopeft.evaluators import batching
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
-from autopeft.evaluators.host import Attachment
-from autopeft.evaluators.packed import PackedEvaluator, repeated
 from autopeft.evaluators.proxies.base import Proxy
-from autopeft.evaluators.shared_weights import SharedWeights
 from autopeft.evaluators.tasks import Batch, Classification, model_inputs
-from autopeft.evaluators.train import TrainingFailed, decay_groups, rate
+from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.packed import PackedEvaluator, repeated
+from autopeft.evaluators.training.train import TrainingFailed, decay_groups, rate
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import islice
 
-from autopeft.evaluators import batching
-from autopeft.evaluators.packed import PackedEvaluator
 from autopeft.evaluators.proxies.base import Proxy
+from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.packed import PackedEvaluator
 
 #: Training minibatches that a proxy looks at, and their rows.
 BATCHES = 4

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from autopeft.evaluators.data.splits import DataError
 from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Task, model_inputs
-from autopeft.evaluators.tasks.data import DataError
 from autopeft.kernels.linear_cross_entropy import linear_cross_entropy
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, fields
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from autopeft.search_space.backbone import Site
+from autopeft.search_space.backbones.backbone import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.adapters.bank import Call
+    from autopeft.search_space.call import Call
 
 FLOAT32_BITS = 32
 #: Faster ways to do what `apply` does.

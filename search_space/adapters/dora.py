@@ -31,7 +31,7 @@ class Dora(Lora):
         import torch.nn.functional as F
 
         from autopeft.kernels.packed_lora import packed_lora
-        from autopeft.search_space.adapters.linear import weight_of
+        from autopeft.search_space.backbones.linear import weight_of
 
         weight, scale = weight_of(call.base).to(x.dtype), call.constants["scale"]
         dropped = call.dropout(x)

@@ -14,7 +14,7 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopeft.search_space.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 
 if TYPE_CHECKING:
     from torch import Tensor

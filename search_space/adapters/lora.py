@@ -13,12 +13,12 @@ from autopeft.search_space.adapters.base import (
     check_one_of,
     check_probability,
 )
-from autopeft.search_space.backbone import LINEAR_ROLES
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.adapters.bank import Call
+    from autopeft.search_space.call import Call
 
 INITS = ("kaiming", "gaussian", "orthogonal")
 

@@ -12,23 +12,15 @@ from autopeft.search_space.adapters.base import (
     check_one_of,
 )
 from autopeft.search_space.adapters.lora import Lora
-from autopeft.search_space.backbone import LINEAR_ROLES
-
-ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "arrow", "xlora", "uniform", "follow")
-#: Routers that read a whole text before they decide about its first token.
-LOOKING_AHEAD = ("sequence", "soft")
-#: Routers that choose for a whole text.
-DECIDING_BY_TEXT = ("sequence", "task")
-#: Routers that go by the domain of a text.
-BY_TASK = frozenset({"task", "poly"})
-#: Routers that choose some of the experts.
-CHOOSING = ("token", "sigmoid", "sequence", "task", "arrow", "follow")
-#: Routers with a part for every expert, of which none is left out and none is always on.
-MIXING = ("poly", "soft")
-#: Routers between LoRAs that are given.
-BETWEEN_GIVEN = ("arrow", "xlora")
-#: Those that are asked to send as much to one expert as to another. What a task is sent to is its own affair.
-BALANCED = ("token", "sigmoid", "sequence")
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.routers import (
+    BALANCED,
+    BETWEEN_GIVEN,
+    BY_TASK,
+    CHOOSING,
+    MIXING,
+    ROUTERS,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,17 +269,17 @@ class Mixture(AdapterSpec):
         return method in ("apply_input", "apply") and self.expert.acts_by(method, site)
 
     def apply_input(self, p, x, call):
-        from autopeft.search_space.adapters.mixing import mixed_input
+        from autopeft.search_space.routers.mixing import mixed_input
 
         return mixed_input(self, p, x, call)
 
     def apply(self, p, x, y, call):
-        from autopeft.search_space.adapters.mixing import mixed
+        from autopeft.search_space.routers.mixing import mixed
 
         return mixed(self, p, x, y, call)
 
     def apply_linear(self, p, x, weight, bias, call, slots):
-        from autopeft.search_space.adapters.mixing import mixed_linear
+        from autopeft.search_space.routers.mixing import mixed_linear
 
         return None if call.drops else mixed_linear(self, p, x, weight, bias, call, slots)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from autopeft.search_space.adapters.base import AdapterSpec, Parameter
-from autopeft.search_space.backbone import LINEAR_ROLES
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,12 +14,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from autopeft.studies.cli.auditing import audit
-from autopeft.studies.cli.benchmark import bench
-from autopeft.studies.cli.contest import contest
 from autopeft.studies.cli.doctor import doctor
 from autopeft.studies.cli.files import init, schema, validate
-from autopeft.studies.cli.racing import race, tabulate
 from autopeft.studies.cli.results import export, pareto
 from autopeft.studies.cli.retraining import train, verify
 from autopeft.studies.cli.running import plan, resume, run, status
@@ -29,8 +25,7 @@ DEBUG = "AUTOPEFT_DEBUG"
 
 #: In the order of `--help`.
 COMMANDS: tuple[Callable[..., Any], ...] = (
-    init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor, bench, race,
-    tabulate, audit, contest,
+    init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -45,13 +40,18 @@ for command in COMMANDS:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 ok, 1 failed, 2 usage or configuration, 3 no feasible candidate,
+    """Run a command of `autopeft` and exit."""
+    run_app(app, "autopeft", arguments)
+
+
+def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoReturn:
+    """Run a command of `app` and exit: 0 ok, 1 failed, 2 usage or configuration, 3 no feasible candidate,
     4 environment, 130 interrupted.
     """
     # What one library says to another is nothing that a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        app(args=arguments, prog_name="autopeft")
+        app(args=arguments, prog_name=name)
     except Exception as error:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             raise

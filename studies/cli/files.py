@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autopeft.search_space.suggestions import did_you_mean
+from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
 from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
 
 if TYPE_CHECKING:
-    from autopeft.evaluators.tasks.data import Splits
-    from autopeft.search_space.backbone import Backbone
+    from autopeft.evaluators.data.splits import Splits
+    from autopeft.search_space.backbones.backbone import Backbone
     from autopeft.search_space.space import SearchSpace
-    from autopeft.studies.study_file import StudyFile
+    from autopeft.studies.config.study_file import StudyFile
 
 PLACEHOLDER = "my-study"
 
@@ -42,9 +42,9 @@ def written() -> Iterator[None]:
 
 def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
     """Write a commented study file that runs as it is."""
-    from autopeft.search_space.suggestions import did_you_mean
+    from autopeft.search_space.spelling import did_you_mean
 
-    templates = {Path(file.name).stem: file for file in (files("autopeft.studies") / "templates").iterdir()
+    templates = {Path(file.name).stem: file for file in (files("autopeft.studies.config") / "templates").iterdir()
                  if file.name.endswith(".yaml")}  # fmt: skip
     if preset not in templates:
         raise ConfigurationError(f"--preset {preset}: no such study{did_you_mean(preset, templates)}")
@@ -67,14 +67,15 @@ def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
 
 def schema() -> None:
     """Print the JSON schema of the study file, for editors."""
-    from autopeft.studies.schema import json_schema
+    from autopeft.studies.config.schema import json_schema
 
     print_json(json_schema())
 
 
 def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Check a study file, its data and its model, without loading weights or training."""
-    from autopeft.studies.study_file import load_study
+    from autopeft.studies.config.loading import load_study
+    from autopeft.studies.engine.check import check
 
     settings = load_study(study, set_ or ())
     splits, backbone, space = check(settings)
@@ -101,53 +102,9 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
         typer.echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} lie in this space")
 
 
-def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
-    """Read the data, describe the model, lay the space over it. Raises StudyFileError with every problem."""
-    from autopeft.evaluators.backbones import ModelError, describe_backbone
-    from autopeft.evaluators.tasks.data import DataError, load_splits
-    from autopeft.search_space.choices import domain_problems
-    from autopeft.search_space.introspection import UnknownBackboneError
-    from autopeft.searchers import SEARCHERS
-    from autopeft.studies.session import earlier_trials
-    from autopeft.studies.study_file import StudyFileError
-
-    problems: list[str] = []
-    splits = backbone = space = None
-    try:
-        splits = load_splits(settings.data_settings(), settings.task)
-    except DataError as error:
-        problems += [settings.render(("data",), problem) for problem in error.problems]
-    try:
-        labels = splits.labels if splits else None
-        backbone = describe_backbone(
-            settings.model_id, settings.model.revision, settings.task, labels, settings.model.modules
-        )
-    except ModelError as error:
-        problems.append(settings.render(("model", "id"), str(error)))
-    except UnknownBackboneError as error:
-        problems.append(settings.render(("model", "modules"), str(error)))
-    if backbone is not None:
-        try:
-            problem = settings.problem(backbone)
-            space = problem.space
-            if splits is not None:
-                problems += [
-                    settings.render(path, what) for path, what in domain_problems(space.adapters, splits.domains)
-                ]
-            SEARCHERS[settings.search.searcher](problem, settings.seed)
-            earlier_trials(settings, problem)
-        except StudyFileError as error:
-            problems += error.problems
-        except ValueError as error:
-            problems.append(settings.render(("search", "searcher"), str(error)))
-    if problems:
-        raise StudyFileError(problems)
-    assert splits is not None and backbone is not None and space is not None
-    return splits, backbone, space
-
-
 def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: SearchSpace) -> dict[str, Any]:
-    from autopeft.studies.session import earlier_trials
+    from autopeft.studies.config.problem import problem_for
+    from autopeft.studies.engine.session import earlier_trials
 
     roles = [site.role for site in backbone.sites]
     return {
@@ -165,7 +122,7 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
         "domains": list(splits.domains or ()),
         "space": {"genes": [gene.name for gene in space.genes], "cardinality": space.cardinality},
         "objectives": [objective.name for objective in settings.objectives],
-        "earlier_trials": len(earlier_trials(settings, settings.problem(backbone))),
+        "earlier_trials": len(earlier_trials(settings, problem_for(settings, backbone))),
         "warnings": list(splits.warnings),
     }
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from autopeft.search_space.problem import BASELINE, FINALIST, SEARCH, Objective, Trial
-from autopeft.studies.diagnostics import diagnostics
-from autopeft.studies.snapshot import Snapshot, summary
+from autopeft.studies.analysis.diagnostics import diagnostics
+from autopeft.studies.analysis.snapshot import Snapshot, summary
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -11,9 +11,9 @@ from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, p
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from autopeft.studies.ledger import Ledger
-    from autopeft.studies.snapshot import Snapshot
-    from autopeft.studies.study_file import StudyFile
+    from autopeft.studies.analysis.snapshot import Snapshot
+    from autopeft.studies.config.study_file import StudyFile
+    from autopeft.studies.storage.ledger import Ledger
 
 PickOption = Annotated[
     str, typer.Option("--pick", help="recommended, best, trial:N, or a condition as num_params<=50000.")
@@ -28,7 +28,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier e
 
 def pareto(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """The front so far, best quality first, with standard errors and the recommendation."""
-    from autopeft.studies.report import front_data
+    from autopeft.studies.reports.report import front_data
 
     _, _, snapshot = finished(study, set_)
     if as_json:
@@ -39,8 +39,8 @@ def pareto(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
 
 def finished(study: Path, set_: list[str] | None) -> tuple[StudyFile, Ledger, Snapshot]:
     """A study as its ledger has it, under the settings that it was run with."""
-    from autopeft.studies.session import open_ledger, read_snapshot, recorded_settings
-    from autopeft.studies.study_file import load_study
+    from autopeft.studies.config.loading import load_study
+    from autopeft.studies.engine.session import open_ledger, read_snapshot, recorded_settings
 
     settings = load_study(study, set_ or ())
     ledger = open_ledger(settings)
@@ -53,8 +53,8 @@ def print_front(snapshot: Snapshot) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from autopeft.studies.analysis.mixture_verdicts import verdicts
     from autopeft.studies.cli.progress import measured
-    from autopeft.studies.routing import verdicts
 
     quality = snapshot.objectives_by_name[snapshot.quality]
     rows = sorted(snapshot.rows(), key=lambda row: quality.loss(row.values[quality.name]))
@@ -107,10 +107,10 @@ def export(
     """Write a candidate of the front in the format of another tool, with its trained weights and its recipe."""
     from safetensors.torch import load_file
 
-    from autopeft.search_space.suggestions import did_you_mean
-    from autopeft.studies import selection
+    from autopeft.search_space.spelling import did_you_mean
+    from autopeft.studies.engine.study import weights_path
     from autopeft.studies.exporters import EXPORTERS
-    from autopeft.studies.study import weights_path
+    from autopeft.studies.recipes import selection
 
     if to not in EXPORTERS:
         raise ConfigurationError(f"--to {to}: unknown target{did_you_mean(to, EXPORTERS)}")

@@ -24,9 +24,9 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe from scratch; write the adapter and its metrics."""
+    from autopeft.studies.engine.retraining import kept
     from autopeft.studies.exporters import EXPORTERS
-    from autopeft.studies.recipe import Recipe
-    from autopeft.studies.retraining import kept
+    from autopeft.studies.recipes.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     folder = out or recipe.parent / "trained"
@@ -50,8 +50,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe with seeds that its study has not used, and check the promised interval. Exit 1 if it fails."""
-    from autopeft.studies.recipe import Recipe
-    from autopeft.studies.retraining import fresh_seeds, kept, promises
+    from autopeft.studies.engine.retraining import fresh_seeds, kept, promises
+    from autopeft.studies.recipes.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     if not promises(loaded):
@@ -72,8 +72,8 @@ def _retrain(recipe: Any, seeds: list[int], device: str) -> list[Any]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from autopeft.studies.retraining import retrain
-    from autopeft.studies.session import torch_device
+    from autopeft.studies.engine.retraining import retrain
+    from autopeft.studies.engine.session import torch_device
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -84,14 +84,14 @@ def _retrain(recipe: Any, seeds: list[int], device: str) -> list[Any]:
 
 
 def _promised(recipe: Any) -> dict[str, list[float | None]]:
-    from autopeft.studies.retraining import promises
+    from autopeft.studies.engine.retraining import promises
 
     return {name: [m.low, m.high] for name, m in promises(recipe).items()}
 
 
 def _print(recipe: Any, runs: list[Any]) -> None:
     """A line per run, and the promise with the mean of the runs."""
-    from autopeft.studies.retraining import kept
+    from autopeft.studies.engine.retraining import kept
 
     for run in runs:
         typer.echo(f"seed {run.seed}: " + ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items()))

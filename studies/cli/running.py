@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autopeft.studies.cli.files import check
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
 
 if TYPE_CHECKING:
-    from autopeft.studies.study_file import StudyFile
+    from autopeft.studies.config.study_file import StudyFile
 
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the study if it was started before.")]
 
@@ -24,8 +23,8 @@ def run(
     study: StudyArgument, set_: SetOption = None, resume: ResumeOption = False, as_json: JsonOption = False
 ) -> None:
     """Run a study: baselines, the search, the final front. Ctrl-C is safe; `autopeft resume` goes on."""
-    from autopeft.studies.session import was_started
-    from autopeft.studies.study_file import load_study
+    from autopeft.studies.config.loading import load_study
+    from autopeft.studies.engine.session import was_started
 
     settings = load_study(study, set_ or ())
     run_study(settings, resume=resume and was_started(settings), as_json=as_json)
@@ -33,7 +32,7 @@ def run(
 
 def resume(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Go on with a study that was interrupted. Finished trials stay; more `search.trials` may be asked for."""
-    from autopeft.studies.study_file import load_study
+    from autopeft.studies.config.loading import load_study
 
     run_study(load_study(study, set_ or ()), resume=True, as_json=as_json)
 
@@ -41,8 +40,9 @@ def resume(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
 def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> None:
     from autopeft.studies.cli.progress import ProgressView
     from autopeft.studies.cli.results import print_front
-    from autopeft.studies.report import front_data, write_report
-    from autopeft.studies.session import open_study
+    from autopeft.studies.engine.check import check
+    from autopeft.studies.engine.session import open_study
+    from autopeft.studies.reports.report import front_data, write_report
 
     splits, _, _ = check(settings)
     for warning in splits.warnings:
@@ -57,7 +57,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     print_front(snapshot)
     typer.echo(f"\npictures  {files[0]} (and front.png, curves.png, hypervolume.png beside it)")
     if settings.tracking.enabled:
-        from autopeft.studies.tracking import ui_command
+        from autopeft.studies.tracking.mlflow_sync import ui_command
 
         typer.echo(f"MLflow    {ui_command(settings.tracking_uri)}")
         typer.echo("          filter of the front: tags.`autopeft.pareto` = 'true'")
@@ -102,9 +102,9 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Where a study stands; safe while it runs."""
+    from autopeft.studies.analysis.diagnostics import diagnostics
+    from autopeft.studies.analysis.snapshot import state_counts
     from autopeft.studies.cli.results import finished
-    from autopeft.studies.diagnostics import diagnostics
-    from autopeft.studies.snapshot import state_counts
 
     settings, _, snapshot = finished(study, set_)
     counts = state_counts(snapshot.trials)
@@ -136,8 +136,9 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
 
 def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """What a study would do: size of the space, range of parameters, time, memory, what stays exportable."""
-    from autopeft.studies.planning import plan_study
-    from autopeft.studies.study_file import load_study
+    from autopeft.studies.config.loading import load_study
+    from autopeft.studies.engine.check import check
+    from autopeft.studies.engine.cost_estimate import plan_study
 
     settings = load_study(study, set_ or ())
     splits, _, _ = check(settings)

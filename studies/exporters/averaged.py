@@ -18,7 +18,7 @@ from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.studies.exporters.base import Exporter, Fit, State, approximate, unsupported
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from ruamel.yaml.comments import CommentedMap
 from autopeft.studies.exporters.base import Exporter, approximate, unsupported
 from autopeft.studies.exporters.peft_config import anchored, decayed_vectors, plan
 from autopeft.studies.exporters.trl_script import FILE_READERS
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 CONFIG_FILE = "axolotl.yaml"
 _HEADER = """\
@@ -120,7 +120,7 @@ def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
 
 def _row_type(recipe: Recipe) -> dict[str, Any]:
     """How axolotl reads a row; the first one shows which of the three forms it has. Raises DataError."""
-    from autopeft.evaluators.tasks.data import load_splits
+    from autopeft.evaluators.data.splits import load_splits
 
     data = recipe.data
     row = load_splits(data.for_loading(), recipe.task).train[0]

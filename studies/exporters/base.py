@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from autopeft.search_space.adapters.head import Head
 from autopeft.studies.errors import UserError
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ class Exporter(ABC):
         if self.needs_state:
             _check_state(recipe, state)
         from autopeft.evaluators.backbones import ModelError
-        from autopeft.evaluators.tasks.data import DataError
+        from autopeft.evaluators.data.splits import DataError
 
         folder = Path(folder)
         try:

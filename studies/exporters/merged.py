@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autopeft.search_space.adapters import AdapterSpec
-from autopeft.search_space.backbone import Site
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import ExportError, approximate, unsupported
 from autopeft.studies.exporters.native import attach
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

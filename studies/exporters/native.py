@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopeft.studies.exporters.base import EXACT, RECIPE_FILE, Exporter, ExportError, State
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from autopeft.evaluators.host import Attachment
+    from autopeft.evaluators.attachment.attachment import Attachment
 
 WEIGHTS_FILE = "adapter.safetensors"
 
@@ -34,8 +34,8 @@ def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
 
     Raises ModelError for a backbone that does not load, KeyError or ValueError for weights of another recipe.
     """
+    from autopeft.evaluators.attachment.attachment import Attachment
     from autopeft.evaluators.backbones import load_model
-    from autopeft.evaluators.host import Attachment
 
     origin = recipe.backbone
     model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)

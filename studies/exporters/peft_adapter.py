@@ -10,7 +10,7 @@ from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import ExportError, State
 from autopeft.studies.exporters.peft_config import plan
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,9 +15,9 @@ from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.adapters.lora import Lora
-from autopeft.search_space.backbone import Site
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.base import Fit, approximate, unsupported
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 _TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 _LORA_INITS = {"kaiming": True, "gaussian": "gaussian"}

@@ -19,7 +19,7 @@ from autopeft.search_space.adapters.given import CONFIG, WEIGHTS
 from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.studies.exporters.base import Fit, State, approximate
 from autopeft.studies.exporters.peft_config import PeftPlan, plan
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 
 def fit(recipe: Recipe) -> Fit | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from autopeft.studies.exporters.base import Exporter, approximate
 from autopeft.studies.exporters.peft_config import decayed_vectors, plan
-from autopeft.studies.recipe import Recipe
+from autopeft.studies.recipes.recipe import Recipe
 
 SCRIPT_FILE = "train.py"
 #: By the ending of a file, the reader of `datasets`.
@@ -266,7 +266,7 @@ def _training(recipe: Recipe) -> dict[str, Any]:
 
 def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
     """Arguments of `datasets.load_dataset` for one split."""
-    from autopeft.evaluators.tasks.data import EMBEDDED_IN
+    from autopeft.evaluators.data.splits import EMBEDDED_IN
 
     data = recipe.data
     if data.source in EMBEDDED_IN:

@@ -1,8 +1,8 @@
 """(d) Every kernel at real shapes: against PyTorch's best way, against what its bytes and operations allow, and the
 tiles that the rule chose against their neighbours.
 
-Device times are those of CUDA graphs over several sets of inputs; the host's times of the same calls stand beside them,
-because a step of small minibatches waits for the host.
+Device times are those of CUDA graphs, for the products alone over as many sets of inputs as do not fit in the cache;
+the host's times of the operators stand beside them, because a step of small minibatches waits for the host.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from autopeft.benchmarks.gpu.clock import device_seconds, host_seconds
 from autopeft.benchmarks.gpu.phase import Row, Run
-from autopeft.evaluators.timing import interleaved, now
+from autopeft.benchmarks.speed.kernels import KernelCase, kernel_cases
+from autopeft.evaluators.costs.timing import interleaved, now
 from autopeft.kernels import linear_cross_entropy as cross_entropy
 from autopeft.kernels import slot_products
 from autopeft.kernels.slot_products import Count, Tiles
-from autopeft.studies.bench.kernels import KernelCase, kernel_cases
 
 #: Types of the backbone and of the adapters: the default first.
 TYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -38,8 +38,8 @@ PRODUCTS = ((1024, 4096, 16), (128, 896, 16), (1024, 2048, 64), (2048, 14336, 16
 HEADS = ((8192, 2048, 151936), (1024, 896, 151936))
 TOY_OPERATORS, TOY_PRODUCTS, TOY_HEADS = ((4, 16, 2, 64),), ((4, 16, 2),), ((8, 16, 64),)
 SLOTS = 8
-#: Sets of inputs, so that none is still in the cache when its turn comes.
-SETS = 3
+#: Sets of inputs, in caches: so that none is still there when its turn comes.
+CACHES = 2.5
 REPEATS = 7
 #: A Triton kernel that is not so many times as fast as PyTorch goes.
 WANTED = 1.2
@@ -73,7 +73,8 @@ def _operators(
             what = f"{case.name}, {types}, {case.shape}"
             if not run.has_time(what, 8.0):
                 continue
-            row: Row = {"what": "operator", "kernel": case.name, "types": types, "shape": case.shape, "wanted": WANTED}
+            name, _, _ = case.name.partition(", over")  # which reference it is held against elsewhere
+            row: Row = {"what": "operator", "kernel": name, "types": types, "shape": case.shape, "wanted": WANTED}
             try:
                 yield row | _operator(case, device, 2 if run.toy else REPEATS)
             except Exception as error:  # too large for this card, say: the others go on
@@ -126,8 +127,8 @@ def _operator(case: KernelCase, device: torch.device, repeats: int) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A kernel alone. `ways`: what it is told to take at a time, the rule's choice first, each with calls over `SETS`
-    sets of inputs. `count`: the least there is to do.
+    """A kernel alone. `ways`: what it is told to take at a time, the rule's choice first, each with calls over sets
+    of inputs. `count`: the least there is to do.
     """
 
     name: str
@@ -160,7 +161,9 @@ def _narrow_products(device: torch.device, types: str, tokens: int, features: in
     """The three products of packed adapters, with the rule's tiles and their neighbours."""
     wide, narrow = TYPES[types]
     draw = _draw(device)
-    xs = [draw(wide, SLOTS, tokens, features) for _ in range(SETS)]
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    sets = 1 + int(CACHES * cache_bytes / (SLOTS * tokens * features * wide.itemsize))
+    xs = [draw(wide, SLOTS, tokens, features) for _ in range(sets)]
     w, h, up = (
         draw(narrow, SLOTS, rank, features),
         draw(narrow, SLOTS, tokens, rank),

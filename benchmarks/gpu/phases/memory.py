@@ -1,4 +1,4 @@
-"""(h) What a pack is forecast to hold (`evaluators/memory.py`) against the allocator's high-water mark."""
+"""(h) What a pack is forecast to hold (`evaluators/costs/pack_sizing.py`) against the allocator's high-water mark."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from autopeft.benchmarks.gpu import models
 from autopeft.benchmarks.gpu.phase import Row, Run
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.measured import step_bytes
-from autopeft.evaluators.memory import FILLED, fitting_slots
-from autopeft.evaluators.packed import PackedEvaluator
+from autopeft.evaluators.costs.measurement import step_bytes
+from autopeft.evaluators.costs.pack_sizing import FILLED, fitting_slots, free_bytes
+from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Lora
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.backbone import LINEAR_ROLES, Backbone
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone
 
 #: The model's layers, and a minibatch of a slot.
 LAYERS, ROWS, WORDS, STEPS = 8, 4, 512, 2
@@ -57,6 +57,8 @@ def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int) -> dict[s
     before = 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        if forecast > FILLED * free_bytes(device):
+            return row | {"note": "more than a pack would be given here"}
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     outcomes = evaluator.evaluate([request] * slots)

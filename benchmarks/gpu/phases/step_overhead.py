@@ -13,9 +13,9 @@ import torch
 
 from autopeft.benchmarks.gpu import models
 from autopeft.benchmarks.gpu.phase import Row, Run
-from autopeft.evaluators.packed import PackedEvaluator
+from autopeft.benchmarks.speed.overhead import Overhead, measure_overhead
+from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space.training import Training
-from autopeft.studies.bench.overhead import Overhead, measure_overhead
 
 #: Layers that are measured, few and more.
 DEPTHS = (2, 6)

@@ -1,0 +1,34 @@
+"""`python -m autopeft.benchmarks`: races, contests, audits, speed. The GPU kit has a command of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from autopeft.benchmarks.cli.auditing import audit
+from autopeft.benchmarks.cli.contest import contest
+from autopeft.benchmarks.cli.racing import race, tabulate
+from autopeft.benchmarks.cli.speed import speed
+from autopeft.studies.cli.app import run_app
+
+app = typer.Typer(
+    name="autopeft.benchmarks",
+    help="Measure autopeft itself. Results go to benchmarks/results and into docs/.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+#: In the order of `--help`.
+for command in (speed, race, tabulate, audit, contest):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit, with the exit codes of `autopeft`."""
+    run_app(app, "python -m autopeft.benchmarks", arguments)
+
+
+if __name__ == "__main__":
+    main()

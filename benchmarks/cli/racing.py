@@ -1,0 +1,153 @@
+"""`race`: searchers against each other where the answer is known; `tabulate`: the trainings that one of those answers
+is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autopeft.benchmarks.cli.speed import BenchView
+from autopeft.studies.cli.files import check_names, written
+from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of, print_json
+from autopeft.studies.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from autopeft.benchmarks.race.base import RaceProblem
+
+
+def race(
+    problems: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROBLEM]...", help="What to race on; default: the five of the docs."),
+    ] = None,
+    searchers: Annotated[str, typer.Option("--searchers", help="Names, with commas.")] = "random,qmc,tpe,nsga2,bo",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Races of each searcher on each problem.")] = 20,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Evaluations of a race.")] = 200,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Candidates that are measured at once.")] = 4,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, of one thread each.")] = 1,
+    results: Annotated[
+        Path, typer.Option("--results", help="Keeps every race; those that are there are not run again.")
+    ] = Path("races.jsonl"),
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the curves into this PNG.")] = None,
+    clocked: Annotated[
+        str | None,
+        typer.Option("--clock", metavar="N,N", help="Instead: seconds per suggestion after so many trials."),
+    ] = None,
+    surrogates: Annotated[
+        str | None,
+        typer.Option("--surrogates", metavar="N,N", help="Instead: how well the kinds of model predict after so many."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Race searchers on problems whose front is known, and report all that the results file has of these problems."""
+    from autopeft.benchmarks.race import races, report
+    from autopeft.benchmarks.race.problems import BY_DEFAULT, PROBLEMS
+    from autopeft.benchmarks.race.surrogate import NoTable
+
+    names = list(dict.fromkeys(problems or BY_DEFAULT))
+    asked = names_of(searchers)
+    check_names("problem", names, PROBLEMS)
+    check_names("searcher", asked, races.ARMS)
+    try:
+        built = {name: PROBLEMS[name]() for name in names}
+    except NoTable as error:
+        raise ConfigurationError(str(error)) from None
+    for searcher, name in product(asked, names):
+        try:
+            races.ARMS[searcher](built[name].problem, 0)
+        except ValueError as error:
+            raise ConfigurationError(f"{searcher} on {name}: {error}") from None
+    if clocked is not None:
+        from autopeft.benchmarks.race import clock
+
+        histories = numbers_of("--clock", clocked, least=2)
+        timed = partial(clock.clock, searchers=asked, histories=histories, batch=batch)
+        _print_each(built, timed, len(asked) * len(histories) * clock.REPEATS, clock.to_markdown, as_json)
+        return
+    if surrogates is not None:
+        from autopeft.benchmarks.race import models
+
+        counts = numbers_of("--surrogates", surrogates, least=2)
+        fitted = partial(models.compare, counts=counts)
+        _print_each(built, fitted, len(counts) * len(models.KERNELS) * models.REPEATS, models.to_markdown, as_json)
+        return
+    planned = races.planned(names, asked, seeds, trials, batch)
+    with BenchView() as view, written():
+        lacking = races.missing(planned, races.read(results))
+        view.plan(len(lacking))
+        if lacking:
+            view.stage(f"{len(lacking)} of {len(planned)} races")
+        races.run_all(lacking, results, workers, lambda _: view.advance(1))
+    keys = {name: problem.key for name, problem in built.items()}
+    ended = [e for e in races.read(results) if e.race.batch == batch and e.problem_key == keys.get(e.race.problem)]
+    curves = {name: found for name, found in report.curves_of(ended).items() if name in names}
+    tables = [report.table_of(name, built[name].summary, curves[name]) for name in names]
+    if picture is not None:
+        with written():
+            report.picture({name: curves[name] for name in names}, picture)
+    if as_json:
+        print_json(report.to_dict(tables, batch))
+    else:
+        typer.echo(report.to_markdown(tables, batch), nl=False)
+
+
+def _print_each(
+    problems: Mapping[str, RaceProblem],
+    measure: Callable[..., Sequence[Any]],
+    steps: int,
+    to_markdown: Callable[[str, Sequence[Any]], str],
+    as_json: bool,
+) -> None:
+    """What `measure` finds of each problem; it takes so many `steps` for one."""
+    found = {}
+    with BenchView() as view:
+        view.plan(len(problems) * steps)
+        for name, problem in problems.items():
+            view.stage(name)
+            found[name] = measure(problem, advance=lambda: view.advance(1))
+    if as_json:
+        print_json({name: [asdict(entry) for entry in entries] for name, entries in found.items()})
+    else:
+        typer.echo("\n".join(to_markdown(name, entries) for name, entries in found.items()), nl=False)
+
+
+def tabulate(
+    output: Annotated[Path, typer.Option("--output", help="The table: a CSV that grows by what it lacks.")],
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY]", help="Study file, or its folder; default: the demo's.")
+    ] = None,
+    set_: SetOption = None,
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Draws from the space.")] = 330,
+    repeated: Annotated[int, typer.Option("--repeated", min=0, help="Draws with two more seeds each.")] = 40,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+) -> None:
+    """Train draws from a study's space in full and keep what they were worth; what is there is not trained again."""
+    from autopeft.benchmarks.race import collect, table
+    from autopeft.studies.config.loading import load_study
+    from autopeft.studies.engine.check import check
+    from autopeft.studies.engine.session import evaluator_for
+
+    settings = load_study(study or Path(str(files("autopeft.studies.examples") / "demo.yaml")), set_ or ())
+    splits, _, space = check(settings)
+    with BenchView() as view, written():
+        view.stage("loading")
+        evaluator = evaluator_for(settings, splits)
+        try:
+            collect.write_provenance(output, collect.provenance(settings, space, seed))
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
+        lacking = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
+        view.plan(len(lacking))
+        view.stage(f"{len(lacking)} trainings")
+        collect.collect(evaluator, output, lacking, lambda: view.advance(1))
+    failed = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
+    lacks = f", {len(failed)} failed" if failed else ""
+    typer.echo(f"{output}: {len(table.read(output))} rows{lacks}")

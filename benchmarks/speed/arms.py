@@ -1,0 +1,244 @@
+"""The ways to train the same candidates, and their times side by side.
+
+All arms run in one process, which is kind to the loop: the settings that the packed evaluator makes for the memory
+allocator hold for it too. In each round every arm runs once, and each round starts with another one, so that what a
+machine does between them (heat, other work) favours none; a speed-up is a ratio of two times of one round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from autopeft.benchmarks.speed.loop import Loop, Run
+from autopeft.evaluators.backbones import LoadedBackbone
+from autopeft.evaluators.base import Outcome, Request, Select
+from autopeft.evaluators.costs.timing import Spread, now
+from autopeft.evaluators.data.splits import Splits
+from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.session import evaluator_for
+from autopeft.studies.errors import UserError
+
+CACHE_BYTES = 2**31
+#: Steps whose losses are compared: later, rounding has grown.
+COMPARED_STEPS = 20
+#: Relative differences from `single` that another order of summation explains.
+TOLERANCES = {"loop": 1e-3, "packed": 1e-4, "packed+prefix": 1e-4}
+#: The same where the backbone computes in less than float32: the order of summation shows in the third digit.
+COARSE_TOLERANCE = 5e-2
+VALIDATION_TOLERANCE = 2e-2
+#: Losses are recorded to five digits after the point.
+ROUNDING = 1e-5
+
+
+class Watch(Protocol):
+    """Whoever shows how far the benchmark is; its unit is a candidate's training step."""
+
+    def plan(self, steps: int) -> None: ...
+
+    def stage(self, what: str) -> None: ...
+
+    def advance(self, steps: int) -> None: ...
+
+
+class ParityError(UserError):
+    """Arms that were to do the same work have not done it: their times say nothing."""
+
+
+@dataclass(slots=True)
+class Bench:
+    """A study's model and data, ready for every arm."""
+
+    settings: StudyFile
+    splits: Splits
+    single: TrainEvaluator
+    pack: int
+    watch: Watch
+    loop: Loop
+
+    @classmethod
+    def of(cls, settings: StudyFile, splits: Splits, pack: int, watch: Watch) -> Bench:
+        """Loads the model. Raises ConfigurationError, EnvironmentProblem."""
+        lent = evaluator_for(settings, splits)
+        loaded = LoadedBackbone(lent.model, lent.backbone, lent.task.tokenizer, lent.pretrained_head)
+        single = TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
+        return cls(settings, splits, single, pack, watch, Loop(single, settings))
+
+    @property
+    def device(self) -> torch.device:
+        return self.single.device
+
+    def packed(self, share_prefix: bool) -> PackedEvaluator:
+        """With a cold cache."""
+        single = self.single
+        return PackedEvaluator(
+            LoadedBackbone(single.model, single.backbone, single.task.tokenizer, single.pretrained_head),
+            self.settings.task,
+            self.splits,
+            self.settings.data.max_length,
+            pack=self.pack,
+            share_prefix=share_prefix,
+            cache=PrefixCache(CACHE_BYTES) if share_prefix else None,
+        )
+
+    def timed(
+        self, evaluator: TrainEvaluator, requests: Sequence[Request], select: Select | None = None
+    ) -> tuple[list[Outcome], float]:
+        """Outcomes and seconds. Raises UserError where a candidate fails: then the arms cannot be compared."""
+        before = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal before
+            self.watch.advance(done - before)
+            before = done
+
+        begin = now(self.device)
+        outcomes = evaluator.evaluate(requests, progress, select=select)
+        seconds = now(self.device) - begin
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if outcome.measurement is None:
+                raise UserError(f"candidate {request.candidate.key} cannot be trained here: {outcome.reason}")
+        return outcomes, seconds
+
+
+#: Prepares an arm for some requests; the runs are trained, and timed, when they are asked for.
+Arm = Callable[[Bench, Sequence[Request]], Iterable[Run]]
+
+
+def _loop(bench: Bench, requests: Sequence[Request]) -> Iterator[Run]:
+    for run in bench.loop.prepare(requests):
+        bench.watch.advance(len(run.losses))
+        yield run
+
+
+def _evaluated(make: Callable[[Bench], TrainEvaluator]) -> Arm:
+    def arm(bench: Bench, requests: Sequence[Request]) -> Iterator[Run]:
+        outcomes, seconds = bench.timed(make(bench), requests)
+        for outcome in outcomes:
+            found = outcome.measurement
+            assert found is not None
+            yield Run(
+                losses=found.losses,
+                loss=found.values["loss"],
+                accuracy=found.values["accuracy"],
+                seconds=seconds / len(outcomes),
+            )
+
+    return arm
+
+
+REFERENCE = "single"
+ARMS: dict[str, Arm] = {
+    "loop": _loop,
+    REFERENCE: _evaluated(lambda bench: bench.single),
+    "packed": _evaluated(lambda bench: bench.packed(share_prefix=False)),
+    "packed+prefix": _evaluated(lambda bench: bench.packed(share_prefix=True)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmRow:
+    """`speedup`: time of the loop over that of the arm. `seconds`: median, per candidate."""
+
+    arm: str
+    speedup: Spread
+    seconds: float
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Equal work. `lowest_layer`: the first adapted one, None where candidates differ in it."""
+
+    title: str
+    candidates: int
+    steps: int
+    lowest_layer: int | None
+    rows: tuple[ArmRow, ...]
+
+
+def compare(
+    bench: Bench, title: str, requests: Sequence[Request], rounds: int
+) -> tuple[Table, dict[str, list[list[Run]]]]:
+    """The table, and the runs of each round by arm. Raises ParityError, UserError."""
+    names = list(ARMS)
+    runs: dict[str, list[list[Run]]] = {name: [] for name in names}
+    peaks: dict[str, int] = {}
+    bench.packed(share_prefix=False)  # what it sets for the process holds from the first arm on
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            bench.watch.stage(f"{title}: {name}, round {number + 1} of {rounds}")
+            with _Peak(bench.device) as peak:
+                runs[name].append(list(ARMS[name](bench, requests)))
+            peaks[name] = max(peaks.get(name, 0), peak.nbytes)
+        check_parity({name: runs[name][-1] for name in names}, bench.settings.model.dtype)
+    times = {name: [sum(run.seconds for run in found) for found in runs[name]] for name in names}
+    rows = tuple(
+        ArmRow(
+            arm=name,
+            speedup=Spread.of([loop / own for loop, own in zip(times["loop"], times[name], strict=True)]),
+            seconds=statistics.median(times[name]) / len(requests),
+            peak_memory_bytes=peaks[name] or None,
+        )
+        for name in names
+    )
+    depths = {request.candidate.architecture.lowest_layer(bench.single.backbone) for request in requests}
+    table = Table(
+        title=title,
+        candidates=len(requests),
+        steps=max(map(bench.single.num_steps, requests)),
+        lowest_layer=depths.pop() if len(depths) == 1 else None,
+        rows=rows,
+    )
+    return table, runs
+
+
+def check_parity(runs: Mapping[str, Sequence[Run]], dtype: str = "float32") -> None:
+    """Raises ParityError, which names every candidate and arm that went another way than `single`, and the step."""
+    problems = []
+    for arm in (arm for arm in runs if arm != REFERENCE):
+        tolerance = TOLERANCES[arm] if dtype == "float32" else COARSE_TOLERANCE
+        for number, (own, reference) in enumerate(zip(runs[arm], runs[REFERENCE], strict=True)):
+            where = f"{arm}, candidate {number}"
+            if len(own.losses) != len(reference.losses):
+                problems.append(f"{where}: {len(own.losses)} steps, not {len(reference.losses)}")
+                continue
+            pairs = list(zip(own.losses, reference.losses, strict=True))[:COMPARED_STEPS]
+            step = next((n for n, (a, b) in enumerate(pairs, 1) if not _close(a, b, tolerance)), None)
+            if step is not None:
+                a, b = pairs[step - 1]
+                problems.append(f"{where}: the loss of step {step} is {a:.6f}, not {b:.6f}")
+            elif not _close(own.loss, reference.loss, VALIDATION_TOLERANCE):
+                problems.append(f"{where}: the validation loss is {own.loss:.5f}, not {reference.loss:.5f}")
+    if problems:
+        raise ParityError(f"the arms do not do the same work as {REFERENCE!r}; no ratios:\n  " + "\n  ".join(problems))
+
+
+def _close(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance * abs(b) + ROUNDING
+
+
+class _Peak:
+    """The high-water mark of a GPU's memory within a block; 0 on other devices."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.nbytes = 0
+
+    def __enter__(self) -> _Peak:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            self.nbytes = torch.cuda.max_memory_allocated(self.device)

@@ -1,0 +1,1 @@
+"""Attaches the adapters of several slots to one model, and takes them off again."""

@@ -1,0 +1,386 @@
+"""The host: attaches the adapters of K slots to one frozen backbone, and takes them off again.
+
+Notation: K slots, the batch is [K * N, tokens, D] with the N examples of a slot next to each other.
+Everything hangs on module hooks, on forward functions of single instances (a linear and its LoRA in one operation) and,
+for attention prefixes, on transformers' attention interface. The backbone's own modules and parameters are never
+replaced: detaching restores them bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from autopeft.evaluators.attachment.heads import head_bank, head_sites
+from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters.head import Head
+from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.backbones.linear import set_weight, weight_of
+from autopeft.search_space.runtime.bank import Bank
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.attachment.shared_weights import SharedWeights
+
+# At one module, linears and norms are adapted before the sub-layer that ends there.
+SUBLAYER_ROLES = ("attn", "mlp")
+#: A bank and the slots that it serves, None for all of them.
+Served = tuple[Bank, Tensor | None]
+#: Slots whose adapters at a site share a structure, their adapters, how many alike came before, and for each slot the
+#: number of its adapter, from 1, among those with which it must not share a random stream.
+Group = tuple[list[int], list[AdapterSpec], int, list[int]]
+
+
+class Attachment(nn.Module):
+    """The adapters (and task heads) of K slots on one model. Use as a context manager, or call `detach`.
+
+    `architectures` and `seeds`: one per slot. `pretrained_head`: start from the head's weights in the model
+    and not from new ones. `shared`: the slots read its weights, of the banks `bank_of_slot` (default: its first), and
+    have none of their own. `draw`: have initial values; without them `load_state` has to follow. Raises ValueError
+    for a candidate that trains the backbone in a pack of more than one, for a site that the backbone lacks, for an
+    adapter that cannot sit where it is placed, and for a router that looks ahead in a causal model; the model is then
+    unchanged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        architectures: Sequence[Architecture],
+        seeds: Sequence[int] | Sequence[str],
+        *,
+        pretrained_head: bool = False,
+        shared: SharedWeights | None = None,
+        bank_of_slot: Sequence[int] | None = None,
+        draw: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = (model,)  # in a tuple: the backbone is not a child of its adapters
+        self.backbone = backbone
+        self.architectures = tuple(architectures)
+        self.num_slots = len(architectures)
+        #: Layers below the lowest adapter of all slots: what they compute is the same for every slot.
+        self.depth = min(architecture.lowest_layer(backbone) for architecture in architectures)
+        self.banks = _registered([])
+        self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all of them
+        self._handles: list[Any] = []
+        self._inputs: dict[str, Tensor] = {}
+        self._trained: list[tuple[nn.Parameter, Tensor]] = []
+        banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
+        for architecture in self.architectures:
+            check_routers(architecture, backbone)
+
+        placed = {name for architecture in self.architectures for name, _ in architecture.adapters}
+        for site in sorted((backbone.site(name) for name in placed), key=backbone.sites.index):
+            for slots, specs, nth, numbers in self._groups(site):
+                if site.role == "backbone":
+                    self._train_backbone(model)
+                else:
+                    own_seeds = [
+                        f"{seeds[k]}#{n - 1}" if n > 1 else seeds[k] for k, n in zip(slots, numbers, strict=True)
+                    ]
+                    base, of, read = model.get_submodule(site.module), None, None
+                    if shared is not None:
+                        of, read = shared.bank(site, specs[0].structure(), nth), [banks[k] for k in slots]
+                    bank = Bank(site, specs, base, own_seeds, read, of, draw)
+                    bank.numbers = numbers
+                    self._add(bank, slots)
+        every = list(range(self.num_slots))
+        for site in head_sites(model, backbone):
+            if shared is None:
+                bank = head_bank(site, model, seeds, pretrained_head)
+            else:
+                specs, of = [Head()] * self.num_slots, shared.bank(site, Head().structure())
+                bank = Bank(site, specs, model.get_submodule(site.module), seeds, banks, of)
+            self._add(bank, every)
+        device = next(model.parameters()).device
+        self.to(device)
+        self._slots_of = [slots if slots is None else slots.to(device) for slots in self._slots_of]
+        self.routers = Routers(self.num_slots, list(zip(self.banks, self._slots_of, strict=True)), model)
+        self._hook(model)
+        self._was_training = model.training
+        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        trained = {parameter for parameter, _ in self._trained}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+        self.train()
+
+    # Building
+
+    def _groups(self, site: Site) -> Iterator[Group]:
+        """In the order in which they act; see `ADAPTERS`."""
+        groups: dict[tuple, Group] = {}
+        for k, architecture in enumerate(self.architectures):
+            seen: dict[tuple, int] = {}
+            mixtures = 0
+            for spec in dict(architecture.adapters).get(site.name, ()):
+                # Two adapters of one structure at one site are two groups, with random streams of their own. So are
+                # all mixtures, whose routers and experts would begin alike otherwise.
+                structure = spec.structure()
+                nth = seen[structure] = seen.get(structure, -1) + 1
+                mixtures += isinstance(spec, Mixture)
+                if nth and not spec.repeatable:
+                    raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: there can be one")
+                slots, specs, _, numbers = groups.setdefault((structure, nth), ([], [], nth, []))
+                slots.append(k)
+                specs.append(spec)
+                numbers.append(mixtures if isinstance(spec, Mixture) else nth + 1)
+        kinds = list(ADAPTERS)
+        order = sorted(groups, key=lambda key: (kinds.index(key[0][0]), repr(key)))
+        return iter(groups[key] for key in order)
+
+    def _add(self, bank: Bank, slots: list[int]) -> None:
+        bank.slots_served = slots
+        self.banks.append(bank)
+        self._slots_of.append(None if slots == list(range(self.num_slots)) else torch.tensor(slots))
+
+    def _train_backbone(self, model: nn.Module) -> None:
+        if self.num_slots != 1:
+            raise ValueError("a candidate that trains the backbone cannot share it with others")
+        head = {p for name in self.backbone.head_modules for p in model.get_submodule(name).parameters()}
+        for parameter in model.parameters():
+            if parameter not in head:
+                self._trained.append((parameter, parameter.detach().clone()))
+
+    def _hook(self, model: nn.Module) -> None:
+        served: list[Served] = list(zip(self.banks, self._slots_of, strict=True))
+        # The prefixes first: their installation refuses some models, before anything has changed.
+        prefixes = [(bank, slots) for bank, slots in served if _acts(bank, "extend_attention")]
+        if prefixes:
+            from autopeft.evaluators.attachment.attention import install
+
+            self._handles += install(model, prefixes, self.num_slots)
+        if self.routers:
+            self._handles.append(self.routers.model.register_forward_pre_hook(self.routers.look, with_kwargs=True))
+        points: dict[str, list[Served]] = {}
+        for bank, slots in served:
+            points.setdefault(bank.site.module, []).append((bank, slots))
+        taps: set[str] = set()
+        for path, here in points.items():
+            # Sorting is stable: within a class the canonical order of `_groups` stands.
+            here.sort(key=lambda pair: pair[0].site.role in SUBLAYER_ROLES)
+            module = model.get_submodule(path)
+            inputs = [pair for pair in here if _acts(pair[0], "apply_input")]
+            if inputs:
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(inputs)))
+            outputs = [pair for pair in here if _acts(pair[0], "apply")]
+            if outputs and self._fuses(outputs[0][0], module):
+                self._handles.append(ForwardReplacement(module, self._linear(module, *outputs.pop(0))))
+            if outputs:
+                self._handles.append(module.register_forward_hook(self._output_hook(outputs)))
+            taps |= {bank.site.input_module for bank, _ in outputs} - {path}
+        for path in taps:
+            # Prepended: a sub-layer's x is taken before an adapter at the tapped linear changes its input.
+            handle = model.get_submodule(path).register_forward_pre_hook(self._tap(path), prepend=True)
+            self._handles.append(handle)
+
+    @staticmethod
+    def _fuses(bank: Bank, module: nn.Module) -> bool:
+        """Whether the first adapter that acts on the output of `module` may run with it in one operation."""
+        plain = type(module) is nn.Linear and bank.site.module == bank.site.input_module
+        return plain and _acts(bank, "apply_linear") and "forward" not in vars(module)
+
+    def _linear(self, module: nn.Module, bank: Bank, slots: Tensor | None) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            x = self._by_slot(input)
+            y = bank.apply_linear(x, slots)
+            if y is None:
+                y = type(module).forward(module, x)
+                y = _on_slots(slots, y, bank, x, y)
+            return y.reshape(*input.shape[:-1], -1)
+
+        return forward
+
+    def _tap(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple) -> None:
+            self._inputs[path] = args[0]
+
+        return hook
+
+    def _input_hook(self, here: list[Served]) -> Callable[..., tuple]:
+        def hook(module: nn.Module, args: tuple) -> tuple:
+            x = self._by_slot(args[0])
+            for bank, slots in here:
+                x = _on_slots(slots, x, bank.apply_input, x)
+            return (x.reshape(args[0].shape), *args[1:])
+
+        return hook
+
+    def _output_hook(self, here: list[Served]) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            y = self._by_slot(output)
+            for bank, slots in here:
+                tapped = bank.site.input_module != bank.site.module
+                x = self._by_slot(self._inputs[bank.site.input_module] if tapped else args[0])
+                y = _on_slots(slots, y, bank, x, y)
+            for bank, _ in here:
+                if bank.site.input_module != bank.site.module:  # the graph of a step must not outlive it
+                    self._inputs.pop(bank.site.input_module, None)
+            return y.reshape(output.shape)
+
+        return hook
+
+    def _by_slot(self, tensor: Tensor) -> Tensor:
+        """[K * N, ..., D] to [K, M, D]."""
+        return tensor.reshape(self.num_slots, -1, tensor.shape[-1])
+
+    # Use
+
+    def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Every trained tensor and whether weight decay applies to it."""
+        yield from ((value, decay) for bank in self.banks for _, value, decay in bank.trained())
+        yield from ((parameter, parameter.dim() > 1) for parameter, _ in self._trained)
+
+    def num_adapter_params(self) -> int:
+        """Parameters that the optimiser really holds, without the heads. Equals the formula for one slot."""
+        own = sum(v.numel() for bank in self.banks if bank.site.role != "head" for _, v, _ in bank.trained())
+        return own + sum(parameter.numel() for parameter, _ in self._trained)
+
+    @property
+    def trains_backbone(self) -> bool:
+        return bool(self._trained)
+
+    def train(self, mode: bool = True) -> Attachment:
+        """Training mode of the adapters. The frozen backbone stays in evaluation mode (its activations can
+        then be shared and cached); one that is trained itself follows `mode`.
+        """
+        super().train(mode)
+        self.model[0].train(mode and self.trains_backbone)
+        return self
+
+    def state(self, k: int = 0) -> dict[str, Tensor]:
+        """The trained tensors of slot k on the CPU, as `site/kind/name`; a second of that name gets `#2`."""
+        tensors = {f"{key}/{n}": v for key, bank, j in banks_of(self.banks, k) for n, v in bank.of_slot(j).items()}
+        if self._trained:
+            names = {p: name for name, p in self.model[0].named_parameters()}
+            tensors |= {f"backbone/full/{names[p]}": p for p, _ in self._trained}
+        return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor], k: int = 0) -> None:
+        """The inverse of `state`. Raises KeyError for a missing tensor, ValueError for another shape."""
+        for key, bank, j in banks_of(self.banks, k):
+            bank.load_slot(j, {name: state[f"{key}/{name}"] for name in bank.values})
+        if self._trained:
+            names = {p: name for name, p in self.model[0].named_parameters()}
+            for parameter, _ in self._trained:
+                parameter.copy_(state[f"backbone/full/{names[parameter]}"])
+
+    def parts(self, k: int, of: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+        """Slot k's views of tensors that are kept per trained parameter of the banks, by the names of `state`."""
+        return {
+            f"{key}/{name}": part
+            for key, bank, j in banks_of(self.banks, k)
+            for name, part in bank.of_slot(j, {n: of[v] for n, v, _ in bank.trained()}).items()
+        }
+
+    def dropout_streams(self, k: int) -> dict[str, torch.Generator]:
+        """Slot k's random streams, by the first words of the names of `state`."""
+        return {key: bank.dropout_streams[j] for key, bank, j in banks_of(self.banks, k)}
+
+    def slots_of_rows(self) -> Iterator[tuple[nn.Parameter, bool, list[int]]]:
+        """Every tensor of the banks, whether weight decay applies to it, and the slot of each of its rows.
+
+        Only where no two slots share a bank.
+        """
+        for bank in self.banks:
+            yield from ((value, decay, bank.slots_served) for _, value, decay in bank.trained())
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The adapters of a single slot folded into the backbone's weights; undone bit for bit at the end.
+
+        An adapter that cannot be merged keeps its hook, and so do those that act after it at the same module, and all
+        beside a router that asks the bare model. Raises ValueError for more than one slot.
+        """
+        if self.num_slots != 1:
+            raise ValueError("only a single slot can be merged into the backbone")
+        model = self.model[0]
+        saved: list[tuple[nn.Module, Tensor, Tensor | None]] = []
+        kept: list[Bank] = []
+        banks, slots_of = self.banks, self._slots_of
+        self._unhook()
+        try:
+            for bank in banks:
+                stays = self.routers.bare is not None or any(bank.site.module == one.site.module for one in kept)
+                if stays or not bank.specs[0].mergeable:
+                    kept.append(bank)
+                    continue
+                module = model.get_submodule(bank.site.module)
+                weight, bias = weight_of(module), getattr(module, "bias", None)
+                saved.append((module, weight.clone(), None if bias is None else bias.detach().clone()))
+                with torch.no_grad():
+                    set_weight(module, *bank.specs[0].merge(bank.of_slot(0), weight, bias))
+            self.banks, self._slots_of = _registered(kept), [None] * len(kept)
+            self._hook(model)
+            yield
+        finally:
+            self._unhook()
+            for module, weight, bias in reversed(saved):
+                set_weight(module, weight, bias)
+            self.banks, self._slots_of = banks, slots_of
+            self._hook(model)
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Hooks off: the model as its weights are, without what is not merged into them."""
+        self._unhook()
+        try:
+            yield
+        finally:
+            self._hook(self.model[0])
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._inputs.clear()
+
+    @torch.no_grad()
+    def detach(self) -> None:
+        """Take everything off and put the backbone's flags, modes and trained values back."""
+        self._unhook()
+        for parameter, value in self._trained:
+            parameter.copy_(value)
+            parameter.grad = None
+        for parameter, flag in self._requires_grad:
+            parameter.requires_grad_(flag)
+        self.model[0].train(self._was_training)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+
+class ForwardReplacement:
+    """Another forward function for one module, put on the instance; without it, its class's own is found again."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._module = module
+        module.forward = forward
+
+    def remove(self) -> None:
+        del self._module.forward
+
+
+def _registered(banks: list[Bank]) -> list[Bank]:
+    """As modules of the attachment: mypy does not know what a ModuleList holds."""
+    return cast(list[Bank], nn.ModuleList(banks))
+
+
+def _on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`whole` with the parts of `slots` replaced by what `change` makes of their parts of `tensors`."""
+    if slots is None:
+        return change(*tensors)
+    return whole.index_copy(0, slots, change(*(tensor.index_select(0, slots) for tensor in tensors)))
+
+
+def _acts(bank: Bank, method: str) -> bool:
+    return bank.specs[0].acts_by(method, bank.site)

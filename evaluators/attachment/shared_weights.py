@@ -1,0 +1,115 @@
+"""The weights of a supernet: one set of adapters, each at its largest, that all architectures of a space read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count, product
+from typing import Any
+
+from torch import nn
+
+from autopeft.evaluators.attachment.heads import head_bank, head_sites
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
+from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.domains import Choice, Domain, Float
+from autopeft.search_space.placement import Placement
+from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.space import SearchSpace
+
+
+class SharedWeights(nn.Module):
+    """M sets of banks: for every site, structure and repetition (see `Attachment`) a bank of M times the largest size.
+
+    An architecture reads of each bank the prefix that its own size has. What a structure does not comprise (alpha,
+    dropout) is each slot's own. Raises ValueError for a space with an adapter that cannot be shared.
+    """
+
+    def __init__(
+        self, model: nn.Module, space: SearchSpace, *, seed: int, num_banks: int = 1, pretrained_head: bool = False
+    ) -> None:
+        super().__init__()
+        self.num_banks = num_banks
+        self._banks: dict[tuple[Any, ...], Bank] = {}
+        self._order = nn.ModuleList()
+        domains = {gene.name: gene.domain for gene in space.genes}
+        seeds = [seed if m == 0 else f"{seed}/{m}" for m in range(num_banks)]
+        largest: dict[tuple[Any, ...], list[AdapterSpec]] = {}
+        sites = {place.site.name: place.site for place in space.placements}
+        mixed: dict[str, set[str]] = {}  # adapters with experts, by site
+        for place in space.placements:
+            if place.site.role == "backbone":
+                raise ValueError(f"a supernet has no weights for {place.adapter!r}: it trains the backbone itself")
+            if place.ranks:
+                raise ValueError(
+                    f"a supernet has no weights for {place.adapter!r}: its experts have ranks of their own"
+                )
+            for spec in _largest(place, domains):
+                largest.setdefault((place.site.name, spec.structure()), []).append(spec)
+                if isinstance(spec, Mixture):
+                    mixed.setdefault(place.site.name, set()).add(place.adapter)
+        several = {name: count() for name, adapters in mixed.items() if len(adapters) > 1}
+        for (name, structure), specs in largest.items():
+            spec, site = _enveloping(specs), sites[name]
+            for nth in range(len(specs)):  # any of them may be the n-th of its structure at the site
+                # Mixtures side by side would begin alike, whatever their structures.
+                number = next(several[name]) if isinstance(spec, Mixture) and name in several else nth
+                named = [f"{word}#{number}" if number else word for word in seeds]
+                bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named)
+                self._add((name, structure, nth), bank)
+        for site in head_sites(model, space.backbone):
+            bank = head_bank(site, model, seeds, pretrained_head)
+            self._add((site.name, bank.specs[0].structure(), 0), bank)
+        self.to(next(model.parameters()).device)
+
+    def _add(self, key: tuple[Any, ...], bank: Bank) -> None:
+        self._banks[key] = bank
+        self._order.append(bank)
+
+    def bank(self, site: Site, structure: tuple[Any, ...], nth: int = 0) -> Bank:
+        """Raises ValueError for an adapter that the space does not have."""
+        try:
+            return self._banks[site.name, structure, nth]
+        except KeyError:
+            raise ValueError(f"the supernet's space has no {structure[0]!r} like this at {site.name!r}") from None
+
+    def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Every tensor [M, ...] and whether weight decay applies to it."""
+        yield from ((value, decay) for bank in self._banks.values() for _, value, decay in bank.trained())
+
+
+def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:
+    """The adapter at a place at its largest, once in every structure that it may have there."""
+    names: list[str] = []
+    choices: list[Sequence[Any]] = []
+    if place.experts is not None:
+        names.append(place.experts.gene)
+        choices.append([True, False])
+    for key, gene in place.genes.items():
+        names.append(gene)
+        owner = Mixture if key in MIXTURE_FIELDS else ADAPTERS[place.kind]
+        choices.append(_values(owner, key, domains[gene]))
+    found = [place.spec(dict(zip(names, values, strict=True))) for values in product(*choices)]
+    yield from {spec.structure(): spec for spec in found}.values()
+
+
+def _enveloping(specs: Sequence[AdapterSpec]) -> AdapterSpec:
+    """Of one structure: as large as any of them, in their size and in the number of experts."""
+    largest = max((spec.plain for spec in specs), key=lambda spec: spec.size or 0)
+    mixtures = [spec for spec in specs if isinstance(spec, Mixture)]
+    if not mixtures:
+        return largest
+    return replace(mixtures[0], expert=largest, experts=max(spec.experts for spec in mixtures))
+
+
+def _values(kind: type[AdapterSpec], field: str, domain: Domain) -> Sequence[Any]:
+    if field in (kind.size_field, "experts"):
+        return [max(domain.choices) if isinstance(domain, Choice) else domain.high]
+    if field in kind.per_slot_fields:
+        return [domain.from_unit(0.5)]
+    if isinstance(domain, Choice):
+        return domain.choices
+    if isinstance(domain, Float):
+        raise ValueError(f"a supernet needs {kind.kind}'s {field} from a list: each value has weights of its own")
+    return range(domain.low, domain.high + 1, domain.step)

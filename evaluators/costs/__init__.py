@@ -1,0 +1,1 @@
+"""What candidates cost: measured, predicted, and how many fit side by side."""

@@ -1,0 +1,254 @@
+"""Costs that are measured on this machine: the memory and the time of a training step, and the latency.
+
+**Time.** Candidates are measured minutes apart on a machine whose speed drifts. So each repeat of a candidate
+has a control beside it, a forward pass of the bare backbone (hooks off) over the same batch. Reported is
+
+    median over repeats of (candidate / control)  x  reference,
+
+where the reference is the control's median time, taken once per model and shape of batch and kept for the
+process. What slows the machine down slows both halves of a pair. The spread is the interquartile range of the
+ratios, times the reference. An error of the reference is common to all candidates of a process, so it does not
+change their order; between processes, compare what is divided by the same baseline's value.
+
+**Memory.** On CUDA: the allocator's high-water mark of one training step, with the optimiser's state in place
+and all else that the process keeps on the device. Elsewhere the resident size of a process is too noisy to rank
+by. There the bytes that a step must hold are counted, the same number for the same candidate every time:
+
+- the parameters of backbone and adapters, each once;
+- for each trained parameter, its gradient and AdamW's two moments;
+- the storages that the forward pass keeps for the backward pass, each once and whole, without those of
+  parameters and buffers. Nothing is kept below the first trained tensor, so adapters high up are cheap.
+
+Not counted: what lives within one operation only, gradients of activations, buffers, the allocator's slack.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from math import sqrt
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.base import Costs
+from autopeft.evaluators.costs.timing import now
+from autopeft.evaluators.tasks import Batch, Task, model_inputs
+
+#: Repeats go on until the median's standard error is below this share of it, within the bounds that follow.
+PRECISION = 0.01
+#: Five of them can fall into one burst of other work and agree on a wrong value.
+MIN_REPEATS = 8
+MAX_REPEATS = 40
+MAX_SECONDS = 2.0
+
+#: Seconds of the bare backbone's forward pass, by model and by the shapes of the batch.
+_references: WeakKeyDictionary[nn.Module, dict[tuple, float]] = WeakKeyDictionary()
+
+
+def measure(attachment: Attachment, task: Task, batch: Batch, wanted: frozenset[str]) -> Costs:
+    """The metrics in `wanted` and their spread. Nothing stays behind, but gradients become None.
+
+    A step is forward, backward and AdamW, without clipping. With several slots, `batch` holds the examples of all
+    of them, and nothing can be merged. Raises ValueError for a metric that is not a measured one.
+    """
+    unknown = sorted(name for name in wanted if name not in _METHODS)
+    if unknown:
+        raise ValueError(f"not a measured metric: {', '.join(unknown)}; these are: {', '.join(_METHODS)}")
+    bench = _Bench(attachment, task, batch)
+    with _without_trace(attachment):
+        found = {name: method(bench) for name, method in _METHODS.items() if name in wanted}
+    return Costs(
+        values={name: value for name, (value, _) in found.items()},
+        spread={name: spread for name, (_, spread) in found.items()},
+    )
+
+
+@contextmanager
+def _without_trace(attachment: Attachment) -> Iterator[None]:
+    """Puts values, random streams and modes back as they were."""
+    model = attachment.model[0]
+    trained = [parameter for parameter, _ in attachment.trainable()]
+    tensors = list(dict.fromkeys([*attachment.parameters(), *attachment.buffers(), *trained]))
+    streams = [stream for bank in attachment.banks for stream in bank.dropout_streams]
+    # On the CPU, so that the copies are no part of the memory that is measured.
+    values = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    states = [stream.get_state() for stream in streams]
+    modes = attachment.training, model.training
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        for parameter in trained:
+            parameter.grad = None
+        for stream, state in zip(streams, states, strict=True):
+            stream.set_state(state)
+        attachment.train(modes[0])
+        model.train(modes[1])
+
+
+def step_bytes(attachment: Attachment, task: Task, batch: Batch) -> int:
+    """Bytes that a training step holds beside the parameters; see the top of this file."""
+    return _Bench(attachment, task, batch).step_bytes()
+
+
+class _Bench:
+    """One attachment and one batch, and what can be run and read off them. Results are value and spread."""
+
+    def __init__(self, attachment: Attachment, task: Task, batch: Batch) -> None:
+        self.attachment = attachment
+        attachment.routers.tokens.domains = batch.get("domains")
+        self.model = attachment.model[0]
+        self.task = task
+        self.inputs = model_inputs(batch)
+        self.batch = batch
+        self.trained = [parameter for parameter, _ in attachment.trainable()]
+        self.device = batch["targets"].device
+
+    # What is run
+
+    @torch.inference_mode()
+    def forward(self) -> None:
+        self.model(**self.inputs)
+
+    def loss(self) -> Tensor:
+        return self.attachment.routers.penalised(self.task.scores(self.model, self.batch)[0].mean()[None])[0]
+
+    def training_step(self) -> Callable[[], None]:
+        """The step with an optimiser of its own; the forward pass alone where there is nothing to train."""
+        # A rate of zero: every step does the same work, and none diverges into numbers that take another time.
+        optimizer = AdamW(self.trained, lr=0.0, fused=True) if self.trained else None
+
+        def step() -> None:
+            loss = self.loss()
+            if optimizer is not None:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return step
+
+    # Memory
+
+    def peak_memory(self) -> tuple[float, float]:
+        self.attachment.train()
+        if self.device.type == "cuda":
+            return float(self.high_water_mark()), 0.0
+        parameters = dict.fromkeys([*self.model.parameters(), *self.attachment.parameters()])
+        return float(sum(p.nbytes for p in parameters) + self.step_bytes()), 0.0
+
+    def step_bytes(self) -> int:
+        """What a step holds beside the parameters."""
+        return 3 * sum(p.nbytes for p in self.trained) + self.saved_bytes()
+
+    def high_water_mark(self) -> int:
+        step = self.training_step()
+        step()  # the first one allocates the optimiser's state only after its own high-water mark
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        step()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def saved_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass."""
+        tensors = [t for owner in (self.model, self.attachment) for t in (*owner.parameters(), *owner.buffers())]
+        resident = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        # The storages themselves: while they are held, their addresses are given to no other.
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.loss()
+        return sum(storage.nbytes() for address, storage in kept.items() if address not in resident)
+
+    # Time
+
+    def step_seconds(self) -> tuple[float, float]:
+        return self.seconds(self.training_step(), training=True)
+
+    def latency(self) -> tuple[float, float]:
+        return self.seconds(self.forward)
+
+    def merged_latency(self) -> tuple[float, float]:
+        parameters = len(list(self.model.parameters()))
+        with self.attachment.merged():
+            # Nothing left to hook and no bias added: the bare backbone's operations with other values in them. To
+            # time that would put equal candidates into an order by noise.
+            if not self.attachment.banks and len(list(self.model.parameters())) == parameters:
+                return self.reference(), 0.0
+            # The control runs on the merged weights, whose values do not matter to it: one merge is enough.
+            return self.latency()
+
+    def seconds(self, run: Callable[[], None], training: bool = False) -> tuple[float, float]:
+        """Time of `run`, normalised by the control."""
+
+        def candidate() -> float:
+            self.attachment.train(training)
+            return self.timed(run)
+
+        # In turns: what the first of a pair leaves to the second (caches, heat) favours neither in the median.
+        orders = cycle([(self.control, candidate), (candidate, self.control)])
+
+        def ratio() -> float:
+            taken = {arm: arm() for arm in next(orders)}
+            return taken[candidate] / taken[self.control]
+
+        reference = self.reference()
+        median, spread = _sample(ratio)
+        return median * reference, spread * reference
+
+    def reference(self) -> float:
+        shapes = tuple(sorted((name, *tensor.shape) for name, tensor in self.inputs.items()))
+        known = _references.setdefault(self.model, {})
+        if shapes not in known:
+            known[shapes], _ = _sample(self.control)
+        return known[shapes]
+
+    def control(self) -> float:
+        self.attachment.eval()
+        with self.attachment.bare():
+            return self.timed(self.forward)
+
+    def timed(self, run: Callable[[], None]) -> float:
+        begin = now(self.device)
+        run()
+        return now(self.device) - begin
+
+
+_METHODS: dict[str, Callable[[_Bench], tuple[float, float]]] = {
+    "peak_memory_bytes": _Bench.peak_memory,
+    "step_s": _Bench.step_seconds,
+    "latency_s": _Bench.latency,
+    "merged_latency_s": _Bench.merged_latency,
+}
+
+
+def _sample(draw: Callable[[], float]) -> tuple[float, float]:
+    """Median and interquartile range of `draw()`, repeated after a warm-up until the median is precise enough."""
+    draw()
+    end = time.perf_counter() + MAX_SECONDS
+    drawn: list[float] = []
+    while True:
+        drawn.append(draw())
+        if len(drawn) < MIN_REPEATS:
+            continue
+        low, median, high = statistics.quantiles(drawn, n=4, method="inclusive")
+        # Of normal values, the median's standard error is 1.25 sigma / sqrt(n) and the range is 1.35 sigma.
+        precise = (high - low) / sqrt(len(drawn)) < PRECISION * median
+        if precise or len(drawn) >= MAX_REPEATS or time.perf_counter() > end:
+            return median, high - low

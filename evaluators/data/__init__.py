@@ -1,0 +1,1 @@
+"""Rows of data sets, the embedded ones too."""

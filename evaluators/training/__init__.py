@@ -1,0 +1,1 @@
+"""Training of candidates, one after the other and packed."""

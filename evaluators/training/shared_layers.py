@@ -1,0 +1,199 @@
+"""The layers below the lowest adapter: run once for all slots, and remembered across epochs, trials and studies.
+
+Notation: N examples of T tokens, D features, `depth` layers below the lowest adapter of a pack. What leaves them does
+not depend on any adapter and needs no gradient. They are in evaluation mode: an example gives the same at each visit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from posixpath import commonpath
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from autopeft.evaluators.attachment.attachment import ForwardReplacement
+from autopeft.search_space.architecture import digest
+from autopeft.search_space.backbones.backbone import Backbone
+
+logger = logging.getLogger(__name__)
+
+
+def layer_paths(backbone: Backbone) -> list[str]:
+    """The module paths of the layers: what the paths of all sites of a layer have in common."""
+    paths = []
+    for layer in range(backbone.num_layers):
+        inside = [site.module.replace(".", "/") for site in backbone.sites if site.layer == layer]
+        paths.append(commonpath(inside).replace("/", "."))
+    return paths
+
+
+class Reached(Exception):
+    """Ends a forward pass where its result is known. `output`: what the layer returned."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+class Prefix:
+    """The lower layers of a model."""
+
+    def __init__(self, model: nn.Module, backbone: Backbone) -> None:
+        self.model = model
+        self.layers = [model.get_submodule(path) for path in layer_paths(backbone)]
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor], depth: int) -> Tensor:
+        """What leaves the lowest `depth` layers (at least 1): [N, T, D]."""
+
+        def stop(module: nn.Module, args: tuple, output: Any) -> None:
+            raise Reached(output)
+
+        handle = self.layers[depth - 1].register_forward_hook(stop)
+        try:
+            self.model(**inputs)
+        except Reached as reached:
+            return reached.output if isinstance(reached.output, Tensor) else reached.output[0]
+        finally:
+            handle.remove()
+        raise AssertionError("a forward pass that left out its own layers")
+
+    @contextmanager
+    def replaced(self, hidden: Tensor, depth: int) -> Iterator[None]:
+        """The lowest `depth` layers hand on `hidden` [B, T, D] and do nothing else."""
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return hidden
+
+        replacements = [ForwardReplacement(layer, forward) for layer in self.layers[:depth]]
+        try:
+            yield
+        finally:
+            for replacement in replacements:
+                replacement.remove()
+
+
+class Activations:
+    """What leaves the prefix for every example of a split: [1 + all tokens, D], the first row for the padding."""
+
+    def __init__(self, rows: Tensor, lengths: Sequence[int]) -> None:
+        self.rows = rows
+        self._lengths = torch.tensor(lengths)
+        self._starts = 1 + torch.cumsum(self._lengths, 0) - self._lengths
+
+    def batch(self, examples: Sequence[int]) -> Tensor:
+        """[N, T, D], padded to the longest with zeros."""
+        return self.rows[self._index(examples)]
+
+    def fill(self, examples: Sequence[int], hidden: Tensor) -> None:
+        """The inverse of `batch`; what stands in the padding is left out. hidden: [N, T, D]."""
+        index = self._index(examples)
+        self.rows[index[index > 0]] = hidden[index > 0]
+
+    def _index(self, examples: Sequence[int]) -> Tensor:
+        """The rows of the examples' tokens: [N, T], 0 in the padding."""
+        chosen = torch.tensor(examples)
+        lengths = self._lengths[chosen][:, None]
+        positions = torch.arange(int(lengths.max()))[None, :]
+        index = torch.where(positions < lengths, self._starts[chosen][:, None] + positions, 0)
+        return index.to(self.rows.device)
+
+
+class PrefixCache:
+    """Activations by key: the most recently used ones in memory, and in files under `folder` if there is one.
+
+    `max_bytes` limits the memory, `max_disk_bytes` the folder. A file that cannot be read or written costs its
+    computation again and nothing else.
+    """
+
+    def __init__(self, max_bytes: int, folder: Path | None = None, max_disk_bytes: int = 10**10) -> None:
+        self.max_bytes = max_bytes
+        self.folder = folder
+        self.max_disk_bytes = max_disk_bytes
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def get(self, key: str, compute: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """The tensor of `key`, from memory, disk or `compute`."""
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        found = self._read(key, device)
+        if found is None:
+            found = compute()
+            self._write(key, found)
+        self._known[key] = found
+        while sum(tensor.nbytes for tensor in self._known.values()) > self.max_bytes and len(self._known) > 1:
+            self._known.popitem(last=False)
+        return found
+
+    def _read(self, key: str, device: torch.device) -> Tensor | None:
+        path = self._path(key)
+        if path is None or not path.is_file():
+            return None
+        try:
+            found = load_file(path, device=str(device))["rows"]
+            path.touch()  # the oldest files go first
+            return found
+        except (OSError, SafetensorError, KeyError) as error:
+            logger.warning("%s is computed again: %s", path, error)
+            return None
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        path = self._path(key)
+        if path is None or tensor.nbytes > self.max_disk_bytes:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(path.parent, tensor.nbytes)
+            draft = path.with_suffix(".partial")
+            save_file({"rows": tensor}, draft)
+            draft.replace(path)
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s cannot be kept: %s", path, error)
+
+    def _make_room(self, folder: Path, nbytes: int) -> None:
+        files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+        taken = sum(path.stat().st_size for path in files)
+        for path in files:
+            if taken + nbytes <= self.max_disk_bytes:
+                return
+            taken -= path.stat().st_size
+            path.unlink()
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{key}.safetensors"
+
+
+def fingerprint(model: nn.Module, backbone: Backbone) -> str:
+    """Changes with every weight of the frozen part, with how it computes and where: a name and a revision say nothing
+    of a folder that was trained on.
+    """
+    hashed = hashlib.sha256()
+    tensors: Iterable[tuple[str, Tensor]] = (*model.named_parameters(), *model.named_buffers())
+    for name, tensor in tensors:
+        if name.startswith(tuple(f"{head}." for head in backbone.head_modules)):
+            continue
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    config: Any = model.config
+    device = next(model.parameters()).device.type
+    words = [config.to_json_string(), str(config._attn_implementation), device]
+    return digest([hashed.hexdigest(), type(model).__name__, *words, torch.__version__, transformers.__version__])
+
+
+def token_digest(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Of encoded examples: their tokens say all there is of data, tokenisation and length limit."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        hashed.update(torch.tensor(example["input_ids"], dtype=torch.int64).numpy().data)
+        hashed.update(b"|")
+    return hashed.hexdigest()

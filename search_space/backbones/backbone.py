@@ -1,0 +1,164 @@
+"""What a search knows of a frozen transformer: its size and the sites where adapters may sit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from autopeft.search_space.spelling import did_you_mean
+
+LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+ROLES = (*LINEAR_ROLES, "attn", "mlp", "norm", "embed", "backbone", "head")
+
+# How the path of the first norm of a layer ends.
+_AHEAD_OF_ATTENTION = ("ln_1", "input_layernorm", "layernorm_before")
+_AFTER_ATTENTION = ("attention.output.LayerNorm", "sa_layer_norm")
+
+# An absent role, the role that stands in for it, and why.
+_INSTEAD = {
+    "attn.q": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
+    "attn.k": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
+    "attn.v": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
+    "attn.qkv": ("attn.q", "its query, key and value are separate linears: use attn.q, attn.k, attn.v"),
+    "mlp.gate": ("mlp.up", "its mlp is not gated: use mlp.up"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One place of a backbone where adapters may sit.
+
+    An adapter reads ``x``, the input of the module at ``input_module``, and changes ``y``, the output of the
+    module at ``module``. For linears and norms the two are the same module. For the sub-layers ``attn`` and
+    ``mlp``, ``x`` enters the first linear and ``y`` leaves the last, before dropout, norm and residual sum.
+
+    Both paths are dotted names for ``model.get_submodule``; the site ``backbone`` is the model itself, whose
+    path is ``""``. The input of ``embed`` is token ids: there ``in_features`` is the size of the vocabulary.
+    """
+
+    name: str
+    layer: int | None
+    role: str
+    module: str
+    input_module: str
+    in_features: int
+    out_features: int
+    bias: bool
+    """The module at ``module`` has a bias parameter."""
+    attention_module: str | None = None
+    """Role ``attn``: the module that computes attention (the first argument of ``attention_interface``)."""
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    num_params: int = 0
+    """Role ``backbone``: its parameters without the task head's."""
+    hidden_size: int = 0
+    """Linears: the features of what leaves the model; 0 where that is not known."""
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"unknown role {self.role!r}{did_you_mean(self.role, ROLES)}")
+
+
+def first_to_run(sites: Sequence[Site]) -> Site | None:
+    """Of some sites of one layer in canonical order, the one that runs first. None where there are norms beside others
+    and the name of the first does not say on which side of the attention it is.
+    """
+    norms, others = ([site for site in sites if (site.role == "norm") == wanted] for wanted in (True, False))
+    if not (norms and others) or norms[0].module.endswith(_AHEAD_OF_ATTENTION):
+        return (norms or others)[0]
+    if norms[0].module.endswith(_AFTER_ATTENTION):
+        return next((site for site in others if site.role.startswith("attn")), norms[0])
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backbone:
+    """A frozen model, described without torch.
+
+    ``num_params`` leaves out the task head (``head_modules``, ``num_head_params``), which trains beside the
+    adapters; the ``lm_head`` of a causal language model is frozen and belongs to the backbone. ``causal``
+    says that attention looks only backwards, whatever the task.
+    """
+
+    id: str
+    revision: str | None
+    family: str
+    sites: tuple[Site, ...]
+    hidden_size: int
+    num_layers: int
+    num_params: int
+    head_modules: tuple[str, ...]
+    num_head_params: int
+    causal: bool
+    _site_by_name: Mapping[str, Site] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_site_by_name", {site.name: site for site in self.sites})
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that have at least one site here, in the order of ``ROLES``."""
+        present = {site.role for site in self.sites}
+        return tuple(role for role in ROLES if role in present)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Operations of the layers' linears in one forward pass, per token; a multiply-add is two. Attention's own
+        products, which grow with the text, are left out, and so is the output layer.
+        """
+        return sum(2 * site.in_features * site.out_features for site in self.sites if site.role in LINEAR_ROLES)
+
+    def require(self, roles: Iterable[str]) -> None:
+        """Raise ``ValueError`` naming every role that is unknown, or absent from this backbone."""
+        present, problems = self.roles, []
+        for role in roles:
+            if role not in ROLES:
+                problems.append(f"unknown role {role!r}{did_you_mean(role, ROLES)}")
+            elif role not in present:
+                stand_in, hint = _INSTEAD.get(role, ("", ""))
+                problems.append(f"no site has role {role!r}" + (f" ({hint})" if stand_in in present else ""))
+        if problems:
+            raise ValueError(
+                f"{self.family} backbone {self.id!r}: {'; '.join(problems)}. Roles present: {', '.join(present)}"
+            )
+
+    def select(self, *, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> tuple[Site, ...]:
+        """The sites with one of these roles in one of these layers, in canonical order; ``None`` means any.
+
+        Sites outside the layers (``embed``, ``norm.final``, ...) are left out when ``layers`` is given.
+        """
+        wanted_roles = None if roles is None else tuple(roles)
+        wanted_layers = None if layers is None else frozenset(layers)
+        if wanted_roles is not None:
+            self.require(wanted_roles)
+        if wanted_layers is not None and (outside := wanted_layers - set(range(self.num_layers))):
+            raise ValueError(f"no layers {sorted(outside)} in {self.id!r}: it has 0 to {self.num_layers - 1}")
+        return tuple(
+            site
+            for site in self.sites
+            if (wanted_roles is None or site.role in wanted_roles)
+            and (wanted_layers is None or site.layer in wanted_layers)
+        )
+
+    def site(self, name: str) -> Site:
+        """The site of this canonical name."""
+        if name not in self._site_by_name:
+            raise ValueError(f"{self.id!r} has no site {name!r}{did_you_mean(name, self._site_by_name)}")
+        return self._site_by_name[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able mapping that ``from_dict`` reads back to an equal backbone."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return own | {"sites": [asdict(site) for site in self.sites], "head_modules": list(self.head_modules)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Backbone:
+        """The backbone that ``to_dict`` wrote."""
+        return cls(
+            **{
+                **data,
+                "sites": tuple(Site(**site) for site in data["sites"]),
+                "head_modules": tuple(data["head_modules"]),
+            }
+        )

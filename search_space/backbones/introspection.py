@@ -1,0 +1,362 @@
+"""Find the adapter sites of a transformers model by looking at its module names and shapes.
+
+Nothing here imports torch or transformers: a model is anything with ``named_modules()``,
+``named_parameters()`` and, where it has one, a ``config``. Names are matched per naming convention, not per
+class, and the result is verified: every linear of every layer has exactly one role, and reads or writes the
+residual stream where its role says so. A model that fails this is refused, with the way to name its modules
+by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site, did_you_mean
+
+# How a linear's path within its layer ends. The longest ending wins: BERT's "attention.output.dense" is not
+# its "output.dense".
+_ENDINGS = {
+    "attn.q": ("self.query", "attention.query", "q_lin", "q_proj"),
+    "attn.k": ("self.key", "attention.key", "k_lin", "k_proj"),
+    "attn.v": ("self.value", "attention.value", "v_lin", "v_proj"),
+    "attn.qkv": ("attn.c_attn",),
+    "attn.o": ("attention.output.dense", "out_lin", "o_proj", "attn.c_proj"),
+    "mlp.gate": ("gate_proj",),
+    "mlp.up": ("intermediate.dense", "lin1", "up_proj", "fc1", "c_fc"),
+    "mlp.down": ("output.dense", "lin2", "down_proj", "fc2", "mlp.c_proj"),
+}
+_WRITE_RESIDUAL = ("attn.o", "mlp.down")
+# Children of a model with a task head: newly initialised, so they must train whatever the adapters are.
+_HEADS = ("pre_classifier", "classifier", "score", "qa_outputs")
+# Paths from the model's root in ``modules``; the linear roles are paths from a layer.
+_ROOT_KEYS = ("layers", "embed", "head")
+
+_BY_HAND = """\
+Name its modules by hand, the linears by their path within a layer ("embed" and "head" may be named too):
+    describe(model, id=..., modules={{"layers": "{layers}", "attn.q": "attention.query",
+                                     "attn.o": "attention.out", "mlp.up": "mlp.fc1", ...}})"""
+
+
+class UnknownBackboneError(ValueError):
+    """The sites of a model could not be found, or the modules named by hand do not fit it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layer:
+    """One member of a list of modules; the paths in ``modules`` and ``linears`` are relative to it."""
+
+    path: str
+    modules: dict[str, Any]
+    linears: dict[str, tuple[int, int]]  # (in_features, out_features)
+
+
+_Stacks = Mapping[str, Sequence[_Layer]]
+
+
+def describe(model: Any, *, id: str, revision: str | None = None, modules: Mapping[str, str] | None = None) -> Backbone:
+    """Describe ``model``: its sites, sizes and task head.
+
+    ``modules`` names what cannot be found: ``"layers"`` is the dotted path of the list of layers, a linear
+    role (``"attn.q"``, ``"mlp.down"``, ...) a path within each layer, ``"embed"`` and ``"head"`` the paths of
+    the word embedding and of a task head. Once one linear role is named, only the roles named have sites.
+    """
+    tree = dict(model.named_modules())
+    stacks = _stacks(tree)
+    by_hand = dict(modules or {})
+    _check_by_hand(by_hand, tree, stacks)
+    try:
+        stack = by_hand.get("layers") or _find_stack(stacks)
+        layers = stacks[stack]
+        named = {role: by_hand[role] for role in LINEAR_ROLES if role in by_hand}
+        roles = [named] * len(layers) if named else _match_all(layers)
+        width = _residual_width(layers, roles)
+    except UnknownBackboneError as error:
+        raise UnknownBackboneError(_what_was_seen(model, stacks, str(error))) from None
+
+    config: Any = getattr(model, "config", None)
+    # The language half of a model of several modalities has its own config.
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    num_heads = getattr(text_config, "num_attention_heads", None)
+    before, after = _outer_sites(model, tree, stack, width, by_hand.get("embed"))
+    inside = [
+        site
+        for index, (layer, paths) in enumerate(zip(layers, roles, strict=True))
+        for site in _layer_sites(index, layer, paths, width, num_heads)
+    ]
+
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    heads = (by_hand["head"],) if "head" in by_hand else tuple(path for path in tree if path in _HEADS)
+    # With no labels, transformers puts an Identity where the head would be: nothing to train.
+    heads = tuple(path for path in heads if any(_within(name, [path]) for name in sizes))
+    num_head_params = sum(size for name, size in sizes.items() if _within(name, heads))
+    num_params = sum(sizes.values()) - num_head_params
+    whole = replace(_site("backbone", None, "backbone", "", model, (width, width)), num_params=num_params)
+    attention = [tree[site.attention_module] for site in inside if site.attention_module is not None]
+    return Backbone(
+        id=id,
+        revision=revision,
+        family=getattr(config, "model_type", None) or type(model).__name__,
+        sites=(*before, *inside, *after, whole),
+        hidden_size=width,
+        num_layers=len(layers),
+        num_params=num_params,
+        head_modules=heads,
+        num_head_params=num_head_params,
+        causal=bool(attention) and all(getattr(module, "is_causal", False) for module in attention),
+    )
+
+
+def _within(name: str, paths: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear, else ``None``. GPT-2's Conv1D calls them nx and nf."""
+    # Attributes, not the weight's shape: a quantised linear keeps its weight packed.
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        if all(isinstance(getattr(module, name, None), int) for name in names):
+            return getattr(module, names[0]), getattr(module, names[1])
+    return None
+
+
+def _stacks(tree: Mapping[str, Any]) -> dict[str, list[_Layer]]:
+    """Every list of modules (children named 0, 1, ...) with linears inside, by its path."""
+    members: dict[str, dict[str, Any]] = {}
+    for path, module in tree.items():
+        parts = path.split(".")
+        for depth in range(1, len(parts)):
+            if parts[depth].isdecimal():
+                inside = members.setdefault(".".join(parts[: depth + 1]), {})
+                if name := ".".join(parts[depth + 1 :]):
+                    inside[name] = module
+    stacks: dict[str, list[_Layer]] = {}
+    for path, inside in members.items():
+        linears = {name: shape for name, module in inside.items() if (shape := _shape(module))}
+        stacks.setdefault(_parent(path), []).append(_Layer(path=path, modules=inside, linears=linears))
+    return {path: layers for path, layers in stacks.items() if any(layer.linears for layer in layers)}
+
+
+def _role(path: str) -> str | None:
+    fits = [
+        (len(ending), role)
+        for role, endings in _ENDINGS.items()
+        for ending in endings
+        if path == ending or path.endswith(f".{ending}")
+    ]
+    return max(fits)[1] if fits else None
+
+
+def _find_stack(stacks: _Stacks) -> str:
+    fits = [path for path, layers in stacks.items() if "attn.o" in map(_role, layers[0].linears)]
+    if not fits:
+        raise UnknownBackboneError("no list of layers has an attention output projection with a known name")
+    if len(fits) > 1:
+        raise UnknownBackboneError(f"several lists of layers have attention: {', '.join(fits)}")
+    return fits[0]
+
+
+def _match_all(layers: Sequence[_Layer]) -> list[dict[str, str]]:
+    """Per layer, the path of the linear of each role; refuses a layer with a linear too many or too few."""
+    matched, problems = [], []
+    for layer in layers:
+        found: dict[str, str] = {}
+        for path in layer.linears:
+            role = _role(path)
+            if role is None:
+                problems.append(f"{layer.path}.{path} has no known role")
+            elif role in found:
+                problems.append(f"{layer.path} has two linears for {role}, {found[role]} and {path}")
+            else:
+                found[role] = path
+        needed = ("attn.qkv",) if "attn.qkv" in found else ("attn.q", "attn.k", "attn.v")
+        missing = [role for role in (*needed, "attn.o", "mlp.up", "mlp.down") if role not in found]
+        if missing:
+            problems.append(f"{layer.path} has no linear for {', '.join(missing)}")
+        matched.append(found)
+    if problems:
+        raise UnknownBackboneError("; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else ""))
+    return matched
+
+
+def _residual_width(layers: Sequence[_Layer], roles: Sequence[Mapping[str, str]]) -> int:
+    """The hidden size, on which every linear at the edge of the residual stream must agree."""
+    widths: dict[int, str] = {}
+    for layer, paths in zip(layers, roles, strict=True):
+        for role, path in paths.items():
+            width = layer.linears[path][1 if role in _WRITE_RESIDUAL else 0]
+            widths.setdefault(width, f"{layer.path}.{path} ({role})")
+    if len(widths) > 1:
+        seen = ", ".join(f"{width} at {where}" for width, where in widths.items())
+        raise UnknownBackboneError(f"the linears disagree on the hidden size: {seen}")
+    return next(iter(widths))
+
+
+def _is_norm(module: Any, width: int) -> bool:
+    shape = getattr(getattr(module, "weight", None), "shape", ())
+    return "norm" in type(module).__name__.lower() and tuple(shape) == (width,)
+
+
+def _is_table(module: Any) -> bool:
+    return hasattr(module, "num_embeddings")
+
+
+def _site(name: str, layer: int | None, role: str, path: str, module: Any, shape: tuple[int, int]) -> Site:
+    """A site that reads and changes the same module."""
+    return Site(
+        name=name,
+        layer=layer,
+        role=role,
+        module=path,
+        input_module=path,
+        in_features=shape[0],
+        out_features=shape[1],
+        bias=getattr(module, "bias", None) is not None,
+    )
+
+
+def _layer_sites(index: int, layer: _Layer, paths: Mapping[str, str], width: int, num_heads: int | None) -> list[Site]:
+    def whole(role: str, first: Site, last: Site, **attention: Any) -> Site:
+        return Site(
+            name=f"{name}.{role}",
+            layer=index,
+            role=role,
+            module=last.module,
+            input_module=first.module,
+            in_features=first.in_features,
+            out_features=last.out_features,
+            bias=last.bias,
+            **attention,
+        )
+
+    name = f"layers.{index}"
+    linears = {
+        role: replace(
+            _site(f"{name}.{role}", index, role, f"{layer.path}.{path}", layer.modules[path], layer.linears[path]),
+            hidden_size=width,
+        )
+        for role in LINEAR_ROLES
+        if (path := paths.get(role)) is not None
+    }
+    sites = list(linears.values())
+    query = linears.get("attn.q") or linears.get("attn.qkv")
+    if query and "attn.o" in linears:
+        sites.append(
+            whole(
+                "attn",
+                query,
+                linears["attn.o"],
+                attention_module=_parent(query.module),
+                **_head_geometry(linears, num_heads),
+            )
+        )
+    first = linears.get("mlp.gate") or linears.get("mlp.up")
+    if first and "mlp.down" in linears:
+        sites.append(whole("mlp", first, linears["mlp.down"]))
+    # A norm inside the attention works on queries or keys (Qwen3, Gemma3), not on the residual stream.
+    inner = {_parent(query.module)} - {layer.path} if query else set()
+    norms = [
+        path
+        for path, module in layer.modules.items()
+        if _is_norm(module, width) and not _within(f"{layer.path}.{path}", inner)
+    ]
+    sites += [
+        _site(f"{name}.norm.{j}", index, "norm", f"{layer.path}.{path}", layer.modules[path], (width, width))
+        for j, path in enumerate(norms)
+    ]
+    return sites
+
+
+def _head_geometry(linears: Mapping[str, Site], num_heads: int | None) -> dict[str, int]:
+    """Head size and number of key/value heads from the shapes; the config only counts the query heads."""
+    query_width = linears["attn.o"].in_features
+    if "attn.k" in linears:
+        key_width = linears["attn.k"].out_features
+    elif "attn.qkv" in linears:
+        key_width = (linears["attn.qkv"].out_features - query_width) // 2
+    else:
+        return {}
+    if num_heads is None:
+        return {}
+    head_dim = query_width // num_heads
+    return {"num_key_value_heads": key_width // head_dim, "head_dim": head_dim}
+
+
+def _outer_sites(
+    model: Any, tree: Mapping[str, Any], stack: str, width: int, embed: str | None
+) -> tuple[list[Site], list[Site]]:
+    """The sites ahead of the layers and the sites behind them."""
+    before: list[Site] = []
+    entrance = embed or _input_embedding(model, tree)
+    # A vision model enters by its patch projection, which is no table of words.
+    if entrance is not None and _is_table(tree[entrance]):
+        shape = (tree[entrance].num_embeddings, tree[entrance].embedding_dim)
+        before.append(_site("embed", None, "embed", entrance, tree[entrance], shape))
+    # Only norms beside the layers and their entrance: those of a pre-training head (BERT's ``cls``) or of
+    # another modality are not on this residual stream. Of several, the nearest to the layers; modules are
+    # registered in the order in which they run.
+    scope = _parent(stack)
+    while scope and not (entrance and _within(entrance, [scope])):
+        scope = _parent(scope)
+    order = [path for path in tree if not scope or _within(path, [scope])]
+    norms = [path for path in order if _is_norm(tree[path], width) and not _within(path, [stack])]
+    ahead = [path for path in norms if order.index(path) < order.index(stack)]
+    before += [_site("norm.embed", None, "norm", path, tree[path], (width, width)) for path in ahead[-1:]]
+    after = [_site("norm.final", None, "norm", path, tree[path], (width, width)) for path in norms[len(ahead) :][:1]]
+    return before, after
+
+
+def _input_embedding(model: Any, tree: Mapping[str, Any]) -> str | None:
+    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return next((path for path, module in tree.items() if module is found), None)
+
+
+def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: _Stacks) -> None:
+    """Refuse keys that mean nothing and paths that do not exist, all of them at once."""
+    keys = (*_ROOT_KEYS, *LINEAR_ROLES)
+    problems = [
+        f"{key!r} is not one of {', '.join(keys)}{did_you_mean(key, keys)}" for key in by_hand if key not in keys
+    ]
+    tables = [path for path, module in tree.items() if _is_table(module)]
+    for key, what, known in (
+        ("layers", "list of layers", stacks),
+        ("embed", "embedding", tables),
+        ("head", "module", tree),
+    ):
+        if key in by_hand and by_hand[key] not in known:
+            problems.append(f"{key!r}: no {what} {by_hand[key]!r}{did_you_mean(by_hand[key], known)}")
+    roles = [role for role in LINEAR_ROLES if role in by_hand]
+    if roles and "layers" not in by_hand:
+        problems.append("'layers' is missing: the linears' paths are relative to a layer")
+    for role in roles:
+        path, layers = by_hand[role], stacks.get(by_hand.get("layers", ""), ())
+        absent = [layer for layer in layers if path not in layer.linears]
+        if absent:
+            problems.append(
+                f"{role!r}: no linear {path!r} in {len(absent)} of {len(layers)} layers, "
+                f"first in {absent[0].path}{did_you_mean(path, absent[0].linears)}"
+            )
+    if problems:
+        raise UnknownBackboneError("modules named by hand do not fit:\n  " + "\n  ".join(problems))
+
+
+def _what_was_seen(model: Any, stacks: _Stacks, problem: str) -> str:
+    """The message that shows what the model has and how to name it."""
+    seen = [
+        f"    {path} ({len(layers)} layers): "
+        + ", ".join(f"{name} {shape[0]}->{shape[1]}" for name, shape in layers[0].linears.items())
+        for path, layers in stacks.items()
+    ]
+    return "\n".join(
+        [
+            f"cannot find the adapter sites of {type(model).__name__}: {problem}.",
+            "Lists of layers seen, with the linears of their first layer:",
+            *(seen or ["    none"]),
+            _BY_HAND.format(layers=next(iter(stacks), "encoder.blocks")),
+        ]
+    )

@@ -1,0 +1,360 @@
+"""The one module that holds the parameters of every adapter type: banks, slots and size masks.
+
+Notation: N banks, K slots (each reads one bank), M tokens per slot, R the size of the largest slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.given import arrows, stacked
+from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.runtime.init import initialise
+
+if TYPE_CHECKING:
+    from autopeft.search_space.routers.mixing import Routing
+
+
+def stream(*words: object, device: torch.device | str = "cpu") -> Generator:
+    """A random stream named by `words`: the same words give the same numbers, in any process and any pack."""
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    return Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(slots=True)
+class Tokens:
+    """What routers want to know of the minibatch, which is the same for all slots: N texts of T tokens.
+
+    `mask`: [N, T], False for padding; None: there is none. `domains`: [N] the domain of each text, None: not known.
+    """
+
+    length: int = 1
+    mask: Tensor | None = None
+    domains: Tensor | None = None
+    #: Runs the model without adapters on the minibatch, for its last hidden states [N, T, H]; None: nobody may ask.
+    first_pass: Callable[[], Tensor] | None = None
+    #: What routers have decided in this forward pass, by leader and slot: [M, E] each.
+    _gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _counted: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, length: int, mask: Tensor | None, first_pass: Callable[[], Tensor] | None = None) -> None:
+        """Of a forward pass. However many routers ask for the first pass, it runs once."""
+        self.length, self.mask = length, mask
+        self.first_pass = first_pass and cache(first_pass)
+        self._counted = None
+        self._gates.clear()
+
+    def end(self) -> None:
+        """Of a step, whose graph must not outlive it."""
+        self.first_pass = None
+        self._gates.clear()
+
+    def hidden_states(self) -> Tensor:
+        """[N, T, H]: the last ones of the model without adapters."""
+        assert self.first_pass is not None
+        return self.first_pass()
+
+    def lead(self, bank: Bank, gates: Tensor) -> None:
+        """Keep gates [K, M, E] for mixtures that follow."""
+        for slot, number, own in zip(bank.slots_served, bank.numbers, gates, strict=True):
+            self._gates[bank.site.name, slot] = self._gates[f"{bank.site.name}#{number}", slot] = own
+
+    def gates_of(self, leaders: Sequence[str], bank: Bank, experts: int) -> Tensor:
+        """[K, M, experts] of each slot's leader. Raises ValueError where one has not run."""
+        try:
+            found = [self._gates[key][:, :experts] for key in zip(leaders, bank.slots_served, strict=True)]
+        except KeyError as error:
+            raise ValueError(
+                f"{bank.site.name}: no mixture at {error.args[0][0]!r} has run before it, which it follows"
+            ) from None
+        return torch.stack([F.pad(gates, (0, experts - gates.shape[1])) for gates in found])
+
+    def counted(self) -> tuple[Tensor, Tensor] | None:
+        """[N * T] with 0 for padding and 1 for tokens, and their number; None: there is no padding."""
+        if self._counted is None and self.mask is not None:
+            own = self.mask.flatten().float()
+            self._counted = own, own.sum().clamp(min=1)
+        return self._counted
+
+    def by_text(self, x: Tensor) -> Tensor:
+        """[K, N * T, D] to [K, N, T, D]."""
+        return x.unflatten(1, (-1, self.length))
+
+    def domains_of(self, tasks: int) -> Tensor:
+        """[N]. Raises ValueError where the domains are not known, or more than `tasks`."""
+        if self.domains is None:
+            raise ValueError("a router by task needs rows with a domain: say which column it is in (data.domain)")
+        if int(self.domains.max()) >= tasks:
+            raise ValueError(f"a router for {tasks} tasks does not know the domain {int(self.domains.max())}")
+        return self.domains
+
+
+@dataclass(slots=True)
+class Call:
+    """What an adapter's forward function sees beside its parameters and the activations."""
+
+    bank: Bank
+    #: Per-slot numbers of `AdapterSpec.constants`, each [K, ...].
+    constants: dict[str, Tensor]
+    #: [K, R] with 1 where a slot owns that part of the size, or None if all slots own all of it.
+    mask: Tensor | None
+    #: Rows of the batch that belong to one slot: the experts of a mixture that run side by side.
+    experts: int = 1
+
+    @property
+    def base(self) -> nn.Module:
+        """The backbone's module at the site."""
+        return self.bank.base[0]
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.bank.tokens
+
+    def most(self, name: str) -> float:
+        """Of a constant, over the slots."""
+        return max(getattr(spec, name) for spec in self.bank.specs)
+
+    def least(self, name: str) -> float:
+        return min(getattr(spec, name) for spec in self.bank.specs)
+
+    @property
+    def owned_experts(self) -> Tensor:
+        """[K, E] with 1 for the experts that a slot's router chooses from."""
+        assert self.bank.owned_experts is not None
+        return self.bank.owned_experts
+
+    def of_experts(self, count: int) -> Call:
+        """The same for `count` experts of each slot, one after the other."""
+        constants = {name: value.repeat_interleave(count) for name, value in self.constants.items()}
+        mask = None if self.mask is None else self.mask.repeat_interleave(count, 0)
+        return Call(bank=self.bank, constants=constants, mask=mask, experts=count)
+
+    def noisy(self, x: Tensor, name: str) -> Tensor:
+        """In training, with normal noise of the standard deviation `name` from each slot's own stream. x: [K, ..., E],
+        of which a slot reads its own experts.
+        """
+        if not self.bank.training or not self.most(name):
+            return x
+        noise = torch.zeros_like(x)
+        for k, spec in enumerate(self.bank.specs):
+            if deviation := getattr(spec, name):
+                own = noise[k, ..., : spec.num_experts]
+                own.copy_(torch.randn(own.shape, generator=self.bank.dropout_streams[k], device=x.device))
+                own.mul_(deviation)
+        return x + noise
+
+    @property
+    def rates(self) -> list[float]:
+        """Each slot's probability of dropout."""
+        return [getattr(spec.plain, "dropout", 0.0) for spec in self.bank.specs]
+
+    @property
+    def drops(self) -> bool:
+        return self.bank.training and any(self.rates)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """Dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
+        if not self.drops:
+            return x
+        keep = torch.ones_like(x).unflatten(0, (-1, self.experts))
+        for k, rate in enumerate(self.rates):
+            if rate > 0.0:
+                own = keep[k, : self.bank.specs[k].num_rows if self.experts > 1 else 1]
+                drawn = torch.rand(own.shape, generator=self.bank.dropout_streams[k], device=x.device)
+                own.copy_((drawn >= rate).to(x) / (1.0 - rate))
+        return x * keep.flatten(0, 1)
+
+
+class Bank(nn.Module):
+    """Parameters of one adapter type at one site for K slots, and their forward pass.
+
+    `specs`: one per slot, of one structure (`AdapterSpec.structure`); sizes and per-slot fields may differ.
+    `seeds`: one per slot; a slot's initial values and dropout depend on its seed and the site alone, so a
+    slot alone equals the slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots
+    that share a bank read nested prefixes of it, which is a weight-sharing supernet. `of`: another bank of the
+    same structure, at least as large, whose parameters are read in place of own ones. `draw`: have initial values;
+    without them `load_slot` has to follow. Raises ValueError when structures differ, and for a type that cannot sit at
+    `site`.
+    """
+
+    #: Which bank each slot reads [K], or None if each reads its own.
+    bank_index: Tensor | None
+    #: See `Call`.
+    mask: Tensor | None
+    #: Of a mixture: see `Call`.
+    owned_experts: Tensor | None
+    values: nn.ParameterDict
+
+    def __init__(
+        self,
+        site: Site,
+        specs: Sequence[AdapterSpec],
+        base: nn.Module,
+        seeds: Sequence[int | str],
+        bank_of_slot: Sequence[int] | None = None,
+        of: Bank | None = None,
+        draw: bool = True,
+    ) -> None:
+        super().__init__()
+        if len({spec.structure() for spec in specs}) != 1:
+            raise ValueError(f"slots of one bank agree in structure, not {[s.structure() for s in specs]}")
+        for spec in specs:
+            if site.role not in spec.roles or not spec.fits(site):
+                raise ValueError(f"an adapter of kind {spec.kind!r} cannot sit at {site.name!r}")
+        self.site = site
+        self.specs = tuple(specs)
+        self.base = (base,)  # in a tuple: the backbone's module must not become a child of the adapter
+        self.bank_of_slot = list(bank_of_slot if bank_of_slot is not None else range(len(specs)))
+        own_banks = of is None and self.bank_of_slot == list(range(len(specs)))
+        self.register_buffer("bank_index", None if own_banks else torch.tensor(self.bank_of_slot))
+        device = next(base.parameters()).device
+        self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds]
+
+        declared = [spec.parameters(site) for spec in self.specs]
+        #: Of the largest slot, by name.
+        self.shapes = {name: _largest([own[name].shape for own in declared]) for name in declared[0]}
+        self.values = self._zeros() if of is None else of.values
+        if of is None and draw:
+            self._draw(seeds)
+        #: Of a mixture: what its router is told, and what it did in the last forward pass.
+        self.tokens = Tokens()
+        #: Numbers of its slots in the attachment.
+        self.slots_served = list(range(len(self.specs)))
+        #: Of a mixture: which of its slot's mixtures at the site it is, from 1, for each slot.
+        self.numbers = [1] * len(self.specs)
+        self.routing: Routing | None = None
+        #: Whether its router is not asked, and all experts are weighted alike.
+        self.averaged = False
+        #: The same of every forward pass, where somebody watches.
+        self.seen: list[Routing] | None = None
+
+        sizes = [spec.size or 0 for spec in self.specs]  # types without a size need no mask
+        owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
+        self.register_buffer("mask", None if owned.all() else owned.float())
+        counts = torch.tensor([spec.num_experts for spec in self.specs])
+        chosen_from = (torch.arange(int(counts.max()))[None, :] < counts[:, None]).float()
+        self.register_buffer("owned_experts", chosen_from if counts.max() else None)
+        constants = [spec.constants(site) for spec in self.specs]
+        for name in constants[0]:
+            self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))
+        self.constant_names = tuple(constants[0])
+
+    def _zeros(self) -> nn.ParameterDict:
+        """Values before they are drawn or loaded, each [N, ...]."""
+        values = nn.ParameterDict()
+        declared = self.specs[0].parameters(self.site)
+        for name, shape in self.shapes.items():
+            empty = torch.zeros(max(self.bank_of_slot) + 1, *shape)
+            values[name] = nn.Parameter(empty, requires_grad=not declared[name].given)
+        return values
+
+    @torch.no_grad()
+    def _draw(self, seeds: Sequence[int | str]) -> None:
+        # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
+        for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].num_params(self.site)):
+            for name, declared in self.specs[k].parameters(self.site).items():
+                own = self._initial(declared, name, (seeds[k], self.site.name, self.specs[k].kind, name))
+                self.values[name][self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
+
+    def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
+        if declared.given:
+            return stacked(declared.given, self.site, name, self.specs[0].size or 0)
+        # An expert's values do not depend on how many there are, or on the others' ranks.
+        if declared.rows:
+            parts = [replace(declared, shape=(rows, *declared.shape[1:])) for rows in declared.rows]
+            return torch.cat([initialise(part, stream(*words, e), self.base[0]) for e, part in enumerate(parts)])
+        if not declared.per_expert:
+            return initialise(declared, stream(*words), self.base[0])
+        one = replace(declared, shape=declared.shape[1:])
+        return torch.stack([initialise(one, stream(*words, e), self.base[0]) for e in range(declared.shape[0])])
+
+    def slots(self) -> dict[str, Tensor]:
+        """Parameters as the slots read them, each [K, ...], in the size of the largest slot."""
+        if self.bank_index is None:
+            return dict(self.values.items())
+        read = {}
+        for name, shape in self.shapes.items():
+            value = self.values[name][(slice(None), *(slice(n) for n in shape))]
+            read[name] = value.index_select(0, self.bank_index)
+        return read
+
+    def of_slot(self, k: int, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The parameters of slot k in its own size, without the slot dimension; views of the bank's.
+
+        With `values`: the same parts of other tensors in the shape of the parameters, such as an optimiser's moments.
+        """
+        own: Mapping[str, Tensor] = dict(self.values.items()) if values is None else values
+        shapes = {name: parameter.shape for name, parameter in self.specs[k].parameters(self.site).items()}
+        bank = self.bank_of_slot[k]
+        return {name: own[name][bank][tuple(slice(n) for n in shapes[name])] for name in shapes if name in own}
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Names and values [N, ...] of what is trained, and whether weight decay applies."""
+        declared = self.specs[0].parameters(self.site)
+        for name, value in self.values.items():
+            if not declared[name].given:
+                yield name, value, declared[name].decay
+
+    @torch.no_grad()
+    def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
+        """The inverse of `of_slot`. Raises KeyError for a missing name, ValueError for another shape."""
+        for name, own in self.of_slot(k).items():
+            if own.shape != values[name].shape:
+                shapes = f"{tuple(values[name].shape)}, not {tuple(own.shape)}"
+                raise ValueError(f"{self.site.name} {name}: shape {shapes}")
+            own.copy_(values[name])
+
+    @cached_property
+    def arrows(self) -> Tensor:
+        """[K, E, D_in]: where the experts of each slot point, if they are given."""
+        values = self.slots()
+        return arrows(values["A"], values["B"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.values.values())).dtype
+
+    @property
+    def call(self) -> Call:
+        constants = {name: getattr(self, f"constant_{name}") for name in self.constant_names}
+        return Call(bank=self, constants=constants, mask=self.mask)
+
+    # The adapters keep their own precision on a backbone of a lower one.
+
+    def apply_input(self, x: Tensor) -> Tensor:
+        """x: [K, M, D_in] to the same shape."""
+        changed = self.specs[0].apply_input(self.slots(), x.to(self.dtype), self.call).to(x.dtype)
+        self._note()
+        return changed
+
+    def apply_linear(self, x: Tensor, slots: Tensor | None) -> Tensor | None:
+        """x: [K, M, D_in] of all slots of a pack, of which the bank serves `slots`; see `AdapterSpec.apply_linear`."""
+        base: Any = self.base[0]
+        changed = self.specs[0].apply_linear(self.slots(), x, base.weight, base.bias, self.call, slots)
+        if changed is not None:
+            self._note()
+        return changed
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: [K, M, D_in], y: [K, M, D_out]; returns the adapted y."""
+        changed = self.specs[0].apply(self.slots(), x.to(self.dtype), y.to(self.dtype), self.call).to(y.dtype)
+        self._note()
+        return changed
+
+    def _note(self) -> None:
+        if self.seen is not None and self.routing is not None and not self.training:
+            self.seen.append(self.routing)
+
+
+def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that all of these are prefixes of."""
+    return tuple(max(dims) for dims in zip(*shapes, strict=True))

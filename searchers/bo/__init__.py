@@ -1,0 +1,1 @@
+"""Bayesian optimisation: the searcher `bo` and its parts."""

@@ -1,0 +1,18 @@
+"""What may be proposed, as far as it is known before any trial."""
+
+from __future__ import annotations
+
+from autopeft.search_space.problem import Problem
+from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
+
+
+def admitted(problem: Problem, encoding: Encoding, rows: Rows, active: Mask) -> Mask:
+    """[n, G] -> [n]: some adapter is on, and what is declared keeps the limits and the objectives' bounds."""
+    keeps = ~encoding.is_empty(rows, active)
+    costs = encoding.costs(rows, active)
+    for name in problem.limits.most.keys() & costs.keys():
+        keeps &= costs[name] <= problem.limits.most[name]
+    for objective in problem.objectives:
+        if objective.name in costs and objective.bound is not None:
+            keeps &= objective.loss(costs[objective.name]) <= objective.loss(objective.bound)
+    return keeps

@@ -1,0 +1,104 @@
+"""The points that are evaluated before a model is trusted."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.location import locate
+from autopeft.search_space.presets import BASELINES
+from autopeft.search_space.problem import Problem
+from autopeft.searchers.bo.acquisition_optimizer import Judge, Judged, keys_of, neighbours, unknown
+from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
+
+#: Draws among which space-filling points are picked.
+POOL = 1024
+#: Points beyond the design: for trials that fail, and while none has ended.
+SPARE = 16
+#: The share of the design that points of an earlier study may take: what a misleading one can cost.
+EARLIER_SHARE = 0.25
+
+
+def num_initial(problem: Problem) -> int:
+    """Points of the initial design: what the study asks for, else a few more than a quarter of the genes."""
+    if problem.initial is not None:
+        return problem.initial
+    return max(4, min(problem.num_trials // 4, 6 + len(problem.space.genes) // 4))
+
+
+def design(problem: Problem, encoding: Encoding, allowed: Judge, best_earlier: Rows, rng: np.random.Generator) -> Rows:
+    """[num_initial + SPARE, G]: points to start with, in this order.
+
+    The best of an earlier study; the smallest and the largest architecture that are allowed; the fixed set-ups that lie
+    in the space; then draws over the active subspaces. Those are spread over the strata of the declared size, and
+    within a stratum the next one is the farthest from all before it (Johnson, Moore and Ylvisaker 1990, maximin).
+
+    `allowed`: 0 for a point that may be proposed, -inf for another.
+    """
+    count = num_initial(problem)
+    pool = np.vstack([encoding.draw(POOL, rng), encoding.smallest()])
+    pool = pool[np.isfinite(allowed(pool, encoding.active(pool)))]
+    if not len(pool):
+        return pool
+    known = [
+        best_earlier[: int(count * EARLIER_SHARE)],
+        _extreme(encoding, allowed, pool, -1.0, rng)[None],
+        _extreme(encoding, allowed, pool, +1.0, rng)[None],
+        _baselines(problem, encoding, allowed),
+    ]
+    rows = np.vstack(known)
+    chosen = rows[unknown(keys_of(rows, encoding.active(rows)), set())][:count]
+    for more in (count - len(chosen), SPARE):
+        chosen = np.vstack([chosen, _filling(encoding, pool, chosen, more, rng)])
+    return chosen
+
+
+def _baselines(problem: Problem, encoding: Encoding, allowed: Judge) -> Rows:
+    space = problem.space
+    found = []
+    for architecture in (make(space.backbone) for make in BASELINES.values()):
+        genes = locate(space, Candidate(architecture=architecture))
+        if genes is not None:
+            found.append(genes)
+    rows = encoding.rows(found)
+    return rows[np.isfinite(allowed(rows, encoding.active(rows)))] if len(rows) else rows
+
+
+def _extreme(encoding: Encoding, allowed: Judge, pool: Rows, sign: float, rng: np.random.Generator) -> Rows:
+    """The largest (sign +1) or smallest allowed point by parameters that can be reached gene by gene."""
+
+    def judge(rows: Rows, active: Mask) -> Rows:
+        return sign * encoding.costs(rows, active)["num_params"] + allowed(rows, active)
+
+    pool = np.where(encoding.shape_genes, pool, encoding.middle)
+    climb = Judged(encoding, judge)
+    climb.add(pool)
+    best = -np.inf
+    while climb.best() > best:
+        best = climb.best()
+        climb.add(neighbours(encoding, climb.top(1)[0], rng))
+    return climb.top(1)[0]
+
+
+def _filling(encoding: Encoding, pool: Rows, chosen: Rows, count: int, rng: np.random.Generator) -> Rows:
+    if count <= 0:
+        return pool[:0]
+    sizes = encoding.costs(pool, encoding.active(pool))["num_params"]
+    features = encoding.features(pool, encoding.active(pool))
+    distance = np.full(len(pool), np.inf)
+    for row in chosen:
+        distance = np.minimum(distance, _distances(features, encoding.features(row[None], encoding.active(row[None]))))
+    stratum = np.argsort(np.argsort(sizes, kind="stable")) * count // len(pool)
+    picked: list[int] = []
+    for wanted in rng.permutation(count):
+        here = np.flatnonzero((stratum == wanted) & (distance > 0))
+        here = here if len(here) else np.flatnonzero(distance > 0)
+        if not len(here):
+            break
+        picked.append(int(here[distance[here].argmax()]))
+        distance = np.minimum(distance, _distances(features, features[picked[-1:]]))
+    return pool[picked]
+
+
+def _distances(features: Rows, one: Rows) -> Rows:
+    return np.linalg.norm(features - one, axis=1)

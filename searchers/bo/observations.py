@@ -1,0 +1,144 @@
+"""What the trials say, as tables for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.problem import DECLARED, METRICS, Measurement, Problem, Trial, declared_costs
+from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
+
+#: `Searcher.losses`.
+Losses = Callable[[Trial], list[float] | None]
+
+#: Complete trials that tell how a rung's loss leads to the final value, at least.
+LEAST_COURSES = 5
+#: Losses worse than the median by more than so many interquartile ranges count as that far away: a diverged training
+#: is bad, and how bad is noise that would drown the rest.
+FARTHEST_RANGES = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """n trials that ended with values, and all N that say whether a candidate can be trained at all.
+
+    `rows` [n, G], `active` [n, G]; `losses` [n, m] of all objectives; `noise` [n, m] variances, NaN where unknown;
+    `complete` [n]: trained to the end; `tried` [N, G], `tried_active`, `failed` [N].
+    """
+
+    rows: Rows
+    active: Mask
+    losses: Rows
+    noise: Rows
+    complete: Mask
+    tried: Rows
+    tried_active: Mask
+    failed: Mask
+
+
+class Observations:
+    """`modelled` and `declared`: places of the objectives that are measured and that follow from the genes."""
+
+    def __init__(self, problem: Problem, encoding: Encoding) -> None:
+        self.problem = problem
+        self.encoding = encoding
+        self.modelled = [i for i, o in enumerate(problem.objectives) if o.name not in DECLARED]
+        self.declared = [i for i, o in enumerate(problem.objectives) if o.name in DECLARED]
+
+    def of(self, trials: Sequence[Trial], losses: Losses) -> Data | None:
+        """None if fewer than two different candidates have values."""
+        known: dict[str, tuple[Trial, list[float]]] = {}
+        tried: dict[str, tuple[Trial, bool]] = {}
+        for trial in trials:
+            found, key = losses(trial), trial.candidate.key
+            if found is not None:
+                known.setdefault(key, (trial, found))
+                tried.setdefault(key, (trial, False))
+            elif trial.state == "failed" or (trial.state == "infeasible" and not self._is_ruled_out(trial)):
+                tried.setdefault(key, (trial, True))
+        if len(known) < 2:
+            return None
+        table = [trial for trial, _ in known.values()]
+        values = np.array([row for _, row in known.values()])
+        noise = np.array([self._noise(trial) for trial in table])
+        self._finish_courses(table, values, noise)
+        for i in self.modelled:
+            low, middle, high = np.quantile(values[:, i], [0.25, 0.5, 0.75])
+            values[:, i] = np.minimum(values[:, i], middle + FARTHEST_RANGES * max(high - low, 1e-12))
+        rows = self.encoding.rows([trial.genes for trial in table])
+        every = self.encoding.rows([trial.genes for trial, _ in tried.values()])
+        return Data(
+            rows=rows,
+            active=self.encoding.active(rows),
+            losses=values,
+            noise=noise,
+            complete=np.array([trial.state == "complete" for trial in table]),
+            tried=every,
+            tried_active=self.encoding.active(every),
+            failed=np.array([failed for _, failed in tried.values()]),
+        )
+
+    def best_earlier(self, losses: Losses) -> Rows:
+        """[., G]: the front of the earlier study, best quality first."""
+        complete = [trial for trial in self.problem.earlier if trial.state == "complete"]
+        points = [(found, trial.genes) for trial in complete if (found := losses(trial))]
+        table = np.array([found for found, _ in points]).reshape(-1, len(self.problem.objectives))
+        front = [point for point, member in zip(points, non_dominated(table), strict=True) if member]
+        return self.encoding.rows([genes for _, genes in sorted(front, key=lambda point: point[0])])
+
+    def _is_ruled_out(self, trial: Trial) -> bool:
+        """Whether what is declared explains why a candidate was infeasible; a model has nothing to learn from it."""
+        if not trial.candidate.architecture:
+            return True
+        costs = declared_costs(trial.candidate.architecture, self.problem.space.backbone)
+        return self.problem.limits.objection(costs) is not None
+
+    def _noise(self, trial: Trial) -> list[float]:
+        assert trial.measurement is not None
+        errors = trial.measurement.std_err
+        return [errors[o.name] ** 2 if o.name in errors else float("nan") for o in self.problem.objectives]
+
+    def _finish_courses(self, trials: Sequence[Trial], values: Rows, noise: Rows) -> None:
+        """Put what a pruned trial would have come to in the place of what it came to, in `values` and `noise`.
+
+        A rung's loss is a cheaper signal of the final value: final = a + b loss + deviation, the first-order
+        autoregression of Kennedy and O'Hagan 2000, fitted on the complete trials that passed the same rung. The
+        variance of its deviations is the noise of what it says.
+        """
+        complete = [k for k, trial in enumerate(trials) if trial.state == "complete"]
+        for i in self.modelled:
+            objective = self.problem.objectives[i]
+            if objective.name not in METRICS or METRICS[objective.name].source != "quality":
+                continue  # costs are measured before the training
+            spread = float(np.var(values[complete, i])) if len(complete) > 1 else float(np.var(values[:, i]))
+            for k, trial in enumerate(trials):
+                if trial.state != "pruned" or trial.measurement is None:
+                    continue
+                share = trial.measurement.share
+                pairs = [
+                    (loss, values[c, i]) for c in complete if (loss := _rung(trials[c].measurement, share)) is not None
+                ]
+                own = _rung(trial.measurement, share)
+                if len(pairs) < LEAST_COURSES or own is None:
+                    noise[k, i] = spread  # as it stands, and not to be relied on
+                    continue
+                values[k, i], noise[k, i] = _extrapolated(np.array(pairs), own)
+
+
+def _extrapolated(pairs: Rows, loss: float) -> tuple[float, float]:
+    """Final value for a rung's loss, and the variance of what the line leaves open; pairs [c, 2]. A lower loss at a
+    rung never speaks for a worse end: a falling line is a flat one.
+    """
+    x, y = pairs.T
+    centred = x - x.mean()
+    slope = max(0.0, float(centred @ (y - y.mean()) / max(centred @ centred, 1e-12)))
+    residual = y - y.mean() - slope * centred
+    return float(y.mean() + slope * (loss - x.mean())), float(residual @ residual / (len(x) - 2)) + 1e-12
+
+
+def _rung(measurement: Measurement | None, share: float) -> float | None:
+    rungs: Mapping[float, Mapping[str, float]] = dict(measurement.rungs) if measurement is not None else {}
+    return rungs.get(share, {}).get("loss")

@@ -1,0 +1,1 @@
+"""Searchers that start from scores of thousands of candidates."""

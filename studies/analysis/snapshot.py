@@ -1,0 +1,271 @@
+"""A study at one moment: its trials, its front, its hypervolume. Reports are made of this and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.problem import (
+    BASELINE,
+    CONTROL,
+    COPY,
+    FINALIST,
+    METRICS,
+    SEARCH,
+    Measurement,
+    Objective,
+    Trial,
+)
+from autopeft.studies.analysis import comparison, pareto
+from autopeft.studies.analysis.comparison import Contender, Estimate, SeedSd
+from autopeft.studies.analysis.pareto import FrontRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One candidate with all its evaluations: the first one, and those with other seeds."""
+
+    trial: Trial
+    repeats: tuple[Trial, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Trial, ...]:
+        """The full evaluations that say how good it is: the re-seeded ones where there are any.
+
+        The first evaluation is what it was chosen by, so it flatters; fresh seeds do not.
+        """
+        return self.repeats or (self.trial,)
+
+    @property
+    def averaged(self) -> tuple[Measurement, ...]:
+        """Those of its runs that were also scored with all experts of its mixtures weighted alike."""
+        measured = (run.measurement for run in self.runs)
+        return tuple(measurement for measurement in measured if measurement is not None and measurement.averaged)
+
+    def scores(self, metric: str, split: str = "validation") -> np.ndarray:
+        """[seeds, examples], larger is better; empty if it was not scored on that split."""
+        sign = 1.0 if METRICS[metric].maximise else -1.0
+        columns = []
+        for run in self.runs:
+            assert run.measurement is not None
+            per_example = run.measurement.per_example if split == "validation" else run.measurement.test_per_example
+            if metric in per_example:
+                columns.append(per_example[metric])
+        return sign * np.asarray(columns, dtype=float)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """`trials`: every evaluation in the order of the ledger. Values are in the metrics' own direction and unit."""
+
+    study: str
+    study_id: str
+    #: The study file as it was run.
+    settings: str
+    objectives: tuple[Objective, ...]
+    backbone: Backbone
+    trials: tuple[Trial, ...]
+
+    def entries(self) -> list[Entry]:
+        """Complete candidates (of the search and of the baselines) in the order of their trials."""
+        repeats: dict[int, list[Trial]] = {}
+        for trial in self.trials:
+            if trial.role == FINALIST and trial.of is not None and trial.state == "complete":
+                repeats.setdefault(trial.of, []).append(trial)
+        return [
+            Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())))
+            for trial in self.trials
+            if trial.of is None and trial.state == "complete"
+        ]
+
+    def compared(self) -> dict[int, dict[str, Entry]]:
+        """What candidates with mixtures were compared with, by the number of their trial and the control's name."""
+        runs: dict[tuple[int, str], list[Trial]] = {}
+        for trial in self.trials:
+            if trial.role.startswith(CONTROL) and trial.of is not None and trial.state == "complete":
+                runs.setdefault((trial.of, trial.role.removeprefix(CONTROL)), []).append(trial)
+        found: dict[int, dict[str, Entry]] = {}
+        for (number, name), own in runs.items():
+            found.setdefault(number, {})[name] = Entry(trial=own[0], repeats=tuple(own))
+        return found
+
+    def tuned(self) -> list[Entry]:
+        """The candidates of the search, and of each baseline the one with the best learning rate."""
+        sign = 1.0 if METRICS[self.quality].maximise else -1.0
+        best: dict[str, Entry] = {}
+        for entry in self.entries():
+            value = sign * entry.trial.values[self.quality]
+            key = f"trial {entry.trial.number}" if entry.trial.role == SEARCH else entry.trial.role
+            if key not in best or value > sign * best[key].trial.values[self.quality]:
+                best[key] = entry
+        return list(best.values())
+
+    @property
+    def objectives_by_name(self) -> dict[str, Objective]:
+        return {objective.name: objective for objective in self.objectives}
+
+    @property
+    def ended(self) -> tuple[Trial, ...]:
+        """Evaluations that are over, whatever came of them; copies of another trial were none."""
+        return tuple(trial for trial in self.trials if trial.state != "running" and trial.role != COPY)
+
+    @property
+    def search_trials(self) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if trial.role == SEARCH)
+
+    @property
+    def quality(self) -> str:
+        """The quality metric among the objectives that comparisons are about."""
+        names = [o.name for o in self.objectives if METRICS[o.name].source == "quality"]
+        return names[0] if names else "accuracy"
+
+    def seed_sd(self, split: str = "validation") -> SeedSd | None:
+        """The spread of the quality between seeds, pooled over all adapters that were trained with several: the few
+        seeds of one contender may happen to agree. Two baselines are left out: a head alone hardly varies, and full
+        fine-tuning varies in its own way.
+        """
+        return self._seed_sd(self.quality, split)
+
+    def _seed_sd(self, metric: str, split: str) -> SeedSd | None:
+        compared = [entry for own in self.compared().values() for entry in own.values()]
+        repeated = [entry for entry in [*self.entries(), *compared] if len(entry.repeats) > 1]
+        adapters = [entry for entry in repeated if entry.trial.role not in (BASELINE + "head", BASELINE + "full")]
+        scores = [entry.scores(metric, split) for entry in adapters or repeated]
+        return comparison.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
+
+    def rows(self) -> list[FrontRow]:
+        """Every complete candidate as the reports show it, front and recommendation marked.
+
+        A tuned baseline is a candidate like any other: where plain LoRA is not beaten, it is on the front. Once
+        candidates have been trained with fresh seeds, the front is drawn among those alone.
+        """
+        entries = self.tuned()
+        seed_sd = self.seed_sd()
+        values = [self.values_of(entry, seed_sd) for entry in entries]
+        repeated = [bool(entry.repeats) for entry in entries]
+        eligible = repeated if any(repeated) else [True] * len(entries)
+        points = np.full((len(entries), len(self.objectives)), np.nan)
+        for i, (entry, (value, _)) in enumerate(zip(entries, values, strict=True)):
+            if eligible[i] and entry.trial.violation <= 0:
+                points[i] = [o.loss(value[o.name]) for o in self.objectives]
+        on_front = non_dominated(points).tolist()
+        pick = self._recommended([e for e, member in zip(entries, on_front, strict=True) if member], seed_sd)
+        return [
+            FrontRow(
+                trial=entry.trial.number,
+                label=f"trial {entry.trial.number}"
+                if entry.trial.role == SEARCH
+                else entry.trial.role.removeprefix(BASELINE),
+                values=value,
+                std_err=std_err,
+                on_front=member,
+                recommended=entry.trial.number == pick,
+                role=entry.trial.role,
+                summary=summary(entry.trial, self.backbone),
+            )
+            for entry, (value, std_err), member in zip(entries, values, on_front, strict=True)
+        ]
+
+    def values_of(self, entry: Entry, seed_sd: SeedSd | None) -> tuple[dict[str, float], dict[str, float]]:
+        """Values and standard errors by metric name, over all of its runs; see `seed_sd`."""
+        assert entry.trial.measurement is not None
+        values, std_err = dict(entry.trial.measurement.values), dict(entry.trial.measurement.std_err)
+        for metric in ("accuracy", "loss"):
+            scores = entry.scores(metric)
+            if scores.size:
+                spread = seed_sd if metric == self.quality else None
+                found = comparison.estimate(scores, seed_sd=spread)
+                values[metric] = found.value if METRICS[metric].maximise else -found.value
+                std_err[metric] = found.std_err
+        return values, std_err
+
+    def _recommended(self, members: Sequence[Entry], seed_sd: SeedSd | None) -> int | None:
+        contenders = [
+            Contender(
+                trial=entry.trial.number,
+                scores=entry.scores(self.quality),
+                costs=comparison.costs(entry.trial.values, self.objectives),
+            )
+            for entry in members
+            if entry.scores(self.quality).size
+        ]
+        return comparison.recommend(contenders, seed_sd=seed_sd).recommended if contenders else None
+
+    def entry(self, number: int) -> Entry:
+        """Raises KeyError if trial `number` is not a complete candidate."""
+        for entry in self.entries():
+            if entry.trial.number == number:
+                return entry
+        raise KeyError(number)
+
+    def promise(self, entry: Entry, metric: str) -> Estimate | None:
+        """Test score of `entry` and the interval in which one more training run with another seed will lie.
+
+        None if it was not scored on the test split or if no candidate was trained more than once.
+        """
+        scores = entry.scores(metric, "test")
+        pooled = self._seed_sd(metric, "test")
+        if not scores.size or pooled is None:
+            return None
+        means = scores.mean(axis=1)
+        low, high = comparison.predictive_interval(means, pooled)
+        std_err = comparison.estimate(scores, seed_sd=pooled).std_err
+        sign = 1.0 if METRICS[metric].maximise else -1.0
+        low, high = sorted((sign * low, sign * high))
+        return Estimate(value=sign * float(means.mean()), std_err=std_err, low=low, high=high, num_seeds=len(means))
+
+    def reference(self) -> np.ndarray | None:
+        """The corner for the hypervolume, as losses; None as long as no feasible trial is complete."""
+        try:
+            return pareto.reference_point(self.search_trials, self.objectives)
+        except ValueError:
+            return None
+
+    def hypervolume(self) -> list[float]:
+        """After each trial of the search."""
+        corner = self.reference()
+        if corner is None:
+            return [0.0] * len(self.search_trials)
+        return pareto.hypervolume_by_trial(self.search_trials, self.objectives, corner).tolist()
+
+
+def summary(trial: Trial, backbone: Backbone) -> str:
+    """The architecture and the learning rate in a line: kinds with their sizes, roles and layers."""
+    groups: dict[str, dict[str, set[int]]] = {}
+    for name, spec in trial.candidate.architecture:
+        site = backbone.site(name)
+        layers = groups.setdefault(spec.label, {}).setdefault(site.role, set())
+        if site.layer is not None:
+            layers.add(site.layer)
+    parts = []
+    for word, roles in groups.items():
+        by_layers: dict[str, list[str]] = {}
+        for role, layers in roles.items():
+            by_layers.setdefault(_ranges(layers, backbone.num_layers), []).append(role)
+        places = "; ".join(" ".join(names) + where for where, names in by_layers.items())
+        parts.append(f"{word} at {places}")
+    rate = trial.candidate.training.get("learning_rate")
+    return " + ".join(parts or ["no adapter"]) + (f", rate {rate:.2g}" if rate else "")
+
+
+def _ranges(layers: set[int], num_layers: int) -> str:
+    if len(layers) in (0, num_layers):
+        return ""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return " in layers " + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def state_counts(trials: Sequence[Trial]) -> Mapping[str, int]:
+    counts: dict[str, int] = {}
+    for trial in trials:
+        counts[trial.state] = counts.get(trial.state, 0) + 1
+    return counts

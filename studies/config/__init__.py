@@ -1,0 +1,1 @@
+"""The study file: settings, their checks, and what they declare."""

@@ -1,0 +1,51 @@
+"""What two studies, or two starts of one, must have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from autopeft.search_space.architecture import digest
+from autopeft.studies.config.study_file import StudyFile
+
+_LASTING = ("seed", "task", "model", "data", "space", "training", "objectives", "constraints")
+
+
+def fingerprint(study: StudyFile) -> dict[str, Any]:
+    """What trials must share to be compared: it may not change between `run` and `run --resume`."""
+    from autopeft.searchers import SEARCHERS, FromScores
+
+    dump = study.model_dump(mode="json")
+    search = {key: dump["search"][key] for key in ("searcher", "share", "rungs", "keep", "batch")}
+    # These came later: where they are not set, a study of before goes on.
+    search |= {key: dump["search"][key] for key in ("initial", "surrogate", "start", "prior") if dump["search"][key]}
+    scores = study.proxy.model_dump(mode="json", exclude_defaults=True)
+    starts_from_scores = issubclass(SEARCHERS[study.search.searcher], FromScores)
+    found = {key: dump[key] for key in _LASTING} | {"search": search}
+    return found | {"proxy": scores} if scores and starts_from_scores else found
+
+
+def key_of(study: StudyFile, *fields: str) -> str:
+    """Of what these fields say other than by default: results with one key were found under the same settings."""
+    return digest(study.model_dump(mode="json", include=set(fields), exclude_defaults=True))
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """What two fingerprints do not share, one readable line for each setting."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for name in dict.fromkeys((*old, *new)):
+            path = f"{key}.{name}" if key else name
+            if name not in new:
+                lines.append(f"{path}: {_text(old[name])} was removed")
+            elif name not in old:
+                lines.append(f"{path}: {_text(new[name])} was added")
+            else:
+                lines += differences(old[name], new[name], path)
+        return lines
+    return [] if old == new else [f"{key}: was {_text(old)}, is {_text(new)}"]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

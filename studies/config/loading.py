@@ -1,0 +1,160 @@
+"""Reading a study file: every setting of a study, read and checked as a whole.
+
+Precedence: defaults < file < environment (`AUTOPEFT__SEARCH__TRIALS=5`) < `--set search.trials=5`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from autopeft.search_space.spelling import did_you_mean
+from autopeft.studies.config import checks, settings
+from autopeft.studies.config.source import Keys, Source, StudyFileError, read
+from autopeft.studies.config.study_file import FILE_NAME, StudyFile
+
+
+def load_study(
+    path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ
+) -> StudyFile:
+    """Read and check a study file, or the `study.yaml` of a folder. Raises StudyFileError: every problem."""
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    overrides = tuple(overrides)
+    study = _checked(read(path, overrides, environment), path)
+    study._overrides = overrides
+    return study
+
+
+def study_from_mapping(data: Mapping[str, Any], folder: str | Path = ".") -> StudyFile:
+    """The same for settings that are data already; relative paths count from `folder`."""
+    # By way of JSON: a copy of our own, with lists for tuples.
+    return _checked(Source("", json.loads(json.dumps(dict(data)))), Path(folder) / FILE_NAME)
+
+
+def _checked(source: Source, path: Path) -> StudyFile:
+    # A section whose entries are all commented out is null in YAML.
+    data = {key: value for key, value in source.data.items() if value is not None}
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise StudyFileError([f"{source.name}: a text has half of a surrogate pair (\\ud800 to \\udfff)"]) from None
+    study, found, removed = _salvaged(data)
+    study._file = path  # some settings name files beside it
+    for keys, what in checks.problems_of(study):
+        # Next to an entry that was removed, it may come of the removal.
+        if not any(keys[: len(gone)] == gone or gone[: len(keys)] == keys for gone in removed):
+            found.append((keys, what))
+    found.sort(key=lambda problem: source.line(problem[0]))
+    problems = source.problems + [source.render(keys, what) for keys, what in found]
+    if problems:
+        raise StudyFileError(problems)
+    study._source = source
+    return study
+
+
+def _salvaged(data: dict[str, Any]) -> tuple[StudyFile, list[tuple[Keys, str]], list[Keys]]:
+    """The settings, the problems with their form, and the entries taken out until the rest could be read.
+
+    So the rest can be checked as well: all problems are to come at once.
+    """
+    problems: list[tuple[Keys, str]] = []
+    removed: list[Keys] = []
+    while True:
+        try:
+            return StudyFile.model_validate_json(json.dumps(data)), problems, removed
+        except ValidationError as error:
+            found = list(_found(error, data))
+        if not removed:
+            problems = [(path, what) for path, what, _ in found]
+        for _, _, culprit in found:
+            removed.append(culprit)
+            _remove(data, culprit)
+        data.setdefault("study", "unnamed")
+
+
+# What pydantic finds, in the words of the file
+
+_WORDS = {
+    "missing": "is missing",
+    "model_type": "must be a mapping of keys to values",
+    "dict_type": "must be a mapping of keys to values",
+    "tuple_type": "must be a list",
+    "string_pattern_mismatch": "must be made of letters, digits, - and _",
+    "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+}
+
+
+def _found(error: ValidationError, data: Any) -> Iterator[tuple[Keys, str, Keys]]:
+    """Path, problem, and the entry without which the problem would be gone."""
+    seen = set()
+    for entry in error.errors(include_url=False):
+        location, kind, context = entry["loc"], entry["type"], entry.get("ctx", {})
+        path = culprit = _path(location, data)
+        what = _WORDS.get(kind) or entry["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        if kind == "missing":
+            path = (*path, location[-1])
+        elif kind == "extra_forbidden":
+            what = f"unknown key{did_you_mean(str(location[-1]), _section(location[:-1]).model_fields)}"
+        elif kind == "too_short":
+            given = len(_entry(data, path))  # pydantic counts the valid ones only
+            if given >= context["min_length"]:
+                continue
+            what = f"needs at least {context['min_length']} entries, has {given}"
+        elif kind == "too_long":
+            what = f"may have {context['max_length']} entries, has {context['actual_length']}"
+        # A union reports a problem once for each of its members.
+        if path not in seen:
+            seen.add(path)
+            # Without one entry a list would be another list: it goes as a whole.
+            numbers = [i for i, key in enumerate(culprit) if isinstance(key, int)]
+            yield path, what, culprit[: numbers[0]] if numbers else culprit
+
+
+def _path(location: Keys, data: Any) -> Keys:
+    """The keys among `location`, which holds the members of unions too."""
+    path: list[str | int] = []
+    for key in location:
+        here = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int)
+        if here:
+            data = data[key]
+            path.append(key)
+    return tuple(path)
+
+
+def _entry(data: Any, path: Keys) -> Any:
+    for key in path:
+        data = data[key]
+    return data
+
+
+def _section(location: Keys) -> type[BaseModel]:
+    """The section at `location`; names and positions of entries stay in the section of the entries."""
+    section: type[BaseModel] = StudyFile
+    for key in location:
+        if key == settings.Range.__name__:
+            section = settings.Range
+        elif key in section.model_fields:
+            section = next(_sections(section.model_fields[str(key)].annotation), section)
+    return section
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def _remove(data: dict[Any, Any], path: Keys) -> None:
+    *parents, last = path or ("study",)
+    for key in parents:
+        data = data.get(key, {})
+    data.pop(last, None)

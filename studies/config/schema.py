@@ -1,0 +1,99 @@
+"""The JSON schema of the study file: editors complete and check with it. Names come from the registries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
+
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
+from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
+from autopeft.search_space.declaration import GRANULARITIES, VARIATIONS
+from autopeft.search_space.problem import METRICS
+from autopeft.studies.config.declaration import scalar_type
+from autopeft.studies.config.study_file import StudyFile
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+def json_schema() -> dict[str, Any]:
+    """Draft 2020-12, with one definition per adapter type, each with the fields of its own."""
+    from autopeft.search_space.presets import BASELINES, PRESETS
+    from autopeft.searchers import SEARCHERS
+
+    schema = StudyFile.model_json_schema()
+    definitions = schema["$defs"]
+    search = definitions["SearchSettings"]["properties"]
+    _restrict(search["searcher"], SEARCHERS)
+    _restrict(definitions["SpaceSettings"]["properties"]["preset"]["anyOf"][0], PRESETS)
+    by_name = next(form for form in search["start"]["items"]["oneOf"] if form["type"] == "string")
+    _restrict(by_name, BASELINES)
+    _restrict(definitions["BaselineSettings"]["properties"]["names"]["items"], BASELINES)
+    _restrict(definitions["ObjectiveSettings"]["properties"]["name"], METRICS)
+    objective = {"anyOf": [{"type": "string", "enum": list(METRICS)}, {"$ref": "#/$defs/ObjectiveSettings"}]}
+    schema["properties"]["objectives"]["items"] = objective
+    common = definitions.pop("AdapterSettings")["properties"]
+    for kind, spec in ADAPTERS.items():
+        definitions[f"adapter.{kind}"] = _adapter(spec, common)
+    adapters = definitions["SpaceSettings"]["properties"]["adapters"]
+    definitions["adapter"] = {"anyOf": [_with_kind(kind) for kind in ADAPTERS]}
+    named = {"$ref": "#/$defs/adapter"}
+    # An entry is of the type that it is named after, unless it says another.
+    adapters["properties"] = {
+        kind: {"if": {"required": ["kind"]}, "then": named, "else": {"$ref": f"#/$defs/adapter.{kind}"}}
+        for kind in ADAPTERS
+    }
+    adapters["additionalProperties"] = named
+    (pattern,) = adapters.pop("patternProperties")  # it stands for the settings that were taken apart
+    adapters["propertyNames"] = {"pattern": pattern}
+    return {"$schema": DIALECT, **schema, "title": "autopeft study file"}
+
+
+def _restrict(text: dict[str, Any], names: Iterable[str]) -> None:
+    """Only registered names are valid; an empty list is no valid schema."""
+    if names := list(names):
+        text["enum"] = names
+
+
+def _with_kind(kind: str) -> dict[str, Any]:
+    return {"$ref": f"#/$defs/adapter.{kind}", "properties": {"kind": {"const": kind}}, "required": ["kind"]}
+
+
+def _adapter(spec: type[AdapterSpec], common: dict[str, Any]) -> dict[str, Any]:
+    hints = get_type_hints(spec)
+    own = {f.name: _field(hints[f.name], f.default) for f in fields(spec)}
+    if spec.can_be_expert:
+        hints = get_type_hints(Mixture)
+        own |= {f.name: _field(hints[f.name], f.default) for f in fields(Mixture) if f.name in MIXTURE_FIELDS}
+        own["experts"]["default"] = 0
+    vary = {name: {"type": "string", "enum": list(GRANULARITIES)} for name in own}
+    if spec is Lora:
+        vary["rank"]["enum"] = list(VARIATIONS)
+    at = {"type": "array", "items": {"type": "string", "enum": list(spec.roles)}}
+    return {
+        "type": "object",
+        "description": f"{spec.summary} ({spec.source})",
+        "additionalProperties": False,
+        "properties": {
+            **common,
+            "at": {**at, "description": common["at"]["description"], "default": list(spec.default_roles)},
+            "vary": {
+                "type": "object",
+                "description": common["vary"]["description"],
+                "additionalProperties": False,
+                "properties": vary,
+            },
+            **own,
+        },
+    }
+
+
+def _field(hint: Any, default: Any) -> dict[str, Any]:
+    """A value, a list of values, or a range where numbers are."""
+    scalar = scalar_type(hint)
+    value = {"type": _TYPES[scalar]} if scalar else {"type": ["number", "string", "boolean"]}
+    forms: list[dict[str, Any]] = [value, {"type": "array", "items": value, "minItems": 1}]
+    if scalar not in (bool, str):
+        forms.append({"$ref": "#/$defs/Range"})
+    return {"anyOf": forms} | ({} if default is MISSING else {"default": default})

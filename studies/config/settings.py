@@ -1,0 +1,316 @@
+"""The sections of a study file. Their descriptions become the JSON schema.
+
+What a section alone cannot know (registered names, settings that do not go together) is in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    Tag,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
+
+from autopeft.search_space.declaration import Granularity, Variation
+from autopeft.search_space.problem import Surrogate
+from autopeft.search_space.training import Training
+
+Positive = Annotated[float, Field(gt=0)]
+#: Names end up in the names of genes, where dots separate.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class Section(BaseModel):
+    # Strict: a trial count of "40" or of 40.5 is a mistake, not a number to convert.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Range(Section):
+    """Every number from low to high."""
+
+    # Both types, so that whole numbers stay whole; float first, so that a wrong type reads "a number".
+    low: float | int = Field(description="smallest value")
+    high: float | int = Field(description="largest value")
+    log: bool = Field(default=False, description="spread over orders of magnitude")
+    step: int | None = Field(default=None, ge=1, description="distance between whole numbers")
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not isfinite(value)):
+        raise ValueError("must be a number, a word, true or false")
+    return value
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, (dict, Range)):
+        return "Range"
+    return "list" if isinstance(value, (list, tuple)) else "value"
+
+
+Scalar = Annotated[Any, AfterValidator(_scalar), WithJsonSchema({"type": ["number", "string", "boolean"]})]
+#: A value (fixed), a list of values (choose one) or a range.
+Setting = Annotated[
+    Annotated[Range, Tag("Range")] | Annotated[tuple[Scalar, ...], Tag("list")] | Annotated[Scalar, Tag("value")],
+    Discriminator(_shape),
+]
+
+
+class ModelSettings(Section):
+    """The frozen transformer."""
+
+    id: str = Field(
+        default="embedded",
+        min_length=1,
+        description="embedded (a small English encoder), a folder, or a hub id",
+    )
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="type of its weights")
+    modules: dict[str, str] | None = Field(
+        default=None, description="paths of its modules by role, for a family that is not recognised"
+    )
+
+
+class DataSettings(Section):
+    """Rows to train on and to choose by. Test rows are seen by the final front only."""
+
+    source: str = Field(
+        default="embedded",
+        min_length=1,
+        description="embedded (topics of docstrings), embedded-domains (four kinds of text with a question each),"
+        " files, or the id of a hub dataset",
+    )
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+    train: str | None = Field(default=None, description="file (.jsonl, .csv, .parquet) or, on the hub, split")
+    validation: str | None = Field(default=None, description="the same, for the rows that candidates are compared on")
+    test: str | None = Field(default=None, description="the same, for the final front")
+    text: str = Field(default="text", description="column of the text")
+    label: str = Field(default="label", description="column of the class")
+    domain: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of the data set or task that a row is of; null: there are no domains, but for"
+        " embedded-domains, which has its own",
+    )
+    prompt: str = Field(default="prompt", description="column of the prompt (causal-lm)")
+    completion: str = Field(default="completion", description="column of the text to learn (causal-lm)")
+    max_length: int = Field(default=64, ge=1, description="longest row in tokens; the rest is cut")
+    max_train_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="train on a fixed random subset of so many rows, with every label and domain; null: on all",
+    )
+
+    @model_serializer(mode="wrap")
+    def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Domains came later: where none are set, studies, scores and recipes of before stay what they were."""
+        return {name: value for name, value in told(self).items() if name != "domain" or value is not None}
+
+
+class AdapterSettings(Section):
+    """One adapter type in the space. Any field of its kind may stand here too, as a value, list or range."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Setting] = Field(init=False)
+
+    kind: str | None = Field(default=None, description="adapter type; default: the name of this entry")
+    at: tuple[str, ...] = Field(default=(), description="roles of the sites it may take; default: the type's own")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, description="those layers only")
+    placement: Granularity | None = Field(
+        default=None, description="search where it is on, at this granularity; null: always on"
+    )
+    vary: dict[str, Variation] = Field(
+        default={}, description="fields chosen per stage, layer or site, not once; the rank of LoRAs per expert"
+    )
+    given: tuple[str, ...] = Field(
+        default=(), description="folders of LoRAs, as peft writes them, that are the experts and are not trained"
+    )
+    router_per: Literal["site", "layer"] = Field(
+        default="site", description="of experts: a router at each site, or one that the sites of a layer share"
+    )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of its kind that the file sets."""
+        return self.__pydantic_extra__ or {}
+
+
+class OneOfSettings(Section):
+    """Exactly one of these adapters is present."""
+
+    members: tuple[str, ...] = Field(min_length=1, description="names of adapters of this space")
+    per: Granularity = Field(default="model", description="how often the choice is made")
+    optional: bool = Field(default=False, description="none of them is a choice too")
+
+
+class SpaceSettings(Section):
+    """Which adapters, of what size, where. A preset and adapters of the file's own may be combined."""
+
+    preset: str | None = Field(default=None, description="a published space to start from")
+    adapters: dict[Name, AdapterSettings] = Field(default={}, description="adapters by name")
+    one_of: dict[Name, OneOfSettings] = Field(default={}, description="groups that exclude each other, by name")
+    layer_gate: bool | None = Field(default=None, description="one on/off bit per layer that all adapters share")
+    stages: int | None = Field(
+        default=None, ge=1, description="equal groups of layers for 'stage'; default: the preset's, or 4"
+    )
+
+
+_DEFAULTS = Training()
+
+
+class TrainingSettings(Section):
+    """How each candidate is trained. Search the learning rate: the best one depends on the adapter's size."""
+
+    learning_rate: Setting = Field(default=Range(low=5e-4, high=1e-2, log=True), description="peak rate of AdamW")
+    weight_decay: Setting = Field(default=_DEFAULTS.weight_decay, description="decoupled weight decay")
+    epochs: Setting = Field(default=_DEFAULTS.epochs, description="passes over the training rows")
+    batch_size: Setting = Field(default=_DEFAULTS.batch_size, description="rows per step")
+    warmup: Setting = Field(default=_DEFAULTS.warmup, description="share of the steps with a rising rate")
+    schedule: Setting = Field(default=_DEFAULTS.schedule, description="linear, cosine or constant")
+    max_grad_norm: Setting = Field(default=_DEFAULTS.max_grad_norm, description="clip of the gradient norm; 0: none")
+
+
+class ObjectiveSettings(Section):
+    """One thing that counts; a bare name will do."""
+
+    name: str = Field(description="a metric")
+    bound: float | None = Field(default=None, description="worst value that you accept")
+    reference: float | None = Field(default=None, description="corner for the hypervolume; default: from the trials")
+    direction: Literal["maximise", "minimise"] | None = Field(default=None, description="default: the metric's own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class ConstraintSettings(Section):
+    """Upper limits. A candidate that must break one is rejected before it is trained."""
+
+    num_params: Positive | None = Field(default=None, description="trainable parameters, without the head")
+    trainable_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="the same as a share of the model's parameters"
+    )
+    stored_bytes: Positive | None = Field(default=None, description="size of the adapters on disk")
+    flops_per_token: Positive | None = Field(default=None, description="operations added per token")
+    latency_s: Positive | None = Field(default=None, description="seconds of a forward pass, unmerged")
+    peak_memory_bytes: Positive | None = Field(default=None, description="memory of a training step")
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _start_shape(value: Any) -> str:
+    return "settings" if isinstance(value, dict) else "name"
+
+
+#: The name of a baseline, or values by setting: ``{lora.rank: 8, training.learning_rate: 0.01}``.
+Start = Annotated[
+    Annotated[dict[str, Scalar], Tag("settings")] | Annotated[str, Tag("name")], Discriminator(_start_shape)
+]
+
+
+class SearchSettings(Section):
+    """The search itself."""
+
+    searcher: str = Field(default="bo", description="what proposes the candidates")
+    trials: int = Field(default=40, ge=1, description="candidates to try")
+    share: Share = Field(default=1.0, description="share of the training steps that a candidate gets")
+    rungs: tuple[Share, ...] = Field(
+        default=(), description="shares of the steps at which the loss on held-out examples is taken, ascending"
+    )
+    keep: Share = Field(
+        default=1.0, description="share of a batch that goes on at each rung, by the ranks of loss and costs; 1: all"
+    )
+    batch: int = Field(default=8, ge=1, description="candidates that are proposed, and compared at the rungs, at once")
+    initial: int | None = Field(
+        default=None,
+        ge=1,
+        description="points to spread over the space before a model is trusted; null: the searcher's own",
+    )
+    surrogate: Surrogate | None = Field(
+        default=None,
+        description="smooth: every gene may matter a little; sparse: few matter; null: the searcher's choice",
+    )
+    start: tuple[Start, ...] = Field(
+        default=(),
+        description="configurations to evaluate first: baselines by name, or values such as {lora.rank: 8}",
+    )
+    prior: str | None = Field(
+        default=None,
+        min_length=1,
+        description="an earlier study on a related task, its file or folder: its trials guide the first proposals",
+    )
+    timeout_s: Positive | None = Field(default=None, description="stop after so many seconds")
+
+
+class ProxySettings(Section):
+    """What the searcher `proxy` scores candidates by before it trains any of them."""
+
+    score: str = Field(
+        default="supernet",
+        description="supernet: held-out loss with shared weights; gates: trained with them; or an untrained proxy",
+    )
+    subnets: int = Field(default=2000, ge=1, description="candidates to score")
+    search: str = Field(default="evolution", description="the searcher that chooses what to score")
+    policy: str = Field(default="fair", description="which subnets of the supernet train at a step")
+    epochs: Positive | None = Field(
+        default=None,
+        description="passes of the proxy's own training over the training rows; null: as many as a candidate has",
+    )
+    distil: bool = Field(default=False, description="the largest subnet teaches the others of its step")
+    filter: str | None = Field(
+        default=None, description="an untrained proxy that chooses which subnets are trained; null: all of them"
+    )
+
+
+class EvaluationSettings(Section):
+    """How candidates are trained. It changes how long a study takes and nothing that it finds, but for rounding."""
+
+    evaluator: Literal["packed", "train"] = Field(
+        default="packed", description="several candidates side by side on one backbone, or one after the other"
+    )
+    pack: int | None = Field(default=None, ge=1, description="candidates side by side; null: by the memory there is")
+    cache_bytes: int = Field(
+        default=10**9, ge=0, description="memory for what the layers below all adapters compute; 0: compute it again"
+    )
+    cache_folder: str | None = Field(default=None, description="keeps the same on disk, from study to study")
+    cache_folder_bytes: int = Field(default=10**10, ge=0, description="limit of that folder; the oldest go first")
+
+
+class BaselineSettings(Section):
+    """What the front is shown against, tuned over the learning rate."""
+
+    names: tuple[str, ...] = Field(default=("head", "lora-r8-qv", "full"), description="fixed set-ups to train as well")
+    learning_rates: tuple[Positive, ...] = Field(
+        default=(5e-4, 2e-3, 5e-3), min_length=1, description="rates tried for each"
+    )
+    full_learning_rates: tuple[Positive, ...] = Field(
+        default=(5e-5, 2e-4), min_length=1, description="rates tried for full fine-tuning"
+    )
+
+
+class FinalistSettings(Section):
+    """Candidates of the front that are trained again, for error bars."""
+
+    seeds: int = Field(default=3, ge=1, description="seeds per finalist")
+    most: int = Field(default=6, ge=1, description="finalists at most")
+    controls: bool = Field(default=True, description="train what a mixture of experts is to be compared with, too")
+
+
+class TrackingSettings(Section):
+    """The MLflow report."""
+
+    enabled: bool = Field(default=True, description="write one")
+    uri: str | None = Field(default=None, description="MLflow server; default: mlflow.db in the output folder")
+    experiment: str | None = Field(default=None, description="its experiment; default: the name of the study")

@@ -1,0 +1,110 @@
+"""The settings of one study, as data: `loading.py` reads and checks them, `problem.py` makes a problem of them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, PrivateAttr
+
+from autopeft.search_space.problem import METRICS, Objective
+from autopeft.studies.config import settings
+from autopeft.studies.config.source import Keys, Source
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.data.splits import DataSettings
+
+FILE_NAME = "study.yaml"
+
+
+class StudyFile(settings.Section):
+    """The settings of one study."""
+
+    study: settings.Name = Field(description="name of the study: letters, digits, - and _")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="the same seed gives the same study")
+    task: Literal["classification", "causal-lm"] = Field(default="classification", description="what is learnt")
+    model: settings.ModelSettings = settings.ModelSettings()
+    data: settings.DataSettings = settings.DataSettings()
+    space: settings.SpaceSettings = settings.SpaceSettings()
+    training: settings.TrainingSettings = settings.TrainingSettings()
+    objectives: Annotated[tuple[settings.ObjectiveSettings, ...], Field(min_length=2, max_length=4)] = Field(
+        default=(settings.ObjectiveSettings(name="accuracy"), settings.ObjectiveSettings(name="num_params")),
+        description="two to four metrics that span the front",
+    )
+    constraints: settings.ConstraintSettings = settings.ConstraintSettings()
+    search: settings.SearchSettings = settings.SearchSettings()
+    proxy: settings.ProxySettings = settings.ProxySettings()
+    baselines: settings.BaselineSettings = settings.BaselineSettings()
+    finalists: settings.FinalistSettings = settings.FinalistSettings()
+    evaluation: settings.EvaluationSettings = settings.EvaluationSettings()
+    tracking: settings.TrackingSettings = settings.TrackingSettings()
+    output: str | None = Field(
+        default=None, description="folder of all results; default: runs/<study> beside this file"
+    )
+    storage: str | None = Field(
+        default=None, description="Optuna storage URL; default: a database in the output folder"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to train; auto: a GPU if there is one"
+    )
+
+    _source: Source = PrivateAttr(default_factory=lambda: Source("", {}))
+    _file: Path = PrivateAttr(default_factory=lambda: Path.cwd() / FILE_NAME)
+    _overrides: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def path(self) -> Path:
+        """The file, as the user named it."""
+        return self._file
+
+    @property
+    def words(self) -> str:
+        """What names this study on a command line: the file, and what was set there in place of what it says."""
+        return shlex.join([str(self.path), *(word for each in self._overrides for word in ("--set", each))])
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the file, absolute: relative paths count from here."""
+        return self._file.resolve().parent
+
+    @property
+    def output_folder(self) -> Path:
+        return Path(os.path.normpath(self.folder / Path(self.output or f"runs/{self.study}").expanduser()))
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.tracking.uri or f"sqlite:///{self.output_folder / 'mlflow.db'}"
+
+    @property
+    def model_id(self) -> str:
+        """`model.id`, with a folder beside the file made absolute."""
+        beside = self.folder / Path(self.model.id).expanduser()
+        return str(beside) if beside.is_dir() or self.model.id.startswith((".", "~")) else self.model.id
+
+    def data_settings(self) -> DataSettings:
+        """What `load_splits` wants; a hub's splits have their usual names unless the file says otherwise."""
+        from autopeft.evaluators.data.splits import DataSettings
+
+        set_here = {key: value for key, value in dict(self.data).items() if value is not None}
+        return DataSettings(**set_here, folder=self.folder)
+
+    def objectives_list(self) -> tuple[Objective, ...]:
+        return tuple(
+            Objective.of(
+                o.name,
+                bound=o.bound,
+                reference=o.reference,
+                maximise=METRICS[o.name].maximise if o.direction is None else o.direction == "maximise",
+            )
+            for o in self.objectives
+        )
+
+    def render(self, path: Keys, what: str) -> str:
+        """The problem `what` with the setting at `path`, as `file:line key: what`."""
+        return self._source.render(path, what)
+
+    def line(self, path: Keys) -> int:
+        """The line of the setting at `path`."""
+        return self._source.line(path)

@@ -1,0 +1,52 @@
+"""The check of a study before anything is trained: its data, its model, and its space over both."""
+
+from __future__ import annotations
+
+from autopeft.evaluators.backbones import ModelError, describe_backbone
+from autopeft.evaluators.data.splits import DataError, Splits, load_splits
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.backbones.introspection import UnknownBackboneError
+from autopeft.search_space.declaration import domain_problems
+from autopeft.search_space.space import SearchSpace
+from autopeft.searchers import SEARCHERS
+from autopeft.studies.config.problem import problem_for
+from autopeft.studies.config.source import StudyFileError
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.session import earlier_trials
+
+
+def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
+    """Read the data, describe the model, lay the space over it. Raises StudyFileError with every problem."""
+    problems: list[str] = []
+    splits = backbone = space = None
+    try:
+        splits = load_splits(settings.data_settings(), settings.task)
+    except DataError as error:
+        problems += [settings.render(("data",), problem) for problem in error.problems]
+    try:
+        labels = splits.labels if splits else None
+        backbone = describe_backbone(
+            settings.model_id, settings.model.revision, settings.task, labels, settings.model.modules
+        )
+    except ModelError as error:
+        problems.append(settings.render(("model", "id"), str(error)))
+    except UnknownBackboneError as error:
+        problems.append(settings.render(("model", "modules"), str(error)))
+    if backbone is not None:
+        try:
+            problem = problem_for(settings, backbone)
+            space = problem.space
+            if splits is not None:
+                problems += [
+                    settings.render(path, what) for path, what in domain_problems(space.adapters, splits.domains)
+                ]
+            SEARCHERS[settings.search.searcher](problem, settings.seed)
+            earlier_trials(settings, problem)
+        except StudyFileError as error:
+            problems += error.problems
+        except ValueError as error:
+            problems.append(settings.render(("search", "searcher"), str(error)))
+    if problems:
+        raise StudyFileError(problems)
+    assert splits is not None and backbone is not None and space is not None
+    return splits, backbone, space

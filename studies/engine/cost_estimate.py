@@ -1,0 +1,132 @@
+"""What a study would cost and give, from its declaration and a few measured steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from autopeft.search_space.architecture import Candidate
+from autopeft.studies.config.problem import problem_for
+from autopeft.studies.config.settings import SearchSettings
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.session import evaluator_for
+from autopeft.studies.exporters import EXPORTERS
+from autopeft.studies.recipes.selection import bare_recipe, recipe_head_sites
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.data.splits import Splits
+    from autopeft.search_space.backbones.backbone import Backbone
+
+SAMPLES = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """`time_s`: estimate for the whole study on this machine. `exportable`: share of sampled candidates that a target
+    holds, by its name; `reasons`: why not, one example each.
+    """
+
+    study: str
+    cardinality: int | None
+    num_genes: int
+    smallest_params: int
+    largest_params: int
+    backbone_params: int
+    evaluations: int
+    step_s: float
+    time_s: float
+    peak_memory_bytes: float
+    exportable: dict[str, float]
+    reasons: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        size = "continuous" if self.cardinality is None else f"{self.cardinality:,} architectures"
+        share = self.largest_params / self.backbone_params
+        lines = [
+            f"{self.study}",
+            f"  space        {size}, {self.num_genes} genes (with those of the training)",
+            f"  parameters   {self.smallest_params:,} to {self.largest_params:,}"
+            f" (the largest: {share:.2%} of the backbone)",
+            f"  evaluations  at most {self.evaluations}",
+            f"  time         about {_duration(self.time_s)}: {self.step_s:.3f} s a step, measured here",
+            f"  memory       about {self.peak_memory_bytes / 1e9:.2f} GB in a training step of the largest candidate",
+            "  exportable   share of the space that a format can hold",
+        ]
+        for name, held in self.exportable.items():
+            why = f"   e.g. {self.reasons[name]}" if name in self.reasons else ""
+            lines.append(f"    {name:<12} {held:4.0%}{why}")
+        return lines
+
+
+def plan_study(settings: StudyFile, splits: Splits) -> Plan:
+    """Loads the model and measures a candidate of median size and the largest one; writes nothing."""
+    from autopeft.evaluators.base import Request
+    from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations, num_finals
+
+    evaluator = evaluator_for(settings, splits)
+    space, backbone = problem_for(settings, evaluator.backbone).space, evaluator.backbone
+    rng = Random(settings.seed)
+    largest = space.decode(space.largest())
+    drawn = [space.decode(space.sample(rng)) for _ in range(SAMPLES)]
+    samples = sorted((c for c in drawn if c.architecture), key=lambda c: c.architecture.num_params(backbone)) or [
+        largest
+    ]
+    typical = samples[len(samples) // 2]
+
+    measured = evaluator.costs(typical, frozenset({"step_s", "latency_s"})).values
+    memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]
+    finals, searched = num_finals(settings, space), settings.search.trials
+    full_runs = len(list(baselines(settings, space))) + finals
+    num_steps = evaluator.num_steps(Request(candidate=typical)) * (searched * mean_share(settings.search) + full_runs)
+    batch_size = evaluator.training(typical).batch_size
+    scored = len(splits.validation) * (searched + full_runs) + len(splits.test) * finals
+    exportable, reasons = _exportable(settings, splits, samples, backbone)
+    return Plan(
+        study=settings.study,
+        cardinality=space.cardinality,
+        num_genes=len(space.genes),
+        smallest_params=samples[0].architecture.num_params(backbone),
+        largest_params=largest.architecture.num_params(backbone),
+        backbone_params=backbone.num_params,
+        evaluations=num_evaluations(settings, space),
+        step_s=measured["step_s"],
+        time_s=num_steps * measured["step_s"] + scored / batch_size * measured["latency_s"],
+        peak_memory_bytes=memory,
+        exportable=exportable,
+        reasons=reasons,
+    )
+
+
+def mean_share(search: SearchSettings) -> float:
+    """Share of the training steps that a candidate of the search gets on average, with what its rungs save."""
+    stops = (0.0, *search.rungs, search.share)
+    return sum((end - start) * search.keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
+
+
+def _exportable(
+    settings: StudyFile, splits: Splits, samples: list[Candidate], backbone: Backbone
+) -> tuple[dict[str, float], dict[str, str]]:
+    """For each format, the share of the samples that it holds exactly or nearly, and one thing that stands against."""
+    held = dict.fromkeys(EXPORTERS, 0)
+    reasons: dict[str, str] = {}
+    sites = recipe_head_sites(settings, splits.labels, backbone)
+    for candidate in samples:
+        recipe = bare_recipe(settings, splits.labels, backbone, candidate, sites)
+        for name, exporter in EXPORTERS.items():
+            fit = exporter.assess(recipe)
+            held[name] += fit.level != "unsupported"
+            if fit.lost:
+                reasons.setdefault(name, fit.lost[0])
+    return {name: count / len(samples) for name, count in held.items()}, reasons
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,86 @@
+"""Training from a recipe, away from its study: with its own seed, and with others to check what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autopeft.evaluators.base import Outcome, Request
+from autopeft.search_space.problem import METRICS
+from autopeft.studies.engine.session import inputs_checked
+from autopeft.studies.errors import ConfigurationError, UserError
+from autopeft.studies.recipes.recipe import Measured, Recipe
+
+#: Studies keep the scores of each example with four decimals. Where no seed makes a difference, as between LoRAs that
+#: are given, the promised interval has no other width.
+ROUNDING = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retrained:
+    """One training run from a recipe. `test`: scores on the test split."""
+
+    seed: int
+    test: dict[str, float]
+    outcome: Outcome
+
+
+def retrain(
+    recipe: Recipe, seeds: Sequence[int], device: str = "cpu", progress: Callable[[int, int], None] | None = None
+) -> list[Retrained]:
+    """Full training runs with these seeds, scored on the test split. Raises ConfigurationError for a model or data
+    that is not what the recipe says, and UserError if a run fails."""
+    from autopeft.evaluators.backbones import load_backbone
+    from autopeft.evaluators.data.splits import load_splits
+    from autopeft.evaluators.training.train import TrainEvaluator
+
+    with inputs_checked():
+        splits = load_splits(recipe.data.for_loading(), recipe.task)
+        for what in ("labels", "domains"):  # outputs and routers know them by their places
+            wanted, found = getattr(recipe, what), getattr(splits, what)
+            if wanted is not None and found != wanted:
+                raise ConfigurationError(f"the data has the {what} {found}, the recipe {wanted}")
+        loaded = load_backbone(
+            recipe.backbone.id,
+            task=recipe.task,
+            labels=recipe.labels,
+            revision=recipe.backbone.revision,
+            dtype=recipe.backbone.dtype,
+            device=device,
+            backbone=recipe.host,
+        )
+        evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length)
+    requests = [Request(candidate=recipe.candidate, seed=seed, test=True, keep_weights=True) for seed in seeds]
+    runs = []
+    for seed, outcome in zip(seeds, evaluator.evaluate(requests, progress), strict=True):
+        if outcome.measurement is None:
+            raise UserError(f"training with seed {seed} {outcome.failure}: {outcome.reason}")
+        runs.append(Retrained(seed=seed, test=dict(outcome.measurement.test), outcome=outcome))
+    return runs
+
+
+def promises(recipe: Recipe) -> dict[str, Measured]:
+    """The metrics for which the recipe names an interval on the test split."""
+    return {name: m for name, m in recipe.measured.items() if m.split == "test" and m.low is not None}
+
+
+def kept(recipe: Recipe, runs: Sequence[Retrained]) -> dict[str, bool]:
+    """Per promised metric, whether the mean score of the runs lies in the interval or beyond its good end.
+
+    The interval is that of one run; the mean of several varies less, so the promise is broken by chance in at most
+    one of twenty verifications, however many seeds they take.
+    """
+    verdicts = {}
+    for name, promised in promises(recipe).items():
+        assert promised.low is not None and promised.high is not None
+        mean = sum(run.test[name] for run in runs) / len(runs)
+        low, high = promised.low - ROUNDING, promised.high + ROUNDING
+        verdicts[name] = mean >= low if METRICS[name].maximise else mean <= high
+    return verdicts
+
+
+def fresh_seeds(recipe: Recipe, count: int) -> list[int]:
+    """Seeds that the study has not used."""
+    used = {seed for m in recipe.measured.values() for seed in m.seeds} | {recipe.seed}
+    start = max(used) + 1
+    return list(range(start, start + count))

@@ -1,0 +1,98 @@
+"""The evaluations of a study that no searcher proposes: baselines ahead of the search, finalists and what mixtures are
+compared with behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.controls import CONTROLS, controls
+from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.presets import BASELINES
+from autopeft.search_space.problem import BASELINE, CONTROL, FINALIST, METRICS, SEARCH, Trial
+from autopeft.search_space.space import SearchSpace
+from autopeft.studies.analysis import pareto
+from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.config.study_file import StudyFile
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An evaluation that is still to be made."""
+
+    role: str
+    candidate: Candidate
+    seed: int
+    of: int | None = None
+
+
+def baselines(settings: StudyFile, space: SearchSpace) -> Iterator[Planned]:
+    """Every baseline at every learning rate; other training fields as in the study, searched ones at their middle."""
+    middle = space.middle.training
+    for name in settings.baselines.names:
+        architecture = BASELINES[name](space.backbone)
+        if not architecture and not (name == "head" and space.backbone.head_modules):
+            continue  # a model without a head, or without what the baseline trains (biases): nothing to compare with
+        own = settings.baselines.full_learning_rates if name == "full" else settings.baselines.learning_rates
+        for rate in own:
+            candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
+            yield Planned(BASELINE + name, candidate, settings.seed)
+
+
+def contenders(settings: StudyFile, snapshot: Snapshot) -> list[Trial]:
+    """Members of the search's front, at most `finalists.most`, spread over its length; the best one is in."""
+    trials = [t for t in snapshot.trials if t.role == SEARCH and t.state == "complete"]
+    losses = pareto.losses(trials, snapshot.objectives)
+    members = [t for t, member in zip(trials, non_dominated(losses), strict=True) if member]
+    quality = snapshot.quality
+    sign = -1 if METRICS[quality].maximise else 1
+    members.sort(key=lambda t: sign * t.values[quality])
+    most = settings.finalists.most
+    if len(members) <= most:
+        return members
+    return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def finalists(settings: StudyFile, snapshot: Snapshot) -> Iterator[Planned]:
+    """Fresh seeds for every contender and every baseline at its best learning rate, at full length and with the test
+    split, less those that there are.
+    """
+    known = {(t.of, t.seed) for t in snapshot.trials if t.role == FINALIST}
+    tuned = [entry.trial for entry in snapshot.tuned() if entry.trial.role.startswith(BASELINE)]
+    for trial in [*tuned, *contenders(settings, snapshot)]:
+        for seed in _fresh_seeds(settings):
+            if (trial.number, seed) not in known:
+                yield Planned(FINALIST, trial.candidate, seed, of=trial.number)
+
+
+def comparisons(settings: StudyFile, snapshot: Snapshot) -> Iterator[Planned]:
+    """What every contender with mixtures is compared with, trained as it is and with the same seeds, less those that
+    there are.
+    """
+    known = {(t.role, t.of, t.seed) for t in snapshot.trials}
+    for trial in contenders(settings, snapshot) if settings.finalists.controls else ():
+        for name, architecture in controls(trial.candidate.architecture, snapshot.backbone).items():
+            candidate = replace(trial.candidate, architecture=architecture)
+            for seed in _fresh_seeds(settings):
+                if (CONTROL + name, trial.number, seed) not in known:
+                    yield Planned(CONTROL + name, candidate, seed, of=trial.number)
+
+
+def _fresh_seeds(settings: StudyFile) -> range:
+    return range(settings.seed + 1, settings.seed + settings.finalists.seeds + 1)
+
+
+def num_finals(settings: StudyFile, space: SearchSpace) -> int:
+    """Evaluations of the final front at most: contenders, what mixtures among them are compared with, and tuned
+    baselines, each with every fresh seed.
+    """
+    mixed = any("experts" in choice.fields for choice in space.adapters.values())
+    each = 1 + len(CONTROLS) * (mixed and settings.finalists.controls)
+    return (settings.finalists.most * each + len(settings.baselines.names)) * settings.finalists.seeds
+
+
+def num_evaluations(settings: StudyFile, space: SearchSpace) -> int:
+    """Evaluations of the whole study at most."""
+    return len(list(baselines(settings, space))) + settings.search.trials + num_finals(settings, space)

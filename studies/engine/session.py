@@ -1,0 +1,243 @@
+"""Opens a study for work: folder, lock, data, model, ledger and tracking, from its file."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ruamel.yaml import YAML
+
+from autopeft.search_space.location import locate
+from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.config.fingerprint import fingerprint
+from autopeft.studies.config.loading import load_study, study_from_mapping
+from autopeft.studies.config.problem import problem_for
+from autopeft.studies.config.source import StudyFileError
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.storage.ledger import About, Ledger
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.data.splits import Splits
+    from autopeft.evaluators.training.packed import PackedEvaluator
+    from autopeft.evaluators.training.train import TrainEvaluator
+    from autopeft.search_space.problem import Problem, Trial
+    from autopeft.studies.engine.study import Study
+
+LEAST_FREE_BYTES = 50_000_000
+PRIOR = ("search", "prior")
+
+
+def storage_url(settings: StudyFile) -> str:
+    return settings.storage or f"sqlite:///{settings.output_folder / 'ledger.db'}"
+
+
+def torch_device(wish: str) -> str:
+    """ "cpu" or "cuda". Raises EnvironmentProblem when a GPU is asked for and there is none."""
+    import torch
+
+    if wish not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(f"device {wish!r}: use auto, cpu or cuda")
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem("device: cuda was asked for, and torch sees no GPU here")
+    return "cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def inputs_checked() -> Iterator[None]:
+    """What is wrong with a model or with data becomes a ConfigurationError."""
+    from autopeft.evaluators.backbones import ModelError
+    from autopeft.evaluators.data.splits import DataError
+    from autopeft.search_space.backbones.introspection import UnknownBackboneError
+
+    try:
+        yield
+    except (ModelError, DataError, UnknownBackboneError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
+    """The study's evaluator over its model and data, on its device. Raises ConfigurationError."""
+    from autopeft.evaluators.backbones import load_backbone
+    from autopeft.evaluators.training.packed import PackedEvaluator
+    from autopeft.evaluators.training.shared_layers import PrefixCache
+    from autopeft.evaluators.training.train import TrainEvaluator
+
+    wish = settings.evaluation
+    with inputs_checked():
+        loaded = load_backbone(
+            settings.model_id,
+            task=settings.task,
+            labels=splits.labels,
+            revision=settings.model.revision,
+            dtype=settings.model.dtype,
+            modules=settings.model.modules,
+            device=torch_device(settings.device),
+        )
+        if wish.evaluator == "train":
+            return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
+        folder = None if wish.cache_folder is None else settings.folder / wish.cache_folder
+        cache = PrefixCache(wish.cache_bytes, folder, wish.cache_folder_bytes) if wish.cache_bytes else None
+        return PackedEvaluator(loaded, settings.task, splits, settings.data.max_length, pack=wish.pack, cache=cache)
+
+
+def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator:
+    """The same for what needs candidates side by side. Raises ConfigurationError where the study has others."""
+    from autopeft.evaluators.training.packed import PackedEvaluator
+
+    evaluator = evaluator_for(settings, splits)
+    if not isinstance(evaluator, PackedEvaluator):
+        raise ConfigurationError("evaluation.evaluator: this needs packed")
+    return evaluator
+
+
+@contextmanager
+def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[Study]:
+    """The study, held against a second process. Raises ConfigurationError (it exists, it does not, it changed, it is
+    under way) and EnvironmentProblem (the folder cannot be written, the ledger cannot be read).
+    """
+    from filelock import FileLock, Timeout
+
+    from autopeft.studies.engine.study import Study
+
+    _check_folder(settings, resume)
+    lock = FileLock(settings.output_folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigurationError(f"{settings.output_folder}: another process is working on this study") from None
+    try:
+        ledger = Ledger.open(storage_url(settings), settings.study, fingerprint(settings)) if resume else None
+        if ledger is None:
+            _check_new(settings)
+        evaluator = evaluator_for(settings, splits)
+        problem = problem_for(settings, evaluator.backbone)
+        if ledger is None:
+            ledger = _new_ledger(settings, problem, splits)
+        problem = replace(problem, earlier=ledger.earlier)  # the copy, at once and after an interruption
+        tracker = None
+        if settings.tracking.enabled:
+            from autopeft.studies.tracking.mlflow_sync import Tracker
+
+            experiment = settings.tracking.experiment or settings.study
+            tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
+        yield Study(settings, problem, evaluator, ledger, tracker)
+    finally:
+        lock.release()
+
+
+def _check_new(settings: StudyFile) -> None:
+    """Before anything slow is loaded."""
+    others = Ledger.names(storage_url(settings))
+    if settings.study in others:
+        raise ConfigurationError(
+            f"{settings.output_folder} already holds the study {settings.study!r}: `autopeft resume` goes on with it"
+        )
+    if others and settings.storage is None:
+        raise ConfigurationError(f"{settings.output_folder} holds another study, {others[0]!r}: set another output")
+
+
+def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger:
+    text = io.StringIO()
+    YAML().dump(settings.model_dump(mode="json", exclude_none=True), text)
+    about = About(
+        objectives=problem.objectives,
+        backbone=problem.space.backbone,
+        labels=splits.labels,
+        domains=splits.domains,
+        settings=text.getvalue(),
+        fingerprint=fingerprint(settings),
+        earlier=earlier_trials(settings, problem),
+    )
+    return Ledger.create(storage_url(settings), settings.study, about)
+
+
+def _check_folder(settings: StudyFile, resume: bool) -> None:
+    folder = settings.output_folder
+    if resume and not folder.is_dir():
+        raise ConfigurationError(f"{folder}: there is nothing to resume; `autopeft run` starts the study")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+        status = os.statvfs(folder)
+    except OSError as error:
+        raise EnvironmentProblem(f"{folder}: cannot be written: {error.strerror}") from error
+    free = status.f_bavail * status.f_frsize
+    if free < LEAST_FREE_BYTES:
+        raise EnvironmentProblem(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs more")
+
+
+def was_started(settings: StudyFile) -> bool:
+    """Whether there is a ledger of this study; Raises EnvironmentProblem if it cannot be read."""
+    if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
+        return False
+    return settings.study in Ledger.names(storage_url(settings))
+
+
+def open_ledger(settings: StudyFile) -> Ledger:
+    """The ledger for reading, safe while the study runs. Raises ConfigurationError if it was never started."""
+    if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
+        raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
+    return Ledger.open(storage_url(settings), settings.study)
+
+
+def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
+    """The settings that the study was run with; the file may have changed since. Paths count from the file's folder."""
+    return study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
+
+
+def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
+    """The study as its ledger has it; neither data nor weights are loaded."""
+    return Snapshot(
+        study=settings.study,
+        study_id=ledger.study_id,
+        settings=ledger.settings,
+        objectives=settings.objectives_list(),
+        backbone=ledger.backbone,
+        trials=tuple(ledger.trials()),
+    )
+
+
+def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
+    """The complete trials of `search.prior`, of its search and its baselines, that lie in this space: with its genes,
+    and what they declare to cost counted for this backbone. Their copy, once this study was started. Raises
+    StudyFileError if there is none.
+    """
+    from autopeft.search_space.problem import COPY, declared_costs
+
+    if settings.search.prior is None:
+        return ()
+    if was_started(settings):
+        return open_ledger(settings).earlier
+    path = settings.folder / Path(settings.search.prior).expanduser()
+    try:
+        other = load_study(path, environment={})  # the variables are for this study
+        trials = [
+            trial
+            for trial in open_ledger(other).trials()
+            if trial.state == "complete" and trial.measurement is not None and trial.role != COPY and trial.of is None
+        ]
+    except ConfigurationError as error:
+        raise StudyFileError([settings.render(PRIOR, str(error))]) from error
+    wanted = {objective.name for objective in problem.objectives}
+    found = []
+    for trial in trials:
+        genes = locate(problem.space, trial.candidate)
+        if genes is None or trial.measurement is None:
+            continue
+        candidate = problem.space.decode(genes)
+        costs = declared_costs(candidate.architecture, problem.space.backbone)
+        measurement = replace(trial.measurement, values={**trial.values, **costs})
+        if wanted <= measurement.values.keys():
+            found.append(replace(trial, candidate=candidate, genes=genes, measurement=measurement))
+    if not found:
+        what = f"{path}: of its {len(trials)} complete trials none lies in this space with a value of every objective"
+        raise StudyFileError([settings.render(PRIOR, what)])
+    return tuple(found)

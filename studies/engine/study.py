@@ -1,0 +1,386 @@
+"""A study: baselines, the search, and the final front, evaluation by evaluation; the ledger remembers all of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Protocol
+
+from safetensors.torch import save_file
+
+from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request, Select
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.location import locate
+from autopeft.search_space.problem import (
+    BASELINE,
+    CONTROL,
+    COPY,
+    FINALIST,
+    METRICS,
+    SEARCH,
+    Fidelity,
+    Problem,
+    Trial,
+)
+from autopeft.searchers import SEARCHERS, FromScores, Searcher, Suggestion
+from autopeft.searchers.base import WHOLE
+from autopeft.searchers.halving import survivors
+from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.scheduled_trials import Planned, baselines, comparisons, finalists, num_evaluations
+from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
+from autopeft.studies.storage.ledger import Ledger
+
+if TYPE_CHECKING:
+    from autopeft.studies.tracking.mlflow_sync import Tracker
+
+#: So many proposals in a row that needed no evaluation end the search: the space is exhausted or infeasible.
+MOST_REJECTIONS = 200
+#: Random candidates that are tried against the limits before a study starts.
+PROBES = 500
+
+
+class Watcher(Protocol):
+    """Whoever shows the progress of a study."""
+
+    def plan(self, evaluations: int, done: int) -> None: ...
+
+    def begin(self, trials: Sequence[Trial]) -> None: ...
+
+    def step(self, done: int, total: int) -> None: ...
+
+    def stage(self, name: str, done: int, total: int) -> None: ...
+
+    def end(self, trial: Trial, snapshot: Snapshot) -> None: ...
+
+
+class Study:
+    """Runs a study to its end, from wherever its ledger stands."""
+
+    def __init__(
+        self, settings: StudyFile, problem: Problem, evaluator: Evaluator, ledger: Ledger, tracker: Tracker | None
+    ) -> None:
+        self.settings = settings
+        self.problem = problem
+        self.evaluator = evaluator
+        self.ledger = ledger
+        self.tracker = tracker
+        wanted = {o.name for o in problem.objectives} | problem.limits.most.keys()
+        self.measured = frozenset(name for name in wanted if METRICS[name].source == "measured")
+        self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
+        #: Seconds, for the study's timeout.
+        self.clock: Callable[[], float] = time.monotonic
+        self.started = self.clock()
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.problem.space.backbone
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            study=self.settings.study,
+            study_id=self.ledger.study_id,
+            settings=self.ledger.settings,
+            objectives=self.problem.objectives,
+            backbone=self.backbone,
+            trials=tuple(self.trials[number] for number in sorted(self.trials)),
+        )
+
+    def run(self, watcher: Watcher) -> Snapshot:
+        """Evaluate what is left. Raises NoFeasibleCandidate, EnvironmentProblem (the disk), KeyboardInterrupt."""
+        self._check_feasible()
+        watcher.plan(num_evaluations(self.settings, self.problem.space), len(self._counted()))
+        try:
+            unfinished = self.ledger.unfinished(self.problem.objectives)
+            self._evaluate_planned(BASELINE, unfinished, self._baselines(), watcher)
+            self._search(unfinished, watcher)
+            searched, done = self.snapshot(), len(self._counted())
+            finals = list(finalists(self.settings, searched))
+            controls = list(comparisons(self.settings, searched))
+            under_way = sum(t.role.startswith((FINALIST, CONTROL)) for t in unfinished)
+            watcher.plan(done + len(finals) + len(controls) + under_way, done)
+            self._evaluate_planned(FINALIST, unfinished, finals, watcher)
+            self._evaluate_planned(CONTROL, unfinished, controls, watcher)
+        except OSError as error:
+            raise EnvironmentProblem(f"{self.settings.output_folder}: {error.strerror or error}") from error
+        snapshot = self.snapshot()
+        if self.tracker is not None:
+            self.tracker.sync(snapshot, final=True)
+        if not any(row.on_front for row in snapshot.rows()):
+            raise NoFeasibleCandidate(self._why_nothing())
+        return snapshot
+
+    def _counted(self) -> list[Trial]:
+        return [t for t in self.trials.values() if t.state in ("complete", "pruned", "failed") and t.role != COPY]
+
+    # Baselines
+
+    def _baselines(self) -> Iterator[Planned]:
+        known = {(t.role, t.candidate.key) for t in self.trials.values()}
+        return (p for p in baselines(self.settings, self.problem.space) if (p.role, p.candidate.key) not in known)
+
+    # The search
+
+    def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
+        problem = replace(self._scored(watcher), known=tuple(self._known()))
+        searcher = SEARCHERS[self.settings.search.searcher](problem, self.settings.seed)
+        pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
+        # A batch is filled one by one, each suggestion knowing those before it: wherever a study was killed, it goes on
+        # with the very batch that it had.
+        while batch := self._fill(pending, searcher):
+            searched = [trial for trial in batch if trial.role == SEARCH]
+            # Those that are to be trained whole come first, and no rung takes them off.
+            for whole in (True, False):
+                part = [trial for trial in searched if bool(trial.searcher_state.get(WHOLE)) is whole]
+                if part:
+                    self._evaluate_batch(part, watcher, halving=not whole)
+            for trial in batch:
+                if trial.role == COPY and trial.of is not None:
+                    self._finish(ended_as(trial, self.trials[trial.of]))
+            pending = []
+        if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
+            raise NoFeasibleCandidate(self._why_nothing())
+
+    def _known(self) -> Iterator[Trial]:
+        """Baselines that the search could have asked for, trained as long as its trials are."""
+        for trial in self.trials.values():
+            if trial.role.startswith(BASELINE) and trial.state == "complete" and self.settings.search.share == 1.0:
+                within = trial.candidate.architecture and self.problem.limits.objection(trial.values) is None
+                genes = locate(self.problem.space, trial.candidate) if within else None
+                if genes is not None:
+                    yield replace(trial, genes=genes)
+
+    def _scored(self, watcher: Watcher) -> Problem:
+        """The problem, with scored candidates if the searcher starts from such."""
+        if not issubclass(SEARCHERS[self.settings.search.searcher], FromScores):
+            return self.problem
+        from autopeft.evaluators.training.packed import PackedEvaluator
+        from autopeft.studies.engine.proxy_scores import scored
+
+        assert isinstance(self.evaluator, PackedEvaluator)  # `checks.py` has seen to it
+        return replace(self.problem, scored=scored(self.settings, self.problem, self.evaluator, watcher.stage))
+
+    def _fill(self, pending: Sequence[Trial], searcher: Searcher) -> list[Trial]:
+        """The next batch: the trials `pending` and new ones, until it is full or the search has what it may ask for.
+
+        Copies of a candidate in the batch come on top; the infeasible and copies of what is known are ended at once.
+        """
+        batch, rejected = list(pending), 0
+
+        def num_admitted() -> int:
+            return self._num_searched() + sum(trial.role == SEARCH for trial in batch)
+
+        # Batches are blocks of the trials in their order. One that was killed when a part of it had ended is not filled
+        # up again: its trials were chosen without what that part has shown.
+        size, admitted = self.settings.search.batch, num_admitted()
+        end = admitted if batch and admitted % size == 0 else (admitted // size + 1) * size
+        while (
+            num_admitted() < min(end, self.settings.search.trials)
+            and rejected < MOST_REJECTIONS
+            and not self._out_of_time()
+        ):
+            suggestion = self._suggestion(searcher, batch)
+            if suggestion is None:
+                break
+            candidate = self.problem.space.decode(suggestion.genes)
+            twin = self._twin(candidate, batch)
+            trial = self.ledger.begin(
+                self.problem,
+                SEARCH if twin is None else COPY,
+                candidate,
+                genes=suggestion.genes,
+                seed=self.settings.seed,
+                searcher_state=suggestion.state,
+                of=None if twin is None else twin.number,
+            )
+            self.trials[trial.number] = trial
+            objection = self._objection(candidate)
+            if twin is not None and twin.state != "running":
+                self._finish(ended_as(trial, twin))
+            elif twin is None and objection is not None:
+                self._finish(replace(trial, state="infeasible", violation=objection[0], error=objection[1]))
+            else:
+                batch.append(trial)
+            rejected = 0 if trial in batch and twin is None else rejected + 1
+        return batch
+
+    def _suggestion(self, searcher: Searcher, batch: Sequence[Trial]) -> Suggestion | None:
+        """The point to try next: what the file names to start with, then the searcher's; None where it has no more."""
+        known = [self.trials[number] for number in sorted(self.trials) if self.trials[number].role in (SEARCH, COPY)]
+        # Each suggestion is a trial, whatever came of it, so the ledger tells how far a killed study had come.
+        if len(known) < len(self.problem.start):
+            return Suggestion(genes=self.problem.start[len(known)])
+        searcher.update([trial for trial in known if trial.state != "running"], batch)
+        return next(iter(searcher.suggest(1)), None)
+
+    def _num_searched(self) -> int:
+        return sum(t.role == SEARCH and t.state in ("complete", "pruned", "failed") for t in self.trials.values())
+
+    def _out_of_time(self) -> bool:
+        limit = self.settings.search.timeout_s
+        return limit is not None and self.clock() - self.started > limit
+
+    def _twin(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
+        """A trial of the search with the same network and training; it is not evaluated again."""
+        key = candidate.key
+        known = (t for t in self.trials.values() if t.role == SEARCH and (t.state != "running" or t in batch))
+        return next((t for t in known if t.candidate.key == key), None)
+
+    def _check_feasible(self) -> None:
+        """Fail before the first training where no candidate can meet the limits."""
+        if not self.problem.limits.most:
+            return
+        space, rng = self.problem.space, Random(self.settings.seed)
+        probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
+        # The smallest that trains anything: where even that is too large, no number of draws would have helped.
+        probes.append(space.decode(space.smallest()))
+        objections = [(candidate, self._objection(candidate)) for candidate in probes]
+        if any(objection is None for _, objection in objections):
+            return
+        _, reason = min((o for c, o in objections if o and c.architecture), default=(1.0, "every one is empty"))
+        raise NoFeasibleCandidate(f"no candidate meets the constraints; the closest of {PROBES} draws: {reason}")
+
+    def _why_nothing(self) -> str:
+        reasons = [t.error or "beyond a bound" for t in self.trials.values() if t.role == SEARCH]
+        if not reasons and self._out_of_time():
+            limit = f"search.timeout_s, {self.settings.search.timeout_s:g} s,"
+            return f"{limit} was over before a candidate was trained; baselines and scores count, too"
+        shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
+        return f"none of {len(reasons)} candidates is feasible; the last ones:\n  {shown}"
+
+    # Evaluations
+
+    def _evaluate_planned(
+        self, role: str, unfinished: Sequence[Trial], planned: Iterable[Planned], watcher: Watcher
+    ) -> None:
+        """The evaluations of a role: those that were under way, and new ones."""
+        trials = [trial for trial in unfinished if trial.role.startswith(role)]
+        for p in planned:
+            trials.append(self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of))
+        self._evaluate_batch(trials, watcher)
+
+    def _evaluate_batch(self, trials: Sequence[Trial], watcher: Watcher, halving: bool = False) -> None:
+        """Evaluate trials side by side and record how they ended."""
+        from autopeft.evaluators.training.train import failure
+
+        weighed: list[tuple[Trial, Costs]] = []
+        for trial in trials:
+            self.trials[trial.number] = trial
+            watcher.begin([trial])  # some costs are measured, which takes a while
+            try:
+                objection, costs = self._weigh(trial)
+            except Exception as error:  # that it cannot be measured ends this trial alone
+                self._end([self._ended(trial, Costs(values={}), failure(self._request(trial), error))], watcher)
+                continue
+            if objection is None:
+                weighed.append((trial, costs))
+            else:
+                self._end([replace(trial, state="infeasible", violation=objection[0], error=objection[1])], watcher)
+        requests = [self._request(trial) for trial, _ in weighed]
+        select = self._selection([costs for _, costs in weighed]) if halving else None
+        watcher.begin([trial for trial, _ in weighed])
+
+        def ended(index: int, outcome: Outcome) -> None:
+            self._end([self._ended(*weighed[index], outcome)], watcher)
+
+        # Who goes on at a rung hangs on the whole batch. Its trials are recorded together, so that a study that is
+        # killed has either all of them or none.
+        if select is None:
+            self.evaluator.evaluate(requests, watcher.step, ended=ended)
+        elif requests:
+            outcomes = self.evaluator.evaluate(requests, watcher.step, select=select)
+            self._end([self._ended(*pair, o) for pair, o in zip(weighed, outcomes, strict=True)], watcher)
+
+    def _selection(self, costs: Sequence[Costs]) -> Select | None:
+        """Successive halving on the held-out loss and the costs among the objectives."""
+        keep = self.settings.search.keep
+        if keep == 1.0 or not self.settings.search.rungs:
+            return None
+        priced = [o for o in self.problem.objectives if METRICS[o.name].source != "quality"]
+
+        def select(rung: float, found: Sequence[tuple[int, Mapping[str, float]]]) -> list[int]:
+            losses = [
+                [values["loss"], *(o.loss(costs[index].values[o.name]) for o in priced)] for index, values in found
+            ]
+            return [found[place][0] for place in survivors(losses, keep)]
+
+        return select
+
+    def _ended(self, trial: Trial, costs: Costs, outcome: Outcome) -> Trial:
+        """A trial with what came of it."""
+        if outcome.measurement is None:
+            state = outcome.failure or "failed"
+            violation = 1.0 if state == "infeasible" else 0.0
+            return replace(trial, state=state, violation=violation, error=outcome.reason)
+        values = {**outcome.measurement.values, **costs.values}
+        measurement = replace(outcome.measurement, values=values, spread=costs.spread)
+        if measurement.share < self._request(trial).fidelity.share:
+            why = f"loss {values['loss']:.4g} after {measurement.share:.0%} of the steps"
+            return replace(trial, state="pruned", measurement=measurement, error=why)
+        self._save_weights(trial, outcome)
+        return replace(trial, state="complete", measurement=measurement, violation=self.problem.violation(values))
+
+    def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:
+        """The objection to a candidate of the search, if there is one, and its costs. Declared costs come first:
+        nothing is measured of a candidate that they rule out.
+        """
+        objection = self._objection(trial.candidate) if trial.role == SEARCH else None
+        if objection is not None:
+            return objection, Costs(values={})
+        costs = self.evaluator.costs(trial.candidate, self.measured)
+        return (self.problem.limits.objection(costs.values) if trial.role == SEARCH else None), costs
+
+    def _request(self, trial: Trial) -> Request:
+        final = trial.role.startswith((FINALIST, CONTROL))
+        share = self.settings.search.share if trial.role == SEARCH else 1.0
+        return Request(
+            candidate=trial.candidate,
+            seed=trial.seed,
+            fidelity=Fidelity(share=share, rungs=() if final else self.settings.search.rungs),
+            test=final,
+            keep_weights=trial.role == FINALIST and trial.seed == self.settings.seed + 1,
+        )
+
+    def _objection(self, candidate: Candidate) -> tuple[float, str] | None:
+        """Why a candidate is not worth training by what it declares: the size of the violation and the reason."""
+        if not candidate.architecture:
+            return 1.0, "no adapter is on: that is the baseline `head`"
+        return self.problem.limits.objection(self.evaluator.costs(candidate).values)
+
+    def _end(self, trials: Sequence[Trial], watcher: Watcher) -> None:
+        for trial in trials:
+            self._finish(trial)
+        snapshot = self.snapshot()
+        if self.tracker is not None:
+            self.tracker.sync(snapshot)
+        for trial in trials:
+            watcher.end(trial, snapshot)
+
+    def _finish(self, trial: Trial) -> Trial:
+        self.ledger.finish(trial, self.problem.objectives)
+        self.trials[trial.number] = trial
+        return trial
+
+    def _save_weights(self, trial: Trial, outcome: Outcome) -> None:
+        if outcome.weights is None or trial.of is None:
+            return
+        path = weights_path(self.settings, trial.of)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".partial")
+        save_file(dict(outcome.weights), draft)
+        draft.replace(path)
+
+
+def ended_as(trial: Trial, twin: Trial) -> Trial:
+    """A copy with what came of the trial that it repeats."""
+    own = ("number", "role", "genes", "of", "searcher_state")
+    return replace(twin, **{name: getattr(trial, name) for name in own})
+
+
+def weights_path(settings: StudyFile, number: int) -> Path:
+    """Where the trained weights of a finalist are."""
+    return settings.output_folder / "weights" / f"trial-{number}.safetensors"

@@ -1,0 +1,307 @@
+"""The recipe: what a study found, how to train it again, and what it promises, in YAML that people can read.
+
+Everything needed to rebuild the network stands in the file (module paths included), so that a recipe of a
+model whose modules were named by hand loads without naming them again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.spelling import did_you_mean
+from autopeft.search_space.training import Training
+from autopeft.studies.config.settings import DataSettings
+from autopeft.studies.config.source import Source, StudyFileError, read
+from autopeft.studies.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.data import splits as task_data
+
+SCHEMA_VERSION = 1
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+_HEADER = """\
+autopeft recipe. `autopeft train` trains it, `autopeft verify` trains it again and checks what it promises,
+`autopeft export` writes it in the formats of other tools.
+"""
+_COMMENTS = {
+    "backbone": "the frozen transformer",
+    "architecture": "adapters by site",
+    "sites": "where those sites, and the linears of the task head, are in the model",
+    "training": "AdamW; warmup is a share of the steps",
+    "measured": "low and high: where one more training run with another seed is promised to end",
+    "averaged": "validation scores with all experts of every mixture weighted alike after the training",
+}
+
+
+class RecipeError(ConfigurationError):
+    """Everything wrong with a recipe, one line each, as `file:line key: problem`."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def _spec(value: Any) -> AdapterSpec:
+    if isinstance(value, AdapterSpec):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("an adapter is a mapping with its kind and its fields")
+    return spec_from_dict(dict(value))
+
+
+def _declared(cls: type) -> Any:
+    """A validator that builds the dataclass `cls` from a mapping and says which fields are unknown."""
+
+    def build(value: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError("must be a mapping")
+        known = [field.name for field in fields(cls)]
+        unknown = [f"unknown key {name!r}{did_you_mean(str(name), known)}" for name in value if name not in known]
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+    return PlainValidator(build)
+
+
+def _without_defaults(site: Site) -> dict[str, Any]:
+    return {f.name: getattr(site, f.name) for f in fields(Site) if getattr(site, f.name) != f.default}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RecipeBackbone(_Part):
+    id: str
+    revision: str | None = None
+    family: str
+    hidden_size: int
+    num_layers: int
+    num_params: int
+    causal: bool = False
+    dtype: Dtype = "float32"
+
+
+class RecipeData(DataSettings):
+    """The data section of the study file; `folder` is what names of files are relative to."""
+
+    folder: str = "."
+
+    def path(self, split: str) -> Path:
+        """The file of a split, for the source "files"."""
+        return Path(self.folder) / Path(getattr(self, split)).expanduser()
+
+    def for_loading(self) -> task_data.DataSettings:
+        """What `load_splits` takes."""
+        from autopeft.evaluators.data.splits import DataSettings
+
+        given = {name: value for name, value in self if value is not None}
+        return DataSettings(**{**given, "folder": Path(self.folder)})
+
+
+class Measured(_Part):
+    """`low` and `high`: the promised interval for one more run with another seed, if there is one."""
+
+    value: float
+    std_err: float | None = None
+    low: float | None = None
+    high: float | None = None
+    split: Literal["train", "validation", "test"]
+    seeds: tuple[int, ...] = ()
+
+
+class Averaged(_Part):
+    """A validation score with all experts of every mixture weighted alike after the training, and as `routed`: means
+    over the same trainings.
+    """
+
+    value: float
+    routed: float
+    seeds: tuple[int, ...]
+
+
+class Provenance(_Part):
+    """`packages`: versions by name. `created`: ISO 8601."""
+
+    study: str
+    trial: int
+    autopeft: str
+    packages: dict[str, str] = {}
+    created: str
+
+
+Spec = Annotated[AdapterSpec, PlainValidator(_spec), PlainSerializer(lambda spec: spec.to_dict())]
+
+
+class Recipe(_Part):
+    schema_version: Literal[1] = 1
+    backbone: RecipeBackbone
+    task: Literal["classification", "causal-lm"]
+    labels: tuple[str, ...] | None = None
+    domains: tuple[str, ...] | None = None
+    architecture: dict[str, tuple[Spec, ...]]
+    sites: dict[str, Annotated[Site, _declared(Site), PlainSerializer(_without_defaults)]]
+    head_modules: tuple[str, ...] = ()
+    training: Annotated[Training, _declared(Training), PlainSerializer(asdict)]
+    data: RecipeData
+    seed: int = 0
+    measured: dict[str, Measured] = {}
+    averaged: dict[str, Averaged] = {}
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        problems = []
+        for name, spec in ((name, spec) for name, specs in self.architecture.items() for spec in specs):
+            site = self.sites.get(name)
+            if site is None:
+                problems.append(f"architecture: {name} is not among the sites{did_you_mean(name, self.sites)}")
+            elif site.role not in spec.roles or not spec.fits(site):
+                problems.append(f"architecture: {name} {spec.kind}: cannot sit at this site ({site.role})")
+        if problems:
+            raise ValueError("; ".join(problems))
+        if self.task == "classification" and not self.labels:
+            raise ValueError("a classification recipe needs `labels`")
+        return self
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        backbone: Backbone,
+        candidate: Candidate,
+        head_sites: Sequence[Site],
+        dtype: Dtype = "float32",
+        **rest: Any,
+    ) -> Recipe:
+        """The recipe of a candidate; `rest`: the other fields. Raises ValueError (pydantic's, for most)."""
+        chosen = dict(candidate.architecture.adapters)
+        # The backbone's order, which is that of the layers and that in which adapters are attached.
+        used = [site for site in backbone.sites if site.name in chosen]
+        names = ("id", "revision", "family", "hidden_size", "num_layers", "num_params", "causal")
+        return cls(
+            backbone=RecipeBackbone(dtype=dtype, **{name: getattr(backbone, name) for name in names}),
+            architecture={site.name: chosen[site.name] for site in used},
+            sites={site.name: site for site in (*used, *head_sites)},
+            head_modules=backbone.head_modules,
+            training=Training(**candidate.training),
+            **rest,
+        )
+
+    @property
+    def adapters(self) -> Architecture:
+        return Architecture.of(self.architecture)
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(architecture=self.adapters, training=asdict(self.training))
+
+    @property
+    def head_sites(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites.values() if site.role == "head")
+
+    @property
+    def host(self) -> Backbone:
+        """The backbone with those sites that this recipe adapts: all that attaching it needs."""
+        heads = self.head_sites
+        return Backbone(
+            **self.backbone.model_dump(exclude={"dtype"}),
+            sites=tuple(site for site in self.sites.values() if site.role != "head"),
+            head_modules=self.head_modules,
+            num_head_params=sum(site.out_features * (site.in_features + site.bias) for site in heads),
+        )
+
+    @property
+    def num_adapter_params(self) -> int:
+        """Trainable parameters without the head."""
+        return self.adapters.num_params(self.host)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def save(self, path: str | Path) -> None:
+        """Write it, whole or not at all. Raises OSError."""
+        path = Path(path)
+        data = CommentedMap(self.to_dict())
+        data.yaml_set_start_comment(_HEADER)
+        for key, comment in _COMMENTS.items():
+            data.yaml_set_comment_before_after_key(key, before=f"\n{comment}")
+        # One line per site and per adapter, however many fields they have.
+        data["sites"] = {name: _one_line(site) for name, site in data["sites"].items()}
+        data["architecture"] = {
+            name: [_one_line(spec) for spec in specs] for name, specs in data["architecture"].items()
+        }
+        yaml = YAML()
+        yaml.width = 1000
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                yaml.dump(data, file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read it. Raises RecipeError with everything that is wrong in it."""
+        path = Path(path)
+        if not path.is_file():
+            raise RecipeError([f"{path}: there is no such recipe"])
+        try:
+            source = read(path, (), {})
+        except StudyFileError as error:
+            raise RecipeError(error.problems) from None
+        version = source.data.get("schema_version", SCHEMA_VERSION)
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            what = f"{version} is newer than this autopeft reads ({SCHEMA_VERSION}): upgrade autopeft"
+            raise RecipeError([source.render(("schema_version",), what)])
+        try:
+            return cls.model_validate(source.data)
+        except ValidationError as error:
+            raise RecipeError([_problem(source, details) for details in error.errors()]) from None
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "backbone": RecipeBackbone,
+    "data": RecipeData,
+    "measured": Measured,
+    "averaged": Averaged,
+    "provenance": Provenance,
+}
+
+
+def _one_line(mapping: Mapping[str, Any]) -> CommentedMap:
+    flow = CommentedMap(mapping)
+    flow.fa.set_flow_style()
+    return flow
+
+
+def _problem(source: Source, details: ErrorDetails) -> str:
+    location = details["loc"]
+    what = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "extra_forbidden":
+        section = _SECTIONS[str(location[0])] if len(location) > 1 else Recipe
+        what = f"unknown key{did_you_mean(str(location[-1]), section.model_fields)}"
+    elif details["type"] == "missing":
+        what = "is missing"
+    return source.render(location, what) if location else f"{source.name}: {what}"

@@ -1,0 +1,151 @@
+"""From a finished study to a recipe: which candidate, and what is promised of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from operator import ge, gt, le, lt
+from statistics import fmean
+from typing import Any
+
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.studies.analysis.snapshot import Entry, Snapshot
+from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate
+from autopeft.studies.recipes.recipe import Averaged, Measured, Provenance, Recipe, RecipeData
+from autopeft.studies.storage.ledger import Ledger
+
+PACKAGES = ("torch", "transformers", "peft", "optuna", "mlflow", "numpy")
+_COMPARE = {"<=": le, ">=": ge, "<": lt, ">": gt}
+_CONDITION = re.compile(r"(\w+)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
+
+
+def pick(snapshot: Snapshot, wish: str) -> int:
+    """The trial that `wish` names: recommended, best, trial:N, or a condition as num_params<=50000 (the best of the
+    front that meets it). Raises ConfigurationError for a wish that makes no sense and NoFeasibleCandidate.
+    """
+    rows = [row for row in snapshot.rows() if row.on_front]
+    quality = snapshot.objectives_by_name[snapshot.quality]
+    if wish.startswith("trial:"):
+        number = wish.removeprefix("trial:")
+        complete = [entry.trial.number for entry in snapshot.entries()]
+        if not number.isdigit() or int(number) not in complete:
+            raise ConfigurationError(f"{wish}: no complete trial has that number; {_known(complete)}")
+        return int(number)
+    if wish == "recommended":
+        rows = [row for row in rows if row.recommended]
+    elif wish != "best":
+        condition = _CONDITION.fullmatch(wish.strip())
+        if condition is None:
+            raise ConfigurationError(
+                f"--pick {wish}: use recommended, best, trial:N, or a condition as num_params<=50000"
+            )
+        name, sign, number = condition.groups()
+        if any(name not in row.values for row in rows):
+            raise ConfigurationError(f"--pick {wish}: {name} was not measured in this study")
+        rows = [row for row in rows if _COMPARE[sign](row.values[name], float(number))]
+    if not rows:
+        raise NoFeasibleCandidate(f"--pick {wish}: no member of the front qualifies")
+    return min(rows, key=lambda row: quality.loss(row.values[quality.name])).trial
+
+
+def _known(numbers: list[int]) -> str:
+    return f"complete are {', '.join(map(str, numbers[:20]))}" if numbers else "none is complete yet"
+
+
+def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: int) -> Recipe:
+    """The recipe of a complete trial. Promises are made for candidates that were trained with several seeds."""
+    entry = snapshot.entry(number)
+    backbone, labels = snapshot.backbone, ledger.labels
+    sites = recipe_head_sites(settings, labels, backbone)
+    return bare_recipe(
+        settings,
+        labels,
+        backbone,
+        entry.trial.candidate,
+        sites,
+        trial=number,
+        seed=entry.runs[0].seed,
+        domains=ledger.domains,
+        measured=_measured(snapshot, entry),
+        averaged=_averaged(entry, snapshot.quality),
+    )
+
+
+def recipe_head_sites(settings: StudyFile, labels: Sequence[str] | None, backbone: Backbone) -> tuple[Site, ...]:
+    """The linears of the task head, from the model's configuration."""
+    from autopeft.evaluators.attachment.heads import head_sites
+    from autopeft.evaluators.backbones import skeleton
+
+    return head_sites(skeleton(settings.model_id, settings.model.revision, settings.task, labels), backbone)
+
+
+def bare_recipe(
+    settings: StudyFile,
+    labels: Sequence[str] | None,
+    backbone: Backbone,
+    candidate: Candidate,
+    head_sites: Sequence[Site],
+    *,
+    trial: int = -1,
+    **fields: Any,
+) -> Recipe:
+    """The recipe of a candidate of the study that need not have been trained."""
+    return Recipe.of(
+        backbone=backbone,
+        candidate=candidate,
+        head_sites=head_sites,
+        dtype=settings.model.dtype,
+        task=settings.task,
+        labels=labels,
+        data=RecipeData(**settings.data.model_dump(exclude_none=True), folder=str(settings.folder)),
+        provenance=Provenance(
+            study=settings.study,
+            trial=trial,
+            autopeft=_version("autopeft"),
+            packages={name: _version(name) for name in PACKAGES},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        ),
+        **fields,
+    )
+
+
+def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
+    """Costs and qualities as they were measured; the main quality on the test split with its promise, if it has one."""
+    assert entry.trial.measurement is not None
+    values, std_err = snapshot.values_of(entry, snapshot.seed_sd())
+    seeds = tuple(run.seed for run in entry.runs)
+    found = {}
+    for name, value in values.items():
+        # Promised is what the study is about: of many intervals, one would fail by chance.
+        promise = snapshot.promise(entry, name) if name == snapshot.quality else None
+        if promise is not None:
+            found[name] = Measured(
+                value=promise.value,
+                std_err=promise.std_err,
+                low=promise.low,
+                high=promise.high,
+                split="test",
+                seeds=seeds,
+            )
+        else:
+            found[name] = Measured(value=value, std_err=std_err.get(name), split="validation", seeds=seeds)
+    return found
+
+
+def _averaged(entry: Entry, quality: str) -> dict[str, Averaged]:
+    runs = entry.averaged
+    if not runs:
+        return {}
+    value, routed = fmean(run.averaged[quality] for run in runs), fmean(run.values[quality] for run in runs)
+    return {quality: Averaged(value=value, routed=routed, seeds=tuple(run.seed for run in runs))}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

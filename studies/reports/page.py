@@ -1,0 +1,258 @@
+"""The front as one interactive page. It carries its JavaScript and draws without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import nan
+from os import PathLike
+from pathlib import Path
+from string import Template
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from autopeft.search_space.problem import Objective
+from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.reports.axes import Axis
+from autopeft.studies.reports.front_layout import (
+    BLUE,
+    GREY,
+    GRID,
+    INK,
+    Composition,
+    Layer,
+    bars,
+    column,
+    compose,
+    sides_of,
+    staircase,
+)
+
+FONT = "system-ui, 'DejaVu Sans', sans-serif"
+HEIGHT_PX = 560
+PANEL_PX = (960, 430)
+CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+PAGE = Template(
+    """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { font: 15px/1.5 $font; color: $ink; background: #fff; max-width: 1200px; margin: 2rem auto; padding: 0
+1rem } h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 0.5rem } p { margin: 0.25rem
+0; color: #57606a } table { border-collapse: collapse; font-size: 0.9rem; width: 100% } th, td { text-align:
+left; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid $grid; vertical-align: top } td.number {
+white-space: nowrap; font-variant-numeric: tabular-nums } tr.recommended { font-weight: 600 } </style> </head>
+<body> <h1>$title</h1> <p>$subtitle. Drag to zoom, double-click for everything, click in the legend to
+hide.</p> $charts <h2>Front and baselines</h2> <table> <thead><tr>$columns</tr></thead> <tbody> $rows </tbody>
+</table> </body> </html>
+"""
+)
+
+
+def front_html(
+    rows: Sequence[FrontRow],
+    objectives: Sequence[Objective],
+    path: str | PathLike[str],
+    *,
+    study: str,
+    num_evaluations: int,
+    sections: Sequence[tuple[str, Sequence[str], go.Figure]] = (),
+) -> None:
+    """Quality against each cost; parallel coordinates from three objectives on; a table of the front. `sections`: what
+    follows the charts, a heading, paragraphs and a figure each.
+    """
+    picture = compose(rows, objectives, study=study, num_evaluations=num_evaluations)
+    charts = [_scatter(picture, rows).to_html(full_html=False, include_plotlyjs=True, config=CONFIG)]
+    if len(picture.xs) > 1:
+        charts.append("<h2>All objectives at once</h2>")
+        charts.append("<p>Drag along an axis to filter; up is better on every axis.</p>")
+        settings = CONFIG | {"displayModeBar": False}
+        charts.append(_parallel(picture).to_html(full_html=False, include_plotlyjs=False, config=settings))
+    for heading, paragraphs, figure in sections:
+        charts.append(f"<h2>{escape(heading)}</h2>")
+        charts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
+        charts.append(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG))
+    page = PAGE.substitute(
+        title=escape(picture.title),
+        subtitle=escape(picture.subtitle),
+        font=FONT,
+        ink=INK,
+        grid=GRID,
+        charts="\n".join(charts),
+        columns=_columns(picture),
+        rows="\n".join(_table_rows(picture)),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _scatter(picture: Composition, rows: Sequence[FrontRow]) -> go.Figure:
+    y, xs = picture.y, picture.xs
+    figure = make_subplots(rows=1, cols=len(xs), shared_yaxes=True, horizontal_spacing=0.02)
+    for position, x in enumerate(xs, start=1):
+        if picture.connected:
+            across, up = staircase(rows, x, y)
+            figure.add_scatter(
+                x=across,
+                y=up,
+                mode="lines",
+                line={"shape": "vh" if x.maximise else "hv", "color": BLUE, "width": 1.5},
+                opacity=0.6,
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        sides = sides_of(picture.layers, x, y, (PANEL_PX[0] / len(xs), PANEL_PX[1]))
+        for layer in picture.layers:
+            trace = _trace(layer, picture, x, sides)
+            figure.add_trace(trace.update(showlegend=position == 1), row=1, col=position)
+        figure.update_xaxes(_layout(x), col=position)
+    figure.update_yaxes(_layout(y) | {"title": None})
+    figure.update_yaxes(title=_layout(y)["title"], col=1)
+    figure.update_layout(
+        template="none",
+        height=HEIGHT_PX,
+        font={"family": FONT, "size": 13, "color": INK},
+        margin={"l": 70, "r": 10, "t": 10, "b": 50},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        hoverlabel={"align": "left", "bgcolor": "white", "font": {"family": FONT, "size": 13}},
+    )
+    return figure
+
+
+def _trace(layer: Layer, picture: Composition, x: Axis, sides: Mapping[int, tuple[int, int]]) -> go.Scatter:
+    y = picture.y
+    marker = {
+        "symbol": layer.symbol,
+        # From points to the pixels of a screen.
+        "size": 4 / 3 * layer.size,
+        "color": layer.colour,
+        "opacity": 1,
+        "line": {"color": layer.edge, "width": 1},
+    }
+    style = {"color": layer.bars, "thickness": 1, "width": 0}
+    return go.Scatter(
+        x=x.place(column(layer.rows, x.name)),
+        y=y.place(column(layer.rows, y.name)),
+        error_x={"array": bars(layer.rows, x), **style},
+        error_y={"array": bars(layer.rows, y), **style},
+        mode="markers+text",
+        marker=marker,
+        text=[escape(row.label) if id(row) in sides else "" for row in layer.rows],
+        textposition=[_text_position(*sides.get(id(row), (1, 0))) for row in layer.rows],
+        textfont={"size": 12, "color": INK},
+        hovertext=[_hover(row, picture) for row in layer.rows],
+        hoverinfo="text",
+        name=layer.legend,
+        legendgroup=layer.legend,
+    )
+
+
+def _text_position(across: int, up: int) -> str:
+    return f"{('middle', 'top', 'bottom')[up]} {('center', 'right', 'left')[across]}"
+
+
+def _hover(row: FrontRow, picture: Composition) -> str:
+    lines = [f"<b>{escape(row.label)}</b>  trial {row.trial}, {escape(row.role)}"]
+    for axis in (picture.y, *picture.xs):
+        lines.append(f"{axis.name}: {_number(row, axis)}")
+    return "<br>".join([*lines, *escape(row.summary).splitlines()])
+
+
+def _number(row: FrontRow, axis: Axis) -> str:
+    return axis.text(row.values.get(axis.name, nan), row.std_err.get(axis.name, nan))
+
+
+def _layout(axis: Axis) -> dict[str, object]:
+    span = [axis.low, axis.high]
+    return {
+        "title": {"text": axis.title, "standoff": 8},
+        "type": "log" if axis.log else "linear",
+        "range": list(np.log10(span)) if axis.log else span,
+        # Ticks of our own only where there is a 0 to show: the library's follow the zoom.
+        **({"tickvals": axis.ticks, "ticktext": axis.tick_labels} if axis.log else {}),
+        "gridcolor": GRID,
+        "zeroline": False,
+        "linecolor": GREY,
+        "showline": True,
+    }
+
+
+def _parallel(picture: Composition) -> go.Figure:
+    """One line per row; highlighted layers over grey ones."""
+    layers = picture.layers
+    axes = (picture.y, *picture.xs)
+    drawn = [
+        (depth, row)
+        for depth, layer in enumerate(layers)
+        for row in layer.rows
+        if all(0 <= axis.fraction(row.values.get(axis.name, nan)) <= 1 for axis in axes)
+    ]
+    rows = [row for _, row in drawn]
+    dimensions = []
+    for axis in axes:
+        values = axis.place(column(rows, axis.name))
+        ticks = np.array(axis.ticks)
+        span = np.array([axis.low, axis.high])
+        if axis.log:
+            values, ticks, span = np.log10(values), np.log10(ticks), np.log10(span)
+        dimensions.append(
+            {
+                "label": axis.title.partition(" (")[0],
+                "values": values,
+                "range": span if axis.maximise else span[::-1],
+                "tickvals": ticks,
+                "ticktext": axis.tick_labels,
+            }
+        )
+    steps = len(layers)
+    scale = [[edge / steps, _ink(layers[i])] for i in range(steps) for edge in (i, i + 1)]
+    figure = go.Figure(
+        go.Parcoords(
+            dimensions=dimensions,
+            line={
+                "color": [depth for depth, _ in drawn],
+                "colorscale": scale,
+                "cmin": -0.5,
+                "cmax": steps - 0.5,
+            },
+            labelfont={"size": 13},
+        )
+    )
+    figure.update_layout(
+        template="none",
+        height=380,
+        font={"family": FONT, "size": 12, "color": INK},
+        margin={"l": 70, "r": 50, "t": 50, "b": 20},
+    )
+    return figure
+
+
+def _ink(layer: Layer) -> str:
+    """The layer's colour for thin lines and small signs, where yellow on white cannot be seen."""
+    return layer.edge if layer.symbol == "star" else layer.colour
+
+
+def _columns(picture: Composition) -> str:
+    names = ["", "candidate", *(axis.name for axis in (picture.y, *picture.xs)), "architecture"]
+    return "".join(f"<th>{escape(name)}</th>" for name in names)
+
+
+def _table_rows(picture: Composition) -> list[str]:
+    """Rows of the table, the best quality first."""
+    y = picture.y
+    shown = [(layer, row) for layer in picture.layers for row in layer.rows if row.on_front or layer.labels == "always"]
+    shown.sort(key=lambda pair: pair[1].values.get(y.name, nan), reverse=y.maximise)
+    lines = []
+    for layer, row in shown:
+        summary = "<br>".join(escape(row.summary).splitlines())
+        cells = [
+            f'<td style="color:{_ink(layer)}">{layer.glyph}</td><td>{escape(row.label)}</td>',
+            *(f'<td class="number">{_number(row, axis)}</td>' for axis in (y, *picture.xs)),
+            f"<td>{summary}</td>",
+        ]
+        lines.append(f'<tr class="{"recommended" if row.recommended else ""}">{"".join(cells)}</tr>')
+    return lines

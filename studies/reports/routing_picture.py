@@ -1,0 +1,54 @@
+"""The picture of what mixtures are worth against what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from autopeft.search_space.problem import METRICS
+from autopeft.studies.analysis.mixture_verdicts import Verdict
+from autopeft.studies.reports.front_layout import BLUE, GREY, GRID, INK, VERMILION
+from autopeft.studies.reports.page import FONT
+
+ROW_PX, MARGIN_PX = 34, 110
+COLOURS = {"better": BLUE, "worse": VERMILION}
+
+
+def routing_figure(verdicts: Sequence[Verdict], quality: str) -> go.Figure:
+    """A row for every mixture and control: the difference of the quality, in its own direction, with its 95 %."""
+    rows = [(f"{verdict.label} against {one.control}", one) for verdict in verdicts for one in verdict.against]
+    figure = go.Figure()
+    for word in ("better", "worse", "not told apart", "not told apart by one seed"):
+        here = [(label, one) for label, one in rows if one.verdict == word]
+        if not here:
+            continue
+        found = [one.of(quality) for _, one in here]
+        colour = COLOURS.get(word, GREY)
+        figure.add_scatter(
+            x=[value for value, _, _ in found],
+            y=[label for label, _ in here],
+            mode="markers",
+            name=word,
+            marker={"color": colour, "size": 10},
+            error_x={
+                "type": "data",
+                "array": [high - value for value, _, high in found],
+                "arrayminus": [value - low for value, low, _ in found],
+                "color": colour,
+            },
+            customdata=[f"{one.num_params:,}" for _, one in here],
+            hovertemplate="%{y}: %{x:+.4f}<br>%{customdata} parameters in its place<extra></extra>",
+        )
+    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    better = "more" if METRICS[quality].maximise else "less"
+    figure.update_layout(
+        height=MARGIN_PX + ROW_PX * len(rows),
+        margin={"l": 10, "r": 20, "t": 20, "b": 60},
+        font={"family": FONT, "color": INK},
+        plot_bgcolor="white",
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"},
+        xaxis={"title": f"difference of {quality} ({better} is better), 95 %", "gridcolor": GRID, "zeroline": False},
+        yaxis={"categoryorder": "array", "categoryarray": [label for label, _ in reversed(rows)], "automargin": True},
+    )
+    return figure

@@ -1,0 +1,303 @@
+"""The ledger: every evaluation of a study, in an Optuna storage. It is the study's only memory.
+
+One evaluation is one Optuna trial; it is added whole, in state RUNNING, before it starts, so that a study killed at any
+moment finds it again and goes on with that very trial.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import sqlalchemy.exc
+from optuna.study import StudyDirection
+from optuna.trial import TrialState, create_trial
+
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.problem import Measurement, Objective, Problem, Trial
+from autopeft.searchers.optuna_samplers import distribution, to_optuna
+from autopeft.studies.config.fingerprint import differences
+from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+
+# What belongs to an evaluation stands in one attribute, so that it is written in one step.
+TRIAL, RESULT = "autopeft.trial", "autopeft.result"
+FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
+BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
+EARLIER = "autopeft.earlier"
+# Scores per example are long and only read by machines.
+PACKED = ("per_example", "test_per_example")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a ledger keeps of its study beside the trials. `settings`: the study file as it was first run.
+
+    `earlier`: the trials of `search.prior`, copied, with no more than a searcher reads of them. The other study may go
+    on, move or be deleted: what this one proposes after an interruption must not hang on that.
+    """
+
+    objectives: Sequence[Objective]
+    backbone: Backbone
+    labels: tuple[str, ...] | None
+    settings: str
+    fingerprint: Mapping[str, Any]
+    domains: tuple[str, ...] | None = None
+    earlier: Sequence[Trial] = ()
+
+
+class Ledger:
+    """The trials of one study. Use `create` or `open`."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    @classmethod
+    def create(cls, url: str, name: str, about: About) -> Ledger:
+        """A new study. Raises ConfigurationError if there is one of that name, EnvironmentProblem if the storage
+        cannot be used.
+        """
+        storage = _storage(url)
+        if name in _names(storage):
+            study = optuna.load_study(study_name=name, storage=storage)
+            if FINGERPRINT in study.user_attrs:
+                raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` goes on with it")
+            optuna.delete_study(study_name=name, storage=storage)  # killed while it was made: it holds nothing
+        directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in about.objectives]
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([o.name for o in about.objectives])
+        study.set_user_attr(IDENTITY, uuid.uuid4().hex)
+        study.set_user_attr(SETTINGS, about.settings)
+        study.set_user_attr(BACKBONE, about.backbone.to_dict())
+        study.set_user_attr(LABELS, about.labels and list(about.labels))
+        if about.domains is not None:
+            study.set_user_attr(DOMAINS, list(about.domains))
+        study.set_user_attr(EARLIER, _pack([_earlier(trial) for trial in about.earlier]))
+        study.set_user_attr(FINGERPRINT, dict(about.fingerprint))  # last: what has it is complete
+        return cls(study)
+
+    @classmethod
+    def open(cls, url: str, name: str, fingerprint: Mapping[str, Any] | None = None) -> Ledger:
+        """An existing study. With a `fingerprint`, raises ConfigurationError naming every setting that changed."""
+        storage = _storage(url)
+        names = _names(storage)
+        if name not in names:
+            others = f" (it holds {', '.join(map(repr, sorted(names)))})" if names else ""
+            raise ConfigurationError(f"{url} holds no study {name!r}{others}")
+        study = optuna.load_study(study_name=name, storage=storage)
+        known = study.user_attrs.get(FINGERPRINT)
+        if known is None:
+            raise ConfigurationError(f"the study {name!r} in {url} was not made by autopeft, or never started")
+        # Through JSON, as the ledger's side has been: tuples are lists there.
+        changed = differences(known, json.loads(json.dumps(fingerprint))) if fingerprint is not None else []
+        if changed:
+            raise ConfigurationError(
+                "the study was started with other settings; its trials cannot be compared with new ones:\n  "
+                + "\n  ".join(changed)
+            )
+        return cls(study)
+
+    @staticmethod
+    def names(url: str) -> list[str]:
+        """The studies that a storage holds; one that was killed while it was made is none."""
+        storage = _storage(url)
+        with _readable_errors("read"):
+            summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
+        return [summary.study_name for summary in summaries if FINGERPRINT in summary.user_attrs]
+
+    @property
+    def study_id(self) -> str:
+        return self._study.user_attrs[IDENTITY]
+
+    @property
+    def settings(self) -> str:
+        """The study file as it was first run."""
+        return self._study.user_attrs[SETTINGS]
+
+    @property
+    def backbone(self) -> Backbone:
+        return Backbone.from_dict(self._study.user_attrs[BACKBONE])
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        labels = self._study.user_attrs[LABELS]
+        return None if labels is None else tuple(labels)
+
+    @property
+    def domains(self) -> tuple[str, ...] | None:
+        """None where the rows have none, and in ledgers from before they were kept."""
+        domains = self._study.user_attrs.get(DOMAINS)
+        return None if domains is None else tuple(domains)
+
+    @property
+    def earlier(self) -> tuple[Trial, ...]:
+        """The trials of an earlier study as they were when this one began; see `About`."""
+        packed = self._study.user_attrs.get(EARLIER)
+        return tuple(_read_earlier(data) for data in _unpack(packed)) if packed else ()
+
+    def trials(self) -> list[Trial]:
+        """Every evaluation, ended or not, in order."""
+        return [_read(frozen) for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
+
+    def begin(self, problem: Problem, role: str, candidate: Candidate, **fields: Any) -> Trial:
+        """A new running trial; `fields` are those of `Trial`."""
+        trial = Trial(number=len(self._study.get_trials(deepcopy=False)), role=role, candidate=candidate, **fields)
+        domains = {gene.name: gene.domain for gene in problem.space.genes}
+        frozen = create_trial(
+            state=TrialState.RUNNING,
+            params={name: to_optuna(domains[name], value) for name, value in trial.genes.items()},
+            distributions={name: distribution(domains[name]) for name in trial.genes},
+            user_attrs={TRIAL: _declared(trial)},
+        )
+        with _readable_errors("written"):
+            self._study.add_trial(frozen)
+        return trial
+
+    def finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
+        """Record how a trial ended. May be repeated: what is written already stays."""
+        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        if frozen.state.is_finished():
+            return
+        with _readable_errors("written"):
+            handle = optuna.trial.Trial(self._study, frozen._trial_id)
+            handle.set_user_attr(RESULT, _result(trial))
+            if trial.state == "complete":
+                assert trial.measurement is not None
+                if "limits" not in frozen.constraints:
+                    handle.set_constraint("limits", trial.violation)
+                self._study.tell(trial.number, [trial.measurement.values[o.name] for o in objectives])
+            else:
+                state = TrialState.PRUNED if trial.state == "pruned" else TrialState.FAIL
+                self._study.tell(trial.number, state=state)
+
+    def unfinished(self, objectives: Sequence[Objective]) -> list[Trial]:
+        """Trials that were under way when the study stopped. One whose result is there already is closed."""
+        running = []
+        for trial in self.trials():
+            frozen = self._study.get_trials(deepcopy=False)[trial.number]
+            if trial.state != "running" and not frozen.state.is_finished():
+                self.finish(trial, objectives)
+            elif trial.state == "running":
+                running.append(trial)
+        return running
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    try:
+        return _connect(url)
+    except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:
+        raise ConfigurationError(f"storage {url!r}: {str(error).splitlines()[0]}") from error
+    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        raise EnvironmentProblem(f"the ledger {url} cannot be used: {_reason(error)}") from error
+
+
+def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
+    """Two processes that open a new database at once (`run`, and `status` beside it) both try to make its tables;
+    the one that comes too late fails in one of several ways, and finds them at the next try.
+    """
+    try:
+        return optuna.storages.RDBStorage(url)
+    except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError):
+        if tries == 1:
+            raise
+        time.sleep(0.2)
+        return _connect(url, tries - 1)
+
+
+def _names(storage: optuna.storages.RDBStorage) -> list[str]:
+    with _readable_errors("read"):
+        return optuna.get_all_study_names(storage)
+
+
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    """A full disk, a broken file, a server that went away: EnvironmentProblem with the database's own words."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise EnvironmentProblem(
+            f"the ledger cannot be {what}: {_reason(error)}; what it holds is safe, and `autopeft resume` goes on"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The database's own words, under the layers of libraries."""
+    while getattr(error, "orig", None) is None and error.__cause__ is not None:
+        error = error.__cause__
+    return str(getattr(error, "orig", None) or error).splitlines()[0]
+
+
+def _declared(trial: Trial) -> dict[str, Any]:
+    return {
+        "role": trial.role,
+        "candidate": trial.candidate.to_dict(),
+        "genes": dict(trial.genes),
+        "seed": trial.seed,
+        "of": trial.of,
+        "searcher_state": dict(trial.searcher_state),
+    }
+
+
+def _result(trial: Trial) -> dict[str, Any]:
+    measurement = None
+    if trial.measurement is not None:
+        measurement = trial.measurement.to_dict()
+        for name in PACKED:
+            measurement[name] = _pack(measurement[name])
+    return {
+        "state": trial.state,
+        "error": trial.error,
+        "violation": trial.violation,
+        "measurement": measurement,
+    }
+
+
+def _pack(data: Any) -> str:
+    return base64.b85encode(zlib.compress(json.dumps(data).encode())).decode()
+
+
+def _unpack(text: str) -> Any:
+    return json.loads(zlib.decompress(base64.b85decode(text)))
+
+
+def _earlier(trial: Trial) -> dict[str, Any]:
+    assert trial.measurement is not None
+    return {
+        "number": trial.number,
+        "role": trial.role,
+        "candidate": trial.candidate.to_dict(),
+        "genes": dict(trial.genes),
+        "values": dict(trial.values),
+        "std_err": dict(trial.measurement.std_err),
+    }
+
+
+def _read_earlier(data: Mapping[str, Any]) -> Trial:
+    declared = dict(data)
+    measurement = Measurement(values=declared.pop("values"), std_err=declared.pop("std_err"))
+    declared["candidate"] = Candidate.from_dict(declared["candidate"])
+    return Trial(state="complete", measurement=measurement, **declared)
+
+
+def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
+    declared = dict(frozen.user_attrs[TRIAL])
+    result = dict(frozen.user_attrs.get(RESULT, {}))
+    measurement = result.pop("measurement", None)
+    if measurement is not None:
+        measurement = dict(measurement)
+        for name in PACKED:
+            measurement[name] = _unpack(measurement[name])
+        result["measurement"] = Measurement.from_dict(measurement)
+    declared["candidate"] = Candidate.from_dict(declared["candidate"])
+    return Trial(number=frozen.number, **declared, **result)

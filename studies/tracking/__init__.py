@@ -1,0 +1,1 @@
+"""MLflow: what is written, and when."""

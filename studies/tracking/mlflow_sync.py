@@ -1,0 +1,377 @@
+"""The MLflow report of a study: one experiment, a parent run per study, a child run per ended evaluation.
+
+MLflow is the report, never the study's memory. Every `sync` compares what a snapshot says with the runs that MLflow
+holds and writes the difference, so what could not be written is written later, by whichever process syncs next. One
+process at a time may sync a study.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from autopeft.search_space.architecture import digest
+from autopeft.search_space.problem import Trial
+from autopeft.studies.analysis.diagnostics import Diagnostics, diagnostics
+from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.analysis.snapshot import Snapshot, state_counts
+from autopeft.studies.reports.report import front_data, write_report
+from autopeft.studies.tracking import mlflow_payload
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+LOGGER = logging.getLogger(__name__)
+
+#: The table of scored candidates, in a study's folder.
+SUBNETS = "subnets.csv"
+
+# MLflow takes 1000 of both together.
+PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 900
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "infeasible": "FINISHED", "failed": "FAILED"}
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri`, with the path of an SQLite file made absolute: a relative one is another file in another folder."""
+    scheme, _, path = uri.partition(":///")
+    return f"{scheme}:///{Path(path).absolute()}" if scheme == "sqlite" and path else uri
+
+
+def ui_command(uri: str) -> str:
+    """The command line that opens the report."""
+    if uri.startswith("http"):
+        return f"python -m webbrowser {shlex.quote(uri)}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(absolute_uri(uri))} --port 5000"
+
+
+class Tracker:
+    """Keeps the MLflow experiment `experiment` at `uri` in step with a study.
+
+    `folder`: where artifacts go (in `mlartifacts`) unless a server keeps them.
+    """
+
+    def __init__(self, uri: str, experiment: str, folder: Path) -> None:
+        self.uri = absolute_uri(uri)
+        self.experiment = experiment
+        self.folder = Path(folder).absolute()
+        self._runs: _Runs | None = None
+        #: Not 0 while MLflow is out of reach.
+        self._pause_s = 0.0
+        self._retry_at = 0.0
+
+    def sync(self, snapshot: Snapshot, *, final: bool = False) -> bool:
+        """Write what MLflow lacks of `snapshot`; whether that worked. Failures are logged, never raised.
+
+        After a failure nothing is tried before a pause has passed, unless the sync is `final`. A final one looks
+        everything up afresh and ends the parent run; the next one that is not opens it again.
+        """
+        if not final and time.monotonic() < self._retry_at:
+            return False
+        try:
+            with _mlflow_settings():
+                self._sync(snapshot, final)
+        except Exception as error:
+            level = logging.WARNING if final or not self._pause_s else logging.INFO
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if self._pause_s else FIRST_PAUSE_S
+            self._retry_at = time.monotonic() + self._pause_s
+            LOGGER.log(
+                level,
+                "MLflow is out of reach (%s): the study goes on; what was missed is written later",
+                _reason(error),
+            )
+            LOGGER.debug("while writing to %s", self.uri, exc_info=True)
+            return False
+        if self._pause_s:
+            LOGGER.info("MLflow is back; what was missed is written")
+        self._pause_s, self._retry_at = 0.0, 0.0
+        return True
+
+    def _sync(self, snapshot: Snapshot, final: bool) -> None:
+        # Whether anybody answers shows soon; after that there is time for long requests.
+        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="3", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
+            client, experiment_id = self._connect()
+        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1"):
+            runs, self._runs = self._runs, None
+            if runs is None or final:
+                runs = _Runs.find(client, experiment_id, snapshot)
+                self._write_subnets(runs)
+            runs.write(snapshot, final)
+        # Known again only now: how far a sync came that broke off, the next one looks up.
+        self._runs = runs
+
+    def _write_subnets(self, runs: _Runs) -> None:
+        """The scores of candidates that were never trained, if there are such: as runs they would be too many. The last
+        sync has the whole table.
+        """
+        table = self.folder / SUBNETS
+        if table.is_file():
+            runs.client.log_artifact(runs.parent.id, str(table), "proxy")
+
+    def _connect(self) -> tuple[MlflowClient, str]:
+        from mlflow import MlflowClient
+
+        if self.uri.startswith(DATABASES):
+            _check_database(self.uri)
+        client = MlflowClient(tracking_uri=self.uri)
+        found = client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            return client, found.experiment_id
+        # Without a server, MLflow would put artifacts into ./mlruns, a folder that breaks its own defaults.
+        location = None if self.uri.startswith("http") else (self.folder / "mlartifacts").as_uri()
+        # The UI opens an experiment of this kind on its table of runs.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return client, client.create_experiment(self.experiment, artifact_location=location, tags=tags)
+
+
+@dataclass(slots=True)
+class _Run:
+    """What MLflow holds of one run."""
+
+    id: str
+    start_ms: int
+    running: bool
+    tags: dict[str, str]
+    #: The latest values.
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, run: Run) -> _Run:
+        return cls(
+            id=run.info.run_id,
+            start_ms=run.info.start_time,
+            running=run.info.status == "RUNNING",
+            tags=dict(run.data.tags),
+            metrics=dict(run.data.metrics),
+        )
+
+
+class _Runs:
+    """The runs of one study. A child whose status is RUNNING has not been written to its end."""
+
+    def __init__(self, client: MlflowClient, experiment_id: str, parent: _Run, children: dict[int, _Run]) -> None:
+        self.client = client
+        self.experiment_id = experiment_id
+        self.parent = parent
+        self.children = children
+
+    @classmethod
+    def find(cls, client: MlflowClient, experiment_id: str, snapshot: Snapshot) -> _Runs:
+        """Look the runs up by their tags; create the parent if there is none."""
+        found: list[_Run] = []
+        token: str | None = ""
+        while token is not None:
+            page = client.search_runs(
+                [experiment_id],
+                filter_string=f"tags.`autopeft.study_id` = '{snapshot.study_id}'",
+                max_results=1000,
+                page_token=token or None,
+            )
+            found += map(_Run.of, page)
+            token = page.token or None
+        children = {int(run.tags["autopeft.trial"]): run for run in found if "autopeft.trial" in run.tags}
+        parent = next((run for run in found if run.tags.get("autopeft.role") == mlflow_payload.STUDY_ROLE), None)
+        if parent is None:
+            key, view = mlflow_payload.front_view(snapshot)
+            client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", view)
+            # Children that were missed until now began before this moment.
+            before_s = max((t.measurement.wall_s for t in snapshot.ended if t.measurement), default=0.0)
+            start_ms = mlflow_payload.now_ms() - round(1000 * before_s)
+            tags = {**mlflow_payload.study_tags(snapshot), "autopeft.role": mlflow_payload.STUDY_ROLE}
+            parent = _Run.of(client.create_run(experiment_id, start_ms, tags, snapshot.study))
+        return cls(client, experiment_id, parent, children)
+
+    def write(self, snapshot: Snapshot, final: bool) -> None:
+        rows = snapshot.rows()
+        by_trial = {row.trial: row for row in rows}
+        for trial in snapshot.ended:
+            tags = mlflow_payload.trial_tags(trial, snapshot, by_trial.get(trial.number))
+            self._write_child(snapshot, trial, {**tags, "mlflow.parentRunId": self.parent.id})
+        self._write_parent(snapshot, rows, final)
+
+    def _write_child(self, snapshot: Snapshot, trial: Trial, tags: Mapping[str, str]) -> None:
+        wall_ms = round(1000 * trial.measurement.wall_s) if trial.measurement else 0
+        run = self.children.get(trial.number)
+        if run is None:
+            start_ms, name = mlflow_payload.now_ms() - wall_ms, mlflow_payload.run_name(trial, snapshot)
+            run = _Run.of(self.client.create_run(self.experiment_id, start_ms, dict(tags), name))
+            self.children[trial.number] = run
+        if run.running:
+            # Times count from the start that MLflow holds: to write it all a second time changes nothing.
+            metrics = mlflow_payload.trial_metrics(trial, snapshot, run.start_ms)
+            self._log(run, mlflow_payload.trial_params(trial, snapshot), metrics)
+            self.client.log_dict(run.id, trial.candidate.to_dict(), "architecture.json")
+            if trial.measurement and trial.measurement.routes:
+                self.client.log_dict(run.id, dict(trial.measurement.routes), "routing.json")
+            self.client.set_terminated(run.id, STATUS[trial.state], run.start_ms + wall_ms)
+            run.running = False
+        self._tag(run, tags)
+
+    def _write_parent(self, snapshot: Snapshot, rows: Sequence[FrontRow], final: bool) -> None:
+        run = self.parent
+        points = [*self._counts(snapshot, rows), *self._hypervolume(snapshot, final), *self._surrogate(snapshot)]
+        points += self._audit(snapshot)
+        self._log(run, {}, points)
+        # With the numbers: a front of the same members moves when they are trained again.
+        front = digest(front_data(snapshot))
+        if final or run.tags.get("autopeft.front") != front:
+            self._write_artifacts(snapshot)
+        recommended = [str(row.trial) for row in rows if row.recommended]
+        self._tag(
+            run,
+            {
+                "autopeft.state": "complete" if final else "running",
+                "autopeft.front": front,
+                "autopeft.recommended": recommended[0] if recommended else "none",
+                "mlflow.note.content": mlflow_payload.note(snapshot, rows, self.experiment_id),
+            },
+        )
+        if final:
+            self.client.set_terminated(run.id)
+        elif not run.running:
+            self.client.update_run(run.id, status="RUNNING")
+        run.running = not final
+
+    def _counts(self, snapshot: Snapshot, rows: Sequence[FrontRow]) -> list[Metric]:
+        """Those that have changed; step: the number of ended evaluations."""
+        values = {f"trials/{state}": float(count) for state, count in state_counts(snapshot.ended).items()}
+        values["front_size"] = float(sum(row.on_front for row in rows))
+        searched = [trial for trial in snapshot.search_trials if trial.state != "running"]
+        if searched:
+            feasible = [trial for trial in searched if trial.state == "complete" and trial.violation <= 0]
+            values["feasible_share"] = len(feasible) / len(searched)
+        changed = {name: value for name, value in values.items() if self.parent.metrics.get(name) != value}
+        self.parent.metrics |= changed
+        step, at_ms = len(snapshot.ended), mlflow_payload.now_ms()
+        return [mlflow_payload.metric(name, value, at_ms, step) for name, value in changed.items()]
+
+    def _hypervolume(self, snapshot: Snapshot, final: bool) -> list[Metric]:
+        """The points that MLflow lacks; step: the number of the trial.
+
+        MLflow never forgets a point, but as long as the corner moves with the trials, those of different syncs
+        cannot be compared. They go under a name of their own; the curve up to one corner is written at the end.
+        """
+        fixed = final or all(objective.reference is not None for objective in snapshot.objectives)
+        name = "hypervolume" if fixed else "hypervolume_so_far"
+        ended = takewhile(lambda trial: trial.state != "running", snapshot.search_trials)
+        known = {point.step for point in self.client.get_metric_history(self.parent.id, name)}
+        points = zip(ended, snapshot.hypervolume(), strict=False)
+        at_ms = mlflow_payload.now_ms()
+        return [mlflow_payload.metric(name, v, at_ms, trial.number) for trial, v in points if trial.number not in known]
+
+    def _surrogate(self, snapshot: Snapshot) -> list[Metric]:
+        """What a searcher tells of its model, as far as MLflow lacks it; step: the number of the trial."""
+        told = [found for found in diagnostics(snapshot.trials) if found.rank_correlation]
+        points, at_ms = [], mlflow_payload.now_ms()
+        for metric in dict.fromkeys(metric for found in told for metric in found.rank_correlation):
+            name = f"surrogate/rank_correlation/{metric}"
+            known = {point.step for point in self.client.get_metric_history(self.parent.id, name)}
+            points += [
+                mlflow_payload.metric(name, found.rank_correlation[metric], at_ms, found.trial)
+                for found in told
+                if metric in found.rank_correlation and found.trial not in known
+            ]
+        return points
+
+    def _audit(self, snapshot: Snapshot) -> list[Metric]:
+        """What the audit of a proxy has found, again whenever it has seen more trainings; step: the number of the first
+        trial that came with it.
+        """
+        told: dict[int, Diagnostics] = {}
+        for found in diagnostics(snapshot.trials):
+            if found.audit:
+                told.setdefault(found.audit["num"], found)
+        known = {point.step for point in self.client.get_metric_history(self.parent.id, "audit/tau")} if told else set()
+        at_ms = mlflow_payload.now_ms()
+        points = []
+        for found in told.values():
+            if found.trial not in known:
+                values = {"tau": found.audit["tau"], "top_tau": found.audit["top_tau"]}
+                values |= {f"regret_at_{k}": value for k, value in found.audit["regret"].items()}
+                points += [mlflow_payload.metric(f"audit/{name}", v, at_ms, found.trial) for name, v in values.items()]
+        return points
+
+    def _write_artifacts(self, snapshot: Snapshot) -> None:
+        with TemporaryDirectory() as folder:
+            for file in write_report(snapshot, Path(folder)):
+                self.client.log_artifact(self.parent.id, str(file), "pareto" if file.stem == "front" else None)
+        for last in diagnostics(snapshot.trials)[-1:]:
+            self.client.log_dict(self.parent.id, last.to_dict(), "surrogate.json")
+        self.client.log_text(self.parent.id, snapshot.settings, "study.yaml")
+        self.client.log_dict(self.parent.id, mlflow_payload.environment(), "environment.json")
+
+    def _log(self, run: _Run, params: Mapping[str, str], metrics: Sequence[Metric]) -> None:
+        from mlflow.entities import Param
+
+        rows = [Param(name, value) for name, value in params.items()]
+        while rows or metrics:
+            self.client.log_batch(run.id, metrics[:METRICS_PER_BATCH], rows[:PARAMS_PER_BATCH])
+            rows, metrics = rows[PARAMS_PER_BATCH:], metrics[METRICS_PER_BATCH:]
+
+    def _tag(self, run: _Run, tags: Mapping[str, str]) -> None:
+        """Write those that have changed."""
+        from mlflow.entities import RunTag
+
+        changed = {name: value for name, value in tags.items() if run.tags.get(name) != value}
+        if changed:
+            self.client.log_batch(run.id, tags=[RunTag(name, value) for name, value in changed.items()])
+            run.tags |= changed
+
+
+def _check_database(uri: str) -> None:
+    """Raise at once if the database cannot be opened: MLflow itself would try for almost two minutes."""
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(uri)
+    options: dict[str, Any] = {}
+    if uri.startswith("sqlite"):
+        Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+    elif uri.startswith(("postgresql", "mysql")):
+        options["connect_args"] = {"connect_timeout": 2}
+    sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options).connect().close()
+
+
+@contextmanager
+def _mlflow_settings() -> Iterator[None]:
+    """No reports to its makers, nothing on stdout, and errors only as the exceptions that they are."""
+    with _environment(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true"):
+        import mlflow  # noqa: F401  (it sets the level of its logger as it is imported)
+
+        logger = logging.getLogger("mlflow")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for a while. What the user has set stays as it is."""
+    mine = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was wrong in the first place; MLflow wraps it in pages of text."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
