@@ -60,7 +60,7 @@ demo: $(STAMP)
 test: $(STAMP) $(LINK)
 	@$(LINT_IMPORTS)
 	@$(BIN)/pytest --quiet -n $(WORKERS) --dist loadfile
-	@TRITON_INTERPRET=1 $(BIN)/pytest --quiet -n $(WORKERS) --dist loadfile tests/interpreted
+	@TRITON_INTERPRET=1 $(BIN)/pytest --quiet -n $(WORKERS) --dist loadfile tests/kernels/interpreted
 
 lint: $(STAMP) $(LINK)
 	@$(BIN)/ruff check .

@@ -62,6 +62,7 @@ class _Model:
 
     @classmethod
     def fit(cls, features: Rows, losses: Rows, seed: int) -> _Model:
+        features = _some(features)
         parabolas = RidgeCV(PENALTIES).fit(_squared(features), losses)
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=2, max_features=0.5, random_state=seed % 2**32)
         return cls(parabolas, trees.fit(features, losses - parabolas.predict(_squared(features))))
@@ -69,10 +70,16 @@ class _Model:
     def __call__(self, features: Rows) -> Rows:
         if not len(features):
             return np.zeros(0)
+        features = _some(features)
         # A forest's own `predict` spends most of its time on starting threads.
         inputs = features.astype(np.float32)
         leaves = [tree.tree_.predict(inputs)[:, 0] for tree in self.trees.estimators_]
         return self.parabolas.predict(_squared(features)) + np.mean(leaves, axis=0)
+
+
+def _some(features: Rows) -> Rows:
+    """A constant where there are none, as in a space of one point: scikit-learn wants at least one."""
+    return features if features.shape[1] else np.zeros((len(features), 1))
 
 
 def _squared(features: Rows) -> Rows:

@@ -112,7 +112,7 @@ class NoisyHypervolumeImprovement:
     What is known of the trials is noisy, so the front is a random one: joint samples of the losses at trials
     and pending points. Given a front, the processes are independent and normal, and the expected improvement is a sum
     over the front's cells of products of expected overlaps (Yang et al. 2019, exact EHVI). botorch's qLogNEHVI takes
-    samples at the point too; tests/test_acquisition.py holds both against each other. The closed form needs no
+    samples at the point too; test_acquisition.py holds both against each other. The closed form needs no
     smoothing to tell apart points that hardly ever improve, and its cost is O(b (n^2 + s r)), without the joint
     posterior of each point with the baseline.
     """

@@ -1,0 +1,503 @@
+"""What every searcher must do: one row per searcher; and what each claims beyond that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from statistics import median
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autopeft.search_space import (
+    AdapterChoice,
+    Candidate,
+    Choice,
+    Float,
+    Int,
+    Measurement,
+    Objective,
+    OneOf,
+    Problem,
+    SearchSpace,
+    Trial,
+)
+from autopeft.search_space.domains import Domain
+from autopeft.search_space.genes import Assignment
+from autopeft.searchers import SEARCHERS, Searcher
+from autopeft.searchers.enumerated import LARGEST_GRID, grid_values
+from autopeft.searchers.optuna_samplers import from_optuna, to_optuna
+
+from ..support.spaces import SMALL, encoder, spaces
+
+RANKS = Choice.of([0, 1, 2, 4, 8])
+RATE = Float(low=1e-4, high=1e-1, log=True)
+
+
+def mixed_space() -> SearchSpace:
+    """Every kind of gene, most of them conditional: an exclusive type, a layer gate, sizes with 0, real numbers."""
+    return SearchSpace(
+        backbone=SMALL,
+        adapters={
+            "lora": AdapterChoice(kind="lora", fields={"rank": RANKS, "alpha": Float(low=1.0, high=64.0, log=True)},
+                                  vary={"rank": "layer"}),
+            "beside": AdapterChoice(kind="bottleneck", fields={"size": Int(low=0, high=6), "dropout":
+                                    Float(low=0.0, high=0.3), "form": Choice(choices=("serial", "parallel"))}),
+            "prefix": AdapterChoice(kind="prefix", placement="stage", fields={"length": Int(low=1, high=9, log=True)}),
+        },
+        one_of=[OneOf(name="type", members=("lora", "beside"), optional=True)],
+        layer_gate=True,
+        stages=2,
+        training={"learning_rate": RATE, "schedule": Choice(choices=("linear", "cosine"))},
+    )  # fmt: skip
+
+
+def short_space() -> SearchSpace:
+    lora = AdapterChoice(kind="lora", fields={"rank": Choice.of([0, 2, 4]), "alpha": Choice.of([8.0, 16.0])})
+    beside = AdapterChoice(kind="bottleneck", placement="layer", fields={"size": 2})
+    return SearchSpace(backbone=SMALL, adapters={"lora": lora, "beside": beside}, training={"learning_rate": RATE})
+
+
+@dataclass(frozen=True)
+class Row:
+    space: Callable[[], SearchSpace]
+    #: Whether it goes on for ever; another ends where there is no point left.
+    endless: bool = True
+    #: How long its studies are here: one that fits a model takes a while.
+    num_trials: int = 24
+
+
+ROWS = {
+    "random": Row(mixed_space),
+    "qmc": Row(mixed_space),
+    "tpe": Row(mixed_space),
+    "nsga2": Row(mixed_space),
+    "evolution": Row(mixed_space, endless=False),
+    "linas": Row(mixed_space, endless=False, num_trials=12),
+    "bo": Row(mixed_space, endless=False, num_trials=12),
+    "proxy": Row(mixed_space, endless=False, num_trials=12),  # without scores: with some, in test_proxied.py
+    "gates": Row(mixed_space, endless=False, num_trials=12),  # without proposals: with some, in test_gated.py
+    "grid": Row(short_space, endless=False),
+}
+every_searcher = pytest.mark.parametrize("name", ROWS)
+
+
+def test_every_searcher_has_a_row() -> None:
+    assert ROWS.keys() == SEARCHERS.keys()
+    for name, searcher in SEARCHERS.items():
+        assert searcher.name == name and searcher.summary
+
+
+# A study in miniature
+
+OBJECTIVES = (Objective.of("accuracy"), Objective.of("num_params"), Objective.of("loss"), Objective.of("latency_s"))
+
+
+def problem_of(space: SearchSpace, num_objectives: int = 2, num_trials: int = 24) -> Problem:
+    return Problem(space=space, objectives=OBJECTIVES[:num_objectives], num_trials=num_trials)
+
+
+def measured(space: SearchSpace, genes: Assignment) -> dict[str, float]:
+    """Made-up values that depend on the genes in a smooth way; no gene is irrelevant."""
+    unit, mask = space.encode(genes)
+    active = [u for u, on in zip(unit, mask, strict=True) if on]
+    num_params = space.decode(genes).architecture.num_params(space.backbone)
+    accuracy = 1 - sum((u - 0.6) ** 2 for u in active) / max(1, len(unit))
+    return {"accuracy": accuracy, "num_params": num_params, "loss": 1 - accuracy**2, "latency_s": len(active) / 100}
+
+
+def ended(problem: Problem, number: int, genes: Assignment, suggested: Any = None, **fields: Any) -> Trial:
+    values = measured(problem.space, genes)
+    fields = {"state": "complete", "measurement": Measurement(values=values), "violation": -1.0} | fields
+    return Trial(number=number, role="search", candidate=problem.space.decode(genes), genes=genes,
+                 searcher_state=suggested or {}, **fields)  # fmt: skip
+
+
+def run(
+    searcher: Searcher, num_trials: int, end: Callable[..., Trial] = ended, trials: Sequence[Trial] = ()
+) -> list[Trial]:
+    """Suggest, evaluate, tell, one by one."""
+    trials = list(trials)
+    while len(trials) < num_trials:
+        searcher.update(trials)
+        for suggestion in searcher.suggest():
+            assert searcher.problem.space.contains(suggestion.genes)
+            trials.append(end(searcher.problem, len(trials), suggestion.genes, suggestion.state))
+    return trials
+
+
+def stored(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials as they come back from the ledger."""
+    return [
+        replace(
+            trial,
+            genes=json.loads(json.dumps(trial.genes)),
+            searcher_state=json.loads(json.dumps(trial.searcher_state)),
+            candidate=Candidate.from_dict(json.loads(json.dumps(trial.candidate.to_dict()))),
+        )
+        for trial in trials
+    ]
+
+
+def exact(points: Sequence[Any]) -> list[str]:
+    return [json.dumps(point.genes) for point in points]
+
+
+# Conformance
+
+
+@every_searcher
+@pytest.mark.parametrize("num_objectives", [1, 2, 3, 4])
+def test_suggestions_are_contained(name: str, num_objectives: int) -> None:
+    num_trials = ROWS[name].num_trials
+    problem = problem_of(ROWS[name].space(), num_objectives, num_trials)
+    trials = run(SEARCHERS[name](problem, 0), num_trials)
+    assert len({t.candidate.key for t in trials}) > num_trials / 2
+
+
+@every_searcher
+def test_directions_can_be_mixed(name: str) -> None:
+    objectives = (Objective.of("accuracy", maximise=False, bound=0.95), Objective.of("num_params", maximise=True))
+    num_trials = ROWS[name].num_trials
+    problem = Problem(space=ROWS[name].space(), objectives=objectives, num_trials=num_trials)
+    assert len(run(SEARCHERS[name](problem, 0), num_trials)) == num_trials
+
+
+@every_searcher
+def test_replay(name: str) -> None:
+    """What comes next depends on the trials and the seed alone, also after the ledger and with a new object."""
+    num_trials = ROWS[name].num_trials
+    problem = problem_of(ROWS[name].space(), num_trials=num_trials)
+    searcher = SEARCHERS[name](problem, 7)
+    trials = run(searcher, num_trials)
+    for length in (0, 1, 3, num_trials // 2 - 1, num_trials - 1):
+        fresh = SEARCHERS[name](problem_of(ROWS[name].space(), num_trials=num_trials), 7)
+        for known in (trials, stored(trials)):
+            for asked in (fresh, searcher):
+                asked.update(known[:length])
+                (suggestion,) = asked.suggest()
+                assert exact([suggestion]) == exact([trials[length]])
+                assert dict(suggestion.state) == dict(trials[length].searcher_state)
+    assert exact(run(SEARCHERS[name](problem, 8), 5)) != exact(trials[:5]), "another seed, other points"
+
+
+@every_searcher
+def test_a_batch_is_what_one_by_one_with_pending_trials_gives(name: str) -> None:
+    problem = problem_of(ROWS[name].space(), num_trials=ROWS[name].num_trials)
+    searcher = SEARCHERS[name](problem, 3)
+    trials = run(searcher, ROWS[name].num_trials // 2 + 2)
+    searcher.update(trials)
+    batch = searcher.suggest(4)
+    assert len(batch) == 4
+    pending: list[Trial] = []
+    for suggestion in batch:
+        again = SEARCHERS[name](problem, 3)
+        again.update(trials, stored(pending))
+        (alone,) = again.suggest()
+        assert exact([alone]) == exact([suggestion])
+        fields = {"state": "running", "measurement": None, "violation": 0.0}
+        pending.append(ended(problem, len(trials) + len(pending), alone.genes, alone.state, **fields))
+    assert len(set(exact(batch))) >= 3, "points of a batch differ"
+
+
+@every_searcher
+def test_bad_trials_do_no_harm(name: str) -> None:
+    """Failed, infeasible and beyond a bound; with values that are no numbers; without any."""
+
+    def end(problem: Problem, number: int, genes: Assignment, suggested: Any) -> Trial:
+        values = measured(problem.space, genes)
+        kinds: list[dict[str, Any]] = [
+            {"state": "failed", "measurement": None, "violation": 0.0, "error": "the loss became nan"},
+            {"state": "infeasible", "measurement": None, "violation": 0.5, "error": "too large"},
+            {"violation": 0.25},
+            {"measurement": Measurement(values=values | {"accuracy": float("nan")})},
+            {"measurement": Measurement(values=values | {"accuracy": float("-inf")})},
+            {"measurement": None},
+            {},
+            {},
+        ]
+        return ended(problem, number, genes, suggested, **kinds[number % len(kinds)])
+
+    num_trials = ROWS[name].num_trials + 8
+    problem = problem_of(ROWS[name].space(), num_trials=ROWS[name].num_trials)
+    trials = run(SEARCHERS[name](problem, 0), num_trials, end)
+    assert len({t.candidate.key for t in trials}) > num_trials / 2
+
+
+@every_searcher
+@pytest.mark.parametrize("state", ["failed", "infeasible"])
+def test_a_study_without_any_value(name: str, state: Any) -> None:
+    def end(problem: Problem, number: int, genes: Assignment, suggested: Any) -> Trial:
+        fields = {"state": state, "measurement": None, "violation": 1.0 if state == "infeasible" else 0.0}
+        return ended(problem, number, genes, suggested, **fields)
+
+    assert len(run(SEARCHERS[name](problem_of(ROWS[name].space()), 0), 16, end)) == 16
+
+
+@every_searcher
+def test_trials_are_taken_in_the_order_of_their_numbers(name: str) -> None:
+    """Numbers have gaps, where baselines stand, and pending trials may be older than completed ones."""
+    problem = problem_of(ROWS[name].space())
+    searcher = SEARCHERS[name](problem, 1)
+    trials = [replace(t, number=3 + 2 * t.number) for t in run(searcher, 9)]
+    searcher.update(trials)
+    expected = exact(searcher.suggest(2))
+    waiting = replace(trials[4], state="running", measurement=None, violation=0.0)
+    searcher.update([*trials[:4], waiting, *trials[5:]])
+    among = exact(searcher.suggest(2))
+    searcher.update(trials[:4] + trials[5:], [waiting])
+    assert exact(searcher.suggest(2)) == among
+    searcher.update(trials)
+    assert exact(searcher.suggest(2)) == expected
+
+
+@every_searcher
+def test_a_space_with_one_point(name: str) -> None:
+    space = SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(kind="lora", fields={"rank": 2})})
+    searcher = SEARCHERS[name](problem_of(space), 0)
+    for number in range(14):
+        suggestions = searcher.suggest()
+        if not ROWS[name].endless and number:
+            assert suggestions == []
+            break
+        assert [s.genes for s in suggestions] == [{}]
+        searcher.update([*searcher.completed, ended(searcher.problem, number, {}, suggestions[0].state)])
+
+
+@every_searcher
+def test_genes_with_one_value(name: str) -> None:
+    lora = AdapterChoice(kind="lora", fields={"rank": Choice.of([0, 4]), "alpha": Choice.of([8.0]),
+                                              "scaling": Choice(choices=("rslora",))})  # fmt: skip
+    adapters = {"lora": lora, "norm": AdapterChoice(kind="norm")}
+    space = SearchSpace(backbone=SMALL, adapters=adapters, one_of=[OneOf(name="type", members=("lora",))])
+    problem = problem_of(space)
+    searcher = SEARCHERS[name](problem, 0)
+    trials: list[Trial] = []
+    for number in range(16):
+        searcher.update(trials)
+        for suggestion in searcher.suggest():
+            assert space.contains(suggestion.genes)
+            trials.append(ended(problem, number, suggestion.genes, suggestion.state))
+    assert {t.genes["lora.rank.on"] for t in trials} == {True, False}
+
+
+@every_searcher
+def test_no_warnings_and_no_output(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(SEARCHERS[name](problem_of(ROWS[name].space()), 0), 12)
+    assert [str(warning.message) for warning in caught] == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_suggestions_do_not_depend_on_the_process() -> None:
+    """Hashes of strings differ between processes, and so may the order of sets."""
+    code = (
+        "import json\n"
+        "from tests.searchers.test_searchers import ROWS, SEARCHERS, exact, problem_of, run\n"
+        "print(json.dumps({name: exact(run(SEARCHERS[name](problem_of(row.space()), 1), row.num_trials - 4))"
+        " for name, row in ROWS.items()}))\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    found = []
+    for seed in ("1", "2"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONHASHSEED": seed},
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert found[0] == found[1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(spaces(), st.sampled_from(sorted(ROWS.keys() - {"grid"})), st.integers(0, 99))
+def test_any_space_can_be_searched(space: SearchSpace, name: str, seed: int) -> None:
+    problem = problem_of(space, num_trials=16)
+    trials = [ended(problem, number, space.sample(Random(number))) for number in range(12)]
+    searcher = SEARCHERS[name](problem, seed)
+    searcher.update(trials)
+    for suggestion in searcher.suggest(2):
+        assert space.contains(suggestion.genes)
+        assert space.contains(space.from_unit(space.encode(suggestion.genes)[0]))
+        assert exact([suggestion]) == [json.dumps(space.from_unit(space.encode(suggestion.genes)[0]))]
+
+
+# Each on its own
+
+
+def test_the_sequence_covers_conditional_genes_evenly() -> None:
+    """Of 64 points, a gate has 32 on each side, and the gene behind it has each of its four values eight times."""
+    fields = {"rank": Choice.of([1, 2, 4, 8])}
+    lora = AdapterChoice(kind="lora", placement="model", fields=fields)
+    space = SearchSpace(backbone=SMALL, adapters={"lora": lora})
+    searcher = SEARCHERS["qmc"](problem_of(space), 5)
+    points = [suggestion.genes for suggestion in searcher.suggest(64)]
+    assert sum(point["lora.on"] is True for point in points) == 32
+    ranks = [point.get("lora.rank") for point in points]
+    assert [ranks.count(rank) for rank in (1, 2, 4, 8)] == [8, 8, 8, 8]
+
+
+def test_the_grid_has_every_point_once() -> None:
+    space = short_space()
+    problem = problem_of(space)
+    trials = run_out(SEARCHERS["grid"](problem, 0), count=7)
+    rates = [RATE.from_unit(u) for u in (0, 0.25, 0.5, 0.75, 1)]
+    assert len(trials) == len(set(exact(trials))) == 2**3 * (1 + 2 * 2) * len(rates)
+    assert {t.genes["training.learning_rate"] for t in trials} == set(rates)
+    assert set(exact(trials)) == set(exact(run_out(SEARCHERS["grid"](problem, 1), count=200)))
+    assert len({t.candidate.key for t in trials}) == len(trials)
+
+
+def run_out(searcher: Searcher, count: int) -> list[Trial]:
+    trials: list[Trial] = []
+    while True:
+        searcher.update(trials)
+        suggestions = searcher.suggest(count)
+        if not suggestions:
+            return trials
+        trials += [ended(searcher.problem, len(trials) + i, s.genes) for i, s in enumerate(suggestions)]
+
+
+@pytest.mark.parametrize(
+    ("domain", "values"),
+    [
+        (Choice(choices=("a", "b")), ["a", "b"]),
+        (Int(low=0, high=8, step=2), [0, 2, 4, 6, 8]),
+        (Int(low=1, high=100), [1, 26, 51, 75, 100]),
+        (Int(low=1, high=16, log=True), [1, 2, 4, 8, 16]),
+        (Float(low=0, high=1), [0, 0.25, 0.5, 0.75, 1]),
+        (Float(low=1e-4, high=1, log=True), [1e-4, 1e-3, 1e-2, 1e-1, 1]),
+    ],
+)
+def test_values_of_the_grid(domain: Domain, values: list[Any]) -> None:
+    found = grid_values(domain)
+    assert found == values
+    assert all(domain.contains(value) for value in found)
+
+
+def test_a_grid_that_is_too_large_is_refused() -> None:
+    deep = encoder(num_layers=200, hidden_size=8, inner_size=8)
+    lora = AdapterChoice(kind="lora", fields={"rank": RANKS}, vary={"rank": "site"})
+    space = SearchSpace(backbone=deep, adapters={"lora": lora})
+    assert len(space.genes) == 800
+    with pytest.raises(ValueError, match=f"more than {LARGEST_GRID:,} points: use another searcher"):
+        SEARCHERS["grid"](problem_of(space), 0)
+
+
+def test_nsga2_evolves() -> None:
+    problem = problem_of(mixed_space(), num_trials=36)
+    trials = run(SEARCHERS["nsga2"](problem, 0), 48)
+    generations = [generation for t in trials for generation in t.searcher_state.values()]
+    assert generations == sorted(generations)
+    assert [generations.count(g) for g in range(4)] == [12, 12, 12, 12]
+    # A child's genes are its parents', but for a few mutations; those of the first generation are drawn.
+    past = [{name: t.genes[name] for name in t.genes} for t in trials[:36]]
+    inherited = [
+        any(other.get(name) == value for other in past) for t in trials[36:] for name, value in t.genes.items()
+    ]
+    assert sum(inherited) / len(inherited) > 0.85
+
+
+def test_nsga2_passes_on_conditional_genes() -> None:
+    """A real number that only some trials have would be new in every trial, were it drawn each time."""
+    alpha = Float(low=1.0, high=64.0, log=True)
+    lora = AdapterChoice(kind="lora", fields={"rank": Choice.of([0, 2, 4, 8]), "alpha": alpha})
+    space = SearchSpace(backbone=SMALL, adapters={"lora": lora}, training={"learning_rate": RATE})
+    trials = run(SEARCHERS["nsga2"](problem_of(space, num_trials=36), 1), 48)
+    children = [t.genes["lora.alpha"] for t in trials[36:] if "lora.alpha" in t.genes]
+    parents = {t.genes.get("lora.alpha") for t in trials[:36]}
+    assert len(children) >= 4
+    assert sum(value in parents for value in children) / len(children) >= 0.5
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+def test_infeasible_regions_are_left(name: str) -> None:
+    """Ranks above 2 are beyond a limit: their share falls."""
+
+    def end(problem: Problem, number: int, genes: Assignment, suggested: Any) -> Trial:
+        ranks = [value for gene, value in genes.items() if ".rank.layers" in gene]
+        if any(rank > 2 for rank in ranks):
+            fields = {"state": "infeasible", "measurement": None, "violation": 1.0 * sum(r > 2 for r in ranks)}
+            return ended(problem, number, genes, suggested, **fields)
+        return ended(problem, number, genes, suggested)
+
+    lora = AdapterChoice(kind="lora", fields={"rank": RANKS}, vary={"rank": "layer"})
+    space = SearchSpace(backbone=SMALL, adapters={"lora": lora})
+    shares = []
+    for seed in range(4):
+        trials = run(SEARCHERS[name](problem_of(space, num_trials=64), seed), 64, end)
+        shares.append([sum(t.state == "infeasible" for t in part) / 16 for part in (trials[:16], trials[48:])])
+    first, last = (sum(column) / len(column) for column in zip(*shares, strict=True))
+    assert last < 0.6 * first
+
+
+# Better than random
+
+
+def deep_space() -> SearchSpace:
+    lora = AdapterChoice(kind="lora", at=("attn.q", "attn.v", "mlp.up"), fields={"rank": RANKS},
+                         vary={"rank": "layer"})  # fmt: skip
+    return SearchSpace(backbone=SMALL, adapters={"lora": lora}, training={"learning_rate": RATE})
+
+
+def plausible(problem: Problem, number: int, genes: Assignment, suggested: Any) -> Trial:
+    """The upper layers matter more, ranks have diminishing returns, and the learning rate has an optimum."""
+    ranks = {layer: genes.get(f"lora.rank.layers.{layer}", 0) for layer in range(3)}
+    gain = sum((layer + 1) / 6 * (1 - 0.6 ** float(rank)) for layer, rank in ranks.items())
+    rate = problem.space.encode(genes)[0][-1]
+    accuracy = 0.5 + 0.4 * gain * max(0.0, 1 - 4 * (rate - 0.6) ** 2)
+    values = {"accuracy": accuracy, "num_params": problem.space.decode(genes).architecture.num_params(SMALL)}
+    return ended(problem, number, genes, suggested, measurement=Measurement(values=values))
+
+
+def hypervolume(trials: Sequence[Trial]) -> float:
+    """Of accuracy above 0.5 and of the logarithm of the parameters below those of the largest network."""
+    most = 3 * 8 * (32 + 32 + 40)
+    area, best = 0.0, 0.5
+
+    def steps() -> Iterator[tuple[float, float]]:
+        for trial in trials:
+            assert trial.measurement is not None
+            values = trial.measurement.values
+            yield values["num_params"] / most, values["accuracy"]
+
+    for cost, accuracy in sorted(steps()):
+        if accuracy > best:
+            area += (1 - cost) * (accuracy - best)
+            best = accuracy
+    return area
+
+
+def front_of(searcher: Searcher, num_trials: int) -> float:
+    """Hypervolume after so many evaluations; as in a study, a network that was measured already costs nothing."""
+    trials: list[Trial] = []
+    while len({t.candidate.key for t in trials}) < num_trials:
+        trials = run(searcher, len(trials) + 1, plausible, trials)
+    return hypervolume(trials)
+
+
+def test_model_based_search_and_evolution_beat_random_search() -> None:
+    found = {}
+    for name in ("random", "tpe", "nsga2"):
+        searchers = [SEARCHERS[name](problem_of(deep_space(), num_trials=72), seed) for seed in range(8)]
+        found[name] = median(front_of(searcher, 72) for searcher in searchers)
+    assert found["tpe"] > found["random"]
+    assert found["nsga2"] > found["random"]
+
+
+# Optuna's side
+
+
+@settings(max_examples=50, deadline=None)
+@given(spaces(), st.integers(0, 99))
+def test_values_survive_optuna(space: SearchSpace, seed: int) -> None:
+    domains = {gene.name: gene.domain for gene in space.genes}
+    for name, value in space.sample(Random(seed)).items():
+        assert from_optuna(domains[name], to_optuna(domains[name], value)) == value
