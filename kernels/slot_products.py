@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -201,9 +202,17 @@ def product_of(wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> 
     """How `Tiles` multiply a wide by a narrow tensor, in the narrow one's type."""
     if narrow != torch.float32:
         return "mma"
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "ieee"  # tensor cores before sm_80 know neither bfloat16 nor tf32, AMD's other ways were not compiled
+    if device.type == "cuda" and not _splits_float32(device):
+        return "ieee"
     return "pieces" if wide == torch.bfloat16 else "tf32x3"
+
+
+@cache
+def _splits_float32(device: torch.device) -> bool:
+    """Whether tensor cores may multiply a float32 in parts. Before sm_80 they know neither bfloat16 nor tf32, and AMD's
+    other ways were not compiled. Kept, because every launch asks.
+    """
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def bucket(rank: int) -> int:

@@ -394,11 +394,14 @@ def test_how_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert slot_products.product_of(*types, cpu) == kind
         for capability in ((8, 0), (8, 9), (9, 0)):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, own=capability: own)
+            slot_products._splits_float32.cache_clear()
             assert slot_products.product_of(*types, gpu) == kind
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        slot_products._splits_float32.cache_clear()
         older = "mma" if kind == "mma" else "ieee"
         assert slot_products.product_of(*types, gpu) == older
         assert slot_products.shrink_tiles(1024, 64, *types, gpu).product == older
+    slot_products._splits_float32.cache_clear()
     assert [slot_products.bucket(rank) for rank in (1, 16, 17, 33, 64, 65, 128, 500)] == [16, 16, 32, 64, 64] + 3 * [
         128
     ]
