@@ -21,7 +21,7 @@ OUTPUT ?= runs/gpu
 # More words for the kit, such as --only kernel-parity,kernel-speed.
 GPU_ARGS ?=
 
-.PHONY: help install demo test slow-test lint browser-test gpu clean
+.PHONY: help install demo test slow-test lint browser-test gpu file-map clean
 
 help:
 	@echo "make demo          a complete search, offline, on the CPU"
@@ -77,6 +77,9 @@ browser-test: demo
 gpu: $(LINK)
 	@PYTHONPATH=.typecheck $(GPU_PYTHON) -m autopeft.benchmarks.gpu --device $(DEVICE) --minutes $(MINUTES) \
 		--output $(OUTPUT) $(GPU_ARGS)
+
+file-map:
+	@$(PYTHON) tests/support/file_map.py
 
 clean:
 	@rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from .support.file_map import PAGE, with_map
 
 ROOT = Path(__file__).resolve().parent.parent
 PORTIONS = ("benchmarks", "evaluators", "kernels", "search_space", "searchers", "studies")
@@ -221,6 +224,27 @@ def test_portions_are_imported_by_their_full_name() -> None:
                 names = [node.module]
             bare += [f"{path}:{node.lineno} {name}" for name in names if name.split(".")[0] in PORTIONS]
     assert not bare
+
+
+# Order
+
+#: Files side by side in a folder; one more is a reason for a folder. A folder of one kind may have one file per kind.
+MOST_FILES = 15
+ONE_PER_KIND = {"search_space/adapters"}
+#: Lines of a module.
+MOST_LINES = 400
+
+
+def test_the_file_map_is_what_the_docstrings_say() -> None:
+    page = PAGE.read_text()
+    assert with_map(page) == page, "run `make file-map`"
+
+
+def test_folders_and_files_are_small() -> None:
+    folders = Counter(str(path.parent) for path in modules() if path.name != "__init__.py")
+    assert not {name: n for name, n in folders.items() if n > MOST_FILES and name not in ONE_PER_KIND}
+    lines = {str(path): len((ROOT / path).read_text().splitlines()) for path in modules()}
+    assert not {name: n for name, n in lines.items() if n > MOST_LINES}
 
 
 # Names
