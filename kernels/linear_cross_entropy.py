@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
-from autopeft.kernels.slot_products import Count, by_triton, jit, matmul_count
+from autopeft.kernels.counts import Count, matmul_count
+from autopeft.kernels.slot_products import by_triton, jit
 
 try:
     import triton.language as tl

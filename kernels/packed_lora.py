@@ -14,17 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from autopeft.kernels.slot_products import (
-    Count,
-    expand,
-    expand_,
-    expand_count,
-    matmul_count,
-    outer,
-    outer_count,
-    shrink,
-    shrink_count,
-)
+from autopeft.kernels.counts import Count, expand_count, matmul_count, outer_count, shrink_count
+from autopeft.kernels.slot_products import expand, expand_, outer, shrink
 
 
 def packed_lora(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -20,12 +20,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from autopeft.kernels.tiles import Tiles, blocks, expand_tiles, outer_chunk, outer_tiles, shrink_tiles
 
 try:
     import triton
@@ -109,126 +109,6 @@ def without_triton() -> Iterator[None]:
         triton = kept
 
 
-# How a program multiplies and how much it takes at a time: rules of types and sizes, chosen from what compilers tell
-# (registers, shared memory) and from counts, not measured. There is no autotuner: tiles decide the order in which sums
-# are rounded, so a result would depend on what a timer said in that run, and a study could not be replayed. For the
-# same reason no rule asks for the number of slots: a slot alone is summed as in a pack of the same largest rank.
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """What a program takes at a time: tokens, features, ranks; its warps, the loads under way, how it multiplies.
-
-    product, with its relative error (counted, not measured; sums are float32 in all):
-        mma     operands of 16 bits, whose products are exact
-        pieces  bfloat16 times a float32 split into three bfloat16 numbers, 3 x 8 bits of its 24: products are exact
-        tf32x3  float32, each number as two of 11 bits: 2^-21 of a product
-        ieee    float32 on the units for single products, of which an H100 does 67 TFLOP/s: it would wait for them, as
-                a shrink of bfloat16 by rank 16 does 16 operations a byte, 48 TFLOP/s at the memory's 3 TB/s
-    A tensor core cuts a sum to 24 bits after 8 or 16 products. For 4096 features that is about 3e-6 of the norm.
-    """
-
-    tokens: int
-    features: int
-    ranks: int
-    warps: int
-    stages: int
-    product: str
-
-    def constants(self) -> dict[str, Any]:
-        sizes = {"BLOCK_T": self.tokens, "BLOCK_D": self.features, "BLOCK_R": self.ranks}
-        how = {"PRODUCT": self.product, "INTERPRET": INTERPRET}
-        return sizes | how | {"num_warps": self.warps, "num_stages": self.stages}
-
-
-def shrink_tiles(tokens: int, rank: int, wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> Tiles:
-    """For `shrink`: one pass over x up to rank 128.
-
-    A program holds all features of its tokens in turn, so programs are few where tokens are: with 8 slots of 1024
-    tokens 128, about the multiprocessors of an H100 (132), with 128 tokens 32. More would have to split the features
-    and add the parts in a second launch, some microseconds; 8 x 128 tokens are 8 MB, 3 at 3 TB/s (counted).
-    """
-    product, ranks = product_of(wide, narrow, device), bucket(rank)
-    if product == "ieee":
-        return _ieee(ranks)
-    features = 64 if ranks <= {"mma": 128, "pieces": 32, "tf32x3": 0}[product] else 32
-    return Tiles(64 if tokens > FEW else 32, features, ranks, *_pace(ranks), product)
-
-
-def expand_tiles(rank: int, narrow: torch.dtype, device: torch.device) -> Tiles:
-    """For `expand`, whose programs are many in any case. Ranks are taken one piece after the other."""
-    product = product_of(narrow, narrow, device)
-    if product == "ieee":
-        return _ieee(16)
-    if product == "mma":
-        return Tiles(64, 128, min(32, bucket(rank)), 8, 2, product)
-    return Tiles(64, 64, 16, 4, 2, product)
-
-
-def outer_tiles(rank: int, wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> Tiles:
-    """For `outer`: one pass over x up to rank 128."""
-    product, ranks = product_of(wide, narrow, device), bucket(rank)
-    if product == "ieee":
-        return _ieee(ranks)
-    if product == "tf32x3":
-        return Tiles(32 if ranks < 64 else 16, 64, ranks, *_pace(ranks), product)
-    tokens = 64 if wide.itemsize == 2 and ranks <= {"mma": 64, "pieces": 16}[product] else 32
-    return Tiles(tokens, 128, ranks, *_pace(ranks), product)
-
-
-def outer_chunk(tokens: int, features: int, tiles: Tiles) -> int:
-    """Tokens that one program of `outer` sums: all, unless that leaves a slot less than `PROGRAMS` programs.
-
-    A chunk of C tokens writes and reads 8 R bytes for 2 C bytes of a bfloat16 x, so it has at least `LEAST_CHUNK`.
-    """
-    chunks = max(1, min(tokens // LEAST_CHUNK, PROGRAMS // _blocks(features, tiles.features)))
-    return max(1, _blocks(_blocks(tokens, chunks), tiles.tokens)) * tiles.tokens
-
-
-def candidate_tiles(tiles: Tiles) -> tuple[Tiles, ...]:
-    """A rule's tiles and some of their neighbours, to be timed on a card. Triton raises OutOfResources at the launch of
-    one that does not fit there."""
-    others = [
-        replace(tiles, features=2 * tiles.features),
-        replace(tiles, features=max(32, tiles.features // 2)),
-        replace(tiles, tokens=2 * tiles.tokens, warps=8),
-        replace(tiles, tokens=max(16, tiles.tokens // 2)),
-        replace(tiles, stages=tiles.stages - 1),
-    ]
-    return tuple(dict.fromkeys([tiles, *others]))
-
-
-def product_of(wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> str:
-    """How `Tiles` multiply a wide by a narrow tensor, in the narrow one's type."""
-    if narrow != torch.float32:
-        return "mma"
-    if device.type == "cuda" and not _splits_float32(device):
-        return "ieee"
-    return "pieces" if wide == torch.bfloat16 else "tf32x3"
-
-
-@cache
-def _splits_float32(device: torch.device) -> bool:
-    """Whether tensor cores may multiply a float32 in parts. Before sm_80 they know neither bfloat16 nor tf32, and AMD's
-    other ways were not compiled. Kept, because every launch asks.
-    """
-    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def bucket(rank: int) -> int:
-    """Ranks of a tile: 16, 32, 64 or 128. `tl.dot` takes no side below 16; beyond 128 there are several tiles."""
-    return min(128, max(16, 1 << (rank - 1).bit_length()))
-
-
-def _pace(ranks: int) -> tuple[int, int]:
-    """Warps and stages with which no kernel spills registers or takes the 99 KB of an sm_89's shared memory."""
-    return (8, 3) if ranks == 128 else (4, 4)
-
-
-def _ieee(ranks: int) -> Tiles:
-    return Tiles(32, 64, min(32, ranks), 4, 2, "ieee")
-
-
 # Kernels. Offsets are int64: K * T * D passes 2^31 in a large pack. Loads are masked, so that no size is a constant of
 # the compiled kernel. What changes with minibatch and pack (T, R, S and the strides that R is in) is not specialised:
 # without that Triton compiles again for 1 and for multiples of 16. It still has to know that ranks lie 16 bytes apart
@@ -238,11 +118,6 @@ def _ieee(ranks: int) -> Tiles:
 
 #: Under Triton's interpreter, which computes a bfloat16 `tl.dot` wrongly, without a word: operands are widened there.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-#: Tokens of a slot up to which a program of `shrink` takes half as many.
-FEW = 256
-#: Programs that `outer` wants for a slot: 8 slots then fill an H100's 132 multiprocessors about twice.
-PROGRAMS = 32
-LEAST_CHUNK = 256
 
 # Without Triton the kernels are plain functions that nobody calls.
 jit: Any = (lambda **_: lambda kernel: kernel) if triton is None else triton.jit
@@ -388,14 +263,14 @@ def triton_shrink(
     (s, r, d), t = w.shape, x.shape[1]
     tiles = tiles or shrink_tiles(t, r, x.dtype, w.dtype, x.device)
     h = _empty((s, t, r), w.dtype, x.device)
-    grid = (_blocks(t, tiles.tokens), _blocks(r, tiles.ranks), s)
+    grid = (blocks(t, tiles.tokens), blocks(r, tiles.ranks), s)
     strides, narrow = _narrow(w)
     step = _step(r) if narrow["W_DENSE"] == "R" else 1  # only there does a load run along ranks
     factor, slots = (None if given is None else given.contiguous() for given in (factor, slots))
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
         _shrink_kernel[grid](
             x, w, factor, slots, h, t, d, r // step, *x.stride(), *strides,
-            **narrow, R_STEP=step, **tiles.constants(),
+            **narrow, R_STEP=step, **tiles.constants(), INTERPRET=INTERPRET,
         )  # fmt: skip
     return h
 
@@ -406,14 +281,14 @@ def triton_expand(
     """y[slots] = base[slots] + h w^T, written into y."""
     (s, t, r), d = h.shape, w.shape[1]
     tiles = tiles or expand_tiles(r, h.dtype, h.device)
-    grid = (_blocks(t, tiles.tokens), _blocks(d, tiles.features), s)
+    grid = (blocks(t, tiles.tokens), blocks(d, tiles.features), s)
     strides, narrow = _narrow(w.transpose(1, 2))
     step, of_base = _step(r), (y if base is None else base).stride()
     slots = None if slots is None else slots.contiguous()
     with torch.cuda.device_of(y):
         _expand_kernel[grid](
             h.contiguous(), w, base, slots, y, t, d, r // step, *strides, *of_base, *y.stride(),
-            **narrow, R_STEP=step, **tiles.constants(),
+            **narrow, R_STEP=step, **tiles.constants(), INTERPRET=INTERPRET,
         )  # fmt: skip
     return y
 
@@ -426,14 +301,14 @@ def triton_outer(
     (s, t, r), d = h.shape, x.shape[2]
     tiles = tiles or outer_tiles(r, x.dtype, h.dtype, x.device)
     chunk = chunk or outer_chunk(t, d, tiles)
-    chunks, step = max(1, _blocks(t, chunk)), _step(r)  # of no tokens the sum is 0
+    chunks, step = max(1, blocks(t, chunk)), _step(r)  # of no tokens the sum is 0
     partial = _empty((chunks, s, r, d), torch.float32, x.device)
-    grid = (_blocks(d, tiles.features), chunks * _blocks(r, tiles.ranks), s)
+    grid = (blocks(d, tiles.features), chunks * blocks(r, tiles.ranks), s)
     slots = None if slots is None else slots.contiguous()
     with torch.cuda.device_of(x):
         _outer_kernel[grid](
             h.contiguous(), x, slots, partial, s, t, d, r // step, *x.stride(), chunk,
-            R_STEP=step, **tiles.constants(),
+            R_STEP=step, **tiles.constants(), INTERPRET=INTERPRET,
         )  # fmt: skip
     return (partial[0] if chunks == 1 else partial.sum(0)).to(h.dtype)
 
@@ -452,56 +327,6 @@ def _step(n: int) -> int:
     return 8 if n % 8 == 0 else 1
 
 
-def _blocks(n: int, block: int) -> int:
-    return -(-n // block)
-
-
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """What the kernels write to, results and scratch; the tests fill it with NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-# Counts
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """Operations (a multiplication and an addition are two), and bytes: each tensor read or written once."""
-
-    flops: int
-    nbytes: int
-
-    def __add__(self, other: Count) -> Count:
-        return Count(self.flops + other.flops, self.nbytes + other.nbytes)
-
-
-def shrink_count(
-    slots: int, tokens: int, features: int, rank: int, wide: torch.dtype, narrow: torch.dtype, factor: bool = True
-) -> Count:
-    """Of `shrink`: x and w are read (wide: x's type), h is written. factor adds R numbers, its products are free."""
-    own = tokens * rank + rank * features + (rank if factor else 0)
-    nbytes = tokens * features * wide.itemsize + own * narrow.itemsize
-    return Count(2 * slots * tokens * features * rank, slots * nbytes)
-
-
-def expand_count(
-    slots: int, tokens: int, features: int, rank: int, wide: torch.dtype, narrow: torch.dtype, base: bool = True
-) -> Count:
-    """Of `expand` and `expand_`: h, w and the base are read (wide: its type and y's), y is written."""
-    nbytes = tokens * features * wide.itemsize * (2 if base else 1) + (tokens + features) * rank * narrow.itemsize
-    return Count(2 * slots * tokens * features * rank, slots * nbytes)
-
-
-def outer_count(
-    slots: int, tokens: int, features: int, rank: int, wide: torch.dtype, narrow: torch.dtype, chunks: int = 1
-) -> Count:
-    """Of `outer`: h and x are read, g is written; of several chunks each is written and read in float32 before."""
-    nbytes = tokens * features * wide.itemsize + (tokens + features) * rank * narrow.itemsize
-    between = 8 * chunks * rank * features if chunks > 1 else 0
-    return Count(2 * slots * tokens * features * rank, slots * (nbytes + between))
-
-
-def matmul_count(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Count:
-    """Of the product of two matrices, as of a frozen layer. A bias is not counted."""
-    nbytes = (rows * inner + inner * columns + rows * columns) * dtype.itemsize
-    return Count(2 * rows * inner * columns, nbytes)

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from autopeft.kernels import counts, slot_products
 from autopeft.kernels import linear_cross_entropy as cross_entropy_module
 from autopeft.kernels import packed_bottleneck as bottleneck_module
 from autopeft.kernels import packed_lora as lora_module
-from autopeft.kernels import slot_products
+from autopeft.kernels import tiles as tile_rules
 from autopeft.kernels.packed_bottleneck import ACTIVATIONS, packed_bottleneck, packed_bottleneck_reference
 from autopeft.kernels.packed_lora import (
     packed_lora,
@@ -349,7 +350,7 @@ def test_sizes_of_a_minibatch_or_a_pack_compile_nothing_new(types: tuple[torch.d
             for number, (kernel, _, args, options) in enumerate(found):
                 aligned = number > 0 and rank % 8 == 0
                 key = specialised(kernel, args, options, 90)[2]
-                variants.setdefault((number, slot_products.bucket(rank), aligned), set()).add(key)
+                variants.setdefault((number, tile_rules.bucket(rank), aligned), set()).add(key)
     assert len(variants) == 4 + 4 * 2 * 4
     assert {len(keys) for keys in variants.values()} == {1}
 
@@ -378,39 +379,37 @@ def test_tiles_do_not_depend_on_the_pack() -> None:
 
 @pytest.mark.parametrize("features", [1, 896, 4096, 14336])
 def test_chunks_of_tokens_are_whole_tiles(features: int) -> None:
-    tiles = slot_products.outer_tiles(16, BF16, FP32, torch.device("cpu"))
+    tiles = tile_rules.outer_tiles(16, BF16, FP32, torch.device("cpu"))
     for tokens in (0, 1, 33, 1000, 4096, 10**6):
-        chunk = slot_products.outer_chunk(tokens, features, tiles)
+        chunk = tile_rules.outer_chunk(tokens, features, tiles)
         chunks = -(-tokens // chunk)
         assert chunk >= tiles.tokens and chunk % tiles.tokens == 0
-        assert chunks <= slot_products.PROGRAMS
-        assert chunks <= 1 or chunk >= slot_products.LEAST_CHUNK
+        assert chunks <= tile_rules.PROGRAMS
+        assert chunks <= 1 or chunk >= tile_rules.LEAST_CHUNK
 
 
 def test_how_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     kinds = {(BF16, FP32): "pieces", (FP16, FP32): "tf32x3", (FP32, FP32): "tf32x3", (BF16, BF16): "mma"}
     for types, kind in kinds.items():
-        assert slot_products.product_of(*types, cpu) == kind
+        assert tile_rules.product_of(*types, cpu) == kind
         for capability in ((8, 0), (8, 9), (9, 0)):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, own=capability: own)
-            slot_products._splits_float32.cache_clear()
-            assert slot_products.product_of(*types, gpu) == kind
+            tile_rules._splits_float32.cache_clear()
+            assert tile_rules.product_of(*types, gpu) == kind
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        slot_products._splits_float32.cache_clear()
+        tile_rules._splits_float32.cache_clear()
         older = "mma" if kind == "mma" else "ieee"
-        assert slot_products.product_of(*types, gpu) == older
-        assert slot_products.shrink_tiles(1024, 64, *types, gpu).product == older
-    slot_products._splits_float32.cache_clear()
-    assert [slot_products.bucket(rank) for rank in (1, 16, 17, 33, 64, 65, 128, 500)] == [16, 16, 32, 64, 64] + 3 * [
-        128
-    ]
+        assert tile_rules.product_of(*types, gpu) == older
+        assert tile_rules.shrink_tiles(1024, 64, *types, gpu).product == older
+    tile_rules._splits_float32.cache_clear()
+    assert [tile_rules.bucket(rank) for rank in (1, 16, 17, 33, 64, 65, 128, 500)] == [16, 16, 32, 64, 64] + 3 * [128]
 
 
 def test_candidates_are_few_and_start_with_the_rule() -> None:
     for rank, types in itertools.product((1, 32, 64, 128), ((BF16, FP32), (BF16, BF16), (FP32, FP32))):
-        tiles = slot_products.shrink_tiles(1024, rank, *types, torch.device("cpu"))
-        candidates = slot_products.candidate_tiles(tiles)
+        tiles = tile_rules.shrink_tiles(1024, rank, *types, torch.device("cpu"))
+        candidates = tile_rules.candidate_tiles(tiles)
         assert candidates[0] == tiles and 3 <= len(set(candidates)) == len(candidates) <= 6
         assert all(min(own.tokens, own.features, own.ranks) >= 16 and own.stages >= 1 for own in candidates)
 
@@ -434,13 +433,13 @@ def test_bytes_by_hand() -> None:
     sizes = (2, 3, 5, 7, BF16, FP32)
     flops = 2 * 2 * 3 * 5 * 7
     x, w, h = 2 * 15 * 2, 2 * 35 * 4, 2 * 21 * 4
-    assert slot_products.shrink_count(*sizes) == slot_products.Count(flops, x + w + h + 2 * 7 * 4)
-    assert slot_products.shrink_count(*sizes, factor=False).nbytes == x + w + h
-    assert slot_products.expand_count(*sizes) == slot_products.Count(flops, h + w + 2 * x)
-    assert slot_products.expand_count(*sizes, base=False).nbytes == h + w + x
-    assert slot_products.outer_count(*sizes) == slot_products.Count(flops, h + x + w)
-    assert slot_products.outer_count(*sizes, chunks=2).nbytes == h + x + w + 2 * 2 * w
-    assert slot_products.matmul_count(6, 5, 4, BF16) == slot_products.Count(240, 2 * (30 + 20 + 24))
+    assert counts.shrink_count(*sizes) == counts.Count(flops, x + w + h + 2 * 7 * 4)
+    assert counts.shrink_count(*sizes, factor=False).nbytes == x + w + h
+    assert counts.expand_count(*sizes) == counts.Count(flops, h + w + 2 * x)
+    assert counts.expand_count(*sizes, base=False).nbytes == h + w + x
+    assert counts.outer_count(*sizes) == counts.Count(flops, h + x + w)
+    assert counts.outer_count(*sizes, chunks=2).nbytes == h + x + w + 2 * 2 * w
+    assert counts.matmul_count(6, 5, 4, BF16) == counts.Count(240, 2 * (30 + 20 + 24))
 
 
 @pytest.mark.parametrize("linear", [False, True])

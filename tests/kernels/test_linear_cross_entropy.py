@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from autopeft.kernels import counts
 from autopeft.kernels import linear_cross_entropy as module
-from autopeft.kernels import slot_products
 from autopeft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 torch.set_num_threads(1)
@@ -190,10 +190,10 @@ def test_chunks_on_a_gpu() -> None:
 def test_counts_by_hand() -> None:
     """5 tokens in chunks of 3 and 2, 7 features, 11 words in bfloat16."""
     half = torch.bfloat16
-    assert module.softmax_count(3, 11, half) == slot_products.Count(9 * 33, 3 * 2 * 33)
-    assert module.softmax_count(3, 11, half, with_gradient=False) == slot_products.Count(5 * 33, 2 * 33)
+    assert module.softmax_count(3, 11, half) == counts.Count(9 * 33, 3 * 2 * 33)
+    assert module.softmax_count(3, 11, half, with_gradient=False) == counts.Count(5 * 33, 2 * 33)
     softmax = module.softmax_count(5, 11, half)
-    product = slot_products.Count(2 * 5 * 7 * 11, 2 * (5 * 7 + 2 * 7 * 11 + 5 * 11))
+    product = counts.Count(2 * 5 * 7 * 11, 2 * (5 * 7 + 2 * 7 * 11 + 5 * 11))
     assert module.linear_cross_entropy_count(5, 7, 11, half, 3) == product + product + softmax
     softmax = module.softmax_count(5, 11, half, with_gradient=False)
     assert module.linear_cross_entropy_count(5, 7, 11, half, 3, with_gradient=False) == product + softmax

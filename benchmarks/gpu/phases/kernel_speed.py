@@ -20,9 +20,11 @@ from autopeft.benchmarks.gpu.clock import device_seconds, host_seconds
 from autopeft.benchmarks.gpu.phase import Row, Run
 from autopeft.benchmarks.speed.kernels import KernelCase, kernel_cases
 from autopeft.evaluators.costs.timing import interleaved, now
+from autopeft.kernels import counts, slot_products
 from autopeft.kernels import linear_cross_entropy as cross_entropy
-from autopeft.kernels import slot_products
-from autopeft.kernels.slot_products import Count, Tiles
+from autopeft.kernels import tiles as tile_rules
+from autopeft.kernels.counts import Count
+from autopeft.kernels.tiles import Tiles
 
 #: Types of the backbone and of the adapters: the default first.
 TYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -174,26 +176,26 @@ def _narrow_products(device: torch.device, types: str, tokens: int, features: in
     products = (
         (
             "shrink",
-            slot_products.shrink_count(*sizes),
-            slot_products.shrink_tiles(tokens, rank, wide, narrow, device),
+            counts.shrink_count(*sizes),
+            tile_rules.shrink_tiles(tokens, rank, wide, narrow, device),
             lambda x, tiles: slot_products.triton_shrink(x, w, factor, None, tiles),
         ),
         (
             "expand",
-            slot_products.expand_count(*sizes),
-            slot_products.expand_tiles(rank, narrow, device),
+            counts.expand_count(*sizes),
+            tile_rules.expand_tiles(rank, narrow, device),
             lambda x, tiles: slot_products.triton_expand(h, up, x, x, None, tiles),
         ),
         (
             "outer",
-            slot_products.outer_count(*sizes),
-            slot_products.outer_tiles(rank, wide, narrow, device),
+            counts.outer_count(*sizes),
+            tile_rules.outer_tiles(rank, wide, narrow, device),
             lambda x, tiles: slot_products.triton_outer(h, x, None, tiles),
         ),
     )
     shape = f"{SLOTS} slots x {tokens} tokens, {features} features, rank {rank}"
     for name, count, rule, way in products:
-        ways = {_words(tiles): [partial(way, x, tiles) for x in xs] for tiles in slot_products.candidate_tiles(rule)}
+        ways = {_words(tiles): [partial(way, x, tiles) for x in xs] for tiles in tile_rules.candidate_tiles(rule)}
         yield Product(name, shape, count, ways)
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from autopeft.kernels import slot_products
+from autopeft.kernels import tiles as tile_rules
 from autopeft.kernels.packed_lora import (
     packed_lora,
     packed_lora_linear,
     packed_lora_linear_reference,
     packed_lora_reference,
 )
-from autopeft.kernels.slot_products import Tiles
+from autopeft.kernels.tiles import Tiles
 
 from ...kernels.test_kernels import Draw, mask_of, root_mean_square_ratio
 
@@ -115,10 +116,10 @@ def check_products(
     chosen, narrow_w, narrow_h = x[slots].float(), w.float(), h.float()
     y = strided(wide(3, tokens, D_IN)).detach()
     expected = y.float().index_add(0, slots, narrow_h @ narrow_w)
-    for_shrink = tiles(slot_products.shrink_tiles(tokens, rank, *types, device))
+    for_shrink = tiles(tile_rules.shrink_tiles(tokens, rank, *types, device))
     for_outer, for_expand = (
-        tiles(slot_products.outer_tiles(rank, *types, device)),
-        tiles(slot_products.expand_tiles(rank, types[1], device)),
+        tiles(tile_rules.outer_tiles(rank, *types, device)),
+        tiles(tile_rules.expand_tiles(rank, types[1], device)),
     )
     down = (chosen @ narrow_w.mT) * factor.float()[:, None, :]
     dense = w.mT.contiguous().mT
@@ -141,21 +142,21 @@ def test_products(rank: int, wide_type: torch.dtype, narrow_type: torch.dtype) -
 
 @TYPES
 def test_many_tokens(wide_type: torch.dtype, narrow_type: torch.dtype) -> None:
-    check_products(slot_products.FEW + 3, 40, (wide_type, narrow_type))
+    check_products(tile_rules.FEW + 3, 40, (wide_type, narrow_type))
 
 
 @TYPES
 @pytest.mark.parametrize("number", range(6))
 def test_other_tiles(number: int, wide_type: torch.dtype, narrow_type: torch.dtype) -> None:
     def other(tiles: Tiles) -> Tiles:
-        candidates = slot_products.candidate_tiles(tiles)
+        candidates = tile_rules.candidate_tiles(tiles)
         return candidates[number % len(candidates)]
 
     check_products(70, 20, (wide_type, narrow_type), other)
 
 
 def test_products_one_by_one() -> None:
-    check_products(T, 20, (torch.bfloat16, torch.float32), lambda tiles: slot_products.Tiles(32, 64, 16, 4, 2, "ieee"))
+    check_products(T, 20, (torch.bfloat16, torch.float32), lambda tiles: tile_rules.Tiles(32, 64, 16, 4, 2, "ieee"))
 
 
 def test_a_split_number_is_exact() -> None:
