@@ -251,7 +251,8 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     shared = choice.fields.get("shared_experts", 0)
     apart = [str(router) for router in routers if router in MIXING]
     if apart and (isinstance(shared, Domain) or shared):
-        yield ("shared_experts",), f"{' and '.join(apart)}: there is a part for every expert, and no shared ones"
+        names = " and ".join(f"router {router!r}" for router in apart)
+        yield ("shared_experts",), f"{names} does not support shared_experts"
     own_parts = [str(router) for router in routers if router in (*MIXING, "xlora")]
     if own_parts and choice.router_per == "layer":
         yield ("router_per",), f"{' and '.join(own_parts)}: each site has a part of its own, no other can follow it"

@@ -249,7 +249,7 @@ def summary(trial: Trial, backbone: Backbone) -> str:
         places = "; ".join(" ".join(names) + where for where, names in by_layers.items())
         parts.append(f"{word} at {places}")
     rate = trial.candidate.training.get("learning_rate")
-    return " + ".join(parts or ["no adapter"]) + (f", rate {rate:.2g}" if rate else "")
+    return " + ".join(parts or ["no adapter"]) + (f", lr {rate:.2g}" if rate else "")
 
 
 def _ranges(layers: set[int], num_layers: int) -> str:

@@ -102,7 +102,7 @@ def assignment_of(space: SearchSpace, given: Mapping[str, Value]) -> Assignment:
     idle = [key for key, value in given.items() if genes_of[key] and not _is_off(value)
             and not any(gene.name in point for gene in genes_of[key])]  # fmt: skip
     if idle:
-        raise SpaceError([((key,), "does not count: what it belongs to is off here") for key in idle])
+        raise SpaceError([((key,), "has no effect: its adapter is off in this entry") for key in idle])
     return point
 
 
@@ -140,7 +140,7 @@ def _key_problems(
         elif setting not in declared:
             settings = {gene.setting for gene in space.genes}
             names = settings | {gene.name for gene in space.genes}
-            yield key, f"nothing in this space has this name{did_you_mean(key, names) or did_you_mean(key, settings)}"
+            yield key, f"unknown gene or setting{did_you_mean(key, names) or did_you_mean(key, settings)}"
         elif declared[setting] != value:
             yield key, f"is {declared[setting]!r} in this space, not {value!r}"
 

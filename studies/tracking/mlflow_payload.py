@@ -40,7 +40,7 @@ def metric(name: str, value: float, at_ms: int, step: int = 0) -> Metric:
 
 
 def run_name(trial: Trial, snapshot: Snapshot) -> str:
-    """``trial 7: lora 8 at attn.q attn.v, rate 0.002``"""
+    """``trial 7: lora 8 at attn.q attn.v, lr 0.002``"""
     who = f"trial {trial.number}"
     if trial.of is not None:
         who += f" (trial {trial.of}, seed {trial.seed})"

@@ -646,7 +646,7 @@ def test_the_largest_has_the_most_experts_and_the_smallest_none() -> None:
     [
         ({"router": "dice"}, "router must be one of"),
         ({"router": "task"}, "needs to know how many"),
-        ({"router": "soft", "shared_experts": 1}, "no shared ones"),
+        ({"router": "soft", "shared_experts": 1}, "router 'soft' does not support shared_experts"),
         ({"experts": Choice.of([0])}, "0 is the only size"),
     ],
 )

@@ -95,9 +95,9 @@ def test_the_member_of_a_group_that_is_named_is_taken(space: SearchSpace) -> Non
 @pytest.mark.parametrize(
     ("given", "key", "problem"),
     [
-        ({"atn.rank": 4}, "atn.rank", "nothing in this space has this name; did you mean 'attn.rank'?"),
+        ({"atn.rank": 4}, "atn.rank", "unknown gene or setting; did you mean 'attn.rank'?"),
         ({"attn.rank.layer.1": 4}, "attn.rank.layer.1", "did you mean 'attn.rank.layers.1'?"),
-        ({"attn.dropout": 0.1}, "attn.dropout", "nothing in this space has this name"),
+        ({"attn.dropout": 0.1}, "attn.dropout", "unknown gene or setting"),
         ({"attn.rank": 3}, "attn.rank", "3 is not in this space: one of 0, 2, 4"),
         ({"attn.rank": True}, "attn.rank", "True is not in this space"),
         ({"serial.size": 0}, "serial.size", "0 is not in this space: one of 4, 8"),
@@ -105,7 +105,7 @@ def test_the_member_of_a_group_that_is_named_is_taken(space: SearchSpace) -> Non
         ({"attn.rank": 2, "attn.alpha": 8}, "attn.alpha", "is 16.0 in this space, not 8"),
         ({"training.epochs": 3}, "training.epochs", "is 2.0 in this space, not 3"),
         ({"type": "prefix"}, "type", "'prefix' is not in this space: one of serial, mlp"),
-        ({"type": "mlp", "serial.size": 8}, "serial.size", "does not count: what it belongs to is off here"),
+        ({"type": "mlp", "serial.size": 8}, "serial.size", "has no effect: its adapter is off in this entry"),
     ],
 )
 def test_what_is_wrong_with_a_value(space: SearchSpace, given: dict[str, Any], key: str, problem: str) -> None:
@@ -194,7 +194,7 @@ def test_problems_have_their_lines(tmp_path: Path) -> None:
     assert [text.split(" ")[0] for text in found] == [
         f"study.yaml:{line(words)}" for words in ("rnak", "houlsby", "rank: 9", "trainin.", "- head", "rank: 0")
     ]
-    assert "search.start.0.lora.rnak: nothing in this space has this name; did you mean 'lora.rank'?" in found[0]
+    assert "search.start.0.lora.rnak: unknown gene or setting; did you mean 'lora.rank'?" in found[0]
     assert "search.start.1: the baseline 'houlsby' does not lie in this space" in found[1]
     assert "search.start.2.trainin.epochs" in found[3] and "no adapter is on" in found[4] and "no adapter" in found[5]
 

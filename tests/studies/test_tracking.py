@@ -101,12 +101,12 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_child_holds_its_trial(store: Store) -> None:
     assert store.tracker().sync(snapshot())
     run = store.child(4)
-    assert run.info.run_name == "trial 4: prefix 4 at attn in layers 0 + lora 16 at attn.q attn.v, rate 0.002"
+    assert run.info.run_name == "trial 4: prefix 4 at attn in layers 0 + lora 16 at attn.q attn.v, lr 0.002"
     assert run.info.status == "FINISHED"
     assert run.info.end_time - run.info.start_time == 6500
     assert abs(run.info.end_time / 1000 - time.time()) < 60
     assert run.data.params == {
-        "architecture": "prefix 4 at attn in layers 0 + lora 16 at attn.q attn.v, rate 0.002",
+        "architecture": "prefix 4 at attn in layers 0 + lora 16 at attn.q attn.v, lr 0.002",
         "kinds": "lora, prefix",
         "role": "search",
         "seed": "0",
