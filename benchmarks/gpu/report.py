@@ -17,7 +17,7 @@ from typing import Any
 from autopeft.benchmarks.gpu.phases import PHASES
 from autopeft.benchmarks.gpu.phases.equal_work import REGIMES
 from autopeft.benchmarks.gpu.phases.kernel_speed import WANTED
-from autopeft.benchmarks.gpu.phases.pack_parity import TOLERANCES
+from autopeft.benchmarks.gpu.phases.pack_parity import COMPARED, TOLERANCES
 from autopeft.benchmarks.gpu.phases.step_overhead import TARGETS
 from autopeft.benchmarks.gpu.runner import SCHEMA
 from autopeft.studies.reports import markdown
@@ -118,7 +118,8 @@ def _targets(found: Found | None) -> str:
         name = str(dtype)
         rows = [row for row in _rows(found, "pack-parity") if row["dtype"] == name and "relative_difference" in row]
         worst = max((float(row["relative_difference"]) for row in rows), default=None)
-        words = f"loss of 20 steps, packed against alone, {name.removeprefix('torch.')}"
+        steps = f"the first {COMPARED[dtype]} steps" if COMPARED[dtype] else "20 steps and held out"
+        words = f"loss, {steps}, packed against alone, {name.removeprefix('torch.')}"
         lines.append([words, f"{tolerance:.0e}", "" if worst is None else f"{worst:.1e} at most, {len(rows)} packs"])
     whole = {row["model"]: row for row in _rows(found, "step-overhead") if row.get("extrapolated")}
     for model, target in TARGETS.items():
@@ -212,7 +213,7 @@ def _graphs(found: Found) -> str:
         head = [row["step"], row["regime"], row["way"]]
         if "over_eager" in row:
             after = float(row["steps_to_pay"])
-            pays = "never" if after == float("inf") else f"{after:.0f}"
+            pays = "-" if row["way"] == "eager" else "never" if after == float("inf") else f"{after:.0f}"
             lines.append(
                 [*head, f"{1e3 * row['step_s']:.1f}", f"{row['over_eager']:.2f}", f"{row['first_s']:.1f}", pays]
             )
