@@ -1,7 +1,8 @@
 """(e) rho: a packed step of eight LoRAs of rank 16 over forward and backward pass of the bare frozen backbone.
 
 A few layers of a model are measured, at two depths. Whole models are extrapolated: what embedding and output layer take
-stays, what the layers take grows with their number.
+stays, what the layers take grows with their number. The packed step also collates its minibatch and copies it to the
+card, as in a study; the bare pass has it there.
 """
 
 from __future__ import annotations
