@@ -219,12 +219,11 @@ def dry_run(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("dry")
     words = ["DEVICE=cpu", f"OUTPUT={folder}", f"GPU_PYTHON={bare_python}"]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS")}
-    begin = time.monotonic()
     done = subprocess.run(
         ["make", "--no-print-directory", "gpu", *words], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     found: dict[str, Any] = json.loads((folder / "gpu.json").read_text())
-    return found | {"exit": done.returncode, "stdout": done.stdout, "wall_s": time.monotonic() - begin}
+    return found | {"exit": done.returncode, "stdout": done.stdout}
 
 
 def test_dry_run_on_a_bare_machine(dry_run: dict[str, Any]) -> None:
@@ -238,7 +237,6 @@ def test_dry_run_on_a_bare_machine(dry_run: dict[str, Any]) -> None:
         row for phase in found.values() for row in phase["rows"] if row.get("passed") is False or "error" in row
     ]
     assert dry_run["exit"] == 0 and "kernel-parity" in dry_run["stdout"]
-    assert dry_run["wall_s"] < 180
     tested = {name: sum("passed" in row for row in phase["rows"]) for name, phase in found.items()}
     assert tested["kernel-parity"] == 43 and tested["pack-parity"] == 34 and tested["equal-work"] == 2
     assert {row["model"] for row in found["step-overhead"]["rows"] if row.get("extrapolated")} == set(TARGETS)
