@@ -10,6 +10,8 @@ from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
+from autopeft.search_space.metrics import QUALITIES, Metric, Own
+from autopeft.search_space.metrics.base import Source
 from autopeft.search_space.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -25,32 +27,23 @@ State = Literal["running", "complete", "pruned", "failed", "infeasible"]
 Surrogate = Literal["smooth", "sparse"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """A number that an evaluator reports. `source`: "quality" (validation), "declared" (analytic) or "measured"."""
-
-    name: str
-    unit: str
-    maximise: bool
-    source: Literal["quality", "declared", "measured"]
-    summary: str
+def _costs(*rows: tuple[str, str, Source, str]) -> dict[str, Metric]:
+    return {row[0]: Metric(name=row[0], unit=row[1], maximise=False, source=row[2], summary=row[3]) for row in rows}
 
 
-def _metrics(*rows: tuple[str, str, bool, Literal["quality", "declared", "measured"], str]) -> dict[str, Metric]:
-    return {row[0]: Metric(name=row[0], unit=row[1], maximise=row[2], source=row[3], summary=row[4]) for row in rows}
-
-
-METRICS = _metrics(
-    ("accuracy", "share", True, "quality", "correct validation examples, or an example's correct completion tokens"),
-    ("loss", "nats", False, "quality", "validation cross-entropy per example (causal: mean over completion tokens)"),
-    ("num_params", "parameters", False, "declared", "trainable parameters of the adapters, without the head"),
-    ("stored_bytes", "bytes", False, "declared", "size of the trained adapters on disk"),
-    ("flops_per_token", "operations", False, "declared", "what the adapters add to one forward pass"),
-    ("peak_memory_bytes", "bytes", False, "measured", "high-water mark of one training step"),
-    ("step_s", "seconds", False, "measured", "one training step"),
-    ("latency_s", "seconds", False, "measured", "one forward pass of a batch, adapters unmerged"),
-    ("merged_latency_s", "seconds", False, "measured", "the same with what can be merged merged"),
-)
+#: Qualities, registered in `metrics/`, and costs.
+METRICS: dict[str, Metric] = {
+    **QUALITIES,
+    **_costs(
+        ("num_params", "parameters", "declared", "trainable parameters of the adapters, without the head"),
+        ("stored_bytes", "bytes", "declared", "size of the trained adapters on disk"),
+        ("flops_per_token", "operations", "declared", "what the adapters add to one forward pass"),
+        ("peak_memory_bytes", "bytes", "measured", "high-water mark of one training step"),
+        ("step_s", "seconds", "measured", "one training step"),
+        ("latency_s", "seconds", "measured", "one forward pass of a batch, adapters unmerged"),
+        ("merged_latency_s", "seconds", "measured", "the same with what can be merged merged"),
+    ),
+}
 #: The metrics that follow from an architecture alone, without a model or data: its methods of those names.
 DECLARED = tuple(name for name, metric in METRICS.items() if metric.source == "declared")
 
@@ -61,10 +54,11 @@ def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """One thing that counts. `bound`: worst value that a user accepts; `reference`: corner for the hypervolume.
+    """One thing that counts. `bound`: worst value that a user accepts; `reference`: corner for the hypervolume; `own`:
+    the metric, where it is one of the study's own and not of `METRICS`.
 
-    Both are in the metric's own direction and unit. Everything behind this class is minimised; `loss` is the one
-    place where the direction is applied.
+    Both numbers are in the metric's own direction and unit. Everything behind this class is minimised; `loss` is the
+    one place where the direction is applied.
     """
 
     name: str
@@ -72,13 +66,26 @@ class Objective:
     unit: str = ""
     bound: float | None = None
     reference: float | None = None
+    own: Own | None = None
 
     @classmethod
     def of(cls, name: str, **settings: Any) -> Objective:
-        """An objective over a known metric with its own direction. Raises KeyError for an unknown one."""
-        metric = METRICS[name]
+        """An objective over a known metric, or its `own`, with the metric's direction. Raises KeyError for an unknown
+        one.
+        """
+        metric = settings.get("own") or METRICS[name]
         settings.setdefault("maximise", metric.maximise)
         return cls(name=name, unit=metric.unit, **settings)
+
+    @property
+    def metric(self) -> Metric:
+        """Raises KeyError for an objective over a metric that nobody knows."""
+        return self.own or METRICS[self.name]
+
+    @property
+    def is_quality(self) -> bool:
+        """Whether it is found on held-out rows after a training, with an error."""
+        return self.own is not None or self.name in QUALITIES
 
     def loss(self, value: Numbers) -> Numbers:
         """`value` turned so that less is better."""
@@ -161,7 +168,8 @@ class Measurement:
     losses: tuple[float, ...] = ()
     #: Metrics at the rungs on the way: share of the steps, then values by name.
     rungs: tuple[tuple[float, Mapping[str, float]], ...] = ()
-    #: Quality metrics per validation example, in the order of the file: what paired comparisons need.
+    #: Quality metrics per validation example, in the order of the file: what paired comparisons need. Of a metric over
+    #: the set: contributions whose mean it is.
     per_example: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     #: Quality on the test split; only finalists and baselines have it.
     test: Mapping[str, float] = field(default_factory=dict)

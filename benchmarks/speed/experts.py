@@ -74,7 +74,7 @@ def _step_s(
         rates = torch.full((slots,), training.learning_rate, device=evaluator.device)
         for number in (1, 2):
             begin = now(evaluator.device)
-            loss = evaluator.scores(attachment, "train", indices)[0].mean(1)
+            loss = evaluator.scores(attachment, "train", indices)["loss"].mean(1)
             attachment.routers.penalised(loss).sum().backward()
             optimizer.step(number, rates)
         return now(evaluator.device) - begin

@@ -61,7 +61,7 @@ def measure_overhead(evaluator: PackedEvaluator, training: Training, seed: int, 
 
         def packed() -> float:
             begin = now(evaluator.device)
-            evaluator.scores(attachment, "train", indices)[0].mean(1).sum().backward()
+            evaluator.scores(attachment, "train", indices)["loss"].mean(1).sum().backward()
             optimizer.step(1, rates)
             return now(evaluator.device) - begin
 
@@ -73,7 +73,7 @@ def measure_overhead(evaluator: PackedEvaluator, training: Training, seed: int, 
                 hook = model.get_input_embeddings().register_forward_hook(_require_gradient)
                 try:
                     begin = now(evaluator.device)
-                    evaluator.task.scores(model, batch)[0].mean().backward()
+                    evaluator.task.scores(model, batch)["loss"].mean().backward()
                     taken.append(now(evaluator.device) - begin)
                 finally:
                     hook.remove()

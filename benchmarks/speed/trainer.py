@@ -96,14 +96,14 @@ class OrderTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = self.evaluator.task.scores(_unwrapped(model), inputs)[0].mean()
+        loss = self.evaluator.task.scores(_unwrapped(model), inputs)["loss"].mean()
         self.losses.append(loss.detach())
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
-            losses, accuracies = self.evaluator.task.scores(_unwrapped(model), self._prepare_inputs(inputs))
-        return None, torch.stack((losses, accuracies), 1), losses
+            found = self.evaluator.task.scores(_unwrapped(model), self._prepare_inputs(inputs))
+        return None, torch.stack((found["loss"], found["accuracy"]), 1), found["loss"]
 
 
 def _unwrapped(model: Any) -> Any:

@@ -122,7 +122,7 @@ class _Bench:
         self.model(**self.inputs)
 
     def loss(self) -> Tensor:
-        return self.attachment.routers.penalised(self.task.scores(self.model, self.batch)[0].mean()[None])[0]
+        return self.attachment.routers.penalised(self.task.scores(self.model, self.batch)["loss"].mean()[None])[0]
 
     def training_step(self) -> Callable[[], None]:
         """The step with an optimiser of its own; the forward pass alone where there is nothing to train."""

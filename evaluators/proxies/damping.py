@@ -81,4 +81,4 @@ class Damping(Importance):
         """Mean over the examples of the minibatches."""
         evaluator = self.evaluator
         batches = (evaluator.batch("train", indices) for indices in self.minibatches())
-        return float(torch.cat([evaluator.task.scores(evaluator.model, batch)[0] for batch in batches]).mean())
+        return float(torch.cat([evaluator.task.scores(evaluator.model, batch)["loss"] for batch in batches]).mean())

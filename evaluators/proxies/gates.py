@@ -310,7 +310,7 @@ class Gates(Proxy):
                 for group in optimizer.param_groups:
                     group["lr"] = group["rates"][step]
                 share = attachment.weigh(self.value_weights(noise)) / max(1, largest)
-                loss = evaluator.scores(attachment, "train", indices)[0].mean()
+                loss = evaluator.scores(attachment, "train", indices)["loss"].mean()
                 (loss + self.penalty * share).backward()
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):

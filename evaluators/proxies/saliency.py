@@ -100,7 +100,7 @@ class Saliency(ZeroCost):
                 jitter(adapter_parts(attachment, k, values), self.seed)
             gradients: list[list[Tensor]] = [[] for _ in slots]
             for indices in self.minibatches():
-                loss = evaluator.scores(attachment, "train", indices)[0].mean(1).sum()
+                loss = evaluator.scores(attachment, "train", indices)["loss"].mean(1).sum()
                 of = dict(zip(parameters, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True))
                 for k in slots:
                     gradients[k].append(_flat(adapter_parts(attachment, k, of)))

@@ -145,12 +145,12 @@ class Supernet(Proxy):
         distances of the others from its outputs.
         """
         if not self.distil or attachment.num_slots == 1:
-            loss = self.evaluator.scores(attachment, "train", indices)[0].mean(1)
+            loss = self.evaluator.scores(attachment, "train", indices)["loss"].mean(1)
             return loss, loss
         found: list[Tensor] = []
         handle = self.evaluator.model.register_forward_hook(lambda module, args, out: found.append(out.logits))
         try:
-            loss = self.evaluator.scores(attachment, "train", indices)[0].mean(1)
+            loss = self.evaluator.scores(attachment, "train", indices)["loss"].mean(1)
         finally:
             handle.remove()
         logits = found[-1].float().view(attachment.num_slots, len(indices), -1).log_softmax(-1)
@@ -169,7 +169,7 @@ class Supernet(Proxy):
         for bank in range(count):
             with self.attach(architectures, [bank] * len(architectures)) as attachment:
                 attachment.eval()
-                losses[:, bank] = self.evaluator.scores(attachment, "train", indices)[0].mean(1).cpu()
+                losses[:, bank] = self.evaluator.scores(attachment, "train", indices)["loss"].mean(1).cpu()
         places = np.arange(count).repeat(-(-len(architectures) // count))
         rows, columns = linear_sum_assignment(torch.nan_to_num(losses, 1e6, 1e6).numpy()[:, places])
         return [int(places[column]) for _, column in sorted(zip(rows, columns, strict=True))]
@@ -288,7 +288,7 @@ class Supernet(Proxy):
         prefix = self.evaluator.prefix
         with nullcontext() if hidden is None or prefix is None else prefix.replaced(hidden, depth):
             packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
-            losses, _ = self.evaluator.task.scores(self.evaluator.model, packed)
+            losses = self.evaluator.task.scores(self.evaluator.model, packed)["loss"]
         return losses.view(slots, -1)
 
 

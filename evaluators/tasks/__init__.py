@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from autopeft.evaluators.tasks.base import Batch, Example, Task, model_inputs
+from autopeft.evaluators.tasks.base import Batch, Example, Scored, Task, model_inputs
 from autopeft.evaluators.tasks.causal_lm import CausalLM
 from autopeft.evaluators.tasks.classification import Classification
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, CausalLM)}
 
-__all__ = ["TASKS", "Batch", "Example", "Task", "model_inputs"]
+__all__ = ["TASKS", "Batch", "Example", "Scored", "Task", "model_inputs"]

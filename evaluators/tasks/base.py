@@ -1,4 +1,4 @@
-"""A task: how rows become tensors, and how logits become losses and scores.
+"""A task: how rows become tensors, and how logits become losses and what else metrics are made of.
 
 Notation: N examples, T tokens (padded), C labels, V vocabulary.
 """
@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 Example = Mapping[str, Any]
 Batch = dict[str, Tensor]
+#: By name, [N] each: see `search_space/metrics/base.py`. `loss` is the one that is differentiated.
+Scored = dict[str, Tensor]
 IGNORED = -100
 #: What a batch tells others than the model.
 BESIDE_THE_MODEL = ("targets", "domains")
@@ -55,11 +57,13 @@ class Task(ABC):
         """What `score` compares with: [N] or [N, width]."""
 
     @abstractmethod
-    def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy [N], differentiable, and accuracy [N] of each example."""
+    def score(self, logits: Tensor, targets: Tensor) -> Scored:
+        """The columns of each example: `loss` (cross-entropy), differentiable, `accuracy`, and what metrics over a set
+        need.
+        """
 
-    def scores(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and accuracy, each [N], of a collated batch: the forward pass and `score`."""
+    def scores(self, model: nn.Module, batch: Batch) -> Scored:
+        """The columns of a collated batch: the forward pass and `score`."""
         return self.score(model(**model_inputs(batch)).logits, batch["targets"])
 
     def collate(self, examples: Sequence[Example]) -> Batch:

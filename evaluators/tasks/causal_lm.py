@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from autopeft.evaluators.data.splits import DataError
-from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Task, model_inputs
+from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Scored, Task, model_inputs
 from autopeft.kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -80,9 +80,10 @@ class CausalLM(Task):
         predicted, wanted, counted = _predicted(logits, targets)
         predicted = predicted.float()
         losses = cross_entropy(predicted, wanted, reduction="none")
-        return _means(losses, counted), _means((predicted.argmax(-1) == wanted).float(), counted)
+        correct = (predicted.argmax(-1) == wanted).float()
+        return {"loss": _means(losses, counted), "accuracy": _means(correct, counted)}
 
-    def scores(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def scores(self, model: Any, batch: Batch) -> Scored:
         """Without logits of all tokens, where nothing happens between the output layer and the loss."""
         layer = model.get_output_embeddings()
         if not (_is_frozen_linear(layer) and _ends_in_output_layer(model)):
@@ -90,7 +91,7 @@ class CausalLM(Task):
         hidden = model.base_model(**model_inputs(batch)).last_hidden_state  # [N, T, D]
         predicted, wanted, counted = _predicted(hidden, batch["targets"])
         losses, correct = linear_cross_entropy(predicted, layer.weight, wanted, layer.bias)
-        return _means(losses, counted), _means(correct, counted)
+        return {"loss": _means(losses, counted), "accuracy": _means(correct, counted)}
 
 
 def _predicted(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from autopeft.evaluators.tasks.base import Task
+from autopeft.search_space.metrics.base import PREDICTION, TARGET
 
 
 class Classification(Task):
@@ -24,4 +25,6 @@ class Classification(Task):
 
     def score(self, logits, targets):
         losses = cross_entropy(logits.float(), targets, reduction="none")
-        return losses, (logits.detach().argmax(-1) == targets).float()
+        predictions = logits.detach().argmax(-1)
+        accuracies = (predictions == targets).float()
+        return {"loss": losses, "accuracy": accuracies, TARGET: targets, PREDICTION: predictions}

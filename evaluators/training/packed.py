@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -41,6 +41,7 @@ from autopeft.evaluators.training.train import (
     steps_at,
 )
 from autopeft.search_space.architecture import digest
+from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
 from autopeft.search_space.training import Training
 
 #: On a GPU, losses are looked at once in so many steps: each look waits for the device.
@@ -82,10 +83,10 @@ class _Run:
     full: int
     depth: int
     stops: tuple[tuple[int, float], ...]
+    record: Record
     #: Stops that lie behind.
     passed: int = 0
     step: int = 0
-    record: Record = field(default_factory=Record)
     kept: _Kept | None = None
     outcome: Outcome | None = None
 
@@ -125,12 +126,13 @@ class PackedEvaluator(TrainEvaluator):
         task: str,
         splits: Splits,
         max_length: int,
+        metrics: Sequence[Quality] = ALWAYS,
         *,
         pack: int | None = None,
         share_prefix: bool = True,
         cache: PrefixCache | None = None,
     ) -> None:
-        super().__init__(loaded, task, splits, max_length)
+        super().__init__(loaded, task, splits, max_length, metrics)
         self.pack = pack
         self.cache = cache
         self.prefix = Prefix(self.model, self.backbone) if share_prefix else None
@@ -187,6 +189,7 @@ class PackedEvaluator(TrainEvaluator):
             request=request,
             training=training,
             full=full,
+            record=Record(self.metrics),
             depth=request.candidate.architecture.lowest_layer(self.backbone) if self.prefix else 0,
             stops=(*(stop for stop in rungs if stop[0] < end), (end, request.fidelity.share)),
         )
@@ -285,7 +288,7 @@ class PackedEvaluator(TrainEvaluator):
                 run.record.end(scores)
                 measurement = run.record.measurement(run.request, self.name)
                 ended.append((run, Outcome(measurement=measurement, weights=weights.get(k))))
-            except TrainingFailed as error:
+            except (TrainingFailed, MetricError) as error:
                 ended.append((run, failure(run.request, error)))
         return ended
 
@@ -309,7 +312,7 @@ class PackedEvaluator(TrainEvaluator):
         losses: list[list[float]] = []
         unseen: list[Tensor] = []
         for number, indices, now in zip(numbers, islice(order, first, None), rates, strict=False):
-            loss = self.scores(attachment, "train", indices)[0].mean(1)
+            loss = self.scores(attachment, "train", indices)["loss"].mean(1)
             penalised = attachment.routers.penalised(loss).sum()
             if not optimizer.idle:
                 penalised.backward()
@@ -347,8 +350,8 @@ class PackedEvaluator(TrainEvaluator):
             lower = self.prefix.replaced(repeated(self._hidden(split, indices, batch, depth), slots), depth)
         with lower:
             packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
-            losses, accuracies = self.task.scores(self.model, packed)
-        return losses.view(slots, -1), accuracies.view(slots, -1)
+            columns = self.task.scores(self.model, packed)
+        return {name: column.view(slots, -1) for name, column in columns.items()}
 
     def _hidden(self, split: str, indices: Sequence[int], batch: Batch, depth: int) -> Tensor:
         """What leaves the lowest `depth` layers for these examples: [N, T, D]."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
@@ -20,10 +20,12 @@ from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Attaching, Costs, Outcome, OutOfMemory, Request, memory_errors
 from autopeft.evaluators.costs.measurement import measure
 from autopeft.evaluators.data.splits import SPLITS, DataError, Splits
-from autopeft.evaluators.tasks import TASKS, Batch, Example
+from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
 from autopeft.evaluators.training import batching
 from autopeft.search_space.adapters import Mixture
 from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
+from autopeft.search_space.metrics.base import standard_error
 from autopeft.search_space.problem import Measurement, declared_costs
 from autopeft.search_space.training import Training
 
@@ -43,12 +45,14 @@ class TrainEvaluator(Attaching):
     The frozen backbone stays in evaluation mode (no dropout of its own); a candidate that trains the backbone itself
     has the backbone's dropout. Minibatches depend on the seed and the batch size alone, so candidates of a seed see
     the same ones. One of which nothing is trained (a router without parameters between LoRAs that are given) makes the
-    same steps without effect. Raises DataError for rows that the model cannot read.
+    same steps without effect. `metrics`: the qualities to report. Raises DataError for rows that the model cannot read.
     """
 
     name = "train"
 
-    def __init__(self, loaded: LoadedBackbone, task: str, splits: Splits, max_length: int) -> None:
+    def __init__(
+        self, loaded: LoadedBackbone, task: str, splits: Splits, max_length: int, metrics: Sequence[Quality] = ALWAYS
+    ) -> None:
         self.model = loaded.model
         self.backbone = loaded.backbone
         self.pretrained_head = loaded.pretrained_head
@@ -60,6 +64,7 @@ class TrainEvaluator(Attaching):
         held_out = len(self.examples["validation"])
         self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
         self.device = next(self.model.parameters()).device
+        self.metrics = tuple(metrics)
 
     def _check_examples(self, loaded: LoadedBackbone) -> None:
         """Before every candidate fails on them."""
@@ -151,7 +156,7 @@ class TrainEvaluator(Attaching):
         training = self.training(request.candidate)
         full, steps = self.full_steps(training), self.num_steps(request)
         rungs = {steps_at(rung, full): rung for rung in request.fidelity.rungs}
-        record = Record()
+        record = Record(self.metrics)
         for step, seconds, loss in self._steps(request, attachment, training, steps, full):
             record.train_s += seconds
             record.losses.append(loss)
@@ -180,7 +185,7 @@ class TrainEvaluator(Attaching):
             torch.manual_seed(request.seed)  # a backbone that is trained itself draws its dropout here
             for step in range(1, steps + 1):
                 start = time.perf_counter()
-                loss = self.scores(attachment, "train", next(order))[0].mean(1)
+                loss = self.scores(attachment, "train", next(order))["loss"].mean(1)
                 penalised = attachment.routers.penalised(loss).sum()
                 if optimizer is not None:
                     penalised.backward()
@@ -198,17 +203,22 @@ class TrainEvaluator(Attaching):
     # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
     @torch.no_grad()
     def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
-        """For every slot, loss and accuracy of these examples of a split (default: all of them), in their order."""
+        """For every slot, the task's columns of these examples of a split (default: all of them), in their order."""
         attachment.eval()
         attachment.routers.watch()
         chosen = range(len(self.examples[split])) if examples is None else examples
         lengths = [self.lengths[split][i] for i in chosen]
-        found = torch.zeros(2, attachment.num_slots, len(chosen))
+        names: list[str] = []
+        found = torch.zeros(0)
         for places in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
             scored = self.scores(attachment, split, [chosen[place] for place in places])
-            found[:, :, places] = torch.stack(scored).cpu()
+            if not names:
+                names = list(scored)
+                found = torch.zeros(len(names), attachment.num_slots, len(chosen))
+            # All at once: each way from a GPU waits for it. Indices of labels are whole in float32, too.
+            found[:, :, places] = torch.stack([scored[name].float() for name in names]).cpu()
         attachment.train()
-        return [{"loss": loss.tolist(), "accuracy": accuracy.tolist()} for loss, accuracy in found.unbind(1)]
+        return [dict(zip(names, of_slot.tolist(), strict=True)) for of_slot in found.unbind(1)]
 
     def final_scores(self, attachment: Attachment, tested: Sequence[bool]) -> list[Scores]:
         """Of every slot; those that are `tested` on the test split and without routers too."""
@@ -220,23 +230,22 @@ class TrainEvaluator(Attaching):
                 found[k].test, found[k].averaged = test[k], averaged[k]
         return found
 
-    def _averaged(self, attachment: Attachment) -> list[dict[str, float]]:
-        """For every slot, its validation scores without routers; nothing where there are none."""
+    def _averaged(self, attachment: Attachment) -> list[Columns]:
+        """For every slot, its validation columns without routers; nothing where there are none."""
         if not attachment.routers:
             return [{}] * attachment.num_slots
         with attachment.routers.averaged():
             columns = self.columns(attachment, "validation")
         return [
-            _means(column) if any(isinstance(spec, Mixture) for _, spec in architecture) else {}
-            for column, architecture in zip(columns, attachment.architectures, strict=True)
+            own if any(isinstance(spec, Mixture) for _, spec in architecture) else {}
+            for own, architecture in zip(columns, attachment.architectures, strict=True)
         ]
 
-    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of these examples, each [K, N]."""
+    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
+        """The task's columns of these examples, each [K, N]."""
         batch = self.batch(split, indices)
         attachment.routers.tokens.domains = batch.get("domains")
-        losses, accuracies = self.task.scores(self.model, batch)
-        return losses[None], accuracies[None]
+        return {name: column[None] for name, column in self.task.scores(self.model, batch).items()}
 
 
 Columns = dict[str, list[float]]
@@ -244,20 +253,19 @@ Columns = dict[str, list[float]]
 
 @dataclass(slots=True)
 class Scores:
-    """Of a slot after its training: losses and accuracies by example, and what there is to say of mixtures (see
-    `Measurement`).
-    """
+    """Of a slot after its training: its columns, and what there is to say of mixtures (see `Measurement`)."""
 
     validation: Columns = field(default_factory=dict)
     test: Columns = field(default_factory=dict)
     routes: dict[str, Any] = field(default_factory=dict)
-    averaged: dict[str, float] = field(default_factory=dict)
+    averaged: Columns = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Record:
-    """What has been seen of a candidate's training."""
+    """What has been seen of a candidate's training; `metrics`: the qualities to find."""
 
+    metrics: tuple[Quality, ...] = ALWAYS
     losses: list[float] = field(default_factory=list)
     rungs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     scores: Scores = field(default_factory=Scores)
@@ -265,8 +273,8 @@ class Record:
     wall_s: float = 0.0
 
     def rung(self, share: float, columns: Columns) -> None:
-        """Raises TrainingFailed for a loss that is not a number."""
-        self.rungs.append((share, _means(finite(columns))))
+        """Raises TrainingFailed for a loss that is not a number, and MetricError."""
+        self.rungs.append((share, self._values(finite(columns))))
 
     def end(self, scores: Scores) -> None:
         """Raises TrainingFailed for a loss that is not a number."""
@@ -276,13 +284,14 @@ class Record:
         self.scores = scores
 
     def measurement(self, request: Request, evaluator: str) -> Measurement:
-        """Raises IndexError for a training that ended before its first rung."""
+        """Raises IndexError for a training that ended before its first rung, and MetricError."""
         scores = self.scores
         # One that ended at a rung has that rung's values.
-        share, values = (request.fidelity.share, _means(scores.validation)) if scores.validation else self.rungs[-1]
+        share, values = self.rungs[-1] if not scores.validation else (request.fidelity.share, {})
+        contributions = self._contributions(scores.validation)
         return Measurement(
-            values=values,
-            std_err={name: _standard_error(column) for name, column in scores.validation.items()},
+            values=values or self._values(scores.validation),
+            std_err={metric.name: standard_error(column) for metric, column in contributions},
             seed=request.seed,
             share=share,
             evaluator=evaluator,
@@ -290,19 +299,27 @@ class Record:
             train_s=self.train_s,
             losses=tuple(round(loss, 5) for loss in self.losses),
             rungs=tuple(self.rungs),
-            per_example={name: _rounded(column) for name, column in scores.validation.items()},
+            per_example={metric.name: _rounded(column, metric.digits) for metric, column in contributions},
             routes=scores.routes,
-            averaged=scores.averaged,
-            test=_means(scores.test),
-            test_per_example={name: _rounded(column) for name, column in scores.test.items()},
+            averaged=self._values(scores.averaged),
+            test=self._values(scores.test),
+            test_per_example={
+                metric.name: _rounded(column, metric.digits) for metric, column in self._contributions(scores.test)
+            },
         )
+
+    def _values(self, columns: Columns) -> dict[str, float]:
+        return {metric.name: metric.value(columns) for metric in self.metrics} if columns else {}
+
+    def _contributions(self, columns: Columns) -> list[tuple[Quality, Sequence[float]]]:
+        return [(metric, metric.contributions(columns)) for metric in self.metrics] if columns else []
 
 
 def failure(request: Request, error: Exception) -> Outcome:
     """The outcome of a candidate that broke: it must not take the others along."""
     if isinstance(error, OutOfMemory):
         return Outcome(failure="infeasible", reason=str(error))
-    if isinstance(error, TrainingFailed):
+    if isinstance(error, TrainingFailed | MetricError):
         return Outcome(failure="failed", reason=str(error))
     logger.debug("candidate %s", request.candidate.key, exc_info=error)
     return Outcome(failure="failed", reason=f"{type(error).__name__}: {error}")
@@ -351,16 +368,5 @@ def decay_groups(parameters: Sequence[tuple[nn.Parameter, bool]], training: Trai
     return [group for group in groups if group["params"]]
 
 
-def _means(scores: Columns) -> dict[str, float]:
-    return {name: sum(column) / len(column) for name, column in scores.items()}
-
-
-def _standard_error(column: Sequence[float]) -> float:
-    """Of the mean over examples; a single seed says nothing of the spread between seeds."""
-    n = len(column)
-    mean = sum(column) / n
-    return math.sqrt(sum((x - mean) ** 2 for x in column) / max(1, n - 1) / n)
-
-
-def _rounded(column: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(x, 4) for x in column)
+def _rounded(column: Sequence[float], digits: int) -> tuple[float, ...]:
+    return tuple(round(x, digits) for x in column)

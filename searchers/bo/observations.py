@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import DECLARED, METRICS, Measurement, Problem, Trial, declared_costs
+from autopeft.search_space.problem import DECLARED, Measurement, Problem, Trial, declared_costs
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 
 #: `Searcher.losses`.
@@ -111,7 +111,7 @@ class Observations:
         complete = [k for k, trial in enumerate(trials) if trial.state == "complete"]
         for i in self.modelled:
             objective = self.problem.objectives[i]
-            if objective.name not in METRICS or METRICS[objective.name].source != "quality":
+            if not objective.is_quality:
                 continue  # costs are measured before the training
             spread = float(np.var(values[complete, i])) if len(complete) > 1 else float(np.var(values[:, i]))
             for k, trial in enumerate(trials):

@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 
 from autopeft.search_space.genes import Assignment
-from autopeft.search_space.problem import METRICS, Problem, Scored, Trial
+from autopeft.search_space.problem import Problem, Scored, Trial
 from autopeft.searchers.base import WHOLE, Suggestion
 from autopeft.searchers.genetic import ranks, spread_first
 from autopeft.searchers.scored.from_scores import FromScores
@@ -88,7 +88,7 @@ class Proxied(FromScores):
         """Scores against the first objective that is measured, over the audited trials; None while too few ended, or if
         too few are left of them all.
         """
-        measured = [i for i, o in enumerate(self.problem.objectives) if METRICS[o.name].source == "quality"]
+        measured = [i for i, o in enumerate(self.problem.objectives) if o.is_quality]
         ended = [(trial.candidate.key, trial) for trial in self.completed if trial.state == "complete"]
         pairs = [
             (self._audited[key].score, losses[measured[0]])

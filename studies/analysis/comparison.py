@@ -18,6 +18,12 @@ What this assumes: examples are a random sample of those that matter; the seeds 
 independent (where they share minibatches, a difference is surer than stated); N is large enough for a mean of
 N scores to be normal. Shares of 0 or 1 have no spread, so their interval is a point.
 
+Of a metric over the set, as a macro-averaged F1, x[s, i] is not a score of example i but its contribution to that of
+run s: the jackknife's pseudo-value, shifted so that the mean is the metric itself (`search_space/metrics/base.py`).
+The model is then one of the metric's first-order expansion in the examples: a difference is the jackknife's with the
+same examples left out of both, and the spread between seeds, which is taken of the means, is that of the metric. It
+leaves out what is of second order, which matters where a class has a handful of examples.
+
 With one run, noise and example cannot be told apart and the noise counts twice, which errs on the wide side.
 Without a `SeedSd` from elsewhere, an interval from one run is about that trained network alone, not about its
 configuration.
@@ -33,7 +39,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student_t
 
-from autopeft.search_space.problem import METRICS, Objective
+from autopeft.search_space.problem import Objective
 
 Floats = NDArray[np.float64]
 
@@ -150,7 +156,7 @@ def costs(values: Mapping[str, float], objectives: Sequence[Objective]) -> tuple
 
     The number of parameters if there is none.
     """
-    declared = [objective for objective in objectives if METRICS[objective.name].source != "quality"]
+    declared = [objective for objective in objectives if not objective.is_quality]
     return tuple(objective.loss(values[objective.name]) for objective in declared) or (values["num_params"],)
 
 

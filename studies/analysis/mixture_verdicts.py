@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from autopeft.search_space.controls import CONTROLS, controls
-from autopeft.search_space.problem import METRICS
+from autopeft.search_space.problem import Metric
 from autopeft.studies.analysis import comparison
 from autopeft.studies.analysis.comparison import Estimate
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -31,10 +31,10 @@ class Against:
             return "better"
         return "worse" if self.difference.high < 0 else "not told apart"
 
-    def of(self, quality: str) -> tuple[float, float, float]:
+    def of(self, quality: Metric) -> tuple[float, float, float]:
         """The difference and the ends of its interval in the quality's own direction: of a loss, less is better."""
         d = self.difference
-        return (d.value, d.low, d.high) if METRICS[quality].maximise else (-d.value, -d.high, -d.low)
+        return (d.value, d.low, d.high) if quality.maximise else (-d.value, -d.high, -d.low)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,18 +64,20 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "earned": self.earned}
 
-    def lines(self, quality: str) -> list[str]:
+    def lines(self, quality: Metric) -> list[str]:
         """In the quality's own direction."""
-        sign = 1.0 if METRICS[quality].maximise else -1.0
+        sign = 1.0 if quality.maximise else -1.0
         head = f"{self.label} ({_sizes(self)}, {self.active_params:,} of them for a token)"
         word = "routing earned its keep" if self.earned else "routing did not show that it earns its keep"
         found = [f"{head}: {word}"]
         for one in self.against:
             value, low, high = one.of(quality)
-            interval = f"{value:+.4f} {quality} ({low:+.4f} to {high:+.4f}, 95 %)"
+            interval = f"{value:+.4f} {quality.name} ({low:+.4f} to {high:+.4f}, 95 %)"
             found.append(f"  against {one.control}, {_sizes(one)}: {one.verdict}, {interval}")
         if self.averaged is not None:
-            found.append(f"  its experts weighted alike after the training: {-sign * self.averaged:+.4f} {quality}")
+            found.append(
+                f"  its experts weighted alike after the training: {-sign * self.averaged:+.4f} {quality.name}"
+            )
         if self.busiest:
             most = max(self.busiest, key=lambda site: self.busiest[site])
             found.append(f"  busiest expert: {self.busiest[most]:.0%} of what is routed at {most}")
@@ -90,7 +92,7 @@ def _sizes(one: Against | Verdict) -> str:
 def verdicts(snapshot: Snapshot) -> list[Verdict]:
     """One for each candidate whose controls were trained."""
     quality, seed_sd = snapshot.quality, snapshot.seed_sd()
-    sign = 1.0 if METRICS[quality].maximise else -1.0
+    sign = 1.0 if snapshot.metrics[quality].maximise else -1.0
     found = []
     for number, own in snapshot.compared().items():
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from autopeft.search_space.problem import (
     METRICS,
     SEARCH,
     Measurement,
+    Metric,
     Objective,
     Trial,
 )
@@ -31,6 +32,14 @@ class Entry:
 
     trial: Trial
     repeats: tuple[Trial, ...] = ()
+    #: The metrics that its scores are of, by name; of one that is not among them, more is better.
+    metrics: Mapping[str, Metric] = field(default_factory=lambda: METRICS)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The metrics that there are scores of."""
+        measured = (run.measurement for run in self.runs)
+        return tuple(dict.fromkeys(name for found in measured if found is not None for name in found.per_example))
 
     @property
     def runs(self) -> tuple[Trial, ...]:
@@ -48,14 +57,17 @@ class Entry:
 
     def scores(self, metric: str, split: str = "validation") -> np.ndarray:
         """[seeds, examples], larger is better; empty if it was not scored on that split."""
-        sign = 1.0 if METRICS[metric].maximise else -1.0
         columns = []
         for run in self.runs:
             assert run.measurement is not None
             per_example = run.measurement.per_example if split == "validation" else run.measurement.test_per_example
             if metric in per_example:
                 columns.append(per_example[metric])
-        return sign * np.asarray(columns, dtype=float)
+        return self.sign(metric) * np.asarray(columns, dtype=float)
+
+    def sign(self, metric: str) -> float:
+        """1 where more is better, -1 where less is."""
+        return 1.0 if metric not in self.metrics or self.metrics[metric].maximise else -1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +89,7 @@ class Snapshot:
             if trial.role == FINALIST and trial.of is not None and trial.state == "complete":
                 repeats.setdefault(trial.of, []).append(trial)
         return [
-            Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())))
+            Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())), metrics=self.metrics)
             for trial in self.trials
             if trial.of is None and trial.state == "complete"
         ]
@@ -90,12 +102,12 @@ class Snapshot:
                 runs.setdefault((trial.of, trial.role.removeprefix(CONTROL)), []).append(trial)
         found: dict[int, dict[str, Entry]] = {}
         for (number, name), own in runs.items():
-            found.setdefault(number, {})[name] = Entry(trial=own[0], repeats=tuple(own))
+            found.setdefault(number, {})[name] = Entry(trial=own[0], repeats=tuple(own), metrics=self.metrics)
         return found
 
     def tuned(self) -> list[Entry]:
         """The candidates of the search, and of each baseline the one with the best learning rate."""
-        sign = 1.0 if METRICS[self.quality].maximise else -1.0
+        sign = 1.0 if self.metrics[self.quality].maximise else -1.0
         best: dict[str, Entry] = {}
         for entry in self.entries():
             value = sign * entry.trial.values[self.quality]
@@ -109,6 +121,11 @@ class Snapshot:
         return {objective.name: objective for objective in self.objectives}
 
     @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """By name: those that everybody knows, and the study's own among its objectives."""
+        return {**METRICS, **{o.name: o.metric for o in self.objectives if o.own is not None}}
+
+    @property
     def ended(self) -> tuple[Trial, ...]:
         """Evaluations that are over, whatever came of them; copies of another trial were none."""
         return tuple(trial for trial in self.trials if trial.state != "running" and trial.role != COPY)
@@ -120,7 +137,7 @@ class Snapshot:
     @property
     def quality(self) -> str:
         """The quality metric among the objectives that comparisons are about."""
-        names = [o.name for o in self.objectives if METRICS[o.name].source == "quality"]
+        names = [o.name for o in self.objectives if o.is_quality]
         return names[0] if names else "accuracy"
 
     def seed_sd(self, split: str = "validation") -> SeedSd | None:
@@ -174,12 +191,12 @@ class Snapshot:
         """Values and standard errors by metric name, over all of its runs; see `seed_sd`."""
         assert entry.trial.measurement is not None
         values, std_err = dict(entry.trial.measurement.values), dict(entry.trial.measurement.std_err)
-        for metric in ("accuracy", "loss"):
+        for metric in entry.scored:
             scores = entry.scores(metric)
             if scores.size:
                 spread = seed_sd if metric == self.quality else None
                 found = comparison.estimate(scores, seed_sd=spread)
-                values[metric] = found.value if METRICS[metric].maximise else -found.value
+                values[metric] = entry.sign(metric) * found.value
                 std_err[metric] = found.std_err
         return values, std_err
 
@@ -214,7 +231,7 @@ class Snapshot:
         means = scores.mean(axis=1)
         low, high = comparison.predictive_interval(means, pooled)
         std_err = comparison.estimate(scores, seed_sd=pooled).std_err
-        sign = 1.0 if METRICS[metric].maximise else -1.0
+        sign = entry.sign(metric)
         low, high = sorted((sign * low, sign * high))
         return Estimate(value=sign * float(means.mean()), std_err=std_err, low=low, high=high, num_seeds=len(means))
 

@@ -90,7 +90,7 @@ def print_front(snapshot: Snapshot) -> None:
     found = verdicts(snapshot)
     if found:
         typer.echo("\nmixtures against what they are compared with")
-    for line in (line for verdict in found for line in verdict.lines(snapshot.quality)):
+    for line in (line for verdict in found for line in verdict.lines(snapshot.metrics[snapshot.quality])):
         typer.echo(f"  {line}")
 
 

@@ -12,6 +12,7 @@ from autopeft.studies.cli.options import JsonOption, print_json
 from autopeft.studies.errors import ConfigurationError, UserError
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")]
+TrustOption = Annotated[bool, typer.Option("--trust-code", help="Run the code of the recipe's own metrics.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 
@@ -21,6 +22,7 @@ def train(
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the recipe's own.")] = None,
     device: DeviceOption = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")] = False,
+    trust_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe from scratch; write the adapter and its metrics."""
@@ -32,7 +34,7 @@ def train(
     folder = out or recipe.parent / "trained"
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ConfigurationError(f"{folder} is not empty (--force replaces an earlier run)")
-    run = _retrain(loaded, [loaded.seed if seed is None else seed], device)[0]
+    run = _retrain(loaded, [loaded.seed if seed is None else seed], device, trust_code)[0]
     EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
     metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": kept(loaded, [run])}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -47,6 +49,7 @@ def verify(
     recipe: RecipeArgument,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many new seeds.")] = 2,
     device: DeviceOption = "auto",
+    trust_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe with seeds that its study has not used, and check the promised interval. Exit 1 if it fails."""
@@ -56,7 +59,7 @@ def verify(
     loaded = Recipe.load(recipe)
     if not promises(loaded):
         raise UserError(f"{recipe}: promises nothing: its study trained no candidate with more than one seed")
-    runs = _retrain(loaded, fresh_seeds(loaded, seeds), device)
+    runs = _retrain(loaded, fresh_seeds(loaded, seeds), device, trust_code)
     verdicts = kept(loaded, runs)
     if as_json:
         found = [{"seed": run.seed, "test": run.test} for run in runs]
@@ -68,7 +71,7 @@ def verify(
     typer.echo("the promise was kept", err=as_json)
 
 
-def _retrain(recipe: Any, seeds: list[int], device: str) -> list[Any]:
+def _retrain(recipe: Any, seeds: list[int], device: str, trust_code: bool) -> list[Any]:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -79,7 +82,11 @@ def _retrain(recipe: Any, seeds: list[int], device: str) -> list[Any]:
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"training with seed {', '.join(map(str, seeds))}", total=None)
         return retrain(
-            recipe, seeds, torch_device(device), lambda done, total: bar.update(task, completed=done, total=total)
+            recipe,
+            seeds,
+            torch_device(device),
+            lambda done, total: bar.update(task, completed=done, total=total),
+            trust_code=trust_code,
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
+from autopeft.search_space.metrics import QUALITIES, MetricError, Own
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
@@ -89,15 +90,34 @@ def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
 
 
 def _objective_problems(study: StudyFile) -> Iterator[Finding]:
+    own = study.metrics or {}
     names = [objective.name for objective in study.objectives]
-    for i, name in enumerate(names):
-        if name not in METRICS:
-            yield ("objectives", i), f"unknown metric {name!r}{did_you_mean(name, METRICS)}"
+    for i, objective in enumerate(study.objectives):
+        name = objective.name
+        if name not in METRICS and name not in own:
+            yield ("objectives", i), f"unknown metric {name!r}{did_you_mean(name, (*METRICS, *own))}"
         elif name in names[:i]:
             yield ("objectives", i), f"{name!r} stands twice"
-    if all(name in METRICS and METRICS[name].source != "quality" for name in names):
-        quality = " or ".join(name for name, metric in METRICS.items() if metric.source == "quality")
+        elif name in QUALITIES:
+            metric = QUALITIES[name]
+            if metric.tasks is not None and study.task not in metric.tasks:
+                yield ("objectives", i), f"{name} needs the task {' or '.join(metric.tasks)}"
+            wish, best = objective.bound, metric.bound
+            if wish is not None and best is not None and (wish > best if metric.maximise else wish < best):
+                yield ("objectives", i, "bound"), f"no candidate can meet it: the best {name} is {best:g}"
+    if all(name in METRICS and name not in QUALITIES for name in names):
+        able = [name for name, metric in QUALITIES.items() if metric.tasks is None or study.task in metric.tasks]
+        quality = " or ".join(able)
         yield ("objectives",), f"one must be {quality}: by cost alone, no adapter at all is the best"
+    for name, place in own.items():
+        if name in METRICS:
+            yield ("metrics", name), f"{name!r} is a metric already: take another name"
+        if study.task != "classification":
+            yield ("metrics", name), "metrics of your own are for classification: they are of targets and predictions"
+        try:
+            Own.declared(name, place)
+        except MetricError as error:
+            yield ("metrics", name), str(error)
 
 
 def _data_problems(study: StudyFile) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ def fingerprint(study: StudyFile) -> dict[str, Any]:
     scores = study.proxy.model_dump(mode="json", exclude_defaults=True)
     starts_from_scores = issubclass(SEARCHERS[study.search.searcher], FromScores)
     found = {key: dump[key] for key in _LASTING} | {"search": search}
+    found |= {"metrics": dump["metrics"]} if dump["metrics"] else {}
     return found | {"proxy": scores} if scores and starts_from_scores else found
 
 

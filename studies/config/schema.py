@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
@@ -30,9 +31,15 @@ def json_schema() -> dict[str, Any]:
     by_name = next(form for form in search["start"]["items"]["oneOf"] if form["type"] == "string")
     _restrict(by_name, BASELINES)
     _restrict(definitions["BaselineSettings"]["properties"]["names"]["items"], BASELINES)
+    definitions["AnyObjectiveSettings"] = deepcopy(definitions["ObjectiveSettings"])
     _restrict(definitions["ObjectiveSettings"]["properties"]["name"], METRICS)
-    objective = {"anyOf": [{"type": "string", "enum": list(METRICS)}, {"$ref": "#/$defs/ObjectiveSettings"}]}
-    schema["properties"]["objectives"]["items"] = objective
+    # A study that has metrics of its own may name them; which they are, a schema cannot know.
+    known = {"anyOf": [{"type": "string", "enum": list(METRICS)}, {"$ref": "#/$defs/ObjectiveSettings"}]}
+    any_objective = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/AnyObjectiveSettings"}]}
+    del schema["properties"]["objectives"]["items"]
+    schema["if"] = {"required": ["metrics"]}
+    schema["then"] = {"properties": {"objectives": {"items": any_objective}}}
+    schema["else"] = {"properties": {"objectives": {"items": known}}}
     common = definitions.pop("AdapterSettings")["properties"]
     for kind, spec in ADAPTERS.items():
         definitions[f"adapter.{kind}"] = _adapter(spec, common)

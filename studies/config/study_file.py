@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PrivateAttr
 
-from autopeft.search_space.problem import METRICS, Objective
+from autopeft.search_space.metrics import ALWAYS, QUALITIES, Own, Quality
+from autopeft.search_space.problem import Objective
 from autopeft.studies.config import settings
 from autopeft.studies.config.source import Keys, Source
 
@@ -32,6 +33,10 @@ class StudyFile(settings.Section):
     objectives: Annotated[tuple[settings.ObjectiveSettings, ...], Field(min_length=2, max_length=4)] = Field(
         default=(settings.ObjectiveSettings(name="accuracy"), settings.ObjectiveSettings(name="num_params")),
         description="two to four metrics that span the front",
+    )
+    metrics: dict[settings.Name, str] | None = Field(
+        default=None,
+        description="metrics of your own by name: the module:function that computes each, the module beside this file",
     )
     constraints: settings.ConstraintSettings = settings.ConstraintSettings()
     search: settings.SearchSettings = settings.SearchSettings()
@@ -90,13 +95,28 @@ class StudyFile(settings.Section):
         set_here = {key: value for key, value in dict(self.data).items() if value is not None}
         return DataSettings(**set_here, folder=self.folder)
 
+    def own_metrics(self) -> dict[str, Own]:
+        """The study's own metrics by name, their code not loaded; more is better unless an objective says otherwise.
+        Raises MetricError.
+        """
+        minimised = {o.name for o in self.objectives if o.direction == "minimise"}
+        return {name: Own.declared(name, place, name not in minimised) for name, place in (self.metrics or {}).items()}
+
+    def qualities(self) -> tuple[Quality, ...]:
+        """What is found of every candidate, with the code of the study's own. Raises MetricError."""
+        wanted = [QUALITIES[o.name] for o in self.objectives if o.name in QUALITIES]
+        own = [metric.loaded(self.folder) for metric in self.own_metrics().values()]
+        return tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
+
     def objectives_list(self) -> tuple[Objective, ...]:
+        own = self.own_metrics()
         return tuple(
             Objective.of(
                 o.name,
                 bound=o.bound,
                 reference=o.reference,
-                maximise=METRICS[o.name].maximise if o.direction is None else o.direction == "maximise",
+                own=own.get(o.name),
+                **({} if o.direction is None else {"maximise": o.direction == "maximise"}),
             )
             for o in self.objectives
         )

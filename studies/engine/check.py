@@ -1,4 +1,4 @@
-"""The check of a study before anything is trained: its data, its model, and its space over both."""
+"""The check of a study before anything is trained: its data, its metrics, its model, and its space over both."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from autopeft.evaluators.data.splits import DataError, Splits, load_splits
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError
 from autopeft.search_space.declaration import domain_problems
+from autopeft.search_space.metrics import MetricError, Own
 from autopeft.search_space.space import SearchSpace
 from autopeft.searchers import SEARCHERS
 from autopeft.studies.config.problem import problem_for
@@ -16,13 +17,20 @@ from autopeft.studies.engine.session import earlier_trials
 
 
 def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
-    """Read the data, describe the model, lay the space over it. Raises StudyFileError with every problem."""
+    """Read the data, try the metrics of the study's own on it, describe the model, lay the space over it. Raises
+    StudyFileError with every problem.
+    """
     problems: list[str] = []
     splits = backbone = space = None
     try:
         splits = load_splits(settings.data_settings(), settings.task)
     except DataError as error:
         problems += [settings.render(("data",), problem) for problem in error.problems]
+    for name, metric in settings.own_metrics().items():
+        try:
+            _try(metric.loaded(settings.folder), splits)
+        except MetricError as error:
+            problems.append(settings.render(("metrics", name), str(error)))
     try:
         labels = splits.labels if splits else None
         backbone = describe_backbone(
@@ -50,3 +58,12 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
         raise StudyFileError(problems)
     assert splits is not None and backbone is not None and space is not None
     return splits, backbone, space
+
+
+def _try(metric: Own, splits: Splits | None) -> None:
+    """On predictions of which some are right. Raises MetricError."""
+    import numpy as np
+
+    if splits is not None and splits.labels is not None:
+        targets = np.array([splits.labels.index(row["label"]) for row in splits.validation])
+        metric.of(targets, np.roll(targets, 1))

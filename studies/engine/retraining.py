@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.search_space.problem import METRICS
+from autopeft.search_space.metrics import ALWAYS, QUALITIES
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
 from autopeft.studies.recipes.recipe import Measured, Recipe
@@ -26,15 +27,32 @@ class Retrained:
 
 
 def retrain(
-    recipe: Recipe, seeds: Sequence[int], device: str = "cpu", progress: Callable[[int, int], None] | None = None
+    recipe: Recipe,
+    seeds: Sequence[int],
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    trust_code: bool = False,
 ) -> list[Retrained]:
-    """Full training runs with these seeds, scored on the test split. Raises ConfigurationError for a model or data
-    that is not what the recipe says, and UserError if a run fails."""
+    """Full training runs with these seeds, scored on the test split. `trust_code`: run the recipe's own metrics.
+
+    Raises ConfigurationError for a model or data that is not what the recipe says and for code that is not trusted, and
+    UserError if a run fails.
+    """
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.data.splits import load_splits
     from autopeft.evaluators.training.train import TrainEvaluator
 
+    if recipe.metrics and not trust_code:
+        named = ", ".join(f"{name} ({own.function})" for name, own in recipe.metrics.items())
+        raise ConfigurationError(
+            f"the recipe has metrics of its own, {named}: code from {recipe.data.folder} or an installed "
+            "package. Read it, and run it with --trust-code"
+        )
     with inputs_checked():
+        own = [metric.declared(name).loaded(Path(recipe.data.folder)) for name, metric in recipe.metrics.items()]
+        wanted = [QUALITIES[name] for name in recipe.measured if name in QUALITIES]
+        metrics = tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
         splits = load_splits(recipe.data.for_loading(), recipe.task)
         for what in ("labels", "domains"):  # outputs and routers know them by their places
             wanted, found = getattr(recipe, what), getattr(splits, what)
@@ -49,7 +67,7 @@ def retrain(
             device=device,
             backbone=recipe.host,
         )
-        evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length)
+        evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length, metrics)
     requests = [Request(candidate=recipe.candidate, seed=seed, test=True, keep_weights=True) for seed in seeds]
     runs = []
     for seed, outcome in zip(seeds, evaluator.evaluate(requests, progress), strict=True):
@@ -75,7 +93,7 @@ def kept(recipe: Recipe, runs: Sequence[Retrained]) -> dict[str, bool]:
         assert promised.low is not None and promised.high is not None
         mean = sum(run.test[name] for run in runs) / len(runs)
         low, high = promised.low - ROUNDING, promised.high + ROUNDING
-        verdicts[name] = mean >= low if METRICS[name].maximise else mean <= high
+        verdicts[name] = mean >= low if recipe.maximises(name) else mean <= high
     return verdicts
 
 

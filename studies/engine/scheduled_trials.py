@@ -11,7 +11,7 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.controls import CONTROLS, controls
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.presets import BASELINES
-from autopeft.search_space.problem import BASELINE, CONTROL, FINALIST, METRICS, SEARCH, Trial
+from autopeft.search_space.problem import BASELINE, CONTROL, FINALIST, SEARCH, Trial
 from autopeft.search_space.space import SearchSpace
 from autopeft.studies.analysis import pareto
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -47,7 +47,7 @@ def contenders(settings: StudyFile, snapshot: Snapshot) -> list[Trial]:
     losses = pareto.losses(trials, snapshot.objectives)
     members = [t for t, member in zip(trials, non_dominated(losses), strict=True) if member]
     quality = snapshot.quality
-    sign = -1 if METRICS[quality].maximise else 1
+    sign = -1 if snapshot.metrics[quality].maximise else 1
     members.sort(key=lambda t: sign * t.values[quality])
     most = settings.finalists.most
     if len(members) <= most:

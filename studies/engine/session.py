@@ -50,14 +50,15 @@ def torch_device(wish: str) -> str:
 
 @contextmanager
 def inputs_checked() -> Iterator[None]:
-    """What is wrong with a model or with data becomes a ConfigurationError."""
+    """What is wrong with a model, with data or with the code of a metric becomes a ConfigurationError."""
     from autopeft.evaluators.backbones import ModelError
     from autopeft.evaluators.data.splits import DataError
     from autopeft.search_space.backbones.introspection import UnknownBackboneError
+    from autopeft.search_space.metrics import MetricError
 
     try:
         yield
-    except (ModelError, DataError, UnknownBackboneError) as error:
+    except (ModelError, DataError, UnknownBackboneError, MetricError) as error:
         raise ConfigurationError(str(error)) from error
 
 
@@ -70,6 +71,7 @@ def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
 
     wish = settings.evaluation
     with inputs_checked():
+        metrics = settings.qualities()
         loaded = load_backbone(
             settings.model_id,
             task=settings.task,
@@ -80,10 +82,12 @@ def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
             device=torch_device(settings.device),
         )
         if wish.evaluator == "train":
-            return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
+            return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length, metrics)
         folder = None if wish.cache_folder is None else settings.folder / wish.cache_folder
         cache = PrefixCache(wish.cache_bytes, folder, wish.cache_folder_bytes) if wish.cache_bytes else None
-        return PackedEvaluator(loaded, settings.task, splits, settings.data.max_length, pack=wish.pack, cache=cache)
+        return PackedEvaluator(
+            loaded, settings.task, splits, settings.data.max_length, metrics, pack=wish.pack, cache=cache
+        )
 
 
 def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator:

@@ -69,8 +69,8 @@ class Study:
         self.evaluator = evaluator
         self.ledger = ledger
         self.tracker = tracker
-        wanted = {o.name for o in problem.objectives} | problem.limits.most.keys()
-        self.measured = frozenset(name for name in wanted if METRICS[name].source == "measured")
+        wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.most]
+        self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
         #: Seconds, for the study's timeout.
         self.clock: Callable[[], float] = time.monotonic
@@ -300,7 +300,7 @@ class Study:
         keep = self.settings.search.keep
         if keep == 1.0 or not self.settings.search.rungs:
             return None
-        priced = [o for o in self.problem.objectives if METRICS[o.name].source != "quality"]
+        priced = [o for o in self.problem.objectives if not o.is_quality]
 
         def select(rung: float, found: Sequence[tuple[int, Mapping[str, float]]]) -> list[int]:
             losses = [

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -21,6 +30,8 @@ from ruamel.yaml.comments import CommentedMap
 from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.metrics import Own
+from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 from autopeft.studies.config.settings import DataSettings
@@ -42,6 +53,7 @@ _COMMENTS = {
     "architecture": "adapters by site",
     "sites": "where those sites, and the linears of the task head, are in the model",
     "training": "AdamW; warmup is a share of the steps",
+    "metrics": "code of the study's user that `autopeft train` and `verify` run with --trust-code alone",
     "measured": "low and high: where one more training run with another seed is promised to end",
     "averaged": "validation scores with all experts of every mixture weighted alike after the training",
 }
@@ -140,6 +152,19 @@ class Averaged(_Part):
     seeds: tuple[int, ...]
 
 
+class OwnMetric(_Part):
+    """A metric that the study's user has written: module:function, in the folder of the data or installed. It is code:
+    nothing runs it that was not told to.
+    """
+
+    function: str
+    direction: Literal["maximise", "minimise"] = "maximise"
+
+    def declared(self, name: str) -> Own:
+        """Its code not loaded. Raises MetricError."""
+        return Own.declared(name, self.function, self.direction == "maximise")
+
+
 class Provenance(_Part):
     """`packages`: versions by name. `created`: ISO 8601."""
 
@@ -165,6 +190,7 @@ class Recipe(_Part):
     training: Annotated[Training, _declared(Training), PlainSerializer(asdict)]
     data: RecipeData
     seed: int = 0
+    metrics: dict[str, OwnMetric] = {}
     measured: dict[str, Measured] = {}
     averaged: dict[str, Averaged] = {}
     provenance: Provenance
@@ -182,7 +208,21 @@ class Recipe(_Part):
             raise ValueError("; ".join(problems))
         if self.task == "classification" and not self.labels:
             raise ValueError("a classification recipe needs `labels`")
+        for name in self.metrics:
+            self.maximises(name)
+        for name, measured in self.measured.items():
+            if measured.low is not None and name not in self.metrics and name not in METRICS:
+                raise ValueError(f"measured: unknown metric {name!r}{did_you_mean(name, (*METRICS, *self.metrics))}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Own metrics came later: where there are none, recipes are what they were before."""
+        return {name: value for name, value in told(self).items() if name != "metrics" or value}
+
+    def maximises(self, name: str) -> bool:
+        """Whether more of a metric is better. Raises KeyError for one that nobody knows, and MetricError."""
+        return self.metrics[name].declared(name).maximise if name in self.metrics else METRICS[name].maximise
 
     @classmethod
     def of(
@@ -245,6 +285,8 @@ class Recipe(_Part):
         data = CommentedMap(self.to_dict())
         data.yaml_set_start_comment(_HEADER)
         for key, comment in _COMMENTS.items():
+            if key not in data:
+                continue
             data.yaml_set_comment_before_after_key(key, before=f"\n{comment}")
         # One line per site and per adapter, however many fields they have.
         data["sites"] = {name: _one_line(site) for name, site in data["sites"].items()}
@@ -284,6 +326,7 @@ class Recipe(_Part):
 _SECTIONS: dict[str, type[BaseModel]] = {
     "backbone": RecipeBackbone,
     "data": RecipeData,
+    "metrics": OwnMetric,
     "measured": Measured,
     "averaged": Averaged,
     "provenance": Provenance,

@@ -15,12 +15,12 @@ from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.studies.analysis.snapshot import Entry, Snapshot
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate
-from autopeft.studies.recipes.recipe import Averaged, Measured, Provenance, Recipe, RecipeData
+from autopeft.studies.recipes.recipe import Averaged, Measured, OwnMetric, Provenance, Recipe, RecipeData
 from autopeft.studies.storage.ledger import Ledger
 
 PACKAGES = ("torch", "transformers", "peft", "optuna", "mlflow", "numpy")
 _COMPARE = {"<=": le, ">=": ge, "<": lt, ">": gt}
-_CONDITION = re.compile(r"(\w+)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
+_CONDITION = re.compile(r"([\w-]+?)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
 
 
 def pick(snapshot: Snapshot, wish: str) -> int:
@@ -70,6 +70,10 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
         trial=number,
         seed=entry.runs[0].seed,
         domains=ledger.domains,
+        metrics={
+            own.name: OwnMetric(function=own.place, direction="maximise" if own.maximise else "minimise")
+            for own in settings.own_metrics().values()
+        },
         measured=_measured(snapshot, entry),
         averaged=_averaged(entry, snapshot.quality),
     )

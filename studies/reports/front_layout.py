@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from autopeft.search_space.problem import METRICS, Objective
+from autopeft.search_space.problem import Objective
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.reports.axes import LOG_UNITS, Axis, Label, place_labels
 
@@ -82,7 +82,7 @@ def _layers(rows: Sequence[FrontRow]) -> tuple[Layer, ...]:
 
 def _axes(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> tuple[Axis, tuple[Axis, ...]]:
     """The vertical axis (the first quality) and a horizontal one per other objective, or for num_params."""
-    qualities = [objective for objective in objectives if METRICS[objective.name].source == "quality"]
+    qualities = [objective for objective in objectives if objective.is_quality]
     upright = (qualities or list(objectives))[0]
     others = [objective for objective in objectives if objective is not upright]
 

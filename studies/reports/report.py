@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from autopeft.search_space.problem import Metric
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 
@@ -47,7 +48,7 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"study": snapshot.study, "num_evaluations": len(snapshot.ended)}
     found = verdicts(snapshot)
-    sections = [_routing(found, snapshot.quality)] if found else []
+    sections = [_routing(found, snapshot.metrics[snapshot.quality])] if found else []
     front_html(rows, snapshot.objectives, folder / "front.html", sections=sections, **about)
     front_png(rows, snapshot.objectives, folder / "front.png", **about)
     (folder / "front.json").write_text(json.dumps(front_data(snapshot), indent=2) + "\n", encoding="utf-8")
@@ -66,7 +67,7 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def _routing(found: Sequence[Verdict], quality: str) -> tuple[str, list[str], Any]:
+def _routing(found: Sequence[Verdict], quality: Metric) -> tuple[str, list[str], Any]:
     """The section of the page about mixtures."""
     from autopeft.studies.reports.routing_picture import routing_figure
 

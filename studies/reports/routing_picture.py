@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from autopeft.search_space.problem import METRICS
+from autopeft.search_space.problem import Metric
 from autopeft.studies.analysis.mixture_verdicts import Verdict
 from autopeft.studies.reports.front_layout import BLUE, GREY, GRID, INK, VERMILION
 from autopeft.studies.reports.page import FONT
@@ -15,7 +15,7 @@ ROW_PX, MARGIN_PX = 34, 110
 COLOURS = {"better": BLUE, "worse": VERMILION}
 
 
-def routing_figure(verdicts: Sequence[Verdict], quality: str) -> go.Figure:
+def routing_figure(verdicts: Sequence[Verdict], quality: Metric) -> go.Figure:
     """A row for every mixture and control: the difference of the quality, in its own direction, with its 95 %."""
     rows = [(f"{verdict.label} against {one.control}", one) for verdict in verdicts for one in verdict.against]
     figure = go.Figure()
@@ -41,14 +41,14 @@ def routing_figure(verdicts: Sequence[Verdict], quality: str) -> go.Figure:
             hovertemplate="%{y}: %{x:+.4f}<br>%{customdata} parameters in its place<extra></extra>",
         )
     figure.add_vline(x=0, line={"color": INK, "width": 1})
-    better = "more" if METRICS[quality].maximise else "less"
+    title = f"difference of {quality.name} ({'more' if quality.maximise else 'less'} is better), 95 %"
     figure.update_layout(
         height=MARGIN_PX + ROW_PX * len(rows),
         margin={"l": 10, "r": 20, "t": 20, "b": 60},
         font={"family": FONT, "color": INK},
         plot_bgcolor="white",
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"},
-        xaxis={"title": f"difference of {quality} ({better} is better), 95 %", "gridcolor": GRID, "zeroline": False},
+        xaxis={"title": title, "gridcolor": GRID, "zeroline": False},
         yaxis={"categoryorder": "array", "categoryarray": [label for label, _ in reversed(rows)], "automargin": True},
     )
     return figure

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.genes import TRAINING
-from autopeft.search_space.problem import METRICS, SEARCH, Measurement, Trial
+from autopeft.search_space.problem import SEARCH, Measurement, Trial
 from autopeft.studies.analysis.mixture_verdicts import verdicts
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.analysis.snapshot import Snapshot, summary
@@ -167,11 +167,11 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
             values = ", ".join(f"{o.name} {_number(row, o.name)}" for o in snapshot.objectives)
             lines += [f"Recommended: **{row.label}**, {row.summary}: {values}.", ""]
     for verdict in verdicts(snapshot):
-        lines += [*(f"    {line}" for line in verdict.lines(snapshot.quality)), ""]
+        lines += [*(f"    {line}" for line in verdict.lines(snapshot.metrics[snapshot.quality])), ""]
     lines += ["| column | meaning |", "|---|---|"]
     for objective in snapshot.objectives:
         better = "higher" if objective.maximise else "lower"
-        about = f"{METRICS[objective.name].summary}; {objective.unit}, {better} is better"
+        about = f"{objective.metric.summary}; {objective.unit + ', ' if objective.unit else ''}{better} is better"
         lines.append(f"| `obj/{objective.name}` | {about} |")
     lines += [
         "| `obj/..._std_err`, `..._iqr` | standard error, interquartile range |",

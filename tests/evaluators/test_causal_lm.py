@@ -30,7 +30,7 @@ from autopeft.evaluators.backbones import LoadedBackbone, describe_backbone, loa
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.data.splits import DataError, Splits, load_splits
 from autopeft.evaluators.tasks import causal_lm
-from autopeft.evaluators.tasks.base import IGNORED, Batch, Task
+from autopeft.evaluators.tasks.base import IGNORED, Batch, Scored, Task
 from autopeft.evaluators.tasks.causal_lm import CausalLM
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Full, Lora, Prefix
@@ -184,8 +184,8 @@ def scores(loaded: LoadedBackbone, examples: list[Any]) -> tuple[list[float], li
     batch = own.collate(examples)
     targets = batch.pop("targets")
     with torch.no_grad():
-        losses, correct = own.score(loaded.model(**batch).logits, targets)
-    return losses.tolist(), correct.tolist()
+        columns = own.score(loaded.model(**batch).logits, targets)
+    return columns["loss"].tolist(), columns["accuracy"].tolist()
 
 
 def test_scores_are_those_of_transformers(loaded):
@@ -214,7 +214,8 @@ def test_loss_and_gradient_by_their_definition(loaded):
     logits = torch.randn(3, 6, 11, generator=generator).requires_grad_()
     targets = torch.randint(0, 11, (3, 6), generator=generator)
     targets[0, :4], targets[1], targets[2, 5] = IGNORED, IGNORED, IGNORED
-    losses, accuracies = task(loaded.tokenizer).score(logits, targets)
+    columns = task(loaded.tokenizer).score(logits, targets)
+    losses, accuracies = columns["loss"], columns["accuracy"]
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
 
     expected = []
@@ -227,8 +228,8 @@ def test_loss_and_gradient_by_their_definition(loaded):
 
     perfect = torch.full((1, 3, 5), -9.0)
     perfect[0, 0, 4] = perfect[0, 1, 2] = 9.0
-    assert task(loaded.tokenizer).score(perfect, torch.tensor([[0, 4, 3]]))[1].tolist() == [0.5]
-    low = task(loaded.tokenizer).score(logits.bfloat16(), targets)[0]
+    assert task(loaded.tokenizer).score(perfect, torch.tensor([[0, 4, 3]]))["accuracy"].tolist() == [0.5]
+    low = task(loaded.tokenizer).score(logits.bfloat16(), targets)["loss"]
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, losses, rtol=0.05, atol=0.05)
 
@@ -236,11 +237,11 @@ def test_loss_and_gradient_by_their_definition(loaded):
 # Scores without logits of all tokens
 
 
-def from_logits(own: CausalLM, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def from_logits(own: CausalLM, model: nn.Module, batch: Batch) -> Scored:
     return Task.scores(own, model, batch)
 
 
-def without_logits(own: CausalLM, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def without_logits(own: CausalLM, model: nn.Module, batch: Batch) -> Scored:
     """`scores`, of a model that nothing is known of yet, and that is not allowed to make logits."""
     causal_lm._plain.pop(model, None)
     with pytest.MonkeyPatch.context() as patch:
@@ -268,18 +269,19 @@ def test_a_pack_is_scored_without_its_logits(loaded, slots):
     prefixes = everywhere(backbone, Prefix(length=3), ("attn",))
     pack = [loras[0], Architecture.of(dict((*loras[1].adapters, *prefixes.adapters)))][:slots]
 
-    def outcome(scores: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def outcome(scores: Callable[..., Scored]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with Attachment(loaded.model, backbone, pack, range(slots)) as attachment:
             generator = torch.Generator().manual_seed(3)
             with torch.no_grad():
                 for parameter, _ in attachment.trainable():
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            losses, correct = scores(own, loaded.model, batch)
+            columns = scores(own, loaded.model, batch)
+            losses, correct = columns["loss"], columns["accuracy"]
             weights = torch.linspace(1.0, 2.0, len(losses))
             gradients = torch.autograd.grad((losses * weights).sum(), [p for p, _ in attachment.trainable()])
             attachment.eval()
             with torch.no_grad():
-                evaluated = scores(own, loaded.model, batch)[0]
+                evaluated = scores(own, loaded.model, batch)["loss"]
         return losses, correct, evaluated, torch.cat([gradient.flatten() for gradient in gradients])
 
     ours, expected = outcome(without_logits), outcome(from_logits)
@@ -322,13 +324,13 @@ def test_an_output_layer_that_is_trained_or_adapted_gives_its_own_logits(loaded)
     batch = own.collate(own.encode(TRAIN[:3]))
     with Attachment(loaded.model, loaded.backbone, [Architecture.of({"backbone": [Full()]})], [0]) as attachment:
         attachment.eval()
-        own.scores(loaded.model, batch)[0].sum().backward()
+        own.scores(loaded.model, batch)["loss"].sum().backward()
         assert loaded.model.lm_head.weight.grad.abs().max() > 0
     with Attachment(loaded.model, loaded.backbone, [Architecture()], [0]), torch.no_grad():
-        plain = own.scores(loaded.model, batch)[0]
+        plain = own.scores(loaded.model, batch)["loss"]
         handle = loaded.model.lm_head.register_forward_hook(lambda layer, args, output: 2 * output)
         try:
-            found, expected = own.scores(loaded.model, batch)[0], from_logits(own, loaded.model, batch)[0]
+            found, expected = own.scores(loaded.model, batch)["loss"], from_logits(own, loaded.model, batch)["loss"]
         finally:
             handle.remove()
     torch.testing.assert_close(found, expected)

@@ -265,7 +265,7 @@ def test_an_adapter_at_the_identity_has_no_gradient(evaluator: PackedEvaluator) 
     gates = Gates(evaluator, space, TRAINING, 0, 0.0)
     with gates.attach() as attachment:
         attachment.weigh(gates.value_weights())
-        evaluator.scores(attachment, "train", range(8))[0].mean().backward()
+        evaluator.scores(attachment, "train", range(8))["loss"].mean().backward()
     assert all(not decision.logits.grad.any() for decision in gates.decisions.values() if len(decision.logits))
 
 

@@ -166,7 +166,7 @@ def reference(evaluator: PackedEvaluator, architecture: Architecture, seed: int)
         gradients = []
         order = batching.training_batches(evaluator.lengths["train"], zero_cost.BATCH_SIZE, seed)
         for _ in range(zero_cost.BATCHES):
-            task.scores(model, evaluator.batch("train", next(order)))[0].mean().backward()
+            task.scores(model, evaluator.batch("train", next(order)))["loss"].mean().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
             attachment.zero_grad()
         return torch.cat([p.detach().flatten() for p in parameters]), gradients

@@ -106,7 +106,7 @@ def gradients(supernet: Supernet, architectures: Sequence[Architecture], banks: 
         value.grad = None
     with supernet.attach(architectures, banks) as attachment:
         attachment.eval()  # dropout would draw by the place in the pack
-        supernet.evaluator.scores(attachment, "train", range(8))[0].mean(1).sum().backward()
+        supernet.evaluator.scores(attachment, "train", range(8))["loss"].mean(1).sum().backward()
     return [torch.zeros_like(v) if v.grad is None else v.grad.clone() for v, _ in supernet.weights.trainable()]
 
 

@@ -27,7 +27,7 @@ from autopeft.search_space.adapters import Lora, Mixture, spec_from_dict
 from autopeft.search_space.adapters.given import CONFIG, GivenError, arrows, read, sites_of
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
-from autopeft.search_space.problem import Fidelity
+from autopeft.search_space.problem import METRICS, Fidelity
 from autopeft.search_space.training import Training
 from autopeft.studies.analysis.mixture_verdicts import verdicts
 from autopeft.studies.cli.app import main
@@ -403,7 +403,7 @@ def test_a_study_between_given_loras_of_a_causal_model(
         assert verdict.num_params < verdict.active_params < verdict.total_params
         assert own["average"].num_params == 0 < own["average"].total_params <= verdict.total_params
         assert own["active"].total_params <= own["total"].total_params <= verdict.total_params
-        head, *lines = verdict.lines("loss")
+        head, *lines = verdict.lines(METRICS["loss"])
         assert f"({verdict.total_params:,} parameters, {verdict.num_params:,} of them trained, " in head
         assert any("against average" in line and " 0 of them trained" in line for line in lines)
 

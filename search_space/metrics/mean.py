@@ -1,0 +1,20 @@
+"""Means of what a task says of each example."""
+
+from __future__ import annotations
+
+from autopeft.search_space.metrics.base import PerExample
+
+ACCURACY = PerExample(
+    name="accuracy",
+    unit="share",
+    maximise=True,
+    bound=1.0,
+    summary="correct validation examples, or an example's correct completion tokens",
+)
+LOSS = PerExample(
+    name="loss",
+    unit="nats",
+    maximise=False,
+    bound=0.0,
+    summary="validation cross-entropy per example (causal: mean over completion tokens)",
+)

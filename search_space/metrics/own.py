@@ -1,0 +1,91 @@
+"""A metric that a user has written: a function in a module beside the study file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from autopeft.search_space.metrics.base import MetricError, OverSet
+from autopeft.search_space.spelling import did_you_mean
+
+_PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own(OverSet):
+    """`place`: module:function. Nothing of it runs before `loaded`.
+
+    The function is called with two integer arrays of one length, the targets and the predictions of a set of examples
+    as indices of labels, and returns a finite number. The order of the examples must not matter to it.
+    """
+
+    unit: str = ""
+    maximise: bool = True
+    place: str
+    function: Callable[[Any, Any], Any] | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def declared(cls, name: str, place: str, maximise: bool = True) -> Own:
+        """Without its code. Raises MetricError for a place that is none."""
+        if not _PLACE.fullmatch(place):
+            raise MetricError(f"{place!r} is no module:function, such as my_module:my_score")
+        return cls(name=name, summary=f"{place}, of targets and predictions", maximise=maximise, place=place)
+
+    def loaded(self, folder: Path) -> Own:
+        """With its code, from a module in `folder` or an installed one. Raises MetricError."""
+        module_name, name = self.place.split(":")
+        module = _module(module_name, folder)
+        found = getattr(module, name, None)
+        if not callable(found):
+            known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise MetricError(f"the module {module_name} has no function {name!r}{did_you_mean(name, known)}")
+        return Own(name=self.name, summary=self.summary, maximise=self.maximise, place=self.place, function=found)
+
+    def of(self, targets, predictions):
+        assert self.function is not None, "`loaded` comes first"
+        try:
+            # Copies: what a function does to its arguments is no matter of ours.
+            found = self.function(targets.copy(), predictions.copy())
+        except Exception as error:
+            raise MetricError(
+                f"the metric {self.name} ({self.place}) raised {type(error).__name__}: {error}"
+            ) from error
+        with suppress(TypeError, ValueError, OverflowError):
+            if not isinstance(found, str) and math.isfinite(value := float(found)):
+                return value
+        raise MetricError(f"the metric {self.name} ({self.place}) returned {found!r:.80}, not a finite number")
+
+
+def _module(name: str, folder: Path) -> ModuleType:
+    """The module, anew: that of another study may have the same name, and this one may have been edited."""
+    file = folder / f"{name}.py"
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.invalidate_caches()
+        if not file.is_file():
+            return importlib.import_module(name)
+        unique = f"_own_metric_{sha256(str(file).encode()).hexdigest()[:12]}_{name}"
+        spec = importlib.util.spec_from_file_location(unique, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[unique] = module  # dataclasses look themselves up there
+        spec.loader.exec_module(module)
+        return module
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise MetricError(f"the module {name} does not import: {error}") from error
+        raise MetricError(f"there is no module {name}: put {name}.py into {folder}, or install it") from error
+    except (Exception, SystemExit) as error:
+        raise MetricError(f"the module {name} does not import: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(folder))
