@@ -211,6 +211,8 @@ def _gated(
         combinations = product(*(decisions[gene].values for gene in genes))
         specs = [place.spec(dict(zip(genes, values, strict=True))) for values in combinations]
         none = torch.zeros(len(specs), device=device)
+        if any(p.trainable and p.scope != "site" for spec in specs for p in spec.parameters(site).values()):
+            raise ValueError(f"gates have no price for {place.adapter!r}: sites share what it trains")
         family = families.setdefault((gates, genes), _Family(gates, genes, none))
         family.costs += torch.tensor([float(spec.num_params(site)) for spec in specs], device=device)
         for structure in dict.fromkeys(spec.structure() for spec in specs):

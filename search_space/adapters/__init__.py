@@ -20,9 +20,10 @@ from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.adapters.norm import Norm
 from autopeft.search_space.adapters.prefix import Prefix
 from autopeft.search_space.adapters.ssf import Ssf
+from autopeft.search_space.adapters.vera import Vera
 
 ADAPTERS: dict[str, type[AdapterSpec]] = {
-    spec.kind: spec for spec in (Full, Dora, Lora, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix)
+    spec.kind: spec for spec in (Full, Dora, Lora, Vera, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix)
 }
 
 
@@ -54,5 +55,6 @@ __all__ = [
     "Parameter",
     "Prefix",
     "Ssf",
+    "Vera",
     "spec_from_dict",
 ]

@@ -33,6 +33,7 @@ from autopeft.search_space.adapters import (
     Norm,
     Prefix,
     Ssf,
+    Vera,
 )
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
@@ -267,6 +268,12 @@ ROWS: tuple[Row, ...] = (
             Mixture(expert=Lora(dropout=0.2, scaling="rslora"), experts=2, shared_experts=1, ranks=(1, 4, 2), top_k=1),
         ),
         peft="peft's X-LoRA mixes adapters that are given; routers are compared token by token in test_mixture.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="vera",
+        specs=(Vera(rank=3, dropout=0.2), Vera(rank=6, d_initial=0.5), Vera(rank=1)),
+        peft="peft draws other matrices, which an export takes along: see test_exporters.py",
         roles=_SOME_LINEARS,
     ),
 )
