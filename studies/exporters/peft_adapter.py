@@ -93,6 +93,14 @@ def _fill_vera(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> Non
     module.vera_lambda_d[ADAPTER].zero_()[: len(values["d"])] = values["d"]
 
 
+def _fill_shira(module: Any, values: dict[str, Tensor], spec: Any) -> None:
+    import torch
+
+    places, width = values["places"], module.in_features
+    module.shira_weight[ADAPTER].copy_(spec.scale * values["S"])
+    module.shira_indices[ADAPTER] = torch.stack([places // width, places % width]).int()
+
+
 def _fill_ia3(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
     (vector,) = values.values()
     module.ia3_l[ADAPTER].copy_(vector.reshape(module.ia3_l[ADAPTER].shape))
@@ -110,6 +118,7 @@ _FILL: dict[str, Callable[[Any, dict[str, Tensor], Any], None]] = {
     "lora": _fill_lora,
     "dora": _fill_lora,
     "vera": _fill_vera,
+    "shira": _fill_shira,
     "ia3": _fill_ia3,
     "norm": _fill_norm,
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.base import Fit, approximate, unsupported
@@ -54,7 +55,7 @@ class PeftPlan:
 def plan(recipe: Recipe) -> PeftPlan:
     """The configuration of a recipe's adapters and task head."""
     placed = [(recipe.sites[name], spec) for name, spec in recipe.adapters]
-    obstacles = _obstacles(placed)
+    obstacles = _obstacles(placed) or _of_sparse(placed, recipe.backbone.family)
     if obstacles:
         return PeftPlan(unsupported(*obstacles))
     config, own_arguments = _TYPES[placed[0][1].kind]
@@ -93,6 +94,18 @@ def _obstacles(placed: Placed) -> list[str]:
     if len(keys) > 1:
         reasons.append(f"{placed[0][0].name} vera: one file holds one pair of matrices, here there are {len(keys)}")
     return reasons
+
+
+def _of_sparse(placed: Placed, family: str) -> list[str]:
+    sparse = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
+    if family in _TRANSPOSED_FAMILIES:
+        return [f"{site.name} shira: peft changes no transposed weights, as {family} has" for site, _ in sparse]
+    ranks = [spec.rank for _, spec in sparse]
+    return [
+        f"{site.name} shira: rank {spec.rank}, and peft has one for all, here {_most_common(ranks)}"
+        for site, spec in sparse
+        if spec.rank != _most_common(ranks)
+    ]
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -171,6 +184,16 @@ def _vera(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     return arguments, _of_others(placed, {"rank": rank, **kept})
 
 
+def _shira(placed: Placed) -> tuple[dict[str, Any], list[str]]:
+    shiras = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
+    lost = [
+        f"{site.name} shira: scale {spec.scale} becomes part of the values (training alone)"
+        for site, spec in shiras
+        if spec.scale != 1.0
+    ]
+    return {"r": shiras[0][1].rank, "mask_type": "random"}, lost
+
+
 def _ia3(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     return {"feedforward_modules": [site.module for site, _ in placed if site.role == "mlp.down"]}, []
 
@@ -184,6 +207,7 @@ _TYPES: dict[str, tuple[str, Callable[[Placed], tuple[dict[str, Any], list[str]]
     "lora": ("LoraConfig", _lora),
     "dora": ("LoraConfig", _lora),
     "vera": ("VeraConfig", _vera),
+    "shira": ("ShiraConfig", _shira),
     "ia3": ("IA3Config", _ia3),
     "norm": ("LNTuningConfig", _norm),
 }
@@ -193,7 +217,7 @@ def decayed_vectors(recipe: Recipe) -> list[str]:
     """What transformers' Trainer decays and the study does not: vectors named like weights. One line each."""
     if recipe.training.weight_decay == 0.0:
         return []
-    names = {"dora": "magnitude", "vera": "vectors", "ia3": "scale"}
+    names = {"dora": "magnitude", "vera": "vectors", "shira": "values", "ia3": "scale"}
     return [
         f"{name} {spec.kind}: weight_decay {recipe.training.weight_decay} falls on its {names[spec.kind]} too"
         for name, spec in recipe.adapters

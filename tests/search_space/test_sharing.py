@@ -10,12 +10,14 @@ import torch
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.training.optimizer import PackedAdamW
-from autopeft.search_space.adapters import AdapterSpec, Lora, Parameter, Vera
+from autopeft.search_space.adapters import AdapterSpec, Lora, Parameter, Shira, Vera
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.domains import Choice
 from autopeft.search_space.problem import declared_costs
+from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.runtime.init import initialise, stream
 from autopeft.search_space.sharing import SharedKey
 from autopeft.search_space.space import SearchSpace
 from autopeft.search_space.training import Training
@@ -194,3 +196,49 @@ EXPECTED = ([0.2063439, -0.2226313, -0.0582791], [-0.4724134, 0.7618057, 0.02735
 def test_refuses_what_cannot_be(fields: dict) -> None:
     with pytest.raises(ValueError, match=r"not trained|share no"):
         Parameter(shape=(1,), **fields)
+
+
+# Indices
+
+
+def test_indices_are_of_the_slot_and_in_its_state() -> None:
+    model, backbone = tiny("bert")
+    architectures = [Architecture.of({"layers.0.attn.q": [Shira(rank=rank)]}) for rank in (2, 3, 3)]
+    with Attachment(model, backbone, architectures, [1, 2, 3]) as attachment:
+        states = [attachment.state(k) for k in range(3)]
+        assert not any(value.dtype == torch.int32 for value, _ in attachment.trainable())
+    places = [state["layers.0.attn.q/shira/places"] for state in states]
+    assert [len(own) for own in places] == [2 * 48, 3 * 48, 3 * 48] and places[0].dtype == torch.int32
+    assert all(len(own.unique()) == len(own) and own.min() >= 0 and own.max() < 24 * 24 for own in places)
+    assert not torch.equal(*places[1:])
+    stored = sum(v.nbytes for name, v in states[0].items() if not name.startswith("head."))
+    assert stored == architectures[0].stored_bytes(backbone) == 8 * architectures[0].num_params(backbone)
+    with Attachment(model, backbone, [architectures[0]], [9], draw=False) as attachment:
+        attachment.load_state(states[0])
+        assert torch.equal(attachment.banks[0].of_slot(0)["places"], places[0])
+        assert "indices_places" in dict(attachment.banks[0].named_buffers()), "which a module moves along"
+
+
+def test_a_smaller_one_reads_the_first_places_of_a_larger() -> None:
+    model, backbone = tiny("bert")
+    site = backbone.site("layers.0.attn.q")
+    bank = Bank(site, [Shira(rank=1), Shira(rank=4)], model.get_submodule(site.module), [1, 2], bank_of_slot=[0, 0])
+    small, large = (bank.of_slot(k)["places"] for k in range(2))
+    assert torch.equal(small, large[:48]) and len(large.unique()) == 4 * 48
+
+
+@pytest.mark.parametrize("count", [1, 50, 600, 2000])
+def test_places_are_different_and_anywhere(count: int) -> None:
+    parameter = Parameter(shape=(count,), init="places", trainable=False, indices=True)
+    base = torch.nn.Linear(50, 40)
+    found = initialise(parameter, stream(count), base)
+    assert found.dtype == torch.int32 and len(found) == len(found.unique()) == count
+    assert torch.equal(found, initialise(parameter, stream(count), base))
+    if count >= 50:
+        assert found.min() < 200 and found.max() >= 1800 and not torch.equal(found, found.sort().values)
+
+
+def test_more_places_than_a_weight_has_are_refused() -> None:
+    model, backbone = tiny("bert")
+    with pytest.raises(ValueError, match="'shira' cannot sit at"):
+        Attachment(model, backbone, [Architecture.of({"layers.0.attn.q": [Shira(rank=13)]})], [1])

@@ -32,6 +32,7 @@ from autopeft.search_space.adapters import (
     Mixture,
     Norm,
     Prefix,
+    Shira,
     Ssf,
     Vera,
 )
@@ -53,6 +54,8 @@ ROWS: dict[str, tuple[AdapterSpec, str, tuple[str, ...]]] = {
     "lora": (Lora(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, EXACT, EXACT)),
     "dora": (Dora(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, EXACT, EXACT)),
     "vera": (Vera(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, UNSUPPORTED, EXACT)),
+    # Not GPT-2's weights, which are transposed: others in test_peft_rebuilds_the_network.
+    "shira": (Shira(), "layers.1.attn.qkv", (EXACT, UNSUPPORTED, UNSUPPORTED, UNSUPPORTED, EXACT)),
     "ia3": (Ia3(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, UNSUPPORTED, EXACT)),
     "norm": (Norm(), "layers.1.norm.0", (EXACT, EXACT, EXACT, UNSUPPORTED, EXACT)),
     "bitfit": (Bitfit(), "layers.1.mlp.up", (EXACT, UNSUPPORTED, UNSUPPORTED, UNSUPPORTED, EXACT)),
@@ -166,6 +169,11 @@ PEFT_CASES = {
         f"vera-{family}": Case(family, {name: Vera(rank=4) for name in every_linear(family, Lora)}) for family in MODELS
     },
     "vera-key-bert": Case("bert", {"layers.1.mlp.up": Vera(rank=3, projection_key=7, d_initial=0.5)}),
+    **{
+        f"shira-{family}": Case(family, {name: Shira(rank=2) for name in every_linear(family, Lora)})
+        for family in MODELS
+        if family != "gpt2"
+    },
     "ia3-bert": Case(
         "bert", {f"layers.{i}.{role}": Ia3() for i in (1, 11) for role in ("attn.k", "attn.v", "mlp.down")}
     ),
@@ -210,6 +218,21 @@ def test_peft_has_one_rank_of_vera_and_one_key(models: Folders, tmp_path: Path) 
     assert EXPORTERS["peft"].assess(keys).lost == (
         "layers.1.attn.q vera: one file holds one pair of matrices, here there are 2",
     )
+
+
+def test_peft_has_one_rank_of_shira_and_no_scale(models: Folders, tmp_path: Path) -> None:
+    placement = {"layers.1.attn.q": Shira(rank=3, scale=0.5), "layers.3.mlp.down": Shira(rank=3)}
+    recipe = make_recipe("bert", models["bert"], placement)
+    state, wanted = trained(recipe)
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
+    assert fit.lost == ("layers.1.attn.q shira: scale 0.5 becomes part of the values (training alone)",)
+    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
+    EXPORTERS["native"].export(recipe, state, tmp_path / "native")
+    model, attachment = native.load(tmp_path / "native")
+    with attachment:
+        assert torch.equal(logits(model), wanted)
+    other = make_recipe("bert", models["bert"], {**placement, "layers.4.attn.q": Shira(rank=2)})
+    assert EXPORTERS["peft"].assess(other).lost == ("layers.4.attn.q shira: rank 2, and peft has one for all, here 3",)
 
 
 def test_peft_loses_what_it_has_once(models: Folders, tmp_path: Path) -> None:

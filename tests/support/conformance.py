@@ -32,6 +32,7 @@ from autopeft.search_space.adapters import (
     Mixture,
     Norm,
     Prefix,
+    Shira,
     Ssf,
     Vera,
 )
@@ -274,6 +275,12 @@ ROWS: tuple[Row, ...] = (
         kind="vera",
         specs=(Vera(rank=3, dropout=0.2), Vera(rank=6, d_initial=0.5), Vera(rank=1)),
         peft="peft draws other matrices, which an export takes along: see test_exporters.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="shira",
+        specs=(Shira(rank=3), Shira(rank=5, scale=2.0), Shira(rank=1)),
+        peft="peft draws other places, which an export takes along: see test_exporters.py",
         roles=_SOME_LINEARS,
     ),
 )
