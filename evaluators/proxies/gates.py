@@ -46,7 +46,7 @@ from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainingFailed, decay_groups, rate
-from autopeft.search_space.adapters import ADAPTERS
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value
 from autopeft.search_space.genes import TRAINING, Assignment
@@ -211,8 +211,6 @@ def _gated(
         combinations = product(*(decisions[gene].values for gene in genes))
         specs = [place.spec(dict(zip(genes, values, strict=True))) for values in combinations]
         none = torch.zeros(len(specs), device=device)
-        if any(p.trainable and p.scope != "site" for spec in specs for p in spec.parameters(site).values()):
-            raise ValueError(f"gates have no price for {place.adapter!r}: sites share what it trains")
         family = families.setdefault((gates, genes), _Family(gates, genes, none))
         family.costs += torch.tensor([float(spec.num_params(site)) for spec in specs], device=device)
         for structure in dict.fromkeys(spec.structure() for spec in specs):
@@ -273,11 +271,16 @@ class Gates(Proxy):
         self.penalty = penalty
         self.weights = SharedWeights(evaluator.model, space, seed=seed, pretrained_head=evaluator.pretrained_head)
         for name, choice in space.adapters.items():
-            if not ADAPTERS[choice.kind].can_be_expert:
+            own = ADAPTERS[choice.kind]
+            if own.apply is AdapterSpec.apply and own.apply_input is AdapterSpec.apply_input:
                 kind = f"it is of kind {choice.kind!r}, which changes neither an input nor an output"
                 raise ValueError(f"there is no gate for the adapter {name!r}: {kind}")
             if "experts" in choice.fields:
                 raise ValueError(f"there is no gate for the adapter {name!r}: it has experts, and gates of its own")
+        for key, pool in self.weights.pools.items():
+            if pool.trainable:
+                what = "sites share what it trains, whose price is no sum over them"
+                raise ValueError(f"there is no gate for an adapter of kind {key.kind!r}: {what}")
         self.decisions = dict(_decisions(space, evaluator.device))
 
     def attach(self) -> GatedAttachment:

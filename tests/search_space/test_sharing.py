@@ -13,7 +13,7 @@ from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.search_space.adapters import AdapterSpec, Lora, Parameter, Shira, Vera
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
-from autopeft.search_space.declaration import AdapterChoice
+from autopeft.search_space.declaration import AdapterChoice, SpaceError
 from autopeft.search_space.domains import Choice
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.runtime.bank import Bank
@@ -242,3 +242,27 @@ def test_more_places_than_a_weight_has_are_refused() -> None:
     model, backbone = tiny("bert")
     with pytest.raises(ValueError, match="'shira' cannot sit at"):
         Attachment(model, backbone, [Architecture.of({"layers.0.attn.q": [Shira(rank=13)]})], [1])
+
+
+def test_a_space_takes_the_sites_where_its_sizes_fit() -> None:
+    backbone = tiny("llama-causal")[1]  # values have 24 to 12 features: 288 places, 36 for a rank
+
+    def space(rank: object) -> SearchSpace:
+        return SearchSpace(
+            backbone=backbone,
+            adapters={"s": AdapterChoice(kind="shira", at=("attn.q", "attn.v"), fields={"rank": rank})},  # type: ignore[dict-item]
+        )
+
+    assert {place.site.role for place in space(Choice.of([0, 4, 8])).placements} == {"attn.q", "attn.v"}
+    assert {place.site.role for place in space(9).placements} == {"attn.q"}
+    with pytest.raises(SpaceError, match=r"s.rank: 9 is too much at layers.0.attn.v, of 24 to 12 features"):
+        space(Choice.of([0, 4, 9]))
+
+
+def test_adapters_side_by_side_share_as_sites_do() -> None:
+    model, backbone = tiny("bert")
+    twins = Architecture.of({"layers.0.attn.q": [Tied(rank=2), Tied(rank=3)], "layers.1.attn.q": [Tied(rank=2)]})
+    assert_slots_equal_alone(model, backbone, [twins, mixed(backbone, Tied, 2)])
+    with Attachment(model, backbone, [twins], [1]) as attachment:
+        assert attachment.num_adapter_params() == twins.num_params(backbone)
+        assert attachment.state()["shared.model/tied/A"].shape == (3, 24)
