@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
-from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.adapters.base import NUMBER_BITS
+from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.sharing import Shared, shared_tensors
 
 
 def canonical_json(data: Any) -> str:
@@ -57,6 +59,9 @@ class Architecture:
     def __bool__(self) -> bool:
         return bool(self.adapters)
 
+    def placed(self, backbone: Backbone) -> Iterator[tuple[Site, AdapterSpec]]:
+        return ((backbone.site(name), spec) for name, spec in self)
+
     @property
     def key(self) -> str:
         return digest(self.to_dict())
@@ -78,20 +83,28 @@ class Architecture:
 
     # Costs that follow from the declaration alone.
 
+    def shared(self, backbone: Backbone) -> Shared:
+        """The tensors that sites share, each once."""
+        return shared_tensors(self.placed(backbone))
+
     def num_params(self, backbone: Backbone) -> int:
         """Trainable parameters of the adapters; the head counts apart."""
-        return sum(spec.num_params(backbone.site(site)) for site, spec in self)
+        shared = sum(parameter.count for parameter in self.shared(backbone).values() if parameter.trainable)
+        return shared + sum(spec.num_params(backbone.site(site)) for site, spec in self)
 
     def total_params(self, backbone: Backbone) -> int:
-        """All that are at work: those that are trained and those of LoRAs that are given."""
-        return sum(spec.total_params(backbone.site(site)) for site, spec in self)
+        """All that are at work: those that are trained, and those that are not (of LoRAs that are given, or drawn)."""
+        shared = sum(parameter.count for parameter in self.shared(backbone).values())
+        return shared + sum(spec.total_params(backbone.site(site)) for site, spec in self)
 
     def active_params(self, backbone: Backbone) -> int:
         """Those that a token meets: of a mixture the experts that it is sent to, and the router."""
-        return sum(spec.active_params(backbone.site(site)) for site, spec in self)
+        shared = sum(parameter.count for parameter in self.shared(backbone).values())
+        return shared + sum(spec.active_params(backbone.site(site)) for site, spec in self)
 
     def stored_bytes(self, backbone: Backbone) -> int:
-        return sum(spec.stored_bits(backbone.site(site)) for site, spec in self) // 8
+        shared = NUMBER_BITS * sum(p.count for p in self.shared(backbone).values() if p.stored)
+        return (shared + sum(spec.stored_bits(backbone.site(site)) for site, spec in self)) // 8
 
     @property
     def first_pass(self) -> bool:

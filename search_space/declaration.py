@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTER_FIELDS
@@ -75,14 +75,33 @@ STAGES = 4
 def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
     """The sites that a choice may take: of its roles and layers and those that are named, where its type fits."""
     roles = choice.at or ADAPTERS[choice.kind].default_roles
+    smallest, _ = _extremes(choice)
     return tuple(
         site
         for site in backbone.sites
         if site.role in roles
-        and ADAPTERS[choice.kind]().fits(site)
+        and smallest.fits(site)
         and (choice.layers is None or site.layer in choice.layers)
         and (choice.sites is None or site.name in choice.sites)
     )
+
+
+def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
+    """The type in the smallest and the largest of its sizes; as it is by default where the declaration is wrong."""
+    kind = ADAPTERS[choice.kind]
+    name = kind.size_field
+    if name is None or name not in choice.fields:
+        return kind(), kind()
+    domain = choice.fields[name]
+    sizes: list[dict[str, Any]]
+    try:
+        domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))
+        ends = (min(domain.choices), max(domain.choices)) if isinstance(domain, Choice) else (domain.low, domain.high)
+        sizes = [{name: size} for size in ends]
+        smallest, largest = (kind(**size) for size in sizes)
+    except (TypeError, ValueError):
+        return kind(), kind()
+    return smallest, largest
 
 
 def leaders_of(choice: AdapterChoice, sites: Sequence[Site]) -> dict[int | None, Site | None]:
@@ -292,7 +311,13 @@ def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Probl
         if not 0 <= layer < backbone.num_layers:
             fine = False
             yield ("layers",), f"no layer {layer}: the model has layers 0 to {backbone.num_layers - 1}"
-    if not fine or sites_of(choice, backbone):
+    sites = sites_of(choice, backbone) if fine else ()
+    largest = _extremes(choice)[1]
+    if largest.size is not None and spec.size_field is not None:
+        for site in [site for site in sites if not largest.fits(site)][:1]:
+            what = f"{largest.size} is too much at {site.name}, of {site.in_features} to {site.out_features} features"
+            yield (spec.size_field,), what
+    if not fine or sites:
         return
     roles = choice.at or spec.default_roles
     if choice.sites is not None and sites_of(replace(choice, sites=None), backbone):

@@ -23,6 +23,7 @@ from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.backbones.linear import set_weight, weight_of
 from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.runtime.pool import Pool, Pools, pools_of
 
 if TYPE_CHECKING:
     from autopeft.evaluators.attachment.shared_weights import SharedWeights
@@ -74,6 +75,18 @@ class Attachment(nn.Module):
         banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
         for architecture in self.architectures:
             check_routers(architecture, backbone)
+        #: What sites share, and by which number each slot is known there.
+        self.pools: Pools
+        if shared is None:
+            # What cannot sit where it is placed, its bank refuses.
+            fitting = [
+                [(site, spec) for site, spec in one.placed(backbone) if site.role in spec.roles and spec.fits(site)]
+                for one in self.architectures
+            ]
+            device = next(model.parameters()).device
+            self.pools, self._pool_slots = pools_of(fitting, seeds, device, draw), list(range(self.num_slots))
+        else:
+            self.pools, self._pool_slots = shared.pools, banks
 
         placed = {name for architecture in self.architectures for name, _ in architecture.adapters}
         for site in sorted((backbone.site(name) for name in placed), key=backbone.sites.index):
@@ -87,7 +100,7 @@ class Attachment(nn.Module):
                     base, of, read = model.get_submodule(site.module), None, None
                     if shared is not None:
                         of, read = shared.bank(site, specs[0].structure(), nth), [banks[k] for k in slots]
-                    bank = Bank(site, specs, base, own_seeds, read, of, draw)
+                    bank = Bank(site, specs, base, own_seeds, read, of, draw, self.pools, slots)
                     bank.numbers = numbers
                     self._add(bank, slots)
         every = list(range(self.num_slots))
@@ -234,12 +247,14 @@ class Attachment(nn.Module):
     def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
         """Every trained tensor and whether weight decay applies to it."""
         yield from ((value, decay) for bank in self.banks for _, value, decay in bank.trained())
+        yield from ((pool.value, pool.decay) for pool in self.pools.values() if pool.trainable)
         yield from ((parameter, parameter.dim() > 1) for parameter, _ in self._trained)
 
     def num_adapter_params(self) -> int:
         """Parameters that the optimiser really holds, without the heads. Equals the formula for one slot."""
         own = sum(v.numel() for bank in self.banks if bank.site.role != "head" for _, v, _ in bank.trained())
-        return own + sum(parameter.numel() for parameter, _ in self._trained)
+        shared = sum(pool.value.numel() for pool in self.pools.values() if pool.trainable)
+        return own + shared + sum(parameter.numel() for parameter, _ in self._trained)
 
     @property
     def trains_backbone(self) -> bool:
@@ -254,8 +269,16 @@ class Attachment(nn.Module):
         return self
 
     def state(self, k: int = 0) -> dict[str, Tensor]:
-        """The trained tensors of slot k on the CPU, as `site/kind/name`; a second of that name gets `#2`."""
-        tensors = {f"{key}/{n}": v for key, bank, j in banks_of(self.banks, k) for n, v in bank.of_slot(j).items()}
+        """The tensors of slot k on the CPU, as `site/kind/name`; a second of that name gets `#2`. What sites share is
+        there once, as `shared.scope/kind/name`; what is frozen and drawn from a key is not: that is in the adapters.
+        """
+        tensors = {
+            f"{key}/{name}": value
+            for key, bank, j in banks_of(self.banks, k)
+            for name, value in bank.of_slot(j).items()
+            if name in bank.stored
+        }
+        tensors |= {pool.key.path: pool.part(slot, shape) for pool, slot, shape in self._pools_of(k) if pool.stored}
         if self._trained:
             names = {p: name for name, p in self.model[0].named_parameters()}
             tensors |= {f"backbone/full/{names[p]}": p for p, _ in self._trained}
@@ -265,7 +288,13 @@ class Attachment(nn.Module):
     def load_state(self, state: dict[str, Tensor], k: int = 0) -> None:
         """The inverse of `state`. Raises KeyError for a missing tensor, ValueError for another shape."""
         for key, bank, j in banks_of(self.banks, k):
-            bank.load_slot(j, {name: state[f"{key}/{name}"] for name in bank.values})
+            bank.load_slot(j, {name: state[f"{key}/{name}"] for name in bank.stored})
+        for pool, slot, shape in self._pools_of(k):
+            if pool.stored:
+                value = state[pool.key.path]
+                if value.shape != shape:
+                    raise ValueError(f"{pool.key.path}: shape {tuple(value.shape)}, not {shape}")
+                pool.part(slot, shape).copy_(value)
         if self._trained:
             names = {p: name for name, p in self.model[0].named_parameters()}
             for parameter, _ in self._trained:
@@ -273,11 +302,22 @@ class Attachment(nn.Module):
 
     def parts(self, k: int, of: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
         """Slot k's views of tensors that are kept per trained parameter of the banks, by the names of `state`."""
-        return {
+        own = {
             f"{key}/{name}": part
             for key, bank, j in banks_of(self.banks, k)
             for name, part in bank.of_slot(j, {n: of[v] for n, v, _ in bank.trained()}).items()
         }
+        return own | {
+            pool.key.path: pool.part(slot, shape, of[pool.value])
+            for pool, slot, shape in self._pools_of(k)
+            if pool.trainable
+        }
+
+    def _pools_of(self, k: int) -> Iterator[tuple[Pool, int, tuple[int, ...]]]:
+        """What the sites of slot k share, its number there, and its size."""
+        if self.pools:
+            for key, parameter in self.architectures[k].shared(self.backbone).items():
+                yield self.pools[key], self._pool_slots[k], parameter.shape
 
     def dropout_streams(self, k: int) -> dict[str, torch.Generator]:
         """Slot k's random streams, by the first words of the names of `state`."""
@@ -290,6 +330,7 @@ class Attachment(nn.Module):
         """
         for bank in self.banks:
             yield from ((value, decay, bank.slots_served) for _, value, decay in bank.trained())
+        yield from ((pool.value, pool.decay, pool.slots) for pool in self.pools.values() if pool.trainable)
 
     @contextmanager
     def merged(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Choice, Domain, Float
 from autopeft.search_space.placement import Placement
 from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.runtime.pool import pools_of
 from autopeft.search_space.space import SearchSpace
 
 
@@ -50,13 +51,16 @@ class SharedWeights(nn.Module):
                 if isinstance(spec, Mixture):
                     mixed.setdefault(place.site.name, set()).add(place.adapter)
         several = {name: count() for name, adapters in mixed.items() if len(adapters) > 1}
+        placed = [(sites[name], _enveloping(specs)) for (name, _), specs in largest.items()]
+        #: What sites share, by the number of the set.
+        self.pools = pools_of([placed] * num_banks, seeds, next(model.parameters()).device)
         for (name, structure), specs in largest.items():
             spec, site = _enveloping(specs), sites[name]
             for nth in range(len(specs)):  # any of them may be the n-th of its structure at the site
                 # Mixtures side by side would begin alike, whatever their structures.
                 number = next(several[name]) if isinstance(spec, Mixture) and name in several else nth
                 named = [f"{word}#{number}" if number else word for word in seeds]
-                bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named)
+                bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named, pools=self.pools)
                 self._add((name, structure, nth), bank)
         for site in head_sites(model, space.backbone):
             bank = head_bank(site, model, seeds, pretrained_head)
@@ -77,6 +81,7 @@ class SharedWeights(nn.Module):
     def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
         """Every tensor [M, ...] and whether weight decay applies to it."""
         yield from ((value, decay) for bank in self._banks.values() for _, value, decay in bank.trained())
+        yield from ((pool.value, pool.decay) for pool in self.pools.values() if pool.trainable)
 
 
 def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:

@@ -144,7 +144,8 @@ class _Bench:
         self.attachment.train()
         if self.device.type == "cuda":
             return float(self.high_water_mark()), 0.0
-        parameters = dict.fromkeys([*self.model.parameters(), *self.attachment.parameters()])
+        indices = [tensor for bank in self.attachment.banks for tensor in bank.tensors().values()]
+        parameters = dict.fromkeys([*self.model.parameters(), *self.attachment.parameters(), *indices])
         return float(sum(p.nbytes for p in parameters) + self.step_bytes()), 0.0
 
     def step_bytes(self) -> int:

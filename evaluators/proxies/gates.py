@@ -46,7 +46,7 @@ from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainingFailed, decay_groups, rate
-from autopeft.search_space.adapters import ADAPTERS
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value
 from autopeft.search_space.genes import TRAINING, Assignment
@@ -271,11 +271,16 @@ class Gates(Proxy):
         self.penalty = penalty
         self.weights = SharedWeights(evaluator.model, space, seed=seed, pretrained_head=evaluator.pretrained_head)
         for name, choice in space.adapters.items():
-            if not ADAPTERS[choice.kind].can_be_expert:
+            own = ADAPTERS[choice.kind]
+            if own.apply is AdapterSpec.apply and own.apply_input is AdapterSpec.apply_input:
                 kind = f"it is of kind {choice.kind!r}, which changes neither an input nor an output"
                 raise ValueError(f"there is no gate for the adapter {name!r}: {kind}")
             if "experts" in choice.fields:
                 raise ValueError(f"there is no gate for the adapter {name!r}: it has experts, and gates of its own")
+        for key, pool in self.weights.pools.items():
+            if pool.trainable:
+                what = "sites share what it trains, whose price is no sum over them"
+                raise ValueError(f"there is no gate for an adapter of kind {key.kind!r}: {what}")
         self.decisions = dict(_decisions(space, evaluator.device))
 
     def attach(self) -> GatedAttachment:

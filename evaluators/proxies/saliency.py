@@ -29,6 +29,7 @@ from autopeft.evaluators.costs.pack_sizing import fitting_slots
 from autopeft.evaluators.proxies.zero_cost import BATCH_SIZE, ZeroCost
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.runtime.bank import stream
+from autopeft.search_space.sharing import SHARED
 
 #: Standard deviation that stands in for zero: the transformers' own for new weights.
 JITTER = 0.02
@@ -155,7 +156,11 @@ class Fisher(Saliency):
 def adapter_parts(attachment: Attachment, k: int, of: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
     """`Attachment.parts` of slot k without the head's."""
     sites = {site for site, _ in attachment.architectures[k]}
-    return {name: part for name, part in attachment.parts(k, of).items() if name.partition("/")[0] in sites}
+    return {
+        name: part
+        for name, part in attachment.parts(k, of).items()
+        if name.startswith(SHARED) or name.partition("/")[0] in sites
+    }
 
 
 def jitter(parts: Mapping[str, Tensor], seed: int) -> None:

@@ -19,10 +19,12 @@ from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.adapters.norm import Norm
 from autopeft.search_space.adapters.prefix import Prefix
+from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.ssf import Ssf
+from autopeft.search_space.adapters.vera import Vera
 
 ADAPTERS: dict[str, type[AdapterSpec]] = {
-    spec.kind: spec for spec in (Full, Dora, Lora, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix)
+    spec.kind: spec for spec in (Full, Dora, Lora, Vera, Shira, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix)
 }
 
 
@@ -53,6 +55,8 @@ __all__ = [
     "Norm",
     "Parameter",
     "Prefix",
+    "Shira",
     "Ssf",
+    "Vera",
     "spec_from_dict",
 ]

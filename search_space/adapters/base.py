@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from autopeft.search_space.backbones.backbone import Site
 
@@ -23,31 +23,54 @@ if TYPE_CHECKING:
 
     from autopeft.search_space.call import Call
 
-FLOAT32_BITS = 32
+#: Of a number on disk: float32, or int32 for those that are indices.
+NUMBER_BITS = 32
 #: Faster ways to do what `apply` does.
 FASTER_WAYS = ("apply_linear", "mix", "mix_linear")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """One trainable tensor of an adapter at one site, without the bank dimension.
+    """One tensor of an adapter at one site, without the bank dimension.
 
-    `init` names a rule of `init.py`. `decay`: whether weight decay applies (vectors and identity-centred scales are
-    left out, as usual). `per_expert`: the first axis counts the experts of a mixture, each of which is drawn by itself.
-    `rows`: or it has so many places of each expert, one expert after the other. `given`: folders that the values are
-    read from; they are not trained.
+    `init` names a rule of `init.py`, or is what all values start as. `decay`: whether weight decay applies (vectors and
+    identity-centred scales are left out, as usual). `per_expert`: the first axis counts the experts of a mixture, each
+    of which is drawn by itself. `rows`: or it has so many places of each expert, one expert after the other.
+
+    `trainable`: if not, it stays as it is at the start: `given`: folders that the values are read from; `key`: the seed
+    that it is drawn from, whatever the slot's. The recipe has that seed, so these values are not stored; all others
+    are, for what was trained means nothing without them. `indices`: whole numbers, of which no type counts the size
+    among its parameters.
+
+    `scope`: with "shape", all sites of as many features in and out share it, with "model" all sites, as far as adapters
+    of its kind sit there. It then exists once, as large as the largest that one of them declares; each reads the prefix
+    that it declares itself.
     """
 
     shape: tuple[int, ...]
-    init: str = "zeros"
+    init: str | float = "zeros"
     decay: bool = True
     per_expert: bool = False
     rows: tuple[int, ...] = ()
     given: tuple[str, ...] = ()
+    trainable: bool = True
+    key: int | None = None
+    indices: bool = False
+    scope: Literal["site", "shape", "model"] = "site"
+
+    def __post_init__(self) -> None:
+        if self.trainable and (self.given or self.key is not None or self.indices):
+            raise ValueError("values that are given, drawn from a key, or indices are not trained")
+        if self.scope != "site" and (self.given or self.indices or self.per_expert or self.rows):
+            raise ValueError("sites share no values that are given, indices, or experts'")
 
     @property
     def count(self) -> int:
         return prod(self.shape)
+
+    @property
+    def stored(self) -> bool:
+        return self.key is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +101,7 @@ class AdapterSpec(ABC):
 
     @abstractmethod
     def parameters(self, site: Site) -> dict[str, Parameter]:
-        """The trainable tensors at `site`, by name."""
+        """The tensors at `site`, by name; the first has floating-point values of the site's own."""
 
     @abstractmethod
     def flops_per_token(self, site: Site) -> int:
@@ -88,17 +111,23 @@ class AdapterSpec(ABC):
         """Whether the type can sit at `site`, which has one of its roles."""
         return True
 
+    def own_parameters(self, site: Site) -> dict[str, Parameter]:
+        """Those of the site alone: what it shares with others, `Architecture` counts."""
+        return {name: parameter for name, parameter in self.parameters(site).items() if parameter.scope == "site"}
+
     def num_params(self, site: Site) -> int:
-        """Those that are trained."""
-        return sum(parameter.count for parameter in self.parameters(site).values() if not parameter.given)
+        """Those that are trained, of the site's own."""
+        return sum(parameter.count for parameter in self.own_parameters(site).values() if parameter.trainable)
 
     def total_params(self, site: Site) -> int:
-        """All that are at work, the given ones too."""
-        return sum(parameter.count for parameter in self.parameters(site).values())
+        """All of the site's own that are at work, the frozen ones too."""
+        return sum(parameter.count for parameter in self.own_parameters(site).values() if not parameter.indices)
 
     def stored_bits(self, site: Site) -> int:
-        """Bits that the adapter takes on disk."""
-        return FLOAT32_BITS * self.total_params(site)
+        """Bits that the adapter takes on disk, without what it shares."""
+        return NUMBER_BITS * sum(
+            parameter.count for parameter in self.own_parameters(site).values() if parameter.stored
+        )
 
     @property
     def size(self) -> int | None:

@@ -193,7 +193,13 @@ class Mixture(AdapterSpec):
             b = replace(own["B"], shape=(site.out_features, total))
             return {"A": a, "B": b, **self.router_parameters(site)}
         stacked = {
-            name: replace(parameter, shape=(self.num_rows, *parameter.shape), per_expert=True, given=self.given)
+            name: replace(
+                parameter,
+                shape=(self.num_rows, *parameter.shape),
+                per_expert=True,
+                given=self.given,
+                trainable=parameter.trainable and not self.given,
+            )
             for name, parameter in own.items()
         }
         return {**stacked, **self.router_parameters(site)}

@@ -5,7 +5,6 @@ Notation: N banks, K slots (each reads one bank), M tokens per slot, R the size 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -13,21 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from autopeft.search_space.adapters.base import AdapterSpec, Parameter
 from autopeft.search_space.adapters.given import arrows, stacked
 from autopeft.search_space.backbones.backbone import Site
-from autopeft.search_space.runtime.init import initialise
+from autopeft.search_space.runtime.init import initialise, stream
+from autopeft.search_space.runtime.pool import Pools, pools_of
+from autopeft.search_space.sharing import key_of, largest
 
 if TYPE_CHECKING:
     from autopeft.search_space.routers.mixing import Routing
-
-
-def stream(*words: object, device: torch.device | str = "cpu") -> Generator:
-    """A random stream named by `words`: the same words give the same numbers, in any process and any pack."""
-    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass(slots=True)
@@ -182,8 +177,9 @@ class Bank(nn.Module):
     slot alone equals the slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots
     that share a bank read nested prefixes of it, which is a weight-sharing supernet. `of`: another bank of the
     same structure, at least as large, whose parameters are read in place of own ones. `draw`: have initial values;
-    without them `load_slot` has to follow. Raises ValueError when structures differ, and for a type that cannot sit at
-    `site`.
+    without them `load_slot` has to follow. `pools`: the tensors that its site shares with others, of which the bank of
+    slot k reads the row of `pool_slots[k]` (default: k); without them the bank shares with none. Raises ValueError when
+    structures differ, and for a type that cannot sit at `site`.
     """
 
     #: Which bank each slot reads [K], or None if each reads its own.
@@ -203,6 +199,8 @@ class Bank(nn.Module):
         bank_of_slot: Sequence[int] | None = None,
         of: Bank | None = None,
         draw: bool = True,
+        pools: Pools | None = None,
+        pool_slots: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if len({spec.structure() for spec in specs}) != 1:
@@ -221,10 +219,31 @@ class Bank(nn.Module):
 
         declared = [spec.parameters(site) for spec in self.specs]
         #: Of the largest slot, by name.
-        self.shapes = {name: _largest([own[name].shape for own in declared]) for name in declared[0]}
-        self.values = self._zeros() if of is None else of.values
-        if of is None and draw:
-            self._draw(seeds)
+        self.shapes = {name: largest([own[name].shape for own in declared]) for name in declared[0]}
+        self._declared = declared[0]
+        shared = {n: key_of(p, n, site, specs[0].kind) for n, p in declared[0].items() if p.scope != "site"}
+        #: Of each bank the row of a tensor that is shared, by name.
+        self.rows: Mapping[str, Sequence[int]] = {} if of is None else of.rows
+        if of is None and shared:
+            banks = range(max(self.bank_of_slot) + 1)
+            if pools is None:
+                readers = [[k for k, bank in enumerate(self.bank_of_slot) if bank == n] for n in banks]
+                placed = [[(site, specs[k]) for k in own] for own in readers]
+                pools, pool_slots = pools_of(placed, [seeds[own[0]] for own in readers], device, draw), None
+            numbers = banks if pool_slots is None else pool_slots
+            self.rows = {name: [pools[key].row_of[n] for n in numbers] for name, key in shared.items()}
+        self.values = nn.ParameterDict() if of is None else of.values
+        for name, key in shared.items():
+            if of is None:
+                assert pools is not None
+                self.values[name] = pools[key].value
+        self._make_room(of)
+        if of is None:
+            self._draw(seeds, draw)
+        for name, rows in self.rows.items():
+            read = [rows[bank] for bank in self.bank_of_slot]
+            whole = read == list(range(len(self.values[name])))
+            self.register_buffer(f"rows_{name}", None if whole else torch.tensor(read))
         #: Of a mixture: what its router is told, and what it did in the last forward pass.
         self.tokens = Tokens()
         #: Numbers of its slots in the attachment.
@@ -248,22 +267,33 @@ class Bank(nn.Module):
             self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))
         self.constant_names = tuple(constants[0])
 
-    def _zeros(self) -> nn.ParameterDict:
-        """Values before they are drawn or loaded, each [N, ...]."""
-        values = nn.ParameterDict()
-        declared = self.specs[0].parameters(self.site)
+    def _make_room(self, of: Bank | None) -> None:
+        """Zeros before values are drawn or loaded, each [N, ...]."""
         for name, shape in self.shapes.items():
-            empty = torch.zeros(max(self.bank_of_slot) + 1, *shape)
-            values[name] = nn.Parameter(empty, requires_grad=not declared[name].given)
-        return values
+            declared = self._declared[name]
+            if declared.indices:
+                room = torch.zeros(max(self.bank_of_slot) + 1, *shape, dtype=torch.int32)
+                self.register_buffer(f"indices_{name}", room if of is None else of.tensors()[name])
+            elif of is None and name not in self.rows:
+                room = torch.zeros(max(self.bank_of_slot) + 1, *shape)
+                self.values[name] = nn.Parameter(room, requires_grad=declared.trainable)
 
     @torch.no_grad()
-    def _draw(self, seeds: Sequence[int | str]) -> None:
+    def _draw(self, seeds: Sequence[int | str], every: bool) -> None:
+        """`every`: also what follows from the seeds."""
+        tensors = self.tensors()
         # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
         for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].num_params(self.site)):
-            for name, declared in self.specs[k].parameters(self.site).items():
-                own = self._initial(declared, name, (seeds[k], self.site.name, self.specs[k].kind, name))
-                self.values[name][self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
+            for name, declared in self.specs[k].own_parameters(self.site).items():
+                if every or declared.key is not None:
+                    seed = seeds[k] if declared.key is None else declared.key
+                    own = self._initial(declared, name, (seed, self.site.name, self.specs[k].kind, name))
+                    tensors[name][self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Values and indices, each [N, ...] (what is shared: the rows of all who share it), in the declared order."""
+        indices = {name: getattr(self, f"indices_{name}") for name, p in self._declared.items() if p.indices}
+        return {name: indices[name] if name in indices else self.values[name] for name in self.shapes}
 
     def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
         if declared.given:
@@ -279,12 +309,20 @@ class Bank(nn.Module):
 
     def slots(self) -> dict[str, Tensor]:
         """Parameters as the slots read them, each [K, ...], in the size of the largest slot."""
-        if self.bank_index is None:
-            return dict(self.values.items())
-        read = {}
+        read = self.tensors()
+        if self.bank_index is None and not self.rows:
+            return read
         for name, shape in self.shapes.items():
-            value = self.values[name][(slice(None), *(slice(n) for n in shape))]
-            read[name] = value.index_select(0, self.bank_index)
+            index = getattr(self, f"rows_{name}") if name in self.rows else self.bank_index
+            if index is None and name not in self.rows:
+                continue
+            value = read[name][(slice(None), *(slice(n) for n in shape))]
+            if index is None:
+                read[name] = value
+            elif len(value) == 1:  # no copy for each slot
+                read[name] = value.expand(len(self.specs), *shape)
+            else:
+                read[name] = value.index_select(0, index)
         return read
 
     def of_slot(self, k: int, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -292,22 +330,30 @@ class Bank(nn.Module):
 
         With `values`: the same parts of other tensors in the shape of the parameters, such as an optimiser's moments.
         """
-        own: Mapping[str, Tensor] = dict(self.values.items()) if values is None else values
+        own: Mapping[str, Tensor] = self.tensors() if values is None else values
         shapes = {name: parameter.shape for name, parameter in self.specs[k].parameters(self.site).items()}
         bank = self.bank_of_slot[k]
-        return {name: own[name][bank][tuple(slice(n) for n in shapes[name])] for name in shapes if name in own}
+        rows = {name: self.rows[name][bank] if name in self.rows else bank for name in shapes}
+        return {name: own[name][rows[name]][tuple(slice(n) for n in shapes[name])] for name in shapes if name in own}
+
+    @property
+    def stored(self) -> list[str]:
+        """What of the site's own belongs to a state."""
+        return [name for name in self.shapes if self._declared[name].stored and name not in self.rows]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Names and values [N, ...] of what is trained, and whether weight decay applies."""
-        declared = self.specs[0].parameters(self.site)
+        """Names and values [N, ...] of what is trained of the site's own, and whether weight decay applies."""
         for name, value in self.values.items():
-            if not declared[name].given:
-                yield name, value, declared[name].decay
+            if self._declared[name].trainable and name not in self.rows:
+                yield name, value, self._declared[name].decay
 
     @torch.no_grad()
     def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
-        """The inverse of `of_slot`. Raises KeyError for a missing name, ValueError for another shape."""
+        """The inverse of `of_slot`. Raises KeyError for a missing name of `stored`, ValueError for another shape."""
+        stored = self.stored
         for name, own in self.of_slot(k).items():
+            if name not in values and name not in stored:
+                continue
             if own.shape != values[name].shape:
                 shapes = f"{tuple(values[name].shape)}, not {tuple(own.shape)}"
                 raise ValueError(f"{self.site.name} {name}: shape {shapes}")
@@ -353,8 +399,3 @@ class Bank(nn.Module):
     def _note(self) -> None:
         if self.seen is not None and self.routing is not None and not self.training:
             self.seen.append(self.routing)
-
-
-def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape that all of these are prefixes of."""
-    return tuple(max(dims) for dims in zip(*shapes, strict=True))

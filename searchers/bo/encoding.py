@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autopeft.search_space.adapters.base import NUMBER_BITS
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int
 from autopeft.search_space.genes import TRAINING, Assignment
 from autopeft.search_space.placement import Placement
 from autopeft.search_space.problem import DECLARED
+from autopeft.search_space.sharing import Shared, shared_tensors, united
 from autopeft.search_space.space import SearchSpace
 
 Rows = NDArray[np.float64]
@@ -170,6 +172,7 @@ class Encoding:
     def costs(self, rows: Rows, active: Mask) -> dict[str, Rows]:
         """Declared metrics of the architectures, [n] each: what `declared_costs` says of them one by one."""
         total, first_pass = np.zeros((len(rows), len(DECLARED))), np.zeros(len(rows), dtype=bool)
+        shared: dict[int, list[Shared]] = {}  # by row
         for group in self._groups:
             where = np.flatnonzero(self._is_on(group, rows, active))
             if len(where):
@@ -184,6 +187,12 @@ class Encoding:
                 costs = np.array([group.cost(self, tuple(v)) for v in values.tolist()])[inverse.reshape(-1)]
                 total[where] += costs[:, :-1]
                 first_pass[where] |= costs[:, -1] > 0
+                parts = [group.shared(self, tuple(v)) for v in values.tolist()]
+                if any(parts):
+                    for row, value in zip(where.tolist(), inverse.reshape(-1).tolist(), strict=True):
+                        shared.setdefault(row, []).append(parts[value])
+        for row, own in shared.items():
+            total[row, : len(_OF_SHARED)] += _costs_of_shared(united(own))
         found = dict(zip(DECLARED, np.floor(total.T), strict=True))
         found["flops_per_token"] += first_pass * self.space.backbone.flops_per_token
         return found
@@ -198,7 +207,8 @@ class Encoding:
 
 class _Group:
     """Placements that the same genes decide about: an adapter at all sites of its scope. Its costs, in the order of
-    `DECLARED`, and whether it needs a first pass are kept by the positions of its genes.
+    `DECLARED`, whether it needs a first pass, and what its sites share with others are kept by the positions of its
+    genes.
     """
 
     def __init__(self, encoding: Encoding, places: Sequence[Placement]) -> None:
@@ -207,9 +217,17 @@ class _Group:
         self._by_leader = {place.leader: place for place in places}
         self.genes = places[0].decided_by
         self.gates = [(gate.gene, encoding.position(gate.gene, gate.value)) for gate in places[0].gates]
-        self._known: dict[tuple[float, ...], tuple[float, ...]] = {}
+        self._known: dict[tuple[float, ...], tuple[tuple[float, ...], Shared]] = {}
 
     def cost(self, encoding: Encoding, positions: tuple[float, ...]) -> tuple[float, ...]:
+        """Without what is shared."""
+        return self._at(encoding, positions)[0]
+
+    def shared(self, encoding: Encoding, positions: tuple[float, ...]) -> Shared:
+        """As far as it counts for any of the costs."""
+        return self._at(encoding, positions)[1]
+
+    def _at(self, encoding: Encoding, positions: tuple[float, ...]) -> tuple[tuple[float, ...], Shared]:
         if positions not in self._known:
             values = {gene: encoding.value(gene, u) for gene, u in zip(self.genes, positions, strict=True)}
             by_leader = {leader: place.spec(values) for leader, place in self._by_leader.items()}
@@ -217,8 +235,20 @@ class _Group:
             params = sum(spec.num_params(site) for spec, site in specs)
             stored = sum(spec.stored_bits(site) for spec, site in specs) / 8
             flops = sum(spec.flops_per_token(site) for spec, site in specs)
-            self._known[positions] = params, stored, flops, any(spec.first_pass for spec, _ in specs)
+            costs = params, stored, flops, any(spec.first_pass for spec, _ in specs)
+            tensors = shared_tensors((site, spec) for spec, site in specs).items()
+            self._known[positions] = costs, {key: p for key, p in tensors if p.trainable or p.stored}
         return self._known[positions]
+
+
+#: The first of `DECLARED`, to which tensors that sites share add.
+_OF_SHARED = ("num_params", "stored_bytes")
+assert DECLARED[: len(_OF_SHARED)] == _OF_SHARED
+
+
+def _costs_of_shared(shared: Shared) -> tuple[float, float]:
+    params = sum(parameter.count for parameter in shared.values() if parameter.trainable)
+    return params, NUMBER_BITS / 8 * sum(parameter.count for parameter in shared.values() if parameter.stored)
 
 
 def _levels(domain: Domain) -> Rows | None:

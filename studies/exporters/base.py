@@ -159,8 +159,11 @@ def _check_state(recipe: Recipe, state: State | None) -> None:
         number = f"#{seen[key]}" if seen[key] > 1 else ""
         # Of several adapters of a kind at one site, the attachment decides which one is the first.
         several = sum(other == (name, spec.kind) for other in ((s, a.kind) for s, a in recipe.adapters)) > 1
-        for parameter, declared in spec.parameters(site).items():
+        for parameter, declared in spec.own_parameters(site).items():
+            if not declared.stored:
+                continue
             shapes[f"{key}{number}/{parameter}"] = None if several else declared.shape
+    shapes |= {key.path: p.shape for key, p in recipe.adapters.shared(recipe.host).items() if p.stored}
     problems = [f"{name}: is missing" for name in shapes if name not in state]
     for name, tensor in state.items():
         if name.startswith(_BACKBONE_PREFIX):

@@ -72,6 +72,9 @@ def _adds_bias(spec: AdapterSpec, site: Site) -> bool:
 
     if site.bias:
         return False
-    values = {name: torch.empty(parameter.shape, device="meta") for name, parameter in spec.parameters(site).items()}
+    values = {
+        name: torch.empty(parameter.shape, device="meta", dtype=torch.int32 if parameter.indices else torch.float32)
+        for name, parameter in spec.parameters(site).items()
+    }
     shape = (site.out_features,) if site.role == "norm" else (site.out_features, site.in_features)
     return spec.merge(values, torch.empty(shape, device="meta"), None)[1] is not None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.adapters import AdapterSpec
+from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import ExportError, State
@@ -56,9 +57,11 @@ def fill(model: Any, recipe: Recipe, state: State) -> None:
     wanted = {recipe.sites[name].module for name, _ in recipe.adapters}
     if adapted != wanted:
         raise ExportError(f"peft adapts other modules than the recipe: {', '.join(sorted(adapted ^ wanted))}")
+    shared = pools_of([recipe.adapters.placed(recipe.host)], [recipe.seed], next(model.parameters()).device)
     for name, spec in recipe.adapters:
         module = model.get_submodule(recipe.sites[name].module)
-        _FILL[spec.kind](module, _tensors(state, name, spec.kind), spec)
+        whole = {key.name: pool.value[0] for key, pool in shared.items() if key.kind == spec.kind}
+        _FILL[spec.kind](module, _tensors(state, name, spec.kind) | whole, spec)
     for site in recipe.head_sites:
         head = next(h for h in recipe.head_modules if site.module == h or site.module.startswith(f"{h}."))
         trained = model.get_submodule(head).modules_to_save[ADAPTER]
@@ -83,6 +86,21 @@ def _fill_lora(module: Any, values: dict[str, Tensor], spec: Any) -> None:
     assert abs(scale - spec.scale) <= 1e-6 * abs(spec.scale), (scale, spec)
 
 
+def _fill_vera(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
+    module.vera_A[ADAPTER].copy_(values["A"])
+    module.vera_B[ADAPTER].copy_(values["B"])
+    module.vera_lambda_b[ADAPTER].copy_(values["b"])
+    module.vera_lambda_d[ADAPTER].zero_()[: len(values["d"])] = values["d"]
+
+
+def _fill_shira(module: Any, values: dict[str, Tensor], spec: Any) -> None:
+    import torch
+
+    places, width = values["places"], module.in_features
+    module.shira_weight[ADAPTER].copy_(spec.scale * values["S"])
+    module.shira_indices[ADAPTER] = torch.stack([places // width, places % width]).int()
+
+
 def _fill_ia3(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
     (vector,) = values.values()
     module.ia3_l[ADAPTER].copy_(vector.reshape(module.ia3_l[ADAPTER].shape))
@@ -99,6 +117,8 @@ def _fill_norm(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> Non
 _FILL: dict[str, Callable[[Any, dict[str, Tensor], Any], None]] = {
     "lora": _fill_lora,
     "dora": _fill_lora,
+    "vera": _fill_vera,
+    "shira": _fill_shira,
     "ia3": _fill_ia3,
     "norm": _fill_norm,
 }

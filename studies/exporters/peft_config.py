@@ -15,6 +15,8 @@ from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.shira import Shira
+from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.base import Fit, approximate, unsupported
 from autopeft.studies.recipes.recipe import Recipe
@@ -53,7 +55,7 @@ class PeftPlan:
 def plan(recipe: Recipe) -> PeftPlan:
     """The configuration of a recipe's adapters and task head."""
     placed = [(recipe.sites[name], spec) for name, spec in recipe.adapters]
-    obstacles = _obstacles(placed)
+    obstacles = _obstacles(placed) or _of_sparse(placed, recipe.backbone.family)
     if obstacles:
         return PeftPlan(unsupported(*obstacles))
     config, own_arguments = _TYPES[placed[0][1].kind]
@@ -88,7 +90,22 @@ def _obstacles(placed: Placed) -> list[str]:
         elif site.module in seen:
             reasons.append(f"{site.name} {spec.kind}: a second adapter at one module")
         seen.add(site.module)
+    keys = {spec.projection_key for _, spec in placed if isinstance(spec, Vera)}
+    if len(keys) > 1:
+        reasons.append(f"{placed[0][0].name} vera: one file holds one pair of matrices, here there are {len(keys)}")
     return reasons
+
+
+def _of_sparse(placed: Placed, family: str) -> list[str]:
+    sparse = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
+    if family in _TRANSPOSED_FAMILIES:
+        return [f"{site.name} shira: peft changes no transposed weights, as {family} has" for site, _ in sparse]
+    ranks = [spec.rank for _, spec in sparse]
+    return [
+        f"{site.name} shira: rank {spec.rank}, and peft has one for all, here {_most_common(ranks)}"
+        for site, spec in sparse
+        if spec.rank != _most_common(ranks)
+    ]
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -125,12 +142,7 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     alpha, alpha_pattern = _patterns(alphas)
     dropout = _most_common(spec.dropout for _, spec in loras)
     init = _most_common(spec.init for _, spec in loras)
-    lost = [
-        f"{site.name} {spec.kind}: {name} {getattr(spec, name)} becomes {kept} (one for all; training alone)"
-        for site, spec in loras
-        for name, kept in (("dropout", dropout), ("init", init))
-        if getattr(spec, name) != kept
-    ]
+    lost = _of_others(placed, {"dropout": dropout, "init": init})
     if init not in _LORA_INITS:
         lost += [f"{site.name} {spec.kind}: peft has no init {init!r} (training alone)" for site, spec in loras]
     arguments = {
@@ -147,6 +159,41 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     return arguments, lost
 
 
+def _of_others(placed: Placed, kept: Mapping[str, Any]) -> list[str]:
+    """What sites lose that have other values of these fields than peft gets."""
+    return [
+        f"{site.name} {spec.kind}: {name} {getattr(spec, name)} becomes {value} (one for all; training alone)"
+        for site, spec in placed
+        for name, value in kept.items()
+        if getattr(spec, name) != value
+    ]
+
+
+def _vera(placed: Placed) -> tuple[dict[str, Any], list[str]]:
+    veras = [spec for _, spec in placed if isinstance(spec, Vera)]
+    # A smaller rank is the largest with zeros in what it has not.
+    rank = max(spec.rank for spec in veras)
+    kept = {name: _most_common(getattr(spec, name) for spec in veras) for name in ("dropout", "d_initial")}
+    arguments = {
+        "r": rank,
+        "projection_prng_key": veras[0].projection_key,
+        "save_projection": True,
+        "vera_dropout": kept["dropout"],
+        "d_initial": kept["d_initial"],
+    }
+    return arguments, _of_others(placed, {"rank": rank, **kept})
+
+
+def _shira(placed: Placed) -> tuple[dict[str, Any], list[str]]:
+    shiras = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
+    lost = [
+        f"{site.name} shira: scale {spec.scale} becomes part of the values (training alone)"
+        for site, spec in shiras
+        if spec.scale != 1.0
+    ]
+    return {"r": shiras[0][1].rank, "mask_type": "random"}, lost
+
+
 def _ia3(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     return {"feedforward_modules": [site.module for site, _ in placed if site.role == "mlp.down"]}, []
 
@@ -159,6 +206,8 @@ def _norm(placed: Placed) -> tuple[dict[str, Any], list[str]]:
 _TYPES: dict[str, tuple[str, Callable[[Placed], tuple[dict[str, Any], list[str]]]]] = {
     "lora": ("LoraConfig", _lora),
     "dora": ("LoraConfig", _lora),
+    "vera": ("VeraConfig", _vera),
+    "shira": ("ShiraConfig", _shira),
     "ia3": ("IA3Config", _ia3),
     "norm": ("LNTuningConfig", _norm),
 }
@@ -168,7 +217,7 @@ def decayed_vectors(recipe: Recipe) -> list[str]:
     """What transformers' Trainer decays and the study does not: vectors named like weights. One line each."""
     if recipe.training.weight_decay == 0.0:
         return []
-    names = {"dora": "magnitude", "ia3": "scale"}
+    names = {"dora": "magnitude", "vera": "vectors", "shira": "values", "ia3": "scale"}
     return [
         f"{name} {spec.kind}: weight_decay {recipe.training.weight_decay} falls on its {names[spec.kind]} too"
         for name, spec in recipe.adapters

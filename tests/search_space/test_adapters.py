@@ -58,10 +58,13 @@ def placed(row: Row, spec: AdapterSpec, backbone: Backbone) -> Architecture:
 
 
 def noisy(attachment: Attachment, k: int = 0, seed: int = 0) -> dict[str, Tensor]:
-    """The trained tensors of slot k, away from their special values at the start."""
+    """The trained tensors of slot k, away from their special values at the start; indices as they are."""
     generator = torch.Generator().manual_seed(seed)
     state = attachment.state(k)
-    return {name: v + 0.1 * torch.randn(v.shape, generator=generator) for name, v in state.items()}
+    return {
+        name: v + 0.1 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
+        for name, v in state.items()
+    }
 
 
 def head_of(attachment: Attachment) -> dict[str, Tensor]:

@@ -32,7 +32,9 @@ from autopeft.search_space.adapters import (
     Mixture,
     Norm,
     Prefix,
+    Shira,
     Ssf,
+    Vera,
 )
 from autopeft.search_space.routers import ROUTERS
 from autopeft.studies.errors import UserError
@@ -51,6 +53,9 @@ TARGETS = ("native", "peft", "trl-script", "axolotl", "merged")
 ROWS: dict[str, tuple[AdapterSpec, str, tuple[str, ...]]] = {
     "lora": (Lora(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, EXACT, EXACT)),
     "dora": (Dora(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, EXACT, EXACT)),
+    "vera": (Vera(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, UNSUPPORTED, EXACT)),
+    # Not GPT-2's weights, which are transposed: others in test_peft_rebuilds_the_network.
+    "shira": (Shira(), "layers.1.attn.qkv", (EXACT, UNSUPPORTED, UNSUPPORTED, UNSUPPORTED, EXACT)),
     "ia3": (Ia3(), "layers.1.attn.qkv", (EXACT, EXACT, EXACT, UNSUPPORTED, EXACT)),
     "norm": (Norm(), "layers.1.norm.0", (EXACT, EXACT, EXACT, UNSUPPORTED, EXACT)),
     "bitfit": (Bitfit(), "layers.1.mlp.up", (EXACT, UNSUPPORTED, UNSUPPORTED, UNSUPPORTED, EXACT)),
@@ -160,6 +165,15 @@ PEFT_CASES = {
             "layers.3.attn.q": Lora(rank=5, init="gaussian"),
         },
     ),
+    **{
+        f"vera-{family}": Case(family, {name: Vera(rank=4) for name in every_linear(family, Lora)}) for family in MODELS
+    },
+    "vera-key-bert": Case("bert", {"layers.1.mlp.up": Vera(rank=3, projection_key=7, d_initial=0.5)}),
+    **{
+        f"shira-{family}": Case(family, {name: Shira(rank=2) for name in every_linear(family, Lora)})
+        for family in MODELS
+        if family != "gpt2"
+    },
     "ia3-bert": Case(
         "bert", {f"layers.{i}.{role}": Ia3() for i in (1, 11) for role in ("attn.k", "attn.v", "mlp.down")}
     ),
@@ -186,6 +200,39 @@ def test_peft_rebuilds_the_network(models: Folders, tmp_path: Path, case: Case) 
         "adapter_model.safetensors",
         "recipe.yaml",
     }
+
+
+def test_peft_has_one_rank_of_vera_and_one_key(models: Folders, tmp_path: Path) -> None:
+    ranks = {"layers.1.attn.q": Vera(rank=3), "layers.2.mlp.up": Vera(rank=2), "layers.3.mlp.down": Vera(rank=3)}
+    recipe = make_recipe("bert", models["bert"], ranks)
+    state, wanted = trained(recipe)
+    assert not any(name.endswith(("/A", "/B")) for name in state), "they follow from the recipe"
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
+    assert fit.lost == ("layers.2.mlp.up vera: rank 2 becomes 3 (one for all; training alone)",)
+    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
+    EXPORTERS["native"].export(recipe, state, tmp_path / "native")
+    model, attachment = native.load(tmp_path / "native")
+    with attachment:
+        assert torch.equal(logits(model), wanted)
+    keys = make_recipe("bert", models["bert"], {**ranks, "layers.4.attn.q": Vera(projection_key=1)})
+    assert EXPORTERS["peft"].assess(keys).lost == (
+        "layers.1.attn.q vera: one file holds one pair of matrices, here there are 2",
+    )
+
+
+def test_peft_has_one_rank_of_shira_and_no_scale(models: Folders, tmp_path: Path) -> None:
+    placement = {"layers.1.attn.q": Shira(rank=3, scale=0.5), "layers.3.mlp.down": Shira(rank=3)}
+    recipe = make_recipe("bert", models["bert"], placement)
+    state, wanted = trained(recipe)
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
+    assert fit.lost == ("layers.1.attn.q shira: scale 0.5 becomes part of the values (training alone)",)
+    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
+    EXPORTERS["native"].export(recipe, state, tmp_path / "native")
+    model, attachment = native.load(tmp_path / "native")
+    with attachment:
+        assert torch.equal(logits(model), wanted)
+    other = make_recipe("bert", models["bert"], {**placement, "layers.4.attn.q": Shira(rank=2)})
+    assert EXPORTERS["peft"].assess(other).lost == ("layers.4.attn.q shira: rank 2, and peft has one for all, here 3",)
 
 
 def test_peft_loses_what_it_has_once(models: Folders, tmp_path: Path) -> None:

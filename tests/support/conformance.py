@@ -32,7 +32,9 @@ from autopeft.search_space.adapters import (
     Mixture,
     Norm,
     Prefix,
+    Shira,
     Ssf,
+    Vera,
 )
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
@@ -267,6 +269,18 @@ ROWS: tuple[Row, ...] = (
             Mixture(expert=Lora(dropout=0.2, scaling="rslora"), experts=2, shared_experts=1, ranks=(1, 4, 2), top_k=1),
         ),
         peft="peft's X-LoRA mixes adapters that are given; routers are compared token by token in test_mixture.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="vera",
+        specs=(Vera(rank=3, dropout=0.2), Vera(rank=6, d_initial=0.5), Vera(rank=1)),
+        peft="peft draws other matrices, which an export takes along: see test_exporters.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="shira",
+        specs=(Shira(rank=3), Shira(rank=5, scale=2.0), Shira(rank=1)),
+        peft="peft draws other places, which an export takes along: see test_exporters.py",
         roles=_SOME_LINEARS,
     ),
 )

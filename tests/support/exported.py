@@ -131,7 +131,7 @@ def trained(recipe: Recipe, *, domain: int = 0, averaged: bool = False) -> tuple
     with Attachment(loaded.model, recipe.host, [recipe.adapters], [recipe.seed]) as attachment:
         generator = torch.Generator().manual_seed(5)
         state = {
-            name: value + 0.1 * torch.randn(value.shape, generator=generator)
+            name: value + 0.1 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
             for name, value in attachment.state().items()
         }
         attachment.load_state(state)
