@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 STAMP := $(VENV)/.installed
 # The linters read the folders under their import names through this link; pyproject.toml says why.
 LINK := .typecheck/autopeft
-LINT_IMPORTS := PYTHONPATH=.typecheck $(BIN)/lint-imports --no-logo
+# The import linter puts its working directory first on the path, and in the root the folder `autopeft` would hide the link.
+LINT_IMPORTS := cd $(dir $(LINK)) && ../$(BIN)/lint-imports --no-logo --config ../pyproject.toml
 
 # The GPU kit runs in .venv if there is one, else where PYTHON has torch: a GPU machine may have no package index.
 GPU_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
@@ -83,4 +84,4 @@ file-map:
 
 clean:
 	@rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	@find benchmarks evaluators kernels search_space searchers studies tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find autopeft benchmarks evaluators kernels search_space searchers studies tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from collections import Counter
@@ -17,19 +18,26 @@ from .support.file_map import PAGE, with_map
 
 ROOT = Path(__file__).resolve().parent.parent
 PORTIONS = ("benchmarks", "evaluators", "kernels", "search_space", "searchers", "studies")
+#: The folder of the regular package `autopeft`, beside those of its sub-packages.
+DOOR = "autopeft"
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DATA_SUFFIXES = {pattern.removeprefix("*") for pattern in CONFIG["tool"]["setuptools"]["package-data"]["*"]}
 
 
 def shipped_files() -> list[Path]:
-    """Every module and data file of the five folders, relative to the root."""
+    """Every module and data file of the packages, relative to the root."""
     return sorted(
         path.relative_to(ROOT)
-        for portion in PORTIONS
+        for portion in (DOOR, *PORTIONS)
         for path in (ROOT / portion).rglob("*")
-        if path.suffix in DATA_SUFFIXES | {".py"}
+        if {path.suffix, path.name} & {*DATA_SUFFIXES, ".py"}
         and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
     )
+
+
+def installed(path: Path) -> Path:
+    """Where a file of the checkout is once it is installed."""
+    return path if path.parts[0] == DOOR else DOOR / path
 
 
 def modules() -> list[Path]:
@@ -60,25 +68,36 @@ def run_python(code: str, cwd: Path = ROOT) -> None:
 
 def test_every_sub_package_is_listed() -> None:
     listed = set(CONFIG["tool"]["setuptools"]["packages"])
-    found = {".".join(("autopeft", *path.parent.parts)) for path in shipped_files()}
+    found = {".".join(installed(path).parent.parts) for path in shipped_files()}
     assert found <= listed, f"add to [tool.setuptools] packages in pyproject.toml: {sorted(found - listed)}"
     assert listed <= found, f"remove from [tool.setuptools] packages, no such folder: {sorted(listed - found)}"
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A copy, because setuptools leaves build/ behind, and modules deleted since would come back from there.
     source = tmp_path_factory.mktemp("source")
     for path in (*shipped_files(), Path("pyproject.toml"), Path("LICENSE")):
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, source / path)
     (source / "README.md").touch()
-    done = run(
-        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"),
-        *("--disable-pip-version-check", "--wheel-dir", source / "dist", source),
-    )
+    return source
+
+
+PIP = ("-m", "pip", "--disable-pip-version-check")
+OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Path:
+    done = run(sys.executable, *PIP, "wheel", *OFFLINE, "--wheel-dir", source / "dist", source)
     assert done.returncode == 0, done.stdout
     (wheel,) = (source / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
 
@@ -86,12 +105,44 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 def test_wheel_holds_one_top_level_name(wheel_names: set[str]) -> None:
     top_level = {name.split("/")[0] for name in wheel_names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"autopeft"}
-    assert "autopeft/__init__.py" not in wheel_names, "autopeft is a namespace"
+    assert {"autopeft/__init__.py", "autopeft/py.typed"} <= wheel_names
+    assert "autopeft/autopeft/__init__.py" not in wheel_names and "autopeft/kernels/__init__.py" not in wheel_names
 
 
 def test_wheel_holds_every_module_and_data_file(wheel_names: set[str]) -> None:
-    missing = {f"autopeft/{path.as_posix()}" for path in shipped_files()} - wheel_names
+    missing = {installed(path).as_posix() for path in shipped_files()} - wheel_names
     assert not missing
+
+
+#: The door, a package beside it, the namespace without `__init__.py`, data, and what probes for `kernels`.
+ALL_OF_IT = """
+import sys
+import autopeft
+assert autopeft.Int(low=1, high=2).cardinality == 2 and autopeft.__version__, autopeft
+import autopeft.kernels.slot_products, autopeft.studies.cli.app
+from importlib.resources import files
+assert (files("autopeft.studies.config") / "templates" / "study.yaml").is_file()
+assert (files("autopeft") / "py.typed").is_file()
+import transformers
+for module in (autopeft, autopeft.kernels.slot_products, autopeft.studies):
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+"""
+
+
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_the_installed_package_is_whole(how: str, source: Path, wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has what this one has, but for autopeft."""
+    done = run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    assert done.returncode == 0, done.stdout
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # A folder on the path without its .pth files: where they make this environment's autopeft importable, not there.
+    (site / "all.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    words = [wheel] if how == "wheel" else ["--editable", source]
+    done = run(sys.executable, *PIP, "--python", python, "install", *OFFLINE, "--ignore-installed", *words)
+    assert done.returncode == 0, done.stdout
+    done = run(python, "-c", ALL_OF_IT, site if how == "wheel" else source, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_dependency_has_a_tested_version() -> None:
@@ -129,7 +180,7 @@ def test_transformers_model_builds_with_the_root_first_on_the_path() -> None:
 
 
 def test_modules_of_kernels_are_found_from_anywhere(tmp_path: Path) -> None:
-    names = [".".join(("autopeft", *path.with_suffix("").parts)) for path in modules() if path.parts[0] == "kernels"]
+    names = [".".join(installed(path).with_suffix("").parts) for path in modules() if path.parts[0] == "kernels"]
     assert names, "the namespace portion exists only while there is a module in it"
     run_python(
         "from importlib.util import find_spec\n"
@@ -137,6 +188,78 @@ def test_modules_of_kernels_are_found_from_anywhere(tmp_path: Path) -> None:
         "assert not missing, missing\n",
         cwd=tmp_path,
     )
+
+
+# The public door
+
+
+def test_the_door_is_light() -> None:
+    run_python(
+        "import sys\n"
+        "import autopeft\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'pydantic', 'transformers', 'importlib.metadata'} & set(sys.modules)\n"
+        "assert not heavy, f'import autopeft imports {sorted(heavy)}'\n"
+        "autopeft.Float, autopeft.AdapterChoice\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+
+
+def test_every_public_name_is_there() -> None:
+    run_python(
+        "import autopeft\n"
+        "assert set(autopeft.__all__) == {*autopeft._EXPORTS, '__version__'}\n"
+        "assert set(autopeft.__all__) <= set(dir(autopeft))\n"
+        "for name in autopeft.__all__:\n"
+        "    assert getattr(autopeft, name) is getattr(autopeft, name)\n"
+        "try:\n"
+        "    autopeft.Studie\n"
+        "except AttributeError as error:\n"
+        "    assert 'Studie' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('any name is there')\n"
+    )
+
+
+def test_the_door_tells_type_checkers_the_same() -> None:
+    tree = ast.parse((ROOT / DOOR / "__init__.py").read_text())
+    checked = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    (exports,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_EXPORTS"
+    ]
+    assert checked == exports
+
+
+def test_no_package_comes_in_by_the_door() -> None:
+    # It stands above all of them, and imports from it would be circles that the linter cannot see.
+    own = [path for path in modules() if path.parts[0] != DOOR]
+    bad = [
+        str(path)
+        for path in own
+        if re.search(r"^\s*(import autopeft$|from autopeft import)", (ROOT / path).read_text(), re.M)
+    ]
+    assert not bad
+
+
+def test_packages_are_found_through_the_link(tmp_path: Path) -> None:
+    """What `make gpu` and the linters go by: the door's folder inside the link takes nothing away."""
+    (tmp_path / "autopeft").symlink_to(ROOT, target_is_directory=True)
+    code = (
+        "import os, autopeft.kernels.slot_products as kernels, autopeft.search_space as space\n"
+        f"assert os.path.realpath(kernels.__file__).startswith({str(ROOT)!r})\n"
+        f"assert os.path.realpath(space.__file__).startswith({str(ROOT)!r})\n"
+    )
+    for folder in (tmp_path, ROOT):  # in the root the door itself is found first
+        done = run(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stdout
 
 
 # The direction of imports

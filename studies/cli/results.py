@@ -105,10 +105,8 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a candidate of the front in the format of another tool, with its trained weights and its recipe."""
-    from safetensors.torch import load_file
-
     from autopeft.search_space.spelling import did_you_mean
-    from autopeft.studies.engine.study import weights_path
+    from autopeft.studies.engine.exporting import export_trial
     from autopeft.studies.exporters import EXPORTERS
     from autopeft.studies.recipes import selection
 
@@ -116,11 +114,7 @@ def export(
         raise ConfigurationError(f"--to {to}: unknown target{did_you_mean(to, EXPORTERS)}")
     settings, ledger, snapshot = finished(study, set_)
     number = selection.pick(snapshot, pick)
-    recipe = selection.recipe_of(settings, ledger, snapshot, number)
-    weights = weights_path(settings, number)
-    state = load_file(weights) if weights.is_file() else None
-    folder = out or settings.output_folder / "exports" / f"trial-{number}-{to}"
-    fit = EXPORTERS[to].export(recipe, state, folder, allow_lossy=allow_lossy, force=force)
+    folder, fit = export_trial(settings, ledger, snapshot, number, to, out, allow_lossy=allow_lossy, force=force)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     if as_json:
         print_json({"trial": number, "target": to, "fit": fit.level, "lost": list(fit.lost), "folder": str(folder)})

@@ -6,6 +6,7 @@ Matplotlib's figures are used without pyplot, which would look for a display and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from os import PathLike
 
 import matplotlib
@@ -53,11 +54,21 @@ STYLE = {
 DPI = 150
 
 
-def _figure(size: tuple[float, float], title: str, subtitle: str) -> Figure:
+class Picture(Figure):
+    """A figure that notebooks show, whatever backend there is."""
+
+    def _repr_png_(self) -> bytes:
+        data = BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.savefig(data, format="png")
+        return data.getvalue()
+
+
+def _figure(size: tuple[float, float], title: str, subtitle: str) -> Picture:
     """An empty figure with its title at the upper left. `size`: inches."""
     inch = 1 / size[1]
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.62 * inch), w_pad=0.1, h_pad=0.08)
-    figure = Figure(figsize=size, dpi=DPI, layout=layout)
+    figure = Picture(figsize=size, dpi=DPI, layout=layout)
     figure.text(0.1 / size[0], 1 - 0.12 * inch, title, size=13, weight="bold", va="top")
     figure.text(0.1 / size[0], 1 - 0.39 * inch, subtitle, size=9, color="#57606A", va="top")
     return figure
@@ -78,6 +89,15 @@ def front_png(
     study: str,
     num_evaluations: int,
 ) -> None:
+    """Write the picture of `front_figure`."""
+    figure = front_figure(rows, objectives, study=study, num_evaluations=num_evaluations)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format="png")
+
+
+def front_figure(
+    rows: Sequence[FrontRow], objectives: Sequence[Objective], *, study: str, num_evaluations: int
+) -> Picture:
     """Quality against each cost, side by side. The front is connected where there are two objectives."""
     picture = compose(rows, objectives, study=study, num_evaluations=num_evaluations)
     y, xs, layers = picture.y, picture.xs, picture.layers
@@ -98,7 +118,7 @@ def front_png(
         panels[0].set_ylabel(y.title)
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower left", ncols=len(layers), handletextpad=0.3)
-        figure.savefig(path, format="png")
+    return figure
 
 
 def _draw_layer(panel: Axes, layer: Layer, x: Axis, y: Axis, sides: Mapping[int, tuple[int, int]], zorder: int) -> None:

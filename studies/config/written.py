@@ -1,0 +1,175 @@
+"""A space of Python objects as a study file says it: the inverse of `declaration.py`.
+
+What a file cannot say is a problem, at the path that it would have there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_type_hints
+
+from autopeft.search_space.adapters import ADAPTERS, Mixture
+from autopeft.search_space.declaration import AdapterChoice, OneOf
+from autopeft.search_space.domains import Choice, Float, Int
+from autopeft.search_space.training import Training
+from autopeft.studies.config.declaration import Finding, domain, scalar_type
+from autopeft.studies.config.settings import AdapterSettings, OneOfSettings, Range, SpaceSettings
+
+DOMAINS = (Float, Int, Choice)
+_OWN = ("kind", "at", "layers", "placement", "vary", "given", "router_per")
+
+
+def written_space(space: Any, problems: list[Finding]) -> Any:
+    """The section `space`: from a preset's name, objects of `autopeft.search_space`, or a mapping with such in it.
+
+    Objects are one `AdapterChoice`, a list of `AdapterChoice` and `OneOf` (an adapter's name is its kind), or a mapping
+    of names to `AdapterChoice`. What is none of these comes back as it is, for the check of the file to refuse.
+    """
+    if isinstance(space, str):
+        return {"preset": space}
+    if isinstance(space, AdapterChoice):
+        space = [space]
+    if isinstance(space, Mapping):
+        if space and not space.keys() & SpaceSettings.model_fields.keys():
+            space = {"adapters": space}
+        section = dict(space)
+    elif isinstance(space, Sequence):
+        section = {"adapters": [], "one_of": []}
+        for position, entry in enumerate(space):
+            if isinstance(entry, (AdapterChoice, OneOf)):
+                section["one_of" if isinstance(entry, OneOf) else "adapters"].append(entry)
+            else:
+                problems.append((("space", position), f"must be an AdapterChoice or a OneOf, got {entry!r:.60}"))
+    else:
+        return space
+    section["adapters"] = _named(section.get("adapters", {}), "adapters", problems)
+    section["one_of"] = _named(section.get("one_of", {}), "one_of", problems)
+    return {key: value for key, value in section.items() if value != {}}
+
+
+def written_training(training: Any, problems: list[Finding]) -> Any:
+    """The section `training`, with domains among its values."""
+    if not isinstance(training, Mapping):
+        return training
+    return _fields(training, _types(Training), ("training",), problems)
+
+
+def _named(entries: Any, section: str, problems: list[Finding]) -> Any:
+    """Adapters or groups by name, as settings."""
+    if isinstance(entries, Sequence) and not isinstance(entries, str):
+        found: dict[str, Any] = {}
+        for entry in entries:
+            name = entry.name if isinstance(entry, OneOf) else getattr(entry, "kind", None)
+            if not isinstance(name, str):
+                problems.append(
+                    (("space", section), f"must be a mapping of names to settings, or objects: {entry!r:.60}")
+                )
+            elif name in found:
+                what = f"two entries are called {name!r}: give a mapping of names to them"
+                problems.append((("space", section, name), what))
+            else:
+                found[name] = entry
+        entries = found
+    if not isinstance(entries, Mapping):
+        return entries
+    return {
+        str(name): _entry(str(name), entry, ("space", section, str(name)), problems) for name, entry in entries.items()
+    }
+
+
+def _entry(name: str, entry: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
+    if isinstance(entry, AdapterChoice):
+        return _adapter(name, entry, path, problems)
+    if isinstance(entry, OneOf):
+        if entry.name != name:
+            problems.append((path, f"this group is called {entry.name!r}"))
+        return _changed(OneOfSettings, members=list(entry.members), per=entry.per, optional=entry.optional)
+    if isinstance(entry, Mapping):
+        kind = entry.get("kind", name)
+        own = {key: value for key, value in entry.items() if key in _OWN}
+        rest = {key: value for key, value in entry.items() if key not in _OWN}
+        return {**own, **_fields(rest, _field_types(kind), path, problems)}
+    return entry
+
+
+def _adapter(name: str, choice: AdapterChoice, path: tuple[str, ...], problems: list[Finding]) -> dict[str, Any]:
+    if choice.sites is not None:
+        problems.append(((*path, "sites"), "a study names no single sites: use `at` and `layers`"))
+    for key in choice.fields.keys() & {*_OWN}:
+        problems.append(((*path, key), "is no field of an adapter, but of AdapterChoice itself"))
+    own = _changed(
+        AdapterSettings,
+        at=list(choice.at),
+        layers=None if choice.layers is None else list(choice.layers),
+        placement=choice.placement,
+        vary=dict(choice.vary),
+        given=list(choice.given),
+        router_per=choice.router_per,
+    )
+    fields = _fields(choice.fields, _field_types(choice.kind), path, problems)
+    return ({} if choice.kind == name else {"kind": choice.kind}) | fields | own
+
+
+def _changed(section: type, **values: Any) -> dict[str, Any]:
+    """What differs from the section's defaults; `members` has none."""
+    defaults = {name: field.default for name, field in section.model_fields.items()}  # type: ignore[attr-defined]
+    return {
+        key: value
+        for key, value in values.items()
+        if (tuple(value) if isinstance(value, list) else value) != defaults[key]
+    }
+
+
+def _types(*owners: type) -> dict[str, type | None]:
+    return {name: scalar_type(hint) for owner in owners for name, hint in get_type_hints(owner).items()}
+
+
+def _field_types(kind: Any) -> dict[str, type | None]:
+    return _types(Mixture, ADAPTERS[kind]) if isinstance(kind, str) and kind in ADAPTERS else {}
+
+
+def _fields(
+    values: Mapping[Any, Any], types: Mapping[str, type | None], path: tuple[str, ...], problems: list[Finding]
+) -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        try:
+            found[str(key)] = written(value, types.get(str(key)))
+        except ValueError as error:
+            problems.append(((*path, str(key)), str(error)))
+    return found
+
+
+def written(value: Any, expected: type | None = None) -> Any:
+    """A domain as data that `domain` reads back as the same one; what is none as it is. Raises ValueError.
+
+    `expected`: the type of its field, as for `domain`.
+    """
+    if not isinstance(value, DOMAINS):
+        return value
+    data, setting = _data(value)
+    try:
+        read_back = domain(setting, expected)
+    except ValueError:  # of the wrong type for its field, which the check of the file says in its own words
+        return data
+    if read_back == value:
+        return data
+    if isinstance(value, Choice):
+        raise ValueError(f"numbers are ordered in a study, words are not: write Choice.of({_listed(value.choices)})")
+    raise ValueError(f"this field takes any number between: write Float(low={value.low}, high={value.high})")
+
+
+def _data(value: Float | Int | Choice) -> tuple[Any, Range | tuple[Any, ...]]:
+    """The data, and the setting that a study file makes of it."""
+    if isinstance(value, Choice):
+        return list(value.choices), value.choices
+    data: dict[str, Any] = {"low": value.low, "high": value.high}
+    if value.log:
+        data["log"] = True
+    if isinstance(value, Int) and value.step != 1:
+        data["step"] = value.step
+    return data, Range(**data)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return repr(list(values))

@@ -1,0 +1,203 @@
+"""A study that is declared in Python, and run by the engine of all studies."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from autopeft.studies.config.fingerprint import differences
+from autopeft.studies.config.loading import load_study, study_from_mapping
+from autopeft.studies.config.source import StudyFileError
+from autopeft.studies.config.study_file import FILE_NAME, StudyFile
+from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.notebook.arguments import in_words_of_arguments, settings_of
+from autopeft.studies.notebook.result import Result, own_words
+from autopeft.studies.notebook.tables import Tables
+
+if TYPE_CHECKING:
+    import os
+
+    from autopeft.evaluators.data.splits import Splits
+    from autopeft.studies.engine.study import Watcher
+
+HEADER = (
+    "# Written by autopeft.Study, which replaces it. `autopeft run --resume` and the other commands take it, too.\n"
+)
+
+
+class Study:
+    """A search over adapters for one model and one data set; the same as a study file, declared in Python.
+
+    `model`: an id of the hub, a folder, or "embedded", a small English encoder.
+    `data`: a folder with a file each of train, validation and test rows; a mapping of these to tables (data frames,
+    data sets, lists of dicts), with the names of columns beside them; the settings of a study file; or None for the
+    embedded rows. Without test rows, half of a validation table is set aside.
+    `space`: a preset's name, objects (`AdapterChoice`, `OneOf`, with `Choice`, `Int` and `Float` as values) or the
+    settings of a study file.
+    `objectives`: two to four metrics. `trials`: candidates to try. `name`: of the study. `folder`: of everything that
+    it writes, `runs/<name>` if none is given. All other settings of a study file are keywords: `training`,
+    `constraints`, `search`, `baselines`, `finalists`, `seed`, `task` and so on.
+
+    Raises StudyFileError, a UserError, with every problem that can be seen without the model and the rows. Nothing is
+    written before `run`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Mapping[str, Any] = "embedded",
+        data: Any = None,
+        space: Any = None,
+        objectives: Sequence[str | Mapping[str, Any]] | None = None,
+        trials: int | None = None,
+        *,
+        name: str = "study",
+        folder: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        with _arguments_named():
+            self._mapping, self._tables = settings_of(
+                name=name,
+                model=model,
+                data=data,
+                space=space,
+                objectives=objectives,
+                trials=trials,
+                others=settings,
+            )
+            self.folder = Path(Path("runs") / str(name) if folder is None else folder).expanduser().absolute()
+            #: The settings as the engine takes them.
+            self.settings: StudyFile = study_from_mapping(self._mapping, self.folder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Study:
+        """The study of a study file, or of the `study.yaml` in a folder."""
+        study = cls.__new__(cls)
+        study.settings = load_study(Path(path), environment={})
+        study.folder = study.settings.folder
+        study._mapping, study._tables = {}, Tables({})
+        return study
+
+    def check(self) -> None:
+        """Read the rows and the model's configuration, lay the space over it. Raises StudyFileError with every problem;
+        neither loads weights nor writes anything.
+        """
+        self._checked()
+
+    def run(self, progress: bool | Watcher = True) -> Result:
+        """Run the study to its end, from wherever it stands: after an interruption, or with more trials than before.
+
+        `progress`: lines and a bar, nothing, or an object that is told of every step. Raises UserError.
+        """
+        from rich.console import Console
+
+        from autopeft.studies.cli.progress import ProgressView
+        from autopeft.studies.engine.session import open_study, was_started
+        from autopeft.studies.reports.report import write_report
+
+        with own_words():
+            self._check_folder()
+            splits = self._checked()
+            with open_study(self.settings, splits, resume=was_started(self.settings)) as study:
+                self._write()
+                if isinstance(progress, bool):
+                    with ProgressView(None if progress else Console(quiet=True)) as view:
+                        snapshot = study.run(view)
+                else:
+                    snapshot = study.run(progress)
+                write_report(snapshot, self.settings.output_folder / "report")
+        return Result(self.settings, snapshot)
+
+    def result(self) -> Result:
+        """What has been found so far; safe while the study runs. Raises ConfigurationError if it was never started."""
+        from autopeft.studies.engine.session import open_ledger, read_snapshot, recorded_settings
+
+        ledger = open_ledger(self.settings)
+        settings = recorded_settings(self.settings, ledger)
+        return Result(settings, read_snapshot(settings, ledger))
+
+    def __repr__(self) -> str:
+        objectives = ", ".join(objective.name for objective in self.settings.objectives)
+        search = f"{self.settings.search.trials} trials by {self.settings.search.searcher}"
+        return f"Study({self.settings.study!r}: {search} for {objectives}, in {self.folder})"
+
+    def _checked(self) -> Splits:
+        from autopeft.studies.engine.check import check
+
+        with _arguments_named():
+            if self._tables.files:
+                # Tables are rows of files for everything behind this; bad ones are to leave nothing behind.
+                with TemporaryDirectory() as draft:
+                    self._tables.write(Path(draft))
+                    splits, _, _ = check(study_from_mapping(self._mapping, draft))
+            else:
+                splits, _, _ = check(self.settings)
+        for warning in (*self._tables.warnings, *splits.warnings):
+            warnings.warn(in_words_of_arguments(warning), stacklevel=3)
+        return splits
+
+    def _check_folder(self) -> None:
+        """Raises ConfigurationError if the folder is another study's, or this one's with other rows."""
+        from autopeft.studies.engine.session import was_started
+
+        if not self._mapping:
+            return
+        file = self.folder / FILE_NAME
+        if file.is_file() and not file.read_text(encoding="utf-8").startswith(HEADER):
+            other = load_study(file, environment={})
+            differ = differences(_shown(other), _shown(self.settings))
+            if differ:
+                raise ConfigurationError(
+                    f"{file} says something else; take another folder, or Study.load for that study:\n  "
+                    + "\n  ".join(differ)
+                )
+            self.settings = other  # the same, in the names that its trials were started with
+        changed = self._tables.changed(self.folder)
+        if changed and was_started(self.settings):
+            raise ConfigurationError(
+                f"data: the rows of {' and '.join(changed)} are not those that the study in {self.folder} was started"
+                " with, and its trials cannot be compared with new ones: take another folder"
+            )
+
+    def _write(self) -> None:
+        """The study file and the rows, once the study is known to be this one."""
+        if not self._mapping:
+            return
+        self._tables.write(self.folder)
+        file = self.folder / FILE_NAME
+        if file.is_file() and not file.read_text(encoding="utf-8").startswith(HEADER):
+            return  # a file of somebody's own, which says the same
+        text = io.StringIO()
+        text.write(HEADER)
+        yaml = YAML()
+        yaml.default_flow_style = False
+        yaml.dump({key: self._mapping[key] for key in StudyFile.model_fields if key in self._mapping}, text)
+        draft = file.with_suffix(".partial")
+        draft.write_text(text.getvalue(), encoding="utf-8")
+        draft.replace(file)
+
+
+def _shown(settings: StudyFile) -> dict[str, Any]:
+    """What two study files say, however they name the files beside them."""
+    shown: dict[str, Any] = json.loads(settings.model_dump_json())
+    shown["output"] = str(settings.output_folder)
+    shown["model"]["id"] = settings.model_id
+    if settings.data.source == "files":
+        for split in ("train", "validation", "test"):
+            shown["data"][split] = str(settings.folder / Path(getattr(settings.data, split)).expanduser())
+    return shown
+
+
+@contextmanager
+def _arguments_named() -> Iterator[None]:
+    try:
+        yield
+    except StudyFileError as error:
+        raise StudyFileError(in_words_of_arguments(problem) for problem in error.problems) from None

@@ -1,0 +1,131 @@
+"""Rows that are in memory: data frames, data sets and lists of dicts become files of the study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from autopeft.studies.config.declaration import Finding
+
+SPLITS = ("train", "validation", "test")
+FOLDER = "data"
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The files by their names, relative to the study's folder."""
+
+    files: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        for name, text in self.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".partial")
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(path)
+
+    def changed(self, folder: Path) -> list[str]:
+        """The splits whose file in `folder` has other rows."""
+        return [
+            Path(name).stem
+            for name, text in self.files.items()
+            if (folder / name).is_file() and (folder / name).read_text(encoding="utf-8") != text
+        ]
+
+
+def is_table(value: Any) -> bool:
+    rows = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return rows or _is_frame(value) or _is_dataset(value)
+
+
+def tables_of(given: Mapping[str, Any], problems: list[Finding], *, hold_out: bool) -> tuple[Tables, dict[str, str]]:
+    """The files of tables by split, and the settings that name them.
+
+    `hold_out`: a random half of the validation rows becomes the test split, as rows that candidates are chosen by
+    cannot also say how good they are.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for split, table in given.items():
+        rows[split] = []
+        for position, row in enumerate(_rows(table)):
+            if isinstance(row, Mapping):
+                rows[split].append(_without_missing(row))
+            else:
+                problems.append(
+                    (("data", split, position), f"must be a row as a mapping of columns to values, got {row!r:.40}")
+                )
+                break
+    warnings = []
+    if hold_out and "validation" in rows:
+        order = list(range(len(rows["validation"])))
+        Random("test").shuffle(order)
+        held_out = {*order[: len(order) // 2]}
+        whole = rows["validation"]
+        rows["test"] = [row for i, row in enumerate(whole) if i in held_out]
+        rows["validation"] = [row for i, row in enumerate(whole) if i not in held_out]
+        warnings.append(
+            f"data: there are no test rows, so {len(held_out)} of the validation rows were set aside for it"
+        )
+    files = {}
+    for split, found in rows.items():
+        try:
+            files[f"{FOLDER}/{split}.jsonl"] = "".join(f"{_line(row)}\n" for row in found)
+        except (TypeError, ValueError) as error:
+            problems.append((("data", split), f"a value cannot be written as JSON: {error}"))
+    return Tables(files, tuple(warnings)), {split: f"{FOLDER}/{split}.jsonl" for split in rows}
+
+
+def _rows(table: Any) -> Iterator[Any]:
+    if _is_frame(table):
+        yield from table.to_dict("records")
+        return
+    names = {}
+    if _is_dataset(table):  # numbers that stand for names, as a data set of the hub has them
+        names = {column: feature for column, feature in table.features.items() if hasattr(feature, "int2str")}
+    for row in table:
+        if names and isinstance(row, Mapping):
+            row = {**row, **{column: _class_name(feature, row[column]) for column, feature in names.items()}}
+        yield row
+
+
+def _class_name(feature: Any, number: Any) -> Any:
+    return None if number in (None, -1) else feature.int2str(number)
+
+
+def _is_frame(value: Any) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "columns") and hasattr(value, "iloc")
+
+
+def _is_dataset(value: Any) -> bool:
+    return hasattr(value, "features") and hasattr(value, "column_names") and not isinstance(value, Mapping)
+
+
+def _without_missing(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in row.items() if not _is_missing(value)}
+
+
+def _is_missing(value: Any) -> bool:
+    # NaN and pandas' NA and NaT: what is not itself, or does not say whether it is.
+    if value is None or isinstance(value, (str, list, tuple, dict)):
+        return value is None
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):
+        return type(value).__name__ == "NAType"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    for convert in ("tolist", "isoformat"):
+        if hasattr(value, convert):
+            return getattr(value, convert)()
+    raise TypeError(f"{value!r:.60} of type {type(value).__name__}")
