@@ -20,10 +20,11 @@ from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.adapters.norm import Norm
 from autopeft.search_space.adapters.prefix import Prefix
 from autopeft.search_space.adapters.ssf import Ssf
+from autopeft.search_space.registry import Registry
 
-ADAPTERS: dict[str, type[AdapterSpec]] = {
-    spec.kind: spec for spec in (Full, Dora, Lora, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix)
-}
+ADAPTERS: Registry[type[AdapterSpec]] = Registry(
+    "autopeft.adapters", AdapterSpec, "kind", (Full, Dora, Lora, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix)
+)
 
 
 def spec_from_dict(data: dict[str, Any]) -> AdapterSpec:
