@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 # The linters read the folders under their import names through this link; pyproject.toml says why.
 LINK := .typecheck/autopeft
 # The import linter puts its working directory first on the path, and in the root the folder `autopeft` would hide the link.
-LINT_IMPORTS := cd $(dir $(LINK)) && ../$(BIN)/lint-imports --no-logo --config ../pyproject.toml
+LINT_IMPORTS := cd $(dir $(LINK)) && $(abspath $(BIN))/lint-imports --no-logo --config ../pyproject.toml
 
 # The GPU kit runs in .venv if there is one, else where PYTHON has torch: a GPU machine may have no package index.
 GPU_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))

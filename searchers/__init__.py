@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autopeft.search_space.registry import Registry
 from autopeft.searchers.base import Searcher, Suggestion
 from autopeft.searchers.bo.bayesian import Bayesian
 from autopeft.searchers.enumerated import Grid, Qmc
@@ -12,8 +13,11 @@ from autopeft.searchers.scored.from_scores import FromScores
 from autopeft.searchers.scored.gated import Gated
 from autopeft.searchers.scored.proxied import Proxied
 
-SEARCHERS: dict[str, type[Searcher]] = {
-    searcher.name: searcher for searcher in (Random, Qmc, Tpe, NsgaII, Evolution, Linas, Bayesian, Proxied, Gated, Grid)
-}
+SEARCHERS: Registry[type[Searcher]] = Registry(
+    "autopeft.searchers",
+    Searcher,
+    "name",
+    (Random, Qmc, Tpe, NsgaII, Evolution, Linas, Bayesian, Proxied, Gated, Grid),
+)
 
 __all__ = ["SEARCHERS", "FromScores", "Searcher", "Suggestion"]

@@ -22,10 +22,14 @@ from autopeft.search_space.adapters.prefix import Prefix
 from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.ssf import Ssf
 from autopeft.search_space.adapters.vera import Vera
+from autopeft.search_space.registry import Registry
 
-ADAPTERS: dict[str, type[AdapterSpec]] = {
-    spec.kind: spec for spec in (Full, Dora, Lora, Vera, Shira, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix)
-}
+ADAPTERS: Registry[type[AdapterSpec]] = Registry(
+    "autopeft.adapters",
+    AdapterSpec,
+    "kind",
+    (Full, Dora, Lora, Vera, Shira, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix),
+)
 
 
 def spec_from_dict(data: dict[str, Any]) -> AdapterSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autopeft.search_space.registry import Registry
 from autopeft.studies.exporters.axolotl import Axolotl
 from autopeft.studies.exporters.base import Exporter, ExportError, Fit
 from autopeft.studies.exporters.merged import Merged
@@ -9,8 +10,12 @@ from autopeft.studies.exporters.native import Native
 from autopeft.studies.exporters.peft_adapter import PeftAdapter
 from autopeft.studies.exporters.trl_script import TrlScript
 
-EXPORTERS: dict[str, Exporter] = {
-    exporter.name: exporter for exporter in (Native(), PeftAdapter(), TrlScript(), Axolotl(), Merged())
-}
+EXPORTERS: Registry[Exporter] = Registry(
+    "autopeft.exporters",
+    Exporter,
+    "name",
+    (Native(), PeftAdapter(), TrlScript(), Axolotl(), Merged()),
+    instances=True,
+)
 
 __all__ = ["EXPORTERS", "ExportError", "Exporter", "Fit"]

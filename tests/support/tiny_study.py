@@ -19,11 +19,10 @@ WORDS = (*SPECIAL, *LABELS, *(f"w{i}" for i in range(30)))
 ROWS = {"train": 48, "validation": 30, "test": 30}
 
 
-def save_model(folder: Path) -> Path:
+def save_model(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
-    )
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(**{**shape, **changes}, vocab_size=len(WORDS))
     BertForSequenceClassification(config).base_model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

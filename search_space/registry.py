@@ -1,0 +1,78 @@
+"""Registries that other distributions can add to, by entry points.
+
+A plug-in names its class in its own `pyproject.toml`, under the name that study files and commands are to know it by:
+
+    [project.entry-points."autopeft.searchers"]
+    mine = "my_package.searcher:Mine"
+
+Groups: `autopeft.adapters`, `autopeft.searchers`, `autopeft.exporters`, `autopeft.tasks`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+T = TypeVar("T")
+
+
+class PluginWarning(UserWarning):
+    """A plug-in was left out."""
+
+
+class Registry(Mapping[str, T]):
+    """What this package has by name, in its order, then what plug-ins bring.
+
+    Plug-ins are loaded when a name is asked for that is not one of ours, or when all names are. One that cannot be
+    loaded, or is not what the group is for, is named in a warning and left out.
+
+    `base`: the class of the entries. `attribute`: the one of their attributes that has their name. `instances`: the
+    entries are objects, of which a plug-in names the class.
+    """
+
+    def __init__(self, group: str, base: type, attribute: str, own: Iterable[T], *, instances: bool = False) -> None:
+        self.group = group
+        self._base, self._attribute, self._instances = base, attribute, instances
+        self._own: dict[str, T] = {getattr(entry, attribute): entry for entry in own}
+        self._plugins: dict[str, T] | None = None
+
+    def __getitem__(self, name: str) -> T:
+        return self._own[name] if name in self._own else self._found()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._own, *self._found()])
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._found())
+
+    def __repr__(self) -> str:
+        return f"Registry({self.group!r}: {', '.join(self)})"
+
+    def _found(self) -> dict[str, T]:
+        if self._plugins is None:
+            from importlib.metadata import entry_points
+
+            found: dict[str, T] = {}
+            self._plugins = found  # before any is loaded: a plug-in may look here itself
+            for entry in sorted(entry_points(group=self.group), key=lambda entry: entry.name):
+                try:
+                    found[entry.name] = self._load(entry, {*self._own, *found})
+                except Exception as error:
+                    name = f"{entry.name} = {entry.value}" + (f" of {entry.dist.name}" if entry.dist else "")
+                    what = f"{self.group}: the plug-in {name} is left out: {type(error).__name__}: {error}"
+                    warnings.warn(what, PluginWarning, stacklevel=3)
+        return self._plugins
+
+    def _load(self, entry: EntryPoint, taken: set[str]) -> T:
+        if entry.name in taken:
+            raise ValueError("there is one of that name already")
+        loaded: Any = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
+            raise TypeError(f"it is no subclass of {self._base.__name__}")
+        if getattr(loaded, self._attribute, None) != entry.name:
+            raise ValueError(f"its `{self._attribute}` must be the name of the entry point, {entry.name!r}")
+        return loaded() if self._instances else loaded  # type: ignore[return-value]
