@@ -5,10 +5,10 @@ from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.declaration import AdapterChoice, OneOf, SpaceError
 from autopeft.search_space.domains import Choice, Float, Int
-from autopeft.search_space.genes import Assignment
-from autopeft.search_space.presets import BASELINES, PRESETS
 from autopeft.search_space.problem import METRICS, Fidelity, Measurement, Objective, Problem, Trial
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import Assignment
+from autopeft.search_space.spaces.presets import BASELINES, PRESETS
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 
 __all__ = [

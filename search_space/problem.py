@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.metrics import QUALITIES, Metric, Own
 from autopeft.search_space.metrics.base import Source
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import Assignment
+from autopeft.search_space.spaces.space import SearchSpace
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import Problem, Trial
+from autopeft.search_space.spaces.genes import Assignment
 
 #: A suggestion whose state says so is trained to its end, whatever the rungs say.
 WHOLE = "whole"

@@ -9,9 +9,9 @@ import numpy as np
 from scipy.stats import qmc
 
 from autopeft.search_space.domains import Choice, Domain, Int, Value
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import Problem
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import Assignment
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers.base import Searcher, Suggestion
 
 GRID_POINTS_OF_A_RANGE = 5

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autopeft.search_space.architecture import digest
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import Measurement, Problem
+from autopeft.search_space.spaces.genes import Assignment
 from autopeft.studies.analysis.pareto import Floats, hypervolume
 
 #: The known front's nadir plus this share of its range is the corner up to which hypervolumes count, as in a study.

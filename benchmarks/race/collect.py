@@ -22,9 +22,9 @@ from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.architecture import Candidate, digest
 from autopeft.search_space.domains import BOOLEAN, Value
-from autopeft.search_space.genes import TRAINING, Assignment, Gene
 from autopeft.search_space.problem import Fidelity
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import TRAINING, Assignment, Gene
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.config.study_file import StudyFile
 
 #: Candidates that are handed to the evaluator at once: enough for packs of equal depth, and not many to lose.

@@ -18,9 +18,9 @@ import numpy as np
 from autopeft.benchmarks.race.base import RaceProblem
 from autopeft.benchmarks.race.table import SHIPPED, Row, by_candidate, read
 from autopeft.search_space.domains import Choice
-from autopeft.search_space.genes import TRAINING, Assignment
 from autopeft.search_space.problem import Problem, declared_costs
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import TRAINING, Assignment
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.analysis.pareto import Floats
 from autopeft.studies.config.problem import problem_for
 

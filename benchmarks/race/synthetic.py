@@ -24,10 +24,10 @@ from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Lora
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.declaration import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Float, Value
-from autopeft.search_space.genes import Assignment
-from autopeft.search_space.presets import PRESETS, linears, log2_sizes
 from autopeft.search_space.problem import Objective, Problem, declared_costs
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import Assignment
+from autopeft.search_space.spaces.presets import PRESETS, linears, log2_sizes
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.analysis.pareto import Floats
 
 HEAD, SPAN = 0.45, 0.17

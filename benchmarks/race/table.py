@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import DECLARED, Measurement
+from autopeft.search_space.spaces.genes import Assignment
 
 #: The table that the project ships, over the space of `studies/examples/demo.yaml`.
 SHIPPED = Path(str(files("autopeft.benchmarks.race"))) / "demo.csv"

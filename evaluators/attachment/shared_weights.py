@@ -14,10 +14,10 @@ from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Choice, Domain, Float
-from autopeft.search_space.placement import Placement
 from autopeft.search_space.runtime.bank import Bank
 from autopeft.search_space.runtime.pool import pools_of
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.placement import Placement
+from autopeft.search_space.spaces.space import SearchSpace
 
 
 class SharedWeights(nn.Module):

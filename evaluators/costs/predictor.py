@@ -10,7 +10,7 @@ from typing import Any
 from autopeft.evaluators.base import Attaching
 from autopeft.search_space.adapters import AdapterSpec, Mixture
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 
 #: Metrics that add up. Steps and their memory do not: they depend on how low in the model the lowest adapter sits.
 ADDITIVE = ("latency_s",)

@@ -49,11 +49,11 @@ from autopeft.evaluators.training.train import TrainingFailed, decay_groups, rat
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value
-from autopeft.search_space.genes import TRAINING, Assignment
-from autopeft.search_space.location import locate
-from autopeft.search_space.placement import Placement
 from autopeft.search_space.runtime.bank import Bank, stream
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import TRAINING, Assignment
+from autopeft.search_space.spaces.location import locate
+from autopeft.search_space.spaces.placement import Placement
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 
 #: Sizes of a range of whole numbers that have gates, at most: a step computes each of them.

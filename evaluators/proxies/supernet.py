@@ -30,7 +30,7 @@ from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator, repeated
 from autopeft.evaluators.training.train import TrainingFailed, decay_groups, rate
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 
 #: Subnets that are scored side by side.

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from autopeft.search_space.adapters.base import NUMBER_BITS
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int
-from autopeft.search_space.genes import TRAINING, Assignment
-from autopeft.search_space.placement import Placement
 from autopeft.search_space.problem import DECLARED
 from autopeft.search_space.sharing import Shared, shared_tensors, united
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import TRAINING, Assignment
+from autopeft.search_space.spaces.placement import Placement
+from autopeft.search_space.spaces.space import SearchSpace
 
 Rows = NDArray[np.float64]
 Mask = NDArray[np.bool_]

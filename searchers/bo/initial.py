@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.location import locate
-from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import Problem
+from autopeft.search_space.spaces.location import locate
+from autopeft.search_space.spaces.presets import BASELINES
 from autopeft.searchers.bo.acquisition_optimizer import Judge, Judged, keys_of, neighbours, unknown
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 

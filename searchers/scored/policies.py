@@ -13,7 +13,7 @@ import numpy as np
 
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.domains import BOOLEAN
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers.bo.encoding import Encoding, Rows
 
 #: Subnets of a step, for every policy: at equal steps they cost the same.

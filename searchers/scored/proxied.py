@@ -7,8 +7,8 @@ from itertools import islice
 
 import numpy as np
 
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import Problem, Scored, Trial
+from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers.base import WHOLE, Suggestion
 from autopeft.searchers.genetic import ranks, spread_first
 from autopeft.searchers.scored.from_scores import FromScores

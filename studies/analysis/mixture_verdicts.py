@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from autopeft.search_space.controls import CONTROLS, controls
 from autopeft.search_space.problem import Metric
+from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.studies.analysis import comparison
 from autopeft.studies.analysis.comparison import Estimate
 from autopeft.studies.analysis.snapshot import Snapshot

@@ -18,7 +18,7 @@ from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
     from autopeft.search_space.backbones.backbone import Backbone
-    from autopeft.search_space.space import SearchSpace
+    from autopeft.search_space.spaces.space import SearchSpace
     from autopeft.studies.config.study_file import StudyFile
 
 PLACEHOLDER = "my-study"

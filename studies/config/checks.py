@@ -33,7 +33,7 @@ def problems_of(study: StudyFile) -> Iterator[Finding]:
 
 def _search_problems(study: StudyFile) -> Iterator[Finding]:
     # Imported here, like everything that is slow to import: `autopeft --help` must not wait for it.
-    from autopeft.search_space.presets import BASELINES
+    from autopeft.search_space.spaces.presets import BASELINES
     from autopeft.searchers import SEARCHERS
 
     searcher, rungs = study.search.searcher, list(study.search.rungs)

@@ -16,7 +16,7 @@ from autopeft.search_space.adapters.given import GivenError, read, sites_of
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.declaration import AdapterChoice, OneOf, SpaceError
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 from autopeft.studies.config.settings import AdapterSettings, Range
@@ -80,7 +80,7 @@ def declare(study: StudyFile, backbone: Backbone) -> Declaration:
 
 
 def _preset(study: StudyFile, backbone: Backbone, problems: list[Finding]) -> Mapping[str, Any]:
-    from autopeft.search_space.presets import PRESETS
+    from autopeft.search_space.spaces.presets import PRESETS
 
     name = study.space.preset
     if name is None:

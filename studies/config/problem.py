@@ -9,7 +9,7 @@ from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.declaration import SpaceError
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import Problem
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.config.declaration import declare
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.starting import start_points

@@ -20,7 +20,7 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12, with one definition per adapter type, each with the fields of its own."""
-    from autopeft.search_space.presets import BASELINES, PRESETS
+    from autopeft.search_space.spaces.presets import BASELINES, PRESETS
     from autopeft.searchers import SEARCHERS
 
     schema = StudyFile.model_json_schema()

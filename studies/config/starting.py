@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.declaration import OFF, SpaceError
 from autopeft.search_space.domains import Choice, Domain, Float, Value
-from autopeft.search_space.genes import TRAINING, Assignment, Gene
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.location import locate
-from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import declared_costs
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import TRAINING, Assignment, Gene
+from autopeft.search_space.spaces.location import locate
+from autopeft.search_space.spaces.presets import BASELINES
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.spelling import did_you_mean
 
 if TYPE_CHECKING:

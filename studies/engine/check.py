@@ -8,7 +8,7 @@ from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError
 from autopeft.search_space.declaration import domain_problems
 from autopeft.search_space.metrics import MetricError, Own
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers import SEARCHERS
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError

@@ -26,7 +26,6 @@ from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.training.train import TrainingFailed
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import (
     DECLARED,
@@ -38,7 +37,8 @@ from autopeft.search_space.problem import (
     Trial,
     declared_costs,
 )
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.genes import Assignment
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.scored.gated import Gated

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.controls import CONTROLS, controls
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.presets import BASELINES
 from autopeft.search_space.problem import BASELINE, CONTROL, FINALIST, SEARCH, Trial
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.controls import CONTROLS, controls
+from autopeft.search_space.spaces.presets import BASELINES
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.analysis import pareto
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.study_file import StudyFile

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
-from autopeft.search_space.location import locate
+from autopeft.search_space.spaces.location import locate
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.loading import load_study, study_from_mapping

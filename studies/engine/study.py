@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
-from autopeft.search_space.location import locate
 from autopeft.search_space.problem import (
     BASELINE,
     CONTROL,
@@ -26,6 +25,7 @@ from autopeft.search_space.problem import (
     Problem,
     Trial,
 )
+from autopeft.search_space.spaces.location import locate
 from autopeft.searchers import SEARCHERS, FromScores, Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors

@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import digest
-from autopeft.search_space.genes import TRAINING
 from autopeft.search_space.problem import SEARCH, Measurement, Trial
+from autopeft.search_space.spaces.genes import TRAINING
 from autopeft.studies.analysis.mixture_verdicts import verdicts
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.analysis.snapshot import Snapshot, summary

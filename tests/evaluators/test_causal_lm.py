@@ -35,7 +35,7 @@ from autopeft.evaluators.tasks.causal_lm import CausalLM
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Full, Lora, Prefix
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.presets import everywhere, linears
+from autopeft.search_space.spaces.presets import everywhere, linears
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.examples import tiny_llama

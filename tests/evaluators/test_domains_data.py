@@ -30,7 +30,7 @@ from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.domains import Choice
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 
 from ..support.tiny_models import byte_tokenizer, save, seeded, word_tokenizer

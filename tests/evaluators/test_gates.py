@@ -25,7 +25,7 @@ from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, Sear
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.domains import BOOLEAN
-from autopeft.search_space.location import locate
+from autopeft.search_space.spaces.location import locate
 from autopeft.search_space.training import Training
 
 from ..support.tiny_models import save, seeded, word_tokenizer

@@ -14,7 +14,7 @@ from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.domains import Choice
 from autopeft.search_space.problem import Fidelity
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers.scored.policies import POLICIES
 
 from ..support.tied import Tied, tied  # noqa: F401  (a fixture)

@@ -19,7 +19,7 @@ from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.declaration import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Int
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 from autopeft.searchers.scored.policies import POLICIES, SUBNETS, preferred
 

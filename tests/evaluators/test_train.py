@@ -29,8 +29,8 @@ from autopeft.evaluators.training import batching, train
 from autopeft.evaluators.training.train import TrainEvaluator, max_tokens, rate
 from autopeft.search_space.adapters import Bottleneck, Full, Ia3, Lora, Prefix
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.presets import everywhere, linears
 from autopeft.search_space.problem import Fidelity, Measurement
+from autopeft.search_space.spaces.presets import everywhere, linears
 from autopeft.search_space.training import Training
 
 from ..support.tiny_models import WORDS, byte_tokenizer, save, seeded, word_tokenizer

@@ -33,11 +33,11 @@ from autopeft.search_space.adapters import (
 )
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
-from autopeft.search_space.controls import controls
-from autopeft.search_space.location import locate
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.routers import ROUTERS, mixing
 from autopeft.search_space.runtime.bank import Bank, Call, Tokens
+from autopeft.search_space.spaces.controls import controls
+from autopeft.search_space.spaces.location import locate
 from autopeft.searchers.bo.encoding import Encoding
 
 from ..support.conformance import descend, tiny, tokens

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from autopeft.search_space import BASELINES, PRESETS, Backbone, SearchSpace
-from autopeft.search_space.presets import MOLA, everywhere, linears, log2_sizes
+from autopeft.search_space.spaces.presets import MOLA, everywhere, linears, log2_sizes
 
 from ..support.spaces import encoder
 

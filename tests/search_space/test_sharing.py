@@ -19,7 +19,7 @@ from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.runtime.bank import Bank
 from autopeft.search_space.runtime.init import initialise, stream
 from autopeft.search_space.sharing import SharedKey
-from autopeft.search_space.space import SearchSpace
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 from autopeft.searchers.bo.encoding import Encoding
 

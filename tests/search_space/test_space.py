@@ -15,8 +15,8 @@ from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, Sear
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.declaration import OFF
-from autopeft.search_space.genes import Assignment
-from autopeft.search_space.location import locate
+from autopeft.search_space.spaces.genes import Assignment
+from autopeft.search_space.spaces.location import locate
 from autopeft.searchers.enumerated import _points
 
 from ..support.spaces import SMALL, encoder, spaces

@@ -27,9 +27,9 @@ from autopeft.search_space import (
     SearchSpace,
     Trial,
 )
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import declared_costs
+from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.bo.bayesian import Bayesian
 from autopeft.searchers.bo.encoding import Encoding

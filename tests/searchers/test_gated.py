@@ -14,8 +14,8 @@ import pytest
 from autopeft.evaluators.proxies import TRAINED
 from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.training.train import TrainingFailed
-from autopeft.search_space.genes import Assignment
 from autopeft.search_space.problem import Problem, Scored, Trial, declared_costs
+from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.scored.gated import Gated
 from autopeft.studies.analysis.snapshot import Snapshot

@@ -31,7 +31,7 @@ from autopeft.search_space import (
     Trial,
 )
 from autopeft.search_space.domains import Domain
-from autopeft.search_space.genes import Assignment
+from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.searchers.enumerated import LARGEST_GRID, grid_values
 from autopeft.searchers.optuna_samplers import from_optuna, to_optuna

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from autopeft.search_space import Architecture
 from autopeft.search_space.adapters import Bottleneck, Ia3, Lora, Mixture
-from autopeft.search_space.controls import CONTROLS, controls
+from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.studies.analysis.mixture_verdicts import verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.cli.app import main

@@ -10,8 +10,8 @@ import pytest
 from autopeft.search_space.adapters import ADAPTERS
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Float, Int
-from autopeft.search_space.presets import PRESETS
 from autopeft.search_space.problem import METRICS
+from autopeft.search_space.spaces.presets import PRESETS
 from autopeft.search_space.training import Training
 from autopeft.searchers import SEARCHERS
 from autopeft.studies.config.fingerprint import differences, fingerprint

@@ -11,7 +11,7 @@ from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.architecture import order_at_site
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Value
-from autopeft.search_space.genes import Gate
+from autopeft.search_space.spaces.genes import Gate
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from autopeft.search_space.adapters import AdapterSpec, Mixture
 from autopeft.search_space.adapters.mixture import ROUTER_FIELDS
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.domains import Choice, Domain, Value
-from autopeft.search_space.genes import TRAINING, Assignment, Gene
-from autopeft.search_space.placement import Placement
+from autopeft.search_space.spaces.genes import TRAINING, Assignment, Gene
+from autopeft.search_space.spaces.placement import Placement
 
 if TYPE_CHECKING:
-    from autopeft.search_space.space import SearchSpace
+    from autopeft.search_space.spaces.space import SearchSpace
 
 #: So many partial readings of a candidate are looked at before it counts as outside the space.
 MOST_READINGS = 10_000

@@ -22,8 +22,8 @@ from autopeft.search_space.declaration import (
     sites_of,
 )
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, without_zero
-from autopeft.search_space.genes import TRAINING, Assignment, Condition, Gate, Gene
-from autopeft.search_space.placement import Placement, numbered
+from autopeft.search_space.spaces.genes import TRAINING, Assignment, Condition, Gate, Gene
+from autopeft.search_space.spaces.placement import Placement, numbered
 
 
 class SearchSpace:
