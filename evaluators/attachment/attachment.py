@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
+from autopeft.evaluators.attachment.hooks import ForwardReplacement, acts, on_slots
 from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.head import Head
@@ -163,7 +164,7 @@ class Attachment(nn.Module):
     def _hook(self, model: nn.Module) -> None:
         served: list[Served] = list(zip(self.banks, self._slots_of, strict=True))
         # The prefixes first: their installation refuses some models, before anything has changed.
-        prefixes = [(bank, slots) for bank, slots in served if _acts(bank, "extend_attention")]
+        prefixes = [(bank, slots) for bank, slots in served if acts(bank, "extend_attention")]
         if prefixes:
             from autopeft.evaluators.attachment.attention import install
 
@@ -178,10 +179,10 @@ class Attachment(nn.Module):
             # Sorting is stable: within a class the canonical order of `_groups` stands.
             here.sort(key=lambda pair: pair[0].site.role in SUBLAYER_ROLES)
             module = model.get_submodule(path)
-            inputs = [pair for pair in here if _acts(pair[0], "apply_input")]
+            inputs = [pair for pair in here if acts(pair[0], "apply_input")]
             if inputs:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(inputs)))
-            outputs = [pair for pair in here if _acts(pair[0], "apply")]
+            outputs = [pair for pair in here if acts(pair[0], "apply")]
             if outputs and self._fuses(outputs[0][0], module):
                 self._handles.append(ForwardReplacement(module, self._linear(module, *outputs.pop(0))))
             if outputs:
@@ -196,7 +197,7 @@ class Attachment(nn.Module):
     def _fuses(bank: Bank, module: nn.Module) -> bool:
         """Whether the first adapter that acts on the output of `module` may run with it in one operation."""
         plain = type(module) is nn.Linear and bank.site.module == bank.site.input_module
-        return plain and _acts(bank, "apply_linear") and "forward" not in vars(module)
+        return plain and acts(bank, "apply_linear") and "forward" not in vars(module)
 
     def _linear(self, module: nn.Module, bank: Bank, slots: Tensor | None) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ class Attachment(nn.Module):
             y = bank.apply_linear(x, slots)
             if y is None:
                 y = type(module).forward(module, x)
-                y = _on_slots(slots, y, bank, x, y)
+                y = on_slots(slots, y, bank, x, y)
             return y.reshape(*input.shape[:-1], -1)
 
         return forward
@@ -219,7 +220,7 @@ class Attachment(nn.Module):
         def hook(module: nn.Module, args: tuple) -> tuple:
             x = self._by_slot(args[0])
             for bank, slots in here:
-                x = _on_slots(slots, x, bank.apply_input, x)
+                x = on_slots(slots, x, bank.apply_input, x)
             return (x.reshape(args[0].shape), *args[1:])
 
         return hook
@@ -230,7 +231,7 @@ class Attachment(nn.Module):
             for bank, slots in here:
                 tapped = bank.site.input_module != bank.site.module
                 x = self._by_slot(self._inputs[bank.site.input_module] if tapped else args[0])
-                y = _on_slots(slots, y, bank, x, y)
+                y = on_slots(slots, y, bank, x, y)
             for bank, _ in here:
                 if bank.site.input_module != bank.site.module:  # the graph of a step must not outlive it
                     self._inputs.pop(bank.site.input_module, None)
@@ -400,28 +401,6 @@ class Attachment(nn.Module):
         self.detach()
 
 
-class ForwardReplacement:
-    """Another forward function for one module, put on the instance; without it, its class's own is found again."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self._module = module
-        module.forward = forward
-
-    def remove(self) -> None:
-        del self._module.forward
-
-
 def _registered(banks: list[Bank]) -> list[Bank]:
     """As modules of the attachment: mypy does not know what a ModuleList holds."""
     return cast(list[Bank], nn.ModuleList(banks))
-
-
-def _on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`whole` with the parts of `slots` replaced by what `change` makes of their parts of `tensors`."""
-    if slots is None:
-        return change(*tensors)
-    return whole.index_copy(0, slots, change(*(tensor.index_select(0, slots) for tensor in tensors)))
-
-
-def _acts(bank: Bank, method: str) -> bool:
-    return bank.specs[0].acts_by(method, bank.site)

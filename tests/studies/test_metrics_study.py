@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
 from autopeft.evaluators.attachment.attachment import Attachment
@@ -41,14 +42,18 @@ def worst_recall(targets, predictions):
 def mistakes(targets, predictions):
     return np.mean(targets != predictions)
 """
+README = Path(__file__).parents[2] / "README.md"
+#: Of which the model learns something, if little.
+TRAINING = {"learning_rate": {"low": 1.0e-2, "high": 1.0e-1, "log": True}, "epochs": 10, "batch_size": 8}
 RUNGS = {"searcher": "tpe", "trials": 6, "batch": 3, "rungs": [0.25, 0.5], "keep": 0.5}
 MISTAKES = [{"name": "mistakes", "direction": "minimise"}, "num_params"]
 STUDIES: dict[str, dict[str, Any]] = {
-    "macro-f1": {"objectives": ["macro-f1", "num_params"], "search": RUNGS},
+    "macro-f1": {"objectives": ["macro-f1", "num_params"], "search": RUNGS, "training": TRAINING},
     "mistakes": {
         "metrics": {"mistakes": "mine:mistakes", "worst": "mine:worst_recall"},
         "objectives": MISTAKES,
         "search": RUNGS,
+        "training": TRAINING,
     },
 }
 
@@ -107,22 +112,23 @@ def test_every_trial_has_the_metric_with_its_error(ended) -> None:
 def test_values_are_those_of_the_trained_network(ended) -> None:
     """The weights that were kept, scored anew, against scikit-learn and by hand."""
     name, settings, snapshot = ended
-    trial = next(t for t in snapshot.trials if t.role == "finalist" and weights_path(settings, t.of).is_file())
+    trials = [trial for trial in snapshot.trials if trial.role == "finalist" and trial.seed == 1]
     splits, _, _ = check(settings)
+    targets = [LABELS.index(row["label"]) for row in splits.test]
+    predicted = set()
     with open_study(settings, splits, resume=True) as study:
         evaluator = study.evaluator
         assert isinstance(evaluator, TrainEvaluator)
-        from safetensors.torch import load_file
-
-        architectures = [trial.candidate.architecture]
-        with Attachment(evaluator.model, evaluator.backbone, architectures, [0]) as attachment:
-            attachment.load_state(load_file(weights_path(settings, trial.of)))
-            (columns,) = evaluator.columns(attachment, "test")
-    targets = [LABELS.index(row["label"]) for row in splits.test]
-    assert columns["target"] == targets
-    wrong = np.mean(np.array(targets) != columns["prediction"])
-    f1 = f1_score(targets, columns["prediction"], average="macro", zero_division=0)
-    assert trial.measurement.test[name] == pytest.approx(f1 if name == "macro-f1" else wrong)
+        for trial in trials:
+            with Attachment(evaluator.model, evaluator.backbone, [trial.candidate.architecture], [0]) as attachment:
+                attachment.load_state(load_file(weights_path(settings, trial.of)))
+                (columns,) = evaluator.columns(attachment, "test")
+            assert columns["target"] == targets
+            wrong = np.mean(np.array(targets) != columns["prediction"])
+            f1 = f1_score(targets, columns["prediction"], average="macro", zero_division=0)
+            assert trial.measurement.test[name] == pytest.approx(f1 if name == "macro-f1" else wrong)
+            predicted |= set(columns["prediction"])
+    assert len(predicted) > 1, "they have learnt something"
 
 
 def test_front_table_and_page(ended, capsys) -> None:
@@ -202,6 +208,17 @@ def test_a_picked_condition_may_be_on_it(ended, tmp_path: Path) -> None:
     words = ["export", str(settings.path), "--to", "native", "--out"]
     assert cli([*words, str(tmp_path / "a"), "--pick", f"{name}>=-1"]) == 0
     assert cli([*words, str(tmp_path / "b"), "--pick", f"{name}>1.5"]) == 3
+
+
+def test_the_example_of_the_readme(tmp_path: Path) -> None:
+    section = README.read_text(encoding="utf-8").split("## Your own metric\n")[1].split("\n## ")[0]
+    code, text = (section.split(f"```{language}\n")[1].split("```")[0] for language in ("python", "yaml"))
+    path = study_in(tmp_path / "study", **YAML(typ="safe").load(text))
+    (path.parent / code.split("\n")[0].removeprefix("# ")).write_text(code)
+    settings = load_study(path)
+    check(settings)
+    assert [metric.name for metric in settings.qualities()] == ["loss", "accuracy", "worst-recall"]
+    assert settings.qualities()[-1].of(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])) == 0.5
 
 
 # What may go wrong
