@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
-from autopeft.evaluators.attachment.hooks import ForwardReplacement, acts, on_slots
+from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, acts, on_slots, registered
 from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.head import Head
@@ -29,10 +29,8 @@ from autopeft.search_space.runtime.pool import Pool, Pools, pools_of
 if TYPE_CHECKING:
     from autopeft.evaluators.attachment.shared_weights import SharedWeights
 
-# At one module, linears and norms are adapted before the sub-layer that ends there.
+#: At one module, linears and norms are adapted before the sub-layer that ends there.
 SUBLAYER_ROLES = ("attn", "mlp")
-#: A bank and the slots that it serves, None for all of them.
-Served = tuple[Bank, Tensor | None]
 #: Slots whose adapters at a site share a structure, their adapters, how many alike came before, and for each slot the
 #: number of its adapter, from 1, among those with which it must not share a random stream.
 Group = tuple[list[int], list[AdapterSpec], int, list[int]]
@@ -68,7 +66,7 @@ class Attachment(nn.Module):
         self.num_slots = len(architectures)
         #: Layers below the lowest adapter of all slots: what they compute is the same for every slot.
         self.depth = min(architecture.lowest_layer(backbone) for architecture in architectures)
-        self.banks = _registered([])
+        self.banks = registered([])
         self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all of them
         self._handles: list[Any] = []
         self._inputs: dict[str, Tensor] = {}
@@ -358,7 +356,7 @@ class Attachment(nn.Module):
                 saved.append((module, weight.clone(), None if bias is None else bias.detach().clone()))
                 with torch.no_grad():
                     set_weight(module, *bank.specs[0].merge(bank.of_slot(0), weight, bias))
-            self.banks, self._slots_of = _registered(kept), [None] * len(kept)
+            self.banks, self._slots_of = registered(kept), [None] * len(kept)
             self._hook(model)
             yield
         finally:
@@ -399,8 +397,3 @@ class Attachment(nn.Module):
 
     def __exit__(self, *error: object) -> None:
         self.detach()
-
-
-def _registered(banks: list[Bank]) -> list[Bank]:
-    """As modules of the attachment: mypy does not know what a ModuleList holds."""
-    return cast(list[Bank], nn.ModuleList(banks))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from autopeft.search_space.runtime.bank import Bank
+
+#: A bank and the slots that it serves, None for all of them.
+Served = tuple[Bank, Tensor | None]
 
 
 class ForwardReplacement:
@@ -31,3 +34,8 @@ def on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor],
 def acts(bank: Bank, method: str) -> bool:
     """Whether the bank's adapters do something of their own by `method` at its site."""
     return bank.specs[0].acts_by(method, bank.site)
+
+
+def registered(banks: list[Bank]) -> list[Bank]:
+    """As modules of the attachment: mypy does not know what a ModuleList holds."""
+    return cast(list[Bank], nn.ModuleList(banks))
