@@ -8,7 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +38,7 @@ from autopeft.search_space.adapters import (
 )
 from autopeft.search_space.routers import ROUTERS
 from autopeft.studies.errors import UserError
-from autopeft.studies.exporters import EXPORTERS, ExportError, Fit, native
+from autopeft.studies.exporters import EXPORTERS, ExportError, Fit, native, trl_script
 from autopeft.studies.exporters import axolotl as axolotl_target
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipes.recipe import Averaged, Recipe
@@ -233,6 +233,17 @@ def test_peft_has_one_rank_of_shira_and_no_scale(models: Folders, tmp_path: Path
         assert torch.equal(logits(model), wanted)
     other = make_recipe("bert", models["bert"], {**placement, "layers.4.attn.q": Shira(rank=2)})
     assert EXPORTERS["peft"].assess(other).lost == ("layers.4.attn.q shira: rank 2, and peft has one for all, here 3",)
+
+
+@pytest.mark.parametrize("spec", [Vera(rank=4, projection_key=3), Shira(rank=2)], ids=lambda spec: spec.kind)
+def test_script_declares_what_peft_has(models: Folders, spec: AdapterSpec) -> None:
+    recipe = make_recipe("llama", models["llama"], {"layers.1.attn.q": spec, "layers.2.mlp.up": spec})
+    text = trl_script.script(recipe)
+    compile(text, "train.py", "exec")
+    assert f"return {type(plan(recipe).build()).__name__}(**PEFT)" in text
+    decayed = recipe.model_copy(update={"training": replace(recipe.training, weight_decay=0.1)})
+    lost = EXPORTERS["trl-script"].assess(decayed).lost
+    assert len(lost) == 2 and all("weight_decay 0.1 falls on its v" in line for line in lost)
 
 
 def test_peft_loses_what_it_has_once(models: Folders, tmp_path: Path) -> None:
