@@ -11,7 +11,7 @@ Groups: `autopeft.adapters`, `autopeft.searchers`, `autopeft.exporters`, `autope
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class PluginWarning(UserWarning):
     """A plug-in was left out."""
 
 
-class Registry(Mapping[str, T]):
+class Registry(MutableMapping[str, T]):
     """What this package has by name, in its order, then what plug-ins bring.
 
     Plug-ins are loaded when a name is asked for that is not one of ours, or when all names are. One that cannot be
@@ -42,6 +42,13 @@ class Registry(Mapping[str, T]):
 
     def __getitem__(self, name: str) -> T:
         return self._own[name] if name in self._own else self._found()[name]
+
+    def __setitem__(self, name: str, entry: T) -> None:
+        """For this process alone, as a notebook or a test wants it."""
+        self._own[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del (self._own if name in self._own else self._found())[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._own, *self._found()])

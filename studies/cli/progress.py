@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -30,6 +33,39 @@ def measured(objective: Objective, values: Mapping[str, float], std_err: Mapping
         return number(value)
     decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
+
+
+@contextmanager
+def stopping_between_steps(*signals: signal.Signals) -> Iterator[Callable[[], None]]:
+    """A signal raises KeyboardInterrupt at the next step, a second one at once.
+
+    Yields what has to be called between two steps. Once the first was made, the handler itself raises only when it is
+    asked again: where a signal happens to find the program, the exception may be lost (in a destructor) or cut a call
+    of the database. For the main thread, to which Python gives signals.
+    """
+    stepping = asked = False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked or not stepping:
+            raise KeyboardInterrupt
+        asked = True
+        # Not through `sys.stderr`, whose buffer may be in the middle of a write.
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    def stop_if_asked() -> None:
+        nonlocal stepping
+        stepping = True
+        if asked:
+            raise KeyboardInterrupt
+
+    # SIGINT too: a shell starts what it runs in the background with that signal ignored.
+    previous = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield stop_if_asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class ProgressView:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -66,38 +65,18 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
 
 @contextmanager
 def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
-    """Ctrl-C and a polite kill end the study at its next step, a second one at once; say how to go on, exit with 130.
+    """Ctrl-C and a polite kill end the study at its next step; say how to go on, exit with 130.
 
-    Yields what has to be called between two steps. Once the first was made, the handler itself raises only when it is
-    asked again: where a signal happens to find the program, the exception may be lost (in a destructor) or cut a call
-    of the database.
+    Yields what has to be called between two steps, as `stopping_between_steps` does.
     """
-    stepping = asked = False
+    from autopeft.studies.cli.progress import stopping_between_steps
 
-    def stop(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked or not stepping:
-            raise KeyboardInterrupt
-        asked = True
-        # Not through `sys.stderr`, whose buffer may be in the middle of a write.
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    def stop_if_asked() -> None:
-        nonlocal stepping
-        stepping = True
-        if asked:
-            raise KeyboardInterrupt
-
-    # SIGINT too: a shell starts what it runs in the background with that signal ignored.
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop_if_asked
+        with stopping_between_steps(signal.SIGINT, signal.SIGTERM) as stop_if_asked:
+            yield stop_if_asked
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; nothing is lost. Go on with: autopeft resume {settings.words}", err=True)
         sys.exit(130)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:

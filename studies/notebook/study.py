@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,21 +96,27 @@ class Study:
     def run(self, progress: bool | Watcher = True) -> Result:
         """Run the study to its end, from wherever it stands: after an interruption, or with more trials than before.
 
-        `progress`: lines and a bar, nothing, or an object that is told of every step. Raises UserError.
+        An interrupt ends it at its next step; nothing is lost. `progress`: lines and a bar, nothing, or an object that
+        is told of every step. Raises UserError.
         """
         from rich.console import Console
 
-        from autopeft.studies.cli.progress import ProgressView
+        from autopeft.studies.cli.progress import ProgressView, stopping_between_steps
         from autopeft.studies.engine.session import open_study, was_started
         from autopeft.studies.reports.report import write_report
 
         with own_words():
             self._check_folder()
             splits = self._checked()
-            with open_study(self.settings, splits, resume=was_started(self.settings)) as study:
+            # Python hands signals to the main thread alone; elsewhere an interrupt is somebody else's.
+            signals = (signal.SIGINT,) if threading.current_thread() is threading.main_thread() else ()
+            with (
+                stopping_between_steps(*signals) as stop_if_asked,
+                open_study(self.settings, splits, resume=was_started(self.settings)) as study,
+            ):
                 self._write()
                 if isinstance(progress, bool):
-                    with ProgressView(None if progress else Console(quiet=True)) as view:
+                    with ProgressView(None if progress else Console(quiet=True), between=stop_if_asked) as view:
                         snapshot = study.run(view)
                 else:
                     snapshot = study.run(progress)
@@ -170,6 +178,7 @@ class Study:
         """The study file and the rows, once the study is known to be this one."""
         if not self._mapping:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)  # the output may be elsewhere
         self._tables.write(self.folder)
         file = self.folder / FILE_NAME
         if file.is_file() and not file.read_text(encoding="utf-8").startswith(HEADER):

@@ -34,6 +34,10 @@ def test_without_plugins_it_is_a_mapping() -> None:
     assert dict(registry) == {"lora": Lora} and "ia3" not in registry and len(registry) == 1
     with pytest.raises(KeyError):
         registry["ia3"]
+    registry["mine"] = Lora
+    assert list(registry) == ["lora", "mine"]
+    del registry["mine"]
+    assert list(registry) == ["lora"]
     assert next(iter(ADAPTERS)) == "full", "the order is the order in which adapters act"
 
 

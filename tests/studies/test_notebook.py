@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from autopeft.search_space.declaration import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Float, Int
 from autopeft.studies.cli.app import main
+from autopeft.studies.cli.progress import ProgressView
 from autopeft.studies.config.checks import _model_with_everything
 from autopeft.studies.config.declaration import declare
 from autopeft.studies.config.loading import load_study, study_from_mapping
@@ -120,6 +122,26 @@ def test_started_by_the_command_and_resumed_in_python(
     assert study.settings.model_dump() == load_study(tmp_path).model_dump()
     assert num_complete(result) == 6
     assert file.read_text() == text, "a file of somebody's own stays as it is"
+
+
+def test_an_interrupt_ends_it_between_two_steps(
+    inputs: Path, finished: tuple[Study, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+
+    def end(view: ProgressView, trial: Any, snapshot: Any) -> None:
+        ended.append(trial)
+        if len(ended) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    study = declared(inputs, tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ProgressView, "end", end)
+        study.run(progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(ended) == 3
+    assert found(study.run(progress=False)) == found(finished[1])
 
 
 def test_more_trials_may_be_asked_for(inputs: Path, tmp_path: Path) -> None:
