@@ -26,8 +26,8 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.exporters.peft_adapter import fill
 from autopeft.studies.exporters.peft_config import PeftPlan, plan
+from autopeft.studies.recipes.build import bare_recipe
 from autopeft.studies.recipes.recipe import Recipe
-from autopeft.studies.recipes.selection import bare_recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

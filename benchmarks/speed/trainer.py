@@ -19,7 +19,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.training import batching
-from autopeft.evaluators.training.train import EVALUATION_BATCH_SIZE, TrainEvaluator, rate
+from autopeft.evaluators.training.schedule import rate
+from autopeft.evaluators.training.train import EVALUATION_BATCH_SIZE, TrainEvaluator
 
 
 def order_trainer(evaluator: TrainEvaluator, model: Any, request: Request, folder: str) -> OrderTrainer:

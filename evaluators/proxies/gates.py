@@ -45,7 +45,8 @@ from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.train import TrainingFailed, decay_groups, rate
+from autopeft.evaluators.training.schedule import rate
+from autopeft.evaluators.training.train import TrainingFailed, decay_groups
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value

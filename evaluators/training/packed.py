@@ -29,6 +29,7 @@ from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import Batch, model_inputs
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.optimizer import PackedAdamW
+from autopeft.evaluators.training.schedule import rate
 from autopeft.evaluators.training.shared_layers import Activations, Prefix, PrefixCache, fingerprint, token_digest
 from autopeft.evaluators.training.train import (
     EVALUATION_BATCH_SIZE,
@@ -37,7 +38,6 @@ from autopeft.evaluators.training.train import (
     TrainEvaluator,
     TrainingFailed,
     failure,
-    rate,
     steps_at,
 )
 from autopeft.search_space.architecture import digest

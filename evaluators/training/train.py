@@ -22,6 +22,7 @@ from autopeft.evaluators.costs.measurement import measure
 from autopeft.evaluators.data.splits import SPLITS, DataError, Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.schedule import rate
 from autopeft.search_space.adapters import Mixture
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
@@ -344,19 +345,6 @@ def max_tokens(model: Any) -> int:
 def steps_at(share: float, full: int) -> int:
     """Steps that are a share of the full run: rounded up, at least one."""
     return max(1, math.ceil(round(share * full, 6)))  # 0.07 x 100 is a little more than 7 in binary
-
-
-def rate(step: int, steps: int, training: Training) -> float:
-    """The learning rate's factor at a step: linear warm-up, then the schedule down to zero."""
-    warmup = math.ceil(round(steps * training.warmup, 6))
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    if training.schedule == "linear":
-        return max(0.0, 1.0 - progress)
-    if training.schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-    return 1.0
 
 
 def decay_groups(parameters: Sequence[tuple[nn.Parameter, bool]], training: Training) -> list[dict[str, Any]]:

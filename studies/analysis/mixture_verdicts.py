@@ -9,9 +9,9 @@ import numpy as np
 
 from autopeft.search_space.problem import Metric
 from autopeft.search_space.spaces.controls import CONTROLS, controls
-from autopeft.studies.analysis import comparison
-from autopeft.studies.analysis.comparison import Estimate
+from autopeft.studies.analysis import statistics
 from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.analysis.statistics import Estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,7 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
                 control=name,
                 num_params=control.trial.candidate.architecture.num_params(snapshot.backbone),
                 total_params=control.trial.candidate.architecture.total_params(snapshot.backbone),
-                difference=comparison.paired_difference(scores, control.scores(quality), seed_sd=seed_sd),
+                difference=statistics.paired_difference(scores, control.scores(quality), seed_sd=seed_sd),
             )
             for name in CONTROLS
             if (control := own.get(name))

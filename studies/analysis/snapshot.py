@@ -21,9 +21,10 @@ from autopeft.search_space.problem import (
     Objective,
     Trial,
 )
-from autopeft.studies.analysis import comparison, pareto
-from autopeft.studies.analysis.comparison import Contender, Estimate, SeedSd
+from autopeft.studies.analysis import pareto, recommendation, statistics
 from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.analysis.recommendation import Contender
+from autopeft.studies.analysis.statistics import Estimate, SeedSd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +153,7 @@ class Snapshot:
         repeated = [entry for entry in [*self.entries(), *compared] if len(entry.repeats) > 1]
         adapters = [entry for entry in repeated if entry.trial.role not in (BASELINE + "head", BASELINE + "full")]
         scores = [entry.scores(metric, split) for entry in adapters or repeated]
-        return comparison.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
+        return statistics.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
 
     def rows(self) -> list[FrontRow]:
         """Every complete candidate as the reports show it, front and recommendation marked.
@@ -195,7 +196,7 @@ class Snapshot:
             scores = entry.scores(metric)
             if scores.size:
                 spread = seed_sd if metric == self.quality else None
-                found = comparison.estimate(scores, seed_sd=spread)
+                found = statistics.estimate(scores, seed_sd=spread)
                 values[metric] = entry.sign(metric) * found.value
                 std_err[metric] = found.std_err
         return values, std_err
@@ -205,12 +206,12 @@ class Snapshot:
             Contender(
                 trial=entry.trial.number,
                 scores=entry.scores(self.quality),
-                costs=comparison.costs(entry.trial.values, self.objectives),
+                costs=recommendation.costs(entry.trial.values, self.objectives),
             )
             for entry in members
             if entry.scores(self.quality).size
         ]
-        return comparison.recommend(contenders, seed_sd=seed_sd).recommended if contenders else None
+        return recommendation.recommend(contenders, seed_sd=seed_sd).recommended if contenders else None
 
     def entry(self, number: int) -> Entry:
         """Raises KeyError if trial `number` is not a complete candidate."""
@@ -229,8 +230,8 @@ class Snapshot:
         if not scores.size or pooled is None:
             return None
         means = scores.mean(axis=1)
-        low, high = comparison.predictive_interval(means, pooled)
-        std_err = comparison.estimate(scores, seed_sd=pooled).std_err
+        low, high = statistics.predictive_interval(means, pooled)
+        std_err = statistics.estimate(scores, seed_sd=pooled).std_err
         sign = entry.sign(metric)
         low, high = sorted((sign * low, sign * high))
         return Estimate(value=sign * float(means.mean()), std_err=std_err, low=low, high=high, num_seeds=len(means))

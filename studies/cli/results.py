@@ -108,12 +108,12 @@ def export(
     from autopeft.search_space.spelling import did_you_mean
     from autopeft.studies.engine.exporting import export_trial
     from autopeft.studies.exporters import EXPORTERS
-    from autopeft.studies.recipes import selection
+    from autopeft.studies.recipes.pick import pick as picked
 
     if to not in EXPORTERS:
         raise ConfigurationError(f"--to {to}: unknown target{did_you_mean(to, EXPORTERS)}")
     settings, ledger, snapshot = finished(study, set_)
-    number = selection.pick(snapshot, pick)
+    number = picked(snapshot, pick)
     folder, fit = export_trial(settings, ledger, snapshot, number, to, out, allow_lossy=allow_lossy, force=force)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     if as_json:

@@ -13,7 +13,7 @@ from autopeft.studies.config.settings import SearchSettings
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import evaluator_for
 from autopeft.studies.exporters import EXPORTERS
-from autopeft.studies.recipes.selection import bare_recipe, recipe_head_sites
+from autopeft.studies.recipes.build import bare_recipe, recipe_head_sites
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits

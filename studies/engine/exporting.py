@@ -12,7 +12,7 @@ from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.study import weights_path
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.exporters import EXPORTERS, Fit
-from autopeft.studies.recipes.selection import recipe_of
+from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.storage.ledger import Ledger
 
 

@@ -136,7 +136,7 @@ class Result:
         """The candidate that `wish` names: recommended, best, trial:N, or a condition as num_params<=50000 (the best of
         the front that meets it). Raises UserError.
         """
-        from autopeft.studies.recipes.selection import pick
+        from autopeft.studies.recipes.pick import pick
 
         with own_words():
             number = pick(self.snapshot, wish)

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from autopeft.search_space.metrics import ALWAYS, QUALITIES, MetricError, OverSet, Own
 from autopeft.search_space.metrics.base import PREDICTION, TARGET, standard_error
 from autopeft.search_space.problem import METRICS, Objective
-from autopeft.studies.analysis.comparison import estimate, paired_difference
+from autopeft.studies.analysis.statistics import estimate, paired_difference
 
 SKLEARN = {
     "macro-f1": lambda targets, predictions: f1_score(targets, predictions, average="macro", zero_division=0),

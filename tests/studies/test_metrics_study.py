@@ -15,8 +15,8 @@ from sklearn.metrics import f1_score
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.training.train import TrainEvaluator
-from autopeft.studies.analysis.comparison import paired_difference
 from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.analysis.statistics import paired_difference
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.loading import load_study

@@ -24,7 +24,9 @@ from autopeft.studies.engine.check import check
 from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot, was_started
 from autopeft.studies.engine.study import weights_path
-from autopeft.studies.recipes import selection
+from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate
+from autopeft.studies.recipes.build import recipe_of
+from autopeft.studies.recipes.pick import pick
 from autopeft.studies.recipes.recipe import Recipe
 
 from ..support.tiny_study import save_study
@@ -144,22 +146,22 @@ def test_picks(finished) -> None:
     _, snapshot, _ = finished
     members = [row for row in snapshot.rows() if row.on_front]
     best = max(members, key=lambda row: row.values["accuracy"])
-    assert selection.pick(snapshot, "best") == best.trial
-    assert selection.pick(snapshot, "trial:1") == 1
-    assert selection.pick(snapshot, "recommended") == next(row.trial for row in members if row.recommended)
+    assert pick(snapshot, "best") == best.trial
+    assert pick(snapshot, "trial:1") == 1
+    assert pick(snapshot, "recommended") == next(row.trial for row in members if row.recommended)
     limit = min(row.values["num_params"] for row in members)
-    assert selection.pick(snapshot, f"num_params<={limit:.0f}") in {row.trial for row in members}
+    assert pick(snapshot, f"num_params<={limit:.0f}") in {row.trial for row in members}
     for wish, message in (("trial:99", "no complete trial"), ("cheapest", "use recommended"), ("size<=3", "size")):
-        with pytest.raises(selection.ConfigurationError, match=message):
-            selection.pick(snapshot, wish)
-    with pytest.raises(selection.NoFeasibleCandidate):
-        selection.pick(snapshot, "num_params<=-1")
+        with pytest.raises(ConfigurationError, match=message):
+            pick(snapshot, wish)
+    with pytest.raises(NoFeasibleCandidate):
+        pick(snapshot, "num_params<=-1")
 
 
 def test_recipe_promises_what_was_measured(finished, tmp_path: Path) -> None:
     settings, snapshot, _ = finished
-    number = selection.pick(snapshot, "recommended")
-    recipe = selection.recipe_of(settings, open_ledger(settings), snapshot, number)
+    number = pick(snapshot, "recommended")
+    recipe = recipe_of(settings, open_ledger(settings), snapshot, number)
     recipe.save(tmp_path / "recipe.yaml")
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     promised = recipe.measured["accuracy"]

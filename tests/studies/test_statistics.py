@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 
 from autopeft.search_space.problem import Objective
-from autopeft.studies.analysis.comparison import (
-    Contender,
+from autopeft.studies.analysis.recommendation import Contender, costs, recommend
+from autopeft.studies.analysis.statistics import (
     SeedSd,
-    costs,
     estimate,
     paired_difference,
     pooled_seed_sd,
     predictive_interval,
-    recommend,
 )
 
 RUNS = 400

@@ -1,4 +1,4 @@
-"""Which differences are real: standard errors, paired tests, what to recommend, intervals for a new seed.
+"""Which differences are real: standard errors, paired differences, intervals for a new seed.
 
 Model. Run s of a candidate scores x[s, i] on example i; S runs (seeds), N examples, the same for every
 candidate:
@@ -31,15 +31,13 @@ configuration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, nan, sqrt
+from math import nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student_t
-
-from autopeft.search_space.problem import Objective
 
 Floats = NDArray[np.float64]
 
@@ -64,33 +62,9 @@ class SeedSd:
     dof: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
-    """A member of the front. `scores`: [seeds, examples], larger is better (the negative of a loss).
-
-    `costs`: smaller is better, in the order in which they count; see `costs`.
-    """
-
-    trial: int
-    scores: ArrayLike
-    costs: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recommendation:
-    """Trial numbers, and what they rest on."""
-
-    best: int
-    recommended: int
-    #: With the best one among them.
-    tied: tuple[int, ...]
-    #: Of every other contender, by trial: its mean score minus that of the best.
-    differences: Mapping[int, Estimate]
-
-
 def estimate(scores: ArrayLike, *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Estimate:
     """Mean over seeds and examples of scores [seeds, examples], or [examples] of one run."""
-    return _combine([(+1, _as_runs(scores))], seed_sd, level)
+    return _combine([(+1, as_runs(scores))], seed_sd, level)
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Estimate:
@@ -99,13 +73,14 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, seed_sd: SeedSd | None = No
     Pairing takes the difficulty of an example out of the comparison. `seed_sd` stands in for both candidates'
     own spread between seeds. Give it whenever runs are few: two or three say little about a spread.
     """
-    first, second = _as_runs(a), _as_runs(b)
+    first, second = as_runs(a), as_runs(b)
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"a pair needs the same examples, got {first.shape[1]} and {second.shape[1]}")
     return _combine([(+1, first), (-1, second)], seed_sd, level)
 
 
-def _as_runs(scores: ArrayLike) -> Floats:
+def as_runs(scores: ArrayLike) -> Floats:
+    """[seeds, examples], also of [examples] of one run."""
     runs = np.atleast_2d(np.asarray(scores, dtype=float))
     if runs.ndim != 2 or runs.shape[0] < 1 or runs.shape[1] < 2:
         raise ValueError(f"scores are [seeds, examples] with at least two examples, got {runs.shape}")
@@ -149,45 +124,6 @@ def _noise(runs: Floats) -> float:
     num_seeds, num_examples = runs.shape
     mean_square = float((rest**2).sum()) / ((num_seeds - 1) * (num_examples - 1))
     return mean_square / runs.size
-
-
-def costs(values: Mapping[str, float], objectives: Sequence[Objective]) -> tuple[float, ...]:
-    """What a candidate costs, smaller is better: the objectives that are not qualities, in their order.
-
-    The number of parameters if there is none.
-    """
-    declared = [objective for objective in objectives if not objective.is_quality]
-    return tuple(objective.loss(values[objective.name]) for objective in declared) or (values["num_params"],)
-
-
-def recommend(contenders: Sequence[Contender], *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Recommendation:
-    """The cheapest contender that the paired test cannot tell from the best one.
-
-    Best is the highest mean. A contender is tied with it while the interval of their difference reaches 0.
-    Every comparison is made at its own `level`, with no correction (Holm's, say) for their number: a
-    correction calls more contenders tied, and a user loses by a worse candidate called tied. "Not
-    distinguishable" is not "as good as": `differences` says how much worse the recommended one may be. A
-    contender with a score that is not finite (a diverged run) is neither best nor tied. Raises ValueError if
-    nobody is left.
-    """
-    means = {contender.trial: float(np.mean(_as_runs(contender.scores))) for contender in contenders}
-    sound = [contender for contender in contenders if isfinite(means[contender.trial])]
-    if not sound:
-        raise ValueError("no contender has finite scores")
-    best = max(sound, key=lambda contender: means[contender.trial])
-    differences = {
-        contender.trial: paired_difference(contender.scores, best.scores, seed_sd=seed_sd, level=level)
-        for contender in contenders
-        if contender is not best
-    }
-    tied = [contender for contender in sound if contender is best or differences[contender.trial].high >= 0]
-    cheapest = min(tied, key=lambda contender: (contender.costs, -means[contender.trial]))
-    return Recommendation(
-        best=best.trial,
-        recommended=cheapest.trial,
-        tied=tuple(contender.trial for contender in tied),
-        differences=differences,
-    )
 
 
 def pooled_seed_sd(seed_means: Sequence[Sequence[float]]) -> SeedSd | None:
