@@ -125,7 +125,7 @@ def test_a_measured_constraint_that_nothing_meets(cli, tmp_path: Path, monkeypat
 
 
 def test_a_bound_that_nothing_meets(cli, tmp_path: Path) -> None:
-    objectives = [{"name": "accuracy", "bound": 1.1}, "num_params"]
+    objectives = [{"name": "accuracy", "bound": 0.999}, "num_params"]
     path = save_study(tmp_path, objectives=objectives, **SHORT)
     code, _, errors = cli("run", path, "--set", "search.trials=2")
     assert code == 3 and "none of" in errors
