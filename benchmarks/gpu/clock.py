@@ -24,7 +24,7 @@ def device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) 
     """
     for call in calls:
         call()  # compiles, and loads libraries
-    alone = [_host_seconds(call, device) for call in calls]
+    alone = [seconds_of(call, device) for call in calls]
     if device.type != "cuda":
         return statistics.median(alone)
     # Found out before: after a capture that failed, torch's allocator and random streams are not what they were.
@@ -79,10 +79,11 @@ def host_seconds(call: Callable[[], object], device: torch.device, repeats: int)
     """Seconds of one call as a user has them, the median: what the host takes to ask for it is in it."""
     for _ in range(2):
         call()
-    return statistics.median(_host_seconds(call, device) for _ in range(repeats))
+    return statistics.median(seconds_of(call, device) for _ in range(repeats))
 
 
-def _host_seconds(call: Callable[[], object], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call by the host's clock, until the device is done."""
     begin = now(device)
     call()
     return now(device) - begin

@@ -5,6 +5,7 @@ What a step costs depends on shapes and types, not on what the weights say.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -95,6 +96,12 @@ def _made(kind: Any, config: Any, device: torch.device, dtype: torch.dtype) -> n
         with torch.device(device):
             model: nn.Module = kind._from_config(config, dtype=dtype)
     return model.eval()
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more, on the device too."""
+    gc.collect()
+    torch.cuda.empty_cache()  # without CUDA it does nothing
 
 
 def loaded(model: nn.Module) -> LoadedBackbone:

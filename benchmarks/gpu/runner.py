@@ -48,6 +48,11 @@ class PhaseResult:
     log: str = ""
 
     @property
+    def tests(self) -> list[bool]:
+        """Of every row that tests something, whether it has passed."""
+        return [row["passed"] for row in self.rows if "passed" in row]
+
+    @property
     def good(self) -> bool:
         return self.status in ("ok", "cut", "skipped") and self.passed is not False
 
@@ -100,10 +105,9 @@ def run_kit(
 
 def describe(result: PhaseResult) -> str:
     """A line for people."""
-    tested = [row["passed"] for row in result.rows if "passed" in row]
     words = [f"{result.status} after {result.seconds:.0f} s", f"{len(result.rows)} rows"]
-    if tested:
-        words.append(f"{sum(tested)} of {len(tested)} tests passed")
+    if result.tests:
+        words.append(f"{sum(result.tests)} of {len(result.tests)} tests passed")
     if result.left_out:
         words.append(f"left out: {', '.join(result.left_out)}")
     if result.reason:
@@ -152,8 +156,7 @@ def _run_phase(
     finally:
         _end(process)
         result.seconds = round(time.monotonic() - begin, 1)
-        tested = [row["passed"] for row in result.rows if "passed" in row]
-        result.passed = all(tested) if tested else None
+        result.passed = all(result.tests) if result.tests else None
         end_of_log = log.seek(0, os.SEEK_END)
         if result.status not in ("ok", "cut", "skipped"):
             log.seek(max(start_of_log, end_of_log - LOG_TAIL))

@@ -7,7 +7,6 @@ the steps after which it has paid. On a few layers of the model.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,9 +76,7 @@ def measure(run: Run) -> Iterator[Row]:
                         row["steps_to_pay"] = row["first_s"] / saved if saved > 0 else float("inf")
                 yield row
                 torch._dynamo.reset()
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                models.free_memory()
 
 
 #: Makes a step over fixed inputs, and says which part of the model may be compiled.

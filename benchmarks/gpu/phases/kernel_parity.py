@@ -7,7 +7,6 @@ the same at tiny sizes.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopeft.benchmarks.gpu.models import free_memory
 from autopeft.benchmarks.gpu.phase import Row, Run
 from autopeft.kernels import linear_cross_entropy as cross_entropy
 from autopeft.kernels import mixture_lora as mixture
@@ -76,14 +76,12 @@ def measure(run: Run) -> Iterator[Row]:
 
 def _large(run: Run, device: torch.device) -> Iterator[Row]:
     for name, check, nbytes in LARGE:
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
         if torch.cuda.mem_get_info(device)[0] < nbytes:
             run.left_out.append(f"{name}: needs {nbytes / 2**30:.0f} GiB of free memory")
         elif run.has_time(name, 10.0):
             yield _row(name, "bf16 + fp32", "more than 2^31 elements", 1e-2, partial(check, device))
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
 
 
 def _row(op: str, types: str, shape: str, tolerance: float, check: Callable[[], float]) -> Row:

@@ -7,7 +7,6 @@ the host's times of the operators stand beside them, because a step of small min
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autopeft.benchmarks.gpu.clock import device_seconds, host_seconds
+from autopeft.benchmarks.gpu.clock import device_seconds, host_seconds, seconds_of
+from autopeft.benchmarks.gpu.models import free_memory
 from autopeft.benchmarks.gpu.phase import Row, Run
 from autopeft.benchmarks.speed.kernels import KernelCase, kernel_cases
-from autopeft.evaluators.costs.timing import interleaved, now
+from autopeft.evaluators.costs.timing import interleaved
 from autopeft.kernels import counts, slot_products
 from autopeft.kernels import linear_cross_entropy as cross_entropy
 from autopeft.kernels import tiles as tile_rules
@@ -81,9 +81,7 @@ def _operators(
                 yield row | _operator(case, device, 2 if run.toy else REPEATS)
             except Exception as error:  # too large for this card, say: the others go on
                 yield row | {"error": f"{type(error).__name__}: {error}"[:1000]}
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        gc.collect()
+            free_memory()
 
 
 def _operator(case: KernelCase, device: torch.device, repeats: int) -> Row:
@@ -99,17 +97,11 @@ def _operator(case: KernelCase, device: torch.device, repeats: int) -> Row:
         "without_triton": without_triton,
     }
 
-    def host(way: Callable[[], Any]) -> Callable[[], float]:
-        def seconds() -> float:
-            begin = now(device)
-            way()
-            return now(device) - begin
-
-        return seconds
-
     found: Row = {f"{name}_s": host_seconds(way, device, repeats) for name, way in ways.items()}
     best = min(("batched", "without_triton"), key=lambda name: found[f"{name}_s"])
-    over = interleaved(host(ways[best]), host(ways["kernel"]), repeats=repeats)
+    over = interleaved(
+        partial(seconds_of, ways[best], device), partial(seconds_of, ways["kernel"], device), repeats=repeats
+    )
     found |= {
         "pytorchs_best": best,
         "over_pytorch": over.median,
@@ -155,8 +147,7 @@ def _products(run: Run, device: torch.device, types: str, made: Iterable[Product
             rule, best = next(iter(times)), min(times, key=lambda way: times[way])
             row |= {"device_s": times[rule], "way": rule, "best_s": times[best], "best_way": best}
         yield row
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def _narrow_products(device: torch.device, types: str, tokens: int, features: int, rank: int) -> Iterator[Product]:

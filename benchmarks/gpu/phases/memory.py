@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,10 +52,9 @@ def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int) -> dict[s
     with evaluator.attach(request) as attachment:
         forecast = slots * step_bytes(attachment, evaluator.task, evaluator.longest_batch(request.candidate))
     row: dict[str, Any] = {"forecast_bytes": forecast, "fitting_slots": fitting_slots(evaluator, [request])}
-    gc.collect()
+    models.free_memory()
     before = 0
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         if forecast > FILLED * free_bytes(device):
             return row | {"note": "more than a pack would be given here"}
         torch.cuda.reset_peak_memory_stats(device)

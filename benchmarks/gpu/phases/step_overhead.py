@@ -7,7 +7,6 @@ card, as in a study; the bare pass has it there.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import torch
@@ -52,9 +51,7 @@ def measure(run: Run) -> Iterator[Row]:
                 "rho": found[-1].rho.median, "rho_low": found[-1].rho.low, "rho_high": found[-1].rho.high,
             }  # fmt: skip
             del evaluator
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            models.free_memory()
         yield {
             "model": name,
             "layers": shape.layers,
