@@ -24,7 +24,7 @@ from autopeft.studies.config.fingerprint import key_of
 from autopeft.studies.config.settings import SearchSettings
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import open_study
-from autopeft.studies.errors import NoFeasibleCandidate
+from autopeft.studies.errors import NoFeasibleCandidateError
 from autopeft.studies.reports.markdown import table
 from autopeft.studies.storage import json_lines
 
@@ -93,7 +93,7 @@ def run(settings: StudyFile, splits: Splits, searcher: str, seed: int, allowed_s
             study.started = begin
             try:
                 snapshot = study.run(Quiet())
-            except NoFeasibleCandidate:  # a front of none, then
+            except NoFeasibleCandidateError:  # a front of none, then
                 snapshot = study.snapshot()
         took_s = time.process_time() - begin
     names = snapshot.objectives_by_name

@@ -121,7 +121,9 @@ def ask(
     found: Sequence[Reference],
     reference_s: float,
 ) -> Told:
-    """Prepare an arm and have it score the references. Raises NoScores, TrainingFailed and OutOfMemory for one that
+    """Prepare an arm and have it score the references.
+
+    Raises NoScoresError, TrainingFailedError and OutOfMemoryError for one that
     cannot.
     """
     settings = settings_of(settings, arm, epochs, seed)

@@ -49,22 +49,22 @@ class Costs:
     spread: Mapping[str, float] = field(default_factory=dict)
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemoryError(RuntimeError):
     """This machine cannot hold a candidate."""
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turns every way in which torch runs out of memory into OutOfMemory."""
+    """Turns every way in which torch runs out of memory into OutOfMemoryError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
+        raise OutOfMemoryError(f"out of memory: {str(error).split(chr(10))[0]}") from error
     except RuntimeError as error:
         # Neither torch's CPU allocator nor CUDA's libraries have an exception class of their own.
         if not any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")):
             raise
-        raise OutOfMemory(f"out of memory: {str(error).split(chr(10))[0]}") from error
+        raise OutOfMemoryError(f"out of memory: {str(error).split(chr(10))[0]}") from error
 
 
 #: Called with the steps done and the steps there are, summed over the batch of requests.
@@ -87,7 +87,7 @@ class Evaluator(ABC):
     def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
         """What a candidate costs, before any training: the declared metrics, and those named in `measured`.
 
-        Raises OutOfMemory where measuring needs more than there is.
+        Raises OutOfMemoryError where measuring needs more than there is.
         """
 
     @abstractmethod

@@ -221,7 +221,8 @@ def linear_cross_entropy_count(
     tokens: int, features: int, vocabulary: int, dtype: torch.dtype, chunk: int, with_gradient: bool = True
 ) -> Count:
     """Of all chunks: the logits, their softmax, and the gradient of the hidden states; each product reads the weight
-    again."""
+    again.
+    """
     count = Count(0, 0)
     for start in range(0, tokens, chunk):
         rows = min(chunk, tokens - start)

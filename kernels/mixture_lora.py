@@ -195,7 +195,7 @@ def _mixture_lora_backward(
 
 
 def _shrink(x: Tensor, w: Tensor, tokens: Tensor | None, counts: Sequence[int], slots: Tensor | None) -> Tensor:
-    """x w_e^T of every pair. x: [K, T, D], w: [S, E, R, D]; returns h."""
+    """X w_e^T of every pair. x: [K, T, D], w: [S, E, R, D]; returns h."""
     if tokens is None:
         return slot_products.shrink(x, w.flatten(1, 2), slots=slots).unflatten(2, w.shape[1:3])
     h = w.new_empty(len(tokens), w.shape[2])

@@ -37,7 +37,7 @@ def packed_bottleneck(
     mask: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """y + scale * (act(z W_down^T + b_down) W_up^T + b_up) in every slot (Houlsby et al. 2019, section 2.1).
+    """Y + scale * (act(z W_down^T + b_down) W_up^T + b_up) in every slot (Houlsby et al. 2019, section 2.1).
 
     z: [K, T, D_z], y: [K, T, D] (z itself: the serial form; None: the update alone), down: [K, R, D_z],
     down_bias: [K, R], up: [K, D, R], up_bias: [K, D], scale: [K], mask: [K, R] with 1 for the units that a slot owns

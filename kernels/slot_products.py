@@ -38,7 +38,7 @@ TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def shrink(x: Tensor, w: Tensor, factor: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-    """h = (x[slots] w^T) * factor. x: [K, T, D], w: [S, R, D], factor: [S, R]; returns [S, T, R] in w's type."""
+    """H = (x[slots] w^T) * factor. x: [K, T, D], w: [S, R, D], factor: [S, R]; returns [S, T, R] in w's type."""
     if by_triton(x, w):
         return triton_shrink(x, w, factor, slots)
     if slots is None:
@@ -51,7 +51,7 @@ def shrink(x: Tensor, w: Tensor, factor: Tensor | None = None, slots: Tensor | N
 
 
 def expand(h: Tensor, w: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y = base + h w^T as a new tensor. h: [K, T, R], w: [K, D, R], base: [K, T, D]; returns [K, T, D] in `dtype`."""
+    """Y = base + h w^T as a new tensor. h: [K, T, R], w: [K, D, R], base: [K, T, D]; returns [K, T, D] in `dtype`."""
     if by_triton(h, w, base):
         return triton_expand(h, w, base, _empty((*h.shape[:2], w.shape[1]), dtype, h.device))
     if base is None:
@@ -77,7 +77,7 @@ def expand_(y: Tensor, h: Tensor, w: Tensor, slots: Tensor | None = None) -> Ten
 
 
 def outer(h: Tensor, x: Tensor, slots: Tensor | None = None) -> Tensor:
-    """g = h^T x[slots], summed over tokens. h: [S, T, R], x: [K, T, D]; returns [S, R, D] in h's type.
+    """G = h^T x[slots], summed over tokens. h: [S, T, R], x: [K, T, D]; returns [S, R, D] in h's type.
 
     For [S, D, R] transpose the result: the product x^T h takes a CPU twice the time.
     """
@@ -125,7 +125,7 @@ jit: Any = (lambda **_: lambda kernel: kernel) if triton is None else triton.jit
 
 @jit()
 def _dot(a, b, acc, PRODUCT: tl.constexpr, INTERPRET: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + a b in float32, see `Tiles`."""
+    """Acc + a b in float32, see `Tiles`."""
     if PRODUCT == "pieces":  # the smallest first
         if a.dtype == tl.float32:
             high, middle, low = _pieces(a)
@@ -160,10 +160,9 @@ def _strides(w_s, w_r, w_d, DENSE: tl.constexpr, STEP: tl.constexpr):  # type: i
     """Those of a narrow tensor, with all that `_narrow` knows of them."""
     if DENSE == "D":
         return w_s * STEP, w_r * STEP, 1
-    elif DENSE == "R":
+    if DENSE == "R":
         return w_s * STEP, 1, w_d * STEP
-    else:
-        return w_s, w_r, w_d
+    return w_s, w_r, w_d
 
 
 @jit(do_not_specialize=["T", "R", "w_s", "w_r", "w_d"])
@@ -297,7 +296,8 @@ def triton_outer(
     h: Tensor, x: Tensor, slots: Tensor | None, tiles: Tiles | None = None, chunk: int | None = None
 ) -> Tensor:
     """`outer` in two stages, a sum per chunk of tokens (a multiple of the tiles') and the sum of these: atomics would
-    make the order, and with it the result, differ from run to run."""
+    make the order, and with it the result, differ from run to run.
+    """
     (s, t, r), d = h.shape, x.shape[2]
     tiles = tiles or outer_tiles(r, x.dtype, h.dtype, x.device)
     chunk = chunk or outer_chunk(t, d, tiles)

@@ -93,7 +93,8 @@ def outer_chunk(tokens: int, features: int, tiles: Tiles) -> int:
 
 def candidate_tiles(tiles: Tiles) -> tuple[Tiles, ...]:
     """A rule's tiles and some of their neighbours, to be timed on a card. Triton raises OutOfResources at the launch of
-    one that does not fit there."""
+    one that does not fit there.
+    """
     others = [
         replace(tiles, features=2 * tiles.features),
         replace(tiles, features=max(32, tiles.features // 2)),

@@ -15,13 +15,13 @@ class ConfigurationError(UserError):
     exit_code = 2
 
 
-class NoFeasibleCandidate(UserError):
+class NoFeasibleCandidateError(UserError):
     """Nothing in the space, or nothing that was tried, meets the constraints."""
 
     exit_code = 3
 
 
-class EnvironmentProblem(UserError):
+class UnusableEnvironmentError(UserError):
     """This machine lacks something that was asked for: a package, a GPU, a place to write."""
 
     exit_code = 4

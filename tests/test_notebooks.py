@@ -54,7 +54,8 @@ def test_the_readme(tmp_path: Path) -> None:
     pandas.DataFrame(rows).to_csv(tmp_path / "reviews.csv", index=False)
     section = (ROOT / "README.md").read_text().split("## In Python\n")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert code is not None and "trials=40" in code[1]
+    assert code is not None
+    assert "trials=40" in code[1]
     # A tiny model learns with high rates alone; few trials and one baseline are enough for every line.
     shorter = (
         'trials=8, search={"batch": 8}, training={"learning_rate": [0.02, 0.03], "epochs": 6},'
@@ -78,4 +79,5 @@ def test_a_notebook(notebook: Path, tmp_path: Path) -> None:
 
 def test_there_are_notebooks_and_the_readme_names_them() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert len(NOTEBOOKS) == 2 and all(f"notebooks/{path.name}" in readme for path in NOTEBOOKS)
+    assert len(NOTEBOOKS) == 2
+    assert all(f"notebooks/{path.name}" in readme for path in NOTEBOOKS)

@@ -106,7 +106,8 @@ def test_wheel_holds_one_top_level_name(wheel_names: set[str]) -> None:
     top_level = {name.split("/")[0] for name in wheel_names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"autopeft"}
     assert {"autopeft/__init__.py", "autopeft/py.typed"} <= wheel_names
-    assert "autopeft/autopeft/__init__.py" not in wheel_names and "autopeft/kernels/__init__.py" not in wheel_names
+    assert "autopeft/autopeft/__init__.py" not in wheel_names
+    assert "autopeft/kernels/__init__.py" not in wheel_names
 
 
 def test_wheel_holds_every_module_and_data_file(wheel_names: set[str]) -> None:

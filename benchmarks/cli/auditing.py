@@ -41,12 +41,12 @@ def audit(
     """Score candidates whose trainings are known by every proxy, and report how well that ranks them."""
     from autopeft.benchmarks import proxy_audit as auditing
     from autopeft.benchmarks.race.table import SHIPPED, read
-    from autopeft.evaluators.base import OutOfMemory
-    from autopeft.evaluators.training.train import TrainingFailed
+    from autopeft.evaluators.base import OutOfMemoryError
+    from autopeft.evaluators.training.train import TrainingFailedError
     from autopeft.searchers.scored.ranking import LEAST_RANKED
     from autopeft.studies.config.loading import load_study
     from autopeft.studies.engine.check import check
-    from autopeft.studies.engine.proxy_scores import NoScores
+    from autopeft.studies.engine.proxy_scores import NoScoresError
     from autopeft.studies.engine.session import packed_evaluator_for
 
     names = list(dict.fromkeys(arms or auditing.ARMS))
@@ -89,7 +89,11 @@ def audit(
                 try:
                     told = auditing.ask(settings, name, epochs, seed, evaluator, every, reference_s)
                     auditing.append(results, told)
-                except (TrainingFailed, OutOfMemory, NoScores) as error:  # the other arms have their say all the same
+                except (
+                    TrainingFailedError,
+                    OutOfMemoryError,
+                    NoScoresError,
+                ) as error:  # the other arms have their say all the same
                     refused[name] = str(error)
                 view.advance(1)
     for name, reason in refused.items():

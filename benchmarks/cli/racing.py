@@ -50,7 +50,7 @@ def race(
     """Race searchers on problems whose front is known, and report all that the results file has of these problems."""
     from autopeft.benchmarks.race import races, report
     from autopeft.benchmarks.race.problems import BY_DEFAULT, PROBLEMS
-    from autopeft.benchmarks.race.surrogate import NoTable
+    from autopeft.benchmarks.race.surrogate import NoTableError
 
     names = list(dict.fromkeys(problems or BY_DEFAULT))
     asked = names_of(searchers)
@@ -58,7 +58,7 @@ def race(
     check_names("searcher", asked, races.ARMS)
     try:
         built = {name: PROBLEMS[name]() for name in names}
-    except NoTable as error:
+    except NoTableError as error:
         raise ConfigurationError(str(error)) from None
     for searcher, name in product(asked, names):
         try:

@@ -31,7 +31,7 @@ class Phase:
 FULL_MINUTES = 8.0
 
 
-class Skipped(Exception):
+class Skipped(Exception):  # noqa: N818 - control flow
     """Raised by a phase that cannot run on this machine, with the reason."""
 
 

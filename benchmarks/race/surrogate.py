@@ -38,7 +38,7 @@ LEAST = 50
 LEAST_REPEATS = 10
 
 
-class NoTable(ValueError):
+class NoTableError(ValueError):
     """There are too few rows to learn from."""
 
 
@@ -57,7 +57,7 @@ def tabulated(path: Path = SHIPPED) -> RaceProblem:
     inputs, quality, weights = _examples(space, rows)
     if len(quality) < LEAST:
         more = "`python -m autopeft.benchmarks tabulate` adds some"
-        raise NoTable(f"{path} has {len(quality)} candidates, too few to learn from: {more}")
+        raise NoTableError(f"{path} has {len(quality)} candidates, too few to learn from: {more}")
     fit = held_out(inputs, quality, weights)
     noise = seed_sd(rows)
     architectures = [genes for genes in settings(space) if space.decode(genes).architecture]

@@ -65,7 +65,7 @@ class Bench:
 
     @classmethod
     def of(cls, settings: StudyFile, splits: Splits, pack: int, watch: Watch) -> Bench:
-        """Loads the model. Raises ConfigurationError, EnvironmentProblem."""
+        """Loads the model. Raises ConfigurationError, UnusableEnvironmentError."""
         lent = evaluator_for(settings, splits)
         loaded = LoadedBackbone(lent.model, lent.backbone, lent.task.tokenizer, lent.pretrained_head)
         single = TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)

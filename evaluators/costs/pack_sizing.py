@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from autopeft.evaluators.base import Attaching, OutOfMemory, Request, memory_errors
+from autopeft.evaluators.base import Attaching, OutOfMemoryError, Request, memory_errors
 from autopeft.evaluators.costs.measurement import step_bytes
 
 #: Share of the free memory that a pack may fill: its model leaves out what lives within one operation only.
@@ -32,7 +32,7 @@ def fitting_slots(evaluator: Attaching, requests: Sequence[Request]) -> int:
         try:
             with memory_errors(), evaluator.attach(request) as attachment:
                 needed = step_bytes(attachment, evaluator.task, evaluator.longest_batch(request.candidate))
-        except OutOfMemory:
+        except OutOfMemoryError:
             return 1
         except ValueError:
             continue  # it cannot be attached: its own training will say why

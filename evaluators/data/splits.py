@@ -296,7 +296,7 @@ def _classification_row(row: Row, data: DataSettings) -> Row:
 
 
 def _causal_row(row: Row, data: DataSettings) -> Row:
-    """prompt + completion (loss on the completion), messages, or text (loss on everything), as TRL has them."""
+    """Prompt + completion (loss on the completion), messages, or text (loss on everything), as TRL has them."""
     if "messages" in row:
         return {"messages": _messages(row["messages"])}
     if data.prompt in row or data.completion in row:

@@ -12,7 +12,7 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.proxies.importance import Importance
 from autopeft.evaluators.proxies.zero_cost import BATCH_SIZE
-from autopeft.evaluators.training.train import TrainingFailed
+from autopeft.evaluators.training.train import TrainingFailedError
 from autopeft.search_space.architecture import Architecture, Candidate
 
 #: What is left of a damped sub-layer's output: the response suppression factor of the authors' code.
@@ -27,7 +27,8 @@ class Damping(Importance):
 
     IST damps the adapters of a model in training and learns from the losses; here there are no adapters yet, so the
     frozen sub-layers are damped, each once. Behind a new task head the loss would say nothing of the backbone: such a
-    head is trained first, alone and briefly (TrainingFailed where that fails). A language model's loss counts as it is.
+    head is trained first, alone and briefly (TrainingFailedError where that fails).
+    A language model's loss counts as it is.
     The absolute value, because a sub-layer whose damping helps is one that the task wants changed, too.
     """
 
@@ -73,7 +74,7 @@ class Damping(Importance):
         candidate = Candidate(architecture=Architecture(), training=training)
         (outcome,) = evaluator.evaluate([Request(candidate=candidate, seed=self.seed, keep_weights=True)])
         if outcome.weights is None:
-            raise TrainingFailed(f"the task head cannot be trained: {outcome.reason}")
+            raise TrainingFailedError(f"the task head cannot be trained: {outcome.reason}")
         return outcome.weights
 
     @torch.no_grad()

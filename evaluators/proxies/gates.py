@@ -46,7 +46,7 @@ from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.train import TrainingFailed, decay_groups
+from autopeft.evaluators.training.train import TrainingFailedError, decay_groups
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value
@@ -294,7 +294,7 @@ class Gates(Proxy):
     def train(self, num_steps: int, progress: Progress | None = None) -> list[float]:
         """Train weights and gates for `num_steps` steps; returns the task's loss at each.
 
-        Raises TrainingFailed when a loss is not a number.
+        Raises TrainingFailedError when a loss is not a number.
         """
         evaluator, training = self.evaluator, self.training
         parameters = list(self.weights.trainable())
@@ -320,7 +320,9 @@ class Gates(Proxy):
                 (loss + self.penalty * share).backward()
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
-                    raise TrainingFailed(f"the loss with gates became {losses[-1]} at step {step + 1} of {num_steps}")
+                    raise TrainingFailedError(
+                        f"the loss with gates became {losses[-1]} at step {step + 1} of {num_steps}"
+                    )
                 if training.max_grad_norm:
                     clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
                 optimizer.step()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.evaluators.attachment.attachment import Attachment
-from autopeft.evaluators.base import OutOfMemory, Request, memory_errors
+from autopeft.evaluators.base import OutOfMemoryError, Request, memory_errors
 from autopeft.evaluators.costs.pack_sizing import fitting_slots
 from autopeft.evaluators.proxies.zero_cost import BATCH_SIZE, ZeroCost
 from autopeft.search_space.architecture import Architecture, Candidate
@@ -80,7 +80,7 @@ class Saliency(ZeroCost):
         try:
             with memory_errors():
                 return self._scores_together(pack)
-        except (OutOfMemory, ValueError) as error:
+        except (OutOfMemoryError, ValueError) as error:
             if len(pack) == 1:
                 logger.debug("%s: no score for %s: %s", self.name, pack[0].key, error)
                 return [math.nan]

@@ -29,7 +29,7 @@ from autopeft.evaluators.tasks import Batch, Classification, model_inputs
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator, repeated
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.train import TrainingFailed, decay_groups
+from autopeft.evaluators.training.train import TrainingFailedError, decay_groups
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
@@ -109,7 +109,8 @@ class Supernet(Proxy):
     ) -> list[list[float]]:
         """Train `num_steps` steps; returns the losses of each step's subnets.
 
-        With a `checkpoint` it goes on from what is there, if that was made with the same `key`. Raises TrainingFailed
+        With a `checkpoint` it goes on from what is there, if that was made with the same `key`.
+        Raises TrainingFailedError
         when a loss is not a number.
         """
         parameters = list(self.weights.trainable())
@@ -122,7 +123,7 @@ class Supernet(Proxy):
                 group["lr"] = self.training.learning_rate * rate(number - 1, num_steps, self.training)
             losses.append(self._step(list(steps(number)), number, indices))
             if not all(map(math.isfinite, losses[-1])):
-                raise TrainingFailed(f"the supernet's loss became {losses[-1]} at step {number} of {num_steps}")
+                raise TrainingFailedError(f"the supernet's loss became {losses[-1]} at step {number} of {num_steps}")
             if self.training.max_grad_norm:
                 clip_grad_norm_([p for p, _ in parameters], self.training.max_grad_norm)
             optimizer.step()

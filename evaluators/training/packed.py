@@ -23,7 +23,7 @@ from torch import Tensor
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Outcome, OutOfMemory, Request, memory_errors
+from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request, memory_errors
 from autopeft.evaluators.costs.pack_sizing import fitting_slots, keep_freed_memory
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import Batch, model_inputs
@@ -36,7 +36,7 @@ from autopeft.evaluators.training.train import (
     Record,
     Scores,
     TrainEvaluator,
-    TrainingFailed,
+    TrainingFailedError,
     failure,
     steps_at,
 )
@@ -233,7 +233,7 @@ class PackedEvaluator(TrainEvaluator):
             else:
                 # The runs are as they were before. Memory: from now on in smaller packs. Otherwise find the one.
                 size = 1
-                if isinstance(error, OutOfMemory):
+                if isinstance(error, OutOfMemoryError):
                     size = self._fitting[_memory_key(pack)] = len(pack) // 2
                 for start in range(0, len(pack), size):
                     self._train_pack(pack[start : start + size], report, end)
@@ -277,7 +277,7 @@ class PackedEvaluator(TrainEvaluator):
             try:
                 if k in broken:
                     loss, steps = losses[broken[k] - first - 1][k], run.num_steps
-                    raise TrainingFailed(f"the training loss became {loss} at step {broken[k]} of {steps}")
+                    raise TrainingFailedError(f"the training loss became {loss} at step {broken[k]} of {steps}")
                 if k not in scored:
                     continue
                 scores = scored[k]
@@ -288,7 +288,7 @@ class PackedEvaluator(TrainEvaluator):
                 run.record.end(scores)
                 measurement = run.record.measurement(run.request, self.name)
                 ended.append((run, Outcome(measurement=measurement, weights=weights.get(k))))
-            except (TrainingFailed, MetricError) as error:
+            except (TrainingFailedError, MetricError) as error:
                 ended.append((run, failure(run.request, error)))
         return ended
 

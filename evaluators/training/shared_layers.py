@@ -37,7 +37,7 @@ def layer_paths(backbone: Backbone) -> list[str]:
     return paths
 
 
-class Reached(Exception):
+class Reached(Exception):  # noqa: N818 - control flow
     """Ends a forward pass where its result is known. `output`: what the layer returned."""
 
     def __init__(self, output: Any) -> None:

@@ -17,7 +17,7 @@ from torch.optim import AdamW
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Attaching, Costs, Outcome, OutOfMemory, Request, memory_errors
+from autopeft.evaluators.base import Attaching, Costs, Outcome, OutOfMemoryError, Request, memory_errors
 from autopeft.evaluators.costs.measurement import measure
 from autopeft.evaluators.data.splits import SPLITS, DataError, Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
@@ -36,7 +36,7 @@ RUNG_EXAMPLES = 256
 logger = logging.getLogger(__name__)
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailedError(RuntimeError):
     """A candidate whose training went wrong for a reason of its own, as a diverged loss."""
 
 
@@ -146,7 +146,7 @@ class TrainEvaluator(Attaching):
     def _evaluate(self, request: Request, report: Callable[[int], None]) -> Outcome:
         try:
             if self.is_bare(request.candidate):
-                raise TrainingFailed("nothing to train: no adapter is on and the model has no task head")
+                raise TrainingFailedError("nothing to train: no adapter is on and the model has no task head")
             with memory_errors(), self.attach(request) as attachment:
                 return self._train(request, attachment, report)
         except Exception as error:
@@ -175,7 +175,7 @@ class TrainEvaluator(Attaching):
     ) -> Iterator[tuple[int, float, float]]:
         """The first `steps` of `full` steps; yields step number, seconds and loss.
 
-        Raises TrainingFailed when the loss is not a number. Leaves the attachment in training mode between steps.
+        Raises TrainingFailedError when the loss is not a number. Leaves the attachment in training mode between steps.
         """
         parameters = list(attachment.trainable())
         groups = decay_groups(parameters, training)
@@ -198,7 +198,7 @@ class TrainEvaluator(Attaching):
                     optimizer.zero_grad()
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise TrainingFailed(f"the training loss became {value} at step {step} of {steps}")
+                    raise TrainingFailedError(f"the training loss became {value} at step {step} of {steps}")
                 yield step, time.perf_counter() - start, value
 
     # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
@@ -274,11 +274,11 @@ class Record:
     wall_s: float = 0.0
 
     def rung(self, share: float, columns: Columns) -> None:
-        """Raises TrainingFailed for a loss that is not a number, and MetricError."""
+        """Raises TrainingFailedError for a loss that is not a number, and MetricError."""
         self.rungs.append((share, self._values(finite(columns))))
 
     def end(self, scores: Scores) -> None:
-        """Raises TrainingFailed for a loss that is not a number."""
+        """Raises TrainingFailedError for a loss that is not a number."""
         for columns in (scores.validation, scores.test):
             if columns:
                 finite(columns)
@@ -318,18 +318,18 @@ class Record:
 
 def failure(request: Request, error: Exception) -> Outcome:
     """The outcome of a candidate that broke: it must not take the others along."""
-    if isinstance(error, OutOfMemory):
+    if isinstance(error, OutOfMemoryError):
         return Outcome(failure="infeasible", reason=str(error))
-    if isinstance(error, TrainingFailed | MetricError):
+    if isinstance(error, TrainingFailedError | MetricError):
         return Outcome(failure="failed", reason=str(error))
     logger.debug("candidate %s", request.candidate.key, exc_info=error)
     return Outcome(failure="failed", reason=f"{type(error).__name__}: {error}")
 
 
 def finite(columns: Columns) -> Columns:
-    """Raises TrainingFailed for a loss that is not a number."""
+    """Raises TrainingFailedError for a loss that is not a number."""
     if not all(map(math.isfinite, columns["loss"])):
-        raise TrainingFailed("the held-out loss is not a number")
+        raise TrainingFailedError("the held-out loss is not a number")
     return columns
 
 

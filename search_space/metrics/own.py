@@ -76,7 +76,8 @@ def _module(name: str, folder: Path) -> ModuleType:
             return importlib.import_module(name)
         unique = f"_own_metric_{sha256(str(file).encode()).hexdigest()[:12]}_{name}"
         spec = importlib.util.spec_from_file_location(unique, file)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[unique] = module  # dataclasses look themselves up there
         spec.loader.exec_module(module)

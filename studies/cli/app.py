@@ -19,7 +19,7 @@ from autopeft.studies.cli.files import init, schema, validate
 from autopeft.studies.cli.results import export, pareto
 from autopeft.studies.cli.retraining import train, verify
 from autopeft.studies.cli.running import plan, resume, run, status
-from autopeft.studies.errors import EnvironmentProblem, UserError
+from autopeft.studies.errors import UnusableEnvironmentError, UserError
 
 DEBUG = "AUTOPEFT_DEBUG"
 
@@ -63,7 +63,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoR
 def exit_code(error: Exception) -> int:
     if isinstance(error, UserError):
         return error.exit_code
-    return EnvironmentProblem.exit_code if isinstance(error, ModuleNotFoundError) else UserError.exit_code
+    return UnusableEnvironmentError.exit_code if isinstance(error, ModuleNotFoundError) else UserError.exit_code
 
 
 def explain(error: Exception) -> str:

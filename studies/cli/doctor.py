@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 from autopeft.studies.cli.options import JsonOption, print_json
-from autopeft.studies.errors import EnvironmentProblem
+from autopeft.studies.errors import UnusableEnvironmentError
 
 GIB = 2**30
 LITTLE_DISK = 2 * GIB
@@ -43,7 +43,7 @@ def doctor(
             typer.echo(f"{typer.style(f'{row.status:4}', fg=MARKS[row.status])}  {row.what:24}  {row.found}")
     failed = [row.what for row in rows if row.status == "fail"]
     if failed:
-        raise EnvironmentProblem(f"not usable as it is: {', '.join(failed)}")
+        raise UnusableEnvironmentError(f"not usable as it is: {', '.join(failed)}")
 
 
 def _python() -> Row:

@@ -13,7 +13,7 @@ import typer
 
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
-from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
@@ -32,12 +32,12 @@ PresetOption = Annotated[
 
 @contextmanager
 def written() -> Iterator[None]:
-    """What is wrong with a file that is read or written becomes an EnvironmentProblem."""
+    """What is wrong with a file that is read or written becomes an UnusableEnvironmentError."""
     try:
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise EnvironmentProblem(f"{where}{error.strerror or error}") from error
+        raise UnusableEnvironmentError(f"{where}{error.strerror or error}") from error
 
 
 def init(folder: FolderArgument, preset: PresetOption = "study") -> None:

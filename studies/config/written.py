@@ -95,8 +95,10 @@ def _entry(name: str, entry: Any, path: tuple[str, ...], problems: list[Finding]
 def _adapter(name: str, choice: AdapterChoice, path: tuple[str, ...], problems: list[Finding]) -> dict[str, Any]:
     if choice.sites is not None:
         problems.append(((*path, "sites"), "a study names no single sites: use `at` and `layers`"))
-    for key in choice.fields.keys() & {*_OWN}:
-        problems.append(((*path, key), "is no field of an adapter, but of AdapterChoice itself"))
+    problems += [
+        ((*path, key), "is no field of an adapter, but of AdapterChoice itself")
+        for key in choice.fields.keys() & {*_OWN}
+    ]
     own = _changed(
         AdapterSettings,
         at=list(choice.at),

@@ -56,7 +56,9 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
             problems.append(settings.render(("search", "searcher"), str(error)))
     if problems:
         raise StudyFileError(problems)
-    assert splits is not None and backbone is not None and space is not None
+    assert splits is not None
+    assert backbone is not None
+    assert space is not None
     return splits, backbone, space
 
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopeft.evaluators.base import OutOfMemory, memory_errors
+from autopeft.evaluators.base import OutOfMemoryError, memory_errors
 from autopeft.evaluators.costs.predictor import ADDITIVE, CostTable
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.proxies.supernet import Supernet
-from autopeft.evaluators.training.train import TrainingFailed
+from autopeft.evaluators.training.train import TrainingFailedError
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import (
@@ -74,7 +74,7 @@ COLUMNS = ("key", "score", *DECLARED, "genes")
 Stage = Callable[[str, int, int], None]
 
 
-class NoScores(RuntimeError):
+class NoScoresError(RuntimeError):
     """A proxy that cannot score the architectures of a space."""
 
 
@@ -103,7 +103,7 @@ def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, st
     find = _proposed if settings.search.searcher == Gated.name else _scored
     try:
         return tuple(find(settings, problem, evaluator, stage))
-    except (TrainingFailed, OutOfMemory, NoScores) as error:
+    except (TrainingFailedError, OutOfMemoryError, NoScoresError) as error:
         LOGGER.warning("no candidate has a score, so the search goes without: %s", error)
         return ()
 
@@ -202,7 +202,7 @@ def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
 def prepared(
     settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, folder: Path | None, stage: Stage
 ) -> Proxy:
-    """The study's proxy, fit to be asked for scores. Raises NoScores for a space that it cannot have."""
+    """The study's proxy, fit to be asked for scores. Raises NoScoresError for a space that it cannot have."""
     wish = settings.proxy
     if wish.score in PROXIES:
         return PROXIES[wish.score](evaluator, settings.seed)
@@ -217,11 +217,11 @@ def prepared(
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What shared weights or gates refuse of a space becomes NoScores."""
+    """What shared weights or gates refuse of a space becomes NoScoresError."""
     try:
         yield
     except ValueError as error:
-        raise NoScores(str(error)) from error
+        raise NoScoresError(str(error)) from error
 
 
 def _supernet(

@@ -90,7 +90,8 @@ def kept(recipe: Recipe, runs: Sequence[Retrained]) -> dict[str, bool]:
     """
     verdicts = {}
     for name, promised in promises(recipe).items():
-        assert promised.low is not None and promised.high is not None
+        assert promised.low is not None
+        assert promised.high is not None
         mean = sum(run.test[name] for run in runs) / len(runs)
         low, high = promised.low - ROUNDING, promised.high + ROUNDING
         verdicts[name] = mean >= low if recipe.maximises(name) else mean <= high

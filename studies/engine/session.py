@@ -19,7 +19,7 @@ from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import About, Ledger
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ def storage_url(settings: StudyFile) -> str:
 
 
 def torch_device(wish: str) -> str:
-    """ "cpu" or "cuda". Raises EnvironmentProblem when a GPU is asked for and there is none."""
+    """ "cpu" or "cuda". Raises UnusableEnvironmentError when a GPU is asked for and there is none."""
     import torch
 
     if wish not in ("auto", "cpu", "cuda"):
         raise ConfigurationError(f"device {wish!r}: use auto, cpu or cuda")
     if wish == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem("device: cuda was asked for, and torch sees no GPU here")
+        raise UnusableEnvironmentError("device: cuda was asked for, and torch sees no GPU here")
     return "cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu"
 
 
@@ -103,7 +103,7 @@ def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator
 @contextmanager
 def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[Study]:
     """The study, held against a second process. Raises ConfigurationError (it exists, it does not, it changed, it is
-    under way) and EnvironmentProblem (the folder cannot be written, the ledger cannot be read).
+    under way) and UnusableEnvironmentError (the folder cannot be written, the ledger cannot be read).
     """
     from filelock import FileLock, Timeout
 
@@ -172,14 +172,14 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
         probe.unlink()
         status = os.statvfs(folder)
     except OSError as error:
-        raise EnvironmentProblem(f"{folder}: cannot be written: {error.strerror}") from error
+        raise UnusableEnvironmentError(f"{folder}: cannot be written: {error.strerror}") from error
     free = status.f_bavail * status.f_frsize
     if free < LEAST_FREE_BYTES:
-        raise EnvironmentProblem(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs more")
+        raise UnusableEnvironmentError(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs more")
 
 
 def was_started(settings: StudyFile) -> bool:
-    """Whether there is a ledger of this study; Raises EnvironmentProblem if it cannot be read."""
+    """Whether there is a ledger of this study; Raises UnusableEnvironmentError if it cannot be read."""
     if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
         return False
     return settings.study in Ledger.names(storage_url(settings))

@@ -32,7 +32,7 @@ from autopeft.searchers.halving import survivors
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.scheduled_trials import Planned, baselines, comparisons, finalists, num_evaluations
-from autopeft.studies.errors import EnvironmentProblem, NoFeasibleCandidate
+from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -91,7 +91,10 @@ class Study:
         )
 
     def run(self, watcher: Watcher) -> Snapshot:
-        """Evaluate what is left. Raises NoFeasibleCandidate, EnvironmentProblem (the disk), KeyboardInterrupt."""
+        """Evaluate what is left.
+
+        Raises NoFeasibleCandidateError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
+        """
         self._check_feasible()
         watcher.plan(num_evaluations(self.settings, self.problem.space), len(self._counted()))
         try:
@@ -106,12 +109,12 @@ class Study:
             self._evaluate_planned(FINALIST, unfinished, finals, watcher)
             self._evaluate_planned(CONTROL, unfinished, controls, watcher)
         except OSError as error:
-            raise EnvironmentProblem(f"{self.settings.output_folder}: {error.strerror or error}") from error
+            raise UnusableEnvironmentError(f"{self.settings.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)
         if not any(row.on_front for row in snapshot.rows()):
-            raise NoFeasibleCandidate(self._why_nothing())
+            raise NoFeasibleCandidateError(self._why_nothing())
         return snapshot
 
     def _counted(self) -> list[Trial]:
@@ -143,7 +146,7 @@ class Study:
                     self._finish(ended_as(trial, self.trials[trial.of]))
             pending = []
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
-            raise NoFeasibleCandidate(self._why_nothing())
+            raise NoFeasibleCandidateError(self._why_nothing())
 
     def _known(self) -> Iterator[Trial]:
         """Baselines that the search could have asked for, trained as long as its trials are."""
@@ -242,7 +245,7 @@ class Study:
         if any(objection is None for _, objection in objections):
             return
         _, reason = min((o for c, o in objections if o and c.architecture), default=(1.0, "every one is empty"))
-        raise NoFeasibleCandidate(f"no candidate meets the constraints; the closest of {PROBES} draws: {reason}")
+        raise NoFeasibleCandidateError(f"no candidate meets the constraints; the closest of {PROBES} draws: {reason}")
 
     def _why_nothing(self) -> str:
         reasons = [t.error or "beyond a bound" for t in self.trials.values() if t.role == SEARCH]
@@ -259,8 +262,7 @@ class Study:
     ) -> None:
         """The evaluations of a role: those that were under way, and new ones."""
         trials = [trial for trial in unfinished if trial.role.startswith(role)]
-        for p in planned:
-            trials.append(self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of))
+        trials += [self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of) for p in planned]
         self._evaluate_batch(trials, watcher)
 
     def _evaluate_batch(self, trials: Sequence[Trial], watcher: Watcher, halving: bool = False) -> None:

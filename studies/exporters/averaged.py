@@ -107,7 +107,8 @@ def _gates(spec: Mixture) -> Iterator[float]:
     """Of every rank of every expert, in terms of the scale of the largest."""
     largest = spec.expert
     for e, expert in enumerate(spec.each):
-        assert isinstance(expert, Lora) and isinstance(largest, Lora)
+        assert isinstance(expert, Lora)
+        assert isinstance(largest, Lora)
         share = 1.0 if e < spec.shared_experts else 1.0 / spec.experts
         yield from [share * expert.scale / largest.scale] * expert.rank
 

@@ -43,11 +43,9 @@ def settings_of(
     *, name: Any, model: Any, data: Any, space: Any, objectives: Any, trials: Any, others: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Tables]:
     """The settings as plain data, and the files that they name. Raises StudyFileError for what no file can say."""
-    problems: list[Finding] = []
+    named = [argument for argument in ("study", "name") if argument in others]
+    problems: list[Finding] = [((argument,), "the name of the study is the argument `name`") for argument in named]
     settings: dict[str, Any] = {"study": name, "output": ".", **others}
-    for argument in ("study", "name"):
-        if argument in others:
-            problems.append(((argument,), "the name of the study is the argument `name`"))
     settings["model"] = _model(model, problems)
     settings["data"], tables = _data(data, problems)
     settings["space"] = written_space(space, problems)

@@ -6,7 +6,7 @@ import re
 from operator import ge, gt, le, lt
 
 from autopeft.studies.analysis.snapshot import Snapshot
-from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate
+from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 
 _COMPARE = {"<=": le, ">=": ge, "<": lt, ">": gt}
 _CONDITION = re.compile(r"([\w-]+?)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
@@ -14,7 +14,7 @@ _CONDITION = re.compile(r"([\w-]+?)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
 
 def pick(snapshot: Snapshot, wish: str) -> int:
     """The trial that `wish` names: recommended, best, trial:N, or a condition as num_params<=50000 (the best of the
-    front that meets it). Raises ConfigurationError for a wish that makes no sense and NoFeasibleCandidate.
+    front that meets it). Raises ConfigurationError for a wish that makes no sense and NoFeasibleCandidateError.
     """
     rows = [row for row in snapshot.rows() if row.on_front]
     quality = snapshot.objectives_by_name[snapshot.quality]
@@ -37,7 +37,7 @@ def pick(snapshot: Snapshot, wish: str) -> int:
             raise ConfigurationError(f"--pick {wish}: {name} was not measured in this study")
         rows = [row for row in rows if _COMPARE[sign](row.values[name], float(number))]
     if not rows:
-        raise NoFeasibleCandidate(f"--pick {wish}: no member of the front qualifies")
+        raise NoFeasibleCandidateError(f"--pick {wish}: no member of the front qualifies")
     return min(rows, key=lambda row: quality.loss(row.values[quality.name])).trial
 
 

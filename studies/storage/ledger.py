@@ -27,7 +27,7 @@ from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.problem import Measurement, Objective, Problem, Trial
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.config.fingerprint import differences
-from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 
 # What belongs to an evaluation stands in one attribute, so that it is written in one step.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
@@ -63,7 +63,7 @@ class Ledger:
 
     @classmethod
     def create(cls, url: str, name: str, about: About) -> Ledger:
-        """A new study. Raises ConfigurationError if there is one of that name, EnvironmentProblem if the storage
+        """A new study. Raises ConfigurationError if there is one of that name, UnusableEnvironmentError if the storage
         cannot be used.
         """
         storage = _storage(url)
@@ -199,7 +199,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:
         raise ConfigurationError(f"storage {url!r}: {str(error).splitlines()[0]}") from error
     except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        raise EnvironmentProblem(f"the ledger {url} cannot be used: {_reason(error)}") from error
+        raise UnusableEnvironmentError(f"the ledger {url} cannot be used: {_reason(error)}") from error
 
 
 def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
@@ -222,11 +222,11 @@ def _names(storage: optuna.storages.RDBStorage) -> list[str]:
 
 @contextmanager
 def _readable_errors(what: str) -> Iterator[None]:
-    """A full disk, a broken file, a server that went away: EnvironmentProblem with the database's own words."""
+    """A full disk, a broken file, a server that went away: UnusableEnvironmentError with the database's own words."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise EnvironmentProblem(
+        raise UnusableEnvironmentError(
             f"the ledger cannot be {what}: {_reason(error)}; what it holds is safe, and `autopeft resume` goes on"
         ) from error
 

@@ -165,17 +165,22 @@ def test_the_command(run: Any, tmp_path: Path) -> None:  # noqa: F811
     asked = (*asked, "--results", results, "--seeds", 2, "--epochs", 1)
     code, out, err = run(*asked)
     assert code == 0, err
-    assert "**accuracy**, 4 candidates" in out and "| sandwich, 1 epochs |" in out and "another training" in out
+    assert "**accuracy**, 4 candidates" in out
+    assert "| sandwich, 1 epochs |" in out
+    assert "another training" in out
     assert len(results.read_text().splitlines()) == 8
     before = results.read_bytes()
     code, out, _ = run(*asked, "--json")
-    assert code == 0 and results.read_bytes() == before
+    assert code == 0
+    assert results.read_bytes() == before
     assert [line["seeds"] for line in json.loads(out)[0]["lines"]] == [2] * 4
     code, out, _ = run(*asked, "--json", "--set", "data.max_length=8", "--seeds", 1)
-    assert code == 0 and [line["seeds"] for line in json.loads(out)[0]["lines"]] == [1] * 4, "asked of other data"
+    assert code == 0
+    assert [line["seeds"] for line in json.loads(out)[0]["lines"]] == [1] * 4, "asked of other data"
     assert len(results.read_text().splitlines()) == 12
     code, _, err = run("audit", "snipp")
-    assert code == 2 and "unknown arm 'snipp'; did you mean 'snip'?" in err
+    assert code == 2
+    assert "unknown arm 'snipp'; did you mean 'snip'?" in err
 
 
 def test_a_candidate_is_its_architecture_and_its_training() -> None:

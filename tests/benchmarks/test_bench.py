@@ -128,7 +128,8 @@ def test_the_loop_trains_what_the_evaluator_trains(bench: Bench, share: float, t
     for run, outcome in zip(bench.loop.prepare(asked), outcomes, strict=True):
         own = outcome.measurement
         assert own is not None, outcome.reason
-        assert len(set(own.losses)) == len(own.losses) and max(own.losses) > 1.05 * min(own.losses)
+        assert len(set(own.losses)) == len(own.losses)
+        assert max(own.losses) > 1.05 * min(own.losses)
         assert run.losses == pytest.approx(own.losses, rel=1e-4, abs=1e-5)
         assert run.loss == pytest.approx(own.values["loss"], rel=1e-4)
         assert run.accuracy == pytest.approx(own.values["accuracy"])
@@ -168,7 +169,8 @@ def test_the_overhead_for_a_language_model_in_bfloat16(tmp_path: Path) -> None:
     rows = [{"text": text} for text in texts]
     evaluator = PackedEvaluator(loaded, "causal-lm", Splits(rows, rows, rows, None), 16, share_prefix=False)
     found = measure_overhead(evaluator, Training(batch_size=2), 0, repeats=2)
-    assert found.tokens % (2 * found.slots) == 0 and found.rho.median > 0
+    assert found.tokens % (2 * found.slots) == 0
+    assert found.rho.median > 0
     assert not any(parameter.grad is not None for parameter in loaded.model.parameters())
 
 
@@ -210,7 +212,8 @@ def test_what_kernels_are_compared_with_does_the_same(
                 if theirs is None:
                     assert ours is None
                     continue
-                assert ours is not None and ours.shape == theirs.shape
+                assert ours is not None
+                assert ours.shape == theirs.shape
                 if tensor is not None:
                     # A gate of zero gets no gradient from a top-k, and only some ways compute one.
                     assert ours.dtype == theirs.dtype == tensor.dtype
@@ -251,7 +254,8 @@ def test_pytorch_is_the_better_one_of_its_two_ways(
         pull=torch.ones(1),
     )
     found = kernels._over_pytorch(case, torch.device("cuda"))  # which is only a name here
-    assert found is not None and found.median == smaller
+    assert found is not None
+    assert found.median == smaller
     assert slot_products.triton is triton
     assert kernels._over_pytorch(case, CPU) is None
 
@@ -341,8 +345,10 @@ def test_a_broken_arm_ends_the_benchmark(study: Path, monkeypatch: Any, capsys: 
         cli.main(["speed", str(study), *QUICK, "--json"])
     out, err = capsys.readouterr()
     assert (exited.value.code, out) == (1, "")
-    assert "packed, candidate 0: the loss of step 3" in err and "no ratios" in err
-    assert "packed+prefix, candidate" not in err and "loop, candidate" not in err
+    assert "packed, candidate 0: the loss of step 3" in err
+    assert "no ratios" in err
+    assert "packed+prefix, candidate" not in err
+    assert "loop, candidate" not in err
 
 
 # Ranking
@@ -354,7 +360,9 @@ def test_correlations() -> None:
     assert Correlation.of([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]).value == pytest.approx(-1.0)
     assert Correlation.of([1.0, 1.0, 1.0], [3.0, 2.0, 1.0]) == Correlation(value=None, low=None, high=None)
     loose = Correlation.of([1, 2, 3, 4, 5, 6, 7, 8], [2, 1, 4, 3, 6, 5, 8, 7])
-    assert loose.value is not None and loose.low is not None and loose.high is not None
+    assert loose.value is not None
+    assert loose.low is not None
+    assert loose.high is not None
     assert loose.value == pytest.approx(19 / 21)
     assert loose.low < loose.value <= loose.high <= 1.0
 
@@ -475,7 +483,9 @@ def test_markdown_and_json_have_the_same_figures() -> None:
     assert "| t (64 steps) | 2.34 (2.11 to 2.56) |" in text
     assert "| 15% | 0.67 (0.12 to 0.89) | - |" in text
     assert "| loop | 2.34 (2.11 to 2.56) | 1.17 (1.05 to 1.28) | 44% |" in text
-    assert "No share ranks" in text and "triton missing" in text and "Peak memory" not in text
+    assert "No share ranks" in text
+    assert "triton missing" in text
+    assert "Peak memory" not in text
     for table in re.findall(r"(?:^\|.*\n?)+", text, flags=re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
@@ -493,7 +503,8 @@ def test_the_command(study: Path, capsys: Any) -> None:
     out, err = capsys.readouterr()
     assert exited.value.code == 0, err
     data = json.loads(out)
-    assert data["conditions"]["seed"] == 4 and data["conditions"]["versions"]["peft"]
+    assert data["conditions"]["seed"] == 4
+    assert data["conditions"]["versions"]["peft"]
     assert data["ranking"] is None
     assert [table["lowest_layer"] for table in data["equal_work"][1:]] == [1, 2]
     for table in data["equal_work"]:
@@ -510,7 +521,8 @@ def test_the_ranking_part(study: Path) -> None:
     splits = load_splits(settings.data_settings(), settings.task)
     result = run_bench(settings, splits, candidates=2, rounds=1, ranked=6, watch=watch)
     found = result.ranking
-    assert found is not None and watch.done == watch.planned > 0
+    assert found is not None
+    assert watch.done == watch.planned > 0
     assert [budget.share for budget in found.budgets] == list(SHARES)
     assert found.matched_share in SHARES
     by_arm = {row.arm: row for row in found.rows}
@@ -521,7 +533,8 @@ def test_the_ranking_part(study: Path) -> None:
     assert by_arm["loop"].over_loop.median == 1.0
     assert by_arm["loop, Hyperband"].over_pruned_loop.median == pytest.approx(1.0)
     halved = by_arm["packed+prefix, halving"]
-    assert 0.0 < halved.steps_share <= 1.0 and (halved.steps_share < 1.0) == (found.matched_share < 1.0)
+    assert 0.0 < halved.steps_share <= 1.0
+    assert (halved.steps_share < 1.0) == (found.matched_share < 1.0)
     to_markdown(result)
 
 
@@ -530,4 +543,5 @@ def test_no_gpu(study: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as exited:
         cli.main(["speed", str(study), *QUICK, "--device", "cuda"])
     out, err = capsys.readouterr()
-    assert (exited.value.code, out) == (4, "") and "no GPU" in err
+    assert (exited.value.code, out) == (4, "")
+    assert "no GPU" in err

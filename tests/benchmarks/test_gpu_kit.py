@@ -87,10 +87,13 @@ def test_a_phase_that_goes_wrong_leaves_all_others_with_results(phases: dict[str
     numbered = dict(noisy=2, raising=3, dying=4, exiting=5, hanging=6, deaf=7, late=8, lingering=10)
     assert values == {"well": 1.5, "failing": None, "breaking off": 9, **numbered}
     assert results["well"].rows[1] == {"value": "nan"}
-    assert results["raising"].error is not None and "of its own" in results["raising"].error["traceback"]
-    assert results["dying"].error is not None and "SIGSEGV" in results["dying"].error["message"]
+    assert results["raising"].error is not None
+    assert "of its own" in results["raising"].error["traceback"]
+    assert results["dying"].error is not None
+    assert "SIGSEGV" in results["dying"].error["message"]
     assert "Fatal Python error" in results["dying"].log, "the stack of a crash is kept"
-    assert results["exiting"].error is not None and "7" in results["exiting"].error["message"]
+    assert results["exiting"].error is not None
+    assert "7" in results["exiting"].error["message"]
     assert "phase_hanging.py" in results["hanging"].log, "a hang says where it hangs"
     assert {name: result.passed for name, result in results.items() if result.passed is not None} == {
         "well": True,
@@ -98,9 +101,11 @@ def test_a_phase_that_goes_wrong_leaves_all_others_with_results(phases: dict[str
     }
     good = {name for name, result in results.items() if result.good}
     assert good == {"well", "noisy", "unable", "late"}
-    assert results["unable"].reason == "no such thing here" and results["late"].left_out == ["the rest"]
+    assert results["unable"].reason == "no such thing here"
+    assert results["late"].left_out == ["the rest"]
     written = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert list(written["phases"]) == list(phases) and written["commit"] == "abc"
+    assert list(written["phases"]) == list(phases)
+    assert written["commit"] == "abc"
     for name, result in results.items():
         assert PhaseResult(**written["phases"][name]) == result
     assert "not JSON" in (tmp_path / "out" / "gpu.log").read_text()
@@ -138,9 +143,11 @@ def test_interrupted_it_keeps_what_it_has(phases: dict[str, Phase], tmp_path: Pa
             break
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130 and "gpu.json" in said
+    assert process.returncode == 130
+    assert "gpu.json" in said
     found = json.loads(file.read_text())["phases"]
-    assert found["well"]["status"] == "ok" and found["deaf"]["status"] == "interrupted"
+    assert found["well"]["status"] == "ok"
+    assert found["deaf"]["status"] == "interrupted"
     assert found["deaf"]["rows"] == [{"value": 7}]
     assert not _processes("phase_deaf")
 
@@ -164,13 +171,15 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in ((["--only", "kernel-speeds"], "kernel-speeds"), (["--minutes", "0"], "--minutes")):
         with pytest.raises(SystemExit) as ended:
             main(words)
-        assert ended.value.code == 2 and said in capsys.readouterr().err
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a card")
 def test_without_a_card(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--output", str(tmp_path)]) == 4
-    assert "DEVICE=cpu" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "DEVICE=cpu" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # The dry run
@@ -243,16 +252,20 @@ def test_dry_run_on_a_bare_machine(dry_run: dict[str, Any]) -> None:
     assert not [
         row for phase in found.values() for row in phase["rows"] if row.get("passed") is False or "error" in row
     ]
-    assert dry_run["exit"] == 0 and "kernel-parity" in dry_run["stdout"]
+    assert dry_run["exit"] == 0
+    assert "kernel-parity" in dry_run["stdout"]
     tested = {name: sum("passed" in row for row in phase["rows"]) for name, phase in found.items()}
-    assert tested["kernel-parity"] == 43 and tested["pack-parity"] == PACKS and tested["equal-work"] == 2
+    assert tested["kernel-parity"] == 43
+    assert tested["pack-parity"] == PACKS
+    assert tested["equal-work"] == 2
     assert {row["model"] for row in found["step-overhead"]["rows"] if row.get("extrapolated")} == set(TARGETS)
 
 
 def test_the_demo_as_a_phase(tmp_path: Path) -> None:
     assert main(["--device", "cpu", "--minutes", "60", "--only", "demo", "--output", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "gpu.json").read_text())["phases"]["demo"]["rows"]
-    assert row["wall_s"] > 0 and [member for member in row["front"] if member["recommended"]]
+    assert row["wall_s"] > 0
+    assert [member for member in row["front"] if member["recommended"]]
 
 
 # The report
@@ -275,7 +288,8 @@ def test_the_page_is_what_the_results_say() -> None:
 
 def test_without_results_nothing_is_claimed() -> None:
     text = report.section([])
-    assert text.startswith("**Not measured.**") and "| measured" not in text
+    assert text.startswith("**Not measured.**")
+    assert "| measured" not in text
 
 
 def test_the_section_has_what_was_found(dry_run: dict[str, Any], tmp_path: Path) -> None:
@@ -287,12 +301,16 @@ def test_the_section_has_what_was_found(dry_run: dict[str, Any], tmp_path: Path)
         assert f"{whole['rho']:.2f}" in text
     for row in rows["equal-work"]:
         assert f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})" in text
-    assert "kernel-parity: 43 of 43 tests passed" in text and f"pack-parity: {PACKS} of {PACKS} tests passed" in text
+    assert "kernel-parity: 43 of 43 tests passed" in text
+    assert f"pack-parity: {PACKS} of {PACKS} tests passed" in text
     for table, phase, what in (("operator", "kernel-speed", "kernel"), ("product", "kernel-speed", "product")):
         wanted = [row for row in rows[phase] if row["what"] == table]
-        assert wanted and all(row[what] in text and row["shape"] in text for row in wanted)
-    assert text.count("| pack | starved |") == 3 and "0123456789" in text
-    assert "(command" not in text and "\n\n\n" not in text
+        assert wanted
+        assert all(row[what] in text and row["shape"] in text for row in wanted)
+    assert text.count("| pack | starved |") == 3
+    assert "0123456789" in text
+    assert "(command" not in text
+    assert "\n\n\n" not in text
 
 
 def test_a_failure_is_named(dry_run: dict[str, Any], tmp_path: Path) -> None:
@@ -303,8 +321,10 @@ def test_a_failure_is_named(dry_run: dict[str, Any], tmp_path: Path) -> None:
     del rows[1]["relative_error"]
     report.adopt(found, tmp_path)
     text = report.section(report.load(tmp_path))
-    assert f"- failed: {rows[0]['op']}, {rows[0]['types']}" in text and "0.5, allowed is" in text
-    assert "RuntimeError: it broke" in text and "41 of 43" in text
+    assert f"- failed: {rows[0]['op']}, {rows[0]['types']}" in text
+    assert "0.5, allowed is" in text
+    assert "RuntimeError: it broke" in text
+    assert "41 of 43" in text
 
 
 def test_a_second_run_replaces_its_phases_alone(dry_run: dict[str, Any], tmp_path: Path) -> None:

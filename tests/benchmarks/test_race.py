@@ -69,7 +69,8 @@ def rounded(front: np.ndarray) -> np.ndarray:
 
 
 def test_every_problem_is_shrunken_somewhere() -> None:
-    assert set(BY_DEFAULT) == {"table", *SHRUNKEN} and set(BY_DEFAULT) < PROBLEMS.keys()
+    assert set(BY_DEFAULT) == {"table", *SHRUNKEN}
+    assert set(BY_DEFAULT) < PROBLEMS.keys()
 
 
 @pytest.mark.parametrize("name", SHRUNKEN)
@@ -79,10 +80,13 @@ def test_the_front_is_worth_all_and_random_points_less(name: str) -> None:
     front = [{o.name: o.value(loss) for o, loss in zip(objectives, row, strict=True)} for row in problem.front]
     Random(0).shuffle(front)
     shares = problem.shares(front)
-    assert shares == sorted(shares) and shares[-1] == pytest.approx(1.0)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
     drawn = problem.shares([problem.values(space.sample(Random(seed))) for seed in range(200)])
-    assert drawn == sorted(drawn) and 0.1 < drawn[-1] < 0.95
-    assert problem.reference.shape == (len(objectives),) and (problem.front < problem.reference).all()
+    assert drawn == sorted(drawn)
+    assert 0.1 < drawn[-1] < 0.95
+    assert problem.reference.shape == (len(objectives),)
+    assert (problem.front < problem.reference).all()
     assert problem.best == hypervolume(problem.front, problem.reference)
     # Realistic: the head alone and the best of all, see README.md.
     assert {0.45 <= point["accuracy"] <= 0.6201 for point in front} == {True}
@@ -114,7 +118,8 @@ def test_noise_follows_from_seed_and_number_alone() -> None:
     assert found == [problem.measurement(truth, 3, number) for number in range(400)]
     assert problem.measurement(truth, 4, 0) != found[0]
     errors = [m.values["accuracy"] - truth["accuracy"] for m in found]
-    assert abs(fmean(errors)) < 0.002 and pstdev(errors) == pytest.approx(synthetic.STD_ERR, rel=0.15)
+    assert abs(fmean(errors)) < 0.002
+    assert pstdev(errors) == pytest.approx(synthetic.STD_ERR, rel=0.15)
     assert {m.values["num_params"] for m in found} == {truth["num_params"]}
     assert found[0].std_err == {"accuracy": synthetic.STD_ERR}
     other = problem.measurement({**truth, "accuracy": 0.0}, 3, 7)
@@ -186,7 +191,8 @@ def test_races_repeat_themselves(name: str) -> None:
     problem = SHRUNKEN["types"]()
     trials = 13 if name == "gpsampler" else 24
     first, again = (races.run(race(name, trials=trials), problem) for _ in range(2))
-    assert first.curve == again.curve and len(first.curve) == trials
+    assert first.curve == again.curve
+    assert len(first.curve) == trials
     assert Ended.from_dict(json.loads(json.dumps(first.to_dict()))) == first
     assert races.run(race(name, trials=trials, seed=1), problem).curve != first.curve
 
@@ -202,7 +208,8 @@ def test_races_are_kept(tmp_path: Path) -> None:
     assert races.missing(planned, races.read(path)) == planned[2:]
     races.run_all(planned[2:], path, workers=1)
     known = races.read(path)
-    assert [entry.race for entry in known] == planned and not races.missing(planned, known)
+    assert [entry.race for entry in known] == planned
+    assert not races.missing(planned, known)
     whole = tmp_path / "whole.jsonl"
     races.run_all(planned, whole, workers=1)
     assert [e.curve for e in races.read(whole)] == [e.curve for e in known]
@@ -232,17 +239,24 @@ def test_a_clear_lead() -> None:
     (found,) = tables_of(made_up("nsga2", 0.7), made_up("tpe", 0.9), made_up("random", 0.5))
     assert [line.searcher for line in found.lines] == ["random", "tpe", "nsga2"]
     lead = found.leads[200]
-    assert (lead.best, lead.second) == ("tpe", "nsga2") and lead.is_clear
-    assert lead.difference.low is not None and 0.1 < lead.difference.low < lead.difference.value < 0.3
+    assert (lead.best, lead.second) == ("tpe", "nsga2")
+    assert lead.is_clear
+    assert lead.difference.low is not None
+    assert 0.1 < lead.difference.low < lead.difference.value < 0.3
     reaches = {line.searcher: line.reaches for line in found.lines}
-    assert reaches["random"] is None and reaches["nsga2"] == 200 and 20 < (reaches["tpe"] or 0) < 100
-    assert found.lines[0].own_s == pytest.approx(0.2) and found.lines[0].seeds == 12
+    assert reaches["random"] is None
+    assert reaches["nsga2"] == 200
+    assert 20 < (reaches["tpe"] or 0) < 100
+    assert found.lines[0].own_s == pytest.approx(0.2)
+    assert found.lines[0].seeds == 12
     text = report.to_markdown([found], batch=4)
     assert "After 200 evaluations tpe is ahead of nsga2" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| tpe"))
     assert row.count("**") == 8
     share = found.lines[1].shares[200]
-    assert share.low is not None and share.high is not None and share.low < share.value < share.high
+    assert share.low is not None
+    assert share.high is not None
+    assert share.low < share.value < share.high
 
 
 def test_no_claim_without_an_interval() -> None:
@@ -250,9 +264,11 @@ def test_no_claim_without_an_interval() -> None:
     assert not close.leads[200].is_clear
     assert "cannot be told apart" in report.to_markdown([close], batch=4)
     (few,) = tables_of(made_up("nsga2", 0.7, seeds=5), made_up("tpe", 0.9, seeds=5))
-    assert not few.leads[200].is_clear and "no claim" in report.to_markdown([few], batch=4)
+    assert not few.leads[200].is_clear
+    assert "no claim" in report.to_markdown([few], batch=4)
     (alone,) = tables_of(made_up("random", 0.5))
-    assert alone.lines[0].reaches is None and "nothing to compare" in report.to_markdown([alone], batch=4)
+    assert alone.lines[0].reaches is None
+    assert "nothing to compare" in report.to_markdown([alone], batch=4)
 
 
 def test_shorter_and_exhausted_races() -> None:
@@ -262,7 +278,8 @@ def test_shorter_and_exhausted_races() -> None:
     lines = {line.searcher: line for line in found.lines}
     assert lines["gpsampler"].shares.keys() == {25, 50}
     assert lines["qmc"].shares[200] == lines["qmc"].shares[100]
-    assert found.leads[200].second == "qmc" and found.leads[50].best == "gpsampler (50 trials)"
+    assert found.leads[200].second == "qmc"
+    assert found.leads[50].best == "gpsampler (50 trials)"
     assert "| gpsampler (50 trials) |" in report.to_markdown([found], batch=4)
 
 
@@ -306,7 +323,8 @@ def small_forest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_is_learnt_and_finite(grown: Path, small_forest: None) -> None:
     problem = surrogate.tabulated(grown)
     space = problem.problem.space
-    assert "190 trainings of 150 candidates" in problem.summary and "Spearman 0." in problem.summary
+    assert "190 trainings of 150 candidates" in problem.summary
+    assert "Spearman 0." in problem.summary
     assert problem.std_err["accuracy"] == pytest.approx(0.01, rel=0.35)
     rng = Random(0)
     for _ in range(50):
@@ -323,7 +341,8 @@ def test_the_table_is_learnt_and_finite(grown: Path, small_forest: None) -> None
     seen = {problem.values({**genes, RATE: 5e-3 * 3 ** (i / 100)})["accuracy"] for i in range(101)}
     assert 2 <= len(seen) <= surrogate.STEPS
     again = surrogate.tabulated(grown)
-    assert again.key == problem.key and again.values(genes) == problem.values(genes)
+    assert again.key == problem.key
+    assert again.values(genes) == problem.values(genes)
 
 
 def test_noise_without_repeats_is_that_of_the_examples(grown: Path) -> None:
@@ -333,7 +352,9 @@ def test_noise_without_repeats_is_that_of_the_examples(grown: Path) -> None:
 
 
 def test_too_few_rows(tmp_path: Path) -> None:
-    with pytest.raises(surrogate.NoTable, match=r"has 0 candidates, too few to learn from: `python -m .* tabulate`"):
+    with pytest.raises(
+        surrogate.NoTableError, match=r"has 0 candidates, too few to learn from: `python -m .* tabulate`"
+    ):
         surrogate.tabulated(tmp_path / "none.csv")
 
 
@@ -356,23 +377,34 @@ def test_race_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) 
     results, picture = tmp_path / "races.jsonl", tmp_path / "races.png"
     asked = ("race", "types", "--searchers", "random", "--seeds", 2, "--trials", 12, "--results", results)
     code, out, err = run(*asked, "--picture", picture)
-    assert code == 0 and "### types" in out and "| random |" in out and "2 of 2 races" in err
-    assert picture.exists() and len(results.read_text().splitlines()) == 2
+    assert code == 0
+    assert "### types" in out
+    assert "| random |" in out
+    assert "2 of 2 races" in err
+    assert picture.exists()
+    assert len(results.read_text().splitlines()) == 2
     before = results.read_bytes()
     code, out, err = run(*asked, "--json")
-    assert code == 0 and results.read_bytes() == before and "races" not in err
+    assert code == 0
+    assert results.read_bytes() == before
+    assert "races" not in err
     (found,) = json.loads(out)["tables"]
-    assert found["problem"] == "types" and found["lines"][0]["seeds"] == 2
+    assert found["problem"] == "types"
+    assert found["lines"][0]["seeds"] == 2
     code, out, _ = run(*asked[:3], "random,qmc", *asked[4:], "--workers", 2)
-    assert code == 0 and "| qmc |" in out
-    assert results.read_bytes().startswith(before) and len(results.read_text().splitlines()) == 4
+    assert code == 0
+    assert "| qmc |" in out
+    assert results.read_bytes().startswith(before)
+    assert len(results.read_text().splitlines()) == 4
 
 
 def test_the_clock_starts_after_different_candidates() -> None:
     problem = PROBLEMS["types"]()
     past = clock._history(problem, 30, seed=1)
-    assert [t.number for t in past] == list(range(30)) and past == clock._history(problem, 30, seed=1)
-    assert len({t.candidate.key for t in past}) == 30 and all(t.candidate.architecture for t in past)
+    assert [t.number for t in past] == list(range(30))
+    assert past == clock._history(problem, 30, seed=1)
+    assert len({t.candidate.key for t in past}) == 30
+    assert all(t.candidate.architecture for t in past)
 
 
 @pytest.mark.parametrize(
@@ -394,11 +426,12 @@ def test_what_is_measured_instead_of_a_race(
     monkeypatch.setattr(models, "REPEATS", 1)
     asked = ("race", "types", "three", "--searchers", "random", option, "20")
     code, out, err = run(*asked)
-    assert code == 0 and "types" in err and out.count(head) == out.count(row) == 2
+    assert code == 0
+    assert "types" in err
+    assert out.count(head) == out.count(row) == 2
     code, out, _ = run(*asked, "--json")
-    assert code == 0 and {name: len(rows) for name, rows in json.loads(out).items()} == dict.fromkeys(
-        ("types", "three"), num_rows
-    )
+    assert code == 0
+    assert {name: len(rows) for name, rows in json.loads(out).items()} == dict.fromkeys(("types", "three"), num_rows)
 
 
 @pytest.mark.parametrize(
@@ -414,25 +447,33 @@ def test_bad_names(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     code, out, err = run(*arguments, "--results", tmp_path / "none.jsonl")
-    assert code == 2 and not out and message in err
+    assert code == 2
+    assert not out
+    assert message in err
     assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_a_results_file_that_cannot_be_written(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     asked = ("race", "types", "--searchers", "random", "--seeds", 1, "--trials", 1)
     code, _, err = run(*asked, "--results", tmp_path / "no" / "races.jsonl")
-    assert code == 4 and "no/races.jsonl: No such file or directory" in err
+    assert code == 4
+    assert "no/races.jsonl: No such file or directory" in err
 
 
 def test_tabulate_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     study, path = save_study(tmp_path), tmp_path / "tiny.csv"
     asked = ("tabulate", study, "--output", path, "--repeated", 1)
     code, out, err = run(*asked, "--candidates", 2)
-    assert code == 0 and "tiny.csv: 4 rows" in out and "4 trainings" in err
+    assert code == 0
+    assert "tiny.csv: 4 rows" in out
+    assert "4 trainings" in err
     before = path.read_bytes()
     code, out, _ = run(*asked, "--candidates", 3)
-    assert code == 0 and "tiny.csv: 5 rows" in out and path.read_bytes().startswith(before)
+    assert code == 0
+    assert "tiny.csv: 5 rows" in out
+    assert path.read_bytes().startswith(before)
     with path.open(newline="") as file:
         assert {line["seed"] for line in csv.DictReader(file)} == {"0", "1", "2"}
     code, _, err = run(*asked, "--seed", 1)
-    assert code == 2 and "made of something else" in err
+    assert code == 2
+    assert "made of something else" in err

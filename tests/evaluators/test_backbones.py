@@ -72,7 +72,9 @@ def refused(folder: Any, *words: str, task: str = "classification", describing: 
         with pytest.raises(ModelError) as error:
             call()
         message = str(error.value)
-        assert "\n" not in message and str(folder) in message and all(word in message for word in words), message
+        assert "\n" not in message
+        assert str(folder) in message
+        assert all(word in message for word in words), message
 
 
 # Where from
@@ -81,9 +83,12 @@ def refused(folder: Any, *words: str, task: str = "classification", describing: 
 def test_embedded(capfd):
     loaded = load("embedded", ("x", "y"))
     assert capfd.readouterr().err == "", "no progress bars"
-    assert loaded.backbone.id == "embedded" and loaded.backbone.num_layers == 6
-    assert not loaded.model.training and not loaded.pretrained_head
-    assert loaded.model.config.id2label == {0: "x", 1: "y"} and loaded.model.num_labels == 2
+    assert loaded.backbone.id == "embedded"
+    assert loaded.backbone.num_layers == 6
+    assert not loaded.model.training
+    assert not loaded.pretrained_head
+    assert loaded.model.config.id2label == {0: "x", 1: "y"}
+    assert loaded.model.num_labels == 2
     assert loaded.tokenizer("words")["input_ids"][0] == loaded.tokenizer.cls_token_id
     # The weights are the checkpoint's, but for the head.
     original = BertModel.from_pretrained(resolve("embedded"))
@@ -93,7 +98,8 @@ def test_embedded(capfd):
 def test_local_folder(tmp_path, monkeypatch):
     folder = bert(tmp_path / "model")
     loaded = load(folder)
-    assert loaded.backbone.id == folder and loaded.backbone.family == "bert"
+    assert loaded.backbone.id == folder
+    assert loaded.backbone.family == "bert"
     monkeypatch.chdir(tmp_path)
     assert load("./model").backbone.id == "./model"
     assert load("model").pretrained_head  # a folder goes before an id of the hub

@@ -140,12 +140,14 @@ def test_long_prompts_lose_their_beginning(tokenizer):
     example = encoded(tokenizer, {"prompt": prompt, "completion": completion}, max_length=12)
     whole = encoded(tokenizer, {"prompt": prompt, "completion": completion}, max_length=1000)
     assert len(whole["input_ids"]) > 50
-    assert example["input_ids"] == whole["input_ids"][-12:] and predicted(example) == predicted(whole)
+    assert example["input_ids"] == whole["input_ids"][-12:]
+    assert predicted(example) == predicted(whole)
 
 
 def test_long_completions_lose_their_end(tokenizer):
     example = encoded(tokenizer, {"prompt": "ab is", "completion": " " + "xy" * 50}, max_length=9)
-    assert len(predicted(example)) == 9 and tokenizer.eos_token_id not in example["input_ids"]
+    assert len(predicted(example)) == 9
+    assert tokenizer.eos_token_id not in example["input_ids"]
     long_text = encoded(tokenizer, {"text": "xy" * 50}, max_length=9)
     assert long_text["input_ids"] == tokenizer("xy" * 50)["input_ids"][:9]
 
@@ -224,7 +226,8 @@ def test_loss_and_gradient_by_their_definition(loaded):
         expected.append(sum(own) / len(own) if own else torch.zeros(()))
     torch.testing.assert_close(losses, torch.stack(expected))
     torch.testing.assert_close(gradient, torch.autograd.grad(torch.stack(expected).sum(), logits)[0])
-    assert losses[1] == 0 and accuracies[1] == 0
+    assert losses[1] == 0
+    assert accuracies[1] == 0
 
     perfect = torch.full((1, 3, 5), -9.0)
     perfect[0, 0, 4] = perfect[0, 1, 2] = 9.0
@@ -285,7 +288,9 @@ def test_a_pack_is_scored_without_its_logits(loaded, slots):
         return losses, correct, evaluated, torch.cat([gradient.flatten() for gradient in gradients])
 
     ours, expected = outcome(without_logits), outcome(from_logits)
-    assert ours[0][0] == 0 and ours[0][1:].min() > 0 and not torch.equal(ours[0], ours[2])
+    assert ours[0][0] == 0
+    assert ours[0][1:].min() > 0
+    assert not torch.equal(ours[0], ours[2])
     for own_part, part in zip(ours, expected, strict=True):
         assert (own_part - part).norm() <= 1e-6 * part.norm()
 
@@ -348,7 +353,8 @@ def test_lora_learns(loaded):
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     found = [evaluator.evaluate([Request(candidate=candidate, seed=seed)])[0].measurement for seed in (0, 0, 1)]
     first, again, other = found
-    assert first.losses == again.losses != other.losses and first.values == again.values
+    assert first.losses == again.losses != other.losses
+    assert first.values == again.values
     assert first.values["loss"] < 0.5 * first.losses[0]
     assert first.values["accuracy"] > 0.2  # by chance: 0.004
     torch.testing.assert_close(loaded.model.state_dict(), before, rtol=0, atol=0)
@@ -360,9 +366,11 @@ def test_lora_learns(loaded):
 def test_the_example_is_a_study(tmp_path):
     tiny_llama.write(tmp_path, num_steps=2)
     study = load_study(tmp_path)
-    assert study.task == "causal-lm" and study.model_id == str(tmp_path / "model")
+    assert study.task == "causal-lm"
+    assert study.model_id == str(tmp_path / "model")
     splits = load_splits(study.data_settings(), study.task)
-    assert splits.warnings == () and len(splits.train) > 400
+    assert splits.warnings == ()
+    assert len(splits.train) > 400
     described = describe_backbone(study.model_id, task=study.task)
     assert problem_for(study, described).space.cardinality == 625
     # No row is cut, and every letter is a token.

@@ -42,13 +42,17 @@ def problems(folder: Path, task: str = "classification", **settings: Any) -> lis
 
 def test_good_rows(folder):
     splits = load(folder)
-    assert splits.train[0] == {"text": "text 0 of 0", "label": "a"} and len(splits.test) == 6
-    assert splits.labels == ("a", "b") and splits.warnings == ()
+    assert splits.train[0] == {"text": "text 0 of 0", "label": "a"}
+    assert len(splits.test) == 6
+    assert splits.labels == ("a", "b")
+    assert splits.warnings == ()
 
 
 def test_embedded_rows():
     splits = load_splits(DataSettings(), "classification")
-    assert len(splits.labels) == 16 and splits.warnings == () and len(splits.train) > 3000
+    assert len(splits.labels) == 16
+    assert splits.warnings == ()
+    assert len(splits.train) > 3000
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,8 @@ def test_every_format_gives_the_same_rows(folder, suffix):
     expected = load(folder)
     assert [row["text"] for row in expected.train] == [row["text"] for row in ODD]
     # Whole numbers are labels, in the order of their values.
-    assert expected.labels == ("-1", "3", "10") and expected.train[0]["label"] == "3"
+    assert expected.labels == ("-1", "3", "10")
+    assert expected.train[0]["label"] == "3"
 
     for split in FILES:
         frame = pandas.DataFrame([json.loads(line) for line in (folder / f"{split}.jsonl").open()])
@@ -189,10 +194,12 @@ def test_fewer_training_rows_keep_every_label(folder):
     for file in FILES.values():
         jsonl(folder / file, rows)
     some = load(folder, max_train_rows=40).train
-    assert some == load(folder, max_train_rows=40).train and len(some) == 40
+    assert some == load(folder, max_train_rows=40).train
+    assert len(some) == 40
     assert [row["text"] for row in some] == [row["text"] for row in rows if row in some], "in the order of the file"
     counts = Counter(row["label"] for row in some)
-    assert len(counts) == 8 and max(counts.values()) <= 12
+    assert len(counts) == 8
+    assert max(counts.values()) <= 12
     assert len({row["label"] for row in load(folder, max_train_rows=8).train}) == 8
     assert load(folder, max_train_rows=10_000).train == rows
     assert problems(folder, max_train_rows=7) == ["max_train_rows 7 is less than one row for each of the 8 labels"]
@@ -204,7 +211,9 @@ def test_fewer_training_rows_of_a_language_model(folder):
     for file in FILES.values():
         jsonl(folder / file, [{"text": str(i)} for i in range(100)])
     some = [int(row["text"]) for row in load(folder, "causal-lm", max_train_rows=20).train]
-    assert len(some) == 20 and some == sorted(some) and max(some) > 50
+    assert len(some) == 20
+    assert some == sorted(some)
+    assert max(some) > 50
 
 
 # Domains
@@ -223,7 +232,8 @@ def mixed(folder: Path) -> Path:
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])
 def test_domains(mixed, task):
     splits = load(mixed, task, domain="source")
-    assert splits.domains == ("mail", "news") and splits.train[0]["domain"] == "news"
+    assert splits.domains == ("mail", "news")
+    assert splits.train[0]["domain"] == "news"
     without = load(mixed, task)
     assert without.domains is None
     assert without.train == [{key: value for key, value in row.items() if key != "domain"} for row in splits.train]
@@ -265,7 +275,8 @@ def test_fewer_training_rows_keep_every_domain(mixed):
     for file in FILES.values():
         jsonl(mixed / file, rows)
     found = load(mixed, domain="source", max_train_rows=8)
-    assert len(found.train) == 8 and len(found.domains) == len({row["domain"] for row in found.train}) == 6
+    assert len(found.train) == 8
+    assert len(found.domains) == len({row["domain"] for row in found.train}) == 6
     assert len({row["label"] for row in found.train}) == 2
     assert problems(mixed, domain="source", max_train_rows=7) == [
         "max_train_rows 7 is less than one row for each of the 2 labels and 6 domains"
@@ -387,7 +398,8 @@ def test_named_domains_of_the_hub(monkeypatch):
         load_splits(DataSettings(**settings), "classification")
     assert error.value.problems == ("test[1]: no field 'origin'; this row has 'text', 'label'",)
     splits = load_splits(DataSettings(**settings, test="other"), "classification")
-    assert splits.train[0] == {"text": "train", "label": "bad", "domain": "b"} and splits.domains == ("a", "b")
+    assert splits.train[0] == {"text": "train", "label": "bad", "domain": "b"}
+    assert splits.domains == ("a", "b")
 
 
 @pytest.mark.parametrize("message", ["no connection\nand much more", ""])

@@ -92,7 +92,8 @@ def test_every_domain_has_labels_of_its_own_in_equal_numbers():
         assert all(list(row) == ["text", "label", "domain"] for row in committed(split))
         for domain, labels in EXPECTED.items():
             counts = Counter(row["label"] for row in of_domain(domain, split))
-            assert set(counts) == labels and len(set(counts.values())) == 1
+            assert set(counts) == labels
+            assert len(set(counts.values())) == 1
             assert most / 3 < counts.total() <= most
 
 
@@ -107,7 +108,9 @@ def test_the_files_are_loaded_with_their_domains():
     splits = load_splits(DataSettings(source="embedded-domains", max_train_rows=50), "classification")
     assert splits.domains == tuple(sorted(EXPECTED)) == tuple(sorted({row["domain"] for row in splits.train}))
     assert set(splits.labels or ()) == TOPICAL | set(build.KINDS) | set(build.EXCEPTIONS)
-    assert splits.warnings == () and len(splits.train) == 50 and len(splits.validation) == len(committed("validation"))
+    assert splits.warnings == ()
+    assert len(splits.train) == 50
+    assert len(splits.validation) == len(committed("validation"))
     by_label = load_splits(DataSettings(source="embedded-domains", domain="label"), "classification")
     assert by_label.domains == by_label.labels
 
@@ -236,7 +239,8 @@ def test_examples_and_batches_know_their_domains(given, evaluator):
     ours = evaluator(loaded, task, known, 32)
     assert [example["domain"] for example in ours.examples["train"]] == [int(i % 3 != 0) for i in range(40)]
     batch = ours.batch("validation", [4, 0, 3])
-    assert batch["domains"].dtype == torch.int64 and batch["domains"].tolist() == [1, 0, 0]
+    assert batch["domains"].dtype == torch.int64
+    assert batch["domains"].tolist() == [1, 0, 0]
     assert set(model_inputs(batch)) == {"input_ids", "attention_mask"}
     without = evaluator(loaded, task, splits, 32)
     assert "domain" not in without.examples["train"][0]
@@ -276,7 +280,8 @@ def test_domains_are_repeated_for_every_slot(given, monkeypatch):
     assert packed
     for batch in packed:
         first, second = batch["domains"].view(2, -1)
-        assert torch.equal(first, second) and torch.equal(*batch["targets"].view(2, 8, -1))
+        assert torch.equal(first, second)
+        assert torch.equal(*batch["targets"].view(2, 8, -1))
 
 
 def test_measured_costs_and_proxies_take_such_batches(classifier):

@@ -203,7 +203,8 @@ def test_values_are_drawn_by_their_probability(ordered: bool) -> None:
     decision = Decision((0, 1, 2), ordered, 1, torch.device("cpu"))
     noise = torch.Generator().manual_seed(0)
     drawn = torch.stack([decision.weights(noise).detach() for _ in range(2000)])
-    assert set(drawn.sum(1).tolist()) == {1.0} and set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert set(drawn.sum(1).tolist()) == {1.0}
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(drawn.mean(0), decision.probabilities().detach(), rtol=0, atol=0.04)
     assert decision.weights().tolist() == ([0.0, 0.0, 1.0] if ordered else [0.0, 1.0, 0.0])
 
@@ -281,7 +282,8 @@ def test_training(evaluator: PackedEvaluator, name: str) -> None:
         losses = gates.train(24)
         runs.append((losses, {gene: d.logits.tolist() for gene, d in gates.decisions.items()}, gates.chosen()))
     assert runs[0] == runs[1]
-    assert len(losses) == 24 and gates.space.contains(gates.chosen())
+    assert len(losses) == 24
+    assert gates.space.contains(gates.chosen())
     if "training" in SPACES[name]:
         assert gates.chosen()["training.learning_rate"] == TRAINING.learning_rate
         assert gates.chosen()["training.batch_size"] == TRAINING.batch_size
@@ -309,14 +311,17 @@ def test_penalties(llama: PackedEvaluator) -> None:
         losses = gates.train(60)
         assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
         found.append(space.decode(gates.chosen()).architecture.num_params(llama.backbone))
-    assert found[0] > 0.7 * largest and found[0] > found[1] > found[2] == 0
+    assert found[0] > 0.7 * largest
+    assert found[0] > found[1] > found[2] == 0
 
 
 def test_sweep(llama: PackedEvaluator) -> None:
     space = SearchSpace(backbone=llama.backbone, **SPACES["sizes"])
     seen: list[tuple[int, int]] = []
     found = Gates(llama, space, TRAINING, 0, 0.0).sweep([1e3, 1e4, 0.0], 24, lambda *at: seen.append(at))
-    assert len(found) == 2 and not space.decode(found[0]).architecture and space.decode(found[1]).architecture
+    assert len(found) == 2
+    assert not space.decode(found[0]).architecture
+    assert space.decode(found[1]).architecture
     assert seen == [(n, 72) for n in range(1, 73)]
     alone = Gates(llama, space, TRAINING, 0, 0.0)
     alone.train(24)
@@ -358,7 +363,8 @@ def test_scores(evaluator: PackedEvaluator, name: str) -> None:
                 expected *= probabilities[gene][gates.decisions[gene].values.index(value)]
         assert score == pytest.approx(-math.log(expected), rel=1e-4)
     misplaced = Architecture.of({"layers.0.attn.v": [Lora(rank=2)]})
-    assert math.isnan(gates.scores([misplaced])[0]) and gates.scores([]) == []
+    assert math.isnan(gates.scores([misplaced])[0])
+    assert gates.scores([]) == []
     seen: list[tuple[int, int]] = []
     gates.scores(architectures, lambda *at: seen.append(at))
     assert seen == [(n, 5) for n in range(1, 6)]
@@ -398,10 +404,14 @@ def test_values_of_the_genes(evaluator: PackedEvaluator) -> None:
     lora = AdapterChoice(kind="lora", at=("attn.q",), placement="model", fields=fields)
     gates = Gates(evaluator, SearchSpace(backbone=evaluator.backbone, adapters={"lora": lora}), TRAINING, 0, 0.0)
     decisions = gates.decisions
-    assert decisions["lora.on"].values == BOOLEAN.choices and decisions["lora.on"].ordered
+    assert decisions["lora.on"].values == BOOLEAN.choices
+    assert decisions["lora.on"].ordered
     ranks = decisions["lora.rank"].values
-    assert (ranks[0], ranks[-1]) == (1, 64) and len(ranks) <= 8 and list(ranks) == sorted(ranks)
-    assert decisions["lora.alpha"].values == (5.0,) and not len(decisions["lora.alpha"].logits)
+    assert (ranks[0], ranks[-1]) == (1, 64)
+    assert len(ranks) <= 8
+    assert list(ranks) == sorted(ranks)
+    assert decisions["lora.alpha"].values == (5.0,)
+    assert not len(decisions["lora.alpha"].logits)
     assert not decisions["lora.scaling"].ordered
     gates.train(2)
     between = Architecture.of({f"layers.{n}.attn.q": [Lora(rank=33, alpha=3.0)] for n in range(3)})
@@ -411,7 +421,8 @@ def test_values_of_the_genes(evaluator: PackedEvaluator) -> None:
 def test_a_space_without_a_choice(evaluator: PackedEvaluator) -> None:
     adapters = {"lora": AdapterChoice(kind="lora", fields={"rank": 2})}
     gates = Gates(evaluator, SearchSpace(backbone=evaluator.backbone, adapters=adapters), TRAINING, 0, 1.0)
-    assert len(gates.train(2)) == 2 and gates.chosen() == {}
+    assert len(gates.train(2)) == 2
+    assert gates.chosen() == {}
     assert gates.scores([gates.space.decode({}).architecture]) == [0.0]
 
 

@@ -56,7 +56,8 @@ def test_packs_of_a_causal_model_too(causal: LoadedBackbone, tmp_path: Path) -> 
         outcomes = evaluator.evaluate(wanted)
         compare(outcomes, expected)
         for ours, theirs in zip(outcomes, expected, strict=True):
-            assert ours.measurement is not None and theirs.measurement is not None
+            assert ours.measurement is not None
+            assert theirs.measurement is not None
             for site, route in theirs.measurement.routes.items():
                 assert ours.measurement.routes[site]["load"] == pytest.approx(route["load"], abs=2e-3)
 
@@ -64,7 +65,8 @@ def test_packs_of_a_causal_model_too(causal: LoadedBackbone, tmp_path: Path) -> 
 def test_what_has_no_mixture_has_no_average(loaded: LoadedBackbone) -> None:  # noqa: F811
     wanted = requests([candidates(loaded)[0], at(loaded, Lora(rank=2), 1)], test=True)
     mixed, plain = (outcome.measurement for outcome in together(loaded).evaluate(wanted))
-    assert mixed is not None and plain is not None
+    assert mixed is not None
+    assert plain is not None
     assert mixed.averaged.keys() == {"loss", "accuracy"}
     assert plain.averaged == {}
 

@@ -92,7 +92,8 @@ def mixed(loaded: LoadedBackbone, lowest: int = 2) -> list[Architecture]:
 
 def compare(found: Sequence[Outcome], expected: Sequence[Outcome], tolerance: float = 1e-5) -> None:
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.measurement is not None and theirs.measurement is not None, (ours.reason, theirs.reason)
+        assert ours.measurement is not None, ours.reason
+        assert theirs.measurement is not None, theirs.reason
         # Losses are recorded with five decimals.
         assert ours.measurement.losses == pytest.approx(theirs.measurement.losses, rel=tolerance, abs=1.1e-5)
         assert ours.measurement.values["loss"] == pytest.approx(theirs.measurement.values["loss"], rel=tolerance)
@@ -121,7 +122,10 @@ def test_every_pack_size_and_cache(loaded: LoadedBackbone, tmp_path: Path) -> No
         found = together(loaded, pack=3, cache=cache).evaluate(wanted)
         compare(found, expected)
         for ours, theirs in zip(found, expected, strict=True):
-            assert ours.measurement and theirs.measurement and ours.weights and theirs.weights
+            assert ours.measurement
+            assert theirs.measurement
+            assert ours.weights
+            assert theirs.weights
             for (share, values), (own_share, own) in zip(ours.measurement.rungs, theirs.measurement.rungs, strict=True):
                 assert (share, values["loss"]) == (own_share, pytest.approx(own["loss"], rel=1e-5))
             assert ours.measurement.test == pytest.approx(theirs.measurement.test, rel=1e-5)
@@ -165,7 +169,8 @@ def test_one_diverges(loaded: LoadedBackbone) -> None:
     wild = {**wanted[1].candidate.training, "learning_rate": 1e30, "max_grad_norm": 0.0}
     wanted[1] = replace(wanted[1], candidate=replace(wanted[1].candidate, training=wild))
     found = together(loaded, pack=4).evaluate(wanted)
-    assert found[1].failure == "failed" and "the training loss became" in found[1].reason
+    assert found[1].failure == "failed"
+    assert "the training loss became" in found[1].reason
     others = [0, 2, 3]
     compare([found[k] for k in others], alone(loaded).evaluate([wanted[k] for k in others]))
 
@@ -173,7 +178,8 @@ def test_one_diverges(loaded: LoadedBackbone) -> None:
 def test_one_candidate_cannot_be_attached(loaded: LoadedBackbone) -> None:
     wanted = requests([*mixed(loaded), Architecture.of({"layers.0.attn.q": [Bottleneck()]})])
     found = together(loaded).evaluate(wanted)
-    assert found[4].failure == "failed" and "cannot sit" in found[4].reason
+    assert found[4].failure == "failed"
+    assert "cannot sit" in found[4].reason
     compare(found[:4], alone(loaded).evaluate(wanted[:4]))
 
 
@@ -194,7 +200,8 @@ def test_out_of_memory_halves_the_pack(loaded: LoadedBackbone, monkeypatch: pyte
     assert (found[3].failure, found[3].reason) == ("infeasible", "out of memory: no room")
     others = [0, 1, 2, 4]
     compare([found[k] for k in others], alone(loaded).evaluate([wanted[k] for k in others]))
-    assert sizes[0] == 5 and max(sizes[1:]) == 2
+    assert sizes[0] == 5
+    assert max(sizes[1:]) == 2
 
 
 def test_the_backbone_itself_is_trained_alone(loaded: LoadedBackbone) -> None:
@@ -215,12 +222,15 @@ def test_halving(loaded: LoadedBackbone) -> None:
         return [found[place][0] for place in survivors([[values["loss"]] for _, values in found], 0.5)]
 
     outcomes = together(loaded, pack=3).evaluate(wanted, ended=lambda i, o: ended.append(i), select=select)
-    assert [rung for rung, _ in rungs] == [0.2, 0.5] and [len(who) for _, who in rungs] == [8, 4]
+    assert [rung for rung, _ in rungs] == [0.2, 0.5]
+    assert [len(who) for _, who in rungs] == [8, 4]
     shares = [o.measurement.share for o in outcomes if o.measurement]
-    assert sorted(shares) == [0.2] * 4 + [0.5] * 2 + [1.0] * 2 and sorted(ended) == list(range(8))
+    assert sorted(shares) == [0.2] * 4 + [0.5] * 2 + [1.0] * 2
+    assert sorted(ended) == list(range(8))
     full = alone(loaded).evaluate(wanted)
     for ours, theirs in zip(outcomes, full, strict=True):
-        assert ours.measurement and theirs.measurement
+        assert ours.measurement
+        assert theirs.measurement
         steps = len(ours.measurement.losses)
         assert steps == math.ceil(20 * ours.measurement.share)
         assert ours.measurement.losses == pytest.approx(theirs.measurement.losses[:steps], rel=1e-5, abs=1.1e-5)
@@ -240,7 +250,8 @@ def test_halving_needs_one_fidelity(loaded: LoadedBackbone) -> None:
 def test_progress_counts_all_steps(loaded: LoadedBackbone) -> None:
     seen: list[tuple[int, int]] = []
     together(loaded, pack=2).evaluate(requests(mixed(loaded)), lambda *at: seen.append(at))
-    assert seen[-1] == (80, 80) and seen == sorted(seen)
+    assert seen[-1] == (80, 80)
+    assert seen == sorted(seen)
 
 
 def test_the_pack_is_as_large_as_the_memory(loaded: LoadedBackbone, monkeypatch: pytest.MonkeyPatch) -> None:

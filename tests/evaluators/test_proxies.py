@@ -247,8 +247,10 @@ def test_what_fails_scores_nan_alone(evaluator: PackedEvaluator, name: str, monk
     expected = proxy.scores(good)
     found = proxy.scores([good[0], wild, full, misplaced, Architecture(), good[1]])
     assert [found[0], found[5]] == pytest.approx(expected, rel=1e-4)
-    assert all(math.isnan(score) for score in found[1:4]) and found[4] == 0.0
-    assert proxy.scores([]) == [] and proxy.scores([Architecture()]) == [0.0]
+    assert all(math.isnan(score) for score in found[1:4])
+    assert found[4] == 0.0
+    assert proxy.scores([]) == []
+    assert proxy.scores([Architecture()]) == [0.0]
 
     together = saliency.Saliency._scores_together
 
@@ -259,7 +261,8 @@ def test_what_fails_scores_nan_alone(evaluator: PackedEvaluator, name: str, monk
 
     monkeypatch.setattr(saliency.Saliency, "_scores_together", scarce)
     found = proxy.scores(good)
-    assert found[0] == pytest.approx(expected[0], rel=1e-4) and math.isnan(found[1])
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    assert math.isnan(found[1])
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -391,7 +394,8 @@ def test_adapters_at_important_layers_score_better(evaluator: PackedEvaluator, n
             at(evaluator, large, [most], ("mlp.up",)),
         ]
     )
-    assert both < one < same < 0 and bigger < one
+    assert both < one < same < 0
+    assert bigger < one
 
 
 @pytest.mark.parametrize("name", IMPORTANCES)
@@ -423,7 +427,8 @@ def test_arithmetic(evaluator: PackedEvaluator, name: str, monkeypatch: pytest.M
     broken = PROXIES[name](evaluator, 0)
     values[0] = math.nan
     found = broken.scores([at(evaluator, lora, [0], ("attn.q",)), at(evaluator, lora, [1], ("attn.q",))])
-    assert math.isnan(found[0]) and math.isfinite(found[1])
+    assert math.isnan(found[0])
+    assert math.isfinite(found[1])
 
 
 def test_common_minibatches(evaluator: PackedEvaluator) -> None:

@@ -36,7 +36,9 @@ def test_a_candidate_in_a_pack_is_the_candidate_alone(loaded: LoadedBackbone) ->
         found = together(loaded, pack=pack).evaluate(wanted)
         compare(found, expected)
         for ours, theirs in zip(found, expected, strict=True):
-            assert ours.weights and theirs.weights and ours.weights.keys() == theirs.weights.keys()
+            assert ours.weights
+            assert theirs.weights
+            assert ours.weights.keys() == theirs.weights.keys()
             for name, value in ours.weights.items():
                 torch.testing.assert_close(value, theirs.weights[name], rtol=1e-3, atol=1e-5)
 

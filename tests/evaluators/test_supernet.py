@@ -176,7 +176,7 @@ def test_distillation_follows_the_largest(evaluator: PackedEvaluator) -> None:
     assert (taught[1:] > 1e-6).all()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -188,10 +188,10 @@ def test_a_killed_training_goes_on(evaluator: PackedEvaluator, tmp_path: Path, m
 
     def kill(done: int, total: int) -> None:
         if done == 7:
-            raise Killed
+            raise KilledError
 
     file = tmp_path / "supernet.pt"
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         untrained(evaluator).train(policy.subnets, STEPS, checkpoint=file, key="a", progress=kill)
     seen: list[int] = []
     resumed = untrained(evaluator)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from autopeft.evaluators.backbones import load_backbone
-from autopeft.evaluators.base import Outcome, OutOfMemory, Request
+from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request
 from autopeft.evaluators.data.splits import DataError, Splits
 from autopeft.evaluators.training import batching, train
 from autopeft.evaluators.training.schedule import rate
@@ -164,10 +164,12 @@ def test_a_seed_decides_everything(evaluator, kind):
     torch.manual_seed(2)
     state = torch.get_rng_state()
     again = timeless(measured(evaluator, kind, seed=3))
-    assert first == again and first.seed == 3
+    assert first == again
+    assert first.seed == 3
     assert torch.equal(torch.get_rng_state(), state), "the random numbers of the process are left alone"
     other = timeless(measured(evaluator, kind, seed=4))
-    assert other.losses != first.losses and other.values != first.values
+    assert other.losses != first.losses
+    assert other.values != first.values
 
 
 def test_the_position_in_a_batch_of_requests_does_not_matter(evaluator):
@@ -189,11 +191,14 @@ def test_candidates_of_a_seed_see_the_same_batches(evaluator, monkeypatch):
         seen.append([])
         measured(evaluator, kind, seed=seed, fidelity=Fidelity(share=share))
     lora, full, partial, other = seen
-    assert lora == full and partial == lora[: len(partial)] and other != lora
+    assert lora == full
+    assert partial == lora[: len(partial)]
+    assert other != lora
     # An epoch is every row once, and each epoch has an order of its own.
     per_epoch = STEPS // EPOCHS
     epochs = [sum(lora[i : i + per_epoch], ()) for i in range(0, STEPS, per_epoch)]
-    assert all(sorted(epoch) == list(range(ROWS["train"])) for epoch in epochs) and len(set(epochs)) == EPOCHS
+    assert all(sorted(epoch) == list(range(ROWS["train"])) for epoch in epochs)
+    assert len(set(epochs)) == EPOCHS
 
 
 # Fidelity
@@ -207,7 +212,8 @@ def test_a_share_is_the_beginning_of_the_full_run(evaluator, share, steps, sched
     rates = [step["rates"] for step in spied]
     spied.clear()
     part = measured(evaluator, "lora", training, fidelity=Fidelity(share=share))
-    assert len(part.losses) == steps and part.share == share
+    assert len(part.losses) == steps
+    assert part.share == share
     assert part.losses == full.losses[:steps]
     assert [step["rates"] for step in spied] == rates[:steps]
 
@@ -220,7 +226,8 @@ def test_shares_are_exact(evaluator):
         fidelity = Fidelity(share=percent / 100)
         assert evaluator.num_steps(request(evaluator, training=hundred, fidelity=fidelity)) == percent
     # Of an epoch that does not divide by the batch size, the last batch is smaller.
-    assert batching.num_steps(33, 8, 1.0) == 5 and batching.num_steps(33, 8, 0.01) == 1
+    assert batching.num_steps(33, 8, 1.0) == 5
+    assert batching.num_steps(33, 8, 0.01) == 1
     assert batching.num_steps(100, 10, 0.7) == 7
 
 
@@ -261,7 +268,8 @@ def test_scores_of_each_example_in_the_order_of_the_file(evaluator):
         spread = sum((x - mean) ** 2 for x in column) / (n - 1)
         assert found.std_err[name] == pytest.approx(math.sqrt(spread / n), abs=1e-4)
         assert found.test[name] == pytest.approx(sum(found.test_per_example[name]) / ROWS["test"], abs=1e-4)
-    assert 0 < found.train_s <= found.wall_s and found.evaluator == "train"
+    assert 0 < found.train_s <= found.wall_s
+    assert found.evaluator == "train"
     assert Measurement.from_dict(found.to_dict()) == found
 
 
@@ -274,7 +282,9 @@ def test_test_rows_are_scored_only_when_asked_for(evaluator, monkeypatch):
 
     monkeypatch.setattr(evaluator, "batch", batch)
     found = measured(evaluator, "head", fidelity=Fidelity(share=0.1, rungs=(0.05,)))
-    assert found.test == {} and found.test_per_example == {} and seen == {"train", "validation"}
+    assert found.test == {}
+    assert found.test_per_example == {}
+    assert seen == {"train", "validation"}
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "full"])
@@ -302,7 +312,9 @@ def test_progress(evaluator):
     assert outcomes[1].failure == "failed"
     assert {total for _, total in calls} == {69}
     done = [done for done, _ in calls]
-    assert done == sorted(done) and done[:6] == [1, 2, 3, 4, 5, 6] and done[-3:] == [67, 68, 69]
+    assert done == sorted(done)
+    assert done[:6] == [1, 2, 3, 4, 5, 6]
+    assert done[-3:] == [67, 68, 69]
 
 
 # The optimiser
@@ -314,7 +326,8 @@ def test_weight_decay_is_for_matrices(evaluator, spied):
     measured(evaluator, "bottleneck", {"weight_decay": 0.3}, fidelity=Fidelity(share=0.01))
     decays = sorted(spied[0]["decay"].values())
     matrices = sum(dim > 1 for dim in named.values())
-    assert decays == [0.0] * (len(named) - matrices) + [0.3] * matrices and 0 < matrices < len(named)
+    assert decays == [0.0] * (len(named) - matrices) + [0.3] * matrices
+    assert 0 < matrices < len(named)
     spied.clear()
     measured(evaluator, "full", {"weight_decay": 0.3}, fidelity=Fidelity(share=0.01))
     for parameter, decay in spied[0]["decay"].items():
@@ -348,7 +361,8 @@ def test_schedules(schedule, expected):
     assert [rate(step, 10, training) for step in range(10)] == pytest.approx(expected)
     without = Training(schedule=schedule, warmup=0.0)
     assert rate(0, 10, without) == 1.0
-    assert rate(0, 1, Training(schedule=schedule)) == 0.5 and rate(0, 1, without) == 1.0
+    assert rate(0, 1, Training(schedule=schedule)) == 0.5
+    assert rate(0, 1, without) == 1.0
     assert all(0 < rate(step, 100, Training(schedule=schedule, warmup=0.99)) <= 1 for step in range(100))
 
 
@@ -364,7 +378,8 @@ def test_schedule_in_use(evaluator, spied):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_loss_that_is_not_a_number(evaluator, kind):
     outcome = evaluate(evaluator, kind, {"learning_rate": 1e30, "max_grad_norm": 0})
-    assert outcome.measurement is None and outcome.failure == "failed"
+    assert outcome.measurement is None
+    assert outcome.failure == "failed"
     assert outcome.reason in [f"the training loss became {bad} at step {step} of 60"
                               for bad in ("nan", "inf") for step in range(2, 9)]  # fmt: skip
 
@@ -423,7 +438,7 @@ def test_interrupts_pass(evaluator, monkeypatch):
 
 def test_costs_pass_on_memory_errors(evaluator, monkeypatch):
     breaking(monkeypatch, evaluator, MemoryError("too much"), at=1)
-    with pytest.raises(OutOfMemory, match="out of memory: too much"):
+    with pytest.raises(OutOfMemoryError, match="out of memory: too much"):
         evaluator.costs(candidate(evaluator), frozenset({"peak_memory_bytes"}))
 
 
@@ -438,7 +453,8 @@ def test_costs_leave_no_trace(evaluator):
 def test_an_adapter_that_cannot_be_attached(evaluator):
     wrong = Candidate(architecture=Architecture.of({"layers.9.attn.q": [Lora()]}), training={"epochs": 1.0})
     (outcome,) = evaluator.evaluate([Request(candidate=wrong)])
-    assert outcome.failure == "failed" and "no site 'layers.9.attn.q'" in outcome.reason
+    assert outcome.failure == "failed"
+    assert "no site 'layers.9.attn.q'" in outcome.reason
 
 
 # Rows that the model cannot read

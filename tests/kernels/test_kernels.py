@@ -320,7 +320,8 @@ def test_triton_kernels_fit_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert "STACK:0 " in usage.stdout, f"{what} spills registers: {usage.stdout}"
         assert compiled.metadata.shared <= SHARED_BYTES, what
         if "PRODUCT" in options:
-            assert "mma" in compiled.asm["ptx"] and "fma.rn.f32" not in compiled.asm["ptx"], what
+            assert "mma" in compiled.asm["ptx"], what
+            assert "fma.rn.f32" not in compiled.asm["ptx"], what
             assert re.search(r"cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10|ld\.global\S*\.v4", compiled.asm["ptx"]), what
 
 
@@ -372,7 +373,8 @@ def test_tiles_do_not_depend_on_the_pack() -> None:
     for tokens in (0, 1, 300, 5000):
         alone, packed = (products(20, tokens, BF16, FP32, slots) for slots in (1, 8))
         for (_, grid, args, options), (_, other_grid, other_args, other_options) in zip(alone, packed, strict=True):
-            assert grid[:2] == other_grid[:2] and options == other_options
+            assert grid[:2] == other_grid[:2]
+            assert options == other_options
             assert (grid[2], other_grid[2]) == (1, 8)
             assert args[-1] == other_args[-1]  # the chunk, of outer
 
@@ -383,7 +385,8 @@ def test_chunks_of_tokens_are_whole_tiles(features: int) -> None:
     for tokens in (0, 1, 33, 1000, 4096, 10**6):
         chunk = tile_rules.outer_chunk(tokens, features, tiles)
         chunks = -(-tokens // chunk)
-        assert chunk >= tiles.tokens and chunk % tiles.tokens == 0
+        assert chunk >= tiles.tokens
+        assert chunk % tiles.tokens == 0
         assert chunks <= tile_rules.PROGRAMS
         assert chunks <= 1 or chunk >= tile_rules.LEAST_CHUNK
 
@@ -410,7 +413,8 @@ def test_candidates_are_few_and_start_with_the_rule() -> None:
     for rank, types in itertools.product((1, 32, 64, 128), ((BF16, FP32), (BF16, BF16), (FP32, FP32))):
         tiles = tile_rules.shrink_tiles(1024, rank, *types, torch.device("cpu"))
         candidates = tile_rules.candidate_tiles(tiles)
-        assert candidates[0] == tiles and 3 <= len(set(candidates)) == len(candidates) <= 6
+        assert candidates[0] == tiles
+        assert 3 <= len(set(candidates)) == len(candidates) <= 6
         assert all(min(own.tokens, own.features, own.ranks) >= 16 and own.stages >= 1 for own in candidates)
 
 
@@ -418,7 +422,8 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(slot_products, "INTERPRET", True)
     x = torch.zeros(1)
-    assert slot_products.by_triton(x, None) and not slot_products.by_triton(x, x.double())
+    assert slot_products.by_triton(x, None)
+    assert not slot_products.by_triton(x, x.double())
     with pytest.raises(RuntimeError, match="restored"), slot_products.without_triton():
         assert not slot_products.by_triton(x)
         raise RuntimeError("restored")

@@ -23,7 +23,8 @@ torch.set_num_threads(1)
 def poisoned() -> Iterator[None]:
     """What is allocated and not written holds NaN."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -45,7 +46,8 @@ def draw(tokens: int, features: int, vocabulary: int, bias: bool = False, dtype:
 def outcome(op, inputs: dict, **more: int) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, hits, and the gradient of a sum in which every token has a weight of its own."""
     losses, correct = op(**inputs, **more)
-    assert losses.dtype == correct.dtype == torch.float32 and not correct.requires_grad
+    assert losses.dtype == correct.dtype == torch.float32
+    assert not correct.requires_grad
     factor = torch.linspace(-2.0, 3.0, len(losses))
     (gradient,) = torch.autograd.grad((losses * factor).sum(), inputs["hidden"])
     assert gradient.dtype == inputs["hidden"].dtype
@@ -74,14 +76,16 @@ def test_any_shape(tokens: int, features: int, vocabulary: int, chunk: int, bias
 
 def test_no_tokens() -> None:
     losses, correct, gradient = outcome(linear_cross_entropy, draw(0, 4, 9))
-    assert losses.shape == correct.shape == (0,) and gradient.shape == (0, 4)
+    assert losses.shape == correct.shape == (0,)
+    assert gradient.shape == (0, 4)
 
 
 def test_strided_inputs() -> None:
     inputs = draw(14, 22, 90)
     wide, weight = inputs["hidden"], inputs["weight"]
     inputs |= {"hidden": wide[::2, 1::2], "weight": weight.T.contiguous().T[:, ::2], "targets": inputs["targets"][::2]}
-    assert not inputs["hidden"].is_contiguous() and not inputs["weight"].is_contiguous()
+    assert not inputs["hidden"].is_contiguous()
+    assert not inputs["weight"].is_contiguous()
     assert_same(inputs, chunk=3)
 
 

@@ -275,7 +275,8 @@ def test_several_adapters_at_one_site(family: str) -> None:
     with Attachment(model, backbone, [architecture], [1]) as attachment:
         state = attachment.state()
         twins = [name for name in state if name.endswith("/lora#2/A")]
-        assert twins and not any(torch.equal(state[n], state[n.replace("#2", "")]) for n in twins)
+        assert twins
+        assert not any(torch.equal(state[n], state[n.replace("#2", "")]) for n in twins)
         attachment.load_state({name: v + 0.05 * torch.randn_like(v) for name, v in state.items()})
         attachment.eval()
         apart = model(tokens()).logits
@@ -457,12 +458,14 @@ def test_full_trains_all_but_the_head_in_place() -> None:
     before = embedding.clone()
     with Attachment(model, backbone, [Architecture.of({"backbone": [Full()]})], [1]) as attachment:
         attachment.train()
-        assert model.training and not model.classifier.weight.requires_grad
+        assert model.training
+        assert not model.classifier.weight.requires_grad
         optimiser = torch.optim.SGD([p for p, _ in attachment.trainable()], lr=0.1)
         model(tokens()).logits.square().sum().backward()
         optimiser.step()
         assert not torch.equal(embedding, before)
-    assert torch.equal(embedding, before) and embedding.grad is None
+    assert torch.equal(embedding, before)
+    assert embedding.grad is None
     assert torch.equal(model.classifier.weight, head)
 
 
@@ -471,7 +474,8 @@ def test_frozen_backbone_stays_in_evaluation_mode() -> None:
     row = next(row for row in ROWS if row.kind == "lora")
     with Attachment(model, backbone, [row.place(Lora(rank=2), backbone)], [1]) as attachment:
         attachment.train()
-        assert attachment.training and not model.training
+        assert attachment.training
+        assert not model.training
         trained = {id(p) for p, _ in attachment.trainable()}
         assert not any(p.requires_grad for p in model.parameters())
         assert all(id(p) in trained for p in attachment.parameters())
@@ -486,7 +490,8 @@ def test_backbone_of_lower_precision(row: Row) -> None:
         assert logits.dtype == torch.bfloat16
         logits.float().square().sum().backward()
         for parameter, _ in attachment.trainable():
-            assert parameter.dtype == torch.float32 and parameter.grad.isfinite().all()
+            assert parameter.dtype == torch.float32
+            assert parameter.grad.isfinite().all()
 
 
 def test_weight_decay_leaves_vectors_out() -> None:

@@ -61,13 +61,15 @@ def test_a_number_has_one_key() -> None:
     candidates = [Candidate(architecture=Architecture(), training={"epochs": n}) for n in (2, 2.0)]
     assert candidates[0].key == candidates[1].key
     assert canonical_json({"b": [1.0, (2.5,)], "a": True}) == '{"a":true,"b":[1,[2.5]]}'
-    assert digest({}) != digest([]) and len(digest({})) == 16
+    assert digest({}) != digest([])
+    assert len(digest({})) == 16
 
 
 def test_sites_without_adapters_do_not_appear() -> None:
     assert Architecture.of({"layers.0.mlp": []}) == Architecture()
     assert Architecture.from_dict({"layers.0.mlp": []}).key == Architecture().key
-    assert not Architecture() and not Architecture().kinds
+    assert not Architecture()
+    assert not Architecture().kinds
     assert Architecture().num_params(SMALL) == Architecture().stored_bytes(SMALL) == 0
 
 
@@ -75,7 +77,8 @@ def test_declared_costs_add_up() -> None:
     lora, bottleneck = Lora(rank=2), Bottleneck(size=3)
     architecture = Architecture.of({"layers.1.attn.q": [lora, Bitfit()], "layers.2.mlp": [bottleneck]})
     both = {("layers.1.attn.q", Bitfit()), ("layers.1.attn.q", lora)}
-    assert len(list(architecture)) == 3 and set(architecture) == {*both, ("layers.2.mlp", bottleneck)}
+    assert len(list(architecture)) == 3
+    assert set(architecture) == {*both, ("layers.2.mlp", bottleneck)}
     num_params = 2 * (16 + 16) + 16 + (3 * 16 + 3 + 16 * 3 + 16)
     assert architecture.num_params(SMALL) == num_params
     assert architecture.stored_bytes(SMALL) == 4 * num_params
@@ -101,9 +104,11 @@ def test_a_site_that_is_not_there() -> None:
 @pytest.mark.parametrize("backbone", [SMALL, encoder(num_layers=1, bias=False)], ids=["small", "plain"])
 def test_a_backbone_survives_json(backbone: Backbone) -> None:
     again = Backbone.from_dict(json.loads(json.dumps(backbone.to_dict())))
-    assert again == backbone and hash(again) == hash(backbone)
+    assert again == backbone
+    assert hash(again) == hash(backbone)
     assert all(again.site(site.name) == site for site in backbone.sites)
-    assert "_site_by_name" not in backbone.to_dict() and "_site_by_name" not in repr(backbone)
+    assert "_site_by_name" not in backbone.to_dict()
+    assert "_site_by_name" not in repr(backbone)
 
 
 def test_suggestions() -> None:

@@ -339,12 +339,14 @@ def test_what_is_not_trained_is_scored_like_any_other(tmp_path: Path) -> None:
     for evaluator, part in ((packed[0], [0, 1, 2]), (packed[0], [0, 1]), (packed[1], [0, 1, 2])):
         for k, ours in zip(part, evaluator.evaluate([wanted[k] for k in part]), strict=True):
             theirs = expected[k].measurement
-            assert ours.measurement is not None and theirs is not None, ours.reason
+            assert ours.measurement is not None, ours.reason
+            assert theirs is not None
             for name in ("values", "test", "averaged"):
                 assert getattr(ours.measurement, name) == pytest.approx(getattr(theirs, name), rel=1e-5)
             assert ours.measurement.losses == pytest.approx(theirs.losses, rel=1e-5, abs=1.1e-5)
             assert [share for share, _ in ours.measurement.rungs] == [0.5]
-            assert ours.weights is not None and ours.weights.keys() == expected[k].weights.keys()
+            assert ours.weights is not None
+            assert ours.weights.keys() == expected[k].weights.keys()
 
 
 @pytest.mark.parametrize("name", ["snip", "grad_norm", "fisher"])
@@ -397,7 +399,8 @@ def test_a_study_between_given_loras_of_a_causal_model(
     snapshot = run(load_study(path))
     assert {(trial.role, trial.state) for trial in snapshot.trials if trial.state != "complete"} == set()
     found = verdicts(snapshot)
-    assert found and all(verdict.complete for verdict in found)
+    assert found
+    assert all(verdict.complete for verdict in found)
     for verdict in found:
         own = {one.control: one for one in verdict.against}
         assert verdict.num_params < verdict.active_params < verdict.total_params
@@ -419,4 +422,5 @@ def test_a_study_between_given_loras_of_a_causal_model(
             main(command)
         assert exit_.value.code == 0, capsys.readouterr().err
     kept = json.loads(capsys.readouterr().out)["kept"]
-    assert kept and all(kept.values())
+    assert kept
+    assert all(kept.values())

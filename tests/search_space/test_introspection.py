@@ -466,7 +466,7 @@ def test_select_and_site(bert: Backbone) -> None:
 
 def test_require_names_every_unknown_and_absent_role(bert: Backbone) -> None:
     bert.require(bert.roles)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="unknown role") as caught:
         bert.require(["attn.q", "atn.q", "mlp.gate", "attn.qkv"])
     message = str(caught.value)
     assert "unknown role 'atn.q'; did you mean 'attn.q'?" in message

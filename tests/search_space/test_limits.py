@@ -25,7 +25,8 @@ def test_an_objection_names_what_is_beyond_and_nothing_else(most: dict[str, floa
         assert not any(found[name] > most[name] * (1 + 1e-12) + 1e-12 for name in beyond)
         return
     violation, reason = objection
-    assert violation > 0 and math.isfinite(violation)
+    assert violation > 0
+    assert math.isfinite(violation)
     assert {part.split()[0] for part in reason.split("; ")} <= beyond
 
 

@@ -59,7 +59,8 @@ def test_values_are_those_of_scikit_learn(metric, case) -> None:
         warnings.simplefilter("ignore")
         expected = SKLEARN[metric.name](targets, predictions)
     value = metric.value(columns(targets, predictions))
-    assert value == pytest.approx(expected, abs=1e-12) and value <= metric.bound
+    assert value == pytest.approx(expected, abs=1e-12)
+    assert value <= metric.bound
 
 
 @pytest.mark.parametrize("metric", OVER_SET, ids=lambda metric: metric.name)
@@ -101,7 +102,8 @@ def test_errors_cover(metric) -> None:
         paired += difference.low <= truth[0] - truth[1] <= difference.high
         paired_width += difference.std_err
         unpaired_width += np.hypot(alone.std_err, estimate(second).std_err)
-    assert 0.91 <= within / draws <= 0.98 and 0.91 <= paired / draws <= 0.98
+    assert 0.91 <= within / draws <= 0.98
+    assert 0.91 <= paired / draws <= 0.98
     assert paired_width < 0.95 * unpaired_width, "pairing takes out what is hard for both"
 
 
@@ -123,8 +125,10 @@ def test_an_own_metric(tmp_path: Path) -> None:
         "    return HALF * (targets[1:] == predictions[1:]).sum()\n",
     )
     targets, predictions = np.array([0, 1, 1]), np.array([0, 1, 0])
-    assert found.of(targets, predictions) == 0.5 and predictions[0] == 0
-    assert found == Own.declared("my_score", "mine:score") and str(tmp_path) not in sys.path
+    assert found.of(targets, predictions) == 0.5
+    assert predictions[0] == 0
+    assert found == Own.declared("my_score", "mine:score")
+    assert str(tmp_path) not in sys.path
 
 
 def test_modules_of_one_name_do_not_meet(tmp_path: Path) -> None:
@@ -174,8 +178,10 @@ def test_what_an_own_metric_may_not_return(tmp_path: Path, body, what) -> None:
 
 def test_objectives_over_metrics_of_either_kind() -> None:
     mine = Own.declared("my_score", "mine:score", maximise=False)
-    assert not Objective.of("my_score", own=mine).maximise and Objective.of("my_score", own=mine).is_quality
-    assert Objective.of("macro-f1").maximise and Objective.of("macro-f1").is_quality
+    assert not Objective.of("my_score", own=mine).maximise
+    assert Objective.of("my_score", own=mine).is_quality
+    assert Objective.of("macro-f1").maximise
+    assert Objective.of("macro-f1").is_quality
     assert not Objective.of("num_params").is_quality
     with pytest.raises(KeyError):
         Objective.of("my_score")

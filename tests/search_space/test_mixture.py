@@ -610,7 +610,7 @@ def test_experts_are_a_choice_of_each_layer_and_none_is_a_plain_adapter() -> Non
     assert {spec.kind for _, spec in plain} == {"lora"}
     assert not any("top_k" in name for name in declared.completed(off))
     some = declared.completed({**off, "lora.experts.on.layers.0": True, "lora.experts.layers.0": 4, "lora.top_k": 4})
-    kinds = {site: spec for site, spec in declared.decode(some).architecture}
+    kinds = dict(declared.decode(some).architecture)
     for site, spec in kinds.items():
         expected = 4 if SMALL.site(site).layer == 0 else 0
         assert spec.num_experts == expected
@@ -756,7 +756,9 @@ def test_a_site_follows_the_mixture_of_its_own_declaration(
             if isinstance(spec, Mixture) and spec.leader:
                 site, number = spec.leader.split("#")
                 leader = here[site][int(number) - 1]
-                assert isinstance(leader, Mixture) and site == at and leader.expert == spec.expert
+                assert isinstance(leader, Mixture)
+                assert site == at
+                assert leader.expert == spec.expert
                 assert torch.equal(found[f"layers.{layer}.attn.v", spec], found[at, leader])
                 followed.append(leader.router)
         assert sorted(followed) == leading
@@ -890,7 +892,8 @@ def test_a_top_p_of_1_limits_nothing_in_a_pack_either() -> None:
             own.values["router"].mul_(1000)
     x, y = batch(2)
     torch.testing.assert_close(bank(x, y)[1:], single(x[1:], y[1:]))
-    assert bank.routing is not None and single.routing is not None
+    assert bank.routing is not None
+    assert single.routing is not None
     assert float(bank.routing.active[1]) == float(single.routing.active[0]) == 2.0
     torch.testing.assert_close(bank.routing.load[1:], single.routing.load)
 

@@ -33,9 +33,11 @@ def test_every_preset_is_a_space_over_every_family(preset: str, family: str) -> 
     for assignment in (space.smallest(), space.largest(), *(space.sample(rng) for _ in range(20))):
         architecture = space.decode(assignment).architecture
         for site, spec in architecture:
-            assert backbone.site(site).role in spec.roles and spec.fits(backbone.site(site))
+            assert backbone.site(site).role in spec.roles
+            assert spec.fits(backbone.site(site))
     assert space.decode(space.largest()).architecture
-    assert PRESETS[preset].summary and PRESETS[preset].source
+    assert PRESETS[preset].summary
+    assert PRESETS[preset].source
 
 
 @pytest.mark.parametrize(("num_layers", "hidden_size", "points"), [(12, 768, 5_451_776), (24, 1024, 22_330_474_496)])

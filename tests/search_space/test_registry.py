@@ -31,7 +31,9 @@ def lora_alone() -> Registry[type[AdapterSpec]]:
 
 def test_without_plugins_it_is_a_mapping() -> None:
     registry = lora_alone()
-    assert dict(registry) == {"lora": Lora} and "ia3" not in registry and len(registry) == 1
+    assert dict(registry) == {"lora": Lora}
+    assert "ia3" not in registry
+    assert len(registry) == 1
     with pytest.raises(KeyError):
         registry["ia3"]
     registry["mine"] = Lora
@@ -56,13 +58,15 @@ def test_a_broken_plugin_is_named_and_left_out(tmp_path: Path, monkeypatch: pyte
     install(tmp_path, module, adapters=lines)
     monkeypatch.syspath_prepend(tmp_path)
     registry = lora_alone()
-    assert registry["lora"] is Lora and "plugged_module" not in sys.modules, "loaded when they are needed"
+    assert registry["lora"] is Lora
+    assert "plugged_module" not in sys.modules, "loaded when they are needed"
     with pytest.warns(PluginWarning) as said:
         assert list(registry) == ["lora", "mine"]
     monkeypatch.delitem(sys.modules, "plugged_module")
     assert registry["mine"].kind == "mine"
     messages = sorted(str(warning.message) for warning in said)
-    assert len(messages) == 4 and all("of plugged is left out" in message for message in messages)
+    assert len(messages) == 4
+    assert all("of plugged is left out" in message for message in messages)
     for message, what in zip(messages, ("No module", "already", "no subclass of AdapterSpec", "'other'"), strict=True):
         assert what in message
     assert len(registry) == 2, "once is enough"

@@ -86,7 +86,8 @@ def test_what_is_shared_exists_once() -> None:
                 pool = attachment.pools[SharedKey(scope, kind, name, 0 if kind == "vera" else None)]
                 assert bank.values[name] is pool.value
         one = attachment.pools[SharedKey("model", "vera", "A", 0)].value
-        assert len(one) == 1 and not one.requires_grad, "alike in both slots"
+        assert not one.requires_grad
+        assert len(one) == 1, "alike in both slots"
         assert len(attachment.pools[SharedKey("model", "tied", "A")].value) == 2, "each slot trains its own"
         assert len({path for path in attachment.state(0) if path.startswith("shared.")}) == 1 + len(
             {(s.in_features, s.out_features) for s in backbone.sites if s.role in Tied.default_roles}
@@ -182,7 +183,8 @@ def test_frozen_matrices_are_the_same_on_every_machine() -> None:
     model, backbone = tiny("bert")
     with Attachment(model, backbone, [Architecture.of({"layers.0.attn.q": [Vera(rank=2)]})], [1]) as attachment:
         a, b = (attachment.banks[0].of_slot(0)[name].flatten()[:3].tolist() for name in ("A", "B"))
-    assert a == pytest.approx(EXPECTED[0], rel=1e-5) and b == pytest.approx(EXPECTED[1], rel=1e-5)
+    assert a == pytest.approx(EXPECTED[0], rel=1e-5)
+    assert b == pytest.approx(EXPECTED[1], rel=1e-5)
 
 
 EXPECTED = ([0.2063439, -0.2226313, -0.0582791], [-0.4724134, 0.7618057, 0.0273515])
@@ -208,7 +210,8 @@ def test_indices_are_of_the_slot_and_in_its_state() -> None:
         states = [attachment.state(k) for k in range(3)]
         assert not any(value.dtype == torch.int32 for value, _ in attachment.trainable())
     places = [state["layers.0.attn.q/shira/places"] for state in states]
-    assert [len(own) for own in places] == [2 * 48, 3 * 48, 3 * 48] and places[0].dtype == torch.int32
+    assert [len(own) for own in places] == [2 * 48, 3 * 48, 3 * 48]
+    assert places[0].dtype == torch.int32
     assert all(len(own.unique()) == len(own) and own.min() >= 0 and own.max() < 24 * 24 for own in places)
     assert not torch.equal(*places[1:])
     stored = sum(v.nbytes for name, v in states[0].items() if not name.startswith("head."))
@@ -224,7 +227,8 @@ def test_a_smaller_one_reads_the_first_places_of_a_larger() -> None:
     site = backbone.site("layers.0.attn.q")
     bank = Bank(site, [Shira(rank=1), Shira(rank=4)], model.get_submodule(site.module), [1, 2], bank_of_slot=[0, 0])
     small, large = (bank.of_slot(k)["places"] for k in range(2))
-    assert torch.equal(small, large[:48]) and len(large.unique()) == 4 * 48
+    assert torch.equal(small, large[:48])
+    assert len(large.unique()) == 4 * 48
 
 
 @pytest.mark.parametrize("count", [1, 50, 600, 2000])
@@ -232,10 +236,13 @@ def test_places_are_different_and_anywhere(count: int) -> None:
     parameter = Parameter(shape=(count,), init="places", trainable=False, indices=True)
     base = torch.nn.Linear(50, 40)
     found = initialise(parameter, stream(count), base)
-    assert found.dtype == torch.int32 and len(found) == len(found.unique()) == count
+    assert found.dtype == torch.int32
+    assert len(found) == len(found.unique()) == count
     assert torch.equal(found, initialise(parameter, stream(count), base))
     if count >= 50:
-        assert found.min() < 200 and found.max() >= 1800 and not torch.equal(found, found.sort().values)
+        assert found.min() < 200
+        assert found.max() >= 1800
+        assert not torch.equal(found, found.sort().values)
 
 
 def test_more_places_than_a_weight_has_are_refused() -> None:

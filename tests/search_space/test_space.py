@@ -111,7 +111,8 @@ def test_no_network_is_smaller_than_the_smallest_or_larger_than_the_largest(spac
         return space.decode(assignment).architecture.num_params(SMALL)
 
     smallest, largest = space.smallest(), space.largest()
-    assert space.contains(smallest) and space.contains(largest)
+    assert space.contains(smallest)
+    assert space.contains(largest)
     assert num_params(smallest) <= num_params(space.sample(Random(seed))) <= num_params(largest)
 
 
@@ -157,7 +158,8 @@ def test_a_declaration_gives_the_same_genes_again(space: SearchSpace) -> None:
 def test_a_candidate_is_found_again_in_its_space(space: SearchSpace, seed: int) -> None:
     candidate = space.decode(space.sample(Random(seed)))
     found = locate(space, candidate)
-    assert found is not None and space.contains(found)
+    assert found is not None
+    assert space.contains(found)
     assert space.decode(found) == candidate
 
 
@@ -190,7 +192,8 @@ def test_a_layer_off_by_its_gate_equals_one_off_by_its_size() -> None:
     on = {"layers.0.on": True, "layers.1.on": True, "a.rank.on.layers.0": True, "a.rank.layers.0": 4}
     by_size = {**on, "layers.2.on": True, "a.rank.on.layers.1": True, "a.rank.layers.1": 4, "a.rank.on.layers.2": False}
     by_gate = {**on, "layers.2.on": False, "a.rank.on.layers.1": True, "a.rank.layers.1": 4}
-    assert space.contains(by_size) and space.contains(by_gate)
+    assert space.contains(by_size)
+    assert space.contains(by_gate)
     assert space.decode(by_size).key == space.decode(by_gate).key
     assert [site for site, _ in space.decode(by_gate).architecture.adapters] == ["layers.0.attn.q", "layers.1.attn.q"]
 
@@ -199,7 +202,7 @@ def test_a_size_per_site_equals_the_same_size_per_model() -> None:
     rank = Choice.of([2, 4])
     one = space_of({"a": lora(rank=rank, alpha=16)})
     each = space_of({"b": lora(rank=rank, alpha=16.0, vary={"rank": "site"})})
-    everywhere = {name: 4 for name in names(each)}
+    everywhere = dict.fromkeys(names(each), 4)
     assert len(everywhere) == 6
     assert one.decode({"a.rank": 4}).key == each.decode(everywhere).key
 
@@ -360,14 +363,21 @@ def test_locating_a_candidate() -> None:
         return locate(space, Candidate(architecture=Architecture.of(sites), training=training))
 
     both = find(2, 8)
-    assert both is not None and (both["b.on"], both["b.rank"], both["a.rank.layers.2"]) == (True, 8, 2)
-    assert find(4, 4) is not None and find(8) is not None
-    assert find(2, 2) is None and find(16) is None and find(2, 4, 8) is None
+    assert both is not None
+    assert (both["b.on"], both["b.rank"], both["a.rank.layers.2"]) == (True, 8, 2)
+    assert find(4, 4) is not None
+    assert find(8) is not None
+    assert find(2, 2) is None
+    assert find(16) is None
+    assert find(2, 4, 8) is None
     nothing = find()
-    assert nothing is not None and nothing["layers.0.on"] is False, "what nothing needs is off"
+    assert nothing is not None
+    assert nothing["layers.0.on"] is False, "what nothing needs is off"
     middle, given_, outside = find(2), find(2, learning_rate=1e-2, epochs=5.0), find(2, learning_rate=1.0)
-    assert middle is not None and middle["training.learning_rate"] == rate.from_unit(0.5)
-    assert given_ is not None and given_["training.learning_rate"] == 1e-2
+    assert middle is not None
+    assert middle["training.learning_rate"] == rate.from_unit(0.5)
+    assert given_ is not None
+    assert given_["training.learning_rate"] == 1e-2
     assert outside is None
     elsewhere = Architecture.of({"layers.7.attn.q": [Lora(rank=2)]})
     assert locate(space, Candidate(architecture=elsewhere)) is None

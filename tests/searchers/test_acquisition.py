@@ -169,7 +169,8 @@ def test_without_noise_it_is_the_growth_of_the_area() -> None:
     worth = NoisyHypervolumeImprovement([found.model], (0, -1), baseline, none, torch.tensor(corner).double(), 0)
     pairs = list(zip(losses_of(points), points[:, -1].tolist(), strict=True))
     growth = np.array([area([*pairs[:8], pair], corner) - area(pairs[:8], corner) for pair in pairs[8:]])
-    assert (growth > 0.01).sum() >= 3 and (growth == 0).sum() >= 3
+    assert (growth > 0.01).sum() >= 3
+    assert (growth == 0).sum() >= 3
     assert np.allclose(np.exp(values(worth, others)), growth, atol=2e-3)
 
 
@@ -185,7 +186,8 @@ def test_beyond_the_corner_nothing_is_worth_anything() -> None:
     worth = values(acquisition([found.model], None, (0, -1), baseline, none, corner, seed=0), points)
     assert np.all(worth[known >= 0.1] == np.log(TINY))
     surely = mean - 6 * deviation > 0.3
-    assert surely.sum() >= 5 and worth[surely].max() < -15
+    assert surely.sum() >= 5
+    assert worth[surely].max() < -15
     assert worth.max() > -5
 
 
@@ -195,7 +197,8 @@ def test_nobody_knows_a_trial_that_is_good_enough() -> None:
     fitted = models(surrogates(baseline))
     corner = torch.tensor([losses_of(baseline).min() - 0.2, 2.0], dtype=torch.double)
     worth = values(acquisition(fitted, None, (0, -1), baseline, none, corner, seed=0), points)
-    assert np.isfinite(worth).all() and len(np.unique(worth)) > 20
+    assert np.isfinite(worth).all()
+    assert len(np.unique(worth)) > 20
     assert losses_of(points)[worth.argmax()] < np.quantile(losses_of(points), 0.2)
 
 
@@ -210,9 +213,11 @@ def test_pending_points_repel() -> None:
     distance = np.linalg.norm((points - points[best])[:, :WIDTH].numpy(), axis=1)
     assert drop[best] > 2
     near = (distance > 0) & (distance < 0.08)
-    assert near.sum() >= 2 and drop[near].min() > 0.3
+    assert near.sum() >= 2
+    assert drop[near].min() > 0.3
     counts = (distance > 0.5) & (before > before.max() - 4)
-    assert counts.sum() >= 3 and np.median(np.abs(drop[counts])) < 0.25 * drop[near].min()
+    assert counts.sum() >= 3
+    assert np.median(np.abs(drop[counts])) < 0.25 * drop[near].min()
 
 
 def test_what_cannot_be_trained_is_worth_less() -> None:
@@ -228,7 +233,8 @@ def test_what_cannot_be_trained_is_worth_less() -> None:
     drop = without - with_failures
     assert drop.min() >= 0
     x = points[:, 0].numpy()
-    assert drop[x > 0.7].min() > 1.5 and drop[x < 0.3].max() < 0.2
+    assert drop[x > 0.7].min() > 1.5
+    assert drop[x < 0.3].max() < 0.2
 
 
 # More objectives
@@ -246,12 +252,15 @@ def test_three_objectives(sources: tuple[int, ...], monkeypatch: pytest.MonkeyPa
     pending = points[:1]
     worth = acquisition(fitted, None, sources, baseline, pending, corner, seed=0)
     found = values(worth, points)
-    assert found.shape == (30,) and np.isfinite(found).all() and found.max() > -6
+    assert found.shape == (30,)
+    assert np.isfinite(found).all()
+    assert found.max() > -6
     for column in range(WIDTH, WIDTH + num_known):
         cheaper = points.clone()
         cheaper[:, column] -= 0.3
         better = values(worth, cheaper)
-        assert (better >= found - 1e-9).all() and (better > found).mean() > 0.5
+        assert (better >= found - 1e-9).all()
+        assert (better > found).mean() > 0.5
     monkeypatch.setattr(module, "FRONTS", dict.fromkeys(module.FRONTS, 128))
     many = np.exp(values(acquisition(fitted, None, sources, baseline, pending, corner, seed=0), points))
     hypervolume = stock(qNoisyExpectedHypervolumeImprovement, fitted, sources, baseline, pending, corner, samples=128)
@@ -259,7 +268,8 @@ def test_three_objectives(sources: tuple[int, ...], monkeypatch: pytest.MonkeyPa
     assert np.abs(many - sampled).max() < 0.1 * sampled.max()
     counts = sampled > 0.05 * sampled.max()
     # As it is used: a few fronts tell the good points from the others, hardly the others from each other.
-    assert counts.sum() >= 8 and spearmanr(found[counts], sampled[counts]).statistic > 0.6
+    assert counts.sum() >= 8
+    assert spearmanr(found[counts], sampled[counts]).statistic > 0.6
 
 
 @pytest.mark.parametrize("pending", [none, inputs(2, 4)], ids=["alone", "with pending points"])
@@ -282,4 +292,5 @@ def test_four_objectives_of_which_one_is_constant() -> None:
     corner = torch.full((4,), 2.0, dtype=torch.double)
     sources = (0, 1, 2, -1)
     found = values(acquisition(models([first, second, flat]), None, sources, baseline, none, corner, 0), points)
-    assert np.isfinite(found).all() and len(np.unique(found)) > 20
+    assert np.isfinite(found).all()
+    assert len(np.unique(found)) > 20

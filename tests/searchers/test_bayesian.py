@@ -142,7 +142,8 @@ def test_pruned_trials_are_taken_to_their_end(num_complete: int) -> None:
     trials.append(course(problem, num_complete, points[-1], 1.2, 0.31, **pruned))
     data = seen(problem, trials)
     assert data.complete.tolist() == [True] * num_complete + [False]
-    assert np.allclose(data.losses[:-1, 0], -finals) and np.isnan(data.noise[:-1, 0]).all()
+    assert np.allclose(data.losses[:-1, 0], -finals)
+    assert np.isnan(data.noise[:-1, 0]).all()
     if num_complete < LEAST_COURSES:
         assert data.losses[-1, 0] == -0.31
         assert data.noise[-1, 0] == pytest.approx(np.var(finals))
@@ -170,9 +171,8 @@ def test_complete_trials_that_passed_another_rung_tell_nothing() -> None:
     trials = [course(problem, i, points[i], 0.3 + 0.1 * i, 0.9 - 0.1 * i) for i in range(8)]
     last = course(problem, 8, points[8], 0.5, 0.4, state="pruned", measured={"share": 0.125, "rungs": ()})
     data = seen(problem, [*trials, last])
-    assert data.losses[-1, 0] == -0.4 and data.noise[-1, 0] == pytest.approx(
-        np.var([t.values["accuracy"] for t in trials])
-    )
+    assert data.losses[-1, 0] == -0.4
+    assert data.noise[-1, 0] == pytest.approx(np.var([t.values["accuracy"] for t in trials]))
 
 
 def test_pruned_trials_inform_the_model() -> None:
@@ -195,7 +195,8 @@ def test_duplicates_count_once() -> None:
     trials = known(problem, 10)
     copies = [replace(trials[3], number=10 + i) for i in range(8)]
     data, alone = seen(problem, [*trials, *copies]), seen(problem, trials)
-    assert np.array_equal(data.rows, alone.rows) and np.array_equal(data.losses, alone.losses)
+    assert np.array_equal(data.rows, alone.rows)
+    assert np.array_equal(data.losses, alone.losses)
     assert np.array_equal(data.tried, alone.tried)
 
 
@@ -205,7 +206,8 @@ def test_what_failed_and_what_was_ruled_out() -> None:
     points = drawn(problem, 40)
     small = [genes for genes in points if params(problem, genes) <= 800]
     large = [genes for genes in points if params(problem, genes) > 800]
-    assert len(small) >= 8 and len(large) >= 2
+    assert len(small) >= 8
+    assert len(large) >= 2
     empty = {"lora.rank.on.layers.0": False, "lora.rank.on.layers.1": False, "lora.rank.on.layers.2": False,
              "training.learning_rate": 0.01}  # fmt: skip
     trials = [ended(problem, i, genes) for i, genes in enumerate(small[:4])]
@@ -226,7 +228,8 @@ def test_errors_are_variances_and_a_diverged_training_is_not_endless() -> None:
     errors = {"std_err": {"loss": 0.02}}
     trials[0] = ended(problem, 0, trials[0].genes, values={"loss": 1e9}, measured=errors)
     data = seen(problem, trials)
-    assert data.noise[0, 0] == pytest.approx(0.0004) and np.isnan(data.noise[1:]).all()
+    assert data.noise[0, 0] == pytest.approx(0.0004)
+    assert np.isnan(data.noise[1:]).all()
     others = data.losses[1:, 0]
     assert others.max() < data.losses[0, 0] < others.max() + 10 * np.ptp(others)
 
@@ -272,7 +275,8 @@ def test_the_design_has_the_ends_and_what_people_copy(seed: int) -> None:
     assert baseline == BASELINES["lora-r8-qv"](problem.space.backbone)
     assert len({sum(size > limit for limit in np.quantile(sizes, [0.25, 0.5, 0.75])) for size in sizes}) == 4
     rates = sorted(RATE.to_unit(genes["training.learning_rate"]) for genes in points)
-    assert rates[0] < 0.3 and rates[-1] > 0.7
+    assert rates[0] < 0.3
+    assert rates[-1] > 0.7
     assert first_points(problem, seed + 1)[3:] != points[3:]
 
 
@@ -311,7 +315,8 @@ def test_an_earlier_study_has_a_quarter_of_the_design_at_most(count: int) -> Non
     shared = [genes for genes in points if genes in [t.genes for t in earlier]]
     assert 1 <= len(shared) <= count // 4
     beaten = [t for t in earlier if any(dominates(other, t) for other in earlier)]
-    assert beaten and not any(genes in [t.genes for t in beaten] for genes in points)
+    assert beaten
+    assert not any(genes in [t.genes for t in beaten] for genes in points)
 
 
 def dominates(a: Trial, b: Trial) -> bool:
@@ -518,14 +523,17 @@ def test_noise_is_left_to_evolution() -> None:
         state = told(suggestion)
         phases.append(state["phase"])
         if state["phase"] == "evolution":
-            assert "NSGA-II" in state["note"] and "no better than chance" in state["note"]
-            assert state["rank_correlation"]["accuracy"] < 0.4 and state["relevance"]
+            assert "NSGA-II" in state["note"]
+            assert "no better than chance" in state["note"]
+            assert state["rank_correlation"]["accuracy"] < 0.4
+            assert state["relevance"]
             assert len(suggestion.state) == 2, "a generation goes on: its number comes with the trial"
         # The same trials, had there been something to learn.
         trials.append(noisy(problem, 34, suggestion.genes, suggestion.state))
         better = [ended(problem, t.number, t.genes, t.searcher_state) for t in stored(trials)]
         state = told(asked(problem, better)[0])
-        assert state["phase"] == "model" and "note" not in state
+        assert state["phase"] == "model"
+        assert "note" not in state
     assert phases.count("evolution") >= 4
 
 
@@ -544,7 +552,8 @@ def test_diagnostics() -> None:
     assert state["rank_correlation"]["accuracy"] > 0.7
     genes = {gene.name for gene in problem.space.genes}
     for shares in state["relevance"].values():
-        assert shares.keys() <= genes and 0.9 < sum(shares.values()) <= 1.001
+        assert shares.keys() <= genes
+        assert 0.9 < sum(shares.values()) <= 1.001
         assert list(shares.values()) == sorted(shares.values(), reverse=True)
     gates = {name: share for name, share in state["relevance"]["latency_s"].items() if ".on." in name}
     assert max(gates.values()) > state["relevance"]["latency_s"].get("training.learning_rate", 0.0)

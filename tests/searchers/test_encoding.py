@@ -83,7 +83,8 @@ def test_what_is_inactive_does_not_count(space: SearchSpace, seed: int) -> None:
     assert [encoding.assignment(row) for row in others] == [encoding.assignment(row) for row in rows]
     for name, column in encoding.costs(others, active).items():
         assert np.array_equal(column, encoding.costs(rows, active)[name])
-    assert features.min(initial=0.0) >= 0.0 and features.max(initial=1.0) <= 1.0
+    assert features.min(initial=0.0) >= 0.0
+    assert features.max(initial=1.0) <= 1.0
     assert len(np.unique(features, axis=0)) == len(set(keys_of(rows, active)))
 
 
@@ -100,7 +101,8 @@ def test_distances_of_features() -> None:
     size = features[:, encoding.gene_of_feature.index("lora.rank")]
     assert size[0] == 0.0
     steps = np.diff(size[:5])
-    assert np.allclose(steps, steps[0]) and steps[0] > 0.2
+    assert np.allclose(steps, steps[0])
+    assert steps[0] > 0.2
     assert np.linalg.norm(features[4] - features[5]) == pytest.approx(1.0)
     middle = features[:, encoding.gene_of_feature.index("lora.dropout")]
     assert np.allclose(middle, 0.5), "the middle of the range, as far from all values as can be"
@@ -130,10 +132,13 @@ def test_draws_come_near_the_ends() -> None:
     assert len(gates) == 24
     rows = encoding.draw(400, np.random.default_rng(0))
     num_open = (rows[:, gates] > 0.5).sum(1)
-    assert num_open.min() <= 1 and num_open.max() >= 23
-    assert np.quantile(num_open, 0.15) < 6 and np.quantile(num_open, 0.85) > 18
+    assert num_open.min() <= 1
+    assert num_open.max() >= 23
+    assert np.quantile(num_open, 0.15) < 6
+    assert np.quantile(num_open, 0.85) > 18
     sizes = rows[:, [g for g, gene in enumerate(encoding.genes) if gene.name.startswith("attn.rank.layers")]].mean(1)
-    assert sizes.min() < 0.2 and sizes.max() > 0.8
+    assert sizes.min() < 0.2
+    assert sizes.max() > 0.8
 
 
 # Search
@@ -186,7 +191,8 @@ def test_real_numbers_are_tuned() -> None:
     encoding = Encoding(space)
     goal = np.array([0.31, 0.87, 0.55])
     found = propose(encoding, lambda rows, active: -4 * ((rows - goal) ** 2).sum(1), nothing, np.random.default_rng(0))
-    assert found is not None and np.abs(found - goal).max() < 0.1
+    assert found is not None
+    assert np.abs(found - goal).max() < 0.1
 
 
 def test_of_equals_the_smallest_is_taken() -> None:

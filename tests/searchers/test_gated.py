@@ -13,7 +13,7 @@ import pytest
 
 from autopeft.evaluators.proxies import TRAINED
 from autopeft.evaluators.proxies.gates import Gates
-from autopeft.evaluators.training.train import TrainingFailed
+from autopeft.evaluators.training.train import TrainingFailedError
 from autopeft.search_space.problem import Problem, Scored, Trial, declared_costs
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS
@@ -163,7 +163,8 @@ def test_a_study(finished: tuple[StudyFile, Snapshot]) -> None:
     proposals = proposals_of(settings)
     space = problem_for(settings, snapshot.backbone).space
     sizes = [space.decode(genes).architecture.num_params(snapshot.backbone) for genes in proposals]
-    assert len(sizes) == len(TRIED) and sizes == sorted(sizes, reverse=True)
+    assert len(sizes) == len(TRIED)
+    assert sizes == sorted(sizes, reverse=True)
     assert [trial.genes for trial in of_gates(snapshot)] == proposals
     searched = [trial for trial in snapshot.trials if trial.role in ("search", "copy")]
     assert searched[: len(proposals)] == of_gates(snapshot), "they come first"
@@ -221,7 +222,7 @@ def test_gates_that_diverge_do_not_take_the_study_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def diverge(*args: Any) -> None:
-        raise TrainingFailed("the loss with gates became nan")
+        raise TrainingFailedError("the loss with gates became nan")
 
     monkeypatch.setattr(Gates, "sweep", diverge)
     snapshot = run(load_study(gated_study(tmp_path)))
@@ -254,4 +255,5 @@ def test_bad_settings(tmp_path: Path) -> None:
 
 def test_names() -> None:
     """The searcher is named after the proxy whose gates it has."""
-    assert Gated.name == Gates.name and Gates.name in TRAINED
+    assert Gated.name == Gates.name
+    assert Gates.name in TRAINED

@@ -15,7 +15,8 @@ LOSSES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12)
 @given(LOSSES, st.floats(0.01, 1.0))
 def test_ranks_are_kept_from_the_first_on(losses: list[tuple[int, int]], keep: float) -> None:
     kept = survivors(losses, keep)
-    assert len(kept) == math.ceil(round(keep * len(losses), 6)) and kept == sorted(set(kept))
+    assert len(kept) == math.ceil(round(keep * len(losses), 6))
+    assert kept == sorted(set(kept))
     for i in set(range(len(losses))) - set(kept):
         for j in kept:
             better = all(a <= b for a, b in zip(losses[i], losses[j], strict=True)) and losses[i] != losses[j]

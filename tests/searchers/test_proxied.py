@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from autopeft.evaluators.proxies.supernet import Supernet
-from autopeft.evaluators.training.train import TrainingFailed
+from autopeft.evaluators.training.train import TrainingFailedError
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import Measurement, Objective, Problem, Scored, Trial, declared_costs
 from autopeft.searchers.scored.proxied import LEAST_AUDITED, Proxied
@@ -24,7 +24,7 @@ from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.engine.proxy_scores import Table
-from autopeft.studies.errors import NoFeasibleCandidate
+from autopeft.studies.errors import NoFeasibleCandidateError
 from autopeft.studies.tracking.mlflow_sync import _Runs
 
 from ..studies.test_study import Quiet, facts, run
@@ -263,7 +263,7 @@ def test_a_supernet_that_diverges_does_not_take_the_study_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(self: Supernet, *args: Any, **options: Any) -> None:
-        raise TrainingFailed("the supernet's loss became nan")
+        raise TrainingFailedError("the supernet's loss became nan")
 
     monkeypatch.setattr(Supernet, "train", diverge)
     snapshot = run(load_study(proxy_study(tmp_path)))
@@ -279,7 +279,7 @@ def test_other_scores_and_searches(tmp_path: Path, proxy: dict[str, Any]) -> Non
 def test_no_time_is_left_for_trials(tmp_path: Path) -> None:
     search = {"searcher": "proxy", "trials": 12, "batch": 4, "timeout_s": 0.01}
     settings = load_study(proxy_study(tmp_path), [f"search={json.dumps(search)}"])
-    with pytest.raises(NoFeasibleCandidate, match=r"timeout_s, 0\.01 s, was over before a candidate was trained"):
+    with pytest.raises(NoFeasibleCandidateError, match=r"timeout_s, 0\.01 s, was over before a candidate was trained"):
         run(settings)
 
 

@@ -93,7 +93,8 @@ every_searcher = pytest.mark.parametrize("name", ROWS)
 def test_every_searcher_has_a_row() -> None:
     assert ROWS.keys() == SEARCHERS.keys()
     for name, searcher in SEARCHERS.items():
-        assert searcher.name == name and searcher.summary
+        assert searcher.name == name
+        assert searcher.summary
 
 
 # A study in miniature

@@ -121,14 +121,17 @@ def test_a_measured_constraint_that_nothing_meets(cli, tmp_path: Path, monkeypat
     monkeypatch.setattr("autopeft.studies.engine.study.MOST_REJECTIONS", 3)
     path = save_study(tmp_path, constraints={"peak_memory_bytes": 10}, **SHORT)
     code, _, errors = cli("run", path)
-    assert code == 3 and "peak_memory_bytes" in errors and "above the limit 10" in errors
+    assert code == 3
+    assert "peak_memory_bytes" in errors
+    assert "above the limit 10" in errors
 
 
 def test_a_bound_that_nothing_meets(cli, tmp_path: Path) -> None:
     objectives = [{"name": "accuracy", "bound": 0.999}, "num_params"]
     path = save_study(tmp_path, objectives=objectives, **SHORT)
     code, _, errors = cli("run", path, "--set", "search.trials=2")
-    assert code == 3 and "none of" in errors
+    assert code == 3
+    assert "none of" in errors
 
 
 # The folder and the ledger
@@ -169,7 +172,8 @@ def test_no_disk_space_on_the_way(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code, "run", str(path)], capture_output=True, text=True, timeout=120)
     assert found.returncode == 4, found.stderr
-    assert "ledger" in found.stderr and "Traceback" not in found.stderr
+    assert "ledger" in found.stderr
+    assert "Traceback" not in found.stderr
     code = "import sys; from autopeft.studies.cli.app import main; main(sys.argv[1:])"
     found = subprocess.run([sys.executable, "-c", code, "resume", str(path)], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
@@ -235,7 +239,8 @@ def test_mlflow_out_of_reach(cli, tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
     path = save_study(tmp_path, tracking={"enabled": True, "uri": "http://127.0.0.1:9"}, **SHORT)
     code, errors, snapshot = run_tiny(cli, path, "--set", "search.trials=2")
-    assert code == 0 and "MLflow is out of reach" in errors + caplog.text
+    assert code == 0
+    assert "MLflow is out of reach" in errors + caplog.text
     uri = f"sqlite:///{tmp_path / 'late.db'}"
     assert Tracker(uri, "late", tmp_path).sync(snapshot, final=True)
     client = MlflowClient(uri)
@@ -252,7 +257,9 @@ def test_a_nan_loss_fails_its_trial_alone(cli, tmp_path: Path) -> None:
     )
     code, _, snapshot = run_tiny(cli, path, "--set", "search.trials=6", "--set", "search.searcher=grid")
     failed = [t for t in snapshot.search_trials if t.state == "failed"]
-    assert code == 0 and failed and any(t.state == "complete" for t in snapshot.search_trials)
+    assert code == 0
+    assert failed
+    assert any(t.state == "complete" for t in snapshot.search_trials)
     assert all("loss" in t.error for t in failed)
 
 
@@ -269,7 +276,8 @@ def test_out_of_memory_is_infeasible(cli, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(packed.PackedEvaluator, "_steps_of", scarce)
     code, _, snapshot = run_tiny(cli, save_study(tmp_path, **SHORT))
     states = {t.state for t in snapshot.search_trials}
-    assert code == 0 and states == {"complete", "infeasible"}
+    assert code == 0
+    assert states == {"complete", "infeasible"}
     assert any("out of memory: tried to allocate 80 GiB" in (t.error or "") for t in snapshot.search_trials)
 
 
@@ -308,4 +316,5 @@ def test_the_fixture_itself_is_sound(cli, tmp_path: Path) -> None:
     """Otherwise the tests above could pass for another reason."""
     assert settings()["study"] == "tiny"
     code, out, _ = cli("validate", save_study(tmp_path))
-    assert code == 0 and "no problems" in out
+    assert code == 0
+    assert "no problems" in out

@@ -59,4 +59,5 @@ def test_an_old_study_goes_on(study: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_an_old_recipe_loads(study: Path) -> None:
     recipe = Recipe.load(study.parent / "recipe.yaml")
-    assert recipe.schema_version == 1 and recipe.training.learning_rate == 0.0945095
+    assert recipe.schema_version == 1
+    assert recipe.training.learning_rate == 0.0945095

@@ -14,8 +14,8 @@ from autopeft.studies.cli import doctor
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.errors import (
     ConfigurationError,
-    EnvironmentProblem,
-    NoFeasibleCandidate,
+    NoFeasibleCandidateError,
+    UnusableEnvironmentError,
     UserError,
 )
 
@@ -78,7 +78,8 @@ def test_every_command_has_help():
 @pytest.mark.parametrize("arguments", [["--nonsense"], ["serach"], ["validate"], ["validate", "a", "b"]])
 def test_usage_errors(run, arguments):
     code, out, err = run(*arguments)
-    assert (code, out) == (2, "") and "Usage:" in err
+    assert (code, out) == (2, "")
+    assert "Usage:" in err
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,8 @@ def test_usage_errors(run, arguments):
     [
         (UserError("it broke"), 1, "it broke\n"),
         (ConfigurationError("a\nb"), 2, "a\nb\n"),
-        (NoFeasibleCandidate("none"), 3, "none\n"),
-        (EnvironmentProblem("no GPU"), 4, "no GPU\n"),
+        (NoFeasibleCandidateError("none"), 3, "none\n"),
+        (UnusableEnvironmentError("no GPU"), 4, "no GPU\n"),
         (ModuleNotFoundError("No module", name="vllm"), 4, "the package vllm is missing; `autopeft doctor`"),
         (RuntimeError("bug"), 1, "RuntimeError: bug\n(AUTOPEFT_DEBUG=1 shows where)\n"),
         (KeyboardInterrupt(), 130, ""),
@@ -101,7 +102,8 @@ def test_exit_codes(run, monkeypatch, error, code, text):
     monkeypatch.delenv(cli.DEBUG, raising=False)
     found, out, err = run("doctor")
     assert (found, out) == (code, "")
-    assert err.startswith(text) and "Traceback" not in err
+    assert err.startswith(text)
+    assert "Traceback" not in err
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -123,7 +125,8 @@ def test_init_writes_a_valid_study_of_that_name(study):
 def test_every_preset_of_init_runs_as_it_is(tmp_path, run, preset):
     assert run("init", tmp_path / "first", "--preset", preset)[0] == 0
     code, out, err = run("validate", tmp_path / "first")
-    assert (code, err) == (0, "") and out.startswith("first: no problems found\n")
+    assert (code, err) == (0, "")
+    assert out.startswith("first: no problems found\n")
 
 
 def test_init_suggests_a_preset(tmp_path, run):
@@ -142,7 +145,8 @@ def test_init_does_not_overwrite(study, run):
 @pytest.mark.parametrize("name", ["a study", "_x", "a.b"])
 def test_init_refuses_names_that_no_study_may_have(tmp_path, run, name):
     code, _, err = run("init", tmp_path / name)
-    assert code == 2 and "letters, digits, - and _" in err
+    assert code == 2
+    assert "letters, digits, - and _" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -158,7 +162,9 @@ def test_init_where_nothing_can_be_written(tmp_path, run):
 def test_validate(study, run):
     code, out, err = run("validate", study.parent)
     assert (code, err) == (0, "")
-    assert out.startswith("first: no problems found\n") and "6 layers" in out and "16 labels" in out
+    assert out.startswith("first: no problems found\n")
+    assert "6 layers" in out
+    assert "16 labels" in out
 
 
 def test_validate_json_is_alone_on_stdout(study, run):
@@ -173,9 +179,11 @@ def test_validate_json_is_alone_on_stdout(study, run):
 def test_validate_tells_domains_beside_labels(study, run):
     assert json.loads(run("validate", study, "--json")[1])["domains"] == []
     code, out, _ = run("validate", study, "--set", "data.source=embedded-domains")
-    assert code == 0 and "16 labels, 4 domains\n" in out
+    assert code == 0
+    assert "16 labels, 4 domains\n" in out
     summary = json.loads(run("validate", study, "--json", "--set", "data.source=embedded-domains")[1])
-    assert summary["domains"] == ["code", "documentation", "errors", "names"] and len(summary["labels"]) == 16
+    assert summary["domains"] == ["code", "documentation", "errors", "names"]
+    assert len(summary["labels"]) == 16
 
 
 def test_validate_reports_all_problems_of_the_file(study, run):
@@ -198,7 +206,8 @@ def test_validate_reports_data_model_and_space_at_once(study, run):
     assert code == 2
     data_line = next(i for i, line in enumerate(study.read_text().splitlines(), 1) if line == "data:")
     *data, space = err.splitlines()
-    assert len(data) == 3 and all(line.startswith(f"{study}:{data_line} data: ") for line in data)
+    assert len(data) == 3
+    assert all(line.startswith(f"{study}:{data_line} data: ") for line in data)
     assert space.startswith("--set space.adapters.lora.at: this model has no site 'attn.qkv'")
 
 
@@ -211,7 +220,8 @@ def test_validate_reports_a_model_that_is_not_there(study, run):
 def test_validate_refuses_a_grid_that_is_too_large(study, run):
     settings = ["--set", "search.searcher=grid", "--set", "space.adapters.lora.vary.rank=site"]
     code, _, err = run("validate", study, *settings)
-    assert code == 2 and err.startswith("--set search.searcher: the grid has more than 100,000 points")
+    assert code == 2
+    assert err.startswith("--set search.searcher: the grid has more than 100,000 points")
 
 
 # schema
@@ -242,7 +252,8 @@ def test_doctor_names_what_fails(run, monkeypatch):
     code, out, err = run("doctor")
     assert code == 4
     assert err == "not usable as it is: pydantic, no-such-package\n"
-    assert "needed: >=99" in out and "other" not in out
+    assert "needed: >=99" in out
+    assert "other" not in out
 
 
 def test_doctor_finds_a_folder_that_cannot_be_written(monkeypatch, tmp_path):

@@ -243,7 +243,8 @@ def test_script_declares_what_peft_has(models: Folders, spec: AdapterSpec) -> No
     assert f"return {type(plan(recipe).build()).__name__}(**PEFT)" in text
     decayed = recipe.model_copy(update={"training": replace(recipe.training, weight_decay=0.1)})
     lost = EXPORTERS["trl-script"].assess(decayed).lost
-    assert len(lost) == 2 and all("weight_decay 0.1 falls on its v" in line for line in lost)
+    assert len(lost) == 2
+    assert all("weight_decay 0.1 falls on its v" in line for line in lost)
 
 
 def test_peft_loses_what_it_has_once(models: Folders, tmp_path: Path) -> None:
@@ -489,7 +490,8 @@ def test_merged_says_that_half_precision_rounds(models: Folders) -> None:
 
 def imported(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("exported_train", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -132,4 +132,5 @@ def test_hypervolume_by_trial_is_that_of_each_beginning():
     table = losses(TRIALS, objectives)
     assert curve == pytest.approx([hypervolume(table[: i + 1], reference) for i in range(len(table))])
     assert (np.diff(curve) >= 0).all()
-    assert curve[1] == curve[0] and curve[3] == curve[2]
+    assert curve[1] == curve[0]
+    assert curve[3] == curve[2]

@@ -10,7 +10,7 @@ import pytest
 from autopeft.search_space import Backbone, Choice, Float, Measurement, Objective, Problem, SearchSpace, Site
 from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.problem import Trial
-from autopeft.studies.errors import ConfigurationError, EnvironmentProblem
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import About, Ledger
 
 OBJECTIVES = (Objective.of("accuracy"), Objective.of("num_params"))
@@ -89,7 +89,9 @@ def test_a_trial_comes_back_whole(problem: Problem, url: str) -> None:
     ledger.finish(ended, OBJECTIVES)
     again = Ledger.open(url, "toy", {"seed": 0})
     assert again.trials() == [ended]
-    assert again.backbone == backbone() and again.labels == ("a", "b") and again.settings == "study: toy\n"
+    assert again.backbone == backbone()
+    assert again.labels == ("a", "b")
+    assert again.settings == "study: toy\n"
     assert again.study_id == ledger.study_id
 
 
@@ -145,7 +147,8 @@ def test_changed_settings_are_named(url: str) -> None:
     Ledger.create(url, "toy", about(seed=0, model={"id": "a"}))
     with pytest.raises(ConfigurationError) as error:
         Ledger.open(url, "toy", {"seed": 1, "model": {"id": "b"}})
-    assert "seed: was 0, is 1" in str(error.value) and 'model.id: was "a", is "b"' in str(error.value)
+    assert "seed: was 0, is 1" in str(error.value)
+    assert 'model.id: was "a", is "b"' in str(error.value)
 
 
 def test_another_study(url: str) -> None:
@@ -157,12 +160,12 @@ def test_another_study(url: str) -> None:
 
 def test_a_corrupt_ledger(tmp_path: Path, url: str) -> None:
     (tmp_path / "ledger.db").write_bytes(b"not a database, " * 100)
-    with pytest.raises(EnvironmentProblem, match="cannot be used: file is not a database"):
+    with pytest.raises(UnusableEnvironmentError, match="cannot be used: file is not a database"):
         Ledger.open(url, "toy")
 
 
 def test_a_storage_that_is_none() -> None:
     with pytest.raises(ConfigurationError, match="storage"):
         Ledger.names("nonsense")
-    with pytest.raises(EnvironmentProblem, match="unable to open"):
+    with pytest.raises(UnusableEnvironmentError, match="unable to open"):
         Ledger.names("sqlite:////no/such/folder/ledger.db")

@@ -89,7 +89,8 @@ def test_an_interrupted_study_ends_as_an_uninterrupted_one(ended, tmp_path: Path
 
 def test_every_trial_has_the_metric_with_its_error(ended) -> None:
     name, settings, snapshot = ended
-    assert snapshot.quality == name and read_snapshot(settings, open_ledger(settings)).rows() == snapshot.rows()
+    assert snapshot.quality == name
+    assert read_snapshot(settings, open_ledger(settings)).rows() == snapshot.rows()
     seen = set()
     for trial in snapshot.trials:
         found = trial.measurement
@@ -97,7 +98,8 @@ def test_every_trial_has_the_metric_with_its_error(ended) -> None:
             continue
         seen.add(trial.state)
         assert all(name in values and "loss" in values for _, values in found.rungs)
-        assert list(found.values)[:2] == ["loss", "accuracy"] and name in found.values
+        assert list(found.values)[:2] == ["loss", "accuracy"]
+        assert name in found.values
         if trial.state == "complete":
             column = found.per_example[name]
             assert np.mean(column) == pytest.approx(found.values[name], abs=1e-8)
@@ -134,7 +136,8 @@ def test_values_are_those_of_the_trained_network(ended) -> None:
 def test_front_table_and_page(ended, capsys) -> None:
     name, settings, snapshot = ended
     rows = snapshot.rows()
-    assert any(row.on_front for row in rows) and any(row.recommended for row in rows)
+    assert any(row.on_front for row in rows)
+    assert any(row.recommended for row in rows)
     assert all(name in row.std_err for row in rows)
     best = min if name == "mistakes" else max
     again = [row for row in rows if snapshot.entry(row.trial).repeats]
@@ -184,7 +187,8 @@ def test_the_promise_of_the_recipe(ended, tmp_path: Path, capsys) -> None:
     assert cli(["export", str(settings.path), "--to", "native", "--out", str(path.parent)]) == 0
     recipe = Recipe.load(path)
     promised = recipe.measured[name]
-    assert promised.split == "test" and promised.low <= promised.value <= promised.high
+    assert promised.split == "test"
+    assert promised.low <= promised.value <= promised.high
     capsys.readouterr()
     if name == "macro-f1":
         assert "metrics" not in recipe.to_dict()
@@ -196,7 +200,9 @@ def test_the_promise_of_the_recipe(ended, tmp_path: Path, capsys) -> None:
     for command in ("verify", "train"):
         assert cli([command, str(path)]) == 2
         said = capsys.readouterr().err
-        assert "--trust-code" in said and "mistakes (mine:mistakes)" in said and str(settings.folder) in said
+        assert "--trust-code" in said
+        assert "mistakes (mine:mistakes)" in said
+        assert str(settings.folder) in said
     assert cli(["verify", str(path), "--seeds", "1", "--json", "--trust-code"]) in (0, 1)
     assert list(json.loads(capsys.readouterr().out)["kept"]) == ["mistakes"]
     assert cli(["train", str(path), "--trust-code", "--json"]) == 0
@@ -281,7 +287,8 @@ def test_a_metric_that_fails_costs_its_candidate_alone(tmp_path: Path, evaluator
     (path.parent / "mine.py").write_text(text)
     snapshot = run(load_study(path))
     failed = [trial for trial in snapshot.trials if trial.state == "failed"]
-    assert failed and any(trial.state == "complete" for trial in snapshot.trials)
+    assert failed
+    assert any(trial.state == "complete" for trial in snapshot.trials)
     assert {trial.error for trial in failed} == {"the metric x (mine:fails_later) raised RuntimeError: not today"}
 
 
@@ -295,7 +302,8 @@ def test_code_that_went_away_is_told_at_the_next_start(tmp_path: Path) -> None:
 
 def test_studies_and_recipes_of_before_stay_what_they_were(tmp_path: Path) -> None:
     settings = load_study(study_in(tmp_path / "study"))
-    assert "metrics" not in fingerprint(settings) and "metrics" not in settings.model_dump(exclude_none=True)
+    assert "metrics" not in fingerprint(settings)
+    assert "metrics" not in settings.model_dump(exclude_none=True)
     assert [metric.name for metric in settings.qualities()] == ["loss", "accuracy"]
     own = load_study(study_in(tmp_path / "own", **STUDIES["mistakes"]))
     assert fingerprint(own)["metrics"] == STUDIES["mistakes"]["metrics"]

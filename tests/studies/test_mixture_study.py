@@ -267,7 +267,8 @@ def test_controls_have_the_parameters_that_they_claim() -> None:
         spec = plain[name]
         assert isinstance(spec, Lora)
         assert spec.num_params(site) <= budget < replace(spec, rank=spec.rank + 1).num_params(site)
-    assert plain["active"].size is not None and plain["active"].size >= 3 * 4
+    assert plain["active"].size is not None
+    assert plain["active"].size >= 3 * 4
     assert all(dict(a.adapters)["layers.0.mlp"] == (other,) for a in found.values())
 
 

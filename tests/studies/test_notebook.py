@@ -20,7 +20,7 @@ from autopeft.studies.config.declaration import declare
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.written import written, written_space
-from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate, UserError
+from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError, UserError
 from autopeft.studies.notebook import Result, Study
 
 from ..support.tiny_study import save_data, save_model, save_study, settings
@@ -180,12 +180,15 @@ def test_one_row_for_each_trial(finished: tuple[Study, Result]) -> None:
     assert list(table.index) == [trial.number for trial in result.snapshot.trials]
     assert set(table[table.role == "search"].state) == {"complete", "infeasible"} & set(table.state)
     genes = table["training.learning_rate"]
-    assert genes[table.role == "search"].between(1e-3, 1e-1).all() and genes[table.role == "finalist"].isna().all()
+    assert genes[table.role == "search"].between(1e-3, 1e-1).all()
+    assert genes[table.role == "finalist"].isna().all()
     assert {"accuracy", "accuracy_std_err", "num_params", "error"} <= set(table.columns)
     assert list(table.index[table.recommended]) == [result.recommended.trial]
     first = result.snapshot.trials[0]
-    assert table.loc[0, "accuracy"] == first.values["accuracy"] and table.loc[0, "state"] == first.state
-    assert set(table.of.dropna()) <= set(table.index) and table.of.dtype == "Int64"
+    assert table.loc[0, "accuracy"] == first.values["accuracy"]
+    assert table.loc[0, "state"] == first.state
+    assert set(table.of.dropna()) <= set(table.index)
+    assert table.of.dtype == "Int64"
 
 
 def test_the_front_and_its_members(finished: tuple[Study, Result], tmp_path: Path) -> None:
@@ -193,11 +196,14 @@ def test_the_front_and_its_members(finished: tuple[Study, Result], tmp_path: Pat
     rows = {row.trial: row for row in result.snapshot.rows()}
     assert {member.trial for member in result.front} == {number for number, row in rows.items() if row.on_front}
     for member in result.candidates:
-        assert member.values == rows[member.trial].values and member.std_err == rows[member.trial].std_err
+        assert member.values == rows[member.trial].values
+        assert member.std_err == rows[member.trial].std_err
         assert member.architecture.num_params(result.snapshot.backbone) == member.values["num_params"]
-    assert result.recommended.recommended and result.pick("best") == result.front[0]
-    assert repr(result).startswith("tiny: front of") and "<table>" in result._repr_html_()
-    with pytest.raises(NoFeasibleCandidate):
+    assert result.recommended.recommended
+    assert result.pick("best") == result.front[0]
+    assert repr(result).startswith("tiny: front of")
+    assert "<table>" in result._repr_html_()
+    with pytest.raises(NoFeasibleCandidateError):
         result.pick("num_params<0")
     with pytest.raises(UserError, match=r"^nonsense: use"):
         result.pick("nonsense")
@@ -214,7 +220,8 @@ def test_exports(finished: tuple[Study, Result], tmp_path: Path) -> None:
     result = finished[1]
     member = result.recommended
     folder = member.export("native", tmp_path / "out")
-    assert folder == tmp_path / "out" and (folder / "recipe.yaml").is_file()
+    assert folder == tmp_path / "out"
+    assert (folder / "recipe.yaml").is_file()
     with pytest.raises(UserError, match="force=True replaces it"):
         member.export("native", folder)
     member.export("native", folder, force=True)
@@ -253,7 +260,8 @@ def test_errors_name_the_argument() -> None:
     (text,) = problems(space={"adapters": {"lora": {"rnk": [1, 2]}}})
     assert text.startswith("space.adapters.lora.rnk: ")
     (text,) = problems(model=object())
-    assert text.startswith("model: must be an id or a folder, got a object") and "save_pretrained" in text
+    assert text.startswith("model: must be an id or a folder, got a object")
+    assert "save_pretrained" in text
     (text,) = problems(data=[{"text": "a", "label": "b"}])
     assert text.startswith("data: one table alone")
     (text,) = problems(data={"train": [{"text": "a", "label": "b"}]})
@@ -310,7 +318,8 @@ def test_without_test_rows_some_are_set_aside(inputs: Path, tmp_path: Path) -> N
 def test_a_folder_of_files(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(inputs.parent)
     study = declared(inputs, tmp_path, data=inputs.name, model=f"{inputs.name}/model")
-    assert study.settings.data.train == str(inputs / "train.jsonl") and study.settings.model.id == str(inputs / "model")
+    assert study.settings.data.train == str(inputs / "train.jsonl")
+    assert study.settings.model.id == str(inputs / "model")
     study.check()
 
 

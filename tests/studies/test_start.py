@@ -64,8 +64,10 @@ def test_a_size_counts_in_every_scope_and_what_is_not_named_is_off(space: Search
     found = shape(space, {"attn.rank": 4})
     assert found == {f"layers.{i}.attn.{role}": ["lora 4"] for i in LAYERS for role in "qv"}
     point = assignment_of(space, {"attn.rank": 4, "type": "mlp", "training.learning_rate": 0.01})
-    assert space.contains(point) and point["training.learning_rate"] == 0.01
-    assert point["layers.2.on"] is True and point["prefix.on.layers.0"] is False
+    assert space.contains(point)
+    assert point["training.learning_rate"] == 0.01
+    assert point["layers.2.on"] is True
+    assert point["prefix.on.layers.0"] is False
     assert assignment_of(space, {"attn.rank": 4})["training.learning_rate"] == RATE.from_unit(0.5)
 
 
@@ -112,7 +114,8 @@ def test_what_is_wrong_with_a_value(space: SearchSpace, given: dict[str, Any], k
     with pytest.raises(SpaceError) as caught:
         assignment_of(space, given)
     ((path, what),) = caught.value.problems
-    assert path == (key,) and problem in what
+    assert path == (key,)
+    assert problem in what
 
 
 def test_fixed_values_may_be_repeated(space: SearchSpace) -> None:
@@ -196,7 +199,9 @@ def test_problems_have_their_lines(tmp_path: Path) -> None:
     ]
     assert "search.start.0.lora.rnak: unknown gene or setting; did you mean 'lora.rank'?" in found[0]
     assert "search.start.1: the baseline 'houlsby' does not lie in this space" in found[1]
-    assert "search.start.2.trainin.epochs" in found[3] and "no adapter is on" in found[4] and "no adapter" in found[5]
+    assert "search.start.2.trainin.epochs" in found[3]
+    assert "no adapter is on" in found[4]
+    assert "no adapter" in found[5]
 
 
 def test_limits_and_numbers_are_checked_too(tmp_path: Path) -> None:
@@ -246,7 +251,8 @@ def test_trials_of_an_earlier_study_become_points_of_this_space(earlier: Path) -
     problem = problem_for(settings, check(settings)[1])
     trials = earlier_trials(settings, problem)
     old = {t.number: t for t in open_ledger(load_study(earlier / "old")).trials()}
-    assert {t.role for t in trials} == {"baseline:head", "search"} and len(trials) == 5
+    assert {t.role for t in trials} == {"baseline:head", "search"}
+    assert len(trials) == 5
     for trial in trials:
         assert problem.space.contains(trial.genes)
         assert trial.candidate.architecture == old[trial.number].candidate.architecture
@@ -262,7 +268,8 @@ def test_their_copy_stays_whatever_becomes_of_the_study(earlier: Path, tmp_path:
     (tmp_path / "old").rename(earlier / "old")
     splits, _, _ = check(settings)
     with open_study(settings, splits, resume=True) as study:
-        assert study.problem.earlier == first and len(first) == 5
+        assert study.problem.earlier == first
+        assert len(first) == 5
         assert all(trial.measurement.std_err["accuracy"] > 0 for trial in first if trial.measurement)
         study.run(Quiet())
     changed = load_study(settings.path, ["search.prior=null"])
@@ -284,7 +291,8 @@ def test_their_copy_stays_whatever_becomes_of_the_study(earlier: Path, tmp_path:
 )  # fmt: skip
 def test_an_earlier_study_that_is_of_no_use(earlier: Path, changes: dict[str, Any], problem: str) -> None:
     (found,) = problems(new_study(earlier, **changes))
-    assert " search.prior: " in found and problem in found
+    assert " search.prior: " in found
+    assert problem in found
     assert not (earlier / "new" / "runs").exists(), "nothing is written for a file that is wrong"
 
 

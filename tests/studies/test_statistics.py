@@ -141,7 +141,8 @@ def test_recommend_takes_the_cheapest_tied_one_and_never_a_worse_one():
     found = recommend(contenders())
     assert found.recommended == 11
     assert set(found.tied) == {10, 11}
-    assert found.best in found.tied and found.best not in found.differences
+    assert found.best in found.tied
+    assert found.best not in found.differences
     assert found.differences[12].high < 0
     assert isnan(found.differences[13].value)
 

@@ -24,7 +24,7 @@ from autopeft.studies.engine.check import check
 from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot, was_started
 from autopeft.studies.engine.study import weights_path
-from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidate
+from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.pick import pick
 from autopeft.studies.recipes.recipe import Recipe
@@ -117,7 +117,8 @@ def test_front_and_recommendation(finished) -> None:
     _, snapshot, _ = finished
     rows = snapshot.rows()
     members = [row for row in rows if row.on_front]
-    assert members and sum(row.recommended for row in rows) == 1
+    assert members
+    assert sum(row.recommended for row in rows) == 1
     assert any(row.role == "baseline:head" for row in members), "nothing is cheaper than the head alone"
     assert all(row.std_err["accuracy"] > 0 for row in members)
     assert all(snapshot.entry(row.trial).repeats for row in members), "fresh seeds alone decide"
@@ -125,7 +126,8 @@ def test_front_and_recommendation(finished) -> None:
         worse = [r for r in members if r.values["num_params"] > row.values["num_params"]]
         assert all(r.values["accuracy"] > row.values["accuracy"] for r in worse)
     curve = snapshot.hypervolume()
-    assert curve == sorted(curve) and curve[-1] > 0
+    assert curve == sorted(curve)
+    assert curve[-1] > 0
 
 
 def test_baselines_take_the_study_training(finished) -> None:
@@ -154,7 +156,7 @@ def test_picks(finished) -> None:
     for wish, message in (("trial:99", "no complete trial"), ("cheapest", "use recommended"), ("size<=3", "size")):
         with pytest.raises(ConfigurationError, match=message):
             pick(snapshot, wish)
-    with pytest.raises(NoFeasibleCandidate):
+    with pytest.raises(NoFeasibleCandidateError):
         pick(snapshot, "num_params<=-1")
 
 
@@ -166,7 +168,8 @@ def test_recipe_promises_what_was_measured(finished, tmp_path: Path) -> None:
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     promised = recipe.measured["accuracy"]
     tests = [t.measurement.test["accuracy"] for t in snapshot.trials if t.of == number and t.role == "finalist"]
-    assert promised.split == "test" and promised.seeds == (1, 2)
+    assert promised.split == "test"
+    assert promised.seeds == (1, 2)
     assert promised.low <= min(tests) <= max(tests) <= promised.high
     assert promised.value == pytest.approx(sum(tests) / 2)
     assert recipe.candidate.key == snapshot.entry(number).trial.candidate.key
@@ -231,7 +234,8 @@ def test_sigint_is_polite(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "autopeft resume" in errors and "Traceback" not in errors
+    assert "autopeft resume" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_signal_is_not_lost_where_exceptions_are(tmp_path: Path) -> None:
@@ -354,7 +358,9 @@ def test_json_on_stdout_alone(finished, capfd: pytest.CaptureFixture) -> None:
         if command == "pareto":
             assert {"trial", "key", "values", "std_err", "recommended"} <= printed[0].keys()
         else:
-            assert printed["study"] == "tiny" and printed["trials"]["complete"] > 0 and printed["hypervolume"] > 0
+            assert printed["study"] == "tiny"
+            assert printed["trials"]["complete"] > 0
+            assert printed["hypervolume"] > 0
 
 
 @pytest.mark.parametrize("searcher", ["tpe", "bo"])
@@ -364,7 +370,8 @@ def test_halving_prunes_and_resumes(searcher: str, tmp_path: Path) -> None:
     changes = {"search": search, "finalists": {"seeds": 1, "most": 1}}
     whole = run(load_study(save_study(tmp_path / "whole", **changes)))
     states = [t.state for t in whole.search_trials if t.state != "infeasible"]
-    assert states.count("pruned") == 8 and states.count("complete") == 4
+    assert states.count("pruned") == 8
+    assert states.count("complete") == 4
     pruned = [t for t in whole.search_trials if t.state == "pruned"]
     assert {t.measurement.share for t in pruned} == {0.25, 0.5}
     assert all("of the steps" in t.error for t in pruned)

@@ -111,7 +111,8 @@ def test_the_study_of_autopeft(load):
     assert [objective.name for objective in study.objectives] == ["accuracy", "num_params"]
     text = re.sub(r"^( *)# (?=[a-z_]+: )", r"\1", template.read_text(), flags=re.MULTILINE)
     mentioned = load(text, "data.source=files").search
-    assert mentioned.start == ({"parallel.size": 48},) and mentioned.prior == "../earlier-study"
+    assert mentioned.start == ({"parallel.size": 48},)
+    assert mentioned.prior == "../earlier-study"
 
 
 def test_domains(load):
@@ -134,7 +135,8 @@ training:
     assert fields["alpha"] == Float(low=8.0, high=32.0)
     assert fields["dropout"] == Choice(choices=(0.0, 0.1), ordered=True)
     assert fields["init"] == "kaiming"
-    assert space.training["epochs"] == 3.0 and isinstance(space.training["epochs"], float)
+    assert space.training["epochs"] == 3.0
+    assert isinstance(space.training["epochs"], float)
     assert space.training["batch_size"] == Int(low=8, high=32, step=8)
     assert space.training["schedule"] == Choice(choices=("linear", "cosine"))
 
@@ -182,7 +184,8 @@ def test_objectives(load):
     turned = load(MINIMAL + "objectives: [accuracy, {name: num_params, direction: maximise}]\n").objectives_list()
     assert turned[1].maximise
     problem = problem_for(study, backbone())
-    assert problem.num_trials == 40 and problem.objectives == study.objectives_list()
+    assert problem.num_trials == 40
+    assert problem.objectives == study.objectives_list()
 
 
 def test_precedence(load):
@@ -618,7 +621,8 @@ def test_schema_lists_the_registries_and_describes_every_setting():
 def test_every_reference_of_the_schema_resolves():
     schema = json_schema()
     references = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(schema)))
-    assert references and references <= schema["$defs"].keys()
+    assert references
+    assert references <= schema["$defs"].keys()
 
 
 def test_schema_accepts_the_template_and_refuses_mistakes():

@@ -179,9 +179,12 @@ def test_the_parent_holds_the_study(store: Store) -> None:
     assert {member["trial"] for member in members} == set(FRONT)
     environment = store.artifact(run, "environment.json")
     assert json.loads(environment)["packages"]["mlflow"] == mlflow.__version__
-    assert socket.gethostname() not in environment and str(Path.home()) not in environment
+    assert socket.gethostname() not in environment
+    assert str(Path.home()) not in environment
     note = run.data.tags["mlflow.note.content"]
-    assert FRONT_FILTER in note and "trial 4" in note and "`obj/accuracy`" in note
+    assert FRONT_FILTER in note
+    assert "trial 4" in note
+    assert "`obj/accuracy`" in note
     (view,) = re.findall(r"viewStateShareKey=(\w+)", note)
     state = json.loads(store.client.get_experiment(run.info.experiment_id).tags[f"mlflow.sharedViewState.{view}"])
     assert len(store.runs(state["searchFilter"])) == len(FRONT)
@@ -203,7 +206,8 @@ def test_what_a_searcher_tells_of_its_model(store: Store) -> None:
     run = store.parent()
     assert store.history(run, "surrogate/rank_correlation/accuracy") == [(3, 0.25), (4, 0.4)]
     last = json.loads(store.artifact(run, "surrogate.json"))
-    assert last["trial"] == 4 and last["relevance"]["accuracy"]["lora.rank"] == 0.7
+    assert last["trial"] == 4
+    assert last["relevance"]["accuracy"]["lora.rank"] == 0.7
 
 
 def test_a_failure_is_there_with_its_reason(store: Store) -> None:
@@ -280,7 +284,8 @@ def test_values_and_names_that_mlflow_refuses(store: Store) -> None:
     genes = {f"lora.rank.layers.{i}": i for i in range(250)}
     assert store.tracker().sync(snapshot([odd, trial(1, 0.6, 2, genes=genes)]))
     params = store.child(0).data.params
-    assert len(params["long"]) == 6000 and params["long"].endswith("y…")
+    assert len(params["long"]) == 6000
+    assert params["long"].endswith("y…")
     assert params["a_b_/c/_/d"] == "0.3"
     assert params["_/up"] == "true"
     assert isnan(store.child(0).data.metrics["metric/loss"])

@@ -255,11 +255,13 @@ def _large_pack(device: torch.device) -> float:
     out = lora.packed_lora_linear(x, weight, None, a, b, scale)
     out.sum().backward()
     wide = lora.packed_lora(x, a.detach(), up, scale)
-    assert a.grad is not None and b.grad is not None
+    assert a.grad is not None
+    assert b.grad is not None
     x_, a_, b_ = x[-1:].double(), a[-1:].detach().double().requires_grad_(), b[-1:].detach().double().requires_grad_()
     expected = lora.packed_lora_linear_reference(x_, weight.double(), None, a_, b_, scale[-1:].double())
     expected.sum().backward()
-    assert a_.grad is not None and b_.grad is not None
+    assert a_.grad is not None
+    assert b_.grad is not None
     wide_expected = lora.packed_lora_reference(x_, a_.detach(), up[-1:].double(), scale[-1:].double())
     pairs = (
         (out[-1:], expected), (a.grad[-1:], a_.grad), (b.grad[-1:], b_.grad), (wide[-1:], wide_expected)

@@ -94,7 +94,8 @@ def _compared(
 
 def _difference(packed: Outcome, alone: Outcome, steps: int | None) -> float:
     """The largest relative difference of the losses of the first `steps` steps (None: all, and the held-out loss)."""
-    assert packed.measurement is not None and alone.measurement is not None
+    assert packed.measurement is not None
+    assert alone.measurement is not None
     pairs = list(zip(packed.measurement.losses, alone.measurement.losses, strict=True))[:steps]
     if steps is None:
         pairs.append((packed.measurement.values["loss"], alone.measurement.values["loss"]))

@@ -118,6 +118,7 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
         inputs["hidden"][1] = float("nan")
     inputs["targets"][2] = 20  # one beyond the vocabulary
     losses, correct, gradient = launch(inputs)
-    assert losses.isnan().tolist() == [False, True, True, False] and correct[2] == 0
+    assert losses.isnan().tolist() == [False, True, True, False]
+    assert correct[2] == 0
     for own, expected in zip((losses, correct, gradient), whole, strict=True):
         torch.testing.assert_close(own[[0, 3]], expected[[0, 3]], rtol=0, atol=0)
