@@ -53,8 +53,8 @@ def mixture_lora_linear(
     """A frozen linear layer with the mixtures of some slots: x W^T + bias, and there what `mixture_lora` gives.
 
     x: [K, T, D_in], weight: [D_out, D_in], bias: [D_out], a: [S, E, R, D_in], b: [S, E, D_out, R], gates: [S, T, E],
-    scale: [S], mask: [S, E, R], slots: [S] int64, the distinct slots that these belong to (None: S = K, all). Returns
-    [K, T, D_out] in the type of the frozen product. Gradients: x, a, b, gates; weight and bias are frozen.
+    scale: [S], mask: [S, E, R], slots: [S] int64, the distinct slots that these belong to (None: S = K, all).
+    Returns [K, T, D_out] in the type of the frozen product. Gradients: x, a, b, gates; weight and bias are frozen.
     """
     return _mixture_lora(x, weight, bias, a, b, *_routes(x, a, b, gates, scale, mask, active), slots)[0]
 

@@ -38,7 +38,10 @@ TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def shrink(x: Tensor, w: Tensor, factor: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-    """H = (x[slots] w^T) * factor. x: [K, T, D], w: [S, R, D], factor: [S, R]; returns [S, T, R] in w's type."""
+    """H = (x[slots] w^T) * factor.
+
+    x: [K, T, D], w: [S, R, D], factor: [S, R], slots: [S] (None: S = K, all). Returns [S, T, R] in w's type.
+    """
     if by_triton(x, w):
         return triton_shrink(x, w, factor, slots)
     if slots is None:
@@ -62,7 +65,10 @@ def expand(h: Tensor, w: Tensor, base: Tensor | None, dtype: torch.dtype) -> Ten
 
 
 def expand_(y: Tensor, h: Tensor, w: Tensor, slots: Tensor | None = None) -> Tensor:
-    """y[slots] += h w^T in place. y: [K, T, D], h: [S, T, R], w: [S, D, R]; returns y."""
+    """y[slots] += h w^T in place.
+
+    y: [K, T, D], h: [S, T, R], w: [S, D, R], slots: [S] (None: S = K, all). Returns [K, T, D]: y itself.
+    """
     if by_triton(h, w, y):
         return triton_expand(h, w, y, y, slots)
     if slots is None and y.dtype == h.dtype:
@@ -77,8 +83,9 @@ def expand_(y: Tensor, h: Tensor, w: Tensor, slots: Tensor | None = None) -> Ten
 
 
 def outer(h: Tensor, x: Tensor, slots: Tensor | None = None) -> Tensor:
-    """G = h^T x[slots], summed over tokens. h: [S, T, R], x: [K, T, D]; returns [S, R, D] in h's type.
+    """G = h^T x[slots], summed over tokens.
 
+    h: [S, T, R], x: [K, T, D], slots: [S] (None: S = K, all). Returns [S, R, D] in h's type.
     For [S, D, R] transpose the result: the product x^T h takes a CPU twice the time.
     """
     if by_triton(x, h):
@@ -277,7 +284,10 @@ def triton_shrink(
 def triton_expand(
     h: Tensor, w: Tensor, base: Tensor | None, y: Tensor, slots: Tensor | None = None, tiles: Tiles | None = None
 ) -> Tensor:
-    """y[slots] = base[slots] + h w^T, written into y."""
+    """y[slots] = base[slots] + h w^T, written into y.
+
+    h: [S, T, R], w: [S, D, R], base: [K, T, D] (None: y), y: [K, T, D], slots: [S]. Returns [K, T, D]: y itself.
+    """
     (s, t, r), d = h.shape, w.shape[1]
     tiles = tiles or expand_tiles(r, h.dtype, h.device)
     grid = (blocks(t, tiles.tokens), blocks(d, tiles.features), s)

@@ -1,6 +1,7 @@
 """Settings for every test. The libraries read them when they are imported, so they come before any import."""
 
 import os
+from importlib.util import find_spec
 
 # Several workers share the machine: one thread each is faster than a fight over the cores, and the order of
 # summation does not depend on the machine.
@@ -14,3 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+# After the settings. The GPU kit runs tests where these are not installed.
+if find_spec("jaxtyping") and find_spec("beartype"):
+    from tests.support.shapes import install
+
+    install()

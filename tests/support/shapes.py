@@ -1,0 +1,120 @@
+"""Executes the shapes that docstrings declare: jaxtyping and beartype check them at every call of a test.
+
+A docstring says `x: [K, T, D_in]` of an argument and `Returns [K, T, D_out]` of the result, or `returns losses and
+correct, each [M]`. A letter stands for one size throughout a call. Letters of a sum (`S + E`) that stand nowhere alone
+leave that size open.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from autopeft.search_space.adapters import ADAPTERS
+from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.adapters.mixture import Mixture
+
+SHAPE = r"\[([A-Za-z0-9_.,+* ()]+)\]"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def argument_shapes(function: Callable[..., Any], doc: str) -> dict[str, str]:
+    """Shapes that a docstring declares, by argument; of those that `function` annotates as tensors."""
+    tensors = tensor_arguments(function)
+    return {name: shape for name, shape in re.findall(rf"(\w+):? {SHAPE}", doc) if name in tensors}
+
+
+def result_shape(doc: str) -> tuple[str, bool] | None:
+    """The shape of the result, and whether it is that of each of several tensors; None where the docstring has none."""
+    found = re.search(rf"[Rr]eturns?(?: [^.\[\]:;]*?(each))? ?{SHAPE}", doc)
+    return None if found is None else (found[2], bool(found[1]))
+
+
+def tensor_arguments(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that are annotated as a tensor, or as a tensor or None."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.annotation in ("Tensor", "Tensor | None") and p.kind != p.VAR_POSITIONAL]
+
+
+def hints_of(function: Callable[..., Any], doc: str) -> dict[str, Any]:
+    """What jaxtyping is to check of the arguments and the result ("return") of `function`."""
+    from jaxtyping import Shaped
+    from torch import Tensor
+
+    shapes = argument_shapes(function, doc)
+    alone = {axis.strip() for shape in shapes.values() for axis in shape.split(",")}
+
+    def checkable(axis: str) -> str:
+        letters = set(re.findall(r"[A-Za-z_]\w*", axis))
+        return axis.replace(" ", "") if axis == "..." or len(letters) < 2 or letters <= alone else "_"
+
+    def typed(shape: str) -> Any:
+        return Shaped[Tensor, " ".join(checkable(axis.strip()) for axis in shape.split(","))]
+
+    hints: dict[str, Any] = {name: typed(shape) | None for name, shape in shapes.items()}
+    if result := result_shape(doc):
+        shape, several = result
+        hints["return"] = tuple[typed(shape), ...] if several else typed(shape) | None
+    return hints
+
+
+def checked(function: Callable[..., Any], hints: dict[str, Any]) -> Callable[..., Any]:
+    """`function` with its shapes checked at every call; what `hints` does not name is left alone."""
+    from beartype import beartype
+    from jaxtyping import jaxtyped
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=hints.get(p.name, p.empty)) for p in signature.parameters.values()]
+    call.__annotations__ = hints
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters, return_annotation=hints.get("return", signature.empty)
+    )
+    return jaxtyped(typechecker=beartype)(call)
+
+
+def kernel_functions() -> Iterator[tuple[ModuleType, str, Callable[..., Any], str]]:
+    """Public functions of `kernels/` that take tensors: module, name, function and the docstring with its shapes.
+
+    Without shapes of their own, `shrink_reference` and `triton_shrink` have those of `shrink`.
+    """
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        module = import_module(f"autopeft.kernels.{path.stem}")
+        for name, value in list(vars(module).items()):
+            value = inspect.unwrap(value) if inspect.isfunction(value) else value
+            own = inspect.isfunction(value) and value.__module__ == module.__name__
+            if own and not name.startswith("_") and tensor_arguments(value):
+                public = vars(module).get(name.removesuffix("_reference").removeprefix("triton_"), value)
+                docs = [inspect.getdoc(declared) or "" for declared in (value, public)]
+                yield module, name, value, next((doc for doc in docs if argument_shapes(value, doc)), "")
+
+
+def adapter_methods() -> dict[str, Callable[..., Any]]:
+    """Methods of `AdapterSpec` whose docstrings declare shapes, by name."""
+    methods = {name: value for name, value in vars(AdapterSpec).items() if inspect.isfunction(value)}
+    return {name: value for name, value in methods.items() if hints_of(value, inspect.getdoc(value) or "")}
+
+
+def install() -> None:
+    """Check shapes from here on, whoever calls. The adapter types have those of the methods that they override."""
+    for module, name, function, doc in list(kernel_functions()):
+        replacement = checked(function, hints_of(function, doc))
+        setattr(module, name, replacement)
+        for other in [value for known_as, value in sys.modules.items() if known_as.startswith("autopeft.")]:
+            for known_as in [known_as for known_as, value in vars(other).items() if value is function]:
+                setattr(other, known_as, replacement)
+    for name, declared in adapter_methods().items():
+        hints = hints_of(declared, inspect.getdoc(declared) or "")
+        for kind in (AdapterSpec, Mixture, *ADAPTERS.values()):
+            if name in vars(kind):
+                setattr(kind, name, checked(vars(kind)[name], hints))
