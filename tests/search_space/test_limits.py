@@ -27,7 +27,8 @@ def test_an_objection_names_what_is_beyond_and_nothing_else(most: dict[str, floa
     violation, reason = objection
     assert violation > 0
     assert math.isfinite(violation)
-    assert {part.split()[0] for part in reason.split("; ")} <= beyond
+    named = {part.split()[0] for part in reason.split("; ")}
+    assert {name for name in beyond if found[name] > most[name] * (1 + 1e-12)} <= named <= beyond
 
 
 def test_the_violation_is_the_largest_excess() -> None:
