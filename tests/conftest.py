@@ -18,6 +18,6 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 # After the settings. The GPU kit runs tests where these are not installed.
 if find_spec("jaxtyping") and find_spec("beartype"):
-    from tests.support.shapes import install
+    from .support.shapes import install
 
     install()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autopeft.search_space.adapters.lora import Lora
-from tests.support.shapes import argument_shapes, checked, hints_of, kernel_functions, tensor_arguments
+from ..support.shapes import argument_shapes, checked, hints_of, kernel_functions, tensor_arguments
 
 
 @pytest.mark.parametrize(("function", "doc"), [pytest.param(f, d, id=n) for _, n, f, d in kernel_functions()])
