@@ -39,10 +39,10 @@ class Call(Protocol):
     def drops(self) -> bool:
         """Whether some slot has dropout in this pass."""
 
-    def most(self, name: str) -> float:
+    def max_over_slots(self, name: str) -> float:
         """The largest value of a field over the slots."""
 
-    def least(self, name: str) -> float:
+    def min_over_slots(self, name: str) -> float:
         """The smallest value of a field over the slots."""
 
     def dropout(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Of a number on disk: float32, or int32 for those that are indices.
 NUMBER_BITS = 32
 #: Faster ways to do what `apply` does.
-FASTER_WAYS = ("apply_linear", "mix", "mix_linear")
+FUSED_METHODS = ("apply_linear", "mix", "mix_linear")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class AdapterSpec(ABC):
         return 0
 
     @property
-    def num_rows(self) -> int:
+    def num_experts_total(self) -> int:
         """Adapters that act side by side: the experts of a mixture, with the shared ones."""
         return 1
 
@@ -167,12 +167,12 @@ class AdapterSpec(ABC):
         apart = {self.size_field, *self.per_slot_fields}
         return (self.kind, *(getattr(self, f.name) for f in fields(self) if f.name not in apart))
 
-    def acts_by(self, method: str, site: Site) -> bool:
+    def implements(self, method: str, site: Site) -> bool:
         """Whether the type does something of its own there; what it leaves alone needs no hook. A faster way that was
         written for the `apply` of a parent is none where that is another one.
         """
         owner = _owner(type(self), method)
-        outdated = method in FASTER_WAYS and not issubclass(owner, _owner(type(self), "apply"))
+        outdated = method in FUSED_METHODS and not issubclass(owner, _owner(type(self), "apply"))
         return owner is not AdapterSpec and not outdated
 
     def constants(self, site: Site) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Ia3(AdapterSpec):
     def flops_per_token(self, site):
         return 0
 
-    def acts_by(self, method, site):
+    def implements(self, method, site):
         return method in (("apply_input",) if site.role == "mlp.down" else ("apply", "mix"))
 
     def apply_input(self, p, x, call):

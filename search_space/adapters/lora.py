@@ -98,4 +98,4 @@ class Lora(AdapterSpec):
 def _of_mixture(call: Call, gates: Tensor) -> tuple[Tensor, Tensor | None, int]:
     """Scale [K], mask [K, E, R] and the most gates of a token that are not 0, for gates [K, M, E]."""
     mask = None if call.mask is None else call.mask[:, None].expand(-1, gates.shape[-1], -1)
-    return call.constants["scale"], mask, int(call.most("num_active"))
+    return call.constants["scale"], mask, int(call.max_over_slots("num_active"))

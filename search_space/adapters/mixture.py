@@ -113,8 +113,8 @@ class Mixture(AdapterSpec):
     def _check_ranks(self) -> None:
         if type(self.expert) is not Lora or self.given or self.router == "poly":
             raise ValueError("ranks are for LoRAs that are trained, and not mixed into one")
-        if len(self.ranks) != self.num_rows:
-            raise ValueError(f"{len(self.ranks)} ranks for {self.num_rows} experts")
+        if len(self.ranks) != self.num_experts_total:
+            raise ValueError(f"{len(self.ranks)} ranks for {self.num_experts_total} experts")
         for rank in self.ranks:
             check_at_least("ranks", rank, 1)
         if self.expert.rank != max(self.ranks):
@@ -195,7 +195,7 @@ class Mixture(AdapterSpec):
         stacked = {
             name: replace(
                 parameter,
-                shape=(self.num_rows, *parameter.shape),
+                shape=(self.num_experts_total, *parameter.shape),
                 per_expert=True,
                 given=self.given,
                 trainable=parameter.trainable and not self.given,
@@ -220,14 +220,14 @@ class Mixture(AdapterSpec):
         return self.router == "xlora"
 
     @property
-    def num_rows(self):
+    def num_experts_total(self):
         return self.shared_experts + self.experts
 
     @property
     def each(self) -> tuple[AdapterSpec, ...]:
         """The experts one by one, the shared ones first."""
         if not self.ranks:
-            return (self.expert,) * self.num_rows
+            return (self.expert,) * self.num_experts_total
         assert isinstance(self.expert, Lora)
         return tuple(replace(self.expert, rank=rank) for rank in self.ranks)
 
@@ -269,10 +269,10 @@ class Mixture(AdapterSpec):
             own |= {"scale": 1.0, "scales": tuple(expert.constants(site)["scale"] for expert in self.each)}
         return own
 
-    def acts_by(self, method, site):
+    def implements(self, method, site):
         if method == "apply_linear":
-            return self.router not in MIXING and self.expert.acts_by("mix_linear", site)
-        return method in ("apply_input", "apply") and self.expert.acts_by(method, site)
+            return self.router not in MIXING and self.expert.implements("mix_linear", site)
+        return method in ("apply_input", "apply") and self.expert.implements(method, site)
 
     def apply_input(self, p, x, call):
         from autopeft.search_space.routers.mixing import mixed_input

@@ -82,7 +82,7 @@ def mixed_input(spec: RoutedSpec, p: Values, x: Tensor, call: Call) -> Tensor:
 def _weighted(spec: RoutedSpec, p: Values, gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
     """What experts, weighted by gates [K, M, S + E], add to y: [K, M, D_out]. x: [K, M, D_in]."""
     p, gates = _rank_by_rank(spec, p, gates, call)
-    if spec.expert.acts_by("mix", call.bank.site):
+    if spec.expert.implements("mix", call.bank.site):
         return spec.expert.mix(p, gates, x, y, call)
     return one_by_one(spec.expert.apply, p, gates, (x, y), call)
 
@@ -140,7 +140,7 @@ def routed(spec: RoutedSpec, p: Values, x: Tensor, call: Call) -> Tensor:
     # At least float32, as all routers are: a gate that is rounded sends a token elsewhere. Experts come before tokens
     # until the gates are ready: over a last axis as short as theirs a softmax takes ten times as long.
     logits = _logits(spec, p, _exact(x), call)
-    if call.most("router_noise"):
+    if call.max_over_slots("router_noise"):
         logits = call.noisy(logits.mT, "router_noise").mT
     logits = _among(owned, logits, call)
     if spec.router == "sigmoid":
@@ -159,7 +159,7 @@ def routed(spec: RoutedSpec, p: Values, x: Tensor, call: Call) -> Tensor:
         gates = gates / gates.sum(1, keepdim=True)
     else:
         gates = logits.masked_fill(~chosen, float("-inf")).softmax(1)
-    if min(call.least("top_k"), call.least("experts")) < 2 or call.least("top_p") < 1.0:
+    if min(call.min_over_slots("top_k"), call.min_over_slots("experts")) < 2 or call.min_over_slots("top_p") < 1.0:
         gates = torch.where(chosen.sum(1, keepdim=True) == 1, weights * chosen, gates)
     call.bank.routing = _routing(spec, p, logits, probabilities, chosen, call)
     gates = gates.mT
@@ -171,7 +171,7 @@ def routed(spec: RoutedSpec, p: Values, x: Tensor, call: Call) -> Tensor:
 
 def _among(owned: Tensor, values: Tensor, call: Call) -> Tensor:
     """Values [K, E, M], minus infinity for experts that a slot does not have."""
-    if call.least("experts") == call.most("experts"):
+    if call.min_over_slots("experts") == call.max_over_slots("experts"):
         return values
     return values.masked_fill(owned[..., None] == 0, float("-inf"))
 
@@ -221,14 +221,14 @@ class _Product(torch.autograd.Function):
 
 def _chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
     """[K, E, M] bool: the `top_k` first in `order`, of these as few as reach `top_p` together."""
-    most = min(order.shape[1], int(call.most("top_k")))
+    most = min(order.shape[1], int(call.max_over_slots("top_k")))
     _, places = order.topk(most, 1)
     chosen = torch.zeros_like(order, dtype=torch.bool)
-    if call.least("top_k") >= most and call.least("top_p") == 1.0:
+    if call.min_over_slots("top_k") >= most and call.min_over_slots("top_p") == 1.0:
         return chosen.scatter_(1, places, True)
     rank = torch.arange(most, device=order.device)[:, None]
     keep = (rank < call.constants["top_k"][:, None, None]).expand_as(places)
-    if call.least("top_p") < 1.0:
+    if call.min_over_slots("top_p") < 1.0:
         ahead, top_p = probabilities.gather(1, places), call.constants["top_p"][:, None, None]
         # 1 is no limit: a sum of float32 reaches it ahead of what is improbable.
         keep = keep & ((ahead.cumsum(1) - ahead < top_p) | (top_p == 1.0))
@@ -250,14 +250,14 @@ def _routing(spec: RoutedSpec, p: Values, logits: Tensor, probabilities: Tensor,
     arrived = sent.sum(-1, keepdim=True)
     load = sent / arrived
     penalty = torch.zeros_like(count)
-    if spec.router in BALANCED and call.most("balance") > 0:
+    if spec.router in BALANCED and call.max_over_slots("balance") > 0:
         if spec.router == "sigmoid":
             # Its gradient with respect to b is load - 1/E: the optimiser lowers b where too much arrives.
             term = ((load - owned / count[:, None]) * p["router_bias"].to(load) * owned).sum(-1)
         else:
             term = (load * over_tokens(probabilities)).sum(-1) * (count / total)
         penalty = call.constants["balance"] * term
-    if spec.router in BALANCED and call.most("z_loss") > 0:
+    if spec.router in BALANCED and call.max_over_slots("z_loss") > 0:
         square = over_tokens(logits.logsumexp(1, keepdim=True).square())[:, 0]
         penalty = penalty + call.constants["z_loss"] * square / total
     with torch.no_grad():

@@ -46,11 +46,11 @@ class Call:
     def tokens(self) -> Tokens:
         return self.bank.tokens
 
-    def most(self, name: str) -> float:
+    def max_over_slots(self, name: str) -> float:
         """Of a constant, over the slots."""
         return max(getattr(spec, name) for spec in self.bank.specs)
 
-    def least(self, name: str) -> float:
+    def min_over_slots(self, name: str) -> float:
         return min(getattr(spec, name) for spec in self.bank.specs)
 
     @property
@@ -69,7 +69,7 @@ class Call:
         """In training, with normal noise of the standard deviation `name` from each slot's own stream. x: [K, ..., E],
         of which a slot reads its own experts.
         """
-        if not self.bank.training or not self.most(name):
+        if not self.bank.training or not self.max_over_slots(name):
             return x
         noise = torch.zeros_like(x)
         for k, spec in enumerate(self.bank.specs):
@@ -95,7 +95,7 @@ class Call:
         keep = torch.ones_like(x).unflatten(0, (-1, self.experts))
         for k, rate in enumerate(self.rates):
             if rate > 0.0:
-                own = keep[k, : self.bank.specs[k].num_rows if self.experts > 1 else 1]
+                own = keep[k, : self.bank.specs[k].num_experts_total if self.experts > 1 else 1]
                 drawn = torch.rand(own.shape, generator=self.bank.dropout_streams[k], device=x.device)
                 own.copy_((drawn >= rate).to(x) / (1.0 - rate))
         return x * keep.flatten(0, 1)

@@ -122,5 +122,5 @@ def _averaged(spec: AdapterSpec) -> AdapterSpec:
         return expert
     # So that alpha by the rank is the scale of one expert.
     alpha = expert.alpha * (sqrt(expert.rank) if expert.scaling == "rslora" else 1.0)
-    total = sum(spec.ranks) or spec.num_rows * expert.rank
+    total = sum(spec.ranks) or spec.num_experts_total * expert.rank
     return replace(expert, rank=total, alpha=total / expert.rank * alpha, scaling="alpha")

@@ -115,7 +115,7 @@ def alone(spec: Mixture, bank: Bank, p: dict[str, Tensor], e: int, x: Tensor, y:
     """What expert e of slot 0 makes of tokens [n, D]: its change of y, or of x."""
     one = Bank(bank.site, [spec.each[e]], bank.base[0], [0]).double().eval()
     values = {name: value[None] for name, value in expert_of(spec, p, e).items()}
-    if spec.expert.acts_by("apply_input", bank.site):
+    if spec.expert.implements("apply_input", bank.site):
         return (spec.expert.apply_input(values, x[None], one.call) - x)[0]
     return (spec.expert.apply(values, x[None], y[None], one.call) - y)[0]
 
@@ -128,7 +128,7 @@ def softmax(z: list[Tensor]) -> list[Tensor]:
 def reference(spec: Mixture, bank: Bank, k: int, x: Tensor, y: Tensor) -> Tensor:
     """Slot k's tokens, one after the other. x: [M, D_in], y: [M, D_out]."""
     p = bank.of_slot(k)
-    acting = x if spec.expert.acts_by("apply_input", bank.site) else y
+    acting = x if spec.expert.implements("apply_input", bank.site) else y
     mask, shared = bank.tokens.mask, spec.shared_experts
     if spec.router == "soft":
         return _soft_reference(spec, bank, p, x, y)
@@ -166,7 +166,7 @@ def reference(spec: Mixture, bank: Bank, k: int, x: Tensor, y: Tensor) -> Tensor
 
 
 def _soft_reference(spec: Mixture, bank: Bank, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    acting = x if spec.expert.acts_by("apply_input", bank.site) else y
+    acting = x if spec.expert.implements("apply_input", bank.site) else y
     out = []
     for n in range(TEXTS):
         here = [n * LENGTH + t for t in range(LENGTH)]
@@ -184,7 +184,7 @@ def _soft_reference(spec: Mixture, bank: Bank, p: dict[str, Tensor], x: Tensor, 
 
 
 def forward(bank: Bank, x: Tensor, y: Tensor) -> Tensor:
-    acts = bank.specs[0].acts_by("apply_input", bank.site)
+    acts = bank.specs[0].implements("apply_input", bank.site)
     return bank.apply_input(x) if acts else bank(x, y)
 
 
@@ -516,7 +516,7 @@ def test_experts_of_different_ranks_equal_their_tokens_one_by_one(
         single = bank_of([spec], LINEAR)
         single.load_slot(0, bank.of_slot(k))
         torch.testing.assert_close(single(x[k : k + 1], y[k : k + 1])[0], found[k])
-    if specs[0].acts_by("apply_linear", LINEAR):
+    if specs[0].implements("apply_linear", LINEAR):
         frozen: nn.Module = bank.base[0].double()
         torch.testing.assert_close(bank.apply_linear(x, None), bank(x, frozen(x)))
 
@@ -524,7 +524,7 @@ def test_experts_of_different_ranks_equal_their_tokens_one_by_one(
 @pytest.mark.parametrize("name", SETTINGS)
 def test_equal_ranks_are_the_ordinary_mixture(name: str) -> None:
     plain = mixture(replace(LORA, rank=2), name)
-    ragged = replace(plain, ranks=(2,) * plain.num_rows)
+    ragged = replace(plain, ranks=(2,) * plain.num_experts_total)
     assert ragged.canonical() == plain.canonical()
     for count in ("num_params", "stored_bits", "active_params", "flops_per_token"):
         assert getattr(ragged, count)(LINEAR) == getattr(plain, count)(LINEAR)
