@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from autopeft.search_space.adapters.base import (
     AdapterSpec,
-    Parameter,
     check_at_least,
     check_one_of,
     check_probability,
 )
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from autopeft.search_space.adapters.base import (
     AdapterSpec,
-    Parameter,
     check_at_least,
     check_one_of,
 )
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.routers import (
     BALANCED,
     BETWEEN_GIVEN,

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.adapters.given import arrows, stacked
 from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.runtime.init import initialise, stream
 from autopeft.search_space.runtime.pool import Pools, pools_of
 from autopeft.search_space.runtime.tokens import Tokens
