@@ -11,7 +11,7 @@ from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTER_FIELDS
 from autopeft.search_space.backbones.backbone import Backbone, Site, first_to_run
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
-from autopeft.search_space.routers import BETWEEN_GIVEN, BY_TASK, LOOKING_AHEAD, MIXING
+from autopeft.search_space.routers import ROUTERS, Router
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 
@@ -213,8 +213,8 @@ def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
         yield "this is for mixtures: say how many experts there are (experts: 4)"
     elif choice.given:
         yield "the LoRAs that are given have ranks of their own"
-    elif "poly" in _routers(choice):
-        yield "poly mixes the matrices of LoRAs, which are of one rank then"
+    elif mixing := [router.name for router in _routers(choice) if router.mixes_parameters]:
+        yield f"{' and '.join(mixing)} mixes the matrices of LoRAs, which are of one rank then"
     elif isinstance(domain := choice.fields.get(key), Domain) and domain.contains(0):
         yield "an expert has a rank of at least 1: where there are none is said by experts or by placement"
 
@@ -229,7 +229,7 @@ def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
 def domain_problems(adapters: Mapping[str, AdapterChoice], domains: Sequence[str] | None) -> Iterator[Problem]:
     """What routers by task miss in the data that has `domains`, with the path of the setting."""
     for name, choice in adapters.items():
-        if not set(_routers(choice)) & BY_TASK:
+        if not any(router.needs_domains for router in _routers(choice)):
             continue
         tasks = choice.fields.get("tasks", 1)
         if domains is None:
@@ -238,12 +238,13 @@ def domain_problems(adapters: Mapping[str, AdapterChoice], domains: Sequence[str
             yield ("space", "adapters", name, "tasks"), f"the data has {len(domains)} domains: {', '.join(domains[:8])}"
 
 
-def _routers(choice: AdapterChoice) -> tuple[Value, ...]:
-    """Those that a choice may have; none without experts."""
+def _routers(choice: AdapterChoice) -> list[Router]:
+    """Return the routers that a choice may have, of those that there are; none without experts."""
     if "experts" not in choice.fields:
-        return ()
+        return []
     router = choice.fields.get("router", Mixture().router)
-    return router.choices if isinstance(router, Choice) else () if isinstance(router, Domain) else (router,)
+    names = router.choices if isinstance(router, Choice) else () if isinstance(router, Domain) else (router,)
+    return [ROUTERS[str(name)] for name in names if name in ROUTERS]
 
 
 def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
@@ -259,24 +260,25 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
         if site is not None:
             yield ("heads",), f"{count} blocks do not fit {site.name}, from {site.in_features} to {site.out_features}"
             break
-    between = [str(router) for router in routers if router in BETWEEN_GIVEN]
+    between = [router.name for router in routers if router.between_given]
     if between and not choice.given:
         yield ("router",), f"{' and '.join(between)}: only between LoRAs that are given (given: [folder, folder])"
-    if "follow" in routers:
+    if any(router.follows for router in routers):
         yield ("router",), "sites that follow another have router_per: layer"
-    ahead = [str(router) for router in routers if router in LOOKING_AHEAD]
+    ahead = [router.name for router in routers if router.reads_ahead]
     if backbone.causal and ahead:
         yield ("router",), f"{' and '.join(ahead)} would look ahead, which a causal model must not"
     shared = choice.fields.get("shared_experts", 0)
-    apart = [str(router) for router in routers if router in MIXING]
+    apart = [router.name for router in routers if not router.has_gates]
     if apart and (isinstance(shared, Domain) or shared):
         names = " and ".join(f"router {router!r}" for router in apart)
         yield ("shared_experts",), f"{names} does not support shared_experts"
-    own_parts = [str(router) for router in routers if router in (*MIXING, "xlora")]
+    own_parts = [router.name for router in routers if not router.can_lead]
     if own_parts and choice.router_per == "layer":
         yield ("router_per",), f"{' and '.join(own_parts)}: each site has a part of its own, no other can follow it"
-    if "poly" in routers and choice.kind != "lora":
-        yield ("router",), f"poly mixes the parameters of LoRAs, not of a {choice.kind}"
+    mixing = [router.name for router in routers if router.mixes_parameters]
+    if mixing and choice.kind != "lora":
+        yield ("router",), f"{' and '.join(mixing)} mixes the parameters of LoRAs, not of a {choice.kind}"
     own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
         yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
@@ -288,7 +290,7 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     for key in ROUTER_FIELDS:
         if choice.router_per == "layer" and choice.vary.get(key) == "site":
             yield ("vary", key), "the sites of a layer share a router (router_per: layer): vary it by layer at most"
-    if BY_TASK & set(routers) and "tasks" not in choice.fields:
+    if any(router.needs_domains for router in routers) and "tasks" not in choice.fields:
         yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
 
 

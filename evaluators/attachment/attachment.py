@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
 from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, acts, on_slots, registered
 from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone, Site
@@ -100,7 +100,8 @@ class Attachment(nn.Module):
                     if shared is not None:
                         of, read = shared.bank(site, specs[0].structure(), nth), [banks[k] for k in slots]
                     bank = Bank(site, specs, base, own_seeds, read, of, draw, self.pools, slots)
-                    bank.numbers = numbers
+                    if bank.router is not None:
+                        bank.router.numbers = numbers
                     self._add(bank, slots)
         every = list(range(self.num_slots))
         for site in head_sites(model, backbone):
@@ -135,13 +136,13 @@ class Attachment(nn.Module):
                 # all mixtures, whose routers and experts would begin alike otherwise.
                 structure = spec.structure()
                 nth = seen[structure] = seen.get(structure, -1) + 1
-                mixtures += isinstance(spec, Mixture)
+                mixtures += spec.routed_by is not None
                 if nth and not spec.repeatable:
                     raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: there can be one")
                 slots, specs, _, numbers = groups.setdefault((structure, nth), ([], [], nth, []))
                 slots.append(k)
                 specs.append(spec)
-                numbers.append(mixtures if isinstance(spec, Mixture) else nth + 1)
+                numbers.append(mixtures if spec.routed_by else nth + 1)
         kinds = list(ADAPTERS)
         order = sorted(groups, key=lambda key: (kinds.index(key[0][0]), repr(key)))
         return iter(groups[key] for key in order)

@@ -11,7 +11,7 @@ masks). Torch is imported inside the functions that need it, so that declaring a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from autopeft.search_space.call import Call
+    from autopeft.search_space.routers.base import Router
 
 #: Of a number on disk: float32, or int32 for those that are indices.
 NUMBER_BITS = 32
-#: Faster ways to do what `apply` does.
+#: Methods that do what `apply` does together with something else, faster than one after the other.
 FUSED_METHODS = ("apply_linear", "mix", "mix_linear")
 
 
@@ -95,13 +96,18 @@ class AdapterSpec(ABC):
         return self.kind if self.size is None else f"{self.kind} {self.size}"
 
     @property
+    def routed_by(self) -> Router | None:
+        """The router of a mixture; None for a plain adapter."""
+        return None
+
+    @property
     def num_experts(self) -> int:
-        """Of a mixture; 0 for a plain adapter."""
+        """Experts that the router of a mixture chooses from; 0 for a plain adapter."""
         return 0
 
     @property
     def num_experts_total(self) -> int:
-        """Adapters that act side by side: the experts of a mixture, with the shared ones."""
+        """Routed plus shared experts; 1 for a plain adapter."""
         return 1
 
     @property
@@ -111,11 +117,21 @@ class AdapterSpec(ABC):
 
     @property
     def plain(self) -> AdapterSpec:
-        """The adapter, or what all experts of a mixture are."""
+        """The adapter itself, or the one that each expert of a mixture is."""
+        return self
+
+    @property
+    def averaged(self) -> AdapterSpec:
+        """The adapter itself, or the mixture with all experts weighted alike."""
+        return self
+
+    @property
+    def standalone(self) -> AdapterSpec:
+        """The adapter itself, or a mixture that costs as much where it does not need the site that it follows."""
         return self
 
     def active_params(self, site: Site) -> int:
-        """Parameters that a token meets: of a mixture those of the experts that it is sent to, and the router's."""
+        """Return the number of parameters active per token: of a mixture the router's and those of active experts."""
         return self.total_params(site)
 
     def structure(self) -> tuple[Any, ...]:
@@ -124,8 +140,8 @@ class AdapterSpec(ABC):
         return (self.kind, *(getattr(self, f.name) for f in fields(self) if f.name not in apart))
 
     def implements(self, method: str, site: Site) -> bool:
-        """Whether the type does something of its own there; what it leaves alone needs no hook. A faster way that was
-        written for the `apply` of a parent is none where that is another one.
+        """Return whether the type has a `method` of its own at `site`; others need no hook. One of `FUSED_METHODS` that
+        was written for the `apply` of a parent does not count where the type has another `apply`.
         """
         owner = _owner(type(self), method)
         outdated = method in FUSED_METHODS and not issubclass(owner, _owner(type(self), "apply"))
@@ -206,6 +222,6 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
-def check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

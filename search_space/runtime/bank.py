@@ -7,23 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autopeft.search_space.adapters.base import AdapterSpec
-from autopeft.search_space.adapters.given import arrows, stacked
+from autopeft.search_space.adapters.given import stacked
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.runtime.init import initialise, stream
 from autopeft.search_space.runtime.pool import Pools, pools_of
-from autopeft.search_space.runtime.tokens import Tokens
+from autopeft.search_space.runtime.router_state import RouterState
 from autopeft.search_space.sharing import key_of, largest
-
-if TYPE_CHECKING:
-    from autopeft.search_space.routers.mixing import Routing
 
 
 @dataclass(slots=True)
@@ -44,21 +40,18 @@ class Call:
         return self.bank.base[0]
 
     @property
-    def tokens(self) -> Tokens:
-        return self.bank.tokens
+    def router(self) -> RouterState:
+        """The state of the bank's router."""
+        assert self.bank.router is not None
+        return self.bank.router
 
     def max_over_slots(self, name: str) -> float:
-        """Of a constant, over the slots."""
+        """Return the largest value of a field over the slots."""
         return max(getattr(spec, name) for spec in self.bank.specs)
 
     def min_over_slots(self, name: str) -> float:
+        """Return the smallest value of a field over the slots."""
         return min(getattr(spec, name) for spec in self.bank.specs)
-
-    @property
-    def owned_experts(self) -> Tensor:
-        """[K, E] with 1 for the experts that a slot's router chooses from."""
-        assert self.bank.owned_experts is not None
-        return self.bank.owned_experts
 
     def of_experts(self, count: int) -> Call:
         """The same for `count` experts of each slot, one after the other."""
@@ -119,8 +112,6 @@ class Bank(nn.Module):
     bank_index: Tensor | None
     #: See `Call`.
     mask: Tensor | None
-    #: Of a mixture: see `Call`.
-    owned_experts: Tensor | None
     values: nn.ParameterDict
 
     def __init__(
@@ -177,24 +168,14 @@ class Bank(nn.Module):
             read = [rows[bank] for bank in self.bank_of_slot]
             whole = read == list(range(len(self.values[name])))
             self.register_buffer(f"rows_{name}", None if whole else torch.tensor(read))
-        #: Of a mixture: what its router is told, and what it did in the last forward pass.
-        self.tokens = Tokens()
         #: Numbers of its slots in the attachment.
         self.slots_served = list(range(len(self.specs)))
-        #: Of a mixture: which of its slot's mixtures at the site it is, from 1, for each slot.
-        self.numbers = [1] * len(self.specs)
-        self.routing: Routing | None = None
-        #: Whether its router is not asked, and all experts are weighted alike.
-        self.averaged = False
-        #: The same of every forward pass, where somebody watches.
-        self.seen: list[Routing] | None = None
+        #: The state of the router; None for a bank of plain adapters.
+        self.router = None if self.specs[0].routed_by is None else RouterState(self.specs)
 
         sizes = [spec.size or 0 for spec in self.specs]  # types without a size need no mask
         owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
         self.register_buffer("mask", None if owned.all() else owned.float())
-        counts = torch.tensor([spec.num_experts for spec in self.specs])
-        chosen_from = (torch.arange(int(counts.max()))[None, :] < counts[:, None]).float()
-        self.register_buffer("owned_experts", chosen_from if counts.max() else None)
         constants = [spec.constants(site) for spec in self.specs]
         for name in constants[0]:
             self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))
@@ -292,12 +273,6 @@ class Bank(nn.Module):
                 raise ValueError(f"{self.site.name} {name}: shape {shapes}")
             own.copy_(values[name])
 
-    @cached_property
-    def arrows(self) -> Tensor:
-        """[K, E, D_in]: where the experts of each slot point, if they are given."""
-        values = self.slots()
-        return arrows(values["A"], values["B"])
-
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.values.values())).dtype
@@ -330,5 +305,5 @@ class Bank(nn.Module):
         return changed
 
     def _note(self) -> None:
-        if self.seen is not None and self.routing is not None and not self.training:
-            self.seen.append(self.routing)
+        if self.router is not None:
+            self.router.note()

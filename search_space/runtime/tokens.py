@@ -47,7 +47,7 @@ class Tokens:
 
     def lead(self, bank: Any, gates: Tensor) -> None:
         """Keep gates [K, M, E] for mixtures that follow."""
-        for slot, number, own in zip(bank.slots_served, bank.numbers, gates, strict=True):
+        for slot, number, own in zip(bank.slots_served, bank.router.numbers, gates, strict=True):
             self._gates[bank.site.name, slot] = self._gates[f"{bank.site.name}#{number}", slot] = own
 
     def gates_of(self, leaders: Sequence[str], bank: Any, experts: int) -> Tensor:

@@ -99,23 +99,23 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
     """The genes, gates included, that must have their values for `spec` to be at a place, and those that may have
     another one, with one that will do. None if it cannot be there.
     """
-    mixture = isinstance(spec, Mixture)
-    if isinstance(spec, Mixture) and (spec.given, spec.leader_site) != (place.given, place.leader_of(spec)):
+    mixture = spec if isinstance(spec, Mixture) else None
+    if mixture and (mixture.given, mixture.leader_site) != (place.given, place.leader_of(mixture)):
         return None
-    if place.kind != spec.plain.kind or (place.experts is None and mixture != place.is_mixture({})):
+    if place.kind != spec.plain.kind or (place.experts is None and bool(mixture) != place.is_mixture({})):
         return None
     bound: Assignment = {gate.gene: gate.value for gate in place.gates}
     free: Assignment = {}
     if place.experts is not None:
-        bound[place.experts.gene] = mixture
-    own_ranks = spec.ranks if isinstance(spec, Mixture) else ()
+        bound[place.experts.gene] = bool(mixture)
+    own_ranks = mixture.ranks if mixture else ()
     if own_ranks and not place.ranks:
         return None
     declared = space.adapters[place.adapter].fields
-    for part in (spec.plain, spec) if isinstance(spec, Mixture) else (spec,):
+    for part in (spec.plain, mixture) if mixture else (spec,):
         for field in fields(part):
             # What a router has, a site that follows another reads of that one.
-            followed = isinstance(part, Mixture) and place.leader and field.name in ROUTER_FIELDS
+            followed = part is mixture and place.leader and field.name in ROUTER_FIELDS
             if field.name in ("expert", "given", "leader", "ranks") or followed:
                 continue
             default: Value = getattr(type(part)(), field.name)
@@ -125,7 +125,7 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
             if field.name in place.genes:
                 (bound if len(values) == 1 else free)[place.genes[field.name]] = values[-1]
     if place.ranks:
-        genes = place.rank_genes(*(spec.shared_experts, spec.experts) if isinstance(spec, Mixture) else (0, 0))
+        genes = place.rank_genes(*(mixture.shared_experts, mixture.experts) if mixture else (0, 0))
         ranks: Sequence[Any] = own_ranks or [spec.size] * len(genes)
         domain = declared["rank"]
         if not (isinstance(domain, Domain) and all(domain.contains(rank) for rank in ranks)):

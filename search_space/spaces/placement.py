@@ -11,6 +11,7 @@ from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.architecture import order_at_site
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Value
+from autopeft.search_space.routers import Follow
 from autopeft.search_space.spaces.genes import Gate
 
 
@@ -72,12 +73,12 @@ class Placement:
             return expert
         mixture_ = Mixture(expert=expert, given=self.given, **fields_)
         if leader := self.leader_of(mixture_):
-            mixture_ = replace(mixture_, router="follow", leader=leader)
+            mixture_ = replace(mixture_, router=Follow.name, leader=leader)
         return mixture_.canonical()
 
     def leader_of(self, spec: Mixture) -> str:
-        """The site whose gates a mixture has at this place: where all gates are alike, it needs none."""
-        return "" if spec.router == "uniform" else self.leader
+        """Return the site whose gates a mixture has at this place: where all gates are alike, it needs none."""
+        return "" if spec.routed_by.constant else self.leader
 
 
 def numbered(placed: Sequence[tuple[Placement, AdapterSpec]]) -> Iterator[tuple[str, AdapterSpec]]:

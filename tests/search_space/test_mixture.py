@@ -34,8 +34,10 @@ from autopeft.search_space.adapters import (
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.search_space.problem import declared_costs
-from autopeft.search_space.routers import ROUTERS, mixing
-from autopeft.search_space.runtime.bank import Bank, Call, Tokens
+from autopeft.search_space.routers import ROUTERS, Router
+from autopeft.search_space.routers.mixing import Values
+from autopeft.search_space.runtime.bank import Bank, Call
+from autopeft.search_space.runtime.tokens import Tokens
 from autopeft.search_space.spaces.controls import controls
 from autopeft.search_space.spaces.location import locate
 from autopeft.searchers.bo.encoding import Encoding
@@ -92,7 +94,7 @@ def bank_of(specs: list[Mixture], site: Site, masked: bool = True, seed: int = 0
     mask = torch.ones(TEXTS, LENGTH, dtype=torch.bool)
     if masked:
         mask[1, 2:] = False
-    bank.tokens = Tokens(length=LENGTH, mask=mask, domains=torch.tensor([2, 0, 1]))
+    bank.router.tokens = Tokens(length=LENGTH, mask=mask, domains=torch.tensor([2, 0, 1]))
     return bank.double().eval()
 
 
@@ -129,7 +131,7 @@ def reference(spec: Mixture, bank: Bank, k: int, x: Tensor, y: Tensor) -> Tensor
     """Slot k's tokens, one after the other. x: [M, D_in], y: [M, D_out]."""
     p = bank.of_slot(k)
     acting = x if spec.expert.implements("apply_input", bank.site) else y
-    mask, shared = bank.tokens.mask, spec.shared_experts
+    mask, shared = bank.router.tokens.mask, spec.shared_experts
     if spec.router == "soft":
         return _soft_reference(spec, bank, p, x, y)
     out = []
@@ -140,7 +142,7 @@ def reference(spec: Mixture, bank: Bank, k: int, x: Tensor, y: Tensor) -> Tensor
             gates = [1 / spec.experts] * spec.experts
         else:
             if spec.router == "task":
-                z = [p["router"][e, bank.tokens.domains[n]] for e in range(spec.experts)]
+                z = [p["router"][e, bank.router.tokens.domains[n]] for e in range(spec.experts)]
             else:
                 text = [x[n * LENGTH + t] for t in range(LENGTH) if mask[n, t]]
                 seen = sum(text) / len(text) if spec.router == "sequence" else x[m]
@@ -170,7 +172,7 @@ def _soft_reference(spec: Mixture, bank: Bank, p: dict[str, Tensor], x: Tensor, 
     out = []
     for n in range(TEXTS):
         here = [n * LENGTH + t for t in range(LENGTH)]
-        real = [m for m in here if bank.tokens.mask[n, m - here[0]]]
+        real = [m for m in here if bank.router.tokens.mask[n, m - here[0]]]
         added = []
         for e in range(spec.experts):
             shares = softmax([p["router"][e] @ x[m] for m in real])
@@ -247,14 +249,14 @@ def load_moved(attachment: Attachment, k: int = 0) -> None:
 def gates_in(model: nn.Module, backbone: Backbone, architecture: Architecture) -> dict[tuple[str, AdapterSpec], Tensor]:
     """Of a forward pass, by site and mixture."""
     found: dict[tuple[str, AdapterSpec], Tensor] = {}
-    routed = mixing.routed
+    gates_of = Router.gates
 
-    def told(spec: Mixture, p: mixing.Values, x: Tensor, call: Call) -> Tensor:
-        gates = found[call.bank.site.name, spec] = routed(spec, p, x, call)
+    def seen(router: Router, spec: Mixture, p: Values, x: Tensor, call: Call) -> Tensor:
+        gates = found[call.bank.site.name, spec] = gates_of(router, spec, p, x, call)
         return gates
 
     with Attachment(model, backbone, [architecture], [0]) as attachment, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixing, "routed", told)
+        patch.setattr(Router, "gates", seen)
         attachment.eval()
         load_moved(attachment)
         model(tokens())
@@ -309,10 +311,10 @@ def test_gates_are_shares_and_the_load_is_what_was_sent(
 ) -> None:
     spec = Mixture(expert=Lora(rank=rank), experts=experts, router=router, top_k=top_k)
     bank = bank_of([spec], LINEAR, seed=seed)
-    bank.seen = []
+    bank.router.seen = []
     x, y = batch(1)
     bank(x, y)
-    found = bank.routing
+    found = bank.router.last
     assert found is not None
     assert float(found.load.sum()) == pytest.approx(1.0)
     assert float(found.active) == pytest.approx(min(top_k, experts))
@@ -325,28 +327,28 @@ def test_penalties_are_those_of_the_papers_and_count_no_padding() -> None:
     x, y = batch(1)
     bank(x, y)
     z = x[0] @ bank.of_slot(0)["router"].T
-    real = bank.tokens.mask.flatten()
+    real = bank.router.tokens.mask.flatten()
     probabilities = z.softmax(-1)[real]
     share = torch.nn.functional.one_hot(probabilities.argmax(-1), 3).double().mean(0)
     expected = 0.3 * 3 * (share * probabilities.mean(0)).sum() + 0.2 * z[real].logsumexp(-1).square().mean()
-    assert bank.routing is not None
-    torch.testing.assert_close(bank.routing.penalty[0], expected)
+    assert bank.router.last is not None
+    torch.testing.assert_close(bank.router.last.penalty[0], expected)
     # Padding may be anything.
     with torch.no_grad():
         other = x.clone()
         other[0][~real] += 5.0
     bank(other, y)
-    torch.testing.assert_close(bank.routing.penalty[0], expected)
+    torch.testing.assert_close(bank.router.last.penalty[0], expected)
 
 
 def test_the_bias_of_a_sigmoid_router_falls_where_too_much_arrives() -> None:
     bank = bank_of([Mixture(expert=Lora(rank=1), experts=3, top_k=1, router="sigmoid")], LINEAR)
     x, y = batch(1)
     bank(x, y)
-    assert bank.routing is not None
-    bank.routing.penalty.sum().backward()
+    assert bank.router.last is not None
+    bank.router.last.penalty.sum().backward()
     gradient = bank.values["router_bias"].grad
-    torch.testing.assert_close(gradient[0], 0.01 * (bank.routing.load[0] - 1 / 3))
+    torch.testing.assert_close(gradient[0], 0.01 * (bank.router.last.load[0] - 1 / 3))
 
 
 def test_costs_equal_counters() -> None:
@@ -438,7 +440,7 @@ def test_bad_mixtures() -> None:
         ({"experts": 0}, "experts must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-        ({"router": "soft", "shared_experts": 1}, "no shared ones"),
+        ({"router": "soft", "shared_experts": 1}, "does not support shared_experts"),
         ({"router": "poly", "expert": Ia3()}, "parameters of LoRAs"),
         ({"router": "poly", "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
         ({"expert": Dora(), "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
@@ -469,7 +471,7 @@ def test_poly_mixes_parameters_for_each_task_and_block(heads: int) -> None:
     expected = []
     for k, spec in enumerate(specs):
         p, texts = bank.of_slot(k), []
-        for n, task in enumerate(bank.tokens.domains.tolist()):
+        for n, task in enumerate(bank.router.tokens.domains.tolist()):
             a, b = torch.zeros_like(p["A"][0]), torch.zeros_like(p["B"][0])
             for h in range(heads):
                 shares = [1 / (1 + math.e ** -p["router"][e, task, h]) for e in range(spec.experts)]
@@ -892,10 +894,10 @@ def test_a_top_p_of_1_limits_nothing_in_a_pack_either() -> None:
             own.values["router"].mul_(1000)
     x, y = batch(2)
     torch.testing.assert_close(bank(x, y)[1:], single(x[1:], y[1:]))
-    assert bank.routing is not None
-    assert single.routing is not None
-    assert float(bank.routing.active[1]) == float(single.routing.active[0]) == 2.0
-    torch.testing.assert_close(bank.routing.load[1:], single.routing.load)
+    assert bank.router.last is not None
+    assert single.router.last is not None
+    assert float(bank.router.last.active[1]) == float(single.router.last.active[0]) == 2.0
+    torch.testing.assert_close(bank.router.last.load[1:], single.router.last.load)
 
 
 def test_gates_are_not_rounded_to_a_backbone_of_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -961,7 +963,7 @@ def test_what_is_canonical_is_the_same_network(seed: int) -> None:
     if spec.tasks != same.tasks:  # a router that does not read them
         assert spec.router not in ("task", "poly")
     torch.testing.assert_close(banks[0](x, y), banks[1](x, y))
-    penalties = [bank.routing.penalty if bank.routing else torch.zeros(1) for bank in banks]
+    penalties = [bank.router.last.penalty if bank.router.last else torch.zeros(1) for bank in banks]
     torch.testing.assert_close(penalties[0], penalties[1], check_dtype=False)
 
 
