@@ -73,7 +73,7 @@ STAGES = 4
 
 
 def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
-    """The sites that a choice may take: of its roles and layers and those that are named, where its type fits."""
+    """Return the sites that a choice may take, of its roles, layers and named sites, where its type fits."""
     roles = choice.at or ADAPTERS[choice.kind].default_roles
     smallest, _ = _extremes(choice)
     return tuple(
@@ -87,7 +87,7 @@ def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
 
 
 def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
-    """The type in the smallest and the largest of its sizes; as it is by default where the declaration is wrong."""
+    """Return the type in the smallest and the largest of its sizes; its default where the declaration is wrong."""
     kind = ADAPTERS[choice.kind]
     name = kind.size_field
     if name is None or name not in choice.fields:
@@ -105,7 +105,7 @@ def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
 
 
 def leaders_of(choice: AdapterChoice, sites: Sequence[Site]) -> dict[int | None, Site | None]:
-    """Of each layer whose sites share a router, the one that has it; None where that is not known."""
+    """Return the site that has the router of each layer whose sites share one; None where that is not known."""
     layers: dict[int | None, list[Site]] = {}
     for site in sites if choice.router_per == "layer" else ():
         if site.layer is not None:
@@ -120,7 +120,7 @@ def problems_of(
     stages: int,
     training: Mapping[str, Domain | Value],
 ) -> Iterator[Problem]:
-    """Everything wrong with a declaration over `backbone`."""
+    """Yield everything that is wrong with a declaration over `backbone`."""
     if not adapters:
         yield ("adapters",), "the space is empty: name at least one adapter"
     if not 1 <= stages <= backbone.num_layers:
@@ -206,7 +206,7 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
 
 
 def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
-    """What is wrong with a field that is chosen for each expert."""
+    """Yield what is wrong with a field that is chosen for each expert."""
     if choice.kind != Lora.kind or key != Lora.size_field:
         yield "experts can differ in the rank of a lora alone"
     elif not choice.fields.get("experts"):
@@ -220,14 +220,14 @@ def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
 
 
 def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
-    """What may be declared of an adapter type, and the class that says what is right: its own or `Mixture`."""
+    """Return the fields that a type may declare, each with the class that checks its values: its own or `Mixture`."""
     spec = ADAPTERS[kind]
     own = dict.fromkeys((f.name for f in fields(spec)), spec)
     return {**own, **dict.fromkeys(MIXTURE_FIELDS, Mixture)} if spec.can_be_expert else own
 
 
 def domain_problems(adapters: Mapping[str, AdapterChoice], domains: Sequence[str] | None) -> Iterator[Problem]:
-    """What routers by task miss in the data that has `domains`, with the path of the setting."""
+    """Yield what routers that need domains miss in data with `domains`, with the path of the setting."""
     for name, choice in adapters.items():
         if not any(router.needs_domains for router in _routers(choice)):
             continue
@@ -248,7 +248,7 @@ def _routers(choice: AdapterChoice) -> list[Router]:
 
 
 def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
-    """What is wrong with a router for this model, or beside other fields."""
+    """Yield what is wrong with a router for this model, or beside other fields."""
     if "experts" not in choice.fields:
         if choice.router_per != "site":
             yield ("router_per",), "this is for mixtures: say how many experts there are (experts: 4)"
@@ -299,7 +299,7 @@ def _divides(heads: object, site: Site) -> bool:
 
 
 def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
-    """What is wrong with its roles and layers, or that no site is left."""
+    """Yield what is wrong with roles and layers, or that no site is left."""
     spec, present = ADAPTERS[choice.kind], backbone.roles
     fine = True
     for role in choice.at:
@@ -342,7 +342,7 @@ _TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
 
 
 def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[str]:
-    """What `owner` says against the values of `domain` (all of a choice, the ends of a range)."""
+    """Yield the objections of `owner` to the values of `domain` (all of a choice, the ends of a range)."""
     if isinstance(domain, Choice):
         values: Sequence[Value] = domain.choices
     elif isinstance(domain, (Float, Int)):

@@ -127,9 +127,9 @@ class Attachment(nn.Module):
 
     def _groups(self, site: Site) -> Iterator[Group]:
         """In the order in which they act; see `ADAPTERS`."""
-        groups: dict[tuple, Group] = {}
+        groups: dict[tuple[Any, ...], Group] = {}
         for k, architecture in enumerate(self.architectures):
-            seen: dict[tuple, int] = {}
+            seen: dict[tuple[Any, ...], int] = {}
             mixtures = 0
             for spec in dict(architecture.adapters).get(site.name, ()):
                 # Two adapters of one structure at one site are two groups, with random streams of their own. So are
@@ -210,13 +210,13 @@ class Attachment(nn.Module):
         return forward
 
     def _tap(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._inputs[path] = args[0]
 
         return hook
 
-    def _input_hook(self, here: list[Served]) -> Callable[..., tuple]:
-        def hook(module: nn.Module, args: tuple) -> tuple:
+    def _input_hook(self, here: list[Served]) -> Callable[..., tuple[Any, ...]]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = self._by_slot(args[0])
             for bank, slots in here:
                 x = on_slots(slots, x, bank.apply_input, x)
@@ -225,7 +225,7 @@ class Attachment(nn.Module):
         return hook
 
     def _output_hook(self, here: list[Served]) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             y = self._by_slot(output)
             for bank, slots in here:
                 tapped = bank.site.input_module != bank.site.module

@@ -17,8 +17,9 @@ from autopeft.search_space.runtime.tokens import Tokens
 
 
 class Routers:
-    """The routers of K slots on `model`, which has no hooks yet: the banks of mixtures, each with its router's state and
-    the slots that it serves (None: all of them).
+    """The routers of K slots on `model`, which has no hooks yet.
+
+    `served`: banks, each with the slots that it serves (None: all of them); those of mixtures have routers.
     """
 
     def __init__(self, num_slots: int, served: Sequence[tuple[Bank, Tensor | None]], model: nn.Module) -> None:
@@ -31,7 +32,7 @@ class Routers:
         for _, state, _ in self.served:
             state.tokens = self.tokens
         #: Names of the routers that ask for a first pass.
-        self.asking = sorted({bank.specs[0].routed_by.name for bank, *_ in self.served if bank.specs[0].first_pass})
+        self.asking = [r.name for bank, *_ in self.served if (r := bank.specs[0].routed_by) and r.first_pass]
         self.bare = _bare(self.model) if self.asking else None
 
     def __bool__(self) -> bool:
@@ -50,8 +51,9 @@ class Routers:
 
     @torch.no_grad()
     def _first_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Tensor:
-        """Return the last hidden states [N, T, H] of the bare model, for the texts of one slot. Raises ValueError where
-        the model is not shown the whole text.
+        """Return the last hidden states [N, T, H] of the bare model, for the texts of one slot.
+
+        Raises ValueError where the model does not read the whole texts.
         """
         assert self.bare is not None
         if kwargs.get("past_key_values") is not None:
@@ -61,7 +63,9 @@ class Routers:
             packed = isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
             return value[: rows // self.num_slots] if packed else value
 
-        return self.bare(*map(of_one_slot, args), **{name: of_one_slot(value) for name, value in kwargs.items()})[0]
+        named = {name: of_one_slot(value) for name, value in kwargs.items()}
+        states: Tensor = self.bare(*map(of_one_slot, args), **named)[0]
+        return states
 
     def penalised(self, losses: Tensor) -> Tensor:
         """Return the losses [K] of the last forward pass with what the routers of each slot add to them."""
@@ -91,8 +95,9 @@ class Routers:
             state.seen = []
 
     def routes(self, k: int) -> dict[str, dict[str, Any]]:
-        """Return what the routers of slot k did since `watch`, by site: `load`, `entropy` and `active` as in `Routing`,
-        means over all that was routed.
+        """Return what the routers of slot k did since `watch`, by site.
+
+        `load`, `entropy` and `active` are as in `Routing`, means over all that was routed.
         """
         found: dict[str, dict[str, Any]] = {}
         for key, bank, j in banks_of([bank for bank, *_ in self.served], k):
@@ -111,8 +116,9 @@ class Routers:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """Return the modules of `model` once more, in evaluation mode, with the same parameters and buffers: what is hooked
-    to the one does not act in the other.
+    """Return the modules of `model` once more, in evaluation mode, with the same parameters and buffers.
+
+    What is hooked to the one does not act in the other.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared).eval()

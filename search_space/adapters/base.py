@@ -58,41 +58,42 @@ class AdapterSpec(ABC):
 
     @abstractmethod
     def parameters(self, site: Site) -> dict[str, Parameter]:
-        """The tensors at `site`, by name; the first has floating-point values of the site's own."""
+        """Return the tensors at `site` by name; the first has floating-point values of the site's own."""
 
     @abstractmethod
     def flops_per_token(self, site: Site) -> int:
-        """Operations of the matrix products of one forward pass, per token; a multiply-add is two."""
+        """Return the operations of the matrix products of one forward pass, per token; a multiply-add is two."""
 
     def fits(self, site: Site) -> bool:
-        """Whether the type can sit at `site`, which has one of its roles."""
+        """Return whether the type can sit at `site`, which has one of its roles."""
         return True
 
     def own_parameters(self, site: Site) -> dict[str, Parameter]:
-        """Those of the site alone: what it shares with others, `Architecture` counts."""
+        """Return the tensors of the site alone: `Architecture` counts those that sites share."""
         return {name: parameter for name, parameter in self.parameters(site).items() if parameter.scope == "site"}
 
     def num_params(self, site: Site) -> int:
-        """Those that are trained, of the site's own."""
+        """Return the number of trained parameters of the site's own."""
         return sum(parameter.count for parameter in self.own_parameters(site).values() if parameter.trainable)
 
     def total_params(self, site: Site) -> int:
-        """All of the site's own that are at work, the frozen ones too."""
+        """Return the number of parameters of the site's own, the frozen ones too."""
         return sum(parameter.count for parameter in self.own_parameters(site).values() if not parameter.indices)
 
     def stored_bits(self, site: Site) -> int:
-        """Bits that the adapter takes on disk, without what it shares."""
+        """Return the bits that the adapter takes on disk, without what it shares."""
         return NUMBER_BITS * sum(
             parameter.count for parameter in self.own_parameters(site).values() if parameter.stored
         )
 
     @property
     def size(self) -> int | None:
+        """The value of `size_field`; None for types without a size."""
         return getattr(self, self.size_field) if self.size_field else None
 
     @property
     def label(self) -> str:
-        """In a word or two."""
+        """A word or two for tables and reports."""
         return self.kind if self.size is None else f"{self.kind} {self.size}"
 
     @property
@@ -135,28 +136,30 @@ class AdapterSpec(ABC):
         return self.total_params(site)
 
     def structure(self) -> tuple[Any, ...]:
-        """What slots must agree on to share one bank: everything but the size and the per-slot fields."""
+        """Return what slots must agree on to share one bank: everything but the size and the per-slot fields."""
         apart = {self.size_field, *self.per_slot_fields}
         return (self.kind, *(getattr(self, f.name) for f in fields(self) if f.name not in apart))
 
     def implements(self, method: str, site: Site) -> bool:
-        """Return whether the type has a `method` of its own at `site`; others need no hook. One of `FUSED_METHODS` that
-        was written for the `apply` of a parent does not count where the type has another `apply`.
+        """Return whether the type has a `method` of its own at `site`; without one it needs no hook there.
+
+        One of `FUSED_METHODS` that was written for the `apply` of a parent does not count where the type has another
+        `apply`.
         """
         owner = _owner(type(self), method)
         outdated = method in FUSED_METHODS and not issubclass(owner, _owner(type(self), "apply"))
         return owner is not AdapterSpec and not outdated
 
     def constants(self, site: Site) -> dict[str, Any]:
-        """Numbers, or tuples of them, that the forward function reads per slot (a scale), by name."""
+        """Return numbers, or tuples of them, that the forward function reads per slot (a scale), by name."""
         return {}
 
     def apply_input(self, p: Mapping[str, Tensor], x: Tensor, call: Call) -> Tensor:
-        """The site's input as changed by this adapter. x: [K, M, D_in]. Default: x."""
+        """Return the site's input as changed by this adapter. x: [K, M, D_in]. Default: x."""
         return x
 
     def apply(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """The site's output as changed by this adapter. x: [K, M, D_in], y: [K, M, D_out]. Default: y."""
+        """Return the site's output as changed by this adapter. x: [K, M, D_in], y: [K, M, D_out]. Default: y."""
         return y
 
     def apply_linear(
@@ -168,15 +171,19 @@ class AdapterSpec(ABC):
         call: Call,
         slots: Tensor | None,
     ) -> Tensor | None:
-        """A frozen linear and this adapter in one: weight [D_out, D_in] and bias [D_out] on x [K, M, D_in], and what
-        `apply` does to the served `slots` [S] (None: all). p and `call` are those of the S slots. Default, and where it
-        cannot: None, and the two run one after the other.
+        """Return the output of a frozen linear with this adapter, computed in one: [K, M, D_out].
+
+        weight: [D_out, D_in] and bias: [D_out] act on x: [K, M, D_in], and what `apply` does on the served `slots`: [S]
+        (None: all). p and `call` are those of the S slots. Default, and where it cannot: None, and the two run one
+        after the other.
         """
         return None
 
     def mix(self, p: Mapping[str, Tensor], gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """What E experts of this type, weighted by gates [K, M, E], add to y: [K, M, D_out]. p: [K, E, ...] each, x:
-        [K, M, D_in]. Types that do not act by it have every expert run on every token (`mixing.one_by_one`).
+        """Return what E experts of this type, weighted by gates [K, M, E], add to y: [K, M, D_out].
+
+        p: [K, E, ...] each, x: [K, M, D_in]. Types that do not implement it have every expert run on every token
+        (`mixing.one_by_one`).
         """
         raise TypeError(f"adapters of kind {self.kind!r} are mixed one by one")
 
@@ -190,38 +197,43 @@ class AdapterSpec(ABC):
         call: Call,
         slots: Tensor | None,
     ) -> Tensor:
-        """A frozen linear and `mix` in one, as `apply_linear` is of `apply`: gates [S, M, E]. Not asked in a step with
-        dropout.
+        """Return the output of a frozen linear with what `mix` adds, computed in one; see `apply_linear`.
+
+        gates: [S, M, E]. It is not called in a step with dropout.
         """
         raise TypeError(f"adapters of kind {self.kind!r} do not run with a linear")
 
     def extend_attention(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
-        """Keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
+        """Return keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
         raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")
 
     def merge(self, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight [D_out, D_in] (a norm's: [D]) and bias [D_out] with the adapter of one slot folded in."""
+        """Return weight [D_out, D_in] (a norm's: [D]) and bias [D_out] with the adapter of one slot folded in."""
         raise TypeError(f"an adapter of kind {self.kind!r} cannot be merged into the weights")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the kind and the fields, for JSON; the inverse is `spec_from_dict`."""
         return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
 
 def _owner(kind: type[AdapterSpec], method: str) -> type:
-    """The class that `kind` has a method from."""
+    """Return the class that `kind` has a method from."""
     return next(owner for owner in kind.__mro__ if method in vars(owner))
 
 
 def check_at_least(name: str, value: float, low: float) -> None:
+    """Raise ValueError unless `value` is a number of at least `low`."""
     if isinstance(value, bool) or not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
 
 
 def check_probability(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
 def check_one_of(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

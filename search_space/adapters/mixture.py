@@ -164,8 +164,9 @@ class Mixture(AdapterSpec):
 
     @property
     def num_active(self) -> int:
-        """Experts that a token meets at most, with the shared ones. Where ranks differ, the ranks of these, of the
-        largest that it can be sent to: each has a gate.
+        """Largest number of experts that a token meets, with the shared ones.
+
+        Where ranks differ, the sum of the ranks of the largest that it can be sent to: each rank has a gate.
         """
         chosen = self.routed_by.num_chosen(self)
         if not self.ranks:
@@ -225,8 +226,9 @@ class Mixture(AdapterSpec):
 
     @override
     def flops_per_token(self, site: Site) -> int:
-        """Return the operations of the router and of the experts that a token is sent to, at most: where their ranks
-        differ, of the largest. A mixture may compute more where that is faster.
+        """Return the operations of the router and of the experts that a token is sent to, at most.
+
+        Where ranks differ, they are those of the largest. A mixture may compute more where that is faster.
         """
         return self.routed_by.flops_per_token(self, site)
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 class Arrow(Router):
-    """As "token", with z_e = |v_e x|, v_e the first right singular vector of the expert's B A. The LoRAs are given, and
-    nothing is trained.
+    """As "token", with z_e = |v_e x|, v_e the first right singular vector of the expert's B A.
+
+    The LoRAs are given, and nothing is trained.
     """
 
     name: ClassVar[str] = "arrow"
@@ -40,8 +41,9 @@ class Arrow(Router):
 
 
 def arrows(a: Tensor, b: Tensor) -> Tensor:
-    """Return the first right singular vector of each B A: [..., D_in] from a: [..., R, D_in], b: [..., D_out, R]. Zero
-    for a LoRA that does nothing.
+    """Return the first right singular vector of each B A: [..., D_in] from a: [..., R, D_in], b: [..., D_out, R].
+
+    It is zero for a LoRA that does nothing.
     """
     import torch
 
@@ -49,4 +51,5 @@ def arrows(a: Tensor, b: Tensor) -> Tensor:
     q, lower = torch.linalg.qr(a.mT.float())
     _, size, right = torch.linalg.svd(b.float() @ lower.mT, full_matrices=False)
     first = (right[..., :1, :] @ q.mT).squeeze(-2)
-    return (first * (size[..., :1] > 0)).to(a.dtype)
+    found: Tensor = (first * (size[..., :1] > 0)).to(a.dtype)
+    return found

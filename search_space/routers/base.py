@@ -106,8 +106,9 @@ class Router:
     # At run time
 
     def mix(self, mixture: RoutedSpec, p: Values, x: Tensor, y: Tensor | None, call: Call) -> Tensor:
-        """Return what the experts add to y: [K, M, D_out], or to x: [K, M, D_in] where they act on a site's input (y is
-        None then).
+        """Return what the experts add to y: [K, M, D_out].
+
+        Where they act on a site's input, y is None, and they add to x: [K, M, D_in].
         """
         from autopeft.search_space.routers.mixing import expert_values, weighted
 

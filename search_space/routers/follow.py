@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 class Follow(Router):
-    """The gates of the mixture at the site `leader`, which runs before it: several sites share one router. Where there
-    are several mixtures, "site#2" is the second of them in the order of the `Architecture`.
+    """The gates of the mixture at the site `leader`, which runs before it: several sites share one router.
+
+    Where there are several mixtures, "site#2" is the second of them in the order of the `Architecture`.
     """
 
     name: ClassVar[str] = "follow"

@@ -60,10 +60,11 @@ class RoutedSpec(Protocol):
 
 @dataclass(slots=True)
 class Routing:
-    """What a router did in one forward pass. `penalty`: [K], to be added to the slots' losses. Without gradients:
-    `load`: [K, E] shares of what was sent out, `entropy`: [K] mean entropy of the probabilities as a share of the
-    largest that there is (where the bank is watched), `active`: [K] experts that a token met, `count`: tokens (or
-    texts) that were routed.
+    """What a router did in one forward pass.
+
+    `penalty`: [K], to be added to the slots' losses. Without gradients: `load`: [K, E] shares of what was sent out,
+    `entropy`: [K] mean entropy of the probabilities as a share of the largest that there is (where the bank is
+    watched), `active`: [K] experts that a token met, `count`: tokens (or texts) that were routed.
     """
 
     penalty: Tensor
@@ -75,9 +76,12 @@ class Routing:
 
 @dataclass(slots=True)
 class Decision:
-    """A router's choice in one forward pass: `logits` and `probabilities` [K, E, M], and `sent` [K, E, M] bool, the
-    experts that each token goes to. `owned`: [K, E] with 1 for the experts that a slot has, `count`: [K] how many;
-    `weights`: [M] with 0 for padding, None: all count; `total`: tokens that count; `arrived`: [K, 1] what was sent out.
+    """A router's choice in one forward pass.
+
+    `logits`, `probabilities`: [K, E, M]. `sent`: [K, E, M] bool, the experts that each token goes to. `owned`: [K, E]
+    with 1 for the experts that a slot has, `count`: [K] how many. `weights`: [M] with 0 for padding, None: all tokens
+    count; `total`: number of tokens that count. `arrived`: [K, 1] number of pairs of a token and an expert, `load`:
+    [K, E] shares of them.
     """
 
     logits: Tensor
@@ -157,8 +161,9 @@ def product(w: Tensor, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """w x^T, [K, E, D] and [K, M, D] to [K, E, M], with gradients in the layouts of w and x. A product of torch hands
-    transposed ones on, and what is added to these takes longer than the product.
+    """w x^T with gradients in the layouts of w and x.
+
+    A product of torch hands transposed gradients on, and what is added to these takes longer than the product.
     """
 
     @staticmethod
@@ -167,7 +172,7 @@ class _Product(torch.autograd.Function):
         return torch.bmm(w, x.mT)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None]:
         w, x = ctx.saved_tensors
         return torch.bmm(g, x), torch.bmm(g.mT, w) if ctx.needs_input_grad[1] else None
 
@@ -192,7 +197,7 @@ def chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
 
 
 def weighted(spec: RoutedSpec, p: Values, gates: Tensor, x: Tensor, y: Tensor | None, call: Call) -> Tensor:
-    """Return what experts, weighted by gates [K, M, S + E], add to y: [K, M, D_out]; to x: [K, M, D_in] where y is None.
+    """Return what experts, weighted by gates [K, M, S + E], add to y: [K, M, D_out], or to x: [K, M, D_in] without y.
 
     p: values of the experts, [K, S + E, ...] each.
     """
@@ -213,16 +218,17 @@ def one_by_one(act: Callable[..., Tensor], p: Values, gates: Tensor, tensors: tu
     count = gates.shape[-1]
     wide = [tensor.repeat_interleave(count, 0) for tensor in tensors]
     change = act(flat(p), *wide, call.of_experts(count)) - wide[-1]
-    return torch.einsum("kmde,kme->kmd", change.unflatten(0, (-1, count)).movedim(1, -1), gates)
+    return torch.einsum("kmde,kme->kmd", torch.unflatten(change, 0, (-1, count)).movedim(1, -1), gates)
 
 
 def rank_by_rank(spec: RoutedSpec, p: Values, gates: Tensor, call: Call) -> tuple[Values, Tensor]:
-    """Return LoRAs of different ranks and their gates [K, M, S + E] as that many LoRAs of rank 1 as they have ranks:
-    each has its expert's gate, with the scale in it. Mixtures without `ranks` stay as they are.
+    """Return LoRAs of different ranks and their gates [K, M, S + E] as LoRAs of rank 1, one for each of the ranks.
+
+    Each has its expert's gate, with the scale in it. Mixtures without `ranks` stay as they are.
     """
     if not spec.ranks:
         return p, gates
-    columns = (gates * call.constants["scales"][:, None]).split(1, -1)
+    columns = torch.split(gates * call.constants["scales"][:, None], 1, -1)
     gates = torch.cat([gate.expand(-1, -1, rank) for gate, rank in zip(columns, spec.ranks, strict=True)], -1)
     return {"A": p["A"][:, :, None], "B": p["B"].mT[..., None]}, gates
 

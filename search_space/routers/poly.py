@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class Poly(Router):
-    """LoRAs' A and B themselves are mixed for each of the `tasks`, by sigmoids of W_r: [E, tasks, heads] scaled to sum
-    to 1 over the experts. With several `heads`, blocks of x and y have shares of their own. One head: Ponti et al.
-    2022, Polytropon, section 3.
+    """LoRAs' A and B themselves are mixed for each of the `tasks`, which are the data's domains.
+
+    The shares are sigmoids of W_r: [E, tasks, heads], scaled to sum to 1 over the experts. With several `heads`, blocks
+    of x and y have shares of their own. One head: Ponti et al. 2022, Polytropon, section 3.
     """
 
     name: ClassVar[str] = "poly"
@@ -55,8 +56,9 @@ class Poly(Router):
         share = share / share.sum(1, keepdim=True)
 
         def blended(w: Tensor) -> Tensor:
-            """[K, E, R, D] to [K, tasks, R, D], each block of D with the shares of its head."""
-            return torch.einsum("keth,kerhd->ktrhd", share, w.unflatten(-1, (mixture.heads, -1))).flatten(-2)
+            """Return w: [K, E, R, D] as [K, tasks, R, D], each block of D with the shares of its head."""
+            blocks = torch.unflatten(w, -1, (mixture.heads, -1))
+            return torch.einsum("keth,kerhd->ktrhd", share, blocks).flatten(-2)
 
         a, b = blended(p["A"]), blended(p["B"].mT).mT
         # The kernel takes the tasks for experts, of which each token has one.

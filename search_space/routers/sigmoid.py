@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 class Sigmoid(Router):
-    """sigmoid(z) with z = W_r x, scaled to sum to 1 over the `top_k` experts with the largest sigmoid(z) + b. b follows
-    the load, not the loss.
+    """sigmoid(z) with z = W_r x, scaled to sum to 1 over the `top_k` experts with the largest sigmoid(z) + b.
+
+    b follows the load, not the loss.
     """
 
     name: ClassVar[str] = "sigmoid"

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 class Soft(Router):
-    """Every expert sees one mean of the tokens, weighted by a softmax of its z over the text, and every token the
-    experts by a softmax of z over them.
+    """Every expert sees one mean of the tokens, weighted by a softmax of its z = W_r x over the text.
+
+    Every token gets the outputs of all experts, weighted by a softmax of z over them.
     """
 
     name: ClassVar[str] = "soft"
@@ -60,8 +61,9 @@ class Soft(Router):
         if mixture.ranks:  # of LoRAs, which are no tensor [K, E, ...]: what an expert sees is sent to it alone
             alone = torch.eye(count).to(x).repeat_interleave(texts.shape[1], 0).expand(len(x), -1, -1)
             added = weighted(mixture, own, alone, seen[0].flatten(1, 2), seen[-1].flatten(1, 2), call)
-            change = added.unflatten(1, (count, -1))
+            change = torch.unflatten(added, 1, (count, -1))
         else:
             wide = [tensor.flatten(0, 1) for tensor in seen]
-            change = (act(flat(own), *wide, call.of_experts(count)) - wide[-1]).unflatten(0, (-1, count))
+            change = act(flat(own), *wide, call.of_experts(count)) - wide[-1]
+            change = torch.unflatten(change, 0, (-1, count))
         return torch.einsum("knte,kend->kntd", combine, change).flatten(1, 2)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 class Task(Router):
-    """As "token", with z from a column of W_r: [E, tasks] for each of the `tasks`, which are the data's domains. As in
-    Polytropon, but for the softmax, and with outputs mixed rather than parameters.
+    """As "token", with z from a column of W_r: [E, tasks] for each of the `tasks`, which are the data's domains.
+
+    As in Polytropon, but for the softmax, and with outputs mixed rather than parameters.
     """
 
     name: ClassVar[str] = "task"

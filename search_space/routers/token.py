@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class Token(Router):
-    """softmax(z) of the largest `top_k`, with z = W_r x, W_r: [E, D_in], of these as few as reach the probability
-    `top_p` together (Huang et al. 2024, Harder Tasks Need More Experts, section 2.2), scaled to sum to 1. One expert
-    alone keeps its probability, from which the router learns (Fedus et al. 2022, Switch Transformers, section 2.1).
-    Between LoRAs that are given it is MeteoRA.
+    """softmax(z) of the largest `top_k`, scaled to sum to 1, with z = W_r x, W_r: [E, D_in].
+
+    Of these as few as reach the probability `top_p` together (Huang et al. 2024, Harder Tasks Need More Experts,
+    section 2.2). One expert alone keeps its probability, from which the router learns (Fedus et al. 2022, Switch
+    Transformers, section 2.1). Between LoRAs that are given it is MeteoRA.
     """
 
     name: ClassVar[str] = "token"

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class XLora(Router):
-    """softmax(z) over all experts with z = W_r h + b, W_r: [E, H], h the last hidden state of the token in a first pass
-    through the model without adapters; between LoRAs that are given. In peft's terms a classifier of depth 1 with
-    layerwise scalings.
+    """softmax(z) over all experts with z = W_r h + b, W_r: [E, H], between LoRAs that are given.
+
+    h is the last hidden state of the token in a first pass through the model without adapters. In peft's terms a
+    classifier of depth 1 with layerwise scalings.
     """
 
     name: ClassVar[str] = "xlora"
@@ -46,5 +47,5 @@ class XLora(Router):
     @override
     def logits(self, mixture: RoutedSpec, p: Values, x: Tensor, call: Call) -> Tensor:
         weight = p["router"].to(x.dtype)
-        states = call.router.tokens.hidden_states().to(x.dtype).flatten(0, 1)
+        states: Tensor = call.router.tokens.hidden_states().to(x.dtype).flatten(0, 1)
         return weight @ states.mT + p["router_bias"].to(x.dtype)[..., None]

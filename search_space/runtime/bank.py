@@ -47,21 +47,22 @@ class Call:
 
     def max_over_slots(self, name: str) -> float:
         """Return the largest value of a field over the slots."""
-        return max(getattr(spec, name) for spec in self.bank.specs)
+        return float(max(getattr(spec, name) for spec in self.bank.specs))
 
     def min_over_slots(self, name: str) -> float:
         """Return the smallest value of a field over the slots."""
-        return min(getattr(spec, name) for spec in self.bank.specs)
+        return float(min(getattr(spec, name) for spec in self.bank.specs))
 
     def of_experts(self, count: int) -> Call:
-        """The same for `count` experts of each slot, one after the other."""
+        """Return the same call for `count` experts of each slot, one after the other."""
         constants = {name: value.repeat_interleave(count) for name, value in self.constants.items()}
         mask = None if self.mask is None else self.mask.repeat_interleave(count, 0)
         return Call(bank=self.bank, constants=constants, mask=mask, experts=count)
 
     def noisy(self, x: Tensor, name: str) -> Tensor:
-        """In training, with normal noise of the standard deviation `name` from each slot's own stream. x: [K, ..., E],
-        of which a slot reads its own experts.
+        """Return x: [K, ..., E], in training with normal noise of the standard deviation in the field `name`.
+
+        The noise comes from each slot's own stream; a slot reads its own experts of x.
         """
         if not self.bank.training or not self.max_over_slots(name):
             return x
@@ -80,19 +81,21 @@ class Call:
 
     @property
     def drops(self) -> bool:
+        """Whether some slot has dropout in this pass."""
         return self.bank.training and any(self.rates)
 
     def dropout(self, x: Tensor) -> Tensor:
-        """Dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
+        """Apply dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
         if not self.drops:
             return x
-        keep = torch.ones_like(x).unflatten(0, (-1, self.experts))
+        keep = torch.unflatten(torch.ones_like(x), 0, (-1, self.experts))
         for k, rate in enumerate(self.rates):
             if rate > 0.0:
                 own = keep[k, : self.bank.specs[k].num_experts_total if self.experts > 1 else 1]
                 drawn = torch.rand(own.shape, generator=self.bank.dropout_streams[k], device=x.device)
                 own.copy_((drawn >= rate).to(x) / (1.0 - rate))
-        return x * keep.flatten(0, 1)
+        dropped: Tensor = x * keep.flatten(0, 1)
+        return dropped
 
 
 class Bank(nn.Module):
@@ -240,7 +243,7 @@ class Bank(nn.Module):
         return read
 
     def of_slot(self, k: int, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The parameters of slot k in its own size, without the slot dimension; views of the bank's.
+        """Return the parameters of slot k in its own size, without the slot dimension; views of the bank's.
 
         With `values`: the same parts of other tensors in the shape of the parameters, such as an optimiser's moments.
         """
@@ -256,14 +259,14 @@ class Bank(nn.Module):
         return [name for name in self.shapes if self._declared[name].stored and name not in self.rows]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Names and values [N, ...] of what is trained of the site's own, and whether weight decay applies."""
+        """Yield names and values [N, ...] of what is trained of the site's own, and whether weight decay applies."""
         for name, value in self.values.items():
             if self._declared[name].trainable and name not in self.rows:
                 yield name, value, self._declared[name].decay
 
     @torch.no_grad()
     def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
-        """The inverse of `of_slot`. Raises KeyError for a missing name of `stored`, ValueError for another shape."""
+        """Load what `of_slot` returns. Raises KeyError for a missing name of `stored`, ValueError for another shape."""
         stored = self.stored
         for name, own in self.of_slot(k).items():
             if name not in values and name not in stored:
@@ -275,10 +278,13 @@ class Bank(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.values.values())).dtype
+        """The type of the parameters, in which the adapters compute."""
+        first: Tensor = next(iter(self.values.values()))
+        return first.dtype
 
     @property
     def call(self) -> Call:
+        """What the forward functions see of the bank."""
         constants = {name: getattr(self, f"constant_{name}") for name in self.constant_names}
         return Call(bank=self, constants=constants, mask=self.mask)
 

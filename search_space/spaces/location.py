@@ -23,7 +23,7 @@ MOST_READINGS = 10_000
 
 
 def locate(space: SearchSpace, candidate: Candidate) -> Assignment | None:
-    """An assignment that decodes to the candidate's architecture, with its values of the searched training fields.
+    """Return an assignment that decodes to the candidate's architecture, with its searched training fields.
 
     None if there is none. Training fields that the candidate does not name take their middle; those that the space
     fixes do not count. A gate that nothing needs is off.
@@ -81,7 +81,7 @@ def locate(space: SearchSpace, candidate: Candidate) -> Assignment | None:
 def _readings(
     space: SearchSpace, places: Sequence[Placement], specs: Sequence[AdapterSpec]
 ) -> list[tuple[Assignment, Assignment]]:
-    """The genes that put `specs` at one site, for each way to share them among its places; see `_genes_of`."""
+    """Return the genes that put `specs` at one site, for each way to share them among its places; see `_genes_of`."""
     readings = []
     ways = [
         [(place, found) for place in places if (found := _genes_of(space, place, spec)) is not None] for spec in specs
@@ -96,8 +96,9 @@ def _readings(
 
 
 def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[Assignment, Assignment] | None:
-    """The genes, gates included, that must have their values for `spec` to be at a place, and those that may have
-    another one, with one that will do. None if it cannot be there.
+    """Return the genes that put `spec` at a place, or None if it cannot be there.
+
+    First those, gates included, that must have their values, then those that may have another one.
     """
     mixture = spec if isinstance(spec, Mixture) else None
     if mixture and (mixture.given, mixture.leader_site) != (place.given, place.leader_of(mixture)):
@@ -135,7 +136,7 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
 
 
 def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], gene: Gene) -> Value:
-    """A value of a gate with which none of the places `gated` by it is on; the middle where there is none."""
+    """Return a value of a gate with which none of the places `gated` by it is on; the middle where there is none."""
     places = gated.get(gene.name, ())
     for value in gene.domain.choices if isinstance(gene.domain, Choice) and places else ():
         if not any(place.is_on({**genes, gene.name: value}) for place in places):
@@ -144,8 +145,9 @@ def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], 
 
 
 def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[Value]:
-    """The values of a field's domain that come to `spec`, of a range its own and the ends: a mixture of two experts,
-    asked for four at once, has two of them.
+    """Return the values of a field's domain that make `spec`, of a range its own and the ends.
+
+    A mixture of two experts with a `top_k` of 4 is one with a `top_k` of 2.
     """
     own: Value = getattr(spec, key)
     if not isinstance(domain, Domain):
