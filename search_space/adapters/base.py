@@ -121,6 +121,10 @@ class AdapterSpec(ABC):
         """The adapter itself, or the one that each expert of a mixture is."""
         return self
 
+    def canonical(self) -> AdapterSpec:
+        """Return the same network and training, with fields that make no difference at their defaults."""
+        return self
+
     @property
     def averaged(self) -> AdapterSpec:
         """The adapter itself, or the mixture with all experts weighted alike."""

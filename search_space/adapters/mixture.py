@@ -92,8 +92,8 @@ class Mixture(AdapterSpec):
         if self.expert.rank != max(self.ranks):
             object.__setattr__(self, "expert", replace(self.expert, rank=max(self.ranks)))
 
+    @override
     def canonical(self) -> Mixture:
-        """Return the same network and training, with idle fields at their defaults."""
         plain, router = Mixture(), self.routed_by
         same: dict[str, Any] = {name: getattr(plain, name) for name in USED_BY_SOME if name not in router.uses}
         if len(set(self.ranks)) == 1:

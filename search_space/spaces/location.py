@@ -161,6 +161,6 @@ def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[V
 
 def _comes_to(spec: AdapterSpec, change: dict[str, Any]) -> bool:
     try:
-        return isinstance(spec, Mixture) and replace(spec, **change).canonical() == spec
+        return replace(spec, **change).canonical() == spec
     except ValueError:  # such as no experts
         return False
