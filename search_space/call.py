@@ -11,6 +11,23 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+class RouterState(Protocol):
+    """What a router reads beside the activations, and what it leaves. Notation: K slots, E experts."""
+
+    #: [K, E] with 1 for the experts that a slot's router chooses from.
+    owned_experts: Tensor
+    #: The minibatch and the gates of leaders, as `runtime/tokens.py` has them.
+    tokens: Any
+    #: Whether the router is not asked, and all experts are weighted alike.
+    averaged: bool
+    #: What the router did in the last forward pass (a `Routing`); None: nothing to report.
+    last: Any
+    #: The same of every forward pass; None: nobody watches.
+    seen: list[Any] | None
+    #: Values that a router computes once, by names of its own, from parameters that are not trained.
+    cached: dict[str, Tensor]
+
+
 class Call(Protocol):
     """Notation: K slots, M tokens of one slot, E experts, R the size of the largest slot."""
 
@@ -28,28 +45,24 @@ class Call(Protocol):
         """The backbone's module at the site."""
 
     @property
-    def tokens(self) -> Any:
-        """What routers want to know of the minibatch."""
-
-    @property
-    def owned_experts(self) -> Tensor:
-        """[K, E] with 1 for the experts that a slot's router chooses from."""
+    def router(self) -> RouterState:
+        """The state of the bank's router. Raises AssertionError for a bank of plain adapters."""
 
     @property
     def drops(self) -> bool:
         """Whether some slot has dropout in this pass."""
 
-    def most(self, name: str) -> float:
-        """The largest value of a field over the slots."""
+    def max_over_slots(self, name: str) -> float:
+        """Return the largest value of a field over the slots."""
 
-    def least(self, name: str) -> float:
-        """The smallest value of a field over the slots."""
+    def min_over_slots(self, name: str) -> float:
+        """Return the smallest value of a field over the slots."""
 
     def dropout(self, x: Tensor) -> Tensor:
-        """Dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
+        """Apply dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
 
     def noisy(self, x: Tensor, name: str) -> Tensor:
-        """In training, x: [K, ..., E] with normal noise of the standard deviation in the field `name`."""
+        """Return x: [K, ..., E], in training with normal noise of the standard deviation in the field `name`."""
 
     def of_experts(self, count: int) -> Call:
-        """The same for `count` experts of each slot, one after the other."""
+        """Return the same call for `count` experts of each slot, one after the other."""

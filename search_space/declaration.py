@@ -11,7 +11,7 @@ from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTER_FIELDS
 from autopeft.search_space.backbones.backbone import Backbone, Site, first_to_run
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
-from autopeft.search_space.routers import BETWEEN_GIVEN, BY_TASK, LOOKING_AHEAD, MIXING
+from autopeft.search_space.routers import ROUTERS, Router
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 
@@ -73,7 +73,7 @@ STAGES = 4
 
 
 def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
-    """The sites that a choice may take: of its roles and layers and those that are named, where its type fits."""
+    """Return the sites that a choice may take, of its roles, layers and named sites, where its type fits."""
     roles = choice.at or ADAPTERS[choice.kind].default_roles
     smallest, _ = _extremes(choice)
     return tuple(
@@ -87,7 +87,7 @@ def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
 
 
 def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
-    """The type in the smallest and the largest of its sizes; as it is by default where the declaration is wrong."""
+    """Return the type in the smallest and the largest of its sizes; its default where the declaration is wrong."""
     kind = ADAPTERS[choice.kind]
     name = kind.size_field
     if name is None or name not in choice.fields:
@@ -105,7 +105,7 @@ def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
 
 
 def leaders_of(choice: AdapterChoice, sites: Sequence[Site]) -> dict[int | None, Site | None]:
-    """Of each layer whose sites share a router, the one that has it; None where that is not known."""
+    """Return the site that has the router of each layer whose sites share one; None where that is not known."""
     layers: dict[int | None, list[Site]] = {}
     for site in sites if choice.router_per == "layer" else ():
         if site.layer is not None:
@@ -120,7 +120,7 @@ def problems_of(
     stages: int,
     training: Mapping[str, Domain | Value],
 ) -> Iterator[Problem]:
-    """Everything wrong with a declaration over `backbone`."""
+    """Yield everything that is wrong with a declaration over `backbone`."""
     if not adapters:
         yield ("adapters",), "the space is empty: name at least one adapter"
     if not 1 <= stages <= backbone.num_layers:
@@ -206,30 +206,30 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
 
 
 def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
-    """What is wrong with a field that is chosen for each expert."""
+    """Yield what is wrong with a field that is chosen for each expert."""
     if choice.kind != Lora.kind or key != Lora.size_field:
         yield "experts can differ in the rank of a lora alone"
     elif not choice.fields.get("experts"):
         yield "this is for mixtures: say how many experts there are (experts: 4)"
     elif choice.given:
         yield "the LoRAs that are given have ranks of their own"
-    elif "poly" in _routers(choice):
-        yield "poly mixes the matrices of LoRAs, which are of one rank then"
+    elif mixing := [router.name for router in _routers(choice) if router.mixes_parameters]:
+        yield f"{' and '.join(mixing)} mixes the matrices of LoRAs, which are of one rank then"
     elif isinstance(domain := choice.fields.get(key), Domain) and domain.contains(0):
         yield "an expert has a rank of at least 1: where there are none is said by experts or by placement"
 
 
 def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
-    """What may be declared of an adapter type, and the class that says what is right: its own or `Mixture`."""
+    """Return the fields that a type may declare, each with the class that checks its values: its own or `Mixture`."""
     spec = ADAPTERS[kind]
     own = dict.fromkeys((f.name for f in fields(spec)), spec)
     return {**own, **dict.fromkeys(MIXTURE_FIELDS, Mixture)} if spec.can_be_expert else own
 
 
 def domain_problems(adapters: Mapping[str, AdapterChoice], domains: Sequence[str] | None) -> Iterator[Problem]:
-    """What routers by task miss in the data that has `domains`, with the path of the setting."""
+    """Yield what routers that need domains miss in data with `domains`, with the path of the setting."""
     for name, choice in adapters.items():
-        if not set(_routers(choice)) & BY_TASK:
+        if not any(router.needs_domains for router in _routers(choice)):
             continue
         tasks = choice.fields.get("tasks", 1)
         if domains is None:
@@ -238,16 +238,17 @@ def domain_problems(adapters: Mapping[str, AdapterChoice], domains: Sequence[str
             yield ("space", "adapters", name, "tasks"), f"the data has {len(domains)} domains: {', '.join(domains[:8])}"
 
 
-def _routers(choice: AdapterChoice) -> tuple[Value, ...]:
-    """Those that a choice may have; none without experts."""
+def _routers(choice: AdapterChoice) -> list[Router]:
+    """Return the routers that a choice may have, of those that there are; none without experts."""
     if "experts" not in choice.fields:
-        return ()
+        return []
     router = choice.fields.get("router", Mixture().router)
-    return router.choices if isinstance(router, Choice) else () if isinstance(router, Domain) else (router,)
+    names = router.choices if isinstance(router, Choice) else () if isinstance(router, Domain) else (router,)
+    return [ROUTERS[str(name)] for name in names if name in ROUTERS]
 
 
 def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
-    """What is wrong with a router for this model, or beside other fields."""
+    """Yield what is wrong with a router for this model, or beside other fields."""
     if "experts" not in choice.fields:
         if choice.router_per != "site":
             yield ("router_per",), "this is for mixtures: say how many experts there are (experts: 4)"
@@ -259,24 +260,25 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
         if site is not None:
             yield ("heads",), f"{count} blocks do not fit {site.name}, from {site.in_features} to {site.out_features}"
             break
-    between = [str(router) for router in routers if router in BETWEEN_GIVEN]
+    between = [router.name for router in routers if router.between_given]
     if between and not choice.given:
         yield ("router",), f"{' and '.join(between)}: only between LoRAs that are given (given: [folder, folder])"
-    if "follow" in routers:
+    if any(router.follows for router in routers):
         yield ("router",), "sites that follow another have router_per: layer"
-    ahead = [str(router) for router in routers if router in LOOKING_AHEAD]
+    ahead = [router.name for router in routers if router.reads_ahead]
     if backbone.causal and ahead:
         yield ("router",), f"{' and '.join(ahead)} would look ahead, which a causal model must not"
     shared = choice.fields.get("shared_experts", 0)
-    apart = [str(router) for router in routers if router in MIXING]
+    apart = [router.name for router in routers if not router.has_gates]
     if apart and (isinstance(shared, Domain) or shared):
         names = " and ".join(f"router {router!r}" for router in apart)
         yield ("shared_experts",), f"{names} does not support shared_experts"
-    own_parts = [str(router) for router in routers if router in (*MIXING, "xlora")]
+    own_parts = [router.name for router in routers if not router.can_lead]
     if own_parts and choice.router_per == "layer":
         yield ("router_per",), f"{' and '.join(own_parts)}: each site has a part of its own, no other can follow it"
-    if "poly" in routers and choice.kind != "lora":
-        yield ("router",), f"poly mixes the parameters of LoRAs, not of a {choice.kind}"
+    mixing = [router.name for router in routers if router.mixes_parameters]
+    if mixing and choice.kind != "lora":
+        yield ("router",), f"{' and '.join(mixing)} mixes the parameters of LoRAs, not of a {choice.kind}"
     own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
         yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
@@ -288,7 +290,7 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
     for key in ROUTER_FIELDS:
         if choice.router_per == "layer" and choice.vary.get(key) == "site":
             yield ("vary", key), "the sites of a layer share a router (router_per: layer): vary it by layer at most"
-    if BY_TASK & set(routers) and "tasks" not in choice.fields:
+    if any(router.needs_domains for router in routers) and "tasks" not in choice.fields:
         yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
 
 
@@ -297,7 +299,7 @@ def _divides(heads: object, site: Site) -> bool:
 
 
 def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
-    """What is wrong with its roles and layers, or that no site is left."""
+    """Yield what is wrong with roles and layers, or that no site is left."""
     spec, present = ADAPTERS[choice.kind], backbone.roles
     fine = True
     for role in choice.at:
@@ -340,7 +342,7 @@ _TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
 
 
 def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[str]:
-    """What `owner` says against the values of `domain` (all of a choice, the ends of a range)."""
+    """Yield the objections of `owner` to the values of `domain` (all of a choice, the ends of a range)."""
     if isinstance(domain, Choice):
         values: Sequence[Value] = domain.choices
     elif isinstance(domain, (Float, Int)):

@@ -5,7 +5,7 @@ A plug-in names its class in its own `pyproject.toml`, under the name that study
     [project.entry-points."autopeft.searchers"]
     mine = "my_package.searcher:Mine"
 
-Groups: `autopeft.adapters`, `autopeft.searchers`, `autopeft.exporters`, `autopeft.tasks`.
+Groups: `autopeft.adapters`, `autopeft.routers`, `autopeft.searchers`, `autopeft.exporters`, `autopeft.tasks`.
 """
 
 from __future__ import annotations

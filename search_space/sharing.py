@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.parameter import Parameter
 
 #: How the names of shared tensors begin, where those of others have their site.
 SHARED = "shared."

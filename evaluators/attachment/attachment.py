@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
 from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, acts, on_slots, registered
 from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone, Site
@@ -100,7 +100,8 @@ class Attachment(nn.Module):
                     if shared is not None:
                         of, read = shared.bank(site, specs[0].structure(), nth), [banks[k] for k in slots]
                     bank = Bank(site, specs, base, own_seeds, read, of, draw, self.pools, slots)
-                    bank.numbers = numbers
+                    if bank.router is not None:
+                        bank.router.numbers = numbers
                     self._add(bank, slots)
         every = list(range(self.num_slots))
         for site in head_sites(model, backbone):
@@ -126,22 +127,22 @@ class Attachment(nn.Module):
 
     def _groups(self, site: Site) -> Iterator[Group]:
         """In the order in which they act; see `ADAPTERS`."""
-        groups: dict[tuple, Group] = {}
+        groups: dict[tuple[Any, ...], Group] = {}
         for k, architecture in enumerate(self.architectures):
-            seen: dict[tuple, int] = {}
+            seen: dict[tuple[Any, ...], int] = {}
             mixtures = 0
             for spec in dict(architecture.adapters).get(site.name, ()):
                 # Two adapters of one structure at one site are two groups, with random streams of their own. So are
                 # all mixtures, whose routers and experts would begin alike otherwise.
                 structure = spec.structure()
                 nth = seen[structure] = seen.get(structure, -1) + 1
-                mixtures += isinstance(spec, Mixture)
+                mixtures += spec.routed_by is not None
                 if nth and not spec.repeatable:
                     raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: there can be one")
                 slots, specs, _, numbers = groups.setdefault((structure, nth), ([], [], nth, []))
                 slots.append(k)
                 specs.append(spec)
-                numbers.append(mixtures if isinstance(spec, Mixture) else nth + 1)
+                numbers.append(mixtures if spec.routed_by else nth + 1)
         kinds = list(ADAPTERS)
         order = sorted(groups, key=lambda key: (kinds.index(key[0][0]), repr(key)))
         return iter(groups[key] for key in order)
@@ -209,13 +210,13 @@ class Attachment(nn.Module):
         return forward
 
     def _tap(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._inputs[path] = args[0]
 
         return hook
 
-    def _input_hook(self, here: list[Served]) -> Callable[..., tuple]:
-        def hook(module: nn.Module, args: tuple) -> tuple:
+    def _input_hook(self, here: list[Served]) -> Callable[..., tuple[Any, ...]]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = self._by_slot(args[0])
             for bank, slots in here:
                 x = on_slots(slots, x, bank.apply_input, x)
@@ -224,7 +225,7 @@ class Attachment(nn.Module):
         return hook
 
     def _output_hook(self, here: list[Served]) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             y = self._by_slot(output)
             for bank, slots in here:
                 tapped = bank.site.input_module != bank.site.module

@@ -33,7 +33,7 @@ def on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor],
 
 def acts(bank: Bank, method: str) -> bool:
     """Whether the bank's adapters do something of their own by `method` at its site."""
-    return bank.specs[0].acts_by(method, bank.site)
+    return bank.specs[0].implements(method, bank.site)
 
 
 def registered(banks: list[Bank]) -> list[Bank]:

@@ -1,4 +1,4 @@
-"""What the routers of an attachment are told, what they add to the losses, and what they did."""
+"""The routers of an attachment: the batch that they read, what they add to the losses, and what they did."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
-from autopeft.search_space.routers import LOOKING_AHEAD
-from autopeft.search_space.runtime.bank import Bank, Tokens
+from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.runtime.tokens import Tokens
 
 
 class Routers:
-    """Those of K slots on `model`, which has no hooks yet: the banks of mixtures, each with the slots that it serves
-    (None: all of them).
+    """The routers of K slots on `model`, which has no hooks yet.
+
+    `served`: banks, each with the slots that it serves (None: all of them); those of mixtures have routers.
     """
 
     def __init__(self, num_slots: int, served: Sequence[tuple[Bank, Tensor | None]], model: nn.Module) -> None:
@@ -28,17 +28,18 @@ class Routers:
         self.model: nn.Module = getattr(model, "base_model", model)
         #: `domains` is for whoever calls the model to set.
         self.tokens = Tokens()
-        self.served = [(bank, slots) for bank, slots in served if isinstance(bank.specs[0], Mixture)]
-        for bank, _ in self.served:
-            bank.tokens = self.tokens
-        #: For first passes, if there is a router that asks for them.
-        self.bare = _bare(self.model) if any(bank.specs[0].first_pass for bank, _ in self.served) else None
+        self.served = [(bank, bank.router, slots) for bank, slots in served if bank.router is not None]
+        for _, state, _ in self.served:
+            state.tokens = self.tokens
+        #: Names of the routers that ask for a first pass.
+        self.asking = [r.name for bank, *_ in self.served if (r := bank.specs[0].routed_by) and r.first_pass]
+        self.bare = _bare(self.model) if self.asking else None
 
     def __bool__(self) -> bool:
         return bool(self.served)
 
-    def look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A hook ahead of the model: the batch [K * N, T] has the same N texts for every slot."""
+    def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the batch ahead of the model, as a hook: it has the same N texts for every slot, [K * N, T]."""
         ids = args[0] if args else kwargs.get("input_ids")
         shape = (kwargs["inputs_embeds"] if ids is None else ids).shape
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
@@ -49,59 +50,64 @@ class Routers:
         self.tokens.begin(shape[1], mask, lambda: self._first_pass(args, kwargs, shape[0]))
 
     @torch.no_grad()
-    def _first_pass(self, args: tuple, kwargs: dict[str, Any], rows: int) -> Tensor:
-        """The last hidden states [N, T, H] of the bare model, for the texts of one slot. Raises ValueError where the
-        model is not shown the whole text.
+    def _first_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Tensor:
+        """Return the last hidden states [N, T, H] of the bare model, for the texts of one slot.
+
+        Raises ValueError where the model does not read the whole texts.
         """
         assert self.bare is not None
         if kwargs.get("past_key_values") is not None:
-            raise ValueError("the router 'xlora' needs whole texts: generate with use_cache=False")
+            raise ValueError(f"the router {self.asking[0]!r} needs whole texts: generate with use_cache=False")
 
         def of_one_slot(value: Any) -> Any:
             packed = isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
             return value[: rows // self.num_slots] if packed else value
 
-        return self.bare(*map(of_one_slot, args), **{name: of_one_slot(value) for name, value in kwargs.items()})[0]
+        named = {name: of_one_slot(value) for name, value in kwargs.items()}
+        states: Tensor = self.bare(*map(of_one_slot, args), **named)[0]
+        return states
 
     def penalised(self, losses: Tensor) -> Tensor:
-        """Losses [K] of the last forward pass with what the routers of each slot add to them."""
-        for bank, slots in self.served:
-            if bank.routing is None:
+        """Return the losses [K] of the last forward pass with what the routers of each slot add to them."""
+        for _, state, slots in self.served:
+            if state.last is None:
                 continue
-            penalty = bank.routing.penalty.to(losses)
+            penalty = state.last.penalty.to(losses)
             losses = losses + (penalty if slots is None else torch.zeros_like(losses).index_add(0, slots, penalty))
-            bank.routing = None  # the graph of a step must not outlive it
+            state.last = None  # the graph of a step must not outlive it
         self.tokens.end()
         return losses
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """All experts of every mixture weighted alike, whatever its router says."""
-        for bank, _ in self.served:
-            bank.averaged = True
+        """Weigh all experts of every mixture alike, whatever its router says."""
+        for _, state, _ in self.served:
+            state.averaged = True
         try:
             yield
         finally:
-            for bank, _ in self.served:
-                bank.averaged = False
+            for _, state, _ in self.served:
+                state.averaged = False
 
     def watch(self) -> None:
-        """From here on, and anew, `routes` collects what the routers do."""
-        for bank, _ in self.served:
-            bank.seen = []
+        """Collect what the routers do from here on, for `routes`; forget what was collected before."""
+        for _, state, _ in self.served:
+            state.seen = []
 
     def routes(self, k: int) -> dict[str, dict[str, Any]]:
-        """What the routers of slot k did since `watch`, by site: `load`, `entropy` and `active` as in `Routing`, means
-        over all that was routed.
+        """Return what the routers of slot k did since `watch`, by site.
+
+        `load`, `entropy` and `active` are as in `Routing`, means over all that was routed.
         """
         found: dict[str, dict[str, Any]] = {}
-        for key, bank, j in banks_of([bank for bank, _ in self.served], k):
-            if not bank.seen:
+        for key, bank, j in banks_of([bank for bank, *_ in self.served], k):
+            seen = bank.router.seen if bank.router else None
+            if not seen:
                 continue
-            count = torch.stack([routing.count for routing in bank.seen]).float().cpu()
+            count = torch.stack([routing.count for routing in seen]).float().cpu()
             share = count / count.sum()
             own = {
-                name: torch.stack([getattr(routing, name)[j] for routing in bank.seen]).movedim(0, -1).cpu() @ share
+                name: torch.stack([getattr(routing, name)[j] for routing in seen]).movedim(0, -1).cpu() @ share
                 for name in ("load", "entropy", "active")
             }
             own["load"] = own["load"][: bank.specs[j].num_experts]
@@ -110,15 +116,16 @@ class Routers:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """The modules of `model` once more, in evaluation mode, with the same parameters and buffers: what is hooked to the
-    one does not act in the other.
+    """Return the modules of `model` once more, in evaluation mode, with the same parameters and buffers.
+
+    What is hooked to the one does not act in the other.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared).eval()
 
 
 def banks_of(banks: Sequence[Bank], k: int) -> Iterator[tuple[str, Bank, int]]:
-    """Banks that serve slot k: a name that is the same in any pack, the bank, the slot's place in it."""
+    """Yield banks that serve slot k: a name that is the same in any pack, the bank, the slot's place in it."""
     seen: dict[str, int] = {}
     for bank in banks:
         if k in bank.slots_served:
@@ -128,7 +135,7 @@ def banks_of(banks: Sequence[Bank], k: int) -> Iterator[tuple[str, Bank, int]]:
 
 
 def check_routers(architecture: Architecture, backbone: Backbone) -> None:
-    """Raises ValueError for a router that would tell a causal model's token what comes after it."""
+    """Raise ValueError for a router that would tell a causal model's token what comes after it."""
     for name, spec in architecture:
-        if backbone.causal and isinstance(spec, Mixture) and spec.router in LOOKING_AHEAD:
-            raise ValueError(f"{name}: the router {spec.router!r} looks ahead, which a causal model must not")
+        if backbone.causal and spec.routed_by and spec.routed_by.reads_ahead:
+            raise ValueError(f"{name}: the router {spec.routed_by.name!r} looks ahead, which a causal model must not")

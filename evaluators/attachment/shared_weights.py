@@ -48,7 +48,7 @@ class SharedWeights(nn.Module):
                 )
             for spec in _largest(place, domains):
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
-                if isinstance(spec, Mixture):
+                if spec.routed_by:
                     mixed.setdefault(place.site.name, set()).add(place.adapter)
         several = {name: count() for name, adapters in mixed.items() if len(adapters) > 1}
         placed = [(sites[name], _enveloping(specs)) for (name, _), specs in largest.items()]
@@ -58,7 +58,7 @@ class SharedWeights(nn.Module):
             spec, site = _enveloping(specs), sites[name]
             for nth in range(len(specs)):  # any of them may be the n-th of its structure at the site
                 # Mixtures side by side would begin alike, whatever their structures.
-                number = next(several[name]) if isinstance(spec, Mixture) and name in several else nth
+                number = next(several[name]) if spec.routed_by and name in several else nth
                 named = [f"{word}#{number}" if number else word for word in seeds]
                 bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named, pools=self.pools)
                 self._add((name, structure, nth), bank)

@@ -25,7 +25,7 @@ def fitting_slots(evaluator: Attaching, requests: Sequence[Request]) -> int:
     def size(request: Request) -> tuple[int, int, int]:
         architecture = request.candidate.architecture
         # Experts of most types read copies of the activations.
-        rows = max((spec.num_rows for _, spec in architecture), default=1)
+        rows = max((spec.num_experts_total for _, spec in architecture), default=1)
         return -architecture.lowest_layer(backbone), rows, architecture.num_params(backbone)
 
     for request in sorted(requests, key=size, reverse=True):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from autopeft.evaluators.base import Attaching
-from autopeft.search_space.adapters import AdapterSpec, Mixture
+from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.spaces.space import SearchSpace
 
@@ -55,7 +54,7 @@ class CostTable:
     def costs(self, architecture: Architecture) -> dict[str, float]:
         found = self._passes(architecture)
         for name, spec in architecture:
-            for metric, value in self._adds((self.evaluator.backbone.site(name).role, _alone(spec))).items():
+            for metric, value in self._adds((self.evaluator.backbone.site(name).role, spec.standalone)).items():
                 found[metric] += value
         return found
 
@@ -88,10 +87,3 @@ class CostTable:
     def measured(self, architecture: Architecture) -> dict[str, float]:
         values = self.evaluator.costs(Candidate(architecture=architecture, training=self.training), self.metrics).values
         return {metric: values[metric] for metric in self.metrics}
-
-
-def _alone(spec: AdapterSpec) -> AdapterSpec:
-    """What can be measured without the site that it follows."""
-    if isinstance(spec, Mixture) and spec.router == "follow":
-        return replace(spec, router="token", leader="").canonical()
-    return spec

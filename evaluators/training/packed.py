@@ -392,7 +392,7 @@ def _memory_key(runs: Sequence[_Run]) -> tuple[int, int, int]:
     """What the memory of a pack depends on above all: rows, layers that keep their activations, and experts that may
     keep theirs each.
     """
-    rows = max((spec.num_rows for run in runs for _, spec in run.request.candidate.architecture), default=1)
+    rows = max((spec.num_experts_total for run in runs for _, spec in run.request.candidate.architecture), default=1)
     return runs[0].training.batch_size, min(run.depth for run in runs), rows
 
 

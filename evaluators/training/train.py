@@ -23,7 +23,6 @@ from autopeft.evaluators.data.splits import SPLITS, DataError, Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.schedule import rate
-from autopeft.search_space.adapters import Mixture
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
 from autopeft.search_space.metrics.base import standard_error
@@ -238,7 +237,7 @@ class TrainEvaluator(Attaching):
         with attachment.routers.averaged():
             columns = self.columns(attachment, "validation")
         return [
-            own if any(isinstance(spec, Mixture) for _, spec in architecture) else {}
+            own if any(spec.routed_by for _, spec in architecture) else {}
             for own, architecture in zip(columns, attachment.architectures, strict=True)
         ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.adapters.bitfit import Bitfit
 from autopeft.search_space.adapters.bottleneck import Bottleneck
 from autopeft.search_space.adapters.dora import Dora
@@ -57,7 +57,6 @@ __all__ = [
     "Lora",
     "Mixture",
     "Norm",
-    "Parameter",
     "Prefix",
     "Shira",
     "Ssf",

@@ -11,66 +11,23 @@ masks). Torch is imported inside the functions that need it, so that declaring a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from autopeft.search_space.call import Call
+    from autopeft.search_space.routers.base import Router
 
 #: Of a number on disk: float32, or int32 for those that are indices.
 NUMBER_BITS = 32
-#: Faster ways to do what `apply` does.
-FASTER_WAYS = ("apply_linear", "mix", "mix_linear")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameter:
-    """One tensor of an adapter at one site, without the bank dimension.
-
-    `init` names a rule of `init.py`, or is what all values start as. `decay`: whether weight decay applies (vectors and
-    identity-centred scales are left out, as usual). `per_expert`: the first axis counts the experts of a mixture, each
-    of which is drawn by itself. `rows`: or it has so many places of each expert, one expert after the other.
-
-    `trainable`: if not, it stays as it is at the start: `given`: folders that the values are read from; `key`: the seed
-    that it is drawn from, whatever the slot's. The recipe has that seed, so these values are not stored; all others
-    are, for what was trained means nothing without them. `indices`: whole numbers, of which no type counts the size
-    among its parameters.
-
-    `scope`: with "shape", all sites of as many features in and out share it, with "model" all sites, as far as adapters
-    of its kind sit there. It then exists once, as large as the largest that one of them declares; each reads the prefix
-    that it declares itself.
-    """
-
-    shape: tuple[int, ...]
-    init: str | float = "zeros"
-    decay: bool = True
-    per_expert: bool = False
-    rows: tuple[int, ...] = ()
-    given: tuple[str, ...] = ()
-    trainable: bool = True
-    key: int | None = None
-    indices: bool = False
-    scope: Literal["site", "shape", "model"] = "site"
-
-    def __post_init__(self) -> None:
-        if self.trainable and (self.given or self.key is not None or self.indices):
-            raise ValueError("values that are given, drawn from a key, or indices are not trained")
-        if self.scope != "site" and (self.given or self.indices or self.per_expert or self.rows):
-            raise ValueError("sites share no values that are given, indices, or experts'")
-
-    @property
-    def count(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def stored(self) -> bool:
-        return self.key is None
+#: Methods that do what `apply` does together with something else, faster than one after the other.
+FUSED_METHODS = ("apply_linear", "mix", "mix_linear")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,51 +58,57 @@ class AdapterSpec(ABC):
 
     @abstractmethod
     def parameters(self, site: Site) -> dict[str, Parameter]:
-        """The tensors at `site`, by name; the first has floating-point values of the site's own."""
+        """Return the tensors at `site` by name; the first has floating-point values of the site's own."""
 
     @abstractmethod
     def flops_per_token(self, site: Site) -> int:
-        """Operations of the matrix products of one forward pass, per token; a multiply-add is two."""
+        """Return the operations of the matrix products of one forward pass, per token; a multiply-add is two."""
 
     def fits(self, site: Site) -> bool:
-        """Whether the type can sit at `site`, which has one of its roles."""
+        """Return whether the type can sit at `site`, which has one of its roles."""
         return True
 
     def own_parameters(self, site: Site) -> dict[str, Parameter]:
-        """Those of the site alone: what it shares with others, `Architecture` counts."""
+        """Return the tensors of the site alone: `Architecture` counts those that sites share."""
         return {name: parameter for name, parameter in self.parameters(site).items() if parameter.scope == "site"}
 
     def num_params(self, site: Site) -> int:
-        """Those that are trained, of the site's own."""
+        """Return the number of trained parameters of the site's own."""
         return sum(parameter.count for parameter in self.own_parameters(site).values() if parameter.trainable)
 
     def total_params(self, site: Site) -> int:
-        """All of the site's own that are at work, the frozen ones too."""
+        """Return the number of parameters of the site's own, the frozen ones too."""
         return sum(parameter.count for parameter in self.own_parameters(site).values() if not parameter.indices)
 
     def stored_bits(self, site: Site) -> int:
-        """Bits that the adapter takes on disk, without what it shares."""
+        """Return the bits that the adapter takes on disk, without what it shares."""
         return NUMBER_BITS * sum(
             parameter.count for parameter in self.own_parameters(site).values() if parameter.stored
         )
 
     @property
     def size(self) -> int | None:
+        """The value of `size_field`; None for types without a size."""
         return getattr(self, self.size_field) if self.size_field else None
 
     @property
     def label(self) -> str:
-        """In a word or two."""
+        """A word or two for tables and reports."""
         return self.kind if self.size is None else f"{self.kind} {self.size}"
 
     @property
+    def routed_by(self) -> Router | None:
+        """The router of a mixture; None for a plain adapter."""
+        return None
+
+    @property
     def num_experts(self) -> int:
-        """Of a mixture; 0 for a plain adapter."""
+        """Experts that the router of a mixture chooses from; 0 for a plain adapter."""
         return 0
 
     @property
-    def num_rows(self) -> int:
-        """Adapters that act side by side: the experts of a mixture, with the shared ones."""
+    def num_experts_total(self) -> int:
+        """Routed plus shared experts; 1 for a plain adapter."""
         return 1
 
     @property
@@ -155,36 +118,52 @@ class AdapterSpec(ABC):
 
     @property
     def plain(self) -> AdapterSpec:
-        """The adapter, or what all experts of a mixture are."""
+        """The adapter itself, or the one that each expert of a mixture is."""
+        return self
+
+    def canonical(self) -> AdapterSpec:
+        """Return the same network and training, with fields that make no difference at their defaults."""
+        return self
+
+    @property
+    def averaged(self) -> AdapterSpec:
+        """The adapter itself, or the mixture with all experts weighted alike."""
+        return self
+
+    @property
+    def standalone(self) -> AdapterSpec:
+        """The adapter itself, or a mixture that costs as much where it does not need the site that it follows."""
         return self
 
     def active_params(self, site: Site) -> int:
-        """Parameters that a token meets: of a mixture those of the experts that it is sent to, and the router's."""
+        """Return the number of parameters active per token: of a mixture the router's and those of active experts."""
         return self.total_params(site)
 
     def structure(self) -> tuple[Any, ...]:
-        """What slots must agree on to share one bank: everything but the size and the per-slot fields."""
+        """Return what slots must agree on to share one bank: everything but the size and the per-slot fields."""
         apart = {self.size_field, *self.per_slot_fields}
         return (self.kind, *(getattr(self, f.name) for f in fields(self) if f.name not in apart))
 
-    def acts_by(self, method: str, site: Site) -> bool:
-        """Whether the type does something of its own there; what it leaves alone needs no hook. A faster way that was
-        written for the `apply` of a parent is none where that is another one.
+    def implements(self, method: str, site: Site) -> bool:
+        """Return whether the type has a `method` of its own at `site`; without one it needs no hook there.
+
+        One of `FUSED_METHODS` that was written for the `apply` of a parent does not count where the type has another
+        `apply`.
         """
         owner = _owner(type(self), method)
-        outdated = method in FASTER_WAYS and not issubclass(owner, _owner(type(self), "apply"))
+        outdated = method in FUSED_METHODS and not issubclass(owner, _owner(type(self), "apply"))
         return owner is not AdapterSpec and not outdated
 
     def constants(self, site: Site) -> dict[str, Any]:
-        """Numbers, or tuples of them, that the forward function reads per slot (a scale), by name."""
+        """Return numbers, or tuples of them, that the forward function reads per slot (a scale), by name."""
         return {}
 
     def apply_input(self, p: Mapping[str, Tensor], x: Tensor, call: Call) -> Tensor:
-        """The site's input as changed by this adapter. x: [K, M, D_in]. Default: x."""
+        """Return the site's input as changed by this adapter. x: [K, M, D_in]. Default: x."""
         return x
 
     def apply(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """The site's output as changed by this adapter. x: [K, M, D_in], y: [K, M, D_out]. Default: y."""
+        """Return the site's output as changed by this adapter. x: [K, M, D_in], y: [K, M, D_out]. Default: y."""
         return y
 
     def apply_linear(
@@ -196,15 +175,19 @@ class AdapterSpec(ABC):
         call: Call,
         slots: Tensor | None,
     ) -> Tensor | None:
-        """A frozen linear and this adapter in one: weight [D_out, D_in] and bias [D_out] on x [K, M, D_in], and what
-        `apply` does to the served `slots` [S] (None: all). p and `call` are those of the S slots. Default, and where it
-        cannot: None, and the two run one after the other.
+        """Return the output of a frozen linear with this adapter, computed in one: [K, M, D_out].
+
+        weight: [D_out, D_in] and bias: [D_out] act on x: [K, M, D_in], and what `apply` does on the served `slots`: [S]
+        (None: all). p and `call` are those of the S slots. Default, and where it cannot: None, and the two run one
+        after the other.
         """
         return None
 
     def mix(self, p: Mapping[str, Tensor], gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """What E experts of this type, weighted by gates [K, M, E], add to y: [K, M, D_out]. p: [K, E, ...] each, x:
-        [K, M, D_in]. Types that do not act by it have every expert run on every token (`mixing.one_by_one`).
+        """Return what E experts of this type, weighted by gates [K, M, E], add to y: [K, M, D_out].
+
+        p: [K, E, ...] each, x: [K, M, D_in]. Types that do not implement it have every expert run on every token
+        (`mixing.one_by_one`).
         """
         raise TypeError(f"adapters of kind {self.kind!r} are mixed one by one")
 
@@ -218,38 +201,43 @@ class AdapterSpec(ABC):
         call: Call,
         slots: Tensor | None,
     ) -> Tensor:
-        """A frozen linear and `mix` in one, as `apply_linear` is of `apply`: gates [S, M, E]. Not asked in a step with
-        dropout.
+        """Return the output of a frozen linear with what `mix` adds, computed in one; see `apply_linear`.
+
+        gates: [S, M, E]. It is not called in a step with dropout.
         """
         raise TypeError(f"adapters of kind {self.kind!r} do not run with a linear")
 
     def extend_attention(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
-        """Keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
+        """Return keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
         raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")
 
     def merge(self, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight [D_out, D_in] (a norm's: [D]) and bias [D_out] with the adapter of one slot folded in."""
+        """Return weight [D_out, D_in] (a norm's: [D]) and bias [D_out] with the adapter of one slot folded in."""
         raise TypeError(f"an adapter of kind {self.kind!r} cannot be merged into the weights")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the kind and the fields, for JSON; the inverse is `spec_from_dict`."""
         return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
 
 def _owner(kind: type[AdapterSpec], method: str) -> type:
-    """The class that `kind` has a method from."""
+    """Return the class that `kind` has a method from."""
     return next(owner for owner in kind.__mro__ if method in vars(owner))
 
 
 def check_at_least(name: str, value: float, low: float) -> None:
+    """Raise ValueError unless `value` is a number of at least `low`."""
     if isinstance(value, bool) or not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
 
 
 def check_probability(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
-def check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from autopeft.search_space.adapters.base import (
     AdapterSpec,
-    Parameter,
     check_at_least,
     check_one_of,
     check_probability,
 )
+from autopeft.search_space.parameter import Parameter
 
 FORMS = ("serial", "parallel")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "none")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from autopeft.search_space.adapters.base import Parameter
 from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.parameter import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,19 +151,6 @@ def stacked(folders: Sequence[str], site: Site, name: str, rank: int) -> Tensor:
     return values
 
 
-def arrows(a: Tensor, b: Tensor) -> Tensor:
-    """The first right singular vector of each B A: [..., D_in] from a: [..., R, D_in], b: [..., D_out, R]. Zero for a
-    LoRA that does nothing (Ostapenko et al. 2024, Towards Modular LLMs, section 4.2).
-    """
-    import torch
-
-    # B A = B L Q with Q orthonormal rows: the vectors of the small B L, brought back by Q.
-    q, lower = torch.linalg.qr(a.mT.float())
-    _, size, right = torch.linalg.svd(b.float() @ lower.mT, full_matrices=False)
-    first = (right[..., :1, :] @ q.mT).squeeze(-2)
-    return (first * (size[..., :1] > 0)).to(a.dtype)
-
-
 def _same(path: str, module: str) -> bool:
     return path == module or path.endswith(f".{module}") or module.endswith(f".{path}")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.parameter import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class Ia3(AdapterSpec):
     def flops_per_token(self, site):
         return 0
 
-    def acts_by(self, method, site):
+    def implements(self, method, site):
         return method in (("apply_input",) if site.role == "mlp.down" else ("apply", "mix"))
 
     def apply_input(self, p, x, call):

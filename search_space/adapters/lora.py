@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from autopeft.search_space.adapters.base import (
     AdapterSpec,
-    Parameter,
     check_at_least,
     check_one_of,
     check_probability,
 )
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,4 +98,4 @@ class Lora(AdapterSpec):
 def _of_mixture(call: Call, gates: Tensor) -> tuple[Tensor, Tensor | None, int]:
     """Scale [K], mask [K, E, R] and the most gates of a token that are not 0, for gates [K, M, E]."""
     mask = None if call.mask is None else call.mask[:, None].expand(-1, gates.shape[-1], -1)
-    return call.constants["scale"], mask, int(call.most("num_active"))
+    return call.constants["scale"], mask, int(call.max_over_slots("num_active"))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from autopeft.search_space.adapters.base import (
-    AdapterSpec,
-    Parameter,
-    check_at_least,
-    check_one_of,
-)
+from typing_extensions import override
+
+from autopeft.search_space.adapters.base import AdapterSpec, check_at_least, check_one_of
 from autopeft.search_space.adapters.lora import Lora
-from autopeft.search_space.backbones.backbone import LINEAR_ROLES
-from autopeft.search_space.routers import (
-    BALANCED,
-    BETWEEN_GIVEN,
-    BY_TASK,
-    CHOOSING,
-    MIXING,
-    ROUTERS,
-)
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
+from autopeft.search_space.parameter import Parameter
+from autopeft.search_space.routers import ROUTERS, Follow, Router, Token, Uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.call import Call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,37 +26,14 @@ class Mixture(AdapterSpec):
 
     With a rank of 1 for each expert, ranks and experts are one axis (SMoRA). `shared_experts` of them have the gate 1
     for every token (Dai et al. 2024, DeepSeekMoE, section 3.2). `ranks`: of each LoRA, the shared ones first, where
-    they differ (Pirchert et al. 2026, FlexMoRE); `expert` has the largest. With z = W_r x, W_r: [E, D_in], `router` is
-
-    - "token": softmax(z) of the largest `top_k`, of these as few as reach the probability `top_p` together (Huang et
-      al. 2024, Harder Tasks Need More Experts, section 2.2), scaled to sum to 1. One expert alone keeps its
-      probability, from which the router learns (Fedus et al. 2022, Switch Transformers, section 2.1);
-    - "sigmoid": the same with sigmoid(z); the choice is by sigmoid(z) + b, and b follows the load, not the loss (Wang
-      et al. 2024, Auxiliary-Loss-Free Load Balancing, section 3);
-    - "sequence": "token", from the mean of x over each text;
-    - "task": "token", from a row of W_r: [E, tasks] for each of the `tasks` (the data's domains), as in Ponti et al.
-      2022 (Polytropon), but for the softmax, and with outputs mixed rather than parameters;
-    - "poly": LoRAs' A and B themselves are mixed for each of the `tasks`, by sigmoids of W_r: [E, tasks, heads] scaled
-      to sum to 1 over the experts. With several `heads`, blocks of x and y have shares of their own (Caccia et al.
-      2023, Multi-Head Adapter Routing, section 3.1; one head: Ponti et al. 2022, Polytropon, section 3);
-    - "soft": every expert sees one mean of the tokens, weighted by a softmax of its z over the text, and every token
-      the experts by a softmax of z over them (Puigcerver et al. 2023, Soft MoE, section 2.1);
-    - "arrow": "token" with z_e = |v_e x|, v_e the first right singular vector of the expert's B A: of LoRAs that are
-      given, and nothing to be trained (Ostapenko et al. 2024, Towards Modular LLMs, section 4.2);
-    - "xlora": softmax(z) over all experts with z = W_r h + b, W_r: [E, H], h the last hidden state of the token in a
-      first pass through the model without adapters; of LoRAs that are given (Buehler and Buehler 2024, X-LoRA; in
-      peft's terms a classifier of depth 1 with layerwise scalings);
-    - "uniform": 1/E, for comparison: what is left without a router;
-    - "follow": the gates of the mixture at the site `leader`, which runs before it: several sites share one router.
-      Where there are several mixtures, "site#2" is the second of them in the order of the `Architecture`.
-
-    `given`: folders of LoRAs of the same model, one for each expert, which are then not trained. With "token" that is
-    MeteoRA.
+    they differ (Pirchert et al. 2026, FlexMoRE); `expert` has the largest. `given`: folders of LoRAs of the same model,
+    one for each expert, which are then not trained. `router` names one of `ROUTERS`, whose classes say how each of them
+    weighs the experts; most do by z = W_r x, W_r: [E, D_in]. `leader`: the site whose gates a router that follows has.
 
     Added to the loss of a minibatch, over all its tokens but padding: `balance` * E * sum of f_e P_e, f the shares of
-    the tokens and P the mean probabilities (Fedus et al., equation 4); `z_loss` * mean of logsumexp(z)^2 (Zoph et al.
-    2022, ST-MoE, equation 5). `router_noise`: standard deviation of what is added to z in training. No expert has a
-    capacity, so no token is dropped.
+    the tokens and P the mean probabilities (Fedus et al. 2022, Switch Transformers, equation 4); `z_loss` * mean of
+    logsumexp(z)^2 (Zoph et al. 2022, ST-MoE, equation 5). `router_noise`: standard deviation of what is added to z in
+    training. No expert has a capacity, so no token is dropped.
     """
 
     kind: ClassVar[str] = "mixture"
@@ -74,7 +48,7 @@ class Mixture(AdapterSpec):
     expert: AdapterSpec = field(default_factory=Lora)
     experts: int = 4
     shared_experts: int = 0
-    router: str = "token"
+    router: str = Token.name
     top_k: int = 2
     top_p: float = 1.0
     tasks: int = 1
@@ -100,10 +74,8 @@ class Mixture(AdapterSpec):
         object.__setattr__(self, "given", tuple(self.given))  # a list, where it was read from a file
         if self.given and (type(self.expert) is not Lora or len(self.given) != self.experts or self.shared_experts):
             raise ValueError("given LoRAs are the experts, all of them, and no others")
-        if self.router == "poly" and type(self.expert) is not Lora:
-            raise ValueError(f"'poly' mixes the parameters of LoRAs, not of a {self.expert.kind!r}")
-        if self.router in MIXING and self.shared_experts:
-            raise ValueError(f"a router {self.router!r} has a part for every expert: there are no shared ones")
+        for problem in self.routed_by.problems(self):
+            raise ValueError(problem)
         object.__setattr__(self, "ranks", tuple(self.ranks))
         if self.ranks:
             self._check_ranks()
@@ -111,62 +83,109 @@ class Mixture(AdapterSpec):
             check_at_least(name, getattr(self, name), 0.0)
 
     def _check_ranks(self) -> None:
-        if type(self.expert) is not Lora or self.given or self.router == "poly":
+        if type(self.expert) is not Lora or self.given or self.routed_by.mixes_parameters:
             raise ValueError("ranks are for LoRAs that are trained, and not mixed into one")
-        if len(self.ranks) != self.num_rows:
-            raise ValueError(f"{len(self.ranks)} ranks for {self.num_rows} experts")
+        if len(self.ranks) != self.num_experts_total:
+            raise ValueError(f"{len(self.ranks)} ranks for {self.num_experts_total} experts")
         for rank in self.ranks:
             check_at_least("ranks", rank, 1)
         if self.expert.rank != max(self.ranks):
             object.__setattr__(self, "expert", replace(self.expert, rank=max(self.ranks)))
 
+    @override
     def canonical(self) -> Mixture:
-        """The same network and training, with the fields that make no difference to these at their defaults."""
-        plain, same = Mixture(), dict[str, Any]()
+        plain, router = Mixture(), self.routed_by
+        same: dict[str, Any] = {name: getattr(plain, name) for name in USED_BY_SOME if name not in router.uses}
         if len(set(self.ranks)) == 1:
             same["ranks"] = ()
-        if self.router in CHOOSING:
+        if router.chooses:
             same["top_k"] = min(self.top_k, self.experts)
-        idle = {
-            "top_k": self.router not in CHOOSING,
-            "top_p": self.router not in CHOOSING or self.router == "follow",
-            "tasks": self.router not in BY_TASK,
-            "heads": self.router != "poly",
-            "leader": self.router != "follow",
-            "router_noise": self.router in ("poly", "uniform", "follow"),
-            "balance": self.router not in BALANCED,
-            "z_loss": self.router not in BALANCED,
-        }
-        same |= {name: getattr(plain, name) for name, is_idle in idle.items() if is_idle}
         return replace(self, **same)
 
     @property
-    def plain(self):
+    @override
+    def routed_by(self) -> Router:
+        return ROUTERS[self.router]
+
+    @property
+    @override
+    def plain(self) -> AdapterSpec:
         return self.expert
 
     @property
-    def size(self):
+    @override
+    def averaged(self) -> Mixture:
+        return replace(self, router=Uniform.name).canonical()
+
+    @property
+    @override
+    def standalone(self) -> Mixture:
+        return replace(self, router=Token.name, leader="").canonical() if self.routed_by.follows else self
+
+    @property
+    @override
+    def size(self) -> int | None:
         return self.expert.size
 
     @property
-    def num_experts(self):
+    @override
+    def num_experts(self) -> int:
         return self.experts
 
     @property
-    def label(self):
+    @override
+    def num_experts_total(self) -> int:
+        return self.shared_experts + self.experts
+
+    @property
+    @override
+    def label(self) -> str:
         shared = f"+{self.shared_experts}" if self.shared_experts else ""
         label = f"{self.expert.kind} {min(self.ranks)}-{max(self.ranks)}" if self.ranks else self.expert.label
         return f"{self.experts}{shared} x {label} ({self.router})"
 
-    def fits(self, site):
-        if self.router in BETWEEN_GIVEN and not self.given:
-            return False  # what they have learnt is what these routers go by
-        if self.router == "xlora" and not site.hidden_size:
-            return False
-        whole_blocks = site.in_features % self.heads == 0 and site.out_features % self.heads == 0
-        return site.role in self.expert.roles and self.expert.fits(site) and whole_blocks
+    @property
+    @override
+    def first_pass(self) -> bool:
+        return self.routed_by.first_pass
 
-    def structure(self):
+    @property
+    def leader_site(self) -> str:
+        """The site of `leader`, without the number."""
+        return self.leader.partition("#")[0]
+
+    @property
+    def each(self) -> tuple[AdapterSpec, ...]:
+        """The experts one by one, the shared ones first."""
+        if not self.ranks:
+            return (self.expert,) * self.num_experts_total
+        assert isinstance(self.expert, Lora)
+        return tuple(replace(self.expert, rank=rank) for rank in self.ranks)
+
+    @property
+    def num_active(self) -> int:
+        """Largest number of experts that a token meets, with the shared ones.
+
+        Where ranks differ, the sum of the ranks of the largest that it can be sent to: each rank has a gate.
+        """
+        chosen = self.routed_by.num_chosen(self)
+        if not self.ranks:
+            return self.shared_experts + chosen
+        return sum(self.ranks[: self.shared_experts]) + sum(sorted(self.ranks[self.shared_experts :])[-chosen:])
+
+    @property
+    def gated(self) -> AdapterSpec:
+        """What has a gate: an expert or, where ranks differ, a rank of one."""
+        return replace(self.expert, rank=1) if isinstance(self.expert, Lora) and self.ranks else self.expert
+
+    @override
+    def fits(self, site: Site) -> bool:
+        if self.routed_by.between_given and not self.given:
+            return False
+        return site.role in self.expert.roles and self.expert.fits(site) and self.routed_by.fits(self, site)
+
+    @override
+    def structure(self) -> tuple[Any, ...]:
         # The type of the experts comes first: it says when the mixture acts among the adapters of a module.
         return (
             *self.expert.structure(),
@@ -180,116 +199,80 @@ class Mixture(AdapterSpec):
             self.ranks,
         )
 
-    @property
-    def leader_site(self) -> str:
-        """Of `leader`, without the number."""
-        return self.leader.partition("#")[0]
-
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         own = self.expert.parameters(site)
         if self.ranks:  # those of one LoRA, which has the ranks of all
             total = sum(self.ranks)
             a = replace(own["A"], shape=(total, site.in_features), rows=self.ranks)
             b = replace(own["B"], shape=(site.out_features, total))
-            return {"A": a, "B": b, **self.router_parameters(site)}
+            return {"A": a, "B": b, **self.routed_by.parameters(self, site)}
         stacked = {
             name: replace(
                 parameter,
-                shape=(self.num_rows, *parameter.shape),
+                shape=(self.num_experts_total, *parameter.shape),
                 per_expert=True,
                 given=self.given,
                 trainable=parameter.trainable and not self.given,
             )
             for name, parameter in own.items()
         }
-        return {**stacked, **self.router_parameters(site)}
+        return {**stacked, **self.routed_by.parameters(self, site)}
 
-    def router_parameters(self, site):
-        """Those of the router alone."""
-        if self.router in ("arrow", "uniform", "follow"):
-            return {}
-        widths = {"task": (self.tasks,), "poly": (self.tasks, self.heads), "xlora": (site.hidden_size,)}
-        shape = (self.experts, *widths.get(self.router, (site.in_features,)))
-        own = {"router": Parameter(shape=shape, init="small_normal", per_expert=True)}
-        if self.router in ("sigmoid", "xlora"):
-            own["router_bias"] = Parameter(shape=(self.experts,), decay=False, per_expert=True)
-        return own
-
-    @property
-    def first_pass(self):
-        return self.router == "xlora"
-
-    @property
-    def num_rows(self):
-        return self.shared_experts + self.experts
-
-    @property
-    def each(self) -> tuple[AdapterSpec, ...]:
-        """The experts one by one, the shared ones first."""
-        if not self.ranks:
-            return (self.expert,) * self.num_rows
-        assert isinstance(self.expert, Lora)
-        return tuple(replace(self.expert, rank=rank) for rank in self.ranks)
-
-    @property
-    def num_active(self) -> int:
-        """Experts that a token meets at most, with the shared ones; mixed parameters are those of one. Where ranks
-        differ, the ranks of these, of the largest that it can be sent to: each has a gate.
-        """
-        if self.router == "poly":
-            return 1
-        chosen = min(self.top_k, self.experts) if self.router in CHOOSING else self.experts
-        if not self.ranks:
-            return self.shared_experts + chosen
-        return sum(self.ranks[: self.shared_experts]) + sum(sorted(self.ranks[self.shared_experts :])[-chosen:])
-
-    @property
-    def gated(self) -> AdapterSpec:
-        """What has a gate: an expert or, where ranks differ, a rank of one."""
-        return replace(self.expert, rank=1) if isinstance(self.expert, Lora) and self.ranks else self.expert
-
-    def active_params(self, site):
-        router = sum(parameter.count for parameter in self.router_parameters(site).values())
+    @override
+    def active_params(self, site: Site) -> int:
+        router = sum(parameter.count for parameter in self.routed_by.parameters(self, site).values())
         return self.num_active * self.gated.active_params(site) + router
 
-    def flops_per_token(self, site):
-        """Of the experts that a token is sent to, at most, and of the router: where their ranks differ, of the largest.
-        A mixture may compute more where that is faster. Decisions for a whole text count as none for its tokens, and so
-        do the experts of a soft dispatch.
-        """
-        if self.router == "soft":
-            return 2 * self.experts * (2 * site.in_features + site.out_features)
-        seen = site.hidden_size if self.router == "xlora" else site.in_features
-        router = 2 * self.experts * seen if self.router in ("token", "sigmoid", "arrow", "xlora") else 0
-        return router + self.num_active * self.gated.flops_per_token(site)
+    @override
+    def flops_per_token(self, site: Site) -> int:
+        """Return the operations of the router and of the experts that a token is sent to, at most.
 
-    def constants(self, site):
+        Where ranks differ, they are those of the largest. A mixture may compute more where that is faster.
+        """
+        return self.routed_by.flops_per_token(self, site)
+
+    @override
+    def constants(self, site: Site) -> dict[str, Any]:
         own = {**self.expert.constants(site), **{name: float(getattr(self, name)) for name in self.per_slot_fields}}
         if self.ranks:  # each expert has a scale of its own, which is put into its gate
             own |= {"scale": 1.0, "scales": tuple(expert.constants(site)["scale"] for expert in self.each)}
         return own
 
-    def acts_by(self, method, site):
+    @override
+    def implements(self, method: str, site: Site) -> bool:
         if method == "apply_linear":
-            return self.router not in MIXING and self.expert.acts_by("mix_linear", site)
-        return method in ("apply_input", "apply") and self.expert.acts_by(method, site)
+            return self.routed_by.has_gates and self.expert.implements("mix_linear", site)
+        return method in ("apply_input", "apply") and self.expert.implements(method, site)
 
-    def apply_input(self, p, x, call):
-        from autopeft.search_space.routers.mixing import mixed_input
+    @override
+    def apply_input(self, p: Mapping[str, Tensor], x: Tensor, call: Call) -> Tensor:
+        return x + self.routed_by.mix(self, p, x, None, call)
 
-        return mixed_input(self, p, x, call)
+    @override
+    def apply(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
+        return y + self.routed_by.mix(self, p, x, y, call)
 
-    def apply(self, p, x, y, call):
-        from autopeft.search_space.routers.mixing import mixed
+    @override
+    def apply_linear(
+        self,
+        p: Mapping[str, Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: Call,
+        slots: Tensor | None,
+    ) -> Tensor | None:
+        from autopeft.search_space.routers.mixing import expert_values, rank_by_rank
 
-        return mixed(self, p, x, y, call)
+        if call.drops:
+            return None
+        gates = self.routed_by.gates(self, p, x if slots is None else x.index_select(0, slots), call)
+        own, gates = rank_by_rank(self, expert_values(p), gates, call)
+        return self.expert.mix_linear(own, gates, x, weight, bias, call, slots)
 
-    def apply_linear(self, p, x, weight, bias, call, slots):
-        from autopeft.search_space.routers.mixing import mixed_linear
-
-        return None if call.drops else mixed_linear(self, p, x, weight, bias, call, slots)
-
-    def to_dict(self):
+    @override
+    def to_dict(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranks"}
         ranks = {"ranks": list(self.ranks)} if self.ranks else {}  # they came later: keys of before stay what they were
         return {"kind": self.kind, **own, "expert": self.expert.to_dict(), "given": list(self.given), **ranks}
@@ -297,5 +280,7 @@ class Mixture(AdapterSpec):
 
 #: What a mixture adds to the fields of its experts' type.
 MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in ("expert", "given", "leader", "ranks"))
-#: Those that are the router's own.
-ROUTER_FIELDS = ("router", "top_p", "tasks", "heads", "router_noise", "balance", "z_loss")
+#: Those that make a difference to some routers; see `Router.uses`.
+USED_BY_SOME = ("top_k", "top_p", "tasks", "heads", "leader", "router_noise", "balance", "z_loss")
+#: Those that a site reads of the mixture that it follows.
+ROUTER_FIELDS = ("router", *(name for name in USED_BY_SOME if name not in Follow.uses))

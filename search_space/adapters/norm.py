@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.parameter import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter, check_at_least, check_one_of
+from autopeft.search_space.adapters.base import AdapterSpec, check_at_least, check_one_of
+from autopeft.search_space.parameter import Parameter
 
 INITS = ("small_normal", "normal", "zeros")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter, check_at_least
+from autopeft.search_space.adapters.base import AdapterSpec, check_at_least
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.parameter import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,19 +1,39 @@
-"""Routers of mixtures: their names, and what they have in common. Torch-free; `mixing.py` has their arithmetic."""
+"""The routers of mixtures, one file each. `Mixture` and the checks of a space derive from the registry `ROUTERS`."""
 
 from __future__ import annotations
 
-ROUTERS = ("token", "sigmoid", "sequence", "task", "poly", "soft", "arrow", "xlora", "uniform", "follow")
-#: Routers that read a whole text before they decide about its first token.
-LOOKING_AHEAD = ("sequence", "soft")
-#: Routers that choose for a whole text.
-DECIDING_BY_TEXT = ("sequence", "task")
-#: Routers that go by the domain of a text.
-BY_TASK = frozenset({"task", "poly"})
-#: Routers that choose some of the experts.
-CHOOSING = ("token", "sigmoid", "sequence", "task", "arrow", "follow")
-#: Routers with a part for every expert, of which none is left out and none is always on.
-MIXING = ("poly", "soft")
-#: Routers between LoRAs that are given.
-BETWEEN_GIVEN = ("arrow", "xlora")
-#: Those that are asked to send as much to one expert as to another. What a task is sent to is its own affair.
-BALANCED = ("token", "sigmoid", "sequence")
+from autopeft.search_space.registry import Registry
+from autopeft.search_space.routers.arrow import Arrow
+from autopeft.search_space.routers.base import Router
+from autopeft.search_space.routers.follow import Follow
+from autopeft.search_space.routers.poly import Poly
+from autopeft.search_space.routers.sequence import Sequence
+from autopeft.search_space.routers.sigmoid import Sigmoid
+from autopeft.search_space.routers.soft import Soft
+from autopeft.search_space.routers.task import Task
+from autopeft.search_space.routers.token import Token
+from autopeft.search_space.routers.uniform import Uniform
+from autopeft.search_space.routers.xlora import XLora
+
+ROUTERS: Registry[Router] = Registry(
+    "autopeft.routers",
+    Router,
+    "name",
+    (Token(), Sigmoid(), Sequence(), Task(), Poly(), Soft(), Arrow(), XLora(), Uniform(), Follow()),
+    instances=True,
+)
+
+__all__ = [
+    "ROUTERS",
+    "Arrow",
+    "Follow",
+    "Poly",
+    "Router",
+    "Sequence",
+    "Sigmoid",
+    "Soft",
+    "Task",
+    "Token",
+    "Uniform",
+    "XLora",
+]

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter
-from autopeft.search_space.adapters.given import arrows, stacked
+from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.adapters.given import stacked
 from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.runtime.init import initialise, stream
 from autopeft.search_space.runtime.pool import Pools, pools_of
-from autopeft.search_space.runtime.tokens import Tokens
+from autopeft.search_space.runtime.router_state import RouterState
 from autopeft.search_space.sharing import key_of, largest
-
-if TYPE_CHECKING:
-    from autopeft.search_space.routers.mixing import Routing
 
 
 @dataclass(slots=True)
@@ -43,33 +40,31 @@ class Call:
         return self.bank.base[0]
 
     @property
-    def tokens(self) -> Tokens:
-        return self.bank.tokens
+    def router(self) -> RouterState:
+        """The state of the bank's router."""
+        assert self.bank.router is not None
+        return self.bank.router
 
-    def most(self, name: str) -> float:
-        """Of a constant, over the slots."""
-        return max(getattr(spec, name) for spec in self.bank.specs)
+    def max_over_slots(self, name: str) -> float:
+        """Return the largest value of a field over the slots."""
+        return float(max(getattr(spec, name) for spec in self.bank.specs))
 
-    def least(self, name: str) -> float:
-        return min(getattr(spec, name) for spec in self.bank.specs)
-
-    @property
-    def owned_experts(self) -> Tensor:
-        """[K, E] with 1 for the experts that a slot's router chooses from."""
-        assert self.bank.owned_experts is not None
-        return self.bank.owned_experts
+    def min_over_slots(self, name: str) -> float:
+        """Return the smallest value of a field over the slots."""
+        return float(min(getattr(spec, name) for spec in self.bank.specs))
 
     def of_experts(self, count: int) -> Call:
-        """The same for `count` experts of each slot, one after the other."""
+        """Return the same call for `count` experts of each slot, one after the other."""
         constants = {name: value.repeat_interleave(count) for name, value in self.constants.items()}
         mask = None if self.mask is None else self.mask.repeat_interleave(count, 0)
         return Call(bank=self.bank, constants=constants, mask=mask, experts=count)
 
     def noisy(self, x: Tensor, name: str) -> Tensor:
-        """In training, with normal noise of the standard deviation `name` from each slot's own stream. x: [K, ..., E],
-        of which a slot reads its own experts.
+        """Return x: [K, ..., E], in training with normal noise of the standard deviation in the field `name`.
+
+        The noise comes from each slot's own stream; a slot reads its own experts of x.
         """
-        if not self.bank.training or not self.most(name):
+        if not self.bank.training or not self.max_over_slots(name):
             return x
         noise = torch.zeros_like(x)
         for k, spec in enumerate(self.bank.specs):
@@ -86,19 +81,21 @@ class Call:
 
     @property
     def drops(self) -> bool:
+        """Whether some slot has dropout in this pass."""
         return self.bank.training and any(self.rates)
 
     def dropout(self, x: Tensor) -> Tensor:
-        """Dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
+        """Apply dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
         if not self.drops:
             return x
-        keep = torch.ones_like(x).unflatten(0, (-1, self.experts))
+        keep = torch.unflatten(torch.ones_like(x), 0, (-1, self.experts))
         for k, rate in enumerate(self.rates):
             if rate > 0.0:
-                own = keep[k, : self.bank.specs[k].num_rows if self.experts > 1 else 1]
+                own = keep[k, : self.bank.specs[k].num_experts_total if self.experts > 1 else 1]
                 drawn = torch.rand(own.shape, generator=self.bank.dropout_streams[k], device=x.device)
                 own.copy_((drawn >= rate).to(x) / (1.0 - rate))
-        return x * keep.flatten(0, 1)
+        dropped: Tensor = x * keep.flatten(0, 1)
+        return dropped
 
 
 class Bank(nn.Module):
@@ -118,8 +115,6 @@ class Bank(nn.Module):
     bank_index: Tensor | None
     #: See `Call`.
     mask: Tensor | None
-    #: Of a mixture: see `Call`.
-    owned_experts: Tensor | None
     values: nn.ParameterDict
 
     def __init__(
@@ -176,24 +171,14 @@ class Bank(nn.Module):
             read = [rows[bank] for bank in self.bank_of_slot]
             whole = read == list(range(len(self.values[name])))
             self.register_buffer(f"rows_{name}", None if whole else torch.tensor(read))
-        #: Of a mixture: what its router is told, and what it did in the last forward pass.
-        self.tokens = Tokens()
         #: Numbers of its slots in the attachment.
         self.slots_served = list(range(len(self.specs)))
-        #: Of a mixture: which of its slot's mixtures at the site it is, from 1, for each slot.
-        self.numbers = [1] * len(self.specs)
-        self.routing: Routing | None = None
-        #: Whether its router is not asked, and all experts are weighted alike.
-        self.averaged = False
-        #: The same of every forward pass, where somebody watches.
-        self.seen: list[Routing] | None = None
+        #: The state of the router; None for a bank of plain adapters.
+        self.router = None if self.specs[0].routed_by is None else RouterState(self.specs)
 
         sizes = [spec.size or 0 for spec in self.specs]  # types without a size need no mask
         owned = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
         self.register_buffer("mask", None if owned.all() else owned.float())
-        counts = torch.tensor([spec.num_experts for spec in self.specs])
-        chosen_from = (torch.arange(int(counts.max()))[None, :] < counts[:, None]).float()
-        self.register_buffer("owned_experts", chosen_from if counts.max() else None)
         constants = [spec.constants(site) for spec in self.specs]
         for name in constants[0]:
             self.register_buffer(f"constant_{name}", torch.tensor([c[name] for c in constants]))
@@ -258,7 +243,7 @@ class Bank(nn.Module):
         return read
 
     def of_slot(self, k: int, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The parameters of slot k in its own size, without the slot dimension; views of the bank's.
+        """Return the parameters of slot k in its own size, without the slot dimension; views of the bank's.
 
         With `values`: the same parts of other tensors in the shape of the parameters, such as an optimiser's moments.
         """
@@ -274,14 +259,14 @@ class Bank(nn.Module):
         return [name for name in self.shapes if self._declared[name].stored and name not in self.rows]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Names and values [N, ...] of what is trained of the site's own, and whether weight decay applies."""
+        """Yield names and values [N, ...] of what is trained of the site's own, and whether weight decay applies."""
         for name, value in self.values.items():
             if self._declared[name].trainable and name not in self.rows:
                 yield name, value, self._declared[name].decay
 
     @torch.no_grad()
     def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
-        """The inverse of `of_slot`. Raises KeyError for a missing name of `stored`, ValueError for another shape."""
+        """Load what `of_slot` returns. Raises KeyError for a missing name of `stored`, ValueError for another shape."""
         stored = self.stored
         for name, own in self.of_slot(k).items():
             if name not in values and name not in stored:
@@ -291,18 +276,15 @@ class Bank(nn.Module):
                 raise ValueError(f"{self.site.name} {name}: shape {shapes}")
             own.copy_(values[name])
 
-    @cached_property
-    def arrows(self) -> Tensor:
-        """[K, E, D_in]: where the experts of each slot point, if they are given."""
-        values = self.slots()
-        return arrows(values["A"], values["B"])
-
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.values.values())).dtype
+        """The type of the parameters, in which the adapters compute."""
+        first: Tensor = next(iter(self.values.values()))
+        return first.dtype
 
     @property
     def call(self) -> Call:
+        """What the forward functions see of the bank."""
         constants = {name: getattr(self, f"constant_{name}") for name in self.constant_names}
         return Call(bank=self, constants=constants, mask=self.mask)
 
@@ -329,5 +311,5 @@ class Bank(nn.Module):
         return changed
 
     def _note(self) -> None:
-        if self.seen is not None and self.routing is not None and not self.training:
-            self.seen.append(self.routing)
+        if self.router is not None:
+            self.router.note()

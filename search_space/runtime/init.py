@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from autopeft.search_space.adapters.base import Parameter
 from autopeft.search_space.backbones.linear import weight_of
+from autopeft.search_space.parameter import Parameter
 
 
 def stream(*words: object, device: torch.device | str = "cpu") -> Generator:

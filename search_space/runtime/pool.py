@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from autopeft.search_space.adapters.base import AdapterSpec, Parameter
+from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.runtime.init import initialise, stream
 from autopeft.search_space.sharing import SharedKey, largest, shared_tensors
 

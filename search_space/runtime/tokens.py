@@ -1,4 +1,4 @@
-"""What routers are told of the minibatch, and what leaders hand on to the mixtures that follow them."""
+"""The minibatch as routers read it, and the gates that leaders hand on to the mixtures that follow them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Tokens:
-    """What routers want to know of the minibatch, which is the same for all slots: N texts of T tokens.
+    """The minibatch as routers read it, the same for all slots: N texts of T tokens.
 
     `mask`: [N, T], False for padding; None: there is none. `domains`: [N] the domain of each text, None: not known.
     """
@@ -29,29 +29,29 @@ class Tokens:
     _counted: tuple[Tensor, Tensor] | None = None
 
     def begin(self, length: int, mask: Tensor | None, first_pass: Callable[[], Tensor] | None = None) -> None:
-        """Of a forward pass. However many routers ask for the first pass, it runs once."""
+        """Begin a forward pass. However many routers ask for the first pass, it runs once."""
         self.length, self.mask = length, mask
         self.first_pass = first_pass and cache(first_pass)
         self._counted = None
         self._gates.clear()
 
     def end(self) -> None:
-        """Of a step, whose graph must not outlive it."""
+        """End a step, whose graph must not outlive it."""
         self.first_pass = None
         self._gates.clear()
 
     def hidden_states(self) -> Tensor:
-        """[N, T, H]: the last ones of the model without adapters."""
+        """Return the last hidden states of the model without adapters: [N, T, H]."""
         assert self.first_pass is not None
         return self.first_pass()
 
     def lead(self, bank: Any, gates: Tensor) -> None:
         """Keep gates [K, M, E] for mixtures that follow."""
-        for slot, number, own in zip(bank.slots_served, bank.numbers, gates, strict=True):
+        for slot, number, own in zip(bank.slots_served, bank.router.numbers, gates, strict=True):
             self._gates[bank.site.name, slot] = self._gates[f"{bank.site.name}#{number}", slot] = own
 
     def gates_of(self, leaders: Sequence[str], bank: Any, experts: int) -> Tensor:
-        """[K, M, experts] of each slot's leader. Raises ValueError where one has not run."""
+        """Return the gates [K, M, experts] of each slot's leader. Raises ValueError where one has not run."""
         try:
             found = [self._gates[key][:, :experts] for key in zip(leaders, bank.slots_served, strict=True)]
         except KeyError as error:
@@ -61,18 +61,18 @@ class Tokens:
         return torch.stack([F.pad(gates, (0, experts - gates.shape[1])) for gates in found])
 
     def counted(self) -> tuple[Tensor, Tensor] | None:
-        """[N * T] with 0 for padding and 1 for tokens, and their number; None: there is no padding."""
+        """Return [N * T] with 0 for padding and 1 for tokens, and their number; None: there is no padding."""
         if self._counted is None and self.mask is not None:
             own = self.mask.flatten().float()
             self._counted = own, own.sum().clamp(min=1)
         return self._counted
 
     def by_text(self, x: Tensor) -> Tensor:
-        """[K, N * T, D] to [K, N, T, D]."""
-        return x.unflatten(1, (-1, self.length))
+        """Return x: [K, N * T, D] as [K, N, T, D]."""
+        return torch.unflatten(x, 1, (-1, self.length))
 
     def domains_of(self, tasks: int) -> Tensor:
-        """[N]. Raises ValueError where the domains are not known, or more than `tasks`."""
+        """Return the domain of each text: [N]. Raises ValueError where they are not known, or more than `tasks`."""
         if self.domains is None:
             raise ValueError("a router by task needs rows with a domain: say which column it is in (data.domain)")
         if int(self.domains.max()) >= tasks:

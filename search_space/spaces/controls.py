@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from autopeft.search_space.adapters import AdapterSpec, Mixture
+from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone, Site
 
@@ -19,14 +19,14 @@ CONTROLS: Mapping[str, str] = {
 
 
 def controls(architecture: Architecture, backbone: Backbone) -> dict[str, Architecture]:
-    """Those that there are: none without a mixture, only the average where a type has no size."""
-    mixtures = [spec for _, spec in architecture if isinstance(spec, Mixture)]
+    """Return the controls by name: none without a mixture, only the average where a type has no size."""
+    mixtures = {spec: spec.routed_by for _, spec in architecture if spec.routed_by}
     if not mixtures:
         return {}
     found = {}
-    if any(spec.router != "uniform" for spec in mixtures):
-        found["average"] = _with(architecture, backbone, _averaged)
-    if all(spec.expert.size_field for spec in mixtures):
+    if not all(router.constant for router in mixtures.values()):
+        found["average"] = _with(architecture, backbone, lambda spec, site: spec.averaged)
+    if all(spec.plain.size_field for spec in mixtures):
         found["active"] = _with(architecture, backbone, lambda spec, site: _plain(spec, site, spec.active_params(site)))
         found["total"] = _with(architecture, backbone, lambda spec, site: _plain(spec, site, spec.total_params(site)))
         if found["total"] == found["active"]:  # every token meets all experts
@@ -35,27 +35,24 @@ def controls(architecture: Architecture, backbone: Backbone) -> dict[str, Archit
 
 
 def _with(
-    architecture: Architecture, backbone: Backbone, instead: Callable[[Mixture, Site], AdapterSpec]
+    architecture: Architecture, backbone: Backbone, instead: Callable[[AdapterSpec, Site], AdapterSpec]
 ) -> Architecture:
     return Architecture.of(
         {
-            name: [instead(spec, backbone.site(name)) if isinstance(spec, Mixture) else spec for spec in specs]
+            name: [instead(spec, backbone.site(name)) if spec.routed_by else spec for spec in specs]
             for name, specs in architecture.adapters
         }
     )
 
 
-def _averaged(spec: Mixture, site: Site) -> AdapterSpec:
-    return replace(spec, router="uniform").canonical()
-
-
-def _plain(spec: Mixture, site: Site, num_params: int) -> AdapterSpec:
-    """The experts' type as large as fits into so many parameters, but at least of size 1."""
+def _plain(spec: AdapterSpec, site: Site, num_params: int) -> AdapterSpec:
+    """Return the experts' type as large as fits into so many parameters, but at least of size 1."""
+    expert = spec.plain
 
     def sized(size: int) -> AdapterSpec:
-        assert spec.expert.size_field is not None
-        change: dict[str, Any] = {spec.expert.size_field: size}
-        return replace(spec.expert, **change)
+        assert expert.size_field is not None
+        change: dict[str, Any] = {expert.size_field: size}
+        return replace(expert, **change)
 
     least = sized(1).num_params(site)
     each = sized(2).num_params(site) - least

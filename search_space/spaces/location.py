@@ -23,7 +23,7 @@ MOST_READINGS = 10_000
 
 
 def locate(space: SearchSpace, candidate: Candidate) -> Assignment | None:
-    """An assignment that decodes to the candidate's architecture, with its values of the searched training fields.
+    """Return an assignment that decodes to the candidate's architecture, with its searched training fields.
 
     None if there is none. Training fields that the candidate does not name take their middle; those that the space
     fixes do not count. A gate that nothing needs is off.
@@ -81,7 +81,7 @@ def locate(space: SearchSpace, candidate: Candidate) -> Assignment | None:
 def _readings(
     space: SearchSpace, places: Sequence[Placement], specs: Sequence[AdapterSpec]
 ) -> list[tuple[Assignment, Assignment]]:
-    """The genes that put `specs` at one site, for each way to share them among its places; see `_genes_of`."""
+    """Return the genes that put `specs` at one site, for each way to share them among its places; see `_genes_of`."""
     readings = []
     ways = [
         [(place, found) for place in places if (found := _genes_of(space, place, spec)) is not None] for spec in specs
@@ -96,26 +96,27 @@ def _readings(
 
 
 def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[Assignment, Assignment] | None:
-    """The genes, gates included, that must have their values for `spec` to be at a place, and those that may have
-    another one, with one that will do. None if it cannot be there.
+    """Return the genes that put `spec` at a place, or None if it cannot be there.
+
+    First those, gates included, that must have their values, then those that may have another one.
     """
-    mixture = isinstance(spec, Mixture)
-    if isinstance(spec, Mixture) and (spec.given, spec.leader_site) != (place.given, place.leader_of(spec)):
+    mixture = spec if isinstance(spec, Mixture) else None
+    if mixture and (mixture.given, mixture.leader_site) != (place.given, place.leader_of(mixture)):
         return None
-    if place.kind != spec.plain.kind or (place.experts is None and mixture != place.is_mixture({})):
+    if place.kind != spec.plain.kind or (place.experts is None and bool(mixture) != place.is_mixture({})):
         return None
     bound: Assignment = {gate.gene: gate.value for gate in place.gates}
     free: Assignment = {}
     if place.experts is not None:
-        bound[place.experts.gene] = mixture
-    own_ranks = spec.ranks if isinstance(spec, Mixture) else ()
+        bound[place.experts.gene] = bool(mixture)
+    own_ranks = mixture.ranks if mixture else ()
     if own_ranks and not place.ranks:
         return None
     declared = space.adapters[place.adapter].fields
-    for part in (spec.plain, spec) if isinstance(spec, Mixture) else (spec,):
+    for part in (spec.plain, mixture) if mixture else (spec,):
         for field in fields(part):
             # What a router has, a site that follows another reads of that one.
-            followed = isinstance(part, Mixture) and place.leader and field.name in ROUTER_FIELDS
+            followed = part is mixture and place.leader and field.name in ROUTER_FIELDS
             if field.name in ("expert", "given", "leader", "ranks") or followed:
                 continue
             default: Value = getattr(type(part)(), field.name)
@@ -125,7 +126,7 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
             if field.name in place.genes:
                 (bound if len(values) == 1 else free)[place.genes[field.name]] = values[-1]
     if place.ranks:
-        genes = place.rank_genes(*(spec.shared_experts, spec.experts) if isinstance(spec, Mixture) else (0, 0))
+        genes = place.rank_genes(*(mixture.shared_experts, mixture.experts) if mixture else (0, 0))
         ranks: Sequence[Any] = own_ranks or [spec.size] * len(genes)
         domain = declared["rank"]
         if not (isinstance(domain, Domain) and all(domain.contains(rank) for rank in ranks)):
@@ -135,7 +136,7 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
 
 
 def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], gene: Gene) -> Value:
-    """A value of a gate with which none of the places `gated` by it is on; the middle where there is none."""
+    """Return a value of a gate with which none of the places `gated` by it is on; the middle where there is none."""
     places = gated.get(gene.name, ())
     for value in gene.domain.choices if isinstance(gene.domain, Choice) and places else ():
         if not any(place.is_on({**genes, gene.name: value}) for place in places):
@@ -144,8 +145,9 @@ def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], 
 
 
 def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[Value]:
-    """The values of a field's domain that come to `spec`, of a range its own and the ends: a mixture of two experts,
-    asked for four at once, has two of them.
+    """Return the values of a field's domain that make `spec`, of a range its own and the ends.
+
+    A mixture of two experts with a `top_k` of 4 is one with a `top_k` of 2.
     """
     own: Value = getattr(spec, key)
     if not isinstance(domain, Domain):
@@ -159,6 +161,6 @@ def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[V
 
 def _comes_to(spec: AdapterSpec, change: dict[str, Any]) -> bool:
     try:
-        return isinstance(spec, Mixture) and replace(spec, **change).canonical() == spec
+        return replace(spec, **change).canonical() == spec
     except ValueError:  # such as no experts
         return False

@@ -11,16 +11,18 @@ from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.architecture import order_at_site
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Value
+from autopeft.search_space.routers import Follow
 from autopeft.search_space.spaces.genes import Gate
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """An adapter that may sit at a site. `gates` decide whether it does, `genes` name the gene of each field that is
-    searched, `fixed` has the values of the others. Where there may be several experts of it, `experts` decides whether
-    there are (None: always, if their number is a field); `leader`: the site of the layer whose gates they have, if not
-    their own. `given`: folders that they come from. `shared_ranks`, `ranks`: the genes of the shared and the other
-    experts' ranks, if each has its own.
+    """An adapter that may sit at a site.
+
+    `gates` decide whether it does, `genes` name the gene of each searched field, `fixed` has the values of the others.
+    Where there may be several experts of it, `experts` decides whether there are (None: always, if their number is a
+    field); `leader`: the site of the layer whose gates they have, if not their own. `given`: folders that they come
+    from. `shared_ranks`, `ranks`: the genes of the shared and the other experts' ranks, if each has its own.
     """
 
     adapter: str
@@ -36,6 +38,7 @@ class Placement:
     ranks: tuple[str, ...] = ()
 
     def is_on(self, assignment: Mapping[str, Value]) -> bool:
+        """Return whether the adapter is at the site."""
         return all(assignment.get(gate.gene) == gate.value for gate in self.gates)
 
     @property
@@ -45,17 +48,19 @@ class Placement:
         return (*self.genes.values(), *experts, *self.shared_ranks, *self.ranks)
 
     def is_mixture(self, assignment: Mapping[str, Value]) -> bool:
+        """Return whether there are several experts of the adapter."""
         if self.experts is not None:
             return assignment.get(self.experts.gene) == self.experts.value
         return "experts" in self.genes or bool(self.fixed.get("experts"))
 
     def rank_genes(self, shared_experts: int, experts: int) -> tuple[str, ...]:
-        """Of those that each have their own rank; 0 experts: of a plain adapter, which has that of the first."""
+        """Return the genes of the ranks of so many experts; with 0, that of the first, which a plain adapter has."""
         if not experts:
             return (*self.shared_ranks, *self.ranks)[:1]
         return (*self.shared_ranks[:shared_experts], *self.ranks[:experts])
 
     def spec(self, assignment: Mapping[str, Value]) -> AdapterSpec:
+        """Return the adapter that an assignment puts there."""
         mixture = self.is_mixture(assignment)
         values = {
             **self.fixed,
@@ -72,17 +77,18 @@ class Placement:
             return expert
         mixture_ = Mixture(expert=expert, given=self.given, **fields_)
         if leader := self.leader_of(mixture_):
-            mixture_ = replace(mixture_, router="follow", leader=leader)
+            mixture_ = replace(mixture_, router=Follow.name, leader=leader)
         return mixture_.canonical()
 
     def leader_of(self, spec: Mixture) -> str:
-        """The site whose gates a mixture has at this place: where all gates are alike, it needs none."""
-        return "" if spec.router == "uniform" else self.leader
+        """Return the site whose gates a mixture has at this place: where all gates are alike, it needs none."""
+        return "" if spec.routed_by.constant else self.leader
 
 
 def numbered(placed: Sequence[tuple[Placement, AdapterSpec]]) -> Iterator[tuple[str, AdapterSpec]]:
-    """All adapters of an architecture with their sites. Those that follow a site of several mixtures say which of them,
-    that of the same declaration.
+    """Yield all adapters of an architecture with their sites.
+
+    A mixture that follows a site of several mixtures gets the number of the one of the same declaration.
     """
     mixtures: dict[str, list[tuple[Placement, AdapterSpec]]] = {}
     for place, spec in placed:

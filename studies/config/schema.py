@@ -11,6 +11,7 @@ from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.declaration import GRANULARITIES, VARIATIONS
 from autopeft.search_space.problem import METRICS
+from autopeft.search_space.routers import ROUTERS
 from autopeft.studies.config.declaration import scalar_type
 from autopeft.studies.config.study_file import StudyFile
 
@@ -74,6 +75,7 @@ def _adapter(spec: type[AdapterSpec], common: dict[str, Any]) -> dict[str, Any]:
         hints = get_type_hints(Mixture)
         own |= {f.name: _field(hints[f.name], f.default) for f in fields(Mixture) if f.name in MIXTURE_FIELDS}
         own["experts"]["default"] = 0
+        own["router"]["description"] = "; ".join(f"{r.name}: {r.summary} ({r.source})" for r in ROUTERS.values())
     vary = {name: {"type": "string", "enum": list(GRANULARITIES)} for name in own}
     if spec is Lora:
         vary["rank"]["enum"] = list(VARIATIONS)

@@ -2,7 +2,7 @@
 
 Its A has the experts' A on top of each other, its B their B side by side, those of the E routed experts divided by E.
 Its scale is that of the expert with the largest rank, what another expert's differs from it is in B.
-Where a router mixes the parameters themselves ("poly"), A and B are their means.
+Where a router mixes the parameters themselves, A and B are their means.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def averaged_state(recipe: Recipe, state: State) -> dict[str, Tensor]:
         own = f"{name}/{spec.kind}/"
         # [S + E, R, D_in] and [S + E, D_out, R], the shared experts first; one LoRA already where ranks differ.
         a, b = state[f"{own}A"], state[f"{own}B"]
-        if spec.router == "poly":
+        if spec.routed_by.mixes_parameters:
             a, b = a.mean(0), b.mean(0)
         else:
             if not spec.ranks:
@@ -85,7 +85,7 @@ def obstacles(recipe: Recipe) -> list[str]:
 
 def lost(recipe: Recipe) -> list[str]:
     """What `averaged` loses, with the price if it was measured: a line, or none where no router weighs experts."""
-    routed = [(name, spec) for name, spec in _mixtures(recipe) if spec.router != "uniform"]
+    routed = [(name, spec) for name, spec in _mixtures(recipe) if not spec.routed_by.constant]
     if not routed:
         return []
     where = f"{routed[0][0]} {Mixture.kind}" + (f" and {len(routed) - 1} more" if len(routed) > 1 else "")
@@ -118,9 +118,9 @@ def _averaged(spec: AdapterSpec) -> AdapterSpec:
         return spec
     expert = spec.expert
     assert isinstance(expert, Lora)
-    if spec.router == "poly":
+    if spec.routed_by.mixes_parameters:
         return expert
     # So that alpha by the rank is the scale of one expert.
     alpha = expert.alpha * (sqrt(expert.rank) if expert.scaling == "rslora" else 1.0)
-    total = sum(spec.ranks) or spec.num_rows * expert.rank
+    total = sum(spec.ranks) or spec.num_experts_total * expert.rank
     return replace(expert, rank=total, alpha=total / expert.rank * alpha, scaling="alpha")

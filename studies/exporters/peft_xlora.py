@@ -17,6 +17,7 @@ from pathlib import Path
 
 from autopeft.search_space.adapters.given import CONFIG, WEIGHTS
 from autopeft.search_space.adapters.mixture import Mixture
+from autopeft.search_space.routers import XLora
 from autopeft.studies.exporters.base import Fit, State, approximate
 from autopeft.studies.exporters.peft_config import PeftPlan, plan
 from autopeft.studies.recipes.recipe import Recipe
@@ -24,7 +25,7 @@ from autopeft.studies.recipes.recipe import Recipe
 
 def fit(recipe: Recipe) -> Fit | None:
     """How well X-LoRA holds a recipe; None: not at all."""
-    mixtures = [spec for _, spec in recipe.adapters if isinstance(spec, Mixture) and spec.router == "xlora"]
+    mixtures = [spec for _, spec in recipe.adapters if isinstance(spec, Mixture) and isinstance(spec.routed_by, XLora)]
     if not mixtures or len(mixtures) != sum(1 for _ in recipe.adapters):
         return None
     if len({spec.given for spec in mixtures}) > 1 or recipe.head_modules:

@@ -26,7 +26,7 @@ from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpa
 from autopeft.search_space.adapters import Bottleneck, Lora, Mixture, Prefix
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.problem import declared_costs
-from autopeft.search_space.runtime.bank import Bank, Tokens
+from autopeft.search_space.runtime.bank import Bank
 from autopeft.searchers.bo.encoding import Encoding
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.exporters import EXPORTERS, Fit
@@ -129,8 +129,8 @@ def test_gates_are_those_of_every_token_one_by_one() -> None:
     states = random(texts, length, hidden)
     mask = torch.ones(texts, length, dtype=torch.bool)
     mask[1, 2:] = False
-    bank.tokens = Tokens()
-    bank.tokens.begin(length, mask, lambda: states)
+    assert bank.router is not None
+    bank.router.tokens.begin(length, mask, lambda: states)
     x = random(2, texts * length, width).requires_grad_()
     y = random(2, texts * length, out).requires_grad_()
 

@@ -24,10 +24,11 @@ from autopeft.evaluators.training.shared_layers import PrefixCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import Architecture
 from autopeft.search_space.adapters import Lora, Mixture, spec_from_dict
-from autopeft.search_space.adapters.given import CONFIG, GivenError, arrows, read, sites_of
+from autopeft.search_space.adapters.given import CONFIG, GivenError, read, sites_of
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.problem import METRICS, Fidelity
+from autopeft.search_space.routers.arrow import arrows
 from autopeft.search_space.training import Training
 from autopeft.studies.analysis.mixture_verdicts import verdicts
 from autopeft.studies.cli.app import main

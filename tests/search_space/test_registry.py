@@ -77,25 +77,28 @@ def test_every_registry_takes_plugins(tmp_path: Path) -> None:
         "from dataclasses import dataclass\n"
         "from autopeft.evaluators.tasks import Classification\n"
         "from autopeft.search_space import ADAPTERS\n"
+        "from autopeft.search_space.routers import Token\n"
         "from autopeft.searchers import SEARCHERS\n"
         "from autopeft.studies.exporters.native import Native\n"
         "@dataclass(frozen=True)\nclass Spec(ADAPTERS['lora']):\n    kind = 'mine'\n"
         "class Searcher(SEARCHERS['random']):\n    name = 'mine'\n"
         "class Exporter(Native):\n    name = 'mine'\n"
         "class Task(Classification):\n    name = 'mine'\n"
+        "class Mine(Token):\n    name = 'mine'\n"
     )
-    kinds = {"adapters": "Spec", "searchers": "Searcher", "exporters": "Exporter", "tasks": "Task"}
+    kinds = {"adapters": "Spec", "searchers": "Searcher", "exporters": "Exporter", "tasks": "Task", "routers": "Mine"}
     install(tmp_path, module, **{group: f"mine = plugged_module:{name}" for group, name in kinds.items()})
     code = (
         "from autopeft.evaluators.tasks import TASKS\n"
         "from autopeft.search_space import ADAPTERS\n"
+        "from autopeft.search_space.routers import ROUTERS\n"
         "from autopeft.searchers import SEARCHERS\n"
         "from autopeft.studies.config.loading import study_from_mapping\n"
         "from autopeft.studies.exporters import EXPORTERS\n"
-        "for registry in (ADAPTERS, SEARCHERS, EXPORTERS, TASKS):\n"
+        "for registry in (ADAPTERS, ROUTERS, SEARCHERS, EXPORTERS, TASKS):\n"
         "    assert 'mine' in registry and list(registry)[-1] == 'mine', registry\n"
         "assert EXPORTERS['mine'].name == 'mine'\n"
-        "space = {'adapters': {'mine': {'rank': [1, 2]}}}\n"
+        "space = {'adapters': {'mine': {'rank': [1, 2], 'experts': 2, 'router': 'mine'}}}\n"
         "study_from_mapping({'study': 'any', 'space': space, 'search': {'searcher': 'mine'}})\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -10,11 +10,12 @@ import torch
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.training.optimizer import PackedAdamW
-from autopeft.search_space.adapters import AdapterSpec, Lora, Parameter, Shira, Vera
+from autopeft.search_space.adapters import AdapterSpec, Lora, Shira, Vera
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.declaration import AdapterChoice, SpaceError
 from autopeft.search_space.domains import Choice
+from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.runtime.bank import Bank
 from autopeft.search_space.runtime.init import initialise, stream

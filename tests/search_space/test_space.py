@@ -270,7 +270,7 @@ def test_each_expert_has_a_gene_for_its_rank() -> None:
         point = layers.completed({**genes, first: 4, second: 1})
         for site, spec in layers.decode(point).architecture:
             count = counts[SMALL.site(site).layer or 0]
-            assert (spec.num_experts, spec.num_rows, spec.size) == (count, max(1, count), 4)
+            assert (spec.num_experts, spec.num_experts_total, spec.size) == (count, max(1, count), 4)
             assert getattr(spec, "ranks", ()) == ((4, 1) if count == 2 else ())
 
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import pytest
 
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Parameter
+from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.parameter import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
