@@ -8,7 +8,7 @@ from typing import Any
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
-from autopeft.search_space.architecture import order_at_site
+from autopeft.search_space.architecture import site_sort_key
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Value
 from autopeft.search_space.spaces.genes import Gate
@@ -90,7 +90,7 @@ def numbered(placed: Sequence[tuple[Placement, AdapterSpec]]) -> Iterator[tuple[
             mixtures.setdefault(place.site.name, []).append((place, spec))
     for place, spec in placed:
         if isinstance(spec, Mixture) and len(mixtures.get(spec.leader, ())) > 1:
-            there = sorted(mixtures[spec.leader], key=lambda pair: order_at_site(pair[1]))
+            there = sorted(mixtures[spec.leader], key=lambda pair: site_sort_key(pair[1]))
             number = 1 + [other.adapter for other, _ in there].index(place.adapter)
             spec = replace(spec, leader=f"{spec.leader}#{number}")
         yield place.site.name, spec

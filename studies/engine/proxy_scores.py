@@ -167,7 +167,7 @@ def architectures_only(problem: Problem, num_trials: int) -> Problem:
         space=bare,
         objectives=(SCORE, *(o for o in problem.objectives if o.name in FORESEEN)),
         num_trials=num_trials,
-        limits=Limits({name: most for name, most in problem.limits.most.items() if name in FORESEEN}),
+        limits=Limits({name: most for name, most in problem.limits.maxima.items() if name in FORESEEN}),
     )
 
 
@@ -176,7 +176,7 @@ def _costs(
 ) -> Callable[[Architecture], dict[str, float]]:
     """What is known of an architecture's costs; a table of measurements if the study asks for more than is declared."""
     backbone = inner.space.backbone
-    wanted = {o.name for o in inner.objectives} | inner.limits.most.keys()
+    wanted = {o.name for o in inner.objectives} | inner.limits.maxima.keys()
     if not (measured := wanted & set(ADDITIVE)):
         return lambda architecture: declared_costs(architecture, backbone)
     space = space_for(settings, backbone)

@@ -139,10 +139,10 @@ def test_what_is_not_contained(domain: Domain, value: object) -> None:
         (lambda: Int(low=0, high=5, step=2), "step=2 does not lead from low=0 to high=5"),
         (lambda: Int(low=0, high=5, step=0), "step=0 does not lead"),
         (lambda: Int(low=0, high=5, log=True), "needs low >= 1"),
-        (lambda: Int(low=1, high=2.5), "must be whole"),
+        (lambda: Int(low=1, high=2.5), "must be whole numbers"),
         (lambda: Choice(choices=()), "at least one value"),
-        (lambda: Choice(choices=(8, 16, 8)), "a value stands twice"),
-        (lambda: Choice(choices=(16, 16.0)), "a value stands twice"),
+        (lambda: Choice(choices=(8, 16, 8)), "duplicate value"),
+        (lambda: Choice(choices=(16, 16.0)), "duplicate value"),
     ],
 )
 def test_what_is_no_domain(make, message: str) -> None:

@@ -645,7 +645,7 @@ def test_the_largest_has_the_most_experts_and_the_smallest_none() -> None:
     ("fields", "message"),
     [
         ({"router": "dice"}, "router must be one of"),
-        ({"router": "task"}, "needs to know how many"),
+        ({"router": "task"}, "needs the number of tasks"),
         ({"router": "soft", "shared_experts": 1}, "router 'soft' does not support shared_experts"),
         ({"experts": Choice.of([0])}, "0 is the only size"),
     ],
@@ -656,7 +656,7 @@ def test_what_a_space_says_of_bad_mixtures(fields, message) -> None:
 
 
 def test_fields_of_mixtures_need_experts() -> None:
-    with pytest.raises(SpaceError, match="say how many experts"):
+    with pytest.raises(SpaceError, match="set the number of experts"):
         SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(kind="lora", fields={"top_k": 2})})
     with pytest.raises(SpaceError, match="unknown field of prefix"):
         SearchSpace(backbone=SMALL, adapters={"p": AdapterChoice(kind="prefix", fields={"experts": 2})})
@@ -840,11 +840,17 @@ def test_nobody_to_follow() -> None:
         ({"fields": {"experts": 2}, "placement": "site"}, "on together"),
         ({"fields": {"experts": 4, "top_k": Choice.of([1, 2])}, "vary": {"top_k": "site"}}, "on together"),
         ({"fields": {"experts": Choice.of([2, 4])}, "vary": {"experts": "site"}}, "on together"),
-        ({"fields": {"experts": 2, "router": Choice.of(["token", "sigmoid"])}, "vary": {"router": "site"}}, "vary it"),
-        ({"fields": {"experts": 2, "balance": Float(low=0.0, high=0.1)}, "vary": {"balance": "site"}}, "vary it"),
-        ({"fields": {"experts": 2, "router": "soft"}}, "no other can follow"),
-        ({"kind": "bitfit", "fields": {"experts": 2}, "at": ("attn.q", "norm")}, "before its attention is not known"),
-        ({"fields": {}}, "say how many experts"),
+        (
+            {"fields": {"experts": 2, "router": Choice.of(["token", "sigmoid"])}, "vary": {"router": "site"}},
+            "cannot vary by site",
+        ),
+        (
+            {"fields": {"experts": 2, "balance": Float(low=0.0, high=0.1)}, "vary": {"balance": "site"}},
+            "cannot vary by site",
+        ),
+        ({"fields": {"experts": 2, "router": "soft"}}, "no other site can follow"),
+        ({"kind": "bitfit", "fields": {"experts": 2}, "at": ("attn.q", "norm")}, "cannot tell whether the norms"),
+        ({"fields": {}}, "set the number of experts"),
     ],
 )
 def test_what_cannot_share_a_router(choice, message) -> None:
@@ -1017,5 +1023,5 @@ def test_routes_of_a_slot_have_its_own_experts() -> None:
 
 
 def test_heads_have_to_divide_the_features() -> None:
-    with pytest.raises(SpaceError, match="5 blocks do not fit"):
+    with pytest.raises(SpaceError, match="5 does not divide the features"):
         space(router="poly", tasks=2, heads=5)

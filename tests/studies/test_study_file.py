@@ -306,7 +306,7 @@ WRONG = [
         "training: {learning_rate: {low: 1.0e-2, high: 1.0e-3}}",
         "6 training.learning_rate: low must be below high",
     ),
-    ("training: {learning_rate: [1.0e-3, 1.0e-3]}", "6 training.learning_rate: a value stands twice"),
+    ("training: {learning_rate: [1.0e-3, 1.0e-3]}", "6 training.learning_rate: duplicate value"),
     ("training: {learning_rate: []}", "6 training.learning_rate: a choice needs at least one value"),
     ("training: {learning_rate: null}", "6 training.learning_rate: must be a number, a word, true or false"),
     ("training: {learning_rate: fast}", "6 training.learning_rate: must be a number, got 'fast'"),
@@ -523,7 +523,7 @@ def test_problems_with_a_model_have_lines_too(load, tmp_path):
     with pytest.raises(StudyFileError) as caught:
         space_for(study, backbone())
     assert [line.replace(f"{tmp_path}/", "") for line in caught.value.problems] == [
-        "study.yaml:6 space.adapters.lora.at: this model has no site 'mlp.gate'; it has attn.q, attn.v, mlp.up",
+        "study.yaml:6 space.adapters.lora.at: this model has no site with role 'mlp.gate'; it has attn.q, attn.v, mlp.up",
         "study.yaml:7 space.adapters.lora.layers: no layer 9: the model has layers 0 to 3",
         "study.yaml:8 space.stages: must be between 1 and the 4 layers of the model",
     ]
