@@ -188,7 +188,7 @@ def _costs(
         kept.write(known)
         stage("measuring what adapters add to the costs", len(known), len(known))
 
-    table = CostTable(evaluator, inner.space, measured, training, known=kept.read() or {}, keep=keep)
+    table = CostTable(evaluator, inner.space, measured, training, measured=kept.read() or {}, save=keep)
     return lambda architecture: {**declared_costs(architecture, backbone), **table.costs(architecture)}
 
 
