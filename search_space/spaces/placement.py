@@ -1,4 +1,4 @@
-"""Placements: where an adapter may sit, and what the genes put there."""
+"""Placements: an adapter at a site where it may sit, and the genes that determine it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from autopeft.search_space.spaces.genes import Gate
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """An adapter that may sit at a site. `gates` decide whether it does, `genes` name the gene of each field that is
-    searched, `fixed` has the values of the others. Where there may be several experts of it, `experts` decides whether
-    there are (None: always, if their number is a field); `leader`: the site of the layer whose gates they have, if not
-    their own. `given`: folders that they come from. `shared_ranks`, `ranks`: the genes of the shared and the other
-    experts' ranks, if each has its own.
+    """An adapter that may sit at a site.
+
+    `gates`: conditions for it to be on, all of them. `genes`: gene of each searched field. `fixed`: values of the other
+    fields. `experts`: the gate that makes it a mixture (None: it always is one if it has the field `experts`).
+    `leader`: site whose router a mixture follows, empty for its own. `given`: folders of its pretrained LoRAs.
+    `shared_ranks`, `ranks`: genes of the ranks of shared and routed experts, if the rank varies by expert.
     """
 
     adapter: str
@@ -36,53 +37,59 @@ class Placement:
     ranks: tuple[str, ...] = ()
 
     def is_on(self, assignment: Mapping[str, Value]) -> bool:
+        """Return whether the adapter is at the site."""
         return all(assignment.get(gate.gene) == gate.value for gate in self.gates)
 
     @property
     def decided_by(self) -> tuple[str, ...]:
-        """The genes that `spec` reads."""
+        """Names of the genes that `spec` reads."""
         experts = [self.experts.gene] if self.experts else []
         return (*self.genes.values(), *experts, *self.shared_ranks, *self.ranks)
 
     def is_mixture(self, assignment: Mapping[str, Value]) -> bool:
+        """Return whether the adapter is a mixture of experts."""
         if self.experts is not None:
             return assignment.get(self.experts.gene) == self.experts.value
         return "experts" in self.genes or bool(self.fixed.get("experts"))
 
     def rank_genes(self, shared_experts: int, experts: int) -> tuple[str, ...]:
-        """Of those that each have their own rank; 0 experts: of a plain adapter, which has that of the first."""
+        """Return the genes of the ranks of so many experts, shared ones first; the first gene for a plain adapter."""
         if not experts:
             return (*self.shared_ranks, *self.ranks)[:1]
         return (*self.shared_ranks[:shared_experts], *self.ranks[:experts])
 
     def spec(self, assignment: Mapping[str, Value]) -> AdapterSpec:
+        """Return the adapter that an assignment of the active genes puts here."""
         mixture = self.is_mixture(assignment)
         values = {
             **self.fixed,
             **{key: assignment[gene] for key, gene in self.genes.items() if mixture or key not in MIXTURE_FIELDS},
         }
-        own = {key: value for key, value in values.items() if key not in MIXTURE_FIELDS}
-        fields_: dict[str, Any] = {key: value for key, value in values.items() if key in MIXTURE_FIELDS and mixture}
+        expert_fields = {key: value for key, value in values.items() if key not in MIXTURE_FIELDS}
+        mixture_fields: dict[str, Any] = {
+            key: value for key, value in values.items() if key in MIXTURE_FIELDS and mixture
+        }
         if self.ranks:
-            genes = self.rank_genes(fields_.get("shared_experts", 0), fields_.get("experts", 0))
-            fields_["ranks"] = tuple(assignment[gene] for gene in genes)
-            own["rank"] = max(fields_["ranks"])
-        expert = ADAPTERS[self.kind](**own)
+            genes = self.rank_genes(mixture_fields.get("shared_experts", 0), mixture_fields.get("experts", 0))
+            mixture_fields["ranks"] = tuple(assignment[gene] for gene in genes)
+            expert_fields["rank"] = max(mixture_fields["ranks"])
+        expert = ADAPTERS[self.kind](**expert_fields)
         if not mixture:
             return expert
-        mixture_ = Mixture(expert=expert, given=self.given, **fields_)
-        if leader := self.leader_of(mixture_):
-            mixture_ = replace(mixture_, router="follow", leader=leader)
-        return mixture_.canonical()
+        spec = Mixture(expert=expert, given=self.given, **mixture_fields)
+        if leader := self.leader_of(spec):
+            spec = replace(spec, router="follow", leader=leader)
+        return spec.canonical()
 
     def leader_of(self, spec: Mixture) -> str:
-        """The site whose gates a mixture has at this place: where all gates are alike, it needs none."""
+        """Return the site whose router a mixture follows here; empty for its own router or a uniform one."""
         return "" if spec.router == "uniform" else self.leader
 
 
 def numbered(placed: Sequence[tuple[Placement, AdapterSpec]]) -> Iterator[tuple[str, AdapterSpec]]:
-    """All adapters of an architecture with their sites. Those that follow a site of several mixtures say which of them,
-    that of the same declaration.
+    """Yield the adapters of an architecture with the names of their sites.
+
+    Where a mixture follows a site that has several, its leader gets the number of the one of the same declaration.
     """
     mixtures: dict[str, list[tuple[Placement, AdapterSpec]]] = {}
     for place, spec in placed:
