@@ -465,10 +465,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {"a": AdapterChoice(kind="lroa")}}, "adapters.a.kind", "unknown adapter 'lroa'; did you mean 'lora'"),
     ({"adapters": {"a.b": a}}, "adapters.a.b", "a name may contain only letters"),
     ({"adapters": {"a": lora(at=("mlp",))}}, "adapters.a.at", "lora cannot sit at 'mlp'; did you mean 'mlp.up'"),
-    ({"adapters": {"a": lora(at=("mlp.gate",))}}, "adapters.a.at", "this model has no site with role 'mlp.gate'; it has "),
+    ({"adapters": {"a": lora(at=("mlp.gate",))}}, "adapters.a.at",
+     "this model has no site with role 'mlp.gate'; it has "),
     ({"adapters": {"a": lora(at=("attn.q",), layers=(0, 3))}}, "adapters.a.layers", "no layer 3: the model has layers"),
     ({"adapters": {"a": lora(layers=())}}, "adapters.a.layers", "these layers have no site with role attn.q or attn.v"),
-    ({"adapters": {"a": AdapterChoice(kind="full", layers=(1,))}}, "adapters.a.layers", "these layers have no site with role backbone"),
+    ({"adapters": {"a": AdapterChoice(kind="full", layers=(1,))}}, "adapters.a.layers",
+     "these layers have no site with role backbone"),
     ({"adapters": {"a": lora(rnak=2)}}, "adapters.a.rnak", "unknown field of lora; did you mean 'rank'?"),
     ({"adapters": {"a": lora(rank=0)}}, "adapters.a.rank", "0 is the only size"),
     ({"adapters": {"a": lora(rank=Choice.of([0]))}}, "adapters.a.rank", "0 is the only size"),
@@ -484,9 +486,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {"a": lora(rank=Choice.of([1, 2]), vary={"rank": "layers"})}}, "adapters.a.vary.rank",
      "unknown granularity 'layers'; did you mean 'layer'?"),
     ({"adapters": {"a": per_expert(rank=2)}}, "adapters.a.vary.rank", "only a field with a list or a range of values"),
-    ({"adapters": {"a": per_expert(experts=0)}}, "adapters.a.vary.rank", "set the number of experts, such as experts: 4"),
-    ({"adapters": {"a": lora(rank=SIZES, vary={"rank": "expert"})}}, "adapters.a.vary.rank", "only mixtures of experts"),
-    ({"adapters": {"a": per_expert(rank=Choice.of([0, 2]))}}, "adapters.a.vary.rank", "the rank of an expert is at least 1"),
+    ({"adapters": {"a": per_expert(experts=0)}}, "adapters.a.vary.rank",
+     "set the number of experts, such as experts: 4"),
+    ({"adapters": {"a": lora(rank=SIZES, vary={"rank": "expert"})}}, "adapters.a.vary.rank",
+     "only mixtures of experts"),
+    ({"adapters": {"a": per_expert(rank=Choice.of([0, 2]))}}, "adapters.a.vary.rank",
+     "rank of an expert is at least 1"),
     ({"adapters": {"a": per_expert(router=Choice(choices=("token", "poly")), tasks=2)}}, "adapters.a.vary.rank",
      "router 'poly' mixes the matrices of LoRAs"),
     ({"adapters": {"a": AdapterChoice(kind="lora", given=("x",), vary={"rank": "expert"},
@@ -502,7 +507,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=())]}, "one_of.t", "a group needs at least one member"),
     ({"adapters": {"a": a}, "one_of": [OneOf(name="t.u", members=("a",))]}, "one_of.t.u", "a name may contain"),
     ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=("a",), per="head")]}, "one_of.t.per", "unknown granul"),
-    ({"adapters": {"off": a}, "one_of": [OneOf(name="t", members=("off",), optional=True)]}, "one_of.t", "'off' stands for none"),
+    ({"adapters": {"off": a}, "one_of": [OneOf(name="t", members=("off",), optional=True)]}, "one_of.t",
+     "'off' stands for none"),
     ({"adapters": {"a": lora(placement="site"), "b": b}, "one_of": [OneOf(name="t", members=("a", "b"))]},
      "adapters.a.placement", "group 't' already decides"),
     ({"adapters": {"a": a}, "stages": 4}, "stages", "must be between 1 and the 3 layers"),
@@ -532,8 +538,8 @@ def test_a_type_that_nothing_of_the_model_can_take() -> None:
     bitfit = AdapterChoice(kind="bitfit")
     assert problems({"a": bitfit}, bare)[0] == (
         "adapters.a.at",
-        "bitfit fits no site with role attn.q or attn.k or attn.v or attn.qkv or attn.o or mlp.gate or mlp.up or mlp.down"
-        " or norm of this model",
+        "bitfit fits no site with role attn.q or attn.k or attn.v or attn.qkv or attn.o or mlp.gate or mlp.up or"
+        " mlp.down or norm of this model",
     )
     chosen = AdapterChoice(kind="bitfit", at=("attn.q",), layers=(1,))
     assert problems({"a": chosen}, bare) == [("adapters.a.at", "bitfit fits no site with role attn.q of this model")]

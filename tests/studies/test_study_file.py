@@ -397,7 +397,7 @@ WRONG_SPACES = [
     ),
     (
         "{adapters: {lora: {placement: site}}, one_of: {g: {members: [lora]}}}",
-        "2 space.adapters.lora.placement: 'g' decides where it is on",
+        "2 space.adapters.lora.placement: remove this: group 'g' already decides where the adapter is on",
     ),
 ]
 
@@ -523,7 +523,8 @@ def test_problems_with_a_model_have_lines_too(load, tmp_path):
     with pytest.raises(StudyFileError) as caught:
         space_for(study, backbone())
     assert [line.replace(f"{tmp_path}/", "") for line in caught.value.problems] == [
-        "study.yaml:6 space.adapters.lora.at: this model has no site with role 'mlp.gate'; it has attn.q, attn.v, mlp.up",
+        "study.yaml:6 space.adapters.lora.at: this model has no site with role 'mlp.gate';"
+        " it has attn.q, attn.v, mlp.up",
         "study.yaml:7 space.adapters.lora.layers: no layer 9: the model has layers 0 to 3",
         "study.yaml:8 space.stages: must be between 1 and the 4 layers of the model",
     ]
