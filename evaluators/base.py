@@ -70,7 +70,7 @@ def memory_errors() -> Iterator[None]:
 #: Called with the steps done and the total steps, summed over the requests.
 Progress = Callable[[int, int], None]
 #: Called with the index of a request and its outcome.
-Ended = Callable[[int, Outcome], None]
+OnOutcome = Callable[[int, Outcome], None]
 #: Called at a rung with its share of the steps and, for every candidate that reached it, the index of its request and
 #: its held-out metrics by name; returns the indices of the requests that continue.
 Select = Callable[[float, Sequence[tuple[int, Mapping[str, float]]]], Collection[int]]
@@ -98,7 +98,7 @@ class Evaluator(ABC):
         requests: Sequence[Request],
         progress: Progress | None = None,
         *,
-        ended: Ended | None = None,
+        ended: OnOutcome | None = None,
         select: Select | None = None,
     ) -> list[Outcome]:
         """Return one outcome per request, in order. A candidate that fails is an outcome, not an exception.

@@ -42,8 +42,8 @@ class AdapterChoice:
     field is chosen (default: once for the model); "expert", for the rank of LoRAs only, chooses it once per expert
     index, and a plain adapter takes the first. `router_per`: "site" gives each site a router; "layer" gives one to the
     first site of each layer, and the others follow it. `given`: folders of pretrained LoRAs that are the experts,
-    unchanged; number, rank and scale are then fields with a single value. `sites`: names of the sites that at least
-    one of these LoRAs adapts, and no others are allowed (None: no restriction).
+    unchanged; number, rank and scale are then fields with a single value. `sites`: names of the only sites allowed,
+    those that at least one of these LoRAs adapts (None: no restriction).
     """
 
     kind: str
@@ -162,7 +162,7 @@ def _group_problems(
         yield path, f"{OFF!r} stands for none of the members of an optional group: rename this adapter"
     for member in group.members:
         if member not in adapters:
-            yield path, f"no adapter {member!r}{did_you_mean(member, adapters)}"
+            yield path, f"unknown adapter name {member!r}{did_you_mean(member, adapters)}"
         elif adapters[member].router_per == "layer" and group.per == "site":
             yield (
                 ("adapters", member, "router_per"),

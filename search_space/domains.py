@@ -110,7 +110,8 @@ class Int:
         if not self.low <= self.high:
             raise ValueError(f"low must not be above high, got low={self.low}, high={self.high}")
         if self.step < 1 or (self.high - self.low) % self.step:
-            raise ValueError(f"step={self.step} does not lead from low={self.low} to high={self.high}")
+            found = f"low={self.low}, high={self.high}, step={self.step}"
+            raise ValueError(f"step must be positive and divide high - low, got {found}")
         if self.log and (self.low < 1 or self.step != 1):
             raise ValueError("a log range of whole numbers needs low >= 1 and step 1")
 

@@ -10,7 +10,7 @@ from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.metrics import QUALITIES, Metric, Own
-from autopeft.search_space.metrics.base import Source
+from autopeft.search_space.metrics.base import MetricSource
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.search_space.spaces.space import SearchSpace
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 Numbers = TypeVar("Numbers", float, "NDArray[np.float64]")
 
 #: "pruned": stopped at a rung; the measurement has the values there.
-State = Literal["running", "complete", "pruned", "failed", "infeasible"]
+TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
 
 #: Prior of a surrogate model. "smooth": every gene may matter a little; "sparse": few genes matter.
 SurrogateKind = Literal["smooth", "sparse"]
 
 
-def _costs(*rows: tuple[str, str, Source, str]) -> dict[str, Metric]:
+def _costs(*rows: tuple[str, str, MetricSource, str]) -> dict[str, Metric]:
     return {row[0]: Metric(name=row[0], unit=row[1], maximise=False, source=row[2], summary=row[3]) for row in rows}
 
 
@@ -106,7 +106,7 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredPoint:
     """A point and its proxy score, lower is better. `costs`: predicted costs by metric, where a prediction exists."""
 
     genes: Assignment
@@ -134,7 +134,7 @@ class Problem:
     observed: tuple[Trial, ...] = ()
     prior: tuple[Trial, ...] = ()
     surrogate: SurrogateKind | None = None
-    scored: tuple[Scored, ...] = ()
+    scored: tuple[ScoredPoint, ...] = ()
 
     def violation(self, values: Mapping[str, float]) -> float:
         """Return the largest relative excess of `values` over the limits and bounds; <= 0 is feasible."""
@@ -218,7 +218,7 @@ class Trial:
     #: Values of the active genes, by name; empty for baselines.
     genes: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    state: State = "running"
+    state: TrialState = "running"
     measurement: Measurement | None = None
     #: Why it failed, is infeasible or was pruned.
     error: str | None = None

@@ -17,7 +17,7 @@ ADDITIVE = ("latency_s",)
 #: Role of the site and adapter: the key of the added cost, equal for adapters of equal cost.
 CostKey = tuple[str, AdapterSpec]
 #: Measured costs by metric, by the key of an architecture.
-Measured = Mapping[str, Mapping[str, float]]
+MeasuredCosts = Mapping[str, Mapping[str, float]]
 
 
 class CostTable:
@@ -38,8 +38,8 @@ class CostTable:
         space: SearchSpace,
         metrics: Collection[str],
         training: Mapping[str, Any],
-        measured: Measured = MappingProxyType({}),
-        save: Callable[[Measured], None] = lambda measured: None,
+        measured: MeasuredCosts = MappingProxyType({}),
+        save: Callable[[MeasuredCosts], None] = lambda measured: None,
     ) -> None:
         self.evaluator = evaluator
         self.metrics = frozenset(metrics)

@@ -2,11 +2,7 @@
 
 Notation: V values of a gene, A alternatives of an adapter at a site (combinations of values of its genes), M tokens.
 
-A gene has weights w: [V], one for the value that it takes and zero for the others:
-
-- on or off, and a size l_1 < ... < l_V, by nested gates: gate h_j is 1 or 0, z_j = h_2 ... h_j (and z_1 = 1) includes
-  size l_j only if it includes all smaller ones, w_j = z_j - z_(j+1);
-- a type, and an unordered field, by the largest of V logits.
+Each gene has a distribution of `decisions.py`, with its notation: gates h_j, their products z_j, weights w: [V].
 
 In training, gates are sampled with the sigmoid of their logits as probabilities, and types with the softmax, so that
 less likely types are trained too. TAPS thresholds instead. But the derivative at an open gate does not measure the
@@ -14,9 +10,8 @@ value of the adapter: it is zero at the minimum of the adapter's weights, and po
 so that gates would close without any penalty. Sampled gates are evaluated at both ends: at equal probabilities by
 (d(0) + d(1)) / 2, the trapezoidal rule for the change of the loss.
 
-In the backward pass, h has the derivative of the sigmoid of its logit, and a type that of the softmax
-(straight-through). The weight of an alternative is the product of the weights of its gates and of its values. With Y_a
-for the output of alternative a, given the site's output y, the gated output is
+The weight of an alternative is the product of the weights of its gates and of its values. With Y_a for the output of
+alternative a, given the site's output y, the gated output is
 
     y + sum over a of w_a (Y_a - y),
 
@@ -28,14 +23,12 @@ of its input or output. The keys and values of a prefix are neither, so `Gates` 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
 
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from typing_extensions import override
@@ -44,13 +37,14 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
+from autopeft.evaluators.proxies.decisions import Decision, decisions_of
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.schedule import rate
 from autopeft.evaluators.training.train import TrainingFailedError, decay_groups
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value
+from autopeft.search_space.domains import Domain
 from autopeft.search_space.runtime.bank import Bank
 from autopeft.search_space.runtime.init import stream
 from autopeft.search_space.spaces.genes import TRAINING, Assignment
@@ -59,67 +53,10 @@ from autopeft.search_space.spaces.placement import Placement
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 
-#: Maximum number of gated sizes of a range of whole numbers: a step computes each of them.
-MAX_LEVELS = 8
-#: Initial logit of a gate, and of the type in the largest architecture; other types start at 0.
-INITIAL_LOGIT = 2.0
 #: Share of the steps before the gates are trained: adapters that start as the identity have no effect yet.
 GATE_DELAY = 0.25
 #: Approximate total change that a logit can make, for any number of steps: enough to close an open gate.
 LOGIT_RANGE = 4.0
-
-
-def nested(opens: Tensor) -> Tensor:
-    """Return the weights [V] of nested values from the gates [V - 1] of all but the first."""
-    included = torch.cat([opens.new_ones(1), opens]).cumprod(0)
-    return included - torch.cat([included[1:], included.new_zeros(1)])
-
-
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """Return `hard`, with the derivative of `soft` (Bengio et al. 2013, Estimating or Propagating Gradients)."""
-    return hard + (soft - soft.detach())
-
-
-class Decision:
-    """A distribution over the `values` of a gene.
-
-    Its logits are [V - 1] of nested gates if `ordered`, else [V] of a softmax.
-    """
-
-    def __init__(self, values: Sequence[Value], ordered: bool, start: Value, device: torch.device) -> None:
-        self.values = tuple(values)
-        self.ordered = ordered
-        logits = (
-            [INITIAL_LOGIT] * (len(self.values) - 1)
-            if ordered
-            else [INITIAL_LOGIT * (value == start) for value in self.values]
-        )
-        self.logits = nn.Parameter(torch.tensor(logits, device=device))
-
-    def index(self, value: Value) -> int:
-        """Return the index of a value; for a size between two gated sizes, that of the larger one."""
-        if self.ordered:
-            return min(bisect_left(self.values, value), len(self.values) - 1)
-        return self.values.index(value)
-
-    def probabilities(self) -> Tensor:
-        """Return the probabilities [V] of the values."""
-        return nested(self.logits.sigmoid()) if self.ordered else self.logits.softmax(0)
-
-    def weights(self, noise: Generator | None = None) -> Tensor:
-        """Return one-hot weights [V]: sampled with `noise`, else at the thresholded gates or the likeliest type."""
-        logits = self.logits.detach()
-        if self.ordered:
-            level = 0.5 if noise is None else torch.rand(len(logits), generator=noise).to(logits)
-            return nested(straight_through((logits.sigmoid() > level).to(logits), self.logits.sigmoid()))
-        if noise is not None:
-            logits = logits - torch.empty(len(logits)).exponential_(generator=noise).log().to(logits)
-        return straight_through(F.one_hot(logits.argmax(), len(logits)).to(logits), self.logits.softmax(0))
-
-    @torch.no_grad()
-    def value(self) -> Value:
-        """Return the value at the thresholded gates, or the likeliest type."""
-        return self.values[int(self.weights().argmax())]
 
 
 class GatedBank(Bank):
@@ -298,7 +235,7 @@ class Gates(Proxy):
             if pool.trainable:
                 reason = "its sites share trainable parameters, so its size is not a sum over sites"
                 raise ValueError(f"gates do not support adapters of type {key.kind!r}: {reason}")
-        self.decisions = dict(_decisions(space, evaluator.device))
+        self.decisions = dict(decisions_of(space, evaluator.device))
 
     def attach(self) -> GatedAttachment:
         """Return a context manager that attaches all adapters with their gates to the model."""
@@ -372,10 +309,7 @@ class Gates(Proxy):
     @torch.no_grad()
     @override
     def scores(self, architectures: Sequence[Architecture], progress: Progress | None = None) -> list[float]:
-        """Return minus the log-likelihood of the genes of each architecture; NaN if the space does not contain it.
-
-        The genes are those of `locate`.
-        """
+        """Return minus the log-likelihood of the genes (of `locate`) of each architecture; NaN outside the space."""
         logs = {gene: decision.probabilities().log().tolist() for gene, decision in self.decisions.items()}
         scores = []
         for number, architecture in enumerate(architectures, 1):
@@ -388,28 +322,6 @@ class Gates(Proxy):
             if progress is not None:
                 progress(number, len(architectures))
         return scores
-
-
-def _decisions(space: SearchSpace, device: torch.device) -> Iterator[tuple[str, Decision]]:
-    """Yield a decision for every gene of the architecture, initialised at the largest architecture."""
-    sizes = {place.genes.get(ADAPTERS[place.kind].size_field or "") for place in space.placements}
-    largest = space.largest()
-    for gene in space.genes:
-        if not gene.name.startswith(TRAINING):
-            values, ordered = _levels(gene.domain, gene.name in sizes)
-            start = largest.get(gene.name, gene.domain.from_unit(1.0))
-            yield gene.name, Decision(values, ordered, start, device)
-
-
-def _levels(domain: Domain, is_size: bool) -> tuple[Sequence[Value], bool]:
-    """Return the values of a gene that have weights, and whether they are nested."""
-    if isinstance(domain, Float):
-        return [domain.from_unit(0.5)], True
-    if isinstance(domain, Choice):
-        return (sorted(domain.choices), True) if is_size else (domain.choices, domain == BOOLEAN)
-    levels = (domain.from_unit(i / (MAX_LEVELS - 1)) for i in range(MAX_LEVELS))
-    values = sorted({domain.low, domain.high, *levels})
-    return values, is_size
 
 
 def _part(progress: Progress | None, done: int, of: int) -> Progress | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 #: "quality": measured on held-out rows; "declared": analytic; "measured": by a clock or a counter.
-Source = Literal["quality", "declared", "measured"]
+MetricSource = Literal["quality", "declared", "measured"]
 Columns = Mapping[str, Sequence[float]]
 #: Columns of a classification task: indices of labels, in the order of the labels.
 TARGET, PREDICTION = "target", "prediction"
@@ -40,7 +40,7 @@ class Metric:
     name: str
     unit: str
     maximise: bool
-    source: Source
+    source: MetricSource
     summary: str
     bound: float | None = None
 
@@ -49,7 +49,7 @@ class Metric:
 class Quality(Metric):
     """A quality metric. `needs`: columns that a task must yield; `tasks`: names of such tasks, None for all."""
 
-    source: Source = "quality"
+    source: MetricSource = "quality"
     tasks: tuple[str, ...] | None = None
     #: Decimals to which contributions are rounded for storage.
     digits: ClassVar[int] = 4

@@ -33,7 +33,7 @@ from autopeft.search_space.problem import (
     Measurement,
     Objective,
     Problem,
-    Scored,
+    ScoredPoint,
     Trial,
     declared_costs,
 )
@@ -96,7 +96,7 @@ class Point:
         return self.architecture.key
 
 
-def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[Scored, ...]:
+def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[ScoredPoint, ...]:
     """Candidates and their scores, less is better, for a searcher that starts from them. None if there can be no
     scores: what fails here does not take the study with it.
     """
@@ -108,7 +108,7 @@ def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, st
         return ()
 
 
-def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
+def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[ScoredPoint]:
     """What gates with each of `PENALTIES` choose, every architecture once; its place in that order is its score."""
     space, kept = problem.space, Kept(settings.output_folder / PROPOSALS, key=score_key(settings))
     proposals: list[Assignment] | None = kept.read()
@@ -124,10 +124,10 @@ def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator,
         kept.write(proposals)
     for place, genes in enumerate(proposals):
         costs = declared_costs(space.decode(genes).architecture, space.backbone)
-        yield Scored(genes=genes, score=float(place), costs=costs)
+        yield ScoredPoint(genes=genes, score=float(place), costs=costs)
 
 
-def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
+def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[ScoredPoint]:
     inner = architectures_only(problem, settings.proxy.subnets)
     folder = settings.output_folder
     table = Table(folder / SUBNETS, key=score_key(settings))
@@ -150,7 +150,7 @@ def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, s
     costs = _costs(settings, inner, evaluator, stage)
     for met, (point, value) in enumerate(_searched(settings, inner, score, costs), 1):
         stage(words, met, inner.num_trials)
-        yield Scored(genes=problem.space.completed(point.genes), score=value, costs=point.costs)
+        yield ScoredPoint(genes=problem.space.completed(point.genes), score=value, costs=point.costs)
 
 
 def architectures_only(problem: Problem, num_trials: int) -> Problem:

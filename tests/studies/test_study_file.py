@@ -384,7 +384,7 @@ WRONG_SPACES = [
     ("{stages: 0, preset: mam}", "2 space.stages: must be greater than or equal to 1"),
     (
         "{adapters: {lora: {}}, one_of: {g: {members: [lroa]}}}",
-        "2 space.one_of.g: no adapter 'lroa'; did you mean",
+        "2 space.one_of.g: unknown adapter name 'lroa'; did you mean",
     ),
     ("{adapters: {lora: {}}, one_of: {g: {}}}", "2 space.one_of.g.members: is missing"),
     (
