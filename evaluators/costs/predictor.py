@@ -58,9 +58,8 @@ class CostTable:
         """Return the predicted costs by metric. Raises OutOfMemoryError if a measurement does not fit."""
         found = self._passes(architecture)
         for name, spec in architecture:
-            for metric, value in self._added_costs(
-                (self.evaluator.backbone.site(name).role, _independent(spec))
-            ).items():
+            key = (self.evaluator.backbone.site(name).role, _independent(spec))
+            for metric, value in self._added_costs(key).items():
                 found[metric] += value
         return found
 

@@ -315,7 +315,7 @@ WRONG = [
     ("training: {batch_size: {low: 8, high: 16.5}}", "6 training.batch_size: must be a whole number, not"),
     (
         "training: {batch_size: {low: 8, high: 32, step: 5}}",
-        "6 training.batch_size: step=5 does not lead from",
+        "6 training.batch_size: step must be positive and divide high - low",
     ),
     ("training: {schedule: [linear, cosin]}", "6 training.schedule: schedule must be one of"),
     ("data: {source: files, train: a, validation: b}", "6 data.test: is missing"),
