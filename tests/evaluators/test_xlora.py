@@ -411,7 +411,7 @@ def test_it_routes_between_loras_that_are_given() -> None:
         SearchSpace(backbone=backbone, adapters={"lora": choice})
     own = {"experts": 2, "router": "xlora"}
     choice = AdapterChoice(kind="lora", fields=own, given=given.given, router_per="layer")
-    with pytest.raises(SpaceError, match="no other can follow"):
+    with pytest.raises(SpaceError, match="no other site can follow"):
         SearchSpace(backbone=backbone, adapters={"library": choice})
 
 

@@ -466,7 +466,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {"a.b": a}}, "adapters.a.b", "a name may contain only letters"),
     ({"adapters": {"a": lora(at=("mlp",))}}, "adapters.a.at", "lora cannot sit at 'mlp'; did you mean 'mlp.up'"),
     ({"adapters": {"a": lora(at=("mlp.gate",))}}, "adapters.a.at",
-     "this model has no site with role 'mlp.gate'; it has "),
+     "this model has no site with role 'mlp.gate'; it has attn, "),
     ({"adapters": {"a": lora(at=("attn.q",), layers=(0, 3))}}, "adapters.a.layers", "no layer 3: the model has layers"),
     ({"adapters": {"a": lora(layers=())}}, "adapters.a.layers", "these layers have no site with role attn.q or attn.v"),
     ({"adapters": {"a": AdapterChoice(kind="full", layers=(1,))}}, "adapters.a.layers",
