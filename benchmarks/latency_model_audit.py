@@ -71,7 +71,7 @@ def foretell(settings: StudyFile, evaluator: PackedEvaluator, draws: int, advanc
     for _ in range(draws):
         architecture = inner.space.decode(inner.space.sample(rng)).architecture
         foretold = table.costs(architecture)[METRIC]
-        measured, again = (table.measured(architecture)[METRIC] for _ in range(2))
+        measured, again = (table.measure(architecture)[METRIC] for _ in range(2))
         found.append((foretold, measured, again))
         advance()
     foretold_s, measured_s, again_s = zip(*found, strict=True)

@@ -1,4 +1,4 @@
-"""What every evaluator promises."""
+"""The interface of evaluators: requests, outcomes, costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One candidate to evaluate. `test`: score the test split too. `keep_weights`: return the trained tensors."""
+    """One candidate to evaluate. `test`: also score the test split. `keep_weights`: return the trained tensors."""
 
     candidate: Candidate
     seed: int = 0
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A measurement, or the reason why there is none: the candidate failed, or this machine cannot train it."""
+    """A measurement, or why there is none: training failed, or the candidate is infeasible on this machine."""
 
     measurement: Measurement | None = None
     failure: Literal["failed", "infeasible"] | None = None
@@ -50,12 +50,12 @@ class Costs:
 
 
 class OutOfMemoryError(RuntimeError):
-    """This machine cannot hold a candidate."""
+    """A candidate does not fit into the memory of this machine."""
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turns every way in which torch runs out of memory into OutOfMemoryError."""
+    """Turn every exception by which torch reports a lack of memory into OutOfMemoryError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -67,32 +67,30 @@ def memory_errors() -> Iterator[None]:
         raise OutOfMemoryError(f"out of memory: {str(error).split(chr(10))[0]}") from error
 
 
-#: Called with the steps done and the steps there are, summed over the batch of requests.
+#: Called with the steps done and the total steps, summed over the requests.
 Progress = Callable[[int, int], None]
-
-
-#: Called with the place of a request and its outcome.
-Ended = Callable[[int, Outcome], None]
-#: Called at a rung with its share of the steps and, of every candidate that came so far, the place of the request and
-#: held-out loss and accuracy; returns the places of those that go on.
+#: Called with the index of a request and its outcome.
+OnOutcome = Callable[[int, Outcome], None]
+#: Called at a rung with its share of the steps and, for every candidate that reached it, the index of its request and
+#: its held-out metrics by name; returns the indices of the requests that continue.
 Select = Callable[[float, Sequence[tuple[int, Mapping[str, float]]]], Collection[int]]
 
 
 class Evaluator(ABC):
-    """Turns candidates into measurements. It sees architectures and data, never search strategies."""
+    """Measures candidates. It knows architectures and data, but no search strategy."""
 
     name: str
 
     @abstractmethod
     def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
-        """What a candidate costs, before any training: the declared metrics, and those named in `measured`.
+        """Return the costs of an untrained candidate: the declared metrics, and the measured ones named in `measured`.
 
-        Raises OutOfMemoryError where measuring needs more than there is.
+        Raises OutOfMemoryError if there is too little memory to measure.
         """
 
     @abstractmethod
     def num_steps(self, request: Request) -> int:
-        """Training steps that the request will take."""
+        """Return the number of training steps of a request."""
 
     @abstractmethod
     def evaluate(
@@ -100,18 +98,18 @@ class Evaluator(ABC):
         requests: Sequence[Request],
         progress: Progress | None = None,
         *,
-        ended: Ended | None = None,
+        ended: OnOutcome | None = None,
         select: Select | None = None,
     ) -> list[Outcome]:
-        """One outcome per request, in order. Failures of a candidate are outcomes, not exceptions.
+        """Return one outcome per request, in order. A candidate that fails is an outcome, not an exception.
 
-        With `select`, all requests have one fidelity, and a candidate that it leaves out at a rung ends there: its
-        measurement has that rung's share and values. `ended` is called as soon as an outcome is certain.
+        With `select`, all requests have the same fidelity, and a candidate that it drops at a rung stops there: its
+        measurement has the share and values of that rung. `ended` is called as soon as an outcome is final.
         """
 
 
 class Attaching(Evaluator):
-    """An evaluator with a model on a device, to which the adapters of a candidate can be attached."""
+    """An evaluator that holds a model on a device and attaches the adapters of candidates to it."""
 
     backbone: Backbone
     task: Task
@@ -119,8 +117,8 @@ class Attaching(Evaluator):
 
     @abstractmethod
     def attach(self, request: Request) -> Attachment:
-        """The candidate on the model, as one slot; a context manager."""
+        """Return a context manager that attaches the candidate to the model as its only slot."""
 
     @abstractmethod
     def longest_batch(self, candidate: Candidate) -> Batch:
-        """A full training batch of the longest rows."""
+        """Return a training batch of the longest rows, of the candidate's batch size."""

@@ -1,4 +1,4 @@
-"""Declarations: domains, adapters, sites, spaces and architectures. Importing this does not import torch."""
+"""Declarations: domains, adapters, sites, spaces and architectures. Importing it does not import torch."""
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate

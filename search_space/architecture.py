@@ -1,4 +1,4 @@
-"""An architecture: which adapters sit at which sites. Two equal networks have equal keys, whatever path led to them."""
+"""Architectures: which adapters sit at which sites. Equal networks have equal keys, however they were built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autopeft.search_space.sharing import Shared, shared_tensors
 
 
 def canonical_json(data: Any) -> str:
-    """JSON with sorted keys, and without a fraction where there is none: 16 and 16.0 are one number."""
+    """Return JSON with sorted keys; a float without a fraction is written as an integer, so 16 and 16.0 are equal."""
     return json.dumps(_canonical(data), sort_keys=True, separators=(",", ":"))
 
 
@@ -28,116 +28,131 @@ def _canonical(data: Any) -> Any:
 
 
 def digest(data: Any) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of the canonical JSON."""
+    """Return the first sixteen hexadecimal digits of the SHA-256 of the canonical JSON."""
     return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:16]
 
 
-def order_at_site(spec: AdapterSpec) -> str:
-    """By which the adapters of a site are sorted."""
+def site_sort_key(spec: AdapterSpec) -> str:
+    """Return the key by which the adapters of one site are sorted."""
     return canonical_json(spec.to_dict())
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Adapters by site name. Sites without adapters do not appear; the order of sites and adapters does not count."""
+    """Adapters by site name, in canonical order. Sites without adapters are left out."""
 
     adapters: tuple[tuple[str, tuple[AdapterSpec, ...]], ...] = ()
 
     @classmethod
     def of(cls, adapters: Mapping[str, Sequence[AdapterSpec]]) -> Architecture:
+        """Return the architecture with these adapters by site name, in any order."""
         rows = []
         for site in sorted(adapters):
-            specs = sorted(adapters[site], key=order_at_site)
+            specs = sorted(adapters[site], key=site_sort_key)
             if specs:
                 rows.append((site, tuple(specs)))
         return cls(tuple(rows))
 
     def __iter__(self) -> Iterator[tuple[str, AdapterSpec]]:
-        """Pairs of site name and adapter."""
+        """Yield pairs of site name and adapter."""
         return ((site, spec) for site, specs in self.adapters for spec in specs)
 
     def __bool__(self) -> bool:
         return bool(self.adapters)
 
     def placed(self, backbone: Backbone) -> Iterator[tuple[Site, AdapterSpec]]:
+        """Return pairs of site and adapter. Raises ValueError for a site that the backbone lacks."""
         return ((backbone.site(name), spec) for name, spec in self)
 
     @property
     def key(self) -> str:
+        """Digest that equal architectures share."""
         return digest(self.to_dict())
 
     @property
     def kinds(self) -> tuple[str, ...]:
+        """Names of the adapter types in use, sorted."""
         return tuple(sorted({spec.kind for _, spec in self}))
 
     @property
     def mergeable(self) -> bool:
+        """Whether every adapter can be merged into the backbone's weights."""
         return all(spec.mergeable for _, spec in self)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping that `from_dict` reads."""
         return {site: [spec.to_dict() for spec in specs] for site, specs in self.adapters}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
+        """Return the architecture that `to_dict` wrote."""
         return cls.of({site: [spec_from_dict(spec) for spec in specs] for site, specs in data.items()})
 
     # Costs that follow from the declaration alone.
 
     def shared(self, backbone: Backbone) -> Shared:
-        """The tensors that sites share, each once."""
+        """Return the tensors that several sites share, each once."""
         return shared_tensors(self.placed(backbone))
 
     def num_params(self, backbone: Backbone) -> int:
-        """Trainable parameters of the adapters; the head counts apart."""
+        """Return the number of trainable parameters of the adapters, without the task head."""
         shared = sum(parameter.count for parameter in self.shared(backbone).values() if parameter.trainable)
         return shared + sum(spec.num_params(backbone.site(site)) for site, spec in self)
 
     def total_params(self, backbone: Backbone) -> int:
-        """All that are at work: those that are trained, and those that are not (of LoRAs that are given, or drawn)."""
+        """Return the number of parameters, trainable and frozen (pretrained LoRAs, fixed random projections)."""
         shared = sum(parameter.count for parameter in self.shared(backbone).values())
         return shared + sum(spec.total_params(backbone.site(site)) for site, spec in self)
 
     def active_params(self, backbone: Backbone) -> int:
-        """Those that a token meets: of a mixture the experts that it is sent to, and the router."""
+        """Return the number of parameters active per token: of a mixture, the experts in use and the router."""
         shared = sum(parameter.count for parameter in self.shared(backbone).values())
         return shared + sum(spec.active_params(backbone.site(site)) for site, spec in self)
 
     def stored_bytes(self, backbone: Backbone) -> int:
+        """Return the size of the trained adapters on disk, in bytes."""
         shared = NUMBER_BITS * sum(p.count for p in self.shared(backbone).values() if p.stored)
         return (shared + sum(spec.stored_bits(backbone.site(site)) for site, spec in self)) // 8
 
     @property
     def first_pass(self) -> bool:
-        """Whether any adapter reads a forward pass of the backbone alone."""
+        """Whether any adapter reads the result of a first forward pass of the bare backbone."""
         return any(spec.first_pass for _, spec in self)
 
     def flops_per_token(self, backbone: Backbone) -> int:
-        """Operations that the adapters add to one forward pass, per token; see `AdapterSpec.flops_per_token`. Those of
-        a first pass through the backbone count once, however many adapters read it.
+        """Return the operations that the adapters add to one forward pass, per token.
+
+        See `AdapterSpec.flops_per_token`. A first pass through the backbone counts once, however many adapters read it.
         """
         first = backbone.flops_per_token * self.first_pass
         return first + sum(spec.flops_per_token(backbone.site(site)) for site, spec in self)
 
     def lowest_layer(self, backbone: Backbone) -> int:
-        """The first layer that is adapted; the number of layers if none is. Everything below can be shared."""
+        """Return the index of the lowest adapted layer, or the number of layers if none is adapted.
+
+        Candidates can share the layers below it. An adapter outside the layers counts as layer 0.
+        """
         layers = [backbone.site(site).layer for site, _ in self]
         return min((layer if layer is not None else 0 for layer in layers), default=backbone.num_layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """What is evaluated: an architecture and how it is trained (learning rate and the like)."""
+    """The unit of evaluation: an architecture and its training settings (learning rate and the like)."""
 
     architecture: Architecture
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
+        """Digest that equal candidates share."""
         return digest(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping that `from_dict` reads."""
         return {"architecture": self.architecture.to_dict(), "training": dict(self.training)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        """Return the candidate that `to_dict` wrote."""
         return cls(architecture=Architecture.from_dict(data["architecture"]), training=dict(data["training"]))

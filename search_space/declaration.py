@@ -1,4 +1,4 @@
-"""Choices: what a user declares of a space (which adapters, exclusive or not), and all that can be wrong with it."""
+"""The declaration of a search space (adapter choices and exclusive groups) and its validation."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ Granularity = Literal["model", "stage", "layer", "site"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 Variation = Literal[Granularity, "expert"]
 VARIATIONS: tuple[str, ...] = get_args(Variation)
-Problem = tuple[tuple[str, ...], str]
+#: The path to a key of the declaration, and what is wrong there.
+DeclarationProblem = tuple[tuple[str, ...], str]
 
 
 class SpaceError(ValueError):
-    """Everything wrong with a declaration: pairs of the path to the offending key and what is wrong there."""
+    """An invalid declaration. `problems`: each path to an offending key, with what is wrong there."""
 
     def __init__(self, problems: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
         self.problems = tuple(problems)
-        super().__init__("; ".join(f"{'.'.join(map(str, path))}: {what}" for path, what in problems))
+        super().__init__("; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in problems))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterChoice:
     """One adapter type in the space.
 
-    `at`: roles of the sites it may take (empty: the type's own). `layers`: those layers only (None: all). `placement`:
-    the granularity of its on/off gene (None: always on). `fields`: a value or a domain per field; a size domain may
-    contain 0, which is "off". With `experts` among them there is a mixture of so many (0: a plain adapter), and the
-    other fields of `Mixture` may be there. `vary`: the granularity at which a field is chosen (default: once for the
-    model); "expert": the rank of LoRAs, once for each expert of the model, whose first is also that of a plain one.
-    `router_per`: whether each site has a router, or the first of a layer has one that the others follow. `given`:
-    folders of LoRAs that are the experts, as they are; number, rank and scale are then fields of one value. `sites`:
-    names of those that any of them is for, and of no others (None: no matter).
+    `at`: roles of the sites where it may sit (empty: the type's default roles). `layers`: indices of the layers where
+    it may sit (None: all). `placement`: granularity of its on/off gene (None: always on). `fields`: a value or a domain
+    per field; a size domain may contain 0, which means "off". With the field `experts` the adapter is a mixture of that
+    many experts (0: a plain adapter), and the other fields of `Mixture` are allowed. `vary`: granularity at which a
+    field is chosen (default: once for the model); "expert", for the rank of LoRAs only, chooses it once per expert
+    index, and a plain adapter takes the first. `router_per`: "site" gives each site a router; "layer" gives one to the
+    first site of each layer, and the others follow it. `given`: folders of pretrained LoRAs that are the experts,
+    unchanged; number, rank and scale are then fields with a single value. `sites`: names of the only sites allowed,
+    those that at least one of these LoRAs adapts (None: no restriction).
     """
 
     kind: str
@@ -57,7 +59,10 @@ class AdapterChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneOf:
-    """Exactly one of `members` (names of adapter choices) is present, or none if `optional`; chosen `per` scope."""
+    """An exclusive group: exactly one of `members` (names of adapter choices) is present, or none if `optional`.
+
+    `per`: granularity at which the member is chosen.
+    """
 
     name: str
     members: tuple[str, ...]
@@ -66,14 +71,14 @@ class OneOf:
 
 
 OFF = "off"
-#: Names of adapters and groups begin the names of genes, where a dot follows.
+#: Names of adapters and groups are prefixes of gene names and end at the first dot there.
 NAME = r"[A-Za-z0-9_-]+"
-#: Groups of layers where a declaration does not say how many.
+#: Default number of stages (groups of layers).
 STAGES = 4
 
 
 def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
-    """Return the sites that a choice may take, of its roles, layers and named sites, where its type fits."""
+    """Return the sites where a choice may sit: of its roles, layers and named sites, those that its type fits."""
     roles = choice.at or ADAPTERS[choice.kind].default_roles
     smallest, _ = _extremes(choice)
     return tuple(
@@ -87,7 +92,7 @@ def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
 
 
 def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
-    """Return the type in the smallest and the largest of its sizes; its default where the declaration is wrong."""
+    """Return the adapter at its smallest and its largest size; twice the default if the declaration is invalid."""
     kind = ADAPTERS[choice.kind]
     name = kind.size_field
     if name is None or name not in choice.fields:
@@ -105,7 +110,7 @@ def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
 
 
 def leaders_of(choice: AdapterChoice, sites: Sequence[Site]) -> dict[int | None, Site | None]:
-    """Return the site that has the router of each layer whose sites share one; None where that is not known."""
+    """Return for each layer whose sites share a router the site that owns it; None where that is unknown."""
     layers: dict[int | None, list[Site]] = {}
     for site in sites if choice.router_per == "layer" else ():
         if site.layer is not None:
@@ -119,17 +124,17 @@ def problems_of(
     one_of: Sequence[OneOf],
     stages: int,
     training: Mapping[str, Domain | Value],
-) -> Iterator[Problem]:
-    """Yield everything that is wrong with a declaration over `backbone`."""
+) -> Iterator[DeclarationProblem]:
+    """Yield everything wrong with a declaration over `backbone`."""
     if not adapters:
         yield ("adapters",), "the space is empty: name at least one adapter"
     if not 1 <= stages <= backbone.num_layers:
         yield ("stages",), f"must be between 1 and the {backbone.num_layers} layers of the model"
     for name, choice in adapters.items():
         if not re.fullmatch(NAME, name):
-            yield ("adapters", name), "a name is made of letters, digits, - and _"
-        for path, what in _choice_problems(choice, backbone):
-            yield ("adapters", name, *path), what
+            yield ("adapters", name), "a name may contain only letters, digits, - and _"
+        for path, message in _choice_problems(choice, backbone):
+            yield ("adapters", name, *path), message
     for group in one_of:
         yield from _group_problems(group, one_of, adapters)
     known = [f.name for f in fields(Training)]
@@ -137,35 +142,40 @@ def problems_of(
         if key not in known:
             yield ("training", key), f"unknown training field{did_you_mean(key, known)}"
             continue
-        for what in _field_problems(Training, key, domain):
-            yield ("training", key), what
+        for message in _field_problems(Training, key, domain):
+            yield ("training", key), message
 
 
-def _group_problems(group: OneOf, groups: Sequence[OneOf], adapters: Mapping[str, AdapterChoice]) -> Iterator[Problem]:
+def _group_problems(
+    group: OneOf, groups: Sequence[OneOf], adapters: Mapping[str, AdapterChoice]
+) -> Iterator[DeclarationProblem]:
     path = ("one_of", group.name)
     if not re.fullmatch(NAME, group.name):
-        yield path, "a name is made of letters, digits, - and _"
+        yield path, "a name may contain only letters, digits, - and _"
     if [other.name for other in groups].count(group.name) > 1:
         yield path, "two groups have this name"
     if not group.members:
-        yield path, "name at least one member"
+        yield path, "a group needs at least one member"
     if group.per not in GRANULARITIES:
         yield (*path, "per"), f"unknown granularity {group.per!r}{did_you_mean(group.per, GRANULARITIES)}"
     if group.optional and OFF in group.members:
-        yield path, f"{OFF!r} means none of the members here: take another name"
+        yield path, f"{OFF!r} stands for none of the members of an optional group: rename this adapter"
     for member in group.members:
         if member not in adapters:
-            yield path, f"no adapter {member!r}{did_you_mean(member, adapters)}"
+            yield path, f"unknown adapter name {member!r}{did_you_mean(member, adapters)}"
         elif adapters[member].router_per == "layer" and group.per == "site":
             yield (
                 ("adapters", member, "router_per"),
-                f"{group.name!r} decides per site: the sites have no router in common",
+                f"the sites of a layer cannot share a router: group {group.name!r} chooses per site",
             )
         elif adapters[member].placement is not None:
-            yield ("adapters", member, "placement"), f"{group.name!r} decides where it is on; leave this out"
+            yield (
+                ("adapters", member, "placement"),
+                f"remove this: group {group.name!r} already decides where the adapter is on",
+            )
 
 
-def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
+def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[DeclarationProblem]:
     if choice.kind not in ADAPTERS:
         yield ("kind",), f"unknown adapter {choice.kind!r}{did_you_mean(choice.kind, ADAPTERS)}"
         return
@@ -177,11 +187,11 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
             yield (key,), f"unknown field of {choice.kind}{did_you_mean(key, known)}"
             continue
         if key in MIXTURE_FIELDS and "experts" not in choice.fields:
-            yield (key,), "this is for mixtures: say how many experts there are (experts: 4)"
+            yield (key,), "only mixtures of experts have this setting: set the number of experts, such as experts: 4"
             continue
         if key in MIXTURE_FIELDS and choice.fields["experts"] == 0:
             if key != "experts":
-                yield (key,), "this is for mixtures, and there are no experts (experts: 0)"
+                yield (key,), "only mixtures of experts have this setting, and experts: 0 is a plain adapter"
             continue
         if key in (spec.size_field, "experts"):
             try:
@@ -189,57 +199,63 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Prob
             except ValueError as error:
                 yield (key,), str(error)
                 continue
-        for what in _field_problems(fields_of(choice.kind)[key], key, domain):
-            yield (key,), what
+        for message in _field_problems(fields_of(choice.kind)[key], key, domain):
+            yield (key,), message
     yield from _router_problems(choice, backbone)
     for key, per in choice.vary.items():
         if not isinstance(choice.fields.get(key), Domain):
-            yield ("vary", key), "only a field with several values can vary"
+            yield ("vary", key), "only a field with a list or a range of values can vary"
         if per == "expert":
-            for what in _per_expert_problems(choice, key):
-                yield ("vary", key), what
+            for message in _per_expert_problems(choice, key):
+                yield ("vary", key), message
         elif per not in GRANULARITIES:
             yield ("vary", key), f"unknown granularity {per!r}{did_you_mean(per, VARIATIONS)}"
     if choice.placement is not None and choice.placement not in GRANULARITIES:
-        what = f"unknown granularity {choice.placement!r}{did_you_mean(choice.placement, GRANULARITIES)}"
-        yield ("placement",), what
+        message = f"unknown granularity {choice.placement!r}{did_you_mean(choice.placement, GRANULARITIES)}"
+        yield ("placement",), message
 
 
 def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
-    """Yield what is wrong with a field that is chosen for each expert."""
+    """Yield what is wrong with a field that varies by expert."""
     if choice.kind != Lora.kind or key != Lora.size_field:
-        yield "experts can differ in the rank of a lora alone"
+        yield "only the rank of a lora can vary by expert"
     elif not choice.fields.get("experts"):
-        yield "this is for mixtures: say how many experts there are (experts: 4)"
+        yield "only mixtures of experts have this setting: set the number of experts, such as experts: 4"
     elif choice.given:
-        yield "the LoRAs that are given have ranks of their own"
-    elif mixing := [router.name for router in _routers(choice) if router.mixes_parameters]:
-        yield f"{' and '.join(mixing)} mixes the matrices of LoRAs, which are of one rank then"
+        yield "pretrained LoRAs (given) have fixed ranks"
+    elif mixing := [router for router in _routers(choice) if router.mixes_parameters]:
+        yield f"{_named(mixing)} mixes the matrices of LoRAs and needs experts of equal rank"
     elif isinstance(domain := choice.fields.get(key), Domain) and domain.contains(0):
-        yield "an expert has a rank of at least 1: where there are none is said by experts or by placement"
+        yield "the rank of an expert is at least 1: to switch experts off, add 0 to experts or set placement"
 
 
 def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
-    """Return the fields that a type may declare, each with the class that checks its values: its own or `Mixture`."""
+    """Return the fields that an adapter type can have, each with the class that validates it: its own or `Mixture`."""
     spec = ADAPTERS[kind]
     own = dict.fromkeys((f.name for f in fields(spec)), spec)
     return {**own, **dict.fromkeys(MIXTURE_FIELDS, Mixture)} if spec.can_be_expert else own
 
 
-def domain_problems(adapters: Mapping[str, AdapterChoice], domains: Sequence[str] | None) -> Iterator[Problem]:
-    """Yield what routers that need domains miss in data with `domains`, with the path of the setting."""
+def domain_problems(
+    adapters: Mapping[str, AdapterChoice], domains: Sequence[str] | None
+) -> Iterator[DeclarationProblem]:
+    """Yield what routers by task lack in data with these `domains` (None: no domain column), by path of the setting."""
     for name, choice in adapters.items():
         if not any(router.needs_domains for router in _routers(choice)):
             continue
         tasks = choice.fields.get("tasks", 1)
         if domains is None:
-            yield ("data", "domain"), f"the router of {name!r} goes by the domain of a row: say which column it is in"
+            yield (
+                ("data", "domain"),
+                f"the router of {name!r} reads the domain of each row: name the column that has it",
+            )
         elif isinstance(tasks, Domain) or tasks != len(domains):
-            yield ("space", "adapters", name, "tasks"), f"the data has {len(domains)} domains: {', '.join(domains[:8])}"
+            shown = ", ".join(domains[:8])
+            yield ("space", "adapters", name, "tasks"), f"the data has {len(domains)} domains: {shown}"
 
 
 def _routers(choice: AdapterChoice) -> list[Router]:
-    """Return the routers that a choice may have, of those that there are; none without experts."""
+    """Return the routers that a choice may have; none without experts."""
     if "experts" not in choice.fields:
         return []
     router = choice.fields.get("router", Mixture().router)
@@ -247,59 +263,69 @@ def _routers(choice: AdapterChoice) -> list[Router]:
     return [ROUTERS[str(name)] for name in names if name in ROUTERS]
 
 
-def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
-    """Yield what is wrong with a router for this model, or beside other fields."""
+def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[DeclarationProblem]:
+    """Yield what is wrong with a router for this model or in combination with other fields."""
     if "experts" not in choice.fields:
         if choice.router_per != "site":
-            yield ("router_per",), "this is for mixtures: say how many experts there are (experts: 4)"
+            yield (
+                ("router_per",),
+                "only mixtures of experts have this setting: set the number of experts, such as experts: 4",
+            )
         return
     routers = _routers(choice)
     heads = choice.fields.get("heads", 1)
     for count in heads.choices if isinstance(heads, Choice) else (heads,):
         site = next((s for s in sites_of(choice, backbone) if not _divides(count, s)), None)
         if site is not None:
-            yield ("heads",), f"{count} blocks do not fit {site.name}, from {site.in_features} to {site.out_features}"
+            features = f"{site.in_features} input and {site.out_features} output features"
+            yield ("heads",), f"{count} does not divide the features of {site.name}: {features}"
             break
-    between = [router.name for router in routers if router.between_given]
+    between = [router for router in routers if router.between_given]
     if between and not choice.given:
-        yield ("router",), f"{' and '.join(between)}: only between LoRAs that are given (given: [folder, folder])"
+        yield ("router",), f"{_named(between)} needs pretrained LoRAs as experts (given: [folder, folder])"
     if any(router.follows for router in routers):
-        yield ("router",), "sites that follow another have router_per: layer"
-    ahead = [router.name for router in routers if router.reads_ahead]
+        yield ("router",), "to let the sites of a layer follow one router, set router_per: layer"
+    ahead = [router for router in routers if router.reads_ahead]
     if backbone.causal and ahead:
-        yield ("router",), f"{' and '.join(ahead)} would look ahead, which a causal model must not"
+        yield ("router",), f"{_named(ahead)} reads later tokens, which a causal model must not"
     shared = choice.fields.get("shared_experts", 0)
-    apart = [router.name for router in routers if not router.has_gates]
+    apart = [router for router in routers if not router.has_gates]
     if apart and (isinstance(shared, Domain) or shared):
-        names = " and ".join(f"router {router!r}" for router in apart)
-        yield ("shared_experts",), f"{names} does not support shared_experts"
-    own_parts = [router.name for router in routers if not router.can_lead]
+        yield ("shared_experts",), f"{_named(apart)} does not support shared_experts"
+    own_parts = [router for router in routers if not router.can_lead]
     if own_parts and choice.router_per == "layer":
-        yield ("router_per",), f"{' and '.join(own_parts)}: each site has a part of its own, no other can follow it"
-    mixing = [router.name for router in routers if router.mixes_parameters]
+        yield ("router_per",), f"{_named(own_parts)} has parameters for each site: no other site can follow it"
+    mixing = [router for router in routers if router.mixes_parameters]
     if mixing and choice.kind != "lora":
-        yield ("router",), f"{' and '.join(mixing)} mixes the parameters of LoRAs, not of a {choice.kind}"
+        yield ("router",), f"{_named(mixing)} mixes the matrices of LoRAs and does not support {choice.kind}"
     own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
-        yield ("router_per",), "the sites of a layer can share a router if they are on together, with as many experts"
+        message = "sites that share a router must be on together, with equal experts, top_k and size: vary none by site"
+        yield ("router_per",), message
     for layer, leader in leaders_of(choice, sites_of(choice, backbone)).items():
         if leader is None:
-            what = f"whether the norms of layer {layer} run before its attention is not known: have `at` name no norms"
-            yield ("router_per",), what
+            message = (
+                f"cannot tell whether the norms of layer {layer} run before its attention: leave norms out of `at`"
+            )
+            yield ("router_per",), message
             break
     for key in ROUTER_FIELDS:
         if choice.router_per == "layer" and choice.vary.get(key) == "site":
-            yield ("vary", key), "the sites of a layer share a router (router_per: layer): vary it by layer at most"
+            yield ("vary", key), "the sites of a layer share a router (router_per: layer), so this cannot vary by site"
     if any(router.needs_domains for router in routers) and "tasks" not in choice.fields:
-        yield ("router",), "a router by task needs to know how many there are (tasks: 4)"
+        yield ("router",), "a router by task needs the number of tasks, such as tasks: 4"
+
+
+def _named(routers: Sequence[Router]) -> str:
+    return " and ".join(f"router {router.name!r}" for router in routers)
 
 
 def _divides(heads: object, site: Site) -> bool:
     return not isinstance(heads, int) or not (site.in_features % heads or site.out_features % heads)
 
 
-def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Problem]:
-    """Yield what is wrong with roles and layers, or that no site is left."""
+def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[DeclarationProblem]:
+    """Yield what is wrong with the roles and layers of a choice, or that no site is left."""
     spec, present = ADAPTERS[choice.kind], backbone.roles
     fine = True
     for role in choice.at:
@@ -308,7 +334,7 @@ def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Probl
             yield ("at",), f"{choice.kind} cannot sit at {role!r}{did_you_mean(role, spec.roles)}"
         elif role not in present:
             fine = False
-            yield ("at",), f"this model has no site {role!r}; it has {', '.join(sorted(present))}"
+            yield ("at",), f"this model has no site with role {role!r}; it has {', '.join(sorted(present))}"
     for layer in choice.layers or ():
         if not 0 <= layer < backbone.num_layers:
             fine = False
@@ -317,22 +343,22 @@ def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Probl
     largest = _extremes(choice)[1]
     if largest.size is not None and spec.size_field is not None:
         for site in [site for site in sites if not largest.fits(site)][:1]:
-            what = f"{largest.size} is too much at {site.name}, of {site.in_features} to {site.out_features} features"
-            yield (spec.size_field,), what
+            features = f"{site.in_features} input and {site.out_features} output features"
+            yield (spec.size_field,), f"{largest.size} is too large for {site.name}: {features}"
     if not fine or sites:
         return
     roles = choice.at or spec.default_roles
     if choice.sites is not None and sites_of(replace(choice, sites=None), backbone):
-        yield ("given",), f"there is no module that the LoRAs are for, of {', '.join(roles)} in these layers"
+        yield ("given",), f"the pretrained LoRAs adapt no site with role {' or '.join(roles)} in these layers"
     elif not choice.at and not set(roles) & set(present):
-        yield ("at",), f"none of {', '.join(roles)} is in this model; name sites of your own"
+        yield ("at",), f"this model has no site with role {' or '.join(roles)}; it has {', '.join(sorted(present))}"
     elif choice.layers is not None and sites_of(replace(choice, layers=None), backbone):
-        yield ("layers",), f"no site {' or '.join(roles)} is in these layers"
+        yield ("layers",), f"these layers have no site with role {' or '.join(roles)}"
     else:
-        yield ("at",), f"no site {' or '.join(roles)} of this model can take a {choice.kind}"
+        yield ("at",), f"{choice.kind} fits no site with role {' or '.join(roles)} of this model"
 
 
-#: Per type of a field: its name, and what may stand there.
+#: For each type of a field: its name in messages, and the types of its values.
 _TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
     int: ("a whole number", (int,)),
     float: ("a number", (int, float)),
@@ -342,7 +368,7 @@ _TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
 
 
 def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[str]:
-    """Yield the objections of `owner` to the values of `domain` (all of a choice, the ends of a range)."""
+    """Yield the errors that `owner` raises for the values of `domain` (all of a choice, the ends of a range)."""
     if isinstance(domain, Choice):
         values: Sequence[Value] = domain.choices
     elif isinstance(domain, (Float, Int)):
@@ -351,7 +377,7 @@ def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[s
         values = (domain,)
     expected, allowed = _TYPES.get(get_type_hints(owner)[key], ("", (int, float, str, bool)))
     if isinstance(domain, (Float, Int)) and type(domain.low) not in allowed:
-        yield f"must be {expected}, not a range like this"
+        yield f"must be {expected}, not a range of numbers of another type"
         return
     for value in values:
         if type(value) not in allowed:

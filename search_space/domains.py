@@ -1,7 +1,8 @@
 """Domains: the sets of values that one gene of a search space may take.
 
 A domain maps its values to the unit interval and back (`to_unit`, `from_unit`), so that a searcher works on numbers
-between 0 and 1 only. Ordered choices (ranks 1, 2, 4, 8, ...) are equally spaced on it, unordered ones are just cells.
+between 0 and 1 only. The values of a choice are equally spaced, in the order of the list; only an ordered choice
+(ranks 1, 2, 4, 8, ...) gives that order a meaning.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ Value = int | float | str | bool
 class Float:
     """Real numbers in [low, high], on a logarithmic scale if `log`.
 
-    `from_unit` yields the bounds and, between them, numbers of few digits: recipes stay readable, and such a value
-    survives the way to the unit interval and back to the bit.
+    `from_unit` returns a bound or, between the bounds, a number of few digits: recipes stay readable, and the value is
+    bit for bit the same after `to_unit` and `from_unit`. Raises ValueError for bounds out of order or not finite.
     """
 
     low: float
@@ -37,13 +38,15 @@ class Float:
 
     @property
     def cardinality(self) -> int | None:
-        """None: not countable."""
+        """Number of values; None because a real interval is uncountable."""
         return None
 
     def contains(self, value: Any) -> bool:
+        """Return whether `value` is a number within the bounds; a bool is not a number here."""
         return isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
 
     def to_unit(self, value: Any) -> float:
+        """Return the position of `value` in [0, 1]."""
         if self.log:
             unit = (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         else:
@@ -51,6 +54,7 @@ class Float:
         return min(max(unit, 0.0), 1.0)
 
     def from_unit(self, unit: float) -> float:
+        """Return the rounded value at a position; positions outside [0, 1] give the bounds."""
         if unit <= 0.0:
             return self.low
         if unit >= 1.0:
@@ -60,13 +64,13 @@ class Float:
         else:
             value = self.low + unit * (self.high - self.low)
         value = self._short(value)
-        # A bound stands for all that is as short as it, so that no two values are closer than the digits tell.
+        # A value that rounds like a bound becomes that bound, so that no two values are closer than the digits resolve.
         if value <= self._short(self.low):
             return self.low
         return self.high if value >= self._short(self.high) else value
 
     def _short(self, value: float) -> float:
-        """Six significant digits on a log scale; else a millionth of the range, and no more than floats can hold."""
+        """Round to six significant digits on a log scale, else to a millionth of the range, within float precision."""
         if self.log:
             return float(f"{value:.6g}")
         exponent = math.floor(math.log10(self.high - self.low))
@@ -74,20 +78,24 @@ class Float:
         return round(value, min(6 - exponent, 12 - largest))
 
     def sample(self, rng: Random) -> float:
+        """Draw a value uniformly on the unit interval."""
         return self.from_unit(rng.random())
 
     def neighbours(self, value: Any) -> Iterator[float]:
-        """One fifth of the range down and up, or the bound if that is nearer."""
+        """Yield the values one fifth of the range below and above, or the bound if that is nearer."""
         unit = self.to_unit(value)
         steps = dict.fromkeys((self.from_unit(unit - 0.2), self.from_unit(unit + 0.2)))
-        # In a range of a few representable numbers a fifth rounds to nothing.
+        # In a range of a few representable numbers, a fifth can round to zero.
         bounds = dict.fromkeys((self.from_unit(0.0), self.from_unit(1.0)))
         yield from [other for other in steps if other != value] or [other for other in bounds if other != value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int:
-    """Whole numbers low, low + step, ..., high; on a logarithmic scale if `log` (then step is 1)."""
+    """Whole numbers low, low + step, ..., high; on a logarithmic scale if `log` (then step is 1).
+
+    Raises ValueError for bounds that are not whole or out of order, and for a step that does not reach `high`.
+    """
 
     low: int
     high: int
@@ -96,19 +104,24 @@ class Int:
 
     def __post_init__(self) -> None:
         if not all(isinstance(n, int) for n in (self.low, self.high, self.step)):
-            raise ValueError(f"must be whole: low={self.low}, high={self.high}, step={self.step}")
+            raise ValueError(
+                f"low, high and step must be whole numbers, got low={self.low}, high={self.high}, step={self.step}"
+            )
         if not self.low <= self.high:
             raise ValueError(f"low must not be above high, got low={self.low}, high={self.high}")
         if self.step < 1 or (self.high - self.low) % self.step:
-            raise ValueError(f"step={self.step} does not lead from low={self.low} to high={self.high}")
+            found = f"low={self.low}, high={self.high}, step={self.step}"
+            raise ValueError(f"step must be positive and divide high - low, got {found}")
         if self.log and (self.low < 1 or self.step != 1):
             raise ValueError("a log range of whole numbers needs low >= 1 and step 1")
 
     @property
     def cardinality(self) -> int:
+        """Number of values."""
         return (self.high - self.low) // self.step + 1
 
     def contains(self, value: Any) -> bool:
+        """Return whether `value` is one of these integers; a bool is none."""
         return (
             isinstance(value, int)
             and not isinstance(value, bool)
@@ -117,13 +130,15 @@ class Int:
         )
 
     def to_unit(self, value: Any) -> float:
+        """Return the centre of the cell of `value` in [0, 1]."""
         if self.log:
-            # Each whole number has the share of the log axis from v - 1/2 to v + 1/2.
+            # The cell of a number v runs from v - 1/2 to v + 1/2 on the log axis.
             low, high = math.log(self.low - 0.5), math.log(self.high + 0.5)
             return (math.log(value) - low) / (high - low)
-        return ((value - self.low) // self.step + 0.5) / self.cardinality
+        return float(((value - self.low) // self.step + 0.5) / self.cardinality)
 
     def from_unit(self, unit: float) -> int:
+        """Return the value whose cell holds a position; positions outside [0, 1] give the bounds."""
         unit = min(max(unit, 0.0), 1.0)
         if self.log:
             low, high = math.log(self.low - 0.5), math.log(self.high + 0.5)
@@ -131,10 +146,11 @@ class Int:
         return self.low + self.step * min(int(unit * self.cardinality), self.cardinality - 1)
 
     def sample(self, rng: Random) -> int:
+        """Draw a value uniformly on the unit interval."""
         return self.from_unit(rng.random())
 
     def neighbours(self, value: Any) -> Iterator[int]:
-        """The next ones down and up."""
+        """Yield the next value below and the next above."""
         for other in (value - self.step, value + self.step):
             if self.contains(other):
                 yield other
@@ -142,7 +158,10 @@ class Int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One of `choices`. `ordered`: neighbours in the list are neighbours in meaning (sizes, learning rates)."""
+    """One of `choices`. `ordered`: values next to each other in the list are similar (sizes, learning rates).
+
+    Raises ValueError for no values or a duplicate.
+    """
 
     choices: tuple[Value, ...]
     ordered: bool = False
@@ -153,27 +172,29 @@ class Choice:
         object.__setattr__(self, "choices", tuple(self.choices))
         # True is not 1 here, but 16 is 16.0.
         if len({(isinstance(c, bool), c) for c in self.choices}) != len(self.choices):
-            raise ValueError(f"a value stands twice in {list(self.choices)}")
+            raise ValueError(f"duplicate value in {list(self.choices)}")
 
     @classmethod
     def of(cls, values: Sequence[Value]) -> Choice:
-        """A choice as a study file lists it: numbers are sorted and ordered, everything else is not."""
+        """Return the choice that a list in a study file means: ordered and sorted if all values are numbers."""
         if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             return cls(choices=tuple(sorted(values)), ordered=True)
         return cls(choices=tuple(values))
 
     @property
     def cardinality(self) -> int:
+        """Number of values."""
         return len(self.choices)
 
     def index(self, value: Any) -> int:
-        """The position of `value`; True is not 1 here. Raises ValueError for a value that is not in the list."""
+        """Return the position of `value` in the list; True is not 1 here. Raises ValueError for a value not in it."""
         for position, choice in enumerate(self.choices):
             if choice == value and isinstance(choice, bool) == isinstance(value, bool):
                 return position
         raise ValueError(f"{value!r} is not among {list(self.choices)}")
 
     def contains(self, value: Any) -> bool:
+        """Return whether `value` is in the list."""
         try:
             self.index(value)
         except ValueError:
@@ -181,17 +202,20 @@ class Choice:
         return True
 
     def to_unit(self, value: Any) -> float:
+        """Return the centre of the cell of `value` in [0, 1]. Raises ValueError for a value not in the list."""
         return (self.index(value) + 0.5) / len(self.choices)
 
     def from_unit(self, unit: float) -> Value:
+        """Return the value whose cell holds a position; positions outside [0, 1] give the first or the last."""
         unit = min(max(unit, 0.0), 1.0)
         return self.choices[min(int(unit * len(self.choices)), len(self.choices) - 1)]
 
     def sample(self, rng: Random) -> Value:
+        """Draw a value uniformly."""
         return self.choices[rng.randrange(len(self.choices))]
 
     def neighbours(self, value: Any) -> Iterator[Value]:
-        """The ones beside it in the list; all others if the list has no order."""
+        """Yield the values next to this one in an ordered list, all others in an unordered one."""
         here = self.index(value)
         for position, choice in enumerate(self.choices):
             if position != here and (not self.ordered or abs(position - here) == 1):
@@ -203,16 +227,16 @@ BOOLEAN = Choice(choices=(False, True))
 
 
 def without_zero(domain: Domain) -> Domain:
-    """The sizes of a domain once "is it on" has been answered with yes; the domain itself if it has no 0.
+    """Return the domain without 0: the sizes of an adapter that is on. A domain without 0 is returned as it is.
 
-    Raises ValueError when nothing is left.
+    Raises ValueError if no value is left.
     """
     if isinstance(domain, Choice) and domain.contains(0):
         if len(domain.choices) == 1:
-            raise ValueError("0 is the only size: nothing could ever be on")
+            raise ValueError("0 is the only size: the adapter could never be on")
         return Choice(choices=tuple(c for c in domain.choices if c != 0), ordered=domain.ordered)
     if isinstance(domain, Int) and domain.low == 0:
         if domain.high == 0:
-            raise ValueError("0 is the only size: nothing could ever be on")
+            raise ValueError("0 is the only size: the adapter could never be on")
         return Int(low=domain.step, high=domain.high, step=domain.step)
     return domain

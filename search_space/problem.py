@@ -1,4 +1,4 @@
-"""What counts, and what was measured: objectives, fidelities, measurements, trials."""
+"""Search problems and their results: objectives, fidelities, measurements, trials."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.metrics import QUALITIES, Metric, Own
-from autopeft.search_space.metrics.base import Source
+from autopeft.search_space.metrics.base import MetricSource
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.search_space.spaces.space import SearchSpace
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 Numbers = TypeVar("Numbers", float, "NDArray[np.float64]")
 
-#: "pruned": ended at a rung; its measurement has the values there.
-State = Literal["running", "complete", "pruned", "failed", "infeasible"]
+#: "pruned": stopped at a rung; the measurement has the values there.
+TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
 
-#: "smooth": every gene may matter a little; "sparse": few genes matter.
-Surrogate = Literal["smooth", "sparse"]
+#: Prior of a surrogate model. "smooth": every gene may matter a little; "sparse": few genes matter.
+SurrogateKind = Literal["smooth", "sparse"]
 
 
-def _costs(*rows: tuple[str, str, Source, str]) -> dict[str, Metric]:
+def _costs(*rows: tuple[str, str, MetricSource, str]) -> dict[str, Metric]:
     return {row[0]: Metric(name=row[0], unit=row[1], maximise=False, source=row[2], summary=row[3]) for row in rows}
 
 
-#: Qualities, registered in `metrics/`, and costs.
+#: Quality metrics (registered in `metrics/`) and costs, by name.
 METRICS: dict[str, Metric] = {
     **QUALITIES,
     **_costs(
@@ -41,24 +41,26 @@ METRICS: dict[str, Metric] = {
         ("peak_memory_bytes", "bytes", "measured", "high-water mark of one training step"),
         ("step_s", "seconds", "measured", "one training step"),
         ("latency_s", "seconds", "measured", "one forward pass of a batch, adapters unmerged"),
-        ("merged_latency_s", "seconds", "measured", "the same with what can be merged merged"),
+        ("merged_latency_s", "seconds", "measured", "one forward pass of a batch, mergeable adapters merged"),
     ),
 }
-#: The metrics that follow from an architecture alone, without a model or data: its methods of those names.
+#: Costs that an architecture alone determines; each is a method of `Architecture`.
 DECLARED = tuple(name for name, metric in METRICS.items() if metric.source == "declared")
 
 
 def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, float]:
+    """Return the costs in `DECLARED` by name, in the units of their metrics."""
     return {name: getattr(architecture, name)(backbone) for name in DECLARED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """One thing that counts. `bound`: worst value that a user accepts; `reference`: corner for the hypervolume; `own`:
-    the metric, where it is one of the study's own and not of `METRICS`.
+    """A metric to optimise.
 
-    Both numbers are in the metric's own direction and unit. Everything behind this class is minimised; `loss` is the
-    one place where the direction is applied.
+    `bound`: worst value that the user accepts. `reference`: coordinate of the reference point of the hypervolume. Both
+    are in the direction and unit of the metric. `own`: the metric, if the user defined it and `METRICS` lacks it.
+
+    All code that uses an objective minimises; only `loss` and `value` apply the direction.
     """
 
     name: str
@@ -70,8 +72,9 @@ class Objective:
 
     @classmethod
     def of(cls, name: str, **settings: Any) -> Objective:
-        """An objective over a known metric, or its `own`, with the metric's direction. Raises KeyError for an unknown
-        one.
+        """Return an objective over a metric of `METRICS` or over `own`, in the direction of the metric.
+
+        Raises KeyError for an unknown name.
         """
         metric = settings.get("own") or METRICS[name]
         settings.setdefault("maximise", metric.maximise)
@@ -79,32 +82,32 @@ class Objective:
 
     @property
     def metric(self) -> Metric:
-        """Raises KeyError for an objective over a metric that nobody knows."""
+        """The metric of this objective. Raises KeyError for an unknown name."""
         return self.own or METRICS[self.name]
 
     @property
     def is_quality(self) -> bool:
-        """Whether it is found on held-out rows after a training, with an error."""
+        """Whether the metric is measured on held-out rows after training, with a sampling error."""
         return self.own is not None or self.name in QUALITIES
 
     def loss(self, value: Numbers) -> Numbers:
-        """`value` turned so that less is better."""
+        """Return `value` with its sign set so that lower is better."""
         return -value if self.maximise else value
 
     def value(self, loss: float) -> float:
-        """The inverse of `loss`."""
+        """Return the inverse of `loss`."""
         return -loss if self.maximise else loss
 
     def violation(self, value: float) -> float:
-        """How far `value` lies beyond the bound, relative to it as in `Limits`; <= 0 is within."""
+        """Return the excess of `value` over the bound, relative to the bound as in `Limits`; <= 0 is feasible."""
         if self.bound is None:
             return -1.0
         return (self.loss(value) - self.loss(self.bound)) / (abs(self.bound) or 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """A point and what a proxy says of it, less is better. `costs`: by metric, as far as they could be foretold."""
+class ScoredPoint:
+    """A point and its proxy score, lower is better. `costs`: predicted costs by metric, where a prediction exists."""
 
     genes: Assignment
     score: float
@@ -113,13 +116,13 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A search space, what counts in it, and how many evaluations may be spent.
+    """A search space, its objectives, and the budget in evaluations.
 
-    What is known beforehand helps the searchers that can use it: `limits` that rule candidates out before training;
-    `start`, points to evaluate first; `initial`, how many points to spread over the space before a model is trusted
-    (None: the searcher's own); `known`, trials of this study that no searcher asked for, their genes those of this
-    space; `earlier`, the same of a related study; `surrogate`, the kind of model (None: the searcher's choice);
-    `scored`, points and what a proxy says of them.
+    Prior knowledge for searchers that can use it: `limits` reject candidates before training; `start`, points to
+    evaluate first; `initial`, number of space-filling points before the surrogate model proposes (None: the searcher's
+    default); `observed`, trials of this study that no searcher suggested, with genes of this space; `prior`, such
+    trials of a related study; `surrogate`, the kind of model (None: the searcher's choice); `scored`, points with
+    proxy scores.
     """
 
     space: SearchSpace
@@ -128,34 +131,37 @@ class Problem:
     limits: Limits = field(default_factory=lambda: Limits({}))
     initial: int | None = None
     start: tuple[Assignment, ...] = ()
-    known: tuple[Trial, ...] = ()
-    earlier: tuple[Trial, ...] = ()
-    surrogate: Surrogate | None = None
-    scored: tuple[Scored, ...] = ()
+    observed: tuple[Trial, ...] = ()
+    prior: tuple[Trial, ...] = ()
+    surrogate: SurrogateKind | None = None
+    scored: tuple[ScoredPoint, ...] = ()
 
     def violation(self, values: Mapping[str, float]) -> float:
-        """How far values lie beyond the limits and bounds of those that are known; <= 0 is within all of them."""
-        objection = self.limits.objection(values)
+        """Return the largest relative excess of `values` over the limits and bounds; <= 0 is feasible."""
+        rejection = self.limits.rejection(values)
         bounds = (o.violation(values[o.name]) for o in self.objectives if o.name in values)
-        return max([objection[0] if objection else -1.0, *bounds])
+        return max([rejection[0] if rejection else -1.0, *bounds])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """How much of the full training is spent: the share of its steps, in (0, 1]; the schedule is the full run's."""
+    """Share of the steps of the full training to run, in (0, 1]; the learning rate follows the full schedule.
+
+    Raises ValueError for a share out of range.
+    """
 
     share: float = 1.0
-    #: Shares of the steps at which validation is run on the way, ascending.
+    #: Shares of the steps after which the candidate is validated during training, ascending.
     rungs: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"a share of the steps lies in (0, 1], got {self.share}")
+            raise ValueError(f"share must lie in (0, 1], got {self.share}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What one evaluation found. Values by metric name; `std_err` of the same names where sampling error is known."""
+    """Result of one evaluation: values by metric name, and standard errors where the sampling error is known."""
 
     values: Mapping[str, float]
     std_err: Mapping[str, float] = field(default_factory=dict)
@@ -166,26 +172,28 @@ class Measurement:
     train_s: float = 0.0
     #: Mean training loss of each step.
     losses: tuple[float, ...] = ()
-    #: Metrics at the rungs on the way: share of the steps, then values by name.
+    #: Metrics at the rungs during training: share of the steps, then values by name.
     rungs: tuple[tuple[float, Mapping[str, float]], ...] = ()
-    #: Quality metrics per validation example, in the order of the file: what paired comparisons need. Of a metric over
-    #: the set: contributions whose mean it is.
+    #: Quality metrics per validation example, in the order of the file, for paired comparisons. For a metric over the
+    #: whole set: contributions whose mean is the metric.
     per_example: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     #: Quality on the test split; only finalists and baselines have it.
     test: Mapping[str, float] = field(default_factory=dict)
     test_per_example: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     #: Spread (interquartile range) of measured costs.
     spread: Mapping[str, float] = field(default_factory=dict)
-    #: What the routers of mixtures did on the validation split, by site: see `Routers.routes`.
+    #: Routing statistics of mixtures on the validation split, by site; see `Routers.routes`.
     routes: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
-    #: Quality with all experts of every mixture weighted alike after the training; only finalists have it.
+    #: Quality with equal weights for all experts of every mixture after training; only finalists have it.
     averaged: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able mapping that `from_dict` reads."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """Return the measurement that `to_dict` wrote, also after a round trip through JSON."""
         data = dict(data)
         data["losses"] = tuple(data.get("losses", ()))
         for name in ("per_example", "test_per_example"):
@@ -194,35 +202,35 @@ class Measurement:
         return cls(**data)
 
 
-#: Roles of trials: a searcher asked for it; it repeats another without an evaluation; the name of a baseline follows;
-#: another seed of the trial `of`; the name of what stands in for the mixtures of the trial `of` follows.
+#: Roles of trials: suggested by a searcher; a copy of another trial, not evaluated again; a baseline, whose name
+#: follows; the trial `of` with another seed; a control of the mixtures of the trial `of`, whose name follows.
 SEARCH, COPY, BASELINE, FINALIST, CONTROL = "search", "copy", "baseline:", "finalist", "control:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One evaluation of one candidate, as the ledger keeps it."""
+    """One evaluation of one candidate, as the ledger stores it."""
 
     number: int
-    #: `SEARCH`, `COPY`, `FINALIST`, or `BASELINE` or `CONTROL` with a name.
+    #: `SEARCH`, `COPY`, `FINALIST`, or `BASELINE` or `CONTROL` followed by a name.
     role: str
     candidate: Candidate
-    #: The searcher's active genes, by name; empty for baselines.
+    #: Values of the active genes, by name; empty for baselines.
     genes: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    state: State = "running"
+    state: TrialState = "running"
     measurement: Measurement | None = None
     #: Why it failed, is infeasible or was pruned.
     error: str | None = None
-    #: For a finalist: the number of the trial that it repeats.
+    #: For a finalist or a control: the number of the trial that it belongs to.
     of: int | None = None
-    #: What the searcher wants back with the trial (JSON): its state comes from the trials alone.
+    #: State of the searcher (JSON), stored with the trial: a searcher restores itself from the trials alone.
     searcher_state: Mapping[str, Any] = field(default_factory=dict)
     #: Largest violation of a constraint or bound; <= 0 is feasible.
     violation: float = 0.0
 
     @property
     def values(self) -> Mapping[str, float]:
-        """The metrics of a complete trial."""
+        """Metrics of a trial with a measurement, by name."""
         assert self.measurement is not None, f"trial {self.number} is {self.state}"
         return self.measurement.values

@@ -1,6 +1,6 @@
 """Registries that other distributions can add to, by entry points.
 
-A plug-in names its class in its own `pyproject.toml`, under the name that study files and commands are to know it by:
+A plug-in declares its class in its own `pyproject.toml`, under the name that study files and commands use:
 
     [project.entry-points."autopeft.searchers"]
     mine = "my_package.searcher:Mine"
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 
 class PluginWarning(UserWarning):
-    """A plug-in was left out."""
+    """A plug-in could not be loaded and was left out."""
 
 
 class Registry(MutableMapping[str, T]):
-    """What this package has by name, in its order, then what plug-ins bring.
+    """Entries by name: those of this package in their order, then those of plug-ins by name.
 
-    Plug-ins are loaded when a name is asked for that is not one of ours, or when all names are. One that cannot be
-    loaded, or is not what the group is for, is named in a warning and left out.
+    Plug-ins are loaded at the first lookup of a name that this package lacks, or at the first iteration. A plug-in
+    that cannot be loaded or has the wrong type is left out with a PluginWarning.
 
-    `base`: the class of the entries. `attribute`: the one of their attributes that has their name. `instances`: the
-    entries are objects, of which a plug-in names the class.
+    `base`: class of the entries. `attribute`: the attribute of an entry that holds its name. `own`: entries of this
+    package. `instances`: the entries are objects, and a plug-in declares their class.
     """
 
     def __init__(self, group: str, base: type, attribute: str, own: Iterable[T], *, instances: bool = False) -> None:
@@ -41,45 +41,46 @@ class Registry(MutableMapping[str, T]):
         self._plugins: dict[str, T] | None = None
 
     def __getitem__(self, name: str) -> T:
-        return self._own[name] if name in self._own else self._found()[name]
+        return self._own[name] if name in self._own else self._loaded_plugins()[name]
 
     def __setitem__(self, name: str, entry: T) -> None:
-        """For this process alone, as a notebook or a test wants it."""
+        """Add an entry for this process only, as in a notebook or a test."""
         self._own[name] = entry
 
     def __delitem__(self, name: str) -> None:
-        del (self._own if name in self._own else self._found())[name]
+        del (self._own if name in self._own else self._loaded_plugins())[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._own, *self._found()])
+        return iter([*self._own, *self._loaded_plugins()])
 
     def __len__(self) -> int:
-        return len(self._own) + len(self._found())
+        return len(self._own) + len(self._loaded_plugins())
 
     def __repr__(self) -> str:
         return f"Registry({self.group!r}: {', '.join(self)})"
 
-    def _found(self) -> dict[str, T]:
+    def _loaded_plugins(self) -> dict[str, T]:
+        """Return the plug-ins of the group, loading them at the first call."""
         if self._plugins is None:
             from importlib.metadata import entry_points
 
             found: dict[str, T] = {}
-            self._plugins = found  # before any is loaded: a plug-in may look here itself
+            self._plugins = found  # set before loading: a plug-in may read this registry while it is imported
             for entry in sorted(entry_points(group=self.group), key=lambda entry: entry.name):
                 try:
                     found[entry.name] = self._load(entry, {*self._own, *found})
                 except Exception as error:
                     name = f"{entry.name} = {entry.value}" + (f" of {entry.dist.name}" if entry.dist else "")
-                    what = f"{self.group}: the plug-in {name} is left out: {type(error).__name__}: {error}"
-                    warnings.warn(what, PluginWarning, stacklevel=3)
+                    message = f"{self.group}: the plug-in {name} is left out: {type(error).__name__}: {error}"
+                    warnings.warn(message, PluginWarning, stacklevel=3)
         return self._plugins
 
     def _load(self, entry: EntryPoint, taken: set[str]) -> T:
         if entry.name in taken:
-            raise ValueError("there is one of that name already")
-        loaded: Any = entry.load()
+            raise ValueError("an entry of this name exists already")
+        loaded = entry.load()
         if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
-            raise TypeError(f"it is no subclass of {self._base.__name__}")
+            raise TypeError(f"it is not a subclass of {self._base.__name__}")
         if getattr(loaded, self._attribute, None) != entry.name:
             raise ValueError(f"its `{self._attribute}` must be the name of the entry point, {entry.name!r}")
         return loaded() if self._instances else loaded  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Tensors that the adapters of several sites share (`Parameter.scope`): which there are, and how large they are."""
+"""Tensors that the adapters of several sites share (`Parameter.scope`): their keys and shapes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
 
-#: How the names of shared tensors begin, where those of others have their site.
+#: Prefix of the names of shared tensors; the names of other tensors begin with their site.
 SHARED = "shared."
 
 
 class SharedKey(NamedTuple):
-    """`scope`: "model", or the features of the sites."""
+    """Key of a shared tensor. `scope`: "model", or the input and output features of the sites that share it."""
 
     scope: str
     kind: str
@@ -24,7 +24,7 @@ class SharedKey(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The name in a state. Tensors of several keys would have one name, but those with a key are in no state."""
+        """Name in a state dict. It leaves out `key`, because a tensor with a key is never stored."""
         return f"{SHARED}{self.scope}/{self.kind}/{self.name}"
 
 
@@ -32,13 +32,14 @@ Shared = Mapping[SharedKey, Parameter]
 
 
 def key_of(parameter: Parameter, name: str, site: Site, kind: str) -> SharedKey:
+    """Return the key of a shared parameter called `name` in an adapter of type `kind` at `site`."""
     scope = parameter.scope if parameter.scope == "model" else f"{site.in_features}x{site.out_features}"
     return SharedKey(scope, kind, name, parameter.key)
 
 
 def shared_tensors(placed: Iterable[tuple[Site, AdapterSpec]]) -> Shared:
-    """Of the adapters of one model, each tensor once."""
-    return united(
+    """Return the shared tensors of the adapters of one model, each once."""
+    return merged(
         {key_of(parameter, name, site, spec.kind): parameter}
         for site, spec in placed
         for name, parameter in spec.parameters(site).items()
@@ -46,8 +47,11 @@ def shared_tensors(placed: Iterable[tuple[Site, AdapterSpec]]) -> Shared:
     )
 
 
-def united(parts: Iterable[Shared]) -> Shared:
-    """Those of several parts of one model. How a tensor starts, its first site says."""
+def merged(parts: Iterable[Shared]) -> Shared:
+    """Return the shared tensors of several parts of one model, each at its largest shape.
+
+    The first part that has a tensor determines its initial values.
+    """
     found: dict[SharedKey, Parameter] = {}
     for part in parts:
         for key, parameter in part.items():
@@ -57,5 +61,5 @@ def united(parts: Iterable[Shared]) -> Shared:
 
 
 def largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape that all of these are prefixes of."""
+    """Return the smallest shape that contains all of these."""
     return tuple(max(dims) for dims in zip(*shapes, strict=True))

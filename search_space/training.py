@@ -1,4 +1,4 @@
-"""How a candidate is trained. Every field may be searched: rank and learning rate are confounded."""
+"""Training settings of a candidate. Every field can be searched: rank and learning rate are confounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ SCHEDULES = ("linear", "cosine", "constant")
 class Training:
     """AdamW with a warm-up and a schedule. Raises ValueError for values out of range.
 
-    `warmup`: share of the steps with a rising rate. `max_grad_norm`: clip of the global gradient norm, 0 for none.
+    `warmup`: share of the steps in which the learning rate rises. `max_grad_norm`: bound of the global gradient norm,
+    0 for no clipping.
     """
 
     learning_rate: float = 2e-3

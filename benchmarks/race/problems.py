@@ -25,7 +25,7 @@ def _after(attn: Sequence[float], mlp: Sequence[float]) -> RaceProblem:
         measurement = earlier.measurement(earlier.values(genes), 0, number)
         trials.append(Trial(number=number, role="search", candidate=space.decode(genes), genes=genes, state="complete",
                             measurement=measurement, violation=-1.0))  # fmt: skip
-    return replace(now, problem=replace(now.problem, earlier=tuple(trials)))
+    return replace(now, problem=replace(now.problem, prior=tuple(trials)))
 
 
 def related() -> RaceProblem:

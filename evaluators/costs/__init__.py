@@ -1,1 +1,1 @@
-"""What candidates cost: measured, predicted, and how many fit side by side."""
+"""Costs of candidates: measurement, prediction, and the size of packs."""

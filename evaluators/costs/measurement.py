@@ -1,4 +1,4 @@
-"""Costs that are measured on this machine: the memory and the time of a training step, and the latency.
+"""Costs measured on this machine: memory and time of a training step, and latency.
 
 **Time.** Candidates are measured minutes apart on a machine whose speed drifts. So each repeat of a candidate
 has a control beside it, a forward pass of the bare backbone (hooks off) over the same batch. Reported is
@@ -41,29 +41,29 @@ from autopeft.evaluators.base import Costs
 from autopeft.evaluators.costs.timing import now
 from autopeft.evaluators.tasks import Batch, Task, model_inputs
 
-#: Repeats go on until the median's standard error is below this share of it, within the bounds that follow.
+#: Target for the standard error of the median, relative to the median; the bounds below limit the repeats.
 PRECISION = 0.01
-#: Five of them can fall into one burst of other work and agree on a wrong value.
+#: Not fewer: five repeats can all fall into one burst of other load and agree on a wrong value.
 MIN_REPEATS = 8
 MAX_REPEATS = 40
 MAX_SECONDS = 2.0
 
 #: Seconds of the bare backbone's forward pass, by model and by the shapes of the batch.
-_references: WeakKeyDictionary[nn.Module, dict[tuple, float]] = WeakKeyDictionary()
+_references: WeakKeyDictionary[nn.Module, dict[tuple[tuple[object, ...], ...], float]] = WeakKeyDictionary()
 
 
-def measure(attachment: Attachment, task: Task, batch: Batch, wanted: frozenset[str]) -> Costs:
-    """The metrics in `wanted` and their spread. Nothing stays behind, but gradients become None.
+def measure(attachment: Attachment, task: Task, batch: Batch, metrics: frozenset[str]) -> Costs:
+    """Return the named metrics and their spread, and restore the state of the attachment; gradients become None.
 
     A step is forward, backward and AdamW, without clipping. With several slots, `batch` holds the examples of all
-    of them, and nothing can be merged. Raises ValueError for a metric that is not a measured one.
+    of them, and adapters cannot be merged. Raises ValueError for a metric that is not measured.
     """
-    unknown = sorted(name for name in wanted if name not in _METHODS)
+    unknown = sorted(name for name in metrics if name not in _METHODS)
     if unknown:
-        raise ValueError(f"not a measured metric: {', '.join(unknown)}; these are: {', '.join(_METHODS)}")
+        raise ValueError(f"not a measured metric: {', '.join(unknown)}; known: {', '.join(_METHODS)}")
     bench = _Bench(attachment, task, batch)
-    with _without_trace(attachment):
-        found = {name: method(bench) for name, method in _METHODS.items() if name in wanted}
+    with _restored(attachment):
+        found = {name: method(bench) for name, method in _METHODS.items() if name in metrics}
     return Costs(
         values={name: value for name, (value, _) in found.items()},
         spread={name: spread for name, (_, spread) in found.items()},
@@ -71,13 +71,13 @@ def measure(attachment: Attachment, task: Task, batch: Batch, wanted: frozenset[
 
 
 @contextmanager
-def _without_trace(attachment: Attachment) -> Iterator[None]:
-    """Puts values, random streams and modes back as they were."""
+def _restored(attachment: Attachment) -> Iterator[None]:
+    """Restore values, random streams and modes on exit, and set gradients to None."""
     model = attachment.model[0]
     trained = [parameter for parameter, _ in attachment.trainable()]
     tensors = list(dict.fromkeys([*attachment.parameters(), *attachment.buffers(), *trained]))
     streams = [stream for bank in attachment.banks for stream in bank.dropout_streams]
-    # On the CPU, so that the copies are no part of the memory that is measured.
+    # On the CPU, so that the copies are not part of the measured memory.
     values = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     states = [stream.get_state() for stream in streams]
     modes = attachment.training, model.training
@@ -98,12 +98,12 @@ def _without_trace(attachment: Attachment) -> Iterator[None]:
 
 
 def step_bytes(attachment: Attachment, task: Task, batch: Batch) -> int:
-    """Bytes that a training step holds beside the parameters; see the top of this file."""
+    """Return the bytes that a training step holds beside the parameters; see the top of this file."""
     return _Bench(attachment, task, batch).step_bytes()
 
 
 class _Bench:
-    """One attachment and one batch, and what can be run and read off them. Results are value and spread."""
+    """One attachment with one batch, and the measurements on them. Each metric returns value and spread."""
 
     def __init__(self, attachment: Attachment, task: Task, batch: Batch) -> None:
         self.attachment = attachment
@@ -115,7 +115,7 @@ class _Bench:
         self.trained = [parameter for parameter, _ in attachment.trainable()]
         self.device = batch["targets"].device
 
-    # What is run
+    # Operations to measure
 
     @torch.inference_mode()
     def forward(self) -> None:
@@ -125,14 +125,14 @@ class _Bench:
         return self.attachment.routers.penalised(self.task.scores(self.model, self.batch)["loss"].mean()[None])[0]
 
     def training_step(self) -> Callable[[], None]:
-        """The step with an optimiser of its own; the forward pass alone where there is nothing to train."""
-        # A rate of zero: every step does the same work, and none diverges into numbers that take another time.
+        """Return a training step with a new optimiser; the forward pass alone if nothing is trainable."""
+        # A learning rate of zero: every step does the same work, and no values diverge, which would change the time.
         optimizer = AdamW(self.trained, lr=0.0, fused=True) if self.trained else None
 
         def step() -> None:
             loss = self.loss()
             if optimizer is not None:
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -149,12 +149,12 @@ class _Bench:
         return float(sum(p.nbytes for p in parameters) + self.step_bytes()), 0.0
 
     def step_bytes(self) -> int:
-        """What a step holds beside the parameters."""
+        """Return the bytes that a step holds beside the parameters."""
         return 3 * sum(p.nbytes for p in self.trained) + self.saved_bytes()
 
     def high_water_mark(self) -> int:
         step = self.training_step()
-        step()  # the first one allocates the optimiser's state only after its own high-water mark
+        step()  # the first step allocates the optimiser's state, after its own high-water mark
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         step()
@@ -162,20 +162,20 @@ class _Bench:
         return torch.cuda.max_memory_allocated(self.device)
 
     def saved_bytes(self) -> int:
-        """What the forward pass keeps for the backward pass."""
+        """Return the bytes of the storages that the forward pass saves for the backward pass."""
         tensors = [t for owner in (self.model, self.attachment) for t in (*owner.parameters(), *owner.buffers())]
         resident = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        # The storages themselves: while they are held, their addresses are given to no other.
-        kept: dict[int, torch.UntypedStorage] = {}
+        # Holding the storages themselves prevents the reuse of their addresses.
+        saved: dict[int, torch.UntypedStorage] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def save(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             self.loss()
-        return sum(storage.nbytes() for address, storage in kept.items() if address not in resident)
+        return sum(storage.nbytes() for address, storage in saved.items() if address not in resident)
 
     # Time
 
@@ -188,21 +188,21 @@ class _Bench:
     def merged_latency(self) -> tuple[float, float]:
         parameters = len(list(self.model.parameters()))
         with self.attachment.merged():
-            # Nothing left to hook and no bias added: the bare backbone's operations with other values in them. To
-            # time that would put equal candidates into an order by noise.
+            # No hook left and no bias added: the operations are those of the bare backbone, with other values. Timing
+            # them would order equal candidates by noise.
             if not self.attachment.banks and len(list(self.model.parameters())) == parameters:
                 return self.reference(), 0.0
-            # The control runs on the merged weights, whose values do not matter to it: one merge is enough.
+            # The control runs on the merged weights too: their values do not change its time, and one merge is enough.
             return self.latency()
 
     def seconds(self, run: Callable[[], None], training: bool = False) -> tuple[float, float]:
-        """Time of `run`, normalised by the control."""
+        """Return the time of `run` in seconds, normalised by the control, and its spread."""
 
         def candidate() -> float:
             self.attachment.train(training)
             return self.timed(run)
 
-        # In turns: what the first of a pair leaves to the second (caches, heat) favours neither in the median.
+        # In alternating order: effects of the first on the second (caches, heat) cancel in the median.
         orders = cycle([(self.control, candidate), (candidate, self.control)])
 
         def ratio() -> float:
@@ -215,10 +215,10 @@ class _Bench:
 
     def reference(self) -> float:
         shapes = tuple(sorted((name, *tensor.shape) for name, tensor in self.inputs.items()))
-        known = _references.setdefault(self.model, {})
-        if shapes not in known:
-            known[shapes], _ = _sample(self.control)
-        return known[shapes]
+        references = _references.setdefault(self.model, {})
+        if shapes not in references:
+            references[shapes], _ = _sample(self.control)
+        return references[shapes]
 
     def control(self) -> float:
         self.attachment.eval()
@@ -240,7 +240,7 @@ _METHODS: dict[str, Callable[[_Bench], tuple[float, float]]] = {
 
 
 def _sample(draw: Callable[[], float]) -> tuple[float, float]:
-    """Median and interquartile range of `draw()`, repeated after a warm-up until the median is precise enough."""
+    """Return median and interquartile range of `draw()`, repeated after a warm-up until the median is precise."""
     draw()
     end = time.perf_counter() + MAX_SECONDS
     drawn: list[float] = []
@@ -249,7 +249,7 @@ def _sample(draw: Callable[[], float]) -> tuple[float, float]:
         if len(drawn) < MIN_REPEATS:
             continue
         low, median, high = statistics.quantiles(drawn, n=4, method="inclusive")
-        # Of normal values, the median's standard error is 1.25 sigma / sqrt(n) and the range is 1.35 sigma.
+        # For normal values, the standard error of the median is 1.25 sigma / sqrt(n) and the range is 1.35 sigma.
         precise = (high - low) / sqrt(len(drawn)) < PRECISION * median
         if precise or len(drawn) >= MAX_REPEATS or time.perf_counter() > end:
             return median, high - low

@@ -1,4 +1,4 @@
-"""Measured costs of many candidates from a few measurements: what each adapter adds, added up."""
+"""The additive cost model: costs of many candidates from a few measurements, as sums over their adapters."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.spaces.space import SearchSpace
 
-#: Metrics that add up. Steps and their memory do not: they depend on how low in the model the lowest adapter sits.
+#: Additive metrics. Time and memory of a step are not: they depend on the depth of the lowest adapter.
 ADDITIVE = ("latency_s",)
-#: What two adapters must have in common to cost the same.
-Kind = tuple[str, AdapterSpec]
-Known = Mapping[str, Mapping[str, float]]
+#: Role of the site and adapter: the key of the added cost, equal for adapters of equal cost.
+CostKey = tuple[str, AdapterSpec]
+#: Measured costs by metric, by the key of an architecture.
+MeasuredCosts = Mapping[str, Mapping[str, float]]
 
 
 class CostTable:
-    """Costs by metric of an architecture: those of the bare model, and for each adapter what its like adds (Wang et al.
-    2020, HAT, section 3.2, foretell the latency of what they search too, from measurements on the device).
+    """Predicts costs as the cost of the bare model plus the added cost of each adapter.
 
-    An adapter is measured at all sites of its role that the space has for it, and the difference is shared out among
-    them: one alone would drown in the noise of the clock. Measured as soon as an architecture asks for it, and kept:
-    `known` has measurements of before by the keys of their architectures, and `keep` is given all of them after each
-    new one. A first pass is the bare model's once more, however many adapters read it; a mixture that reads another's
-    router counts as if it had its own.
+    Wang et al. 2020, HAT, section 3.2, also predict the latency of candidates from measurements on the device.
+
+    An adapter is measured at all sites of its role where the space allows it, and the difference to the bare model is
+    divided by their number: the difference of one site would be lost in the noise of the clock. Measurements are lazy
+    and cached: `measured` has earlier ones by the keys of their architectures, and `save` gets all of them after each
+    new one. A first pass costs as much as a pass of the bare model, however many adapters read it; a mixture that
+    follows the router of another counts as if it had its own.
     """
 
     def __init__(
@@ -35,55 +37,59 @@ class CostTable:
         space: SearchSpace,
         metrics: Collection[str],
         training: Mapping[str, Any],
-        known: Known = MappingProxyType({}),
-        keep: Callable[[Known], None] = lambda known: None,
+        measured: MeasuredCosts = MappingProxyType({}),
+        save: Callable[[MeasuredCosts], None] = lambda measured: None,
     ) -> None:
         self.evaluator = evaluator
         self.metrics = frozenset(metrics)
         self.training = training
-        self.known = dict(known)
-        self.keep = keep
+        self.measured = dict(measured)
+        self.save = save
         self._sites: dict[tuple[str, str], list[str]] = {}
         for place in space.placements:
             names = self._sites.setdefault((place.kind, place.site.role), [])
             if place.site.name not in names:
                 names.append(place.site.name)
-        self._bare = self._part(Architecture())
-        self._added: dict[Kind, dict[str, float]] = {}
+        self._bare = self._costs_of(Architecture())
+        self._added: dict[CostKey, dict[str, float]] = {}
 
     def costs(self, architecture: Architecture) -> dict[str, float]:
+        """Return the predicted costs by metric. Raises OutOfMemoryError if a measurement does not fit."""
         found = self._passes(architecture)
         for name, spec in architecture:
-            for metric, value in self._adds((self.evaluator.backbone.site(name).role, spec.standalone)).items():
+            key = (self.evaluator.backbone.site(name).role, spec.standalone)
+            for metric, value in self._added_costs(key).items():
                 found[metric] += value
         return found
 
-    def _adds(self, kind: Kind) -> Mapping[str, float]:
-        if kind not in self._added:
-            role, spec = kind
+    def _added_costs(self, key: CostKey) -> Mapping[str, float]:
+        if key not in self._added:
+            role, spec = key
             sites = self._sites[spec.plain.kind, role]
             architecture = Architecture.of({name: [spec] for name in sites})
-            whole, passes = self._part(architecture), self._passes(architecture)
-            self._added[kind] = {
-                metric: max(0.0, whole[metric] - passes[metric]) / len(sites) for metric in self.metrics
+            total, passes = self._costs_of(architecture), self._passes(architecture)
+            self._added[key] = {
+                metric: max(0.0, total[metric] - passes[metric]) / len(sites) for metric in self.metrics
             }
-        return self._added[kind]
+        return self._added[key]
 
     def _passes(self, architecture: Architecture) -> dict[str, float]:
-        """Of the bare model's passes alone."""
+        """Return the costs of the passes of the bare model: one, or two with a first pass."""
         return {metric: (1 + architecture.first_pass) * value for metric, value in self._bare.items()}
 
     @property
     def num_measured(self) -> int:
+        """Number of measured architectures in use, with the bare model."""
         return 1 + len(self._added)
 
-    def _part(self, architecture: Architecture) -> Mapping[str, float]:
-        found = self.known.get(architecture.key)
+    def _costs_of(self, architecture: Architecture) -> Mapping[str, float]:
+        found = self.measured.get(architecture.key)
         if found is None or not found.keys() >= self.metrics:
-            found = self.known[architecture.key] = self.measured(architecture)
-            self.keep(self.known)
+            found = self.measured[architecture.key] = self.measure(architecture)
+            self.save(self.measured)
         return found
 
-    def measured(self, architecture: Architecture) -> dict[str, float]:
+    def measure(self, architecture: Architecture) -> dict[str, float]:
+        """Measure an architecture as a whole; return its costs by metric."""
         values = self.evaluator.costs(Candidate(architecture=architecture, training=self.training), self.metrics).values
         return {metric: values[metric] for metric in self.metrics}

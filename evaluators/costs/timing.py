@@ -1,4 +1,4 @@
-"""Times and their ratios. What is compared runs in turns: the speed of a machine drifts, that of neighbours alike."""
+"""Times and their ratios. Compared operations alternate: the speed of a machine drifts, but alike for neighbours."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from itertools import cycle
 
 import torch
 
-#: Pairs of a ratio that is taken in turns.
+#: Default number of pairs for a ratio.
 REPEATS = 15
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock without a beginning, read when all work given to the device is done."""
+    """Return the time in seconds of a monotonic clock, after all queued work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -23,7 +23,7 @@ def now(device: torch.device) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A median and what lies around it: the extremes, or the quartiles."""
+    """A median with an interval: the extremes, or the quartiles."""
 
     median: float
     low: float
@@ -31,17 +31,19 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Median and extremes."""
+        """Return median and extremes of values."""
         return cls(median=statistics.median(values), low=min(values), high=max(values))
 
     def times(self, factor: float) -> Spread:
+        """Return the spread of the values times `factor`."""
         return Spread(median=factor * self.median, low=factor * self.low, high=factor * self.high)
 
 
 def interleaved(other: Callable[[], float], own: Callable[[], float], *, repeats: int = REPEATS) -> Spread:
-    """Seconds of `other` over those of `own`, in turns: median and quartiles of the ratios of neighbours in time.
+    """Return median and quartiles of the ratio of the time of `other` to that of `own`, over neighbouring runs.
 
-    Both return the seconds that they took. `repeats`: pairs, two at least, after two more to warm up.
+    Both functions return their time in seconds and run in alternating order. `repeats`: number of pairs, at least two,
+    after two more as a warm-up.
     """
     arms = cycle([(other, own), (own, other)])
     ratios = []

@@ -1,6 +1,6 @@
-"""Zero-cost proxies. CLI, schema and tables derive from the registry `PROXIES`, whose first is the one to beat.
+"""Proxies. Command line, schema and tables derive from the registry `PROXIES`; its first is the reference to beat.
 
-Each is built as `cls(evaluator, seed)`.
+Each entry is constructed as `cls(evaluator, seed)`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autopeft.evaluators.proxies.zero_cost import ZeroCost
 PROXIES: dict[str, type[ZeroCost]] = {
     proxy.name: proxy for proxy in (NumParams, Snip, GradNorm, Fisher, Damping, Similarity)
 }
-#: Scores whose weights are trained; the others are in `PROXIES`.
+#: Names of the scores that need a training of shared weights; the others are in `PROXIES`.
 TRAINED = (Supernet.name, Gates.name)
 
 __all__ = ["PROXIES", "TRAINED", "Proxy", "ZeroCost"]

@@ -1,4 +1,4 @@
-"""What every proxy promises: a cheap stand-in for the held-out loss of a trained candidate."""
+"""The interface of proxies: cheap substitutes for the held-out loss of a trained candidate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autopeft.search_space.architecture import Architecture
 
 
 class Proxy(ABC):
-    """Scores architectures without training them one by one. Its ranking counts, not its values: lower is better."""
+    """Scores architectures without training each of them. Lower is better; only the ranking has a meaning."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -20,4 +20,4 @@ class Proxy(ABC):
 
     @abstractmethod
     def scores(self, architectures: Sequence[Architecture], progress: Progress | None = None) -> list[float]:
-        """One score per architecture, in order; NaN where there is none."""
+        """Return one score per architecture, in order; NaN for an architecture without a score."""

@@ -1,12 +1,13 @@
-"""Saliencies of the adapters' parameters before training: SNIP, the gradient's norm, Fisher.
+"""Saliencies of the adapters' parameters before training: SNIP, gradient norm, Fisher.
 
 Notation: K slots of a pack, M minibatches, P parameters of a candidate's adapters, L the loss of a minibatch.
 
-**The start is jittered.** LoRA's B, a bottleneck's up-projection, a bias start at zero: there gradient x value is zero,
-and so is the gradient of what is multiplied with them (LoRA's A). At the true start every LoRA would score 0. So each
-tensor of zeros is drawn from a normal distribution of small standard deviation, from a stream of its own name: equal
-sites and seeds give equal numbers in any pack. To first order all saliencies of an adapter that starts at zero are
-proportional to `JITTER`; only its weight against kinds that start elsewhere (the ones of IA3) depends on it.
+**The initial values are jittered.** LoRA's B, the up-projection of a bottleneck and biases start at zero: there,
+gradient x value is zero, and so is the gradient of the factor that multiplies them (LoRA's A). At the true initial
+values every LoRA would score 0. So each tensor of zeros is drawn from a normal distribution of small standard
+deviation, from a random stream named after the tensor: equal sites and seeds give equal numbers in any pack. To first
+order, all saliencies of an adapter that starts at zero are proportional to `JITTER`; only their scale relative to types
+with other initial values (the ones of IA3) depends on it.
 
 Only adapters count, not the task head, which every candidate trains. Dropout is off.
 """
@@ -22,16 +23,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
-from autopeft.evaluators.base import OutOfMemoryError, Request, memory_errors
+from autopeft.evaluators.base import OutOfMemoryError, Progress, Request, memory_errors
 from autopeft.evaluators.costs.pack_sizing import fitting_slots
 from autopeft.evaluators.proxies.zero_cost import BATCH_SIZE, ZeroCost
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.runtime.bank import stream
+from autopeft.search_space.runtime.init import stream
 from autopeft.search_space.sharing import SHARED
 
-#: Standard deviation that stands in for zero: the transformers' own for new weights.
+#: Standard deviation of the jitter: that of new weights in transformers.
 JITTER = 0.02
 logger = logging.getLogger(__name__)
 
@@ -39,15 +41,16 @@ logger = logging.getLogger(__name__)
 class Saliency(ZeroCost):
     """One forward and one backward pass per minibatch and candidate, in packs.
 
-    No adapter, or none that is trained: 0, as little as training can bring there. Training of the backbone itself
-    (`full`), what cannot be attached and what is not finite: NaN.
+    The score is 0 for an architecture without trainable adapters, and NaN for training of the backbone itself
+    (`full`), for an architecture that cannot be attached, and if it is not finite.
     """
 
     @abstractmethod
     def score(self, values: Tensor, gradients: Tensor) -> Tensor:
-        """Of one candidate, from its parameters [P] and the gradients of L in every minibatch [M, P]."""
+        """Return the score of a candidate, a scalar, from parameters [P] and gradients of L per minibatch [M, P]."""
 
-    def scores(self, architectures, progress=None):
+    @override
+    def scores(self, architectures: Sequence[Architecture], progress: Progress | None = None) -> list[float]:
         found = [math.nan if "full" in architecture.kinds else 0.0 for architecture in architectures]
         trained = [architecture.num_params(self.evaluator.backbone) > 0 for architecture in architectures]
         scored = [i for i, score in enumerate(found) if trained[i] and not math.isnan(score)]
@@ -61,7 +64,7 @@ class Saliency(ZeroCost):
         return found
 
     def _packs(self, architectures: Sequence[Architecture], scored: Sequence[int]) -> list[list[int]]:
-        """Places of the candidates that run side by side; on a CPU, those that leave the same layers free."""
+        """Return packs of indices of architectures; on a CPU, those of a pack have the same lowest adapted layer."""
         evaluator = self.evaluator
         requests = [
             Request(candidate=Candidate(architecture=architectures[i], training={"batch_size": BATCH_SIZE}))
@@ -76,7 +79,7 @@ class Saliency(ZeroCost):
         return [group[start : start + slots] for group in groups for start in range(0, len(group), slots)]
 
     def _scores(self, pack: Sequence[Architecture]) -> list[float]:
-        """Of a pack; what does not fit or cannot be attached costs its own score alone."""
+        """Return the scores of a pack; only those that do not fit or cannot be attached are NaN."""
         try:
             with memory_errors():
                 return self._scores_together(pack)
@@ -110,51 +113,55 @@ class Saliency(ZeroCost):
 
 
 class Snip(Saliency):
-    """Minus the sum of |dL/dp * p| over the parameters p, with the gradient over all minibatches.
+    """Minus the sum of |dL/dp * p| over the parameters p, with the gradient averaged over all minibatches.
 
-    It is the effect of each connection's removal on the loss, to first order, before equation 4 normalises it.
+    It is the first-order effect of the removal of each parameter on the loss, without the normalisation of equation 4.
     """
 
     name: ClassVar[str] = "snip"
     summary: ClassVar[str] = "gradient times value of the adapters' parameters"
     source: ClassVar[str] = "Lee et al. 2019, SNIP, equations 3 and 4; as a sum: Abdelfattah et al. 2021"
 
-    def score(self, values, gradients):
+    @override
+    def score(self, values: Tensor, gradients: Tensor) -> Tensor:
         return -(gradients.mean(0) * values).abs().sum()
 
 
 class GradNorm(Saliency):
-    """Minus the Euclidean norm of the gradient over all minibatches, of all adapters at once.
+    """Minus the Euclidean norm of the gradient of all adapters, averaged over all minibatches.
 
-    The authors add the norms of the layers instead; that counts layers more than gradients.
+    The authors add the norms of the layers instead, which depends on the number of layers more than on the gradients.
     """
 
     name: ClassVar[str] = "grad_norm"
     summary: ClassVar[str] = "norm of the gradient of the adapters"
     source: ClassVar[str] = "Abdelfattah et al. 2021, Zero-Cost Proxies for Lightweight NAS, section 3"
 
-    def score(self, values, gradients):
-        return -gradients.mean(0).norm()
+    @override
+    def score(self, values: Tensor, gradients: Tensor) -> Tensor:
+        norm: Tensor = gradients.mean(0).norm()
+        return -norm
 
 
 class Fisher(Saliency):
     """Minus the sum over p of p^2 F / 2 with F = mean_m (dL_m/dp)^2, the diagonal of the empirical Fisher information.
 
-    It is the effect of each parameter's removal to second order, near a minimum. Theis et al. take the mean over
-    examples; here it goes over minibatches, whose gradients are there anyway. Abdelfattah et al. have the same formula
-    with activations in place of parameters (Turner et al. 2020), which would not tell the adapters from the backbone.
+    It is the second-order effect of the removal of each parameter, near a minimum. Theis et al. take the mean over
+    examples; here it is over minibatches, whose gradients are available anyway. Abdelfattah et al. use the same formula
+    with activations in place of parameters (Turner et al. 2020), which would not separate adapters from the backbone.
     """
 
     name: ClassVar[str] = "fisher"
     summary: ClassVar[str] = "Fisher information of the adapters' parameters"
     source: ClassVar[str] = "Theis et al. 2018, Faster Gaze Prediction with Dense Networks and Fisher Pruning"
 
-    def score(self, values, gradients):
+    @override
+    def score(self, values: Tensor, gradients: Tensor) -> Tensor:
         return -(gradients * values).square().mean(0).sum() / 2
 
 
 def adapter_parts(attachment: Attachment, k: int, of: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-    """`Attachment.parts` of slot k without the head's."""
+    """Return `Attachment.parts` of slot k without the task head."""
     sites = {site for site, _ in attachment.architectures[k]}
     return {
         name: part
@@ -164,12 +171,12 @@ def adapter_parts(attachment: Attachment, k: int, of: Mapping[nn.Parameter, Tens
 
 
 def jitter(parts: Mapping[str, Tensor], seed: int) -> None:
-    """Draws every tensor of zeros anew, in place; see the top of this file."""
+    """Fill every tensor of zeros with random values, in place; see the top of this file."""
     for name, part in parts.items():
         if not part.any():
             part.copy_(JITTER * torch.randn(part.shape, generator=stream(seed, name, "jitter")))
 
 
 def _flat(parts: Mapping[str, Tensor]) -> Tensor:
-    """[P]"""
+    """Return all parts as one vector [P]."""
     return torch.cat([part.reshape(-1) for part in parts.values()])

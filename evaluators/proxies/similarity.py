@@ -1,4 +1,4 @@
-"""Layer importance by similarity: a sub-layer matters as much as it turns the residual stream."""
+"""Layer importance by similarity: the change of direction of the residual stream in a sub-layer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
+from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.importance import Branch, Importance
 
 
 class Similarity(Importance):
-    """importance = 1 - cos(x, x + c), the mean over all tokens.
+    """importance = 1 - cos(x, x + c), averaged over all tokens.
 
-    Where the norm follows the sum (BERT), x + c is taken ahead of it.
+    If the norm follows the sum (BERT), x + c is its input.
     """
 
     name: ClassVar[str] = "similarity"
@@ -23,7 +25,8 @@ class Similarity(Importance):
     source: ClassVar[str] = "He et al. 2024, What Matters in Transformers (LLM-Drop), similarity-based metric"
 
     @torch.no_grad()
-    def measure(self, branches, progress):
+    @override
+    def measure(self, branches: Sequence[Branch], progress: Progress) -> list[float]:
         evaluator = self.evaluator
         total = torch.zeros(len(branches), dtype=torch.float64)
         num_tokens = 0
@@ -35,17 +38,18 @@ class Similarity(Importance):
                 evaluator.task.scores(evaluator.model, batch)
             finally:
                 hooks.remove()
-            total += torch.stack(hooks.turns).double().cpu()
+            total += torch.stack(hooks.sums).double().cpu()
             num_tokens += int(tokens.sum())
             progress(done, len(minibatches))
-        return (total / num_tokens).tolist()
+        importances: list[float] = (total / num_tokens).tolist()
+        return importances
 
 
 class _Hooks:
-    """`turns`: the sum of 1 - cos(x, x + c) over the `tokens` [N, T], for each branch."""
+    """Measures one forward pass. `sums`: per branch, the sum of 1 - cos(x, x + c) over the masked `tokens` [N, T]."""
 
     def __init__(self, model: Any, branches: Sequence[Branch], tokens: Tensor) -> None:
-        self.turns = [torch.zeros(()) for _ in branches]
+        self.sums = [torch.zeros(()) for _ in branches]
         self._tokens = tokens
         self._x: dict[int, Tensor] = {}
         self._handles: list[Any] = []
@@ -55,15 +59,16 @@ class _Hooks:
             self._handles.append(model.get_submodule(branch.exit).register_forward_hook(leave))
 
     def _of(self, n: int) -> tuple[Any, Any]:
-        def enter(module: Any, args: tuple) -> None:
+        def enter(module: Any, args: tuple[Tensor, ...]) -> None:
             self._x[n] = args[0]
 
-        def leave(module: Any, args: tuple, c: Tensor) -> None:
+        def leave(module: Any, args: tuple[Tensor, ...], c: Tensor) -> None:
             x = self._x.pop(n)[self._tokens].float()
-            self.turns[n] = (1.0 - F.cosine_similarity(x, x + c[self._tokens].float(), dim=-1)).sum()
+            self.sums[n] = (1.0 - F.cosine_similarity(x, x + c[self._tokens].float(), dim=-1)).sum()
 
         return enter, leave
 
     def remove(self) -> None:
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""The supernet: adapters whose weights all architectures of a space share, trained once, scored by the thousand.
+"""The supernet: adapter weights that all architectures of a space share, trained once to score many subnets.
 
 Notation: B subnets side by side (the slots of one `Attachment`), M banks, N examples of a minibatch.
 """
@@ -20,12 +20,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
+from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
-from autopeft.evaluators.tasks import Batch, Classification, model_inputs
+from autopeft.evaluators.tasks import Batch, model_inputs
+from autopeft.evaluators.tasks.classification import Classification
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator, repeated
 from autopeft.evaluators.training.schedule import rate
@@ -34,31 +36,32 @@ from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 
-#: Subnets that are scored side by side.
+#: Subnets scored in one pack.
 SLOTS = 8
-#: Held-out examples that a subnet is scored on, about. All are scored on the same ones.
+#: Approximate number of held-out examples for the score; the same for all subnets.
 SCORED_EXAMPLES = 48
-#: Of them at once: rows of similar length.
+#: Maximum number of these in one batch, of similar length.
 BATCH_SIZE = 48
 #: Steps between two checkpoints.
 STEPS_BETWEEN_CHECKPOINTS = 25
 
-#: The bank that a subnet reads, None for the one that suits it best.
+#: Returns the bank that a subnet reads; None for the one with the lowest loss.
 BankOf = Callable[[Architecture], int | None]
-#: The subnets of a training step, by its number from 1.
+#: Returns the subnets of a training step; steps are numbered from 1.
 Steps = Callable[[int], Sequence[Architecture]]
 
 
 class Supernet(Proxy):
-    """Weights of the largest adapters, from which a subnet reads nested prefixes (Guo et al. 2020, SPOS; Cai et al.
-    2020, once-for-all). `train` once, then `scores`: the held-out loss of a subnet with the weights that it inherits.
+    """Weights of the largest adapters; each subnet reads nested prefixes of them.
 
-    What a space searches beside the architecture has no part in it: all subnets are trained with one `training`.
-    `num_banks`: M sets of weights. `bank_of` says which of them a subnet reads; where it does not, training gives every
-    bank the subnets that have the lowest loss with it, the same number to each (Javan et al. 2023, "Balanced Mixture of
-    SuperNets", as an assignment problem), and a score is the best over the banks. `distil`: the first subnet of a step
-    learns from the labels and teaches the others its outputs (Yu et al. 2020, BigNAS, in-place distillation);
-    ValueError where the task is not classification.
+    Guo et al. 2020, SPOS; Cai et al. 2020, once-for-all. Call `train` once, then `scores`: the held-out loss of a
+    subnet with inherited weights. Searched training fields are ignored: all subnets are trained with one `training`.
+
+    `num_banks`: M sets of weights. `bank_of` returns the set that a subnet reads. If it returns None, training assigns
+    the subnets of a step to banks by lowest total loss, equally many to each bank (Javan et al. 2023, "Balanced Mixture
+    of SuperNets", as an assignment problem), and a score is the lowest over the banks. `distil`: the first subnet of a
+    step learns from the labels, the others from its outputs (Yu et al. 2020, BigNAS, in-place distillation). Raises
+    ValueError for distillation in a task other than classification.
     """
 
     name = "supernet"
@@ -77,7 +80,7 @@ class Supernet(Proxy):
         distil: bool = False,
     ) -> None:
         if distil and not isinstance(evaluator.task, Classification):
-            raise ValueError("distillation works for classification alone")
+            raise ValueError("distillation supports only classification")
         self.evaluator = evaluator
         self.training = training
         self.seed = seed
@@ -90,6 +93,7 @@ class Supernet(Proxy):
         self.examples = range(held_out)[:: max(1, held_out // SCORED_EXAMPLES)]
 
     def attach(self, architectures: Sequence[Architecture], banks: Sequence[int], seed: int | str = 0) -> Attachment:
+        """Return a context manager that attaches subnets side by side, each with the weights of its bank."""
         evaluator = self.evaluator
         seeds = [f"{seed}/{k}" for k in range(len(architectures))]
         return Attachment(
@@ -107,11 +111,10 @@ class Supernet(Proxy):
         key: str = "",
         progress: Progress | None = None,
     ) -> list[list[float]]:
-        """Train `num_steps` steps; returns the losses of each step's subnets.
+        """Train for `num_steps` steps; return the losses of the subnets of each step.
 
-        With a `checkpoint` it goes on from what is there, if that was made with the same `key`.
-        Raises TrainingFailedError
-        when a loss is not a number.
+        With `checkpoint`, resume from that file if it exists and has the same `key`. Raises TrainingFailedError if a
+        loss is not finite.
         """
         parameters = list(self.weights.trainable())
         optimizer = AdamW(decay_groups(parameters, self.training), lr=self.training.learning_rate, fused=True)
@@ -129,22 +132,25 @@ class Supernet(Proxy):
             optimizer.step()
             optimizer.zero_grad()
             if checkpoint is not None and (number % STEPS_BETWEEN_CHECKPOINTS == 0 or number == num_steps):
-                self._keep(checkpoint, key, optimizer, losses)
+                self._save(checkpoint, key, optimizer, losses)
             if progress is not None:
                 progress(number, num_steps)
         return losses
 
     def _step(self, architectures: Sequence[Architecture], number: int, indices: Sequence[int]) -> list[float]:
-        """Gradients of the mean loss over the subnets; returns their losses on the labels."""
+        """Compute gradients of the mean loss over the subnets; return their losses on the labels."""
         banks = self._banks(architectures, indices)
         with self.attach(architectures, banks, f"{self.seed}/{number}") as attachment:
-            loss, taught = self._losses(attachment, indices)
-            attachment.routers.penalised(taught).mean().backward()
-        return loss.tolist()
+            loss, objective = self._losses(attachment, indices)
+            torch.autograd.backward(attachment.routers.penalised(objective).mean())
+        losses: list[float] = loss.tolist()
+        return losses
 
     def _losses(self, attachment: Attachment, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Losses [B] on the labels, and what is trained [B]: the same, or with `distil` the first slot's loss and the
-        distances of the others from its outputs.
+        """Return the losses [B] on the labels and the training objectives [B].
+
+        The two are equal, but with `distil` the objectives of all slots but the first are the KL divergences from the
+        outputs of the first.
         """
         if not self.distil or attachment.num_slots == 1:
             loss = self.evaluator.scores(attachment, "train", indices)["loss"].mean(1)
@@ -162,21 +168,21 @@ class Supernet(Proxy):
 
     @torch.no_grad()
     def _banks(self, architectures: Sequence[Architecture], indices: Sequence[int]) -> list[int]:
-        """The bank that each subnet of a step trains."""
-        told = [self.bank_of(architecture) for architecture in architectures]
-        if None not in told:
-            return [bank for bank in told if bank is not None]
+        """Return the bank that each subnet of a step trains."""
+        fixed = [self.bank_of(architecture) for architecture in architectures]
+        if None not in fixed:
+            return [bank for bank in fixed if bank is not None]
         count = self.weights.num_banks
         losses = torch.zeros(len(architectures), count)
         for bank in range(count):
             with self.attach(architectures, [bank] * len(architectures)) as attachment:
                 attachment.eval()
                 losses[:, bank] = self.evaluator.scores(attachment, "train", indices)["loss"].mean(1).cpu()
-        places = np.arange(count).repeat(-(-len(architectures) // count))
-        rows, columns = linear_sum_assignment(torch.nan_to_num(losses, 1e6, 1e6).numpy()[:, places])
-        return [int(places[column]) for _, column in sorted(zip(rows, columns, strict=True))]
+        seats = np.arange(count).repeat(-(-len(architectures) // count))
+        rows, columns = linear_sum_assignment(torch.nan_to_num(losses, 1e6, 1e6).numpy()[:, seats])
+        return [int(seats[column]) for _, column in sorted(zip(rows, columns, strict=True))]
 
-    def _keep(self, path: Path, key: str, optimizer: AdamW, losses: list[list[float]]) -> None:
+    def _save(self, path: Path, key: str, optimizer: AdamW, losses: list[list[float]]) -> None:
         state = {
             "key": key,
             "losses": losses,
@@ -190,44 +196,47 @@ class Supernet(Proxy):
 
     @torch.no_grad()
     def _restored(self, path: Path | None, key: str, optimizer: AdamW) -> list[list[float]]:
-        """The losses of the steps that were made; weights and optimiser are then as they were behind these."""
+        """Load weights and optimiser from a checkpoint; return the losses of its steps, empty if there is none."""
         if path is None or not path.is_file():
             return []
         try:
             state: dict[str, Any] = torch.load(path, map_location=self.evaluator.device, weights_only=True)
-        except (RuntimeError, UnpicklingError, EOFError):  # what a machine that lost power may leave
+        except (RuntimeError, UnpicklingError, EOFError):  # a truncated file, as after a power failure
             return []
         if state["key"] != key:
             return []
-        for (value, _), kept in zip(self.weights.trainable(), state["weights"], strict=True):
-            value.copy_(kept)
+        for (value, _), saved in zip(self.weights.trainable(), state["weights"], strict=True):
+            value.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        return state["losses"]
+        losses: list[list[float]] = state["losses"]
+        return losses
 
     # Scores
 
-    def scores(self, architectures, progress=None):
-        """Mean held-out loss of each subnet over the scored examples."""
+    @override
+    def scores(self, architectures: Sequence[Architecture], progress: Progress | None = None) -> list[float]:
+        """Return the mean held-out loss of each subnet over the scored examples."""
         banks = [self.bank_of(architecture) for architecture in architectures]
-        # A subnet whose bank is open is scored with each of them.
-        asked = [
-            (place, bank)
-            for place, told in enumerate(banks)
-            for bank in (range(self.weights.num_banks) if told is None else (told,))
+        # A subnet without a fixed bank is scored with each bank.
+        pairs = [
+            (index, bank)
+            for index, fixed in enumerate(banks)
+            for bank in (range(self.weights.num_banks) if fixed is None else (fixed,))
         ]
         best = [math.nan] * len(architectures)
-        found = self._scored([(architectures[place], bank) for place, bank in asked])
+        found = self._scored([(architectures[index], bank) for index, bank in pairs])
         for done, (i, loss) in enumerate(found, 1):
-            place, _ = asked[i]
-            best[place] = loss if math.isnan(best[place]) else min(best[place], loss)
+            index, _ = pairs[i]
+            best[index] = loss if math.isnan(best[index]) else min(best[index], loss)
             if progress is not None:
-                progress(done, len(asked))
+                progress(done, len(pairs))
         return best
 
     @torch.no_grad()
     def _scored(self, subnets: Sequence[tuple[Architecture, int]]) -> Iterator[tuple[int, float]]:
-        """Places and losses of subnets, each with its bank, in an order in which neighbours have their lower layers in
-        common: what leaves these is computed once for all of them.
+        """Yield indices and losses of subnets, each with its bank.
+
+        Subnets with equal lower layers are neighbours, so that the output of these layers is computed once.
         """
         evaluator = self.evaluator
         lengths = [evaluator.lengths["validation"][i] for i in self.examples]
@@ -254,7 +263,7 @@ class Supernet(Proxy):
                 yield from zip((i for i, _ in chunk), (total / len(self.examples)).tolist(), strict=True)
 
     def _best_depth(self, subnets: Sequence[tuple[Architecture, int]]) -> int:
-        """How many layers to run once for all subnets that agree in them: where the fewest are run in all."""
+        """Return the number of lower layers to share between subnets that minimises the total number of layer runs."""
         layers = self.evaluator.backbone.num_layers if self.evaluator.prefix is not None else 0
 
         def cost(depth: int) -> int:
@@ -264,17 +273,17 @@ class Supernet(Proxy):
         return min(range(layers + 1), key=cost)
 
     def _part(self, architecture: Architecture, depth: int, *, lower: bool) -> Architecture:
-        """The adapters below `depth` layers, or those from there on. Those of no layer are in both."""
+        """Return the adapters below layer `depth`, or those from it on; adapters outside the layers are in both."""
         backbone = self.evaluator.backbone
-        kept = {
+        adapters = {
             name: specs
             for name, specs in architecture.adapters
             if (layer := backbone.site(name).layer) is None or (layer < depth) is lower
         }
-        return Architecture.of(kept)
+        return Architecture.of(adapters)
 
     def _below(self, parents: Sequence[tuple[Architecture, int]], batch: Batch, depth: int) -> Tensor | None:
-        """What leaves the lowest `depth` layers of each parent: [parents, N, T, D]."""
+        """Return the output of the lowest `depth` layers of each parent, [parents, N, T, D]; None if none is shared."""
         prefix = self.evaluator.prefix
         if prefix is None or not depth:
             return None
@@ -286,7 +295,7 @@ class Supernet(Proxy):
         return hidden.view(len(parents), -1, *hidden.shape[1:])
 
     def _above(self, batch: Batch, hidden: Tensor | None, depth: int, slots: int) -> Tensor:
-        """Losses [slots, N], from what leaves the lowest `depth` layers."""
+        """Return losses [slots, N], computed from the output of the lowest `depth` layers if there is one."""
         prefix = self.evaluator.prefix
         with nullcontext() if hidden is None or prefix is None else prefix.replaced(hidden, depth):
             packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""What the proxies have in common that train no adapter: an evaluator, a seed and a few minibatches."""
+"""The base class of proxies that train no adapter: an evaluator, a seed and a few minibatches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator
 
-#: Training minibatches that a proxy looks at, and their rows.
+#: Number of training minibatches that a proxy reads, and rows of each.
 BATCHES = 4
 BATCH_SIZE = 16
 
 
 class ZeroCost(Proxy):
-    """A proxy over the model and the training rows of `evaluator`, which it leaves bit for bit as they were.
+    """A proxy over the model and the training rows of `evaluator`, both of which it leaves unchanged bit for bit.
 
     All candidates see the same minibatches (common random numbers): the first ones of a training with `seed`.
     """
@@ -24,6 +24,6 @@ class ZeroCost(Proxy):
         self.seed = seed
 
     def minibatches(self) -> list[list[int]]:
-        """Rows of the training split, for each minibatch."""
+        """Return the indices of training rows of each minibatch."""
         order = batching.training_batches(self.evaluator.lengths["train"], BATCH_SIZE, self.seed)
         return list(islice(order, BATCHES))

@@ -1,4 +1,4 @@
-"""What a search knows of a frozen transformer: its size and the sites where adapters may sit."""
+"""A frozen transformer as a search sees it: its size and the sites where adapters may sit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autopeft.search_space.spelling import did_you_mean
 LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ROLES = (*LINEAR_ROLES, "attn", "mlp", "norm", "embed", "backbone", "head")
 
-# How the path of the first norm of a layer ends.
+# Ends of the path of the first norm of a layer.
 _AHEAD_OF_ATTENTION = ("ln_1", "input_layernorm", "layernorm_before")
 _AFTER_ATTENTION = ("attention.output.LayerNorm", "sa_layer_norm")
 
@@ -51,9 +51,9 @@ class Site:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     num_params: int = 0
-    """Role ``backbone``: its parameters without the task head's."""
+    """Role ``backbone``: number of parameters without the task head."""
     hidden_size: int = 0
-    """Linears: the features of what leaves the model; 0 where that is not known."""
+    """Linears: width of the residual stream; 0 if unknown."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -61,10 +61,13 @@ class Site:
 
 
 def first_to_run(sites: Sequence[Site]) -> Site | None:
-    """Of some sites of one layer in canonical order, the one that runs first. None where there are norms beside others
-    and the name of the first does not say on which side of the attention it is.
+    """Return the site that runs first, of sites of one layer in canonical order.
+
+    None if norms and other sites are among them and the name of the first norm does not tell whether it runs before or
+    after the attention.
     """
-    norms, others = ([site for site in sites if (site.role == "norm") == wanted] for wanted in (True, False))
+    norms = [site for site in sites if site.role == "norm"]
+    others = [site for site in sites if site.role != "norm"]
     if not (norms and others) or norms[0].module.endswith(_AHEAD_OF_ATTENTION):
         return (norms or others)[0]
     if norms[0].module.endswith(_AFTER_ATTENTION):
@@ -76,9 +79,9 @@ def first_to_run(sites: Sequence[Site]) -> Site | None:
 class Backbone:
     """A frozen model, described without torch.
 
-    ``num_params`` leaves out the task head (``head_modules``, ``num_head_params``), which trains beside the
-    adapters; the ``lm_head`` of a causal language model is frozen and belongs to the backbone. ``causal``
-    says that attention looks only backwards, whatever the task.
+    ``num_params`` excludes the task head (``head_modules``, ``num_head_params``), which is trained with the adapters;
+    the ``lm_head`` of a causal language model is frozen and belongs to the backbone. ``causal``: attention is masked
+    to earlier tokens, whatever the task.
     """
 
     id: str
@@ -98,14 +101,15 @@ class Backbone:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles that have at least one site here, in the order of ``ROLES``."""
+        """Roles with at least one site, in the order of ``ROLES``."""
         present = {site.role for site in self.sites}
         return tuple(role for role in ROLES if role in present)
 
     @property
     def flops_per_token(self) -> int:
-        """Operations of the layers' linears in one forward pass, per token; a multiply-add is two. Attention's own
-        products, which grow with the text, are left out, and so is the output layer.
+        """Operations of the linear layers in one forward pass, per token; a multiply-add counts as two.
+
+        Excluded are the products of attention, which grow with the length of the text, and the output layer.
         """
         return sum(2 * site.in_features * site.out_features for site in self.sites if site.role in LINEAR_ROLES)
 
@@ -124,37 +128,38 @@ class Backbone:
             )
 
     def select(self, *, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> tuple[Site, ...]:
-        """The sites with one of these roles in one of these layers, in canonical order; ``None`` means any.
+        """Return the sites with one of these roles in one of these layers, in canonical order; ``None`` means any.
 
-        Sites outside the layers (``embed``, ``norm.final``, ...) are left out when ``layers`` is given.
+        Sites outside the layers (``embed``, ``norm.final``, ...) are left out if ``layers`` is set. Raises ValueError
+        for a role or a layer that the backbone lacks.
         """
-        wanted_roles = None if roles is None else tuple(roles)
-        wanted_layers = None if layers is None else frozenset(layers)
-        if wanted_roles is not None:
-            self.require(wanted_roles)
-        if wanted_layers is not None and (outside := wanted_layers - set(range(self.num_layers))):
+        role_filter = None if roles is None else tuple(roles)
+        layer_filter = None if layers is None else frozenset(layers)
+        if role_filter is not None:
+            self.require(role_filter)
+        if layer_filter is not None and (outside := layer_filter - set(range(self.num_layers))):
             raise ValueError(f"no layers {sorted(outside)} in {self.id!r}: it has 0 to {self.num_layers - 1}")
         return tuple(
             site
             for site in self.sites
-            if (wanted_roles is None or site.role in wanted_roles)
-            and (wanted_layers is None or site.layer in wanted_layers)
+            if (role_filter is None or site.role in role_filter)
+            and (layer_filter is None or site.layer in layer_filter)
         )
 
     def site(self, name: str) -> Site:
-        """The site of this canonical name."""
+        """Return the site of this canonical name. Raises ValueError for an unknown name."""
         if name not in self._site_by_name:
             raise ValueError(f"{self.id!r} has no site {name!r}{did_you_mean(name, self._site_by_name)}")
         return self._site_by_name[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able mapping that ``from_dict`` reads back to an equal backbone."""
+        """Return a JSON-able mapping from which ``from_dict`` builds an equal backbone."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return own | {"sites": [asdict(site) for site in self.sites], "head_modules": list(self.head_modules)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Backbone:
-        """The backbone that ``to_dict`` wrote."""
+        """Return the backbone that ``to_dict`` wrote."""
         return cls(
             **{
                 **data,

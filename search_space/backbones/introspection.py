@@ -3,7 +3,7 @@
 Nothing here imports torch or transformers: a model is anything with ``named_modules()``,
 ``named_parameters()`` and, where it has one, a ``config``. Names are matched per naming convention, not per
 class, and the result is verified: every linear of every layer has exactly one role, and reads or writes the
-residual stream where its role says so. A model that fails this is refused, with the way to name its modules
+residual stream if its role does. Other models raise UnknownBackboneError, whose message shows how to name the modules
 by hand.
 """
 
@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site, did_you_mean
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.spelling import did_you_mean
 
-# How a linear's path within its layer ends. The longest ending wins: BERT's "attention.output.dense" is not
+# Ends of a linear's path within its layer. The longest match wins: BERT's "attention.output.dense" is not
 # its "output.dense".
 _ENDINGS = {
     "attn.q": ("self.query", "attention.query", "q_lin", "q_proj"),
@@ -28,9 +29,9 @@ _ENDINGS = {
     "mlp.down": ("output.dense", "lin2", "down_proj", "fc2", "mlp.c_proj"),
 }
 _WRITE_RESIDUAL = ("attn.o", "mlp.down")
-# Children of a model with a task head: newly initialised, so they must train whatever the adapters are.
+# Task heads, as children of a model: newly initialised, so they are always trained.
 _HEADS = ("pre_classifier", "classifier", "score", "qa_outputs")
-# Paths from the model's root in ``modules``; the linear roles are paths from a layer.
+# Keys of ``modules`` whose paths start at the model's root; those of linear roles start at a layer.
 _ROOT_KEYS = ("layers", "embed", "head")
 
 _BY_HAND = """\
@@ -58,9 +59,10 @@ _Stacks = Mapping[str, Sequence[_Layer]]
 def describe(model: Any, *, id: str, revision: str | None = None, modules: Mapping[str, str] | None = None) -> Backbone:
     """Describe ``model``: its sites, sizes and task head.
 
-    ``modules`` names what cannot be found: ``"layers"`` is the dotted path of the list of layers, a linear
+    ``modules`` names modules that cannot be found: ``"layers"`` is the dotted path of the list of layers, a linear
     role (``"attn.q"``, ``"mlp.down"``, ...) a path within each layer, ``"embed"`` and ``"head"`` the paths of
-    the word embedding and of a task head. Once one linear role is named, only the roles named have sites.
+    the word embedding and of a task head. If it names a linear role, only the named roles have sites. Raises
+    UnknownBackboneError if the sites cannot be found or ``modules`` does not fit the model.
     """
     tree = dict(model.named_modules())
     stacks = _stacks(tree)
@@ -73,10 +75,10 @@ def describe(model: Any, *, id: str, revision: str | None = None, modules: Mappi
         roles = [named] * len(layers) if named else _match_all(layers)
         width = _residual_width(layers, roles)
     except UnknownBackboneError as error:
-        raise UnknownBackboneError(_what_was_seen(model, stacks, str(error))) from None
+        raise UnknownBackboneError(_not_found_message(model, stacks, str(error))) from None
 
     config: Any = getattr(model, "config", None)
-    # The language half of a model of several modalities has its own config.
+    # The language part of a multimodal model has its own config.
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_heads = getattr(text_config, "num_attention_heads", None)
     before, after = _outer_sites(model, tree, stack, width, by_hand.get("embed"))
@@ -88,7 +90,7 @@ def describe(model: Any, *, id: str, revision: str | None = None, modules: Mappi
 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     heads = (by_hand["head"],) if "head" in by_hand else tuple(path for path in tree if path in _HEADS)
-    # With no labels, transformers puts an Identity where the head would be: nothing to train.
+    # Without labels, transformers has an Identity as the head: nothing to train.
     heads = tuple(path for path in heads if any(_within(name, [path]) for name in sizes))
     num_head_params = sum(size for name, size in sizes.items() if _within(name, heads))
     num_params = sum(sizes.values()) - num_head_params
@@ -117,7 +119,7 @@ def _parent(path: str) -> str:
 
 
 def _shape(module: Any) -> tuple[int, int] | None:
-    """(in_features, out_features) of a linear, else ``None``. GPT-2's Conv1D calls them nx and nf."""
+    """Return (in_features, out_features) of a linear, else ``None``. GPT-2's Conv1D calls them nx and nf."""
     # Attributes, not the weight's shape: a quantised linear keeps its weight packed.
     for names in (("in_features", "out_features"), ("nx", "nf")):
         if all(isinstance(getattr(module, name, None), int) for name in names):
@@ -126,7 +128,7 @@ def _shape(module: Any) -> tuple[int, int] | None:
 
 
 def _stacks(tree: Mapping[str, Any]) -> dict[str, list[_Layer]]:
-    """Every list of modules (children named 0, 1, ...) with linears inside, by its path."""
+    """Return every list of modules (children named 0, 1, ...) that contains linears, by path."""
     members: dict[str, dict[str, Any]] = {}
     for path, module in tree.items():
         parts = path.split(".")
@@ -162,7 +164,10 @@ def _find_stack(stacks: _Stacks) -> str:
 
 
 def _match_all(layers: Sequence[_Layer]) -> list[dict[str, str]]:
-    """Per layer, the path of the linear of each role; refuses a layer with a linear too many or too few."""
+    """Return the path of the linear of each role, per layer.
+
+    Raises UnknownBackboneError for a linear without a role, a role with two linears, or a role without one.
+    """
     matched, problems = [], []
     for layer in layers:
         found: dict[str, str] = {}
@@ -185,7 +190,10 @@ def _match_all(layers: Sequence[_Layer]) -> list[dict[str, str]]:
 
 
 def _residual_width(layers: Sequence[_Layer], roles: Sequence[Mapping[str, str]]) -> int:
-    """The hidden size, on which every linear at the edge of the residual stream must agree."""
+    """Return the hidden size: the common width of all linears that read or write the residual stream.
+
+    Raises UnknownBackboneError if they differ.
+    """
     widths: dict[int, str] = {}
     for layer, paths in zip(layers, roles, strict=True):
         for role, path in paths.items():
@@ -207,7 +215,7 @@ def _is_table(module: Any) -> bool:
 
 
 def _site(name: str, layer: int | None, role: str, path: str, module: Any, shape: tuple[int, int]) -> Site:
-    """A site that reads and changes the same module."""
+    """Return a site whose adapters read and change the same module."""
     return Site(
         name=name,
         layer=layer,
@@ -273,7 +281,7 @@ def _layer_sites(index: int, layer: _Layer, paths: Mapping[str, str], width: int
 
 
 def _head_geometry(linears: Mapping[str, Site], num_heads: int | None) -> dict[str, int]:
-    """Head size and number of key/value heads from the shapes; the config only counts the query heads."""
+    """Return head size and number of key/value heads, from the shapes and the number of query heads."""
     query_width = linears["attn.o"].in_features
     if "attn.k" in linears:
         key_width = linears["attn.k"].out_features
@@ -290,16 +298,16 @@ def _head_geometry(linears: Mapping[str, Site], num_heads: int | None) -> dict[s
 def _outer_sites(
     model: Any, tree: Mapping[str, Any], stack: str, width: int, embed: str | None
 ) -> tuple[list[Site], list[Site]]:
-    """The sites ahead of the layers and the sites behind them."""
+    """Return the sites before the layers and the sites after them."""
     before: list[Site] = []
     entrance = embed or _input_embedding(model, tree)
-    # A vision model enters by its patch projection, which is no table of words.
+    # The input of a vision model is a patch projection, not an embedding table.
     if entrance is not None and _is_table(tree[entrance]):
         shape = (tree[entrance].num_embeddings, tree[entrance].embedding_dim)
         before.append(_site("embed", None, "embed", entrance, tree[entrance], shape))
-    # Only norms beside the layers and their entrance: those of a pre-training head (BERT's ``cls``) or of
-    # another modality are not on this residual stream. Of several, the nearest to the layers; modules are
-    # registered in the order in which they run.
+    # Only norms in the module that contains the layers and the embedding: norms of a pre-training head (BERT's
+    # ``cls``) or of another modality are not on this residual stream. Of several, take the nearest to the layers;
+    # modules are registered in the order in which they run.
     scope = _parent(stack)
     while scope and not (entrance and _within(entrance, [scope])):
         scope = _parent(scope)
@@ -317,7 +325,7 @@ def _input_embedding(model: Any, tree: Mapping[str, Any]) -> str | None:
 
 
 def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: _Stacks) -> None:
-    """Refuse keys that mean nothing and paths that do not exist, all of them at once."""
+    """Raise UnknownBackboneError with all unknown keys and all paths that do not exist."""
     keys = (*_ROOT_KEYS, *LINEAR_ROLES)
     problems = [
         f"{key!r} is not one of {', '.join(keys)}{did_you_mean(key, keys)}" for key in by_hand if key not in keys
@@ -345,8 +353,8 @@ def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: 
         raise UnknownBackboneError("modules named by hand do not fit:\n  " + "\n  ".join(problems))
 
 
-def _what_was_seen(model: Any, stacks: _Stacks, problem: str) -> str:
-    """The message that shows what the model has and how to name it."""
+def _not_found_message(model: Any, stacks: _Stacks, problem: str) -> str:
+    """Return the message that lists the model's modules and shows how to name them by hand."""
     seen = [
         f"    {path} ({len(layers)} layers): "
         + ", ".join(f"{name} {shape[0]}->{shape[1]}" for name, shape in layers[0].linears.items())
@@ -355,7 +363,7 @@ def _what_was_seen(model: Any, stacks: _Stacks, problem: str) -> str:
     return "\n".join(
         [
             f"cannot find the adapter sites of {type(model).__name__}: {problem}.",
-            "Lists of layers seen, with the linears of their first layer:",
+            "Lists of layers found, with the linears of their first layer:",
             *(seen or ["    none"]),
             _BY_HAND.format(layers=next(iter(stacks), "encoder.blocks")),
         ]

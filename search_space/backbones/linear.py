@@ -1,4 +1,4 @@
-"""Weights of the backbone's modules in one orientation, whatever the module keeps."""
+"""Weights of the backbone's modules in one orientation, [D_out, D_in], however the module stores them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from torch import Tensor, nn
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """GPT-2's Conv1D keeps [D_in, D_out]."""
+    """Return whether the weight is stored as [D_in, D_out], as in GPT-2's Conv1D."""
     return type(module).__name__ == "Conv1D"
 
 
 def weight_of(module: Any) -> Tensor:
-    """The weight as [D_out, D_in] (norms: [D]); a view, not a copy."""
-    return module.weight.detach().T if _is_transposed(module) else module.weight.detach()
+    """Return the weight as [D_out, D_in] (norms: [D]), detached; a view, not a copy."""
+    weight: Tensor = module.weight.detach()
+    return weight.T if _is_transposed(module) else weight
 
 
 @torch.no_grad()
 def set_weight(module: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Write `weight` [D_out, D_in] and `bias` in place; a bias is added where none was, removed for None."""
+    """Write `weight` [D_out, D_in] and `bias` [D_out] in place; a missing bias is created, and None removes it."""
     module.weight.copy_(weight.T if _is_transposed(module) else weight)
     if bias is None:
         if getattr(module, "bias", None) is not None:

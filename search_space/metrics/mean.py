@@ -1,4 +1,4 @@
-"""Means of what a task says of each example."""
+"""Quality metrics that are means of a column of the task."""
 
 from __future__ import annotations
 

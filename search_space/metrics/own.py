@@ -1,4 +1,4 @@
-"""A metric that a user has written: a function in a module beside the study file."""
+"""User-defined metrics: a function in a module beside the study file, or in an installed one."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from autopeft.search_space.metrics.base import MetricError, OverSet
 from autopeft.search_space.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from autopeft.search_space.metrics.base import Indices
 
 _PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Own(OverSet):
-    """`place`: module:function. Nothing of it runs before `loaded`.
+    """A user-defined metric. `place`: module:function; no code of the module runs before `loaded`.
 
-    The function is called with two integer arrays of one length, the targets and the predictions of a set of examples
-    as indices of labels, and returns a finite number. The order of the examples must not matter to it.
+    The function takes two integer arrays [N], targets and predictions as indices of labels, and returns a finite
+    number. It must not depend on the order of the examples.
     """
 
     unit: str = ""
@@ -36,13 +41,13 @@ class Own(OverSet):
 
     @classmethod
     def declared(cls, name: str, place: str, maximise: bool = True) -> Own:
-        """Without its code. Raises MetricError for a place that is none."""
+        """Return the metric without its function. Raises MetricError if `place` is not module:function."""
         if not _PLACE.fullmatch(place):
-            raise MetricError(f"{place!r} is no module:function, such as my_module:my_score")
+            raise MetricError(f"{place!r} is not of the form module:function, such as my_module:my_score")
         return cls(name=name, summary=f"{place}, of targets and predictions", maximise=maximise, place=place)
 
     def loaded(self, folder: Path) -> Own:
-        """With its code, from a module in `folder` or an installed one. Raises MetricError."""
+        """Return the metric with its function, from a module in `folder` or an installed one. Raises MetricError."""
         module_name, name = self.place.split(":")
         module = _module(module_name, folder)
         found = getattr(module, name, None)
@@ -51,10 +56,11 @@ class Own(OverSet):
             raise MetricError(f"the module {module_name} has no function {name!r}{did_you_mean(name, known)}")
         return Own(name=self.name, summary=self.summary, maximise=self.maximise, place=self.place, function=found)
 
-    def of(self, targets, predictions):
-        assert self.function is not None, "`loaded` comes first"
+    @override
+    def of(self, targets: Indices, predictions: Indices) -> float:
+        assert self.function is not None, "call `loaded` first"
         try:
-            # Copies: what a function does to its arguments is no matter of ours.
+            # Copies, because the function may change its arguments.
             found = self.function(targets.copy(), predictions.copy())
         except Exception as error:
             raise MetricError(
@@ -67,7 +73,10 @@ class Own(OverSet):
 
 
 def _module(name: str, folder: Path) -> ModuleType:
-    """The module, anew: that of another study may have the same name, and this one may have been edited."""
+    """Import the module afresh.
+
+    Another study may have a module of the same name, and this one may have been edited since the last import.
+    """
     file = folder / f"{name}.py"
     sys.path.insert(0, str(folder))
     try:
@@ -79,14 +88,14 @@ def _module(name: str, folder: Path) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[unique] = module  # dataclasses look themselves up there
+        sys.modules[unique] = module  # dataclasses look up their module there
         spec.loader.exec_module(module)
         return module
     except ModuleNotFoundError as error:
         if error.name != name:
-            raise MetricError(f"the module {name} does not import: {error}") from error
-        raise MetricError(f"there is no module {name}: put {name}.py into {folder}, or install it") from error
+            raise MetricError(f"the module {name} cannot be imported: {error}") from error
+        raise MetricError(f"no module {name}: put {name}.py into {folder}, or install it") from error
     except (Exception, SystemExit) as error:
-        raise MetricError(f"the module {name} does not import: {type(error).__name__}: {error}") from error
+        raise MetricError(f"the module {name} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(folder))

@@ -1,1 +1,1 @@
-"""Spaces: declarations compiled into genes, presets, and the way from a candidate back to its genes."""
+"""Search spaces: declarations compiled into genes, presets, and the inverse map from a candidate to its genes."""

@@ -1,8 +1,8 @@
-"""Genes: the decisions a searcher makes, each with its domain and the condition under which it matters.
+"""Genes: the decisions of a searcher, each with its domain and the condition under which it is active.
 
-A gene is *active* when some site that it governs is switched on by all gates of a higher order. Gates come in the order
-layer gate, type (`one_of`), placement, "size is not zero"; the fields of an adapter come last. So one pass over the
-genes, in order, settles which of them count.
+A gene is *active* when at least one site that it governs is switched on by all gates of a higher order. The order of
+gates is: layer gate, type (`one_of`), placement, "size is not zero"; the fields of an adapter come last. One pass over
+the genes in this order therefore determines the active ones.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ TRAINING = "training."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gene:
-    """`conditions`: the gene is active if any of them holds (an empty conjunction always does)."""
+    """One decision. It is active if any of `conditions` holds; an empty conjunction always holds."""
 
     name: str
     domain: Domain
     conditions: frozenset[Condition] = frozenset({frozenset()})
-    #: The adapter whose gene it is; None for layer gates, types (`one_of`) and the training.
+    #: The adapter that the gene belongs to; None for layer gates, types (`one_of`) and training fields.
     adapter: str | None = None
-    #: For "is it on": the gene of the size, with which it is counted as one choice.
+    #: For an on/off gene of a size: the gene of that size; the two count as one choice in the cardinality.
     size: str | None = None
 
     @property
     def setting(self) -> str:
-        """Its name without the scope: "lora.rank", "training.epochs", a group's name, "layers"."""
+        """Name without the scope: "lora.rank", "training.epochs", the name of a group, "layers"."""
         words = self.name.split(".")
         return ".".join(words[: 1 if self.adapter is None and not self.name.startswith(TRAINING) else 2])
 
     def is_active(self, assignment: Mapping[str, Value]) -> bool:
-        """Whether it matters, given the values of the genes before it (inactive ones absent)."""
+        """Return whether the gene is active, given the values of the active genes before it."""
         return any(all(assignment.get(name) == value for name, value in condition) for condition in self.conditions)
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A gene and the value that it must have for an adapter to be on at some site; see `Gene` for the rest."""
+    """A gene and the value that it needs for an adapter to be on at a site; see `Gene` for `adapter` and `size`."""
 
     gene: str
     value: Value

@@ -1,4 +1,4 @@
-"""From a candidate back to genes: which assignment of a space decodes to it, if there is one."""
+"""The inverse of `SearchSpace.decode`: from a candidate to an assignment of genes that decodes to it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from autopeft.search_space.spaces.placement import Placement
 if TYPE_CHECKING:
     from autopeft.search_space.spaces.space import SearchSpace
 
-#: So many partial readings of a candidate are looked at before it counts as outside the space.
-MOST_READINGS = 10_000
+#: Partial assignments to try before a candidate counts as outside the space.
+MAX_PARTIAL = 10_000
 
 
 def locate(space: SearchSpace, candidate: Candidate) -> Assignment | None:
-    """Return an assignment that decodes to the candidate's architecture, with its searched training fields.
+    """Return an assignment that decodes to the architecture and the searched training fields of the candidate.
 
-    None if there is none. Training fields that the candidate does not name take their middle; those that the space
-    fixes do not count. A gate that nothing needs is off.
+    None if the space does not contain it. A searched training field that the candidate lacks takes the middle of its
+    domain; fields with a fixed value in the space are not compared. A gate that no adapter needs is off.
     """
     training: Assignment = {}
     for key, domain in space.training.items():
@@ -35,42 +35,42 @@ def locate(space: SearchSpace, candidate: Candidate) -> Assignment | None:
             if not domain.contains(value):
                 return None
             training[TRAINING + key] = value
-    wanted = dict(candidate.architecture.adapters)
-    here: dict[str, list[Placement]] = {}
+    target = dict(candidate.architecture.adapters)
+    at_site: dict[str, list[Placement]] = {}
     gated: dict[str, list[Placement]] = {}
     for place in space.placements:
-        here.setdefault(place.site.name, []).append(place)
+        at_site.setdefault(place.site.name, []).append(place)
         for gate in place.gates:
             gated.setdefault(gate.gene, []).append(place)
-    if not wanted.keys() <= here.keys():
+    if not target.keys() <= at_site.keys():
         return None
 
     def crowded(genes: Assignment, places: Iterable[Placement]) -> bool:
-        """Whether more is on at the sites of `places` than is wanted there."""
+        """Return whether more adapters are on at a site of `places` than the candidate has there."""
         touched = {place.site.name for place in places}
-        return any(sum(p.is_on(genes) for p in here[site]) > len(wanted.get(site, ())) for site in touched)
+        return any(sum(p.is_on(genes) for p in at_site[site]) > len(target.get(site, ())) for site in touched)
 
-    if crowded(training, space.placements):  # by what is always on
+    if crowded(training, space.placements):  # some adapters are always on
         return None
-    # Adapters of one kind may be taken for each other at one site and told apart at the next: the sites that leave
-    # no choice come first, and where a later one contradicts, another way is tried.
+    # Depth-first search with backtracking: several declared adapters may match at one site and only one at the next.
+    # Sites with the fewest readings come first.
     steps = sorted(
-        ((_readings(space, here[site], specs), here[site]) for site, specs in wanted.items()),
+        ((_readings(space, at_site[site], specs), at_site[site]) for site, specs in target.items()),
         key=lambda step: len(step[0]),
     )
-    open_ends: list[tuple[int, Assignment, Assignment]] = [(0, training, {})]
-    for _ in range(MOST_READINGS):
-        if not open_ends:
+    stack: list[tuple[int, Assignment, Assignment]] = [(0, training, {})]
+    for _ in range(MAX_PARTIAL):
+        if not stack:
             return None
-        position, genes, free = open_ends.pop()
+        position, genes, free = stack.pop()
         if position < len(steps):
             readings, places = steps[position]
-            for reading, open_to in readings:
+            for reading, suggested in readings:
                 if all(genes.get(name, value) == value for name, value in reading.items()):
                     more = {**genes, **reading}
                     fresh = [place for name in more.keys() - genes.keys() for place in gated.get(name, ())]
                     if not crowded(more, [*places, *fresh]):
-                        open_ends.append((position + 1, more, {**free, **open_to}))
+                        stack.append((position + 1, more, {**free, **suggested}))
             continue
         assignment = space.complete({**free, **genes}, partial(_idle, gated, genes))
         if space.decode(assignment).architecture == candidate.architecture:
@@ -81,24 +81,24 @@ def locate(space: SearchSpace, candidate: Candidate) -> Assignment | None:
 def _readings(
     space: SearchSpace, places: Sequence[Placement], specs: Sequence[AdapterSpec]
 ) -> list[tuple[Assignment, Assignment]]:
-    """Return the genes that put `specs` at one site, for each way to share them among its places; see `_genes_of`."""
+    """Return the genes that put `specs` at one site, for each assignment of specs to placements; see `_genes_of`."""
     readings = []
-    ways = [
+    options = [
         [(place, found) for place in places if (found := _genes_of(space, place, spec)) is not None] for spec in specs
     ]
-    for taken in product(*ways):
+    for taken in product(*options):
         pairs = [pair for _, (bound, _) in taken for pair in bound.items()]
         reading = dict(pairs)
-        # Two members of a group contradict each other.
+        # Members of one exclusive group contradict each other.
         if len({place.adapter for place, _ in taken}) == len(specs) and all(reading[name] == v for name, v in pairs):
             readings.append((reading, {gene: value for _, (_, free) in taken for gene, value in free.items()}))
     return readings
 
 
 def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[Assignment, Assignment] | None:
-    """Return the genes that put `spec` at a place, or None if it cannot be there.
+    """Return the genes that `spec` needs at a placement: those with one possible value, and those with several.
 
-    First those, gates included, that must have their values, then those that may have another one.
+    Gates are among the first; each of the second has one value that works. None if `spec` cannot be there.
     """
     mixture = spec if isinstance(spec, Mixture) else None
     if mixture and (mixture.given, mixture.leader_site) != (place.given, place.leader_of(mixture)):
@@ -115,12 +115,12 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
     declared = space.adapters[place.adapter].fields
     for part in (spec.plain, mixture) if mixture else (spec,):
         for field in fields(part):
-            # What a router has, a site that follows another reads of that one.
+            # A site that follows another reads the router fields of that site.
             followed = part is mixture and place.leader and field.name in ROUTER_FIELDS
             if field.name in ("expert", "given", "leader", "ranks") or followed:
                 continue
             default: Value = getattr(type(part)(), field.name)
-            values = _standing_for(part, field.name, declared.get(field.name, default))
+            values = _equivalent_values(part, field.name, declared.get(field.name, default))
             if not values:
                 return None
             if field.name in place.genes:
@@ -136,7 +136,7 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
 
 
 def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], gene: Gene) -> Value:
-    """Return a value of a gate with which none of the places `gated` by it is on; the middle where there is none."""
+    """Return a value of a gate that switches no placement on, or the middle of its domain."""
     places = gated.get(gene.name, ())
     for value in gene.domain.choices if isinstance(gene.domain, Choice) and places else ():
         if not any(place.is_on({**genes, gene.name: value}) for place in places):
@@ -144,10 +144,11 @@ def _idle(gated: Mapping[str, Sequence[Placement]], genes: Mapping[str, Value], 
     return gene.domain.from_unit(0.5)
 
 
-def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[Value]:
-    """Return the values of a field's domain that make `spec`, of a range its own and the ends.
+def _equivalent_values(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[Value]:
+    """Return the values of a domain with which a field gives `spec` in canonical form.
 
-    A mixture of two experts with a `top_k` of 4 is one with a `top_k` of 2.
+    Example: with top_k 2 or 4, a mixture of two experts is the same. Of a range, only the value of `spec` and the
+    bounds are tried.
     """
     own: Value = getattr(spec, key)
     if not isinstance(domain, Domain):
@@ -156,11 +157,11 @@ def _standing_for(spec: AdapterSpec, key: str, domain: Domain | Value) -> list[V
         values = list(domain.choices)
     else:
         values = [own] * domain.contains(own) + [domain.from_unit(0.0), domain.from_unit(1.0)]
-    return [value for value in dict.fromkeys(values) if value == own or _comes_to(spec, {key: value})]
+    return [value for value in dict.fromkeys(values) if value == own or _is_equivalent(spec, {key: value})]
 
 
-def _comes_to(spec: AdapterSpec, change: dict[str, Any]) -> bool:
+def _is_equivalent(spec: AdapterSpec, change: dict[str, Any]) -> bool:
     try:
         return replace(spec, **change).canonical() == spec
-    except ValueError:  # such as no experts
+    except ValueError:  # such as 0 experts
         return False

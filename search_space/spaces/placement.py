@@ -1,4 +1,4 @@
-"""Placements: where an adapter may sit, and what the genes put there."""
+"""Placements: an adapter at a site where it may sit, and the genes that determine it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
-from autopeft.search_space.architecture import order_at_site
+from autopeft.search_space.architecture import site_sort_key
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Value
 from autopeft.search_space.routers import Follow
@@ -19,10 +19,10 @@ from autopeft.search_space.spaces.genes import Gate
 class Placement:
     """An adapter that may sit at a site.
 
-    `gates` decide whether it does, `genes` name the gene of each searched field, `fixed` has the values of the others.
-    Where there may be several experts of it, `experts` decides whether there are (None: always, if their number is a
-    field); `leader`: the site of the layer whose gates they have, if not their own. `given`: folders that they come
-    from. `shared_ranks`, `ranks`: the genes of the shared and the other experts' ranks, if each has its own.
+    `gates`: conditions for it to be on, all of them. `genes`: gene of each searched field. `fixed`: values of the other
+    fields. `experts`: the gate that makes it a mixture (None: it always is one if it has the field `experts`).
+    `leader`: site whose router a mixture follows, empty for its own. `given`: folders of its pretrained LoRAs.
+    `shared_ranks`, `ranks`: genes of the ranks of shared and routed experts, if the rank varies by expert.
     """
 
     adapter: str
@@ -43,52 +43,54 @@ class Placement:
 
     @property
     def decided_by(self) -> tuple[str, ...]:
-        """The genes that `spec` reads."""
+        """Names of the genes that `spec` reads."""
         experts = [self.experts.gene] if self.experts else []
         return (*self.genes.values(), *experts, *self.shared_ranks, *self.ranks)
 
     def is_mixture(self, assignment: Mapping[str, Value]) -> bool:
-        """Return whether there are several experts of the adapter."""
+        """Return whether the adapter is a mixture of experts."""
         if self.experts is not None:
             return assignment.get(self.experts.gene) == self.experts.value
         return "experts" in self.genes or bool(self.fixed.get("experts"))
 
     def rank_genes(self, shared_experts: int, experts: int) -> tuple[str, ...]:
-        """Return the genes of the ranks of so many experts; with 0, that of the first, which a plain adapter has."""
+        """Return the genes of the ranks of so many experts, shared ones first; the first gene for a plain adapter."""
         if not experts:
             return (*self.shared_ranks, *self.ranks)[:1]
         return (*self.shared_ranks[:shared_experts], *self.ranks[:experts])
 
     def spec(self, assignment: Mapping[str, Value]) -> AdapterSpec:
-        """Return the adapter that an assignment puts there."""
+        """Return the adapter that an assignment of the active genes puts here."""
         mixture = self.is_mixture(assignment)
         values = {
             **self.fixed,
             **{key: assignment[gene] for key, gene in self.genes.items() if mixture or key not in MIXTURE_FIELDS},
         }
-        own = {key: value for key, value in values.items() if key not in MIXTURE_FIELDS}
-        fields_: dict[str, Any] = {key: value for key, value in values.items() if key in MIXTURE_FIELDS and mixture}
+        expert_fields = {key: value for key, value in values.items() if key not in MIXTURE_FIELDS}
+        mixture_fields: dict[str, Any] = {
+            key: value for key, value in values.items() if key in MIXTURE_FIELDS and mixture
+        }
         if self.ranks:
-            genes = self.rank_genes(fields_.get("shared_experts", 0), fields_.get("experts", 0))
-            fields_["ranks"] = tuple(assignment[gene] for gene in genes)
-            own["rank"] = max(fields_["ranks"])
-        expert = ADAPTERS[self.kind](**own)
+            genes = self.rank_genes(mixture_fields.get("shared_experts", 0), mixture_fields.get("experts", 0))
+            mixture_fields["ranks"] = tuple(assignment[gene] for gene in genes)
+            expert_fields["rank"] = max(mixture_fields["ranks"])
+        expert = ADAPTERS[self.kind](**expert_fields)
         if not mixture:
             return expert
-        mixture_ = Mixture(expert=expert, given=self.given, **fields_)
-        if leader := self.leader_of(mixture_):
-            mixture_ = replace(mixture_, router=Follow.name, leader=leader)
-        return mixture_.canonical()
+        mixed = Mixture(expert=expert, given=self.given, **mixture_fields)
+        if leader := self.leader_of(mixed):
+            mixed = replace(mixed, router=Follow.name, leader=leader)
+        return mixed.canonical()
 
     def leader_of(self, spec: Mixture) -> str:
-        """Return the site whose gates a mixture has at this place: where all gates are alike, it needs none."""
+        """Return the site whose router a mixture follows here; empty for its own router or constant gates."""
         return "" if spec.routed_by.constant else self.leader
 
 
 def numbered(placed: Sequence[tuple[Placement, AdapterSpec]]) -> Iterator[tuple[str, AdapterSpec]]:
-    """Yield all adapters of an architecture with their sites.
+    """Yield the adapters of an architecture with the names of their sites.
 
-    A mixture that follows a site of several mixtures gets the number of the one of the same declaration.
+    Where a mixture follows a site that has several, its leader gets the number of the one of the same declaration.
     """
     mixtures: dict[str, list[tuple[Placement, AdapterSpec]]] = {}
     for place, spec in placed:
@@ -96,7 +98,7 @@ def numbered(placed: Sequence[tuple[Placement, AdapterSpec]]) -> Iterator[tuple[
             mixtures.setdefault(place.site.name, []).append((place, spec))
     for place, spec in placed:
         if isinstance(spec, Mixture) and len(mixtures.get(spec.leader, ())) > 1:
-            there = sorted(mixtures[spec.leader], key=lambda pair: order_at_site(pair[1]))
+            there = sorted(mixtures[spec.leader], key=lambda pair: site_sort_key(pair[1]))
             number = 1 + [other.adapter for other, _ in there].index(place.adapter)
             spec = replace(spec, leader=f"{spec.leader}#{number}")
         yield place.site.name, spec

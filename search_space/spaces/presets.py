@@ -1,4 +1,4 @@
-"""Published spaces to start from, and the fixed set-ups that every front is shown against."""
+"""Presets (published search spaces) and baselines (fixed architectures that every front is compared with)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fields = dict[str, Domain | Value]
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A space by name. `space` gives the arguments of `SearchSpace` for a backbone, without the training."""
+    """A published space. `space` returns the arguments of `SearchSpace` for a backbone, without `training`."""
 
     summary: str
     source: str
@@ -26,12 +26,12 @@ class Preset:
 
 
 def linears(backbone: Backbone, prefix: str = "") -> tuple[str, ...]:
-    """The roles of linear layers that this backbone has."""
+    """Return the roles of the backbone's linear layers that begin with `prefix`."""
     return tuple(role for role in LINEAR_ROLES if role in backbone.roles and role.startswith(prefix))
 
 
 def log2_sizes(hidden_size: int) -> tuple[int, ...]:
-    """0 and hidden_size / 512, ..., hidden_size / 2, hidden_size, rounded down: eleven sizes from 512 features on."""
+    """Return 0 and hidden_size / 2^k for k = 9, ..., 0, rounded down: eleven sizes from 512 features on."""
     return (0, *sorted({hidden_size >> k for k in range(10)} - {0}))
 
 
@@ -73,7 +73,7 @@ def _mam(backbone: Backbone) -> dict[str, Any]:
 
 def _llm_adapters(backbone: Backbone) -> dict[str, Any]:
     sizes = Choice.of((16, 32, 64, 128, 256, 512))
-    # As in the authors' commands: neither the output of attention nor the gate of the mlp has one.
+    # As in the commands of the authors: no LoRA at the output of attention or the gate of the mlp.
     lora_roles = ("attn.q", "attn.k", "attn.v", "attn.qkv", "mlp.up", "mlp.down")
     lora: Fields = {"rank": Choice.of((4, 8, 16, 32)), "alpha": Choice.of((16.0, 32.0, 64.0))}
     return {
@@ -88,19 +88,19 @@ def _llm_adapters(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-#: Experts in the four quarters of the layers, lowest first (Gao et al. 2024, MoLA, section 3.3).
+#: Experts per layer in the four quarters of the layers, lowest first (Gao et al. 2024, MoLA, section 3.3).
 MOLA = {
     "mola-triangle": (8, 6, 4, 2),
     "mola-inverted": (2, 4, 6, 8),
     "mola-hourglass": (8, 2, 2, 8),
     "mola-rectangle": (5, 5, 5, 5),
 }
-#: What the paper has at every linear layer.
+#: The adapter of the paper at every linear layer, but for the number of experts.
 MOLA_EXPERTS = Mixture(expert=Lora(rank=8), top_k=2)
 
 
 def _quarters(backbone: Backbone) -> dict[int, tuple[int, ...]]:
-    """Layers by quarter; a model of fewer than four layers has fewer."""
+    """Return the layers of each quarter; a model of fewer than four layers has fewer quarters."""
     found: dict[int, tuple[int, ...]] = {}
     for layer in range(backbone.num_layers):
         quarter = layer * len(MOLA["mola-rectangle"]) // backbone.num_layers
@@ -109,7 +109,7 @@ def _quarters(backbone: Backbone) -> dict[int, tuple[int, ...]]:
 
 
 def _mola(experts: tuple[int, ...], backbone: Backbone) -> dict[str, Any]:
-    # One learning rate and a rank for each quarter: 8 as published, or less.
+    # One rank for each quarter: 8 as published, or less.
     fields: Fields = {"rank": Choice.of((2, 4, 8)), "alpha": 16.0, "top_k": MOLA_EXPERTS.top_k}
     adapters = {
         f"quarter{quarter}": AdapterChoice(
@@ -133,7 +133,7 @@ PRESETS: dict[str, Preset] = {
         _autopeft,
     ),
     "lora-per-layer": Preset(
-        "LoRA on the linears of attention and mlp, with a rank of its own (0: none) in every layer",
+        "LoRA on the linears of attention and mlp, with a separate rank (0: none) in every layer",
         "after Hu et al. 2021, LoRA, section 7",
         _lora_per_layer,
     ),
@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
         _llm_adapters,
     ),
     "experts-per-layer": Preset(
-        "a mixture of LoRAs on all linears, with a number of experts of its own (0: a plain LoRA) in every layer",
+        "a mixture of LoRAs on all linears, with a separate number of experts (0: a plain LoRA) in every layer",
         "after Gao et al. 2024, Higher Layers Need More LoRA Experts (MoLA), section 3.3",
         _experts_per_layer,
     ),
@@ -164,14 +164,17 @@ PRESETS: dict[str, Preset] = {
 
 
 def everywhere(backbone: Backbone, spec: AdapterSpec, roles: tuple[str, ...] | None = None) -> Architecture:
-    """`spec` at every site of `roles` (default: its type's own) where it fits."""
-    wanted = spec.default_roles if roles is None else roles
-    sites = [site.name for site in backbone.sites if site.role in wanted and spec.fits(site)]
+    """Return the architecture with `spec` at every site of `roles` (default: those of its type) that it fits."""
+    allowed = spec.default_roles if roles is None else roles
+    sites = [site.name for site in backbone.sites if site.role in allowed and spec.fits(site)]
     return Architecture.of({name: [spec] for name in sites})
 
 
 def mola(experts: tuple[int, ...], backbone: Backbone) -> Architecture:
-    """MoLA as published: LoRAs of rank 8 on all linears, two of which act on a token."""
+    """Return MoLA as published: mixtures of LoRAs of rank 8 on all linears, top-2 routing.
+
+    `experts`: experts per layer in each quarter, lowest first.
+    """
     count = {layer: experts[quarter] for quarter, layers in _quarters(backbone).items() for layer in layers}
     roles = linears(backbone)
     sites = {site.name: site.layer for site in backbone.sites if site.role in roles}
@@ -182,7 +185,7 @@ def mola(experts: tuple[int, ...], backbone: Backbone) -> Architecture:
 
 BASELINES: dict[str, Callable[[Backbone], Architecture]] = {
     "head": lambda backbone: Architecture(),
-    # The library default that people copy; a fused projection stands in where query and value have none of their own.
+    # The widely copied default of PEFT; a model with a fused projection has it there.
     "lora-r8-qv": lambda backbone: everywhere(
         backbone, Lora(rank=8), ("attn.q", "attn.v") if "attn.q" in backbone.roles else ("attn.qkv",)
     ),

@@ -29,9 +29,9 @@ from autopeft.search_space.spaces.placement import Placement, numbered
 class SearchSpace:
     """Genes compiled from a declaration over one backbone.
 
-    `adapters`: choices by name. `one_of`: exclusive groups. `layer_gate`: one more bit per layer that all adapters
-    share. `stages`: number of equal groups of layers for the granularity "stage" (default: 4, or the number of layers
-    if that is less). `training`: value or domain per field of `Training`. Raises SpaceError with every problem found.
+    `adapters`: choices by name. `one_of`: exclusive groups. `layer_gate`: adds one on/off gene per layer for all its
+    adapters. `stages`: number of equal groups of layers for the granularity "stage" (default: 4, or the number of
+    layers if that is less). `training`: value or domain per field of `Training`. Raises SpaceError with every problem.
     """
 
     def __init__(
@@ -57,21 +57,21 @@ class SearchSpace:
         self._gates = {
             (name, site.name): self._gates_of(name, site) for name, sites in self._sites.items() for site in sites
         }
-        #: Whether there are several experts; 0 of them are a plain adapter.
+        #: The gate that makes an adapter at a site a mixture, where `experts` can be 0 (a plain adapter).
         self._experts = {
             (name, site.name): self._zero_gate(name, "experts", site)
             for name, sites in self._sites.items()
             for site in sites
         }
         self.genes: tuple[Gene, ...] = tuple(self._compile())
-        #: Every adapter at every site that it may take.
+        #: Every adapter at every site where it may sit.
         self.placements: tuple[Placement, ...] = tuple(self._place())
         self._by_name = {gene.name: gene for gene in self.genes}
 
     # Declaration -> genes
 
     def _scope(self, granularity: str, site: Site) -> str:
-        """The suffix of the gene that decides for `site`; sites without a layer decide for themselves."""
+        """Return the suffix of the gene that governs `site`; a site without a layer has its own gene."""
         if granularity == "model":
             return ""
         if granularity == "site" or site.layer is None:
@@ -84,7 +84,7 @@ class SearchSpace:
         return next((group for group in self.one_of if name in group.members), None)
 
     def _zero_gate(self, name: str, key: str | None, site: Site) -> Gate | None:
-        """What decides whether a field is more than 0, if its domain contains 0: that is a gene of its own."""
+        """Return the gate that makes a field nonzero, if its domain contains 0; it is a separate gene."""
         choice = self.adapters[name]
         domain = None if key is None else choice.fields.get(key)
         if not (isinstance(domain, (Int, Choice)) and domain.contains(0)):
@@ -93,7 +93,7 @@ class SearchSpace:
         return Gate(f"{name}.{key}.on{scope}", True, name, f"{name}.{key}{scope}")
 
     def _gates_of(self, name: str, site: Site) -> tuple[Gate, ...]:
-        """What decides whether the adapter is on at `site`, highest order first."""
+        """Return the gates of an adapter at `site`, highest order first."""
         choice = self.adapters[name]
         gates: list[Gate] = []
         if self.layer_gate and site.layer is not None:
@@ -107,7 +107,7 @@ class SearchSpace:
         return (*gates, size) if size else tuple(gates)
 
     def _conditions_of(self, name: str, site: Site, key: str) -> Condition:
-        """When a field matters."""
+        """Return the condition under which a field at `site` is active."""
         experts = self._experts[name, site.name] if key in MIXTURE_FIELDS else None
         return _all((*self._gates[name, site.name], *([experts] if experts else [])))
 
@@ -132,7 +132,7 @@ class SearchSpace:
                 size=gate.size,
             )
         for name, choice in self.adapters.items():
-            # Whether there is an expert is known before its rank matters.
+            # The genes that determine whether an expert exists come before the genes of its rank.
             for key, domain in sorted(choice.fields.items(), key=lambda field: choice.vary.get(field[0]) == "expert"):
                 if isinstance(domain, Domain):
                     per_expert = choice.vary.get(key) == "expert"
@@ -142,7 +142,7 @@ class SearchSpace:
                 yield Gene(name=TRAINING + key, domain=domain)
 
     def _types(self, gates: Sequence[Gate]) -> Choice:
-        """The members of a group that have a site in the scope of these gates."""
+        """Return the domain of a group's gene: the members with a site in the scope of these gates."""
         here = [gate.value for gate in gates]
         group = self._group_of(str(here[0]))
         assert group is not None
@@ -163,7 +163,7 @@ class SearchSpace:
             yield Gene(name=f"{name}.{key}{scope}", domain=domain, conditions=_absorb(conditions), adapter=name)
 
     def _rank_names(self, name: str) -> dict[str, tuple[str, ...]]:
-        """The genes of ranks that experts have to themselves, by the field that says how many experts there are."""
+        """Return the genes of ranks that vary by expert, by the field that counts these experts."""
         if "expert" not in self.adapters[name].vary.values():
             return {"shared_experts": (), "experts": ()}
         shared, routed = (max(self._counts(name, key)) for key in ("shared_experts", "experts"))
@@ -171,7 +171,7 @@ class SearchSpace:
         return {"shared_experts": genes[:shared], "experts": genes[shared:]}
 
     def _counts(self, name: str, key: str) -> Sequence[int]:
-        """How many experts a field may say there are, where there are any."""
+        """Return the possible values of a field that counts experts, without 0 for `experts`."""
         domain: Any = self.adapters[name].fields.get(key, 0)
         if isinstance(domain, Int):
             domain = Choice(choices=tuple(range(domain.low, domain.high + 1, domain.step)))
@@ -179,8 +179,9 @@ class SearchSpace:
         return [count for count in counts if count or key != "experts"]
 
     def _rank_genes(self, name: str, domain: Domain) -> Iterator[Gene]:
-        """One for each expert that a site may have: first all shared ones that there may be, then the others. The first
-        is also that of a plain adapter, where there are none.
+        """Yield one gene per possible expert, first the shared ones, then the routed ones.
+
+        The first is also the gene of a plain adapter's rank, at sites without experts.
         """
         names = self._rank_names(name)
         first = [*names["shared_experts"], *names["experts"]][0]
@@ -198,7 +199,7 @@ class SearchSpace:
                 yield Gene(name=gene, domain=domain, conditions=_absorb(conditions), adapter=name)
 
     def _more_than(self, number: int, name: str, key: str, site: Site) -> Iterator[Condition]:
-        """When a field says that there are more than `number` experts at `site`, if there are any."""
+        """Yield the conditions under which a field counts more than `number` experts at `site`."""
         counts = self._counts(name, key)
         if min(counts) > number:
             yield frozenset()
@@ -236,36 +237,36 @@ class SearchSpace:
     # Assignments
 
     def complete(self, partial: Mapping[str, Value], fill: Callable[[Gene], Value]) -> Assignment:
-        """The active genes, in order: values of `partial` where given, of `fill` elsewhere; inactive ones dropped."""
+        """Return the active genes in order, with values from `partial` or else from `fill`; drop inactive genes."""
         assignment: Assignment = {}
         for gene in self.genes:
             if gene.is_active(assignment):
-                given = partial.get(gene.name)
-                assignment[gene.name] = given if given is not None else fill(gene)
+                value = partial.get(gene.name)
+                assignment[gene.name] = value if value is not None else fill(gene)
         return assignment
 
     def completed(self, partial: Mapping[str, Value]) -> Assignment:
-        """The active genes: what `partial` leaves open at the middle of its domain."""
+        """Return the active genes, with values from `partial` or else the middle of the domain."""
         return self.complete(partial, lambda gene: gene.domain.from_unit(0.5))
 
     @property
     def middle(self) -> Candidate:
-        """With every gene at the middle of its domain."""
+        """The candidate with every gene at the middle of its domain."""
         return self.decode(self.completed({}))
 
     def sample(self, rng: Random) -> Assignment:
-        """Active genes drawn independently and uniformly over their domains."""
+        """Draw the active genes independently and uniformly over their domains."""
         return self.complete({}, lambda gene: gene.domain.sample(rng))
 
     def contains(self, assignment: Mapping[str, Value]) -> bool:
-        """Whether exactly the active genes are set, each within its domain."""
+        """Return whether exactly the active genes are set, each to a value of its domain."""
         active = {gene.name: gene for gene in self.genes if gene.is_active(assignment)}
         return active.keys() == assignment.keys() and all(
             gene.domain.contains(assignment[name]) for name, gene in active.items()
         )
 
     def decode(self, assignment: Mapping[str, Value]) -> Candidate:
-        """The candidate that an assignment of the active genes stands for."""
+        """Return the candidate of an assignment of the active genes."""
         placed: dict[str, list[AdapterSpec]] = {}
         on = [(place, place.spec(assignment)) for place in self.placements if place.is_on(assignment)]
         for site, spec in numbered(on):
@@ -277,7 +278,7 @@ class SearchSpace:
         return Candidate(architecture=Architecture.of(placed), training=training)
 
     def encode(self, assignment: Mapping[str, Value]) -> tuple[list[float], list[bool]]:
-        """Position on the unit interval per gene and whether the gene is active; inactive genes stand at 0.5."""
+        """Return two lists over the genes: position in [0, 1] (0.5 if inactive), and whether it is active."""
         mask = [gene.name in assignment for gene in self.genes]
         unit = [
             gene.domain.to_unit(assignment[gene.name]) if active else 0.5
@@ -286,22 +287,22 @@ class SearchSpace:
         return unit, mask
 
     def from_unit(self, unit: Sequence[float]) -> Assignment:
-        """The assignment at a point of the unit cube; coordinates of inactive genes do not count."""
+        """Return the assignment at a point of the unit cube; coordinates of inactive genes are ignored."""
         positions = {gene.name: u for gene, u in zip(self.genes, unit, strict=True)}
         return self.complete({}, lambda gene: gene.domain.from_unit(positions[gene.name]))
 
     def neighbours(self, assignment: Mapping[str, Value]) -> Iterator[Assignment]:
-        """Assignments that differ in one active gene; genes that this wakes up take the middle of their domain."""
+        """Yield the assignments that differ in one active gene; newly active genes take the middle of their domain."""
         for name, value in assignment.items():
             for other in self._by_name[name].domain.neighbours(value):
                 yield self.completed({**assignment, name: other})
 
     def smallest(self) -> Assignment:
-        """An assignment with the fewest parameters; it has no adapters at all where the space allows that."""
+        """Return an assignment with the fewest trainable parameters, without adapters where the space allows that."""
         return self._extreme(-1)
 
     def largest(self) -> Assignment:
-        """An assignment with the most parameters."""
+        """Return an assignment with the most trainable parameters."""
         return self._extreme(+1)
 
     def _extreme(self, sign: int) -> Assignment:
@@ -312,8 +313,8 @@ class SearchSpace:
             return gene.domain.from_unit(1.0 if sign > 0 else 0.0)
 
         best = self.complete({}, fill)
-        # Sizes and gates are at their extremes already. One greedy pass settles the types, whose sites are apart, and
-        # the fields without an order.
+        # Sizes and gates are at their extremes already. One greedy pass chooses the types, with disjoint sites, and
+        # the unordered fields.
         for gene in self.genes:
             if isinstance(gene.domain, Choice) and not gene.domain.ordered and gene.domain != BOOLEAN:
                 for value in gene.domain.choices:
@@ -324,11 +325,11 @@ class SearchSpace:
 
     @property
     def cardinality(self) -> int | None:
-        """Number of settings of the architecture's genes (training apart); None if one is continuous.
+        """Number of settings of the architecture's genes, without training fields; None if a gene is continuous.
 
-        As in the literature it is a product over the genes, whether or not they matter in a given setting; an on/off
-        gene and its size count as one choice. Only types that are chosen once for the model are added up, each with
-        its own genes. Distinct networks are fewer: a layer that is switched off can have any type.
+        As in the literature, it is a product over all genes, active or not; an on/off gene and its size count as one
+        choice. Only types that are chosen once for the model are summed, each with its own genes. The number of
+        distinct networks is smaller: a layer that is off is the same for every type.
         """
         total, own = 1, dict.fromkeys(self.adapters, 1)
         types: list[Choice] = []
@@ -350,7 +351,7 @@ class SearchSpace:
             else:
                 total *= count
         for domain in types:
-            total *= sum(own.pop(str(name), 1) for name in domain.choices)  # "off" is one more
+            total *= sum(own.pop(str(name), 1) for name in domain.choices)  # "off" counts 1
         return total * prod(own.values())
 
 
@@ -359,5 +360,5 @@ def _all(gates: Sequence[Gate]) -> Condition:
 
 
 def _absorb(conditions: set[Condition]) -> frozenset[Condition]:
-    """Drop conditions that another, weaker one implies."""
+    """Drop conditions that imply another, weaker one."""
     return frozenset(c for c in conditions if not any(other < c for other in conditions))

@@ -94,7 +94,7 @@ class Bayesian(Searcher):
 
     def _allowed(self, known: Rows) -> Judge:
         """0 for points that may be proposed; -inf for known ones and those that are not admitted."""
-        known = np.vstack([known, self.encoding.rows([trial.genes for trial in self.problem.known])])
+        known = np.vstack([known, self.encoding.rows([trial.genes for trial in self.problem.observed])])
         keys = set(keys_of(known, self.encoding.active(known)))
 
         def judge(rows: Rows, active: Mask) -> Rows:
@@ -117,7 +117,7 @@ class Bayesian(Searcher):
         from autopeft.searchers.bo.posterior import Belief
 
         if self._belief[0] != self.completed:
-            belief, data = None, self.observations.of((*self.problem.known, *self.completed), self.losses)
+            belief, data = None, self.observations.of((*self.problem.observed, *self.completed), self.losses)
             if data is not None:
                 belief = Belief.of(self.problem, self.encoding, self.observations, data, self._of_earlier())
             self._belief = self.completed, belief
@@ -127,7 +127,7 @@ class Bayesian(Searcher):
         from autopeft.searchers.bo.posterior import surrogates_of
 
         if self._earlier is None:
-            data = self.observations.of(self.problem.earlier, self.losses)
+            data = self.observations.of(self.problem.prior, self.losses)
             self._earlier = [] if data is None else surrogates_of(self.encoding, self.observations, data)
         return self._earlier
 

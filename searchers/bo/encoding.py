@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from autopeft.search_space.adapters.base import NUMBER_BITS
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int
 from autopeft.search_space.problem import DECLARED
-from autopeft.search_space.sharing import Shared, shared_tensors, united
+from autopeft.search_space.sharing import Shared, merged, shared_tensors
 from autopeft.search_space.spaces.genes import TRAINING, Assignment
 from autopeft.search_space.spaces.placement import Placement
 from autopeft.search_space.spaces.space import SearchSpace
@@ -192,7 +192,7 @@ class Encoding:
                     for row, value in zip(where.tolist(), inverse.reshape(-1).tolist(), strict=True):
                         shared.setdefault(row, []).append(parts[value])
         for row, own in shared.items():
-            total[row, : len(_OF_SHARED)] += _costs_of_shared(united(own))
+            total[row, : len(_OF_SHARED)] += _costs_of_shared(merged(own))
         found = dict(zip(DECLARED, np.floor(total.T), strict=True))
         found["flops_per_token"] += first_pass * self.space.backbone.flops_per_token
         return found

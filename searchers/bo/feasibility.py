@@ -10,8 +10,8 @@ def admitted(problem: Problem, encoding: Encoding, rows: Rows, active: Mask) -> 
     """[n, G] -> [n]: some adapter is on, and what is declared keeps the limits and the objectives' bounds."""
     keeps = ~encoding.is_empty(rows, active)
     costs = encoding.costs(rows, active)
-    for name in problem.limits.most.keys() & costs.keys():
-        keeps &= costs[name] <= problem.limits.most[name]
+    for name in problem.limits.maxima.keys() & costs.keys():
+        keeps &= costs[name] <= problem.limits.maxima[name]
     for objective in problem.objectives:
         if objective.name in costs and objective.bound is not None:
             keeps &= objective.loss(costs[objective.name]) <= objective.loss(objective.bound)

@@ -83,7 +83,7 @@ class Observations:
 
     def best_earlier(self, losses: Losses) -> Rows:
         """[., G]: the front of the earlier study, best quality first."""
-        complete = [trial for trial in self.problem.earlier if trial.state == "complete"]
+        complete = [trial for trial in self.problem.prior if trial.state == "complete"]
         points = [(found, trial.genes) for trial in complete if (found := losses(trial))]
         table = np.array([found for found, _ in points]).reshape(-1, len(self.problem.objectives))
         front = [point for point, member in zip(points, non_dominated(table), strict=True) if member]
@@ -94,7 +94,7 @@ class Observations:
         if not trial.candidate.architecture:
             return True
         costs = declared_costs(trial.candidate.architecture, self.problem.space.backbone)
-        return self.problem.limits.objection(costs) is not None
+        return self.problem.limits.rejection(costs) is not None
 
     def _noise(self, trial: Trial) -> list[float]:
         assert trial.measurement is not None

@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from autopeft.search_space.problem import Problem, Scored, Trial
+from autopeft.search_space.problem import Problem, ScoredPoint, Trial
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers.base import WHOLE, Suggestion
 from autopeft.searchers.genetic import ranks, spread_first
@@ -62,7 +62,7 @@ class Proxied(FromScores):
         self._audit_over = self._audited.keys() <= {trial.candidate.key for trial in completed}
         self._audit = self.audit()
 
-    def _entry(self, trial: Trial) -> Scored | None:
+    def _entry(self, trial: Trial) -> ScoredPoint | None:
         known = self._audited.get(trial.candidate.key)
         return known or next((entry for entry in self._scored if entry.genes == trial.genes), None)
 

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from autopeft.search_space.declaration import Granularity, Variation
-from autopeft.search_space.problem import Surrogate
+from autopeft.search_space.problem import SurrogateKind
 from autopeft.search_space.training import Training
 
 Positive = Annotated[float, Field(gt=0)]
@@ -238,7 +238,7 @@ class SearchSettings(Section):
         ge=1,
         description="points to spread over the space before a model is trusted; null: the searcher's own",
     )
-    surrogate: Surrogate | None = Field(
+    surrogate: SurrogateKind | None = Field(
         default=None,
         description="smooth: every gene may matter a little; sparse: few matter; null: the searcher's choice",
     )

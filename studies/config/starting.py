@@ -48,7 +48,7 @@ def _check_worth(space: SearchSpace, point: Assignment, limits: Limits) -> None:
     architecture = space.decode(point).architecture
     if not architecture:
         raise SpaceError([((), "no adapter is on: that is the baseline `head`")])
-    objection = limits.objection(declared_costs(architecture, space.backbone))
+    objection = limits.rejection(declared_costs(architecture, space.backbone))
     if objection is not None:
         raise SpaceError([((), objection[1])])
 

@@ -33,7 +33,7 @@ from autopeft.search_space.problem import (
     Measurement,
     Objective,
     Problem,
-    Scored,
+    ScoredPoint,
     Trial,
     declared_costs,
 )
@@ -96,7 +96,7 @@ class Point:
         return self.architecture.key
 
 
-def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[Scored, ...]:
+def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[ScoredPoint, ...]:
     """Candidates and their scores, less is better, for a searcher that starts from them. None if there can be no
     scores: what fails here does not take the study with it.
     """
@@ -108,7 +108,7 @@ def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, st
         return ()
 
 
-def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
+def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[ScoredPoint]:
     """What gates with each of `PENALTIES` choose, every architecture once; its place in that order is its score."""
     space, kept = problem.space, Kept(settings.output_folder / PROPOSALS, key=score_key(settings))
     proposals: list[Assignment] | None = kept.read()
@@ -124,10 +124,10 @@ def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator,
         kept.write(proposals)
     for place, genes in enumerate(proposals):
         costs = declared_costs(space.decode(genes).architecture, space.backbone)
-        yield Scored(genes=genes, score=float(place), costs=costs)
+        yield ScoredPoint(genes=genes, score=float(place), costs=costs)
 
 
-def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
+def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[ScoredPoint]:
     inner = architectures_only(problem, settings.proxy.subnets)
     folder = settings.output_folder
     table = Table(folder / SUBNETS, key=score_key(settings))
@@ -150,7 +150,7 @@ def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, s
     costs = _costs(settings, inner, evaluator, stage)
     for met, (point, value) in enumerate(_searched(settings, inner, score, costs), 1):
         stage(words, met, inner.num_trials)
-        yield Scored(genes=problem.space.completed(point.genes), score=value, costs=point.costs)
+        yield ScoredPoint(genes=problem.space.completed(point.genes), score=value, costs=point.costs)
 
 
 def architectures_only(problem: Problem, num_trials: int) -> Problem:
@@ -167,7 +167,7 @@ def architectures_only(problem: Problem, num_trials: int) -> Problem:
         space=bare,
         objectives=(SCORE, *(o for o in problem.objectives if o.name in FORESEEN)),
         num_trials=num_trials,
-        limits=Limits({name: most for name, most in problem.limits.most.items() if name in FORESEEN}),
+        limits=Limits({name: most for name, most in problem.limits.maxima.items() if name in FORESEEN}),
     )
 
 
@@ -176,7 +176,7 @@ def _costs(
 ) -> Callable[[Architecture], dict[str, float]]:
     """What is known of an architecture's costs; a table of measurements if the study asks for more than is declared."""
     backbone = inner.space.backbone
-    wanted = {o.name for o in inner.objectives} | inner.limits.most.keys()
+    wanted = {o.name for o in inner.objectives} | inner.limits.maxima.keys()
     if not (measured := wanted & set(ADDITIVE)):
         return lambda architecture: declared_costs(architecture, backbone)
     space = space_for(settings, backbone)
@@ -188,7 +188,7 @@ def _costs(
         kept.write(known)
         stage("measuring what adapters add to the costs", len(known), len(known))
 
-    table = CostTable(evaluator, inner.space, measured, training, known=kept.read() or {}, keep=keep)
+    table = CostTable(evaluator, inner.space, measured, training, measured=kept.read() or {}, save=keep)
     return lambda architecture: {**declared_costs(architecture, backbone), **table.costs(architecture)}
 
 

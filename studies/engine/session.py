@@ -123,7 +123,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits)
-        problem = replace(problem, earlier=ledger.earlier)  # the copy, at once and after an interruption
+        problem = replace(problem, prior=ledger.earlier)  # the copy, at once and after an interruption
         tracker = None
         if settings.tracking.enabled:
             from autopeft.studies.tracking.mlflow_sync import Tracker

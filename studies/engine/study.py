@@ -69,7 +69,7 @@ class Study:
         self.evaluator = evaluator
         self.ledger = ledger
         self.tracker = tracker
-        wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.most]
+        wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.maxima]
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
         #: Seconds, for the study's timeout.
@@ -129,7 +129,7 @@ class Study:
     # The search
 
     def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
-        problem = replace(self._scored(watcher), known=tuple(self._known()))
+        problem = replace(self._scored(watcher), observed=tuple(self._known()))
         searcher = SEARCHERS[self.settings.search.searcher](problem, self.settings.seed)
         pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
         # A batch is filled one by one, each suggestion knowing those before it: wherever a study was killed, it goes on
@@ -152,7 +152,7 @@ class Study:
         """Baselines that the search could have asked for, trained as long as its trials are."""
         for trial in self.trials.values():
             if trial.role.startswith(BASELINE) and trial.state == "complete" and self.settings.search.share == 1.0:
-                within = trial.candidate.architecture and self.problem.limits.objection(trial.values) is None
+                within = trial.candidate.architecture and self.problem.limits.rejection(trial.values) is None
                 genes = locate(self.problem.space, trial.candidate) if within else None
                 if genes is not None:
                     yield replace(trial, genes=genes)
@@ -235,7 +235,7 @@ class Study:
 
     def _check_feasible(self) -> None:
         """Fail before the first training where no candidate can meet the limits."""
-        if not self.problem.limits.most:
+        if not self.problem.limits.maxima:
             return
         space, rng = self.problem.space, Random(self.settings.seed)
         probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
@@ -334,7 +334,7 @@ class Study:
         if objection is not None:
             return objection, Costs(values={})
         costs = self.evaluator.costs(trial.candidate, self.measured)
-        return (self.problem.limits.objection(costs.values) if trial.role == SEARCH else None), costs
+        return (self.problem.limits.rejection(costs.values) if trial.role == SEARCH else None), costs
 
     def _request(self, trial: Trial) -> Request:
         final = trial.role.startswith((FINALIST, CONTROL))
@@ -351,7 +351,7 @@ class Study:
         """Why a candidate is not worth training by what it declares: the size of the violation and the reason."""
         if not candidate.architecture:
             return 1.0, "no adapter is on: that is the baseline `head`"
-        return self.problem.limits.objection(self.evaluator.costs(candidate).values)
+        return self.problem.limits.rejection(self.evaluator.costs(candidate).values)
 
     def _end(self, trials: Sequence[Trial], watcher: Watcher) -> None:
         for trial in trials:

@@ -67,10 +67,10 @@ def test_no_adapter_makes_a_model_faster() -> None:
 def test_what_was_measured_before_is_not_measured_again() -> None:
     kept: dict[str, Any] = {}
     architectures = [SPACE.decode(SPACE.sample(Random(n))).architecture for n in range(20)]
-    first = table_of(Additive(), keep=kept.update)
+    first = table_of(Additive(), save=kept.update)
     found = [first.costs(architecture) for architecture in architectures]
     slower = Additive(noise=0.5)
-    again = table_of(slower, known=kept)
+    again = table_of(slower, measured=kept)
     assert [again.costs(architecture) for architecture in architectures] == found
     assert not slower.asked
 

@@ -19,7 +19,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import load_backbone
 from autopeft.evaluators.data.splits import Splits
-from autopeft.evaluators.proxies.gates import Decision, GatedAttachment, Gates, nested
+from autopeft.evaluators.proxies.decisions import Decision, nested
+from autopeft.evaluators.proxies.gates import GatedAttachment, Gates
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, SearchSpace
 from autopeft.search_space.adapters import Lora

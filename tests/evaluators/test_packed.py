@@ -262,7 +262,7 @@ def test_the_pack_is_as_large_as_the_memory(loaded: LoadedBackbone, monkeypatch:
     with evaluator.attach(wanted[0]) as attachment:
         one = pack_sizing.step_bytes(attachment, evaluator.task, evaluator.longest_batch(wanted[0].candidate))
     assert one > 0
-    for free, slots in ((0, 1), (3.5 * one / pack_sizing.FILLED, 3), (1e15, pack_sizing.MOST_SLOTS["cpu"])):
+    for free, slots in ((0, 1), (3.5 * one / pack_sizing.FILLED, 3), (1e15, pack_sizing.MAX_SLOTS["cpu"])):
         monkeypatch.setattr(pack_sizing, "free_bytes", lambda device, free=free: free)
         assert pack_sizing.fitting_slots(evaluator, wanted[:1]) == slots
 

@@ -84,5 +84,5 @@ def test_gates_see_the_same_network(loaded: LoadedBackbone) -> None:  # noqa: F8
     found, num_params = gated(gates)
     assert num_params == largest.num_params(evaluator.backbone)
     torch.testing.assert_close(found, ungated(gates, largest), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="kind 'tied': sites share"):
+    with pytest.raises(ValueError, match="type 'tied': its sites share"):
         Gates(evaluator, space_of(evaluator.backbone, "tied"), TRAINING, 0, 0.0)

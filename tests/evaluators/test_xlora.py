@@ -406,12 +406,12 @@ def test_it_routes_between_loras_that_are_given() -> None:
     assert given.fits(site)
     assert not replace(given, given=()).fits(site)
     assert not given.fits(replace(site, hidden_size=0))
-    with pytest.raises(SpaceError, match="xlora: only between LoRAs that are given"):
+    with pytest.raises(SpaceError, match="'xlora' needs pretrained LoRAs as experts"):
         choice = AdapterChoice(kind="lora", fields={"experts": 2, "router": Choice.of(["token", "xlora"])})
         SearchSpace(backbone=backbone, adapters={"lora": choice})
     own = {"experts": 2, "router": "xlora"}
     choice = AdapterChoice(kind="lora", fields=own, given=given.given, router_per="layer")
-    with pytest.raises(SpaceError, match="no other can follow"):
+    with pytest.raises(SpaceError, match="no other site can follow"):
         SearchSpace(backbone=backbone, adapters={"library": choice})
 
 

@@ -262,7 +262,7 @@ def test_a_layer_has_mixtures_at_the_sites_of_its_own_loras(tmp_path: Path) -> N
 @pytest.mark.parametrize("own", [{"layers": [0]}, {"at": ["attn.o"]}])
 def test_where_there_is_nothing_given_there_is_no_mixture(tmp_path: Path, own: dict[str, Any]) -> None:
     path = given_study(tmp_path / "study", only={"layers_to_transform": [1, 2]}, **own)
-    with pytest.raises(StudyFileError, match="no module that the LoRAs are for"):
+    with pytest.raises(StudyFileError, match="pretrained LoRAs adapt no site"):
         run(load_study(path))
 
 

@@ -18,13 +18,13 @@ costs = st.dictionaries(st.sampled_from(sorted(METRICS)), st.just(0.0) | st.floa
 
 
 @given(costs, costs)
-def test_an_objection_names_what_is_beyond_and_nothing_else(most: dict[str, float], found: dict[str, float]) -> None:
-    objection = Limits(most).objection(found)
+def test_a_rejection_names_what_is_exceeded_and_nothing_else(most: dict[str, float], found: dict[str, float]) -> None:
+    rejection = Limits(most).rejection(found)
     beyond = {name for name in most.keys() & found.keys() if found[name] > most[name]}
-    if objection is None:
+    if rejection is None:
         assert not any(found[name] > most[name] * (1 + 1e-12) + 1e-12 for name in beyond)
         return
-    violation, reason = objection
+    violation, reason = rejection
     assert violation > 0
     assert math.isfinite(violation)
     named = {part.split()[0] for part in reason.split("; ")}
@@ -33,25 +33,25 @@ def test_an_objection_names_what_is_beyond_and_nothing_else(most: dict[str, floa
 
 def test_the_violation_is_the_largest_excess() -> None:
     limits = Limits({"num_params": 1_000_000, "latency_s": 0.1, "step_s": 1.0})
-    assert limits.objection({"num_params": 1_000_000, "latency_s": 0.1}) is None
-    objection = limits.objection({"num_params": 1_500_000, "latency_s": 0.2, "step_s": 0.5})
-    assert objection is not None
-    assert objection[0] == pytest.approx(1.0)
-    assert objection[1] == ("num_params 1,500,000 is above the limit 1,000,000; latency_s 0.2 is above the limit 0.1")
-    assert limits.objection({"peak_memory_bytes": 1e12}) is None, "what has no limit has no objection"
+    assert limits.rejection({"num_params": 1_000_000, "latency_s": 0.1}) is None
+    rejection = limits.rejection({"num_params": 1_500_000, "latency_s": 0.2, "step_s": 0.5})
+    assert rejection is not None
+    assert rejection[0] == pytest.approx(1.0)
+    assert rejection[1] == ("num_params 1,500,000 is above the limit 1,000,000; latency_s 0.2 is above the limit 0.1")
+    assert limits.rejection({"peak_memory_bytes": 1e12}) is None, "what has no limit has no rejection"
 
 
 def test_a_limit_of_nothing() -> None:
-    assert Limits({"num_params": 0}).objection({"num_params": 0}) is None
-    assert Limits({"num_params": 0}).objection({"num_params": 12}) == (12, "num_params 12 is above the limit 0")
+    assert Limits({"num_params": 0}).rejection({"num_params": 0}) is None
+    assert Limits({"num_params": 0}).rejection({"num_params": 12}) == (12, "num_params 12 is above the limit 0")
 
 
 def test_a_share_of_the_backbone_is_a_limit_on_parameters() -> None:
     backbone = encoder()
-    assert Limits.of({"trainable_fraction": 0.01}, backbone).most == {"num_params": 1_083_102.72}
-    assert Limits.of({"trainable_fraction": 0.01, "num_params": 5}, backbone).most == {"num_params": 5}
-    assert Limits.of({"trainable_fraction": 1e-9, "num_params": 5}, backbone).most["num_params"] < 1
-    assert Limits.of({}, backbone).objection({"num_params": 1e15}) is None
+    assert Limits.of({"trainable_fraction": 0.01}, backbone).maxima == {"num_params": 1_083_102.72}
+    assert Limits.of({"trainable_fraction": 0.01, "num_params": 5}, backbone).maxima == {"num_params": 5}
+    assert Limits.of({"trainable_fraction": 1e-9, "num_params": 5}, backbone).maxima["num_params"] < 1
+    assert Limits.of({}, backbone).rejection({"num_params": 1e15}) is None
 
 
 @given(st.sampled_from(sorted(METRICS)), st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
@@ -92,5 +92,5 @@ def test_measurements_survive_json() -> None:
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, math.nan])
 def test_a_share_of_the_training(share: float) -> None:
-    with pytest.raises(ValueError, match="a share of the steps lies in"):
+    with pytest.raises(ValueError, match="share must lie in"):
         Fidelity(share=share)

@@ -142,12 +142,12 @@ def test_modules_of_one_name_do_not_meet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "place", "what"),
     [
-        ("", "mine", "'mine' is no module:function, such as my_module:my_score"),
-        ("", "mine.py:a b", "'mine.py:a b' is no module:function"),
-        ("", "other:score", "there is no module other: put other.py into "),
-        ("import nowhere_at_all", "mine:score", "the module mine does not import: No module named 'nowhere_at_all'"),
-        ("def score(:", "mine:score", "the module mine does not import: SyntaxError: "),
-        ("raise SystemExit(3)", "mine:score", "the module mine does not import: SystemExit: 3"),
+        ("", "mine", "'mine' is not of the form module:function, such as my_module:my_score"),
+        ("", "mine.py:a b", "'mine.py:a b' is not of the form module:function"),
+        ("", "other:score", "no module other: put other.py into "),
+        ("import nowhere_at_all", "mine:score", "the module mine cannot be imported: No module named 'nowhere_at_all'"),
+        ("def score(:", "mine:score", "the module mine cannot be imported: SyntaxError: "),
+        ("raise SystemExit(3)", "mine:score", "the module mine cannot be imported: SystemExit: 3"),
         ("def scores(t, p): pass", "mine:score", "the module mine has no function 'score'; did you mean 'scores'?"),
         ("score = 3", "mine:score", "the module mine has no function 'score'"),
     ],

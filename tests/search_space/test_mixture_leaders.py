@@ -170,11 +170,17 @@ def test_nobody_to_follow() -> None:
         ({"fields": {"experts": 2}, "placement": "site"}, "on together"),
         ({"fields": {"experts": 4, "top_k": Choice.of([1, 2])}, "vary": {"top_k": "site"}}, "on together"),
         ({"fields": {"experts": Choice.of([2, 4])}, "vary": {"experts": "site"}}, "on together"),
-        ({"fields": {"experts": 2, "router": Choice.of(["token", "sigmoid"])}, "vary": {"router": "site"}}, "vary it"),
-        ({"fields": {"experts": 2, "balance": Float(low=0.0, high=0.1)}, "vary": {"balance": "site"}}, "vary it"),
-        ({"fields": {"experts": 2, "router": "soft"}}, "no other can follow"),
-        ({"kind": "bitfit", "fields": {"experts": 2}, "at": ("attn.q", "norm")}, "before its attention is not known"),
-        ({"fields": {}}, "say how many experts"),
+        (
+            {"fields": {"experts": 2, "router": Choice.of(["token", "sigmoid"])}, "vary": {"router": "site"}},
+            "cannot vary by site",
+        ),
+        (
+            {"fields": {"experts": 2, "balance": Float(low=0.0, high=0.1)}, "vary": {"balance": "site"}},
+            "cannot vary by site",
+        ),
+        ({"fields": {"experts": 2, "router": "soft"}}, "no other site can follow"),
+        ({"kind": "bitfit", "fields": {"experts": 2}, "at": ("attn.q", "norm")}, "cannot tell whether the norms"),
+        ({"fields": {}}, "set the number of experts"),
     ],
 )
 def test_what_cannot_share_a_router(choice, message) -> None:

@@ -68,7 +68,7 @@ def test_the_largest_has_the_most_experts_and_the_smallest_none() -> None:
     ("fields", "message"),
     [
         ({"router": "dice"}, "router must be one of"),
-        ({"router": "task"}, "needs to know how many"),
+        ({"router": "task"}, "needs the number of tasks"),
         ({"router": "soft", "shared_experts": 1}, "router 'soft' does not support shared_experts"),
         ({"experts": Choice.of([0])}, "0 is the only size"),
     ],
@@ -79,7 +79,7 @@ def test_what_a_space_says_of_bad_mixtures(fields, message) -> None:
 
 
 def test_fields_of_mixtures_need_experts() -> None:
-    with pytest.raises(SpaceError, match="say how many experts"):
+    with pytest.raises(SpaceError, match="set the number of experts"):
         SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(kind="lora", fields={"top_k": 2})})
     with pytest.raises(SpaceError, match="unknown field of prefix"):
         SearchSpace(backbone=SMALL, adapters={"p": AdapterChoice(kind="prefix", fields={"experts": 2})})
@@ -128,5 +128,5 @@ def test_candidates_whose_fields_say_the_same_in_several_ways_are_found() -> Non
 
 
 def test_heads_have_to_divide_the_features() -> None:
-    with pytest.raises(SpaceError, match="5 blocks do not fit"):
+    with pytest.raises(SpaceError, match="5 does not divide the features"):
         space(router="poly", tasks=2, heads=5)

@@ -67,7 +67,9 @@ def test_a_broken_plugin_is_named_and_left_out(tmp_path: Path, monkeypatch: pyte
     messages = sorted(str(warning.message) for warning in said)
     assert len(messages) == 4
     assert all("of plugged is left out" in message for message in messages)
-    for message, what in zip(messages, ("No module", "already", "no subclass of AdapterSpec", "'other'"), strict=True):
+    for message, what in zip(
+        messages, ("No module", "already", "not a subclass of AdapterSpec", "'other'"), strict=True
+    ):
         assert what in message
     assert len(registry) == 2, "once is enough"
 

@@ -263,7 +263,9 @@ def test_a_space_takes_the_sites_where_its_sizes_fit() -> None:
 
     assert {place.site.role for place in space(Choice.of([0, 4, 8])).placements} == {"attn.q", "attn.v"}
     assert {place.site.role for place in space(9).placements} == {"attn.q"}
-    with pytest.raises(SpaceError, match=r"s.rank: 9 is too much at layers.0.attn.v, of 24 to 12 features"):
+    with pytest.raises(
+        SpaceError, match=r"s.rank: 9 is too large for layers.0.attn.v: 24 input and 12 output features"
+    ):
         space(Choice.of([0, 4, 9]))
 
 

@@ -463,12 +463,14 @@ a, b = lora(rank=2), lora(rank=4)
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {}}, "adapters", "the space is empty"),
     ({"adapters": {"a": AdapterChoice(kind="lroa")}}, "adapters.a.kind", "unknown adapter 'lroa'; did you mean 'lora'"),
-    ({"adapters": {"a.b": a}}, "adapters.a.b", "a name is made of letters"),
+    ({"adapters": {"a.b": a}}, "adapters.a.b", "a name may contain only letters"),
     ({"adapters": {"a": lora(at=("mlp",))}}, "adapters.a.at", "lora cannot sit at 'mlp'; did you mean 'mlp.up'"),
-    ({"adapters": {"a": lora(at=("mlp.gate",))}}, "adapters.a.at", "this model has no site 'mlp.gate'; it has attn, "),
+    ({"adapters": {"a": lora(at=("mlp.gate",))}}, "adapters.a.at",
+     "this model has no site with role 'mlp.gate'; it has attn, "),
     ({"adapters": {"a": lora(at=("attn.q",), layers=(0, 3))}}, "adapters.a.layers", "no layer 3: the model has layers"),
-    ({"adapters": {"a": lora(layers=())}}, "adapters.a.layers", "no site attn.q or attn.v is in these layers"),
-    ({"adapters": {"a": AdapterChoice(kind="full", layers=(1,))}}, "adapters.a.layers", "no site backbone is in these"),
+    ({"adapters": {"a": lora(layers=())}}, "adapters.a.layers", "these layers have no site with role attn.q or attn.v"),
+    ({"adapters": {"a": AdapterChoice(kind="full", layers=(1,))}}, "adapters.a.layers",
+     "these layers have no site with role backbone"),
     ({"adapters": {"a": lora(rnak=2)}}, "adapters.a.rnak", "unknown field of lora; did you mean 'rank'?"),
     ({"adapters": {"a": lora(rank=0)}}, "adapters.a.rank", "0 is the only size"),
     ({"adapters": {"a": lora(rank=Choice.of([0]))}}, "adapters.a.rank", "0 is the only size"),
@@ -480,31 +482,35 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {"a": lora(scaling=1)}}, "adapters.a.scaling", "must be a word, got 1"),
     ({"adapters": {"a": lora(dropout=Float(low=0, high=1))}}, "adapters.a.dropout", "dropout must be in [0, 1), got 1"),
     ({"adapters": {"a": lora(init="zero")}}, "adapters.a.init", "init must be one of kaiming"),
-    ({"adapters": {"a": lora(rank=2, vary={"rank": "layer"})}}, "adapters.a.vary.rank", "only a field with several"),
+    ({"adapters": {"a": lora(rank=2, vary={"rank": "layer"})}}, "adapters.a.vary.rank", "only a field with a list"),
     ({"adapters": {"a": lora(rank=Choice.of([1, 2]), vary={"rank": "layers"})}}, "adapters.a.vary.rank",
      "unknown granularity 'layers'; did you mean 'layer'?"),
-    ({"adapters": {"a": per_expert(rank=2)}}, "adapters.a.vary.rank", "only a field with several values can vary"),
-    ({"adapters": {"a": per_expert(experts=0)}}, "adapters.a.vary.rank", "say how many experts there are (experts: 4)"),
-    ({"adapters": {"a": lora(rank=SIZES, vary={"rank": "expert"})}}, "adapters.a.vary.rank", "this is for mixtures"),
-    ({"adapters": {"a": per_expert(rank=Choice.of([0, 2]))}}, "adapters.a.vary.rank", "a rank of at least 1"),
+    ({"adapters": {"a": per_expert(rank=2)}}, "adapters.a.vary.rank", "only a field with a list or a range of values"),
+    ({"adapters": {"a": per_expert(experts=0)}}, "adapters.a.vary.rank",
+     "set the number of experts, such as experts: 4"),
+    ({"adapters": {"a": lora(rank=SIZES, vary={"rank": "expert"})}}, "adapters.a.vary.rank",
+     "only mixtures of experts"),
+    ({"adapters": {"a": per_expert(rank=Choice.of([0, 2]))}}, "adapters.a.vary.rank",
+     "rank of an expert is at least 1"),
     ({"adapters": {"a": per_expert(router=Choice(choices=("token", "poly")), tasks=2)}}, "adapters.a.vary.rank",
-     "poly mixes the matrices of LoRAs"),
+     "router 'poly' mixes the matrices of LoRAs"),
     ({"adapters": {"a": AdapterChoice(kind="lora", given=("x",), vary={"rank": "expert"},
                                       fields={"rank": SIZES, "experts": 1})}}, "adapters.a.vary.rank",
-     "the LoRAs that are given have ranks of their own"),
+     "pretrained LoRAs (given) have fixed ranks"),
     ({"adapters": {"a": AdapterChoice(kind="dora", fields={"rank": SIZES, "experts": 2}, vary={"rank": "expert"})}},
-     "adapters.a.vary.rank", "experts can differ in the rank of a lora alone"),
+     "adapters.a.vary.rank", "only the rank of a lora can vary by expert"),
     ({"adapters": {"a": lora(experts=SIZES, vary={"experts": "expert"})}}, "adapters.a.vary.experts",
-     "experts can differ in the rank of a lora alone"),
+     "only the rank of a lora can vary by expert"),
     ({"adapters": {"a": lora(rank=2, placement="expert")}}, "adapters.a.placement", "unknown granularity 'expert'"),
     ({"adapters": {"a": lora(placement="head")}}, "adapters.a.placement", "unknown granularity 'head'; known: layer, "),
-    ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=("a", "bb"))]}, "one_of.t", "no adapter 'bb'; known: a"),
-    ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=())]}, "one_of.t", "name at least one member"),
-    ({"adapters": {"a": a}, "one_of": [OneOf(name="t.u", members=("a",))]}, "one_of.t.u", "a name is made of"),
+    ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=("a", "bb"))]}, "one_of.t", "unknown adapter name 'bb'"),
+    ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=())]}, "one_of.t", "a group needs at least one member"),
+    ({"adapters": {"a": a}, "one_of": [OneOf(name="t.u", members=("a",))]}, "one_of.t.u", "a name may contain"),
     ({"adapters": {"a": a}, "one_of": [OneOf(name="t", members=("a",), per="head")]}, "one_of.t.per", "unknown granul"),
-    ({"adapters": {"off": a}, "one_of": [OneOf(name="t", members=("off",), optional=True)]}, "one_of.t", "'off' means"),
+    ({"adapters": {"off": a}, "one_of": [OneOf(name="t", members=("off",), optional=True)]}, "one_of.t",
+     "'off' stands for none"),
     ({"adapters": {"a": lora(placement="site"), "b": b}, "one_of": [OneOf(name="t", members=("a", "b"))]},
-     "adapters.a.placement", "'t' decides where it is on"),
+     "adapters.a.placement", "group 't' already decides"),
     ({"adapters": {"a": a}, "stages": 4}, "stages", "must be between 1 and the 3 layers"),
     ({"adapters": {"a": a}, "stages": 0}, "stages", "must be between 1 and the 3 layers"),
     ({"adapters": {"a": a}, "training": {"learning_rte": 1.0}}, "training.learning_rte", "did you mean 'learning_rate"),
@@ -532,14 +538,17 @@ def test_a_type_that_nothing_of_the_model_can_take() -> None:
     bitfit = AdapterChoice(kind="bitfit")
     assert problems({"a": bitfit}, bare)[0] == (
         "adapters.a.at",
-        "no site attn.q or attn.k or attn.v or attn.qkv or attn.o or mlp.gate or mlp.up or mlp.down or norm of this"
-        " model can take a bitfit",
+        "bitfit fits no site with role attn.q or attn.k or attn.v or attn.qkv or attn.o or mlp.gate or mlp.up or"
+        " mlp.down or norm of this model",
     )
     chosen = AdapterChoice(kind="bitfit", at=("attn.q",), layers=(1,))
-    assert problems({"a": chosen}, bare) == [("adapters.a.at", "no site attn.q of this model can take a bitfit")]
+    assert problems({"a": chosen}, bare) == [("adapters.a.at", "bitfit fits no site with role attn.q of this model")]
     fused = encoder(num_layers=2, linears=("attn.qkv",))
     assert problems({"a": lora()}, fused) == [
-        ("adapters.a.at", "none of attn.q, attn.v is in this model; name sites of your own")
+        (
+            "adapters.a.at",
+            "this model has no site with role attn.q or attn.v; it has attn, attn.qkv, backbone, embed, mlp, norm",
+        )
     ]
 
 

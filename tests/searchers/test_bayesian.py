@@ -308,7 +308,7 @@ def test_points_that_it_did_not_propose_count() -> None:
 def test_an_earlier_study_has_a_quarter_of_the_design_at_most(count: int) -> None:
     problem = problem_of(layered_space())
     earlier = known(problem, 30, seed=5)
-    problem = replace(problem, earlier=tuple(earlier), initial=count)
+    problem = replace(problem, prior=tuple(earlier), initial=count)
     points = first_points(problem)
     best = sorted(earlier, key=lambda t: -t.values["accuracy"])[0]
     assert points[0] == best.genes, "the best of its front first"
@@ -328,7 +328,7 @@ def test_an_earlier_study_need_not_have_measured_the_same() -> None:
     problem = problem_of(layered_space(), ACCURACY, Objective.of("latency_s"))
     earlier = known(problem, 8, seed=5)
     bare = [replace(t, measurement=Measurement(values={"accuracy": t.values["accuracy"]})) for t in earlier]
-    problem = replace(problem, earlier=tuple(bare))
+    problem = replace(problem, prior=tuple(bare))
     assert len(run(Bayesian(problem, 0), 8, ended)) == 8
 
 
@@ -337,7 +337,7 @@ def test_an_earlier_study_tells_where_to_go() -> None:
     problem = problem_of(layered_space())
     trials, others = known(problem, 7), drawn(problem, 60, seed=3)
     truth = [-quality(genes) for genes in others]
-    related = replace(problem, earlier=tuple(known(problem, 25, seed=9)))
+    related = replace(problem, prior=tuple(known(problem, 25, seed=9)))
     alone, helped = (
         np.abs(believed(which, trials, others) - truth).mean() for which in (problem, related)
     )  # fmt: skip
@@ -610,7 +610,7 @@ def test_what_is_known_beside_the_search_is_modelled_and_not_asked_for() -> None
             Trial(number=number, role="baseline:x", candidate=candidate, genes=genes, state="complete",
                   measurement=measurement)
         )  # fmt: skip
-    alone, told = (Bayesian(replace(problem, known=trials), 0) for trials in ((), tuple(known)))
+    alone, told = (Bayesian(replace(problem, observed=trials), 0) for trials in ((), tuple(known)))
     for searcher in (alone, told):
         searcher.update([replace(trial, role="search") for trial in known[:4]])
     assert alone._believe().data.rows.shape[0] == 4  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ import pytest
 from autopeft.evaluators.proxies import TRAINED
 from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.training.train import TrainingFailedError
-from autopeft.search_space.problem import Problem, Scored, Trial, declared_costs
+from autopeft.search_space.problem import Problem, ScoredPoint, Trial, declared_costs
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.scored.gated import Gated
@@ -44,7 +44,7 @@ def proposing(num: int = 4, trials: int = 16) -> Problem:
     space, rng = mixed_space(), Random(3)
     drawn = [genes for genes in (space.sample(rng) for _ in range(3 * num)) if space.decode(genes).architecture]
     scored = tuple(
-        Scored(
+        ScoredPoint(
             genes=genes,
             score=float(place),
             costs=declared_costs(space.decode(genes).architecture, space.backbone),
@@ -234,7 +234,7 @@ def test_gates_that_diverge_do_not_take_the_study_with_them(
 def test_a_space_without_gates_is_searched_by_bo(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     space = {"adapters": {"prefix": {"placement": "layer", "length": [1, 2]}}}
     snapshot = run(load_study(gated_study(tmp_path, space=space)))
-    assert "there is no gate for the adapter 'prefix'" in caplog.text
+    assert "gates do not support the adapter 'prefix'" in caplog.text
     assert not of_gates(snapshot)
     assert any(trial.state == "complete" for trial in snapshot.search_trials)
 

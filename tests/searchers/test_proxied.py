@@ -16,7 +16,7 @@ import pytest
 from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.training.train import TrainingFailedError
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.problem import Measurement, Objective, Problem, Scored, Trial, declared_costs
+from autopeft.search_space.problem import Measurement, Objective, Problem, ScoredPoint, Trial, declared_costs
 from autopeft.searchers.scored.proxied import LEAST_AUDITED, Proxied
 from autopeft.studies.analysis.diagnostics import diagnostics
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -46,7 +46,7 @@ def problem_of(noise: float, trials: int = 32) -> Problem:
         genes = {**space.sample(rng), **middle}
         points[space.decode(genes).key] = genes
     scored = tuple(
-        Scored(
+        ScoredPoint(
             genes=genes,
             score=-quality(genes) + rng.gauss(0, noise),
             costs=declared_costs(space.decode(genes).architecture, space.backbone),

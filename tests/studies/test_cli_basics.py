@@ -208,7 +208,7 @@ def test_validate_reports_data_model_and_space_at_once(study, run):
     *data, space = err.splitlines()
     assert len(data) == 3
     assert all(line.startswith(f"{study}:{data_line} data: ") for line in data)
-    assert space.startswith("--set space.adapters.lora.at: this model has no site 'attn.qkv'")
+    assert space.startswith("--set space.adapters.lora.at: this model has no site with role 'attn.qkv'")
 
 
 def test_validate_reports_a_model_that_is_not_there(study, run):

@@ -250,9 +250,10 @@ def problems(folder: Path, **changes: Any) -> list[str]:
          "- my_scroe | objectives.0: unknown metric 'my_scroe'; did you mean 'my_score'?"),
         ({"metrics": {"accuracy": "mine:mistakes"}},
          "accuracy: mine:mistakes | metrics.accuracy: 'accuracy' is a metric already: take another name"),
-        ({"metrics": {"x": "mine.mistakes"}}, "x: mine.mistakes | metrics.x: 'mine.mistakes' is no module:function"),
+        ({"metrics": {"x": "mine.mistakes"}},
+         "x: mine.mistakes | metrics.x: 'mine.mistakes' is not of the form module:function"),
         ({"metrics": {"x": "nine:mistakes"}},
-         "x: nine:mistakes | metrics.x: there is no module nine: put nine.py into"),
+         "x: nine:mistakes | metrics.x: no module nine: put nine.py into"),
         ({"metrics": {"x": "mine:mistake"}},
          "x: mine:mistake | metrics.x: the module mine has no function 'mistake'; did you mean 'mistakes'?"),
         ({"metrics": {"x": "math:sqrt"}}, "x: math:sqrt | metrics.x: the metric x (math:sqrt) raised TypeError"),
@@ -296,7 +297,7 @@ def test_code_that_went_away_is_told_at_the_next_start(tmp_path: Path) -> None:
     settings = load_study(study_in(tmp_path / "study", **STUDIES["mistakes"]))
     splits, _, _ = check(settings)
     (settings.folder / "mine.py").unlink()
-    with pytest.raises(ConfigurationError, match="there is no module mine"), open_study(settings, splits, resume=False):
+    with pytest.raises(ConfigurationError, match="no module mine"), open_study(settings, splits, resume=False):
         pass
 
 
@@ -315,7 +316,7 @@ def test_a_recipe_with_a_metric_that_is_none(ended, tmp_path: Path) -> None:
     assert cli(["export", str(settings.path), "--to", "native", "--out", str(path.parent)]) == 0
     data = YAML(typ="safe").load(path.read_text())
     for change, what in (
-        ({"metrics": {"x": {"function": "mine.x"}}}, "'mine.x' is no module:function"),
+        ({"metrics": {"x": {"function": "mine.x"}}}, "'mine.x' is not of the form module:function"),
         ({"metrics": {"x": {"function": "mine:x", "way": "up"}}}, "unknown key"),
         ({"measured": {name + "s": data["measured"][name]}}, f"unknown metric '{name}s'; did you mean '{name}'?"),
     ):

@@ -242,7 +242,7 @@ def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.Captu
         ({"experts": [0]}, "0 is the only size"),
         ({"router": "task"}, "tasks"),
         ({"experts": "four"}, "must be a whole number"),
-        ({"vary": {"rank": "expert"}, "router": ["token", "poly"], "tasks": 2}, "which are of one rank then"),
+        ({"vary": {"rank": "expert"}, "router": ["token", "poly"], "tasks": 2}, "needs experts of equal rank"),
     ],
 )
 def test_bad_mixtures_in_a_study_file(tmp_path: Path, change, problem: str) -> None:
@@ -313,7 +313,7 @@ def test_where_every_token_meets_all_experts_there_is_one_plain_control() -> Non
 
 @pytest.mark.parametrize(
     ("data", "tasks", "problem"),
-    [({}, 3, "goes by the domain of a row"), ({"domain": "label"}, 2, "the data has 3 domains")],
+    [({}, 3, "reads the domain of each row"), ({"domain": "label"}, 2, "the data has 3 domains")],
 )
 def test_routers_by_task_need_the_domains_of_the_data(tmp_path: Path, data, tasks: int, problem: str) -> None:
     path = mixture_study(

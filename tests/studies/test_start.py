@@ -224,7 +224,7 @@ def test_they_reach_the_problem_and_the_fingerprint(tmp_path: Path) -> None:
     path = save_study(tmp_path, **search(initial=3), constraints={"num_params": 5000})
     settings = load_study(path)
     problem = problem_for(settings, check(settings)[1])
-    assert (problem.initial, len(problem.start), dict(problem.limits.most)) == (3, 2, {"num_params": 5000})
+    assert (problem.initial, len(problem.start), dict(problem.limits.maxima)) == (3, 2, {"num_params": 5000})
     assert fingerprint(settings)["search"].keys() >= {"initial", "start"}
     plain = load_study(path, ["search.initial=null", "search.start=[]"])
     assert not fingerprint(plain)["search"].keys() & {"initial", "start", "prior"}, "older studies go on"
@@ -264,11 +264,11 @@ def test_their_copy_stays_whatever_becomes_of_the_study(earlier: Path, tmp_path:
     settings = load_study(new_study(tmp_path))
     splits, _, _ = check(settings)
     with open_study(settings, splits, resume=False) as study:
-        first = study.problem.earlier
+        first = study.problem.prior
     (tmp_path / "old").rename(earlier / "old")
     splits, _, _ = check(settings)
     with open_study(settings, splits, resume=True) as study:
-        assert study.problem.earlier == first
+        assert study.problem.prior == first
         assert len(first) == 5
         assert all(trial.measurement.std_err["accuracy"] > 0 for trial in first if trial.measurement)
         study.run(Quiet())

@@ -306,7 +306,7 @@ WRONG = [
         "training: {learning_rate: {low: 1.0e-2, high: 1.0e-3}}",
         "6 training.learning_rate: low must be below high",
     ),
-    ("training: {learning_rate: [1.0e-3, 1.0e-3]}", "6 training.learning_rate: a value stands twice"),
+    ("training: {learning_rate: [1.0e-3, 1.0e-3]}", "6 training.learning_rate: duplicate value"),
     ("training: {learning_rate: []}", "6 training.learning_rate: a choice needs at least one value"),
     ("training: {learning_rate: null}", "6 training.learning_rate: must be a number, a word, true or false"),
     ("training: {learning_rate: fast}", "6 training.learning_rate: must be a number, got 'fast'"),
@@ -315,7 +315,7 @@ WRONG = [
     ("training: {batch_size: {low: 8, high: 16.5}}", "6 training.batch_size: must be a whole number, not"),
     (
         "training: {batch_size: {low: 8, high: 32, step: 5}}",
-        "6 training.batch_size: step=5 does not lead from",
+        "6 training.batch_size: step must be positive and divide high - low",
     ),
     ("training: {schedule: [linear, cosin]}", "6 training.schedule: schedule must be one of"),
     ("data: {source: files, train: a, validation: b}", "6 data.test: is missing"),
@@ -384,7 +384,7 @@ WRONG_SPACES = [
     ("{stages: 0, preset: mam}", "2 space.stages: must be greater than or equal to 1"),
     (
         "{adapters: {lora: {}}, one_of: {g: {members: [lroa]}}}",
-        "2 space.one_of.g: no adapter 'lroa'; did you mean",
+        "2 space.one_of.g: unknown adapter name 'lroa'; did you mean",
     ),
     ("{adapters: {lora: {}}, one_of: {g: {}}}", "2 space.one_of.g.members: is missing"),
     (
@@ -397,7 +397,7 @@ WRONG_SPACES = [
     ),
     (
         "{adapters: {lora: {placement: site}}, one_of: {g: {members: [lora]}}}",
-        "2 space.adapters.lora.placement: 'g' decides where it is on",
+        "2 space.adapters.lora.placement: remove this: group 'g' already decides where the adapter is on",
     ),
 ]
 
@@ -523,7 +523,8 @@ def test_problems_with_a_model_have_lines_too(load, tmp_path):
     with pytest.raises(StudyFileError) as caught:
         space_for(study, backbone())
     assert [line.replace(f"{tmp_path}/", "") for line in caught.value.problems] == [
-        "study.yaml:6 space.adapters.lora.at: this model has no site 'mlp.gate'; it has attn.q, attn.v, mlp.up",
+        "study.yaml:6 space.adapters.lora.at: this model has no site with role 'mlp.gate';"
+        " it has attn.q, attn.v, mlp.up",
         "study.yaml:7 space.adapters.lora.layers: no layer 9: the model has layers 0 to 3",
         "study.yaml:8 space.stages: must be between 1 and the 4 layers of the model",
     ]
