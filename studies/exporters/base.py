@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
-from uuid import uuid4
 
+from autopeft.evaluators.atomic import atomic_folder
 from autopeft.search_space.adapters.head import Head
 from autopeft.studies.errors import UserError
 from autopeft.studies.recipes.recipe import Recipe
@@ -97,15 +96,9 @@ class Exporter(ABC):
         try:
             _check_folder(folder, force)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # Beside the target, so that the last step is a rename within one file system.
-            draft = folder.with_name(f".{folder.name}.{uuid4().hex}")
-            draft.mkdir()
-            try:
-                self.write(recipe, state or {}, draft)
-                recipe.save(draft / RECIPE_FILE)
-                _replace(folder, draft)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+            with atomic_folder(folder) as temporary:
+                self.write(recipe, state or {}, temporary)
+                recipe.save(temporary / RECIPE_FILE)
         except OSError as error:
             raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from error
         except (ModelError, DataError) as error:
@@ -128,21 +121,6 @@ def _check_folder(folder: Path, force: bool) -> None:
         raise ExportError(f"{folder}: is not empty, and not an earlier export either")
     if not force:
         raise ExportError(f"{folder}: holds an earlier export (--force replaces it)")
-
-
-def _replace(folder: Path, draft: Path) -> None:
-    """Put `draft` where `folder` is. The old folder is moved aside first and comes back if that fails."""
-    if not folder.exists():
-        draft.rename(folder)
-        return
-    aside = draft.with_name(f"{draft.name}.old")
-    folder.rename(aside)
-    try:
-        draft.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_state(recipe: Recipe, state: State | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from autopeft.evaluators.atomic import atomic_write
 from autopeft.studies.config.declaration import Finding
 
 SPLITS = ("train", "validation", "test")
@@ -26,9 +27,8 @@ class Tables:
         for name, text in self.files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(".partial")
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(path)
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def changed(self, folder: Path) -> list[str]:
         """The splits whose file in `folder` has other rows."""

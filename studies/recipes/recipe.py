@@ -6,12 +6,10 @@ model whose modules were named by hand loads without naming them again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from uuid import uuid4
 
 from pydantic import (
     BaseModel,
@@ -27,6 +25,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
+from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
@@ -295,13 +294,8 @@ class Recipe(_Part):
         }
         yaml = YAML()
         yaml.width = 1000
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                yaml.dump(data, file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            yaml.dump(data, file)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
