@@ -80,7 +80,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, seed_sd: SeedSd | None = No
 
 
 def as_runs(scores: ArrayLike) -> Floats:
-    """[seeds, examples], also of [examples] of one run."""
+    """Return scores as [seeds, examples]; scores of one run may come as [examples]. Raises ValueError."""
     runs = np.atleast_2d(np.asarray(scores, dtype=float))
     if runs.ndim != 2 or runs.shape[0] < 1 or runs.shape[1] < 2:
         raise ValueError(f"scores are [seeds, examples] with at least two examples, got {runs.shape}")
@@ -88,7 +88,7 @@ def as_runs(scores: ArrayLike) -> Floats:
 
 
 def _combine(signed: Sequence[tuple[int, Floats]], seed_sd: SeedSd | None, level: float) -> Estimate:
-    """The sum of the means of samples [S, N], each with its sign."""
+    """Estimate the sum of the means of samples [S, N], each with its sign."""
     samples = [runs for _, runs in signed]
     num_seeds = min(len(runs) for runs in samples)
     if not all(np.isfinite(runs).all() for runs in samples):
@@ -122,12 +122,12 @@ def _noise(runs: Floats) -> float:
     """var(noise) / (S N) from runs [S, N], S > 1: what the means of seeds and of examples leave over."""
     rest = runs - runs.mean(axis=1, keepdims=True) - runs.mean(axis=0) + runs.mean()
     num_seeds, num_examples = runs.shape
-    mean_square = float((rest**2).sum()) / ((num_seeds - 1) * (num_examples - 1))
+    mean_square: float = float((rest**2).sum()) / ((num_seeds - 1) * (num_examples - 1))
     return mean_square / runs.size
 
 
 def pooled_seed_sd(seed_means: Sequence[Sequence[float]]) -> SeedSd | None:
-    """The spread between seeds, pooled over candidates: one list of mean scores (a number per seed) for each.
+    """Pool the spread between seeds over candidates: one list of mean scores (a number per seed) for each.
 
     Assumes that all candidates vary alike. Means that are not finite are left out; None if nobody has two
     left.
