@@ -33,6 +33,7 @@ from autopeft.search_space.metrics import Own
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
+from autopeft.studies.config.checks import unknown_key
 from autopeft.studies.config.settings import DataSettings
 from autopeft.studies.config.source import Source, StudyFileError, read
 from autopeft.studies.errors import ConfigurationError
@@ -338,7 +339,7 @@ def _problem(source: Source, details: ErrorDetails) -> str:
     what = details["msg"].removeprefix("Value error, ")
     if details["type"] == "extra_forbidden":
         section = _SECTIONS[str(location[0])] if len(location) > 1 else Recipe
-        what = f"unknown key{did_you_mean(str(location[-1]), section.model_fields)}"
+        what = unknown_key(str(location[-1]), section.model_fields)
     elif details["type"] == "missing":
         what = "is missing"
     return source.render(location, what) if location else f"{source.name}: {what}"
