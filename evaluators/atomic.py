@@ -1,4 +1,4 @@
-"""Write a file or a folder whole or not at all, by a rename; evaluators are the lowest layer that writes any."""
+"""Atomic writes of files and folders, by a rename; here because evaluators are the lowest layer that writes files."""
 
 from __future__ import annotations
 

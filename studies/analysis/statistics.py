@@ -18,11 +18,11 @@ What this assumes: examples are a random sample of those that matter; the seeds 
 independent (where they share minibatches, a difference is surer than stated); N is large enough for a mean of
 N scores to be normal. Shares of 0 or 1 have no spread, so their interval is a point.
 
-Of a metric over the set, as a macro-averaged F1, x[s, i] is not a score of example i but its contribution to that of
-run s: the jackknife's pseudo-value, shifted so that the mean is the metric itself (`search_space/metrics/base.py`).
-The model is then one of the metric's first-order expansion in the examples: a difference is the jackknife's with the
-same examples left out of both, and the spread between seeds, which is taken of the means, is that of the metric. It
-leaves out what is of second order, which matters where a class has a handful of examples.
+For a metric over the set, such as macro-averaged F1, x[s, i] is not a score of example i but its contribution to the
+score of run s: the jackknife's pseudo-value, shifted so that the mean is the metric itself
+(`search_space/metrics/base.py`). The model then describes the metric's first-order expansion in the examples: a
+difference is the jackknife's with the same examples left out of both, and the spread between seeds, computed from the
+means, is that of the metric. It ignores second-order terms, which matter where a class has a handful of examples.
 
 With one run, noise and example cannot be told apart and the noise counts twice, which errs on the wide side.
 Without a `SeedSd` from elsewhere, an interval from one run is about that trained network alone, not about its

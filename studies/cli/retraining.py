@@ -77,8 +77,8 @@ def verify(
     else:
         _print(loaded, runs)
     if not all(verdicts.values()):
-        raise UserError("the promise was not kept")
-    typer.echo("the promise was kept", err=as_json)
+        raise UserError("the recipe performs worse than promised")
+    typer.echo("the recipe performs as promised", err=as_json)
 
 
 def _retrain(recipe: Recipe, seeds: list[int], device: str, trust_code: bool) -> list[Retrained]:
@@ -115,5 +115,5 @@ def _print(recipe: Recipe, runs: list[Retrained]) -> None:
     verdicts = kept(recipe, runs)
     for name, (low, high) in _promised(recipe).items():
         mean = sum(run.test[name] for run in runs) / len(runs)
-        verdict = "kept" if verdicts[name] else "NOT KEPT"
+        verdict = "as promised" if verdicts[name] else "WORSE THAN PROMISED"
         typer.echo(f"test {name}: mean {mean:.4f}, promised interval {low:.4f} to {high:.4f}: {verdict}")

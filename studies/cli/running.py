@@ -55,7 +55,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
         print_json(front_data(snapshot))
         return
     print_front(snapshot)
-    typer.echo(f"\npictures  {files[0]} (and front.png, curves.png, hypervolume.png beside it)")
+    typer.echo(f"\npictures  {files[0]} (also front.png, curves.png and hypervolume.png in that folder)")
     if settings.tracking.enabled:
         from autopeft.studies.tracking.mlflow_sync import ui_command
 

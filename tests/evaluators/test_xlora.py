@@ -29,7 +29,7 @@ from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.runtime.bank import Bank, Tokens
 from autopeft.searchers.bo.encoding import Encoding
 from autopeft.studies.config.loading import load_study
-from autopeft.studies.exporters import EXPORTERS, Fit
+from autopeft.studies.exporters import EXPORTERS, Assessment
 from autopeft.studies.recipes.recipe import Recipe
 
 from ..search_space.test_given import given_study, lora_in, mixture_of, placed
@@ -449,7 +449,7 @@ def from_peft(recipe: Recipe, folder: Path) -> Tensor:
 def test_an_export_is_the_x_lora_of_peft(tmp_path: Path) -> None:
     recipe = given_recipe(tmp_path, "llama", ["q_proj", "o_proj", "down_proj"], ("mlp.down", "attn.o", "attn.q"))
     state, wanted = trained(recipe)
-    assert EXPORTERS["peft"].export(recipe, state, tmp_path / "out") == Fit("exact")
+    assert EXPORTERS["peft"].export(recipe, state, tmp_path / "out") == Assessment("exact")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "XLORA"
     moved_to = (tmp_path / "out").rename(tmp_path / "elsewhere")
     torch.testing.assert_close(from_peft(recipe, moved_to), wanted, atol=1e-5, rtol=1e-5)
