@@ -36,6 +36,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` in UTF-8, as `atomic_write` does. Raises OSError."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; put it in the place of `folder` when the block ends.

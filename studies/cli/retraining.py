@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autopeft.evaluators.atomic import atomic_write
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.cli.options import JsonOption, print_json
 from autopeft.studies.errors import ConfigurationError, UserError
 
@@ -46,8 +46,7 @@ def train(
     run = _retrain(loaded, [loaded.seed if seed is None else seed], device, trust_code)[0]
     EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
     metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": kept(loaded, [run])}
-    with atomic_write(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if as_json:
         print_json(metrics)
         return

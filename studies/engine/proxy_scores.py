@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopeft.evaluators.atomic import atomic_write
+from autopeft.evaluators.atomic import atomic_write, atomic_write_text
 from autopeft.evaluators.base import OutOfMemoryError, memory_errors
 from autopeft.evaluators.costs.predictor import ADDITIVE, CostTable
 from autopeft.evaluators.proxies import PROXIES
@@ -315,8 +315,7 @@ class Kept:
 
     def write(self, found: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps({"settings": self.key, "found": found}) + "\n", encoding="utf-8")
+        atomic_write_text(self.path, json.dumps({"settings": self.key, "found": found}) + "\n")
 
 
 class Table:

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from autopeft.evaluators.atomic import atomic_write
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.config.declaration import Finding
 
 SPLITS = ("train", "validation", "test")
@@ -27,8 +27,7 @@ class Tables:
         for name, text in self.files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            atomic_write_text(path, text)
 
     def changed(self, folder: Path) -> list[str]:
         """The splits whose file in `folder` has other rows."""

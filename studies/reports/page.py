@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from autopeft.evaluators.atomic import atomic_write
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.search_space.problem import Objective
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.reports.axes import Axis
@@ -89,8 +89,7 @@ def front_html(
         columns=_columns(picture),
         rows="\n".join(_table_rows(picture)),
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    atomic_write_text(path, page)
 
 
 def _scatter(picture: Composition, rows: Sequence[FrontRow]) -> go.Figure:

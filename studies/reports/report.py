@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autopeft.evaluators.atomic import atomic_write
+from autopeft.evaluators.atomic import atomic_write, atomic_write_text
 from autopeft.search_space.metrics import Metric
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -77,8 +77,7 @@ def _routing(found: Sequence[Verdict], quality: Metric) -> tuple[str, list[str],
 
 
 def _write_json(data: Any, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    atomic_write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def _write_csv(snapshot: Snapshot, path: Path) -> None:

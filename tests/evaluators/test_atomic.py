@@ -11,12 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autopeft.evaluators.atomic import atomic_folder, atomic_write
-
-
-def write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
+from autopeft.evaluators.atomic import atomic_folder, atomic_write, atomic_write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -30,7 +25,7 @@ def test_the_file_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
         temporary.write_text("new")
         assert not path.exists()
     assert path.read_text() == "new"
-    write(path, "newer")
+    atomic_write_text(path, "newer")
     assert path.read_text() == "newer"
     assert names(tmp_path) == ["found.json"]
 
@@ -51,21 +46,21 @@ def test_a_failure_leaves_the_old_file_and_no_temporary_one(
 
 
 def test_a_failing_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "found.json", "the old one")
+    atomic_write_text(tmp_path / "found.json", "the old one")
 
     def fail(*arguments: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="Input/output"):
-        write(tmp_path / "found.json", "new")
+        atomic_write_text(tmp_path / "found.json", "new")
     assert names(tmp_path) == ["found.json"]
     assert (tmp_path / "found.json").read_text() == "the old one"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    write(tmp_path / "found.json", "the old one")
+    atomic_write_text(tmp_path / "found.json", "the old one")
     with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "found.json") as temporary:
         temporary.unlink()
         temporary.symlink_to("/dev/full")
@@ -77,14 +72,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "found.json"
     with pytest.raises(FileNotFoundError) as raised:
-        write(path, "new")
+        atomic_write_text(path, "new")
     assert raised.value.filename == str(path)
 
 
 def test_concurrent_writers_leave_one_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "found.txt"
     wholes = [str(writer) * 200_000 for writer in range(6)]
-    write(path, wholes[0])
+    atomic_write_text(path, wholes[0])
     done = threading.Event()
     seen: set[str] = set()
 
@@ -93,7 +88,7 @@ def test_concurrent_writers_leave_one_whole_file(tmp_path: Path) -> None:
             seen.add(path.read_text())
 
     reader = threading.Thread(target=read)
-    writers = [threading.Thread(target=write, args=(path, whole)) for whole in wholes for _ in range(3)]
+    writers = [threading.Thread(target=atomic_write_text, args=(path, whole)) for whole in wholes for _ in range(3)]
     reader.start()
     for writer in writers:
         writer.start()
@@ -135,9 +130,9 @@ def test_permissions_are_those_that_open_gives(tmp_path: Path, umask: int, befor
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    write(tmp_path / "disk" / "found.json", "the old one")
+    atomic_write_text(tmp_path / "disk" / "found.json", "the old one")
     (tmp_path / "link.json").symlink_to(tmp_path / "disk" / "found.json")
-    write(tmp_path / "link.json", "new")
+    atomic_write_text(tmp_path / "link.json", "new")
     assert (tmp_path / "link.json").is_symlink()
     assert (tmp_path / "disk" / "found.json").read_text() == "new"
     assert names(tmp_path / "disk") == ["found.json"]
