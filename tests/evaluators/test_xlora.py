@@ -474,7 +474,7 @@ def test_what_x_lora_does_not_hold_is_averaged(tmp_path: Path) -> None:
         assert "without routing by" in fit.lost[0]
     assert EXPORTERS["merged"].assess(recipe).level == "approximate"
     half = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"dtype": "bfloat16"})})
-    assert EXPORTERS["peft"].assess(half).lost == ("backbone dtype bfloat16: peft's classifier computes in it",)
+    assert EXPORTERS["peft"].assess(half).lost == ("backbone dtype bfloat16: peft's classifier computes in that dtype",)
 
 
 def test_models_that_peft_does_not_load_it_into_are_averaged(tmp_path: Path) -> None:
