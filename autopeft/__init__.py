@@ -1,6 +1,6 @@
-"""The public door: what a notebook needs, each name imported when it is first used.
+"""The public interface: the names that a notebook needs, each imported when it is first used.
 
-In a checkout the packages stand beside this folder, in an installed wheel inside it.
+The packages are beside this folder in a checkout, and inside it in an installed wheel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: Where each public name is.
+#: The module of each public name.
 _EXPORTS = {
     "AdapterChoice": "autopeft.search_space.declaration",
     "OneOf": "autopeft.search_space.declaration",
@@ -45,7 +45,7 @@ __all__ = [
 
 _HERE = os.path.dirname(os.path.realpath(__file__))
 if not os.path.isdir(os.path.join(_HERE, "studies")):
-    # The finder of an editable install knows every package that is listed, but not the namespace `kernels`.
+    # The finder of an editable install finds every listed package except the namespace package `kernels`.
     __path__.append(os.path.dirname(_HERE))
 
 

@@ -1,10 +1,10 @@
-"""Errors that are the user's to repair: a clear text on stderr, no traceback, an exit code of their own."""
+"""Errors that a user can repair: a clear text on stderr, no traceback, an exit code for each kind."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Failed while running; the text says what to do about it."""
+    """A failure at run time; its text says how to repair it."""
 
     exit_code = 1
 
@@ -16,12 +16,12 @@ class ConfigurationError(UserError):
 
 
 class NoFeasibleCandidateError(UserError):
-    """Nothing in the space, or nothing that was tried, meets the constraints."""
+    """No candidate of the space, or none that was evaluated, meets the constraints."""
 
     exit_code = 3
 
 
 class UnusableEnvironmentError(UserError):
-    """This machine lacks something that was asked for: a package, a GPU, a place to write."""
+    """This machine lacks something that the command needs: a package, a GPU, a writable folder."""
 
     exit_code = 4

@@ -10,7 +10,7 @@ import typer
 
 from autopeft.benchmarks.cli.speed import BenchView
 from autopeft.search_space.spelling import did_you_mean
-from autopeft.studies.cli.files import written
+from autopeft.studies.cli.files import file_errors
 from autopeft.studies.cli.options import JsonOption, SetOption, print_json
 from autopeft.studies.errors import ConfigurationError
 
@@ -78,7 +78,7 @@ def audit(
         if (name, auditing.epochs_of(name, epochs), seed) not in known
     ]
     refused: dict[str, str] = {}
-    with BenchView() as view, written():
+    with BenchView() as view, file_errors():
         view.plan(len(lacking))
         if lacking:
             view.stage("loading")

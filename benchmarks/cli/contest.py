@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from autopeft.benchmarks.cli.speed import BenchView
-from autopeft.studies.cli.files import check_names, written
+from autopeft.studies.cli.files import check_names, file_errors
 from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of, print_json
 
 
@@ -44,7 +44,7 @@ def contest(
     splits, _, _ = check(settings)
     key = contests.study_key(settings)
     known = {ended.key: ended for ended in contests.read(results) if ended.settings == key}
-    with BenchView() as view, written():
+    with BenchView() as view, file_errors():
         view.plan(sum((name, seed) not in known for name in names for seed in numbers))
         for seed in numbers:
             for name in names:

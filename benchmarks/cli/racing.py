@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autopeft.benchmarks.cli.speed import BenchView
-from autopeft.studies.cli.files import check_names, written
+from autopeft.studies.cli.files import check_names, file_errors
 from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of, print_json
 from autopeft.studies.errors import ConfigurationError
 
@@ -80,7 +80,7 @@ def race(
         _print_each(built, fitted, len(counts) * len(models.KERNELS) * models.REPEATS, models.to_markdown, as_json)
         return
     planned = races.planned(names, asked, seeds, trials, batch)
-    with BenchView() as view, written():
+    with BenchView() as view, file_errors():
         lacking = races.missing(planned, races.read(results))
         view.plan(len(lacking))
         if lacking:
@@ -91,7 +91,7 @@ def race(
     curves = {name: found for name, found in report.curves_of(ended).items() if name in names}
     tables = [report.table_of(name, built[name].summary, curves[name]) for name in names]
     if picture is not None:
-        with written():
+        with file_errors():
             report.picture({name: curves[name] for name in names}, picture)
     if as_json:
         print_json(report.to_dict(tables, batch))
@@ -137,7 +137,7 @@ def tabulate(
 
     settings = load_study(study or Path(str(files("autopeft.studies.examples") / "demo.yaml")), set_ or ())
     splits, _, space = check(settings)
-    with BenchView() as view, written():
+    with BenchView() as view, file_errors():
         view.stage("loading")
         evaluator = evaluator_for(settings, splits)
         try:

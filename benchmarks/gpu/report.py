@@ -20,6 +20,7 @@ from autopeft.benchmarks.gpu.phases.kernel_speed import WANTED
 from autopeft.benchmarks.gpu.phases.pack_parity import COMPARED, TOLERANCES
 from autopeft.benchmarks.gpu.phases.step_overhead import TARGETS
 from autopeft.benchmarks.gpu.runner import SCHEMA
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.reports import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +77,7 @@ def adopt(found: Found, folder: Path) -> Path:
             whole["phases"][name] = phase | {"commit": found["commit"], "started": found["started"]}
     whole["phases"] = {name: whole["phases"][name] for name in PHASES if name in whole["phases"]}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    atomic_write_text(path, json.dumps(whole, indent=1) + "\n")
     return path
 
 

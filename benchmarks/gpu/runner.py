@@ -18,6 +18,7 @@ from queue import Empty, Queue
 from typing import IO, Any
 
 from autopeft.benchmarks.gpu.phase import FULL_MINUTES, Phase, Row
+from autopeft.evaluators.atomic import atomic_write_text
 
 #: The version of the layout of `gpu.json`.
 SCHEMA = 1
@@ -84,9 +85,7 @@ def run_kit(
 
     def save() -> None:
         whole = {**head, "phases": {name: asdict(result) for name, result in results.items()}}
-        draft = folder / "gpu.json.draft"
-        draft.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        draft.replace(folder / "gpu.json")
+        atomic_write_text(folder / "gpu.json", json.dumps(whole, indent=1) + "\n")
 
     with (folder / "gpu.log").open("w+", encoding="utf-8", errors="replace") as log:
         for number, phase in enumerate(phases, 1):

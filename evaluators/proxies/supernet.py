@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from typing_extensions import override
 
+from autopeft.evaluators.atomic import atomic_write
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
@@ -190,9 +191,8 @@ class Supernet(Proxy):
             "optimizer": optimizer.state_dict(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".partial")
-        torch.save(state, draft)
-        draft.replace(path)
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
 
     @torch.no_grad()
     def _restored(self, path: Path | None, key: str, optimizer: AdamW) -> list[list[float]]:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autopeft.evaluators.atomic import atomic_write
 from autopeft.evaluators.attachment.attachment import ForwardReplacement
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.backbones.backbone import Backbone
@@ -154,9 +155,8 @@ class PrefixCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._make_room(path.parent, tensor.nbytes)
-            draft = path.with_suffix(".partial")
-            save_file({"rows": tensor}, draft)
-            draft.replace(path)
+            with atomic_write(path) as temporary:
+                save_file({"rows": tensor}, temporary)
         except (OSError, SafetensorError) as error:
             logger.warning("%s cannot be kept: %s", path, error)
 

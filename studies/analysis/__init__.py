@@ -1,1 +1,1 @@
-"""What trials mean: the front, statistics, the recommendation. Numbers only; no files, no pictures."""
+"""Analysis of trials: the front, statistics, the recommendation. It makes numbers, not files or pictures."""

@@ -1,9 +1,10 @@
-"""What a searcher tells of its own state with a trial: `searcher_state["diagnostics"]`, shown by status and report.
+"""What a searcher reports of its state with a trial: `searcher_state["diagnostics"]`, shown by status and report.
 
-`phase`: "initial", "model" or "evolution", of the searcher `proxy` also "audit" or "proxy", of `gates` also
-"gates"; `note`: a sentence, if there is something to say; `rank_correlation` by metric: how well its surrogate ranks
-trials that were left out; `relevance` by metric: shares of the genes that matter most to it; `audit`: how well scores
-rank trainings, see `searchers/ranking.py`.
+- `phase`: "initial", "model" or "evolution"; the searcher `proxy` also has "audit" and "proxy", `gates` also "gates".
+- `note`: a sentence for the user, or empty.
+- `rank_correlation`, by metric: between the surrogate's predictions and the values of held-out trials.
+- `relevance`, by metric: each gene's share of the surrogate's sensitivity.
+- `audit`: how well proxy scores rank trainings, see `searchers/scored/ranking.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 from autopeft.search_space.problem import Trial
 
 STATE = "diagnostics"
-#: Genes that a line of text has room for.
+#: Genes that fit into a line of text.
 SHOWN_GENES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostics:
-    """`trial`: the number of the trial that came with it; for the rest see above."""
+    """Diagnostics of one trial. `trial`: its number; the module's docstring describes the other fields."""
 
     trial: int
     phase: str = ""
@@ -31,31 +32,32 @@ class Diagnostics:
     audit: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data for JSON."""
         return asdict(self)
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """A word and what is to be said of it."""
+        """Yield pairs of a heading and a line of text."""
         yield "phase", f"{self.phase} (trial {self.trial})" + (f": {self.note}" if self.note else "")
         if self.rank_correlation:
             figures = ", ".join(f"{name} {value:.2f}" for name, value in self.rank_correlation.items())
-            yield "surrogate", f"rank correlation with trials left out: {figures}"
+            yield "surrogate", f"rank correlation with held-out trials: {figures}"
         if self.audit:
             (low, high), (top_low, top_high) = self.audit["tau_interval"], self.audit["top_interval"]
             tau, top = f"{self.audit['tau']:.2f}", f"{self.audit['top_tau']:.2f}"
             whole = f"Kendall's tau {tau} ({low:.2f} to {high:.2f})"
             half = f"better half {top} ({top_low:.2f} to {top_high:.2f})"
-            yield "audit", f"scores against {self.audit['num']} trainings: {whole}, {half}"
+            yield "audit", f"proxy scores against {self.audit['num']} trainings: {whole}, {half}"
         for metric, shares in self.relevance.items():
             most = sorted(shares.items(), key=lambda pair: -pair[1])[:SHOWN_GENES]
-            yield "matters", f"for {metric}: " + ", ".join(f"{gene} {share:.0%}" for gene, share in most)
+            yield "relevance", f"for {metric}: " + ", ".join(f"{gene} {share:.0%}" for gene, share in most)
 
 
 def diagnostics(trials: Sequence[Trial]) -> list[Diagnostics]:
-    """Those of the trials that came with some, in their order."""
-    known = Diagnostics.__dataclass_fields__.keys() - {"trial"}
+    """Return the diagnostics of the trials that have some, in the order of the trials."""
+    fields = Diagnostics.__dataclass_fields__.keys() - {"trial"}
     found = ((trial.number, trial.searcher_state.get(STATE)) for trial in trials)
     return [
-        Diagnostics(trial=number, **{key: told[key] for key in known & told.keys()})
-        for number, told in found
-        if isinstance(told, Mapping)
+        Diagnostics(trial=number, **{key: state[key] for key in fields & state.keys()})
+        for number, state in found
+        if isinstance(state, Mapping)
     ]

@@ -1,4 +1,4 @@
-"""Medians over seeds, with intervals where there are seeds enough."""
+"""Medians over seeds, with intervals where there are enough seeds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import numpy as np
 from autopeft.studies.analysis.pareto import Floats
 
 DRAWS = 4000
-#: With fewer seeds not even their range is an interval of 95 % for the median.
+#: With fewer seeds, not even their range is a 95 % interval for the median.
 LEAST_SEEDS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Median:
-    """`low`, `high`: the central 95 % of bootstrap draws of the seeds; None where there are too few of them."""
+    """A median with its interval.
+
+    `low`, `high`: ends of the central 95 % of the medians of bootstrap samples of the seeds; None with too few seeds.
+    """
 
     value: float
     low: float | None
@@ -28,7 +31,7 @@ class Median:
 
 
 def median_of(values: Floats) -> Median:
-    """[seeds]"""
+    """Return the median of the values [seeds] with its bootstrap interval."""
     if len(values) < LEAST_SEEDS:
         return Median(value=float(np.median(values)), low=None, high=None)
     low, high = np.quantile(np.median(values[draws(len(values))], axis=1), [0.025, 0.975])
@@ -36,5 +39,5 @@ def median_of(values: Floats) -> Median:
 
 
 def draws(size: int) -> np.ndarray:
-    """[DRAWS, size]: indices of seeds, drawn with repetition; always the same ones."""
+    """Draw bootstrap samples: indices of seeds [DRAWS, size], with replacement and the same in every call."""
     return np.random.default_rng(0).integers(size, size=(DRAWS, size))

@@ -1,4 +1,4 @@
-"""Whether routing earned its keep: each mixture among the finalists against what it is compared with."""
+"""Whether routing helps: each mixture among the finalists against its matched baselines."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from autopeft.search_space.problem import Metric
+from autopeft.search_space.metrics import Metric
 from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.studies.analysis import statistics
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.analysis.statistics import Estimate
 
+BETTER, WORSE, INCONCLUSIVE, ONE_SEED = VERDICTS = ("better", "worse", "inconclusive", "inconclusive (one seed)")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Against:
-    """A mixture's quality less that of a control, better is positive; `num_params`, `total_params`: of the control."""
+class Comparison:
+    """A mixture against one of its matched baselines, the `control`.
+
+    `difference`: quality of the mixture minus that of the baseline, larger is better. `num_params`, `total_params`:
+    trainable and all adapter parameters of the baseline.
+    """
 
     control: str
     num_params: int
@@ -25,24 +31,27 @@ class Against:
 
     @property
     def verdict(self) -> str:
+        """One of `VERDICTS`."""
         if self.difference.num_seeds < 2:
-            return "not told apart by one seed"
+            return ONE_SEED
         if self.difference.low > 0:
-            return "better"
-        return "worse" if self.difference.high < 0 else "not told apart"
+            return BETTER
+        return WORSE if self.difference.high < 0 else INCONCLUSIVE
 
-    def of(self, quality: Metric) -> tuple[float, float, float]:
-        """The difference and the ends of its interval in the quality's own direction: of a loss, less is better."""
+    def signed(self, quality: Metric) -> tuple[float, float, float]:
+        """Return the difference and the ends of its interval in the metric's own direction (a loss falls)."""
         d = self.difference
         return (d.value, d.low, d.high) if quality.maximise else (-d.value, -d.high, -d.low)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """`trial`: the candidate with mixtures. `num_params`: those that are trained, `total_params`: with those of LoRAs
-    that are given, `active_params`: of all these what a token meets. `busiest`: the largest share of the tokens (or
-    texts) that one expert gets, by site; an even load has 1/E. `averaged`: what the quality falls by if all experts are
-    weighted alike after the training, None if that was not measured.
+    """A candidate with mixtures, trial `trial`, against its matched baselines.
+
+    `num_params`: trainable parameters; `total_params`: with those of pretrained LoRAs; `active_params`: the part of
+    `total_params` that is active per token. `busiest`, by site: the largest share of the tokens (or texts) that one of
+    E experts gets; a balanced load has 1/E. `averaged`: loss of quality if all experts are weighted equally after
+    training; None if not measured.
     """
 
     trial: int
@@ -50,67 +59,67 @@ class Verdict:
     num_params: int
     total_params: int
     active_params: int
-    against: tuple[Against, ...]
+    against: tuple[Comparison, ...]
     busiest: dict[str, float]
     averaged: float | None
-    #: Whether every control has a training that ended well.
+    #: Whether every matched baseline has a complete training.
     complete: bool
 
     @property
     def earned(self) -> bool:
-        """Whether it is better than everything that it was compared with."""
+        """Whether the mixture is better than every matched baseline."""
         return self.complete and all(one.difference.low > 0 and one.difference.num_seeds > 1 for one in self.against)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields and `earned` as plain data for JSON."""
         return {**asdict(self), "earned": self.earned}
 
     def lines(self, quality: Metric) -> list[str]:
-        """In the quality's own direction."""
+        """Return the result and a line per comparison, with differences in the metric's own direction."""
         sign = 1.0 if quality.maximise else -1.0
-        head = f"{self.label} ({_sizes(self)}, {self.active_params:,} of them for a token)"
-        word = "routing earned its keep" if self.earned else "routing did not show that it earns its keep"
-        found = [f"{head}: {word}"]
+        head = f"{self.label} ({_sizes(self)}, {self.active_params:,} of them active per token)"
+        result = "is better than" if self.earned else "is not shown to be better than"
+        found = [f"{head}: the mixture {result} every matched baseline"]
         for one in self.against:
-            value, low, high = one.of(quality)
-            interval = f"{value:+.4f} {quality.name} ({low:+.4f} to {high:+.4f}, 95 %)"
+            value, low, high = one.signed(quality)
+            interval = f"{value:+.4f} {quality.name} (95 % interval {low:+.4f} to {high:+.4f})"
             found.append(f"  against {one.control}, {_sizes(one)}: {one.verdict}, {interval}")
         if self.averaged is not None:
-            found.append(
-                f"  its experts weighted alike after the training: {-sign * self.averaged:+.4f} {quality.name}"
-            )
+            change = f"{-sign * self.averaged:+.4f} {quality.name}"
+            found.append(f"  with all experts weighted equally after training: {change}")
         if self.busiest:
-            most = max(self.busiest, key=lambda site: self.busiest[site])
-            found.append(f"  busiest expert: {self.busiest[most]:.0%} of what is routed at {most}")
+            site = max(self.busiest, key=lambda name: self.busiest[name])
+            found.append(f"  busiest expert: {self.busiest[site]:.0%} of the load at {site}")
         return found
 
 
-def _sizes(one: Against | Verdict) -> str:
+def _sizes(one: Comparison | Verdict) -> str:
     trained = "" if one.num_params == one.total_params else f", {one.num_params:,} of them trained"
     return f"{one.total_params:,} parameters{trained}"
 
 
 def verdicts(snapshot: Snapshot) -> list[Verdict]:
-    """One for each candidate whose controls were trained."""
+    """Return one verdict for each finalist whose matched baselines were trained."""
     quality, seed_sd = snapshot.quality, snapshot.seed_sd()
     sign = 1.0 if snapshot.metrics[quality].maximise else -1.0
     found = []
-    for number, own in snapshot.compared().items():
+    for number, baselines in snapshot.matched_baselines().items():
         try:
             entry = snapshot.entry(number)
         except KeyError:
             continue
-        if not entry.repeats:  # the run that it was chosen by would flatter it
+        if not entry.repeats:  # the run that it was selected by is biased upwards
             continue
         scores = entry.scores(quality)
         against = [
-            Against(
+            Comparison(
                 control=name,
                 num_params=control.trial.candidate.architecture.num_params(snapshot.backbone),
                 total_params=control.trial.candidate.architecture.total_params(snapshot.backbone),
                 difference=statistics.paired_difference(scores, control.scores(quality), seed_sd=seed_sd),
             )
             for name in CONTROLS
-            if (control := own.get(name))
+            if (control := baselines.get(name))
         ]
         architecture = entry.trial.candidate.architecture
         measured = [run.measurement for run in entry.runs if run.measurement is not None]

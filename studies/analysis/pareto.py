@@ -40,11 +40,15 @@ class FrontRow:
 
     @property
     def is_baseline(self) -> bool:
+        """Whether the candidate is a tuned baseline."""
         return self.role.startswith(BASELINE)
 
 
 def losses(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
-    """[n, m]. A trial that cannot be on the front (failed, running or beyond a bound) is a row of NaN."""
+    """Return the losses [n, m] of the trials.
+
+    A trial that cannot be on the front (failed, running or infeasible) is a row of NaN.
+    """
     table = np.full((len(trials), len(objectives)), np.nan)
     for row, trial in zip(table, trials, strict=True):
         if trial.state == "complete" and trial.measurement is not None and trial.violation <= 0:
@@ -53,7 +57,7 @@ def losses(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
-    """Volume that the points [n, m] dominate, up to the reference point [m] (Zitzler and Thiele 1999).
+    """Return the volume that the points [n, m] dominate, up to the reference point [m] (Zitzler and Thiele 1999).
 
     A point beyond the reference in some objective, or with a NaN, adds nothing.
     """
@@ -64,16 +68,20 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
 
 def reference_point(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
-    """[m] losses: the `corner` of the trials that count. Take it once, from all of them, for every point of a curve."""
+    """Return the `corner` [m], in losses, of the complete and feasible trials.
+
+    Points of one curve need one reference point: compute it once, from all trials.
+    """
     table = losses(trials, objectives)
     return corner(table[~np.isnan(table).any(axis=1)], objectives)
 
 
 def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
-    """[n, m] losses -> [m]: where the hypervolume ends. Hypervolumes up to different corners cannot be compared.
+    """Return the reference point [m] of the hypervolume for losses [n, m].
 
-    An objective's own `reference` where it declares one, otherwise the worst value plus a tenth of the range (a tenth
-    of the value itself if all are equal). Raises ValueError if a reference is not declared and there is no point.
+    It has an objective's own `reference` where one is declared, otherwise the worst value plus a tenth of the range (a
+    tenth of the value itself if all are equal). Hypervolumes with different reference points cannot be compared.
+    Raises ValueError if a reference is not declared and there is no point.
     """
     ends = []
     for objective, column in zip(objectives, points.T, strict=True):
@@ -88,7 +96,7 @@ def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
 
 
 def hypervolume_by_trial(trials: Sequence[Trial], objectives: Sequence[Objective], reference: ArrayLike) -> Floats:
-    """[n]: the hypervolume of the first 1, 2, ..., n trials, in their order, up to one `reference` [m]."""
+    """Return the hypervolumes [n] of the first 1, 2, ..., n trials, in their order, for one `reference` point [m]."""
     table = losses(trials, objectives)
     curve = np.zeros(len(table))
     front = table[:0]

@@ -15,8 +15,9 @@ from autopeft.studies.analysis.statistics import Estimate, SeedSd, as_runs, pair
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """A member of the front. `scores`: [seeds, examples], larger is better (the negative of a loss).
+    """A member of the front.
 
+    `scores`: [seeds, examples], larger is better (the negative of a loss).
     `costs`: smaller is better, in the order in which they count; see `costs`.
     """
 
@@ -27,27 +28,27 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """Trial numbers, and what they rest on."""
+    """Numbers of the trials, and the comparisons that they follow from."""
 
     best: int
     recommended: int
-    #: With the best one among them.
+    #: Includes the best one.
     tied: tuple[int, ...]
-    #: Of every other contender, by trial: its mean score minus that of the best.
+    #: By trial, for every other contender: its mean score minus that of the best.
     differences: Mapping[int, Estimate]
 
 
 def costs(values: Mapping[str, float], objectives: Sequence[Objective]) -> tuple[float, ...]:
-    """What a candidate costs, smaller is better: the objectives that are not qualities, in their order.
+    """Return what a candidate costs, smaller is better: the objectives that are not qualities, in their order.
 
-    The number of parameters if there is none.
+    Return the number of parameters if there is none.
     """
     declared = [objective for objective in objectives if not objective.is_quality]
     return tuple(objective.loss(values[objective.name]) for objective in declared) or (values["num_params"],)
 
 
 def recommend(contenders: Sequence[Contender], *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Recommendation:
-    """The cheapest contender that the paired test cannot tell from the best one.
+    """Recommend the cheapest contender that the paired test cannot tell from the best one.
 
     Best is the highest mean. A contender is tied with it while the interval of their difference reaches 0.
     Every comparison is made at its own `level`, with no correction (Holm's, say) for their number: a

@@ -1,4 +1,4 @@
-"""A study at one moment: its trials, its front, its hypervolume. Reports are made of this and of nothing else."""
+"""A study at one moment: its trials, front and hypervolume. Reports are made from this alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.metrics import Metric
 from autopeft.search_space.problem import (
     BASELINE,
     CONTROL,
@@ -17,47 +18,46 @@ from autopeft.search_space.problem import (
     METRICS,
     SEARCH,
     Measurement,
-    Metric,
     Objective,
     Trial,
 )
 from autopeft.studies.analysis import pareto, recommendation, statistics
-from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.analysis.pareto import Floats, FrontRow
 from autopeft.studies.analysis.recommendation import Contender
 from autopeft.studies.analysis.statistics import Estimate, SeedSd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One candidate with all its evaluations: the first one, and those with other seeds."""
+    """One candidate with all its evaluations: the first one, `trial`, and its `repeats` with other seeds."""
 
     trial: Trial
     repeats: tuple[Trial, ...] = ()
-    #: The metrics that its scores are of, by name; of one that is not among them, more is better.
+    #: The metrics of its scores by name; a metric that is not among them counts as maximised.
     metrics: Mapping[str, Metric] = field(default_factory=lambda: METRICS)
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """The metrics that there are scores of."""
+        """The names of the metrics that have scores per example."""
         measured = (run.measurement for run in self.runs)
         return tuple(dict.fromkeys(name for found in measured if found is not None for name in found.per_example))
 
     @property
     def runs(self) -> tuple[Trial, ...]:
-        """The full evaluations that say how good it is: the re-seeded ones where there are any.
+        """The full evaluations that estimate its quality: the repeats where there are any.
 
-        The first evaluation is what it was chosen by, so it flatters; fresh seeds do not.
+        The candidate was selected by its first evaluation, which is therefore biased upwards; repeats are not.
         """
         return self.repeats or (self.trial,)
 
     @property
     def averaged(self) -> tuple[Measurement, ...]:
-        """Those of its runs that were also scored with all experts of its mixtures weighted alike."""
+        """Measurements of the runs that were also scored with all experts of the mixtures weighted equally."""
         measured = (run.measurement for run in self.runs)
         return tuple(measurement for measurement in measured if measurement is not None and measurement.averaged)
 
-    def scores(self, metric: str, split: str = "validation") -> np.ndarray:
-        """[seeds, examples], larger is better; empty if it was not scored on that split."""
+    def scores(self, metric: str, split: str = "validation") -> Floats:
+        """Return scores [seeds, examples], larger is better; empty if the split was not scored."""
         columns = []
         for run in self.runs:
             assert run.measurement is not None
@@ -67,13 +67,16 @@ class Entry:
         return self.sign(metric) * np.asarray(columns, dtype=float)
 
     def sign(self, metric: str) -> float:
-        """1 where more is better, -1 where less is."""
+        """Return 1.0 for a metric to maximise, -1.0 for one to minimise."""
         return 1.0 if metric not in self.metrics or self.metrics[metric].maximise else -1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """`trials`: every evaluation in the order of the ledger. Values are in the metrics' own direction and unit."""
+    """A study at one moment.
+
+    `trials`: every evaluation, in the order of the ledger. Values are in the metrics' own direction and unit.
+    """
 
     study: str
     study_id: str
@@ -84,7 +87,7 @@ class Snapshot:
     trials: tuple[Trial, ...]
 
     def entries(self) -> list[Entry]:
-        """Complete candidates (of the search and of the baselines) in the order of their trials."""
+        """Return the complete candidates (of the search and of the baselines) in the order of their trials."""
         repeats: dict[int, list[Trial]] = {}
         for trial in self.trials:
             if trial.role == FINALIST and trial.of is not None and trial.state == "complete":
@@ -95,8 +98,8 @@ class Snapshot:
             if trial.of is None and trial.state == "complete"
         ]
 
-    def compared(self) -> dict[int, dict[str, Entry]]:
-        """What candidates with mixtures were compared with, by the number of their trial and the control's name."""
+    def matched_baselines(self) -> dict[int, dict[str, Entry]]:
+        """Return the matched baselines of mixtures, by the number of the mixture's trial and the baseline's name."""
         runs: dict[tuple[int, str], list[Trial]] = {}
         for trial in self.trials:
             if trial.role.startswith(CONTROL) and trial.of is not None and trial.state == "complete":
@@ -107,7 +110,7 @@ class Snapshot:
         return found
 
     def tuned(self) -> list[Entry]:
-        """The candidates of the search, and of each baseline the one with the best learning rate."""
+        """Return the candidates of the search, and each baseline with its best learning rate."""
         sign = 1.0 if self.metrics[self.quality].maximise else -1.0
         best: dict[str, Entry] = {}
         for entry in self.entries():
@@ -119,44 +122,47 @@ class Snapshot:
 
     @property
     def objectives_by_name(self) -> dict[str, Objective]:
+        """The objectives by name."""
         return {objective.name: objective for objective in self.objectives}
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """By name: those that everybody knows, and the study's own among its objectives."""
+        """The built-in metrics and those that the study defines for its objectives, by name."""
         return {**METRICS, **{o.name: o.metric for o in self.objectives if o.own is not None}}
 
     @property
     def ended(self) -> tuple[Trial, ...]:
-        """Evaluations that are over, whatever came of them; copies of another trial were none."""
+        """Evaluations that have ended in any state; a copy of another trial is not an evaluation."""
         return tuple(trial for trial in self.trials if trial.state != "running" and trial.role != COPY)
 
     @property
     def search_trials(self) -> tuple[Trial, ...]:
+        """The trials that the searcher proposed."""
         return tuple(trial for trial in self.trials if trial.role == SEARCH)
 
     @property
     def quality(self) -> str:
-        """The quality metric among the objectives that comparisons are about."""
+        """The name of the first quality metric among the objectives, which comparisons use."""
         names = [o.name for o in self.objectives if o.is_quality]
         return names[0] if names else "accuracy"
 
     def seed_sd(self, split: str = "validation") -> SeedSd | None:
-        """The spread of the quality between seeds, pooled over all adapters that were trained with several: the few
-        seeds of one contender may happen to agree. Two baselines are left out: a head alone hardly varies, and full
-        fine-tuning varies in its own way.
+        """Return the spread of the quality between seeds, pooled over all adapters with several seeds.
+
+        It is pooled because the few seeds of one contender may agree by chance. Two baselines are left out: a head
+        alone hardly varies, and full fine-tuning varies differently. None if nothing was trained with several seeds.
         """
         return self._seed_sd(self.quality, split)
 
     def _seed_sd(self, metric: str, split: str) -> SeedSd | None:
-        compared = [entry for own in self.compared().values() for entry in own.values()]
-        repeated = [entry for entry in [*self.entries(), *compared] if len(entry.repeats) > 1]
+        matched = [entry for by_name in self.matched_baselines().values() for entry in by_name.values()]
+        repeated = [entry for entry in [*self.entries(), *matched] if len(entry.repeats) > 1]
         adapters = [entry for entry in repeated if entry.trial.role not in (BASELINE + "head", BASELINE + "full")]
         scores = [entry.scores(metric, split) for entry in adapters or repeated]
         return statistics.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
 
     def rows(self) -> list[FrontRow]:
-        """Every complete candidate as the reports show it, front and recommendation marked.
+        """Return every complete candidate as the reports show it, with the front and the recommendation marked.
 
         A tuned baseline is a candidate like any other: where plain LoRA is not beaten, it is on the front. Once
         candidates have been trained with fresh seeds, the front is drawn among those alone.
@@ -189,7 +195,7 @@ class Snapshot:
         ]
 
     def values_of(self, entry: Entry, seed_sd: SeedSd | None) -> tuple[dict[str, float], dict[str, float]]:
-        """Values and standard errors by metric name, over all of its runs; see `seed_sd`."""
+        """Return values and standard errors by metric name, over all runs of `entry`; see `seed_sd`."""
         assert entry.trial.measurement is not None
         values, std_err = dict(entry.trial.measurement.values), dict(entry.trial.measurement.std_err)
         for metric in entry.scored:
@@ -214,14 +220,14 @@ class Snapshot:
         return recommendation.recommend(contenders, seed_sd=seed_sd).recommended if contenders else None
 
     def entry(self, number: int) -> Entry:
-        """Raises KeyError if trial `number` is not a complete candidate."""
+        """Return the candidate of trial `number`. Raises KeyError if it is not a complete candidate."""
         for entry in self.entries():
             if entry.trial.number == number:
                 return entry
         raise KeyError(number)
 
     def promise(self, entry: Entry, metric: str) -> Estimate | None:
-        """Test score of `entry` and the interval in which one more training run with another seed will lie.
+        """Return the test score of `entry` and the prediction interval for one more training run with another seed.
 
         None if it was not scored on the test split or if no candidate was trained more than once.
         """
@@ -236,23 +242,23 @@ class Snapshot:
         low, high = sorted((sign * low, sign * high))
         return Estimate(value=sign * float(means.mean()), std_err=std_err, low=low, high=high, num_seeds=len(means))
 
-    def reference(self) -> np.ndarray | None:
-        """The corner for the hypervolume, as losses; None as long as no feasible trial is complete."""
+    def reference(self) -> Floats | None:
+        """Return the hypervolume's reference point [objectives], in losses; None without a feasible trial."""
         try:
             return pareto.reference_point(self.search_trials, self.objectives)
         except ValueError:
             return None
 
     def hypervolume(self) -> list[float]:
-        """After each trial of the search."""
+        """Return the dominated hypervolume after each trial of the search."""
         corner = self.reference()
         if corner is None:
             return [0.0] * len(self.search_trials)
-        return pareto.hypervolume_by_trial(self.search_trials, self.objectives, corner).tolist()
+        return [float(v) for v in pareto.hypervolume_by_trial(self.search_trials, self.objectives, corner)]
 
 
 def summary(trial: Trial, backbone: Backbone) -> str:
-    """The architecture and the learning rate in a line: kinds with their sizes, roles and layers."""
+    """Describe architecture and learning rate in a line: adapter types with their sizes, roles and layers."""
     groups: dict[str, dict[str, set[int]]] = {}
     for name, spec in trial.candidate.architecture:
         site = backbone.site(name)
@@ -283,6 +289,7 @@ def _ranges(layers: set[int], num_layers: int) -> str:
 
 
 def state_counts(trials: Sequence[Trial]) -> Mapping[str, int]:
+    """Return the number of trials in each state."""
     counts: dict[str, int] = {}
     for trial in trials:
         counts[trial.state] = counts.get(trial.state, 0) + 1

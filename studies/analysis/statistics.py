@@ -18,11 +18,11 @@ What this assumes: examples are a random sample of those that matter; the seeds 
 independent (where they share minibatches, a difference is surer than stated); N is large enough for a mean of
 N scores to be normal. Shares of 0 or 1 have no spread, so their interval is a point.
 
-Of a metric over the set, as a macro-averaged F1, x[s, i] is not a score of example i but its contribution to that of
-run s: the jackknife's pseudo-value, shifted so that the mean is the metric itself (`search_space/metrics/base.py`).
-The model is then one of the metric's first-order expansion in the examples: a difference is the jackknife's with the
-same examples left out of both, and the spread between seeds, which is taken of the means, is that of the metric. It
-leaves out what is of second order, which matters where a class has a handful of examples.
+For a metric over the set, such as macro-averaged F1, x[s, i] is not a score of example i but its contribution to the
+score of run s: the jackknife's pseudo-value, shifted so that the mean is the metric itself
+(`search_space/metrics/base.py`). The model then describes the metric's first-order expansion in the examples: a
+difference is the jackknife's with the same examples left out of both, and the spread between seeds, computed from the
+means, is that of the metric. It ignores second-order terms, which matter where a class has a handful of examples.
 
 With one run, noise and example cannot be told apart and the noise counts twice, which errs on the wide side.
 Without a `SeedSd` from elsewhere, an interval from one run is about that trained network alone, not about its
@@ -80,7 +80,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, seed_sd: SeedSd | None = No
 
 
 def as_runs(scores: ArrayLike) -> Floats:
-    """[seeds, examples], also of [examples] of one run."""
+    """Return scores as [seeds, examples]; scores of one run may come as [examples]. Raises ValueError."""
     runs = np.atleast_2d(np.asarray(scores, dtype=float))
     if runs.ndim != 2 or runs.shape[0] < 1 or runs.shape[1] < 2:
         raise ValueError(f"scores are [seeds, examples] with at least two examples, got {runs.shape}")
@@ -88,7 +88,7 @@ def as_runs(scores: ArrayLike) -> Floats:
 
 
 def _combine(signed: Sequence[tuple[int, Floats]], seed_sd: SeedSd | None, level: float) -> Estimate:
-    """The sum of the means of samples [S, N], each with its sign."""
+    """Estimate the sum of the means of samples [S, N], each with its sign."""
     samples = [runs for _, runs in signed]
     num_seeds = min(len(runs) for runs in samples)
     if not all(np.isfinite(runs).all() for runs in samples):
@@ -122,12 +122,12 @@ def _noise(runs: Floats) -> float:
     """var(noise) / (S N) from runs [S, N], S > 1: what the means of seeds and of examples leave over."""
     rest = runs - runs.mean(axis=1, keepdims=True) - runs.mean(axis=0) + runs.mean()
     num_seeds, num_examples = runs.shape
-    mean_square = float((rest**2).sum()) / ((num_seeds - 1) * (num_examples - 1))
+    mean_square: float = float((rest**2).sum()) / ((num_seeds - 1) * (num_examples - 1))
     return mean_square / runs.size
 
 
 def pooled_seed_sd(seed_means: Sequence[Sequence[float]]) -> SeedSd | None:
-    """The spread between seeds, pooled over candidates: one list of mean scores (a number per seed) for each.
+    """Pool the spread between seeds over candidates: one list of mean scores (a number per seed) for each.
 
     Assumes that all candidates vary alike. Means that are not finite are left out; None if nobody has two
     left.

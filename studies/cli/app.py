@@ -1,7 +1,7 @@
 """The app, and `main`, which turns exceptions into exit codes.
 
-A command is a function in a module of this package, listed in `COMMANDS`. Such a module imports torch,
-Optuna, MLflow and whatever else is slow inside its functions: `autopeft --help` is to answer at once.
+A command is a function in a module of this package, listed in `COMMANDS`; its docstring is the text of `--help`. The
+modules import torch, Optuna, MLflow and other slow packages inside functions, so that `autopeft --help` is fast.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
 
 app = typer.Typer(
     name="autopeft",
-    help="Search adapter type, rank, placement and training for a frozen transformer, for a Pareto front.",
+    help="Search adapter types, ranks, placement and training settings for a frozen transformer; the result is a "
+    "Pareto front of quality and cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoReturn:
-    """Run a command of `app` and exit: 0 ok, 1 failed, 2 usage or configuration, 3 no feasible candidate,
-    4 environment, 130 interrupted.
+    """Run a command of `app` and exit.
+
+    Exit codes: 0 success, 1 failure, 2 wrong usage or configuration, 3 no feasible candidate, 4 unusable environment,
+    130 interrupted.
     """
-    # What one library says to another is nothing that a user could act on.
+    # These warnings are addressed to developers of libraries; a user cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app(args=arguments, prog_name=name)
@@ -61,17 +64,19 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoR
 
 
 def exit_code(error: Exception) -> int:
+    """Return the exit code of an error."""
     if isinstance(error, UserError):
         return error.exit_code
     return UnusableEnvironmentError.exit_code if isinstance(error, ModuleNotFoundError) else UserError.exit_code
 
 
 def explain(error: Exception) -> str:
+    """Return the text that a user sees of an error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        return f"the package {error.name} is missing; `autopeft doctor` shows what else is"
-    return f"{type(error).__name__}: {error}\n({DEBUG}=1 shows where)"
+        return f"the package {error.name} is missing; `autopeft doctor` checks all of them"
+    return f"{type(error).__name__}: {error}\n({DEBUG}=1 prints the traceback)"
 
 
 if __name__ == "__main__":

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 PLACEHOLDER = "my-study"
 
 
-FolderArgument = Annotated[Path, typer.Argument(help="Folder to make; its name is the study's.")]
+FolderArgument = Annotated[Path, typer.Argument(help="Folder to create; its name becomes the name of the study.")]
 PresetOption = Annotated[
-    str, typer.Option("--preset", help="study, a first one in minutes; autopeft, the procedure of Zhou et al. 2024.")
+    str,
+    typer.Option(
+        "--preset", help="study: a first study that takes minutes; autopeft: the procedure of Zhou et al. 2024."
+    ),
 ]
 
 
 @contextmanager
-def written() -> Iterator[None]:
-    """What is wrong with a file that is read or written becomes an UnusableEnvironmentError."""
+def file_errors() -> Iterator[None]:
+    """Turn an OSError into an UnusableEnvironmentError that names the file."""
     try:
         yield
     except OSError as error:
@@ -41,13 +44,11 @@ def written() -> Iterator[None]:
 
 
 def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
-    """Write a commented study file that runs as it is."""
-    from autopeft.search_space.spelling import did_you_mean
-
+    """Write a commented study file that is ready to run."""
     templates = {Path(file.name).stem: file for file in (files("autopeft.studies.config") / "templates").iterdir()
                  if file.name.endswith(".yaml")}  # fmt: skip
     if preset not in templates:
-        raise ConfigurationError(f"--preset {preset}: no such study{did_you_mean(preset, templates)}")
+        raise ConfigurationError(f"--preset {preset}: unknown preset{did_you_mean(preset, templates)}")
     name = folder.resolve().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ConfigurationError(f"{name!r} cannot name a study: use letters, digits, - and _")
@@ -58,8 +59,8 @@ def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text.replace(PLACEHOLDER, name))
     except FileExistsError:
-        there = path if path.exists() else folder
-        raise ConfigurationError(f"{there} exists already; nothing was written") from None
+        existing = path if path.exists() else folder
+        raise ConfigurationError(f"{existing} already exists; nothing was written") from None
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
     typer.echo(f"wrote {path}\nnext:  autopeft validate {path}\n       autopeft run {path}")
@@ -73,7 +74,7 @@ def schema() -> None:
 
 
 def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a study file, its data and its model, without loading weights or training."""
+    """Check a study file, its data and its model without loading weights or training."""
     from autopeft.studies.config.loading import load_study
     from autopeft.studies.engine.check import check
 
@@ -99,7 +100,7 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
     typer.echo(f"  search {settings.search.trials} trials by {settings.search.searcher}"
                f" for {', '.join(o.name for o in settings.objectives)}")  # fmt: skip
     if settings.search.prior is not None:
-        typer.echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} lie in this space")
+        typer.echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} are in this space")
 
 
 def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: SearchSpace) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
 
 
 def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
-    """Raises ConfigurationError with every name that is not known."""
+    """Raise ConfigurationError with every unknown name, or if there is no name."""
     problems = [f"unknown {what} {name!r}{did_you_mean(name, known)}" for name in names if name not in known]
     if problems:
         raise ConfigurationError("\n".join(problems))

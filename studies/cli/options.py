@@ -11,29 +11,30 @@ import typer
 
 from autopeft.studies.errors import ConfigurationError
 
-StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file, or the folder of a study.yaml.")]
+StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file, or a folder with a study.yaml.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: --set search.trials=5. May be repeated."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as --set search.trials=5; repeatable."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
 def names_of(text: str) -> list[str]:
-    """The words between commas, each once."""
+    """Return the words between commas, without repetitions."""
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def numbers_of(option: str, text: str, least: int = 0) -> list[int]:
-    """Whole numbers between commas, each once. Raises ConfigurationError."""
+    """Return the whole numbers between commas, without repetitions. Raises ConfigurationError."""
     words = names_of(text)
     if not words or not all(word.isdecimal() and int(word) >= least for word in words):
         raise ConfigurationError(
-            f"{option} {text}: write whole numbers from {least} on, such as {least + 1},{least + 2}"
+            f"{option} {text}: needs whole numbers of at least {least}, such as {least + 1},{least + 2}"
         )
     return [int(word) for word in words]
 
 
 def print_json(data: Any) -> None:
+    """Print data as indented JSON on stdout."""
     json.dump(data, sys.stdout, indent=2, ensure_ascii=False)
     print()

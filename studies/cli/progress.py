@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: one bar with an ETA, and a line for every evaluation. All on stderr."""
+"""Progress of a running study, on stderr: a bar with an ETA, and a line for every evaluation."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from autopeft.studies.analysis.snapshot import Snapshot, summary
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A value as people read it: 12,345 or 0.7123 or 1.2e-05."""
+    """Format a value for readers: 12,345 or 0.7123 or 1.2e-05."""
     if float(value).is_integer() and abs(value) >= 1:
         return f"{value:,.0f}"
     return f"{value:,.{digits}g}"
 
 
 def measured(objective: Objective, values: Mapping[str, float], std_err: Mapping[str, float]) -> str:
-    """A value with its standard error, cut to the digits that the error leaves."""
+    """Format a value with its standard error, rounded to two digits of the error."""
     value, error = values[objective.name], std_err.get(objective.name)
     if not error:
         return number(value)
@@ -37,11 +37,11 @@ def measured(objective: Objective, values: Mapping[str, float], std_err: Mapping
 
 @contextmanager
 def stopping_between_steps(*signals: signal.Signals) -> Iterator[Callable[[], None]]:
-    """A signal raises KeyboardInterrupt at the next step, a second one at once.
+    """Turn the first signal into a KeyboardInterrupt between two steps, and a second signal into one at once.
 
-    Yields what has to be called between two steps. Once the first was made, the handler itself raises only when it is
-    asked again: where a signal happens to find the program, the exception may be lost (in a destructor) or cut a call
-    of the database. For the main thread, to which Python gives signals.
+    Yields a function to call between two steps. After its first call, the first signal no longer raises where it
+    happens to arrive: there the exception may be lost (in a destructor) or interrupt a call of the database. Works in
+    the main thread alone, where Python handles signals.
     """
     stepping = asked = False
 
@@ -50,8 +50,8 @@ def stopping_between_steps(*signals: signal.Signals) -> Iterator[Callable[[], No
         if asked or not stepping:
             raise KeyboardInterrupt
         asked = True
-        # Not through `sys.stderr`, whose buffer may be in the middle of a write.
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
+        # Not `sys.stderr`: the signal may have interrupted a write to its buffer.
+        os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
 
     def stop_if_asked() -> None:
         nonlocal stepping
@@ -59,7 +59,7 @@ def stopping_between_steps(*signals: signal.Signals) -> Iterator[Callable[[], No
         if asked:
             raise KeyboardInterrupt
 
-    # SIGINT too: a shell starts what it runs in the background with that signal ignored.
+    # SIGINT too: a shell starts background processes with that signal ignored.
     previous = {number: signal.signal(number, stop) for number in signals}
     try:
         yield stop_if_asked
@@ -69,9 +69,9 @@ def stopping_between_steps(*signals: signal.Signals) -> Iterator[Callable[[], No
 
 
 class ProgressView:
-    """A `Watcher` for terminals; without a terminal only the lines are printed. Use as a context manager.
+    """A `Watcher` for terminals, and a context manager; without a terminal it prints the lines alone.
 
-    `between` is called between two steps, and may raise to end the study there.
+    `between` is called between two steps and may raise to end the study there.
     """
 
     def __init__(self, console: Console | None = None, between: Callable[[], None] = lambda: None) -> None:
@@ -87,17 +87,17 @@ class ProgressView:
             TextColumn("{task.fields[front]}"),
             console=self.console,
             disable=not self.console.is_terminal,
-            # An ETA over the last evaluations, not over the last seconds: they differ in length.
+            # In seconds: long enough for several evaluations, which differ in length.
             speed_estimate_period=600,
         )
         self.task = self.progress.add_task("starting", total=1, done=0, unit=" evaluations", front="")
         self.stage_task = self.progress.add_task("", total=1, done=0, unit="", front="", visible=False)
-        #: The stage that is under way, since when, and how far.
-        self.ahead, self.since_s, self.reached = "", 0.0, 0
+        #: Name of the current stage ahead of the evaluations, its start, and its completed steps.
+        self.stage_name, self.stage_start_s, self.stage_done = "", 0.0, 0
         self.done = 0
-        #: The evaluations that are under way, and how many were done before them.
+        #: The running evaluations, and the number of those that ended before them.
         self.running: Sequence[Trial] = ()
-        self.before = 0
+        self.done_before = 0
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -109,41 +109,46 @@ class ProgressView:
         self.progress.stop()
 
     def plan(self, evaluations: int, done: int) -> None:
+        """Set the planned number of evaluations and the number of those that are done."""
         self.done = done
         self.progress.update(self.task, total=evaluations, completed=done, done=done)
 
     def begin(self, trials: Sequence[Trial]) -> None:
+        """Show the trials that start."""
         self.between()
         self._leave_stage()
-        self.running, self.before = trials, self.done
+        self.running, self.done_before = trials, self.done
         names = [_name(trial) for trial in trials]
         words = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         self.progress.update(self.task, description=words)
 
     def stage(self, name: str, done: int, total: int) -> None:
-        """Work ahead of the evaluations: a bar of its own, and a line when the next stage or an evaluation begins."""
+        """Show work ahead of the evaluations in a bar of its own, and print a line when the stage has ended."""
         self.between()
-        if name != self.ahead:
+        if name != self.stage_name:
             self._leave_stage()
-            self.ahead, self.since_s = name, time.monotonic()
+            self.stage_name, self.stage_start_s = name, time.monotonic()
             self.progress.update(self.stage_task, description=name, visible=True)
         self.progress.update(self.stage_task, total=total, completed=done, done=done)
-        self.reached = done
+        self.stage_done = done
 
     def _leave_stage(self) -> None:
-        if self.ahead:
-            seconds = time.monotonic() - self.since_s
+        if self.stage_name:
+            seconds = time.monotonic() - self.stage_start_s
             self.progress.update(self.stage_task, visible=False)
-            self.console.print(f"{self.ahead}: {self.reached:,} in {seconds:,.0f} s", soft_wrap=True, markup=False)
-            self.ahead = ""
+            line = f"{self.stage_name}: {self.stage_done:,} in {seconds:,.0f} s"
+            self.console.print(line, soft_wrap=True, markup=False)
+            self.stage_name = ""
 
     def step(self, done: int, total: int) -> None:
+        """Show the training steps of the running evaluations."""
         self.between()
         # The last tenth of an evaluation is its validation.
-        reached = self.before + 0.9 * len(self.running) * done / total
+        reached = self.done_before + 0.9 * len(self.running) * done / total
         self.progress.update(self.task, completed=max(self.done, reached))
 
     def end(self, trial: Trial, snapshot: Snapshot) -> None:
+        """Print the line of a trial that has ended."""
         if trial.state != "infeasible":
             self.done += 1
         members = sum(row.on_front for row in snapshot.rows())
@@ -154,7 +159,7 @@ class ProgressView:
 
     def _line(self, trial: Trial, snapshot: Snapshot) -> str:
         opening = f"{_name(trial):>24}  "
-        note = "".join(f"  [{told.note}]" for told in diagnostics([trial]) if told.note)
+        note = "".join(f"  [{found.note}]" for found in diagnostics([trial]) if found.note)
         if trial.state != "complete" or trial.measurement is None:
             return f"{opening}{trial.state}: {trial.error}{note}"
         values, std_err = trial.measurement.values, trial.measurement.std_err

@@ -1,4 +1,4 @@
-"""Commands about what a study found: `pareto` and `export`."""
+"""Commands about the results of a study: `pareto` and `export`."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ if TYPE_CHECKING:
     from autopeft.studies.storage.ledger import Ledger
 
 PickOption = Annotated[
-    str, typer.Option("--pick", help="recommended, best, trial:N, or a condition as num_params<=50000.")
+    str, typer.Option("--pick", help="Candidate: recommended, best, trial:N, or a condition such as num_params<=50000.")
 ]
-TargetOption = Annotated[str, typer.Option("--to", help="native, peft, trl-script, axolotl or merged.")]
+TargetOption = Annotated[str, typer.Option("--to", help="Format: native, peft, trl-script, axolotl or merged.")]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Folder to write; default: exports/<pick>-<target> in the output folder.")
+    Path | None,
+    typer.Option("--out", help="Folder to write; default: exports/PICK-FORMAT in the study's output folder."),
 ]
-LossyOption = Annotated[bool, typer.Option("--allow-lossy", help="Export even if the format loses something.")]
+LossyOption = Annotated[
+    bool, typer.Option("--allow-lossy", help="Export even if the format cannot hold all of the recipe.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier export.")]
 
 
 def pareto(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """The front so far, best quality first, with standard errors and the recommendation."""
+    """Print the front so far, best quality first, with standard errors and the recommendation."""
     from autopeft.studies.reports.report import front_data
 
-    _, _, snapshot = finished(study, set_)
+    _, _, snapshot = recorded(study, set_)
     if as_json:
         print_json(front_data(snapshot))
     else:
         print_front(snapshot)
 
 
-def finished(study: Path, set_: list[str] | None) -> tuple[StudyFile, Ledger, Snapshot]:
-    """A study as its ledger has it, under the settings that it was run with."""
+def recorded(study: Path, set_: list[str] | None) -> tuple[StudyFile, Ledger, Snapshot]:
+    """Return a study from its ledger: the settings that it was run with, the ledger and a snapshot."""
     from autopeft.studies.config.loading import load_study
     from autopeft.studies.engine.session import open_ledger, read_snapshot, recorded_settings
 
@@ -49,7 +52,7 @@ def finished(study: Path, set_: list[str] | None) -> tuple[StudyFile, Ledger, Sn
 
 
 def print_front(snapshot: Snapshot) -> None:
-    """The front and the tuned baselines as a table on stdout."""
+    """Print the front and the tuned baselines as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -59,15 +62,17 @@ def print_front(snapshot: Snapshot) -> None:
     quality = snapshot.objectives_by_name[snapshot.quality]
     rows = sorted(snapshot.rows(), key=lambda row: quality.loss(row.values[quality.name]))
     members = [row for row in rows if row.on_front]
-    table = Table(title=f"{snapshot.study}: front of {len(members)} from {len(snapshot.ended)} evaluations")
+    table = Table(
+        title=f"{snapshot.study}: {len(members)} candidates on the front, from {len(snapshot.ended)} evaluations"
+    )
     table.add_column("")
     table.add_column("candidate", no_wrap=True)
-    # The number of parameters always stands there, also where it is not an objective.
+    # The number of parameters is shown even where it is not an objective.
     names = list(dict.fromkeys([o.name for o in snapshot.objectives] + ["num_params"]))
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(f"test {snapshot.quality}", justify="right", no_wrap=True)
-    table.add_column("what", overflow="fold")
+    table.add_column("architecture", overflow="fold")
     shown = (members, [row for row in rows if row.is_baseline and not row.on_front])
     for position, group in enumerate(shown):
         for row in group:
@@ -83,13 +88,13 @@ def print_front(snapshot: Snapshot) -> None:
         if position == 0:
             table.add_section()
     console = Console()
-    # Without a terminal there is no width to respect: a table cut at 80 columns is of no use in a log.
+    # Without a terminal the width is free: a table cut at 80 columns is of no use in a log.
     Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
-    typer.echo("*: recommended, the cheapest that the paired test cannot tell from the best (95 %);"
+    typer.echo("*: recommended, the cheapest candidate that a paired test (95 %) cannot distinguish from the best;"
                " ±: standard error over examples and seeds")  # fmt: skip
     found = verdicts(snapshot)
     if found:
-        typer.echo("\nmixtures against what they are compared with")
+        typer.echo("\nmixtures against their matched baselines")
     for line in (line for verdict in found for line in verdict.lines(snapshot.metrics[snapshot.quality])):
         typer.echo(f"  {line}")
 
@@ -104,15 +109,15 @@ def export(
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a candidate of the front in the format of another tool, with its trained weights and its recipe."""
+    """Export a candidate and its recipe in the format of another tool, with trained weights if the format has them."""
     from autopeft.search_space.spelling import did_you_mean
     from autopeft.studies.engine.exporting import export_trial
     from autopeft.studies.exporters import EXPORTERS
     from autopeft.studies.recipes.pick import pick as picked
 
     if to not in EXPORTERS:
-        raise ConfigurationError(f"--to {to}: unknown target{did_you_mean(to, EXPORTERS)}")
-    settings, ledger, snapshot = finished(study, set_)
+        raise ConfigurationError(f"--to {to}: unknown format{did_you_mean(to, EXPORTERS)}")
+    settings, ledger, snapshot = recorded(study, set_)
     number = picked(snapshot, pick)
     folder, fit = export_trial(settings, ledger, snapshot, number, to, out, allow_lossy=allow_lossy, force=force)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -124,5 +129,5 @@ def export(
         typer.echo(f"  {name}")
     for line in fit.lost:
         typer.echo(f"  lost: {line}")
-    typer.echo(f"train it anew:    autopeft train {folder / 'recipe.yaml'}")
+    typer.echo(f"train again:       autopeft train {folder / 'recipe.yaml'}")
     typer.echo(f"check its promise: autopeft verify {folder / 'recipe.yaml'}")

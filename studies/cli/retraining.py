@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.cli.options import JsonOption, print_json
 from autopeft.studies.errors import ConfigurationError, UserError
 
+if TYPE_CHECKING:
+    from autopeft.studies.engine.retraining import Retrained
+    from autopeft.studies.recipes.recipe import Recipe
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")]
-TrustOption = Annotated[bool, typer.Option("--trust-code", help="Run the code of the recipe's own metrics.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-code", help="Allow the recipe to run Python code: its custom metrics.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Device: auto, cpu or cuda.")]
 
 
 def train(
     recipe: RecipeArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: trained beside it.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Default: the recipe's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; default: `trained` beside the recipe.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Random seed; default: that of the recipe.")] = None,
     device: DeviceOption = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier run.")] = False,
     trust_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a recipe from scratch; write the adapter and its metrics."""
+    """Train a recipe from scratch; write the adapter and its test scores."""
     from autopeft.studies.engine.retraining import kept
     from autopeft.studies.exporters import EXPORTERS
     from autopeft.studies.recipes.recipe import Recipe
@@ -37,7 +46,7 @@ def train(
     run = _retrain(loaded, [loaded.seed if seed is None else seed], device, trust_code)[0]
     EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
     metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": kept(loaded, [run])}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if as_json:
         print_json(metrics)
         return
@@ -47,18 +56,18 @@ def train(
 
 def verify(
     recipe: RecipeArgument,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many new seeds.")] = 2,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of new seeds.")] = 2,
     device: DeviceOption = "auto",
     trust_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a recipe with seeds that its study has not used, and check the promised interval. Exit 1 if it fails."""
+    """Train a recipe with new seeds; exit with 1 if the mean test score is worse than the promised interval."""
     from autopeft.studies.engine.retraining import fresh_seeds, kept, promises
     from autopeft.studies.recipes.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     if not promises(loaded):
-        raise UserError(f"{recipe}: promises nothing: its study trained no candidate with more than one seed")
+        raise UserError(f"{recipe}: has no promised interval: its study trained no candidate with more than one seed")
     runs = _retrain(loaded, fresh_seeds(loaded, seeds), device, trust_code)
     verdicts = kept(loaded, runs)
     if as_json:
@@ -67,11 +76,11 @@ def verify(
     else:
         _print(loaded, runs)
     if not all(verdicts.values()):
-        raise UserError("the promise was not kept")
-    typer.echo("the promise was kept", err=as_json)
+        raise UserError("the recipe performs worse than promised")
+    typer.echo("the recipe performs as promised", err=as_json)
 
 
-def _retrain(recipe: Any, seeds: list[int], device: str, trust_code: bool) -> list[Any]:
+def _retrain(recipe: Recipe, seeds: list[int], device: str, trust_code: bool) -> list[Retrained]:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -90,14 +99,14 @@ def _retrain(recipe: Any, seeds: list[int], device: str, trust_code: bool) -> li
         )
 
 
-def _promised(recipe: Any) -> dict[str, list[float | None]]:
+def _promised(recipe: Recipe) -> dict[str, list[float | None]]:
     from autopeft.studies.engine.retraining import promises
 
     return {name: [m.low, m.high] for name, m in promises(recipe).items()}
 
 
-def _print(recipe: Any, runs: list[Any]) -> None:
-    """A line per run, and the promise with the mean of the runs."""
+def _print(recipe: Recipe, runs: list[Retrained]) -> None:
+    """Print a line per run, and the mean of the runs beside the promised interval."""
     from autopeft.studies.engine.retraining import kept
 
     for run in runs:
@@ -105,5 +114,5 @@ def _print(recipe: Any, runs: list[Any]) -> None:
     verdicts = kept(recipe, runs)
     for name, (low, high) in _promised(recipe).items():
         mean = sum(run.test[name] for run in runs) / len(runs)
-        verdict = "kept" if verdicts[name] else "NOT KEPT"
-        typer.echo(f"test {name}: mean {mean:.4f}, promised {low:.4f} to {high:.4f}: {verdict}")
+        verdict = "as promised" if verdicts[name] else "WORSE THAN PROMISED"
+        typer.echo(f"test {name}: mean {mean:.4f}, promised interval {low:.4f} to {high:.4f}: {verdict}")

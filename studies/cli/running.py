@@ -15,13 +15,13 @@ from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, p
 if TYPE_CHECKING:
     from autopeft.studies.config.study_file import StudyFile
 
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the study if it was started before.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the study if it was started before.")]
 
 
 def run(
     study: StudyArgument, set_: SetOption = None, resume: ResumeOption = False, as_json: JsonOption = False
 ) -> None:
-    """Run a study: baselines, the search, the final front. Ctrl-C is safe; `autopeft resume` goes on."""
+    """Run a study: baselines, search and final front. Ctrl-C is safe: `autopeft resume` continues the study."""
     from autopeft.studies.config.loading import load_study
     from autopeft.studies.engine.session import was_started
 
@@ -30,13 +30,14 @@ def run(
 
 
 def resume(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Go on with a study that was interrupted. Finished trials stay; more `search.trials` may be asked for."""
+    """Continue an interrupted study. Finished trials are kept; `search.trials` may be raised."""
     from autopeft.studies.config.loading import load_study
 
     run_study(load_study(study, set_ or ()), resume=True, as_json=as_json)
 
 
 def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> None:
+    """Start or resume a study and print its front."""
     from autopeft.studies.cli.progress import ProgressView
     from autopeft.studies.cli.results import print_front
     from autopeft.studies.engine.check import check
@@ -54,7 +55,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
         print_json(front_data(snapshot))
         return
     print_front(snapshot)
-    typer.echo(f"\npictures  {files[0]} (and front.png, curves.png, hypervolume.png beside it)")
+    typer.echo(f"\npictures  {files[0]} (also front.png, curves.png and hypervolume.png in that folder)")
     if settings.tracking.enabled:
         from autopeft.studies.tracking.mlflow_sync import ui_command
 
@@ -65,9 +66,9 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
 
 @contextmanager
 def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
-    """Ctrl-C and a polite kill end the study at its next step; say how to go on, exit with 130.
+    """End the study between two steps on SIGINT and SIGTERM: print how to continue, exit with 130.
 
-    Yields what has to be called between two steps, as `stopping_between_steps` does.
+    Yields a function to call between two steps, as `stopping_between_steps` does.
     """
     from autopeft.studies.cli.progress import stopping_between_steps
 
@@ -75,27 +76,27 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
         with stopping_between_steps(signal.SIGINT, signal.SIGTERM) as stop_if_asked:
             yield stop_if_asked
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; nothing is lost. Go on with: autopeft resume {settings.words}", err=True)
+        typer.echo(f"\ninterrupted; finished work is saved. Continue with: autopeft resume {settings.words}", err=True)
         sys.exit(130)
 
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Where a study stands; safe while it runs."""
+    """Show how far a study is; safe while it runs."""
     from autopeft.studies.analysis.diagnostics import diagnostics
     from autopeft.studies.analysis.snapshot import state_counts
-    from autopeft.studies.cli.results import finished
+    from autopeft.studies.cli.results import recorded
 
-    settings, _, snapshot = finished(study, set_)
+    settings, _, snapshot = recorded(study, set_)
     counts = state_counts(snapshot.trials)
     curve = snapshot.hypervolume()
-    told = diagnostics(snapshot.trials)[-1:]
+    latest = diagnostics(snapshot.trials)[-1:]
     if as_json:
         print_json(
             {
                 "study": snapshot.study,
                 "trials": dict(counts),
                 "hypervolume": curve[-1] if curve else 0.0,
-                "diagnostics": told[0].to_dict() if told else None,
+                "diagnostics": latest[0].to_dict() if latest else None,
             }
         )
         return
@@ -105,16 +106,16 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     typer.echo(f"  search       {len(snapshot.search_trials)} of {settings.search.trials} trials")
     typer.echo(f"  front        {sum(row.on_front for row in rows)} candidates")
     typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
-    trained = sum(t.measurement.train_s for t in snapshot.ended if t.measurement)
-    walls = sum(t.measurement.wall_s for t in snapshot.ended if t.measurement)
-    if walls:
-        typer.echo(f"  evaluations  {walls:,.0f} s, {trained / walls:.0%} of it in training steps")
-    for word, what in (line for last in told for line in last.lines()):
-        typer.echo(f"  {word:<11}  {what}")
+    train_s = sum(t.measurement.train_s for t in snapshot.ended if t.measurement)
+    wall_s = sum(t.measurement.wall_s for t in snapshot.ended if t.measurement)
+    if wall_s:
+        typer.echo(f"  evaluations  {wall_s:,.0f} s, {train_s / wall_s:.0%} of it in training steps")
+    for heading, line in (pair for found in latest for pair in found.lines()):
+        typer.echo(f"  {heading:<11}  {line}")
 
 
 def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """What a study would do: size of the space, range of parameters, time, memory, what stays exportable."""
+    """Estimate a study before it runs: size of the space, range of parameters, time, memory, export formats."""
     from autopeft.studies.config.loading import load_study
     from autopeft.studies.engine.check import check
     from autopeft.studies.engine.cost_estimate import plan_study

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
@@ -29,6 +29,11 @@ def problems_of(study: StudyFile) -> Iterator[Finding]:
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """Return the text for a key that a section does not have."""
+    return f"unknown key{did_you_mean(name, known)}"
 
 
 def _search_problems(study: StudyFile) -> Iterator[Finding]:

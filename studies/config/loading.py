@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config import checks, settings
 from autopeft.studies.config.source import Keys, Source, StudyFileError, read
 from autopeft.studies.config.study_file import FILE_NAME, StudyFile
@@ -102,7 +101,7 @@ def _found(error: ValidationError, data: Any) -> Iterator[tuple[Keys, str, Keys]
         if kind == "missing":
             path = (*path, location[-1])
         elif kind == "extra_forbidden":
-            what = f"unknown key{did_you_mean(str(location[-1]), _section(location[:-1]).model_fields)}"
+            what = checks.unknown_key(str(location[-1]), _section(location[:-1]).model_fields)
         elif kind == "too_short":
             given = len(_entry(data, path))  # pydantic counts the valid ones only
             if given >= context["min_length"]:

@@ -11,7 +11,7 @@ from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.study import weights_path
 from autopeft.studies.errors import ConfigurationError
-from autopeft.studies.exporters import EXPORTERS, Fit
+from autopeft.studies.exporters import EXPORTERS, Assessment
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.storage.ledger import Ledger
 
@@ -26,7 +26,7 @@ def export_trial(
     *,
     allow_lossy: bool = False,
     force: bool = False,
-) -> tuple[Path, Fit]:
+) -> tuple[Path, Assessment]:
     """Write trial `number` with its trained weights and its recipe; returns the folder and what the format loses.
 
     The default folder is in the output folder. Raises ConfigurationError for an unknown target, and ExportError.

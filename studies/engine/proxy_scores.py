@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autopeft.evaluators.atomic import atomic_write, atomic_write_text
 from autopeft.evaluators.base import OutOfMemoryError, memory_errors
 from autopeft.evaluators.costs.predictor import ADDITIVE, CostTable
 from autopeft.evaluators.proxies import PROXIES
@@ -314,9 +315,7 @@ class Kept:
 
     def write(self, found: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".partial")
-        draft.write_text(json.dumps({"settings": self.key, "found": found}) + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        atomic_write_text(self.path, json.dumps({"settings": self.key, "found": found}) + "\n")
 
 
 class Table:
@@ -331,7 +330,7 @@ class Table:
                 # A study that was killed may have left half a line.
                 rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in COLUMNS)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -20,7 +20,7 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
-from autopeft.studies.storage.ledger import About, Ledger
+from autopeft.studies.storage.ledger import Ledger, StudyRecord
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
@@ -123,7 +123,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits)
-        problem = replace(problem, prior=ledger.earlier)  # the copy, at once and after an interruption
+        problem = replace(problem, prior=ledger.prior_trials)  # the copy, at once and after an interruption
         tracker = None
         if settings.tracking.enabled:
             from autopeft.studies.tracking.mlflow_sync import Tracker
@@ -149,16 +149,16 @@ def _check_new(settings: StudyFile) -> None:
 def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger:
     text = io.StringIO()
     YAML().dump(settings.model_dump(mode="json", exclude_none=True), text)
-    about = About(
+    record = StudyRecord(
         objectives=problem.objectives,
         backbone=problem.space.backbone,
         labels=splits.labels,
         domains=splits.domains,
         settings=text.getvalue(),
         fingerprint=fingerprint(settings),
-        earlier=earlier_trials(settings, problem),
+        prior_trials=earlier_trials(settings, problem),
     )
-    return Ledger.create(storage_url(settings), settings.study, about)
+    return Ledger.create(storage_url(settings), settings.study, record)
 
 
 def _check_folder(settings: StudyFile, resume: bool) -> None:
@@ -219,7 +219,7 @@ def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
     if settings.search.prior is None:
         return ()
     if was_started(settings):
-        return open_ledger(settings).earlier
+        return open_ledger(settings).prior_trials
     path = settings.folder / Path(settings.search.prior).expanduser()
     try:
         other = load_study(path, environment={})  # the variables are for this study

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from safetensors.torch import save_file
 
+from autopeft.evaluators.atomic import atomic_write
 from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
@@ -372,9 +373,8 @@ class Study:
             return
         path = weights_path(self.settings, trial.of)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".partial")
-        save_file(dict(outcome.weights), draft)
-        draft.replace(path)
+        with atomic_write(path) as temporary:
+            save_file(dict(outcome.weights), temporary)
 
 
 def ended_as(trial: Trial, twin: Trial) -> Trial:

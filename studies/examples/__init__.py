@@ -1,1 +1,1 @@
-"""Studies to run and to copy from."""
+"""Example studies, to run and to copy."""

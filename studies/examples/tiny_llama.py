@@ -1,10 +1,10 @@
-"""A language model that is small enough to search adapters for in minutes on a CPU, with its data and study file.
+"""A tiny language model with data and a study file: an adapter search that takes minutes on a CPU.
 
     python -m autopeft.studies.examples.tiny_llama FOLDER
     autopeft run FOLDER/study.yaml
 
-The model is a Llama of 4 layers. It has learnt to continue letters that go up or down the alphabet by 1, 2 or 3
-("next: c e g" -> " i k m o"); the data asks for steps of 4 to 6, which it has never seen.
+The model is a Llama of 4 layers, pretrained to continue letters that go up or down the alphabet by 1, 2 or 3
+("next: c e g" -> " i k m o"). The data has steps of 4 to 6, which the pretraining data lacks.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ Row = dict[str, str]
 
 
 def rows(steps: Iterable[int]) -> list[Row]:
-    """Every sequence with these steps, up and down, from every letter; z is followed by a."""
+    """Return every sequence with these steps, up and down, from every letter; a follows z."""
     found = []
     for step in (sign * size for size in steps for sign in (1, -1)):
         for start in range(26):
@@ -98,7 +98,7 @@ def rows(steps: Iterable[int]) -> list[Row]:
 
 
 def splits(seed: int = 0) -> dict[str, list[Row]]:
-    """The sequences with new steps, shuffled; no prompt is in two splits."""
+    """Split the shuffled sequences with new steps; no prompt is in two splits."""
     found = rows(NEW_STEPS)
     Random(seed).shuffle(found)
     train, validation = (round(len(found) * SPLIT_SIZES[split]) for split in ("train", "validation"))
@@ -110,7 +110,7 @@ def splits(seed: int = 0) -> dict[str, list[Row]]:
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level BPE with a token for every letter after a space."""
+    """Train a byte-level BPE tokenizer with a token for every letter after a space."""
     own = Tokenizer(models.BPE())
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     own.decoder = decoders.ByteLevel()
@@ -127,7 +127,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def pretrained(words: PreTrainedTokenizerBase, num_steps: int, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama that has seen the known steps."""
+    """Train a Llama on the known steps."""
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=64,
@@ -161,7 +161,7 @@ def pretrained(words: PreTrainedTokenizerBase, num_steps: int, seed: int = 0) ->
 
 
 def write(folder: Path, num_steps: int = 600) -> None:
-    """Model, rows and study file. Raises FileExistsError where there is a study already."""
+    """Write model, rows and study file. Raises FileExistsError if there is a study file already."""
     if (folder / "study.yaml").exists():
         raise FileExistsError(f"{folder}: there is a study.yaml already")
     words = tokenizer()
@@ -175,10 +175,12 @@ def write(folder: Path, num_steps: int = 600) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m autopeft.studies.examples.tiny_llama", description="A tiny language model and a study of it."
+        prog="python -m autopeft.studies.examples.tiny_llama",
+        description="Write a tiny language model, its data and a study file.",
     )
-    parser.add_argument("folder", type=Path, help="where to write them")
+    parser.add_argument("folder", type=Path, help="folder to write them to")
     folder = parser.parse_args(arguments).folder
     transformers_logging.disable_progress_bar()
     try:

@@ -1,10 +1,10 @@
-"""Recipes in the formats of other tools, one file each. `EXPORTERS` is what the CLI and the tables list."""
+"""Exporters of recipes to the formats of other tools, one file each. The CLI and the documentation list `EXPORTERS`."""
 
 from __future__ import annotations
 
 from autopeft.search_space.registry import Registry
 from autopeft.studies.exporters.axolotl import Axolotl
-from autopeft.studies.exporters.base import Exporter, ExportError, Fit
+from autopeft.studies.exporters.base import Assessment, Exporter, ExportError
 from autopeft.studies.exporters.merged import Merged
 from autopeft.studies.exporters.native import Native
 from autopeft.studies.exporters.peft_adapter import PeftAdapter
@@ -18,4 +18,4 @@ EXPORTERS: Registry[Exporter] = Registry(
     instances=True,
 )
 
-__all__ = ["EXPORTERS", "ExportError", "Exporter", "Fit"]
+__all__ = ["EXPORTERS", "Assessment", "ExportError", "Exporter"]

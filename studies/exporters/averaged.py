@@ -1,8 +1,8 @@
-"""Mixtures of LoRAs for formats that have none: with all their experts weighted alike, they are one LoRA.
+"""Mixtures of LoRAs for formats without mixtures: with all experts weighted equally, a mixture is one LoRA.
 
-Its A has the experts' A on top of each other, its B their B side by side, those of the E routed experts divided by E.
-Its scale is that of the expert with the largest rank, what another expert's differs from it is in B.
-Where a router mixes the parameters themselves, A and B are their means.
+A of that LoRA stacks the rows of the experts' A, B concatenates the columns of their B; columns of the E routed experts
+are divided by E. Its scale is that of the expert with the largest rank; B absorbs the differences to other scales.
+Where the router mixes the parameters themselves, A and B are the means over the experts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.adapters.mixture import Mixture
-from autopeft.studies.exporters.base import Exporter, Fit, State, approximate, unsupported
+from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,39 +27,41 @@ if TYPE_CHECKING:
 
 
 class AveragingExporter(Exporter):
-    """A format of trained weights that has no mixtures: it gets plain LoRAs for those of LoRAs."""
+    """A format of trained weights without mixtures: plain LoRAs replace mixtures of LoRAs."""
 
-    def assess(self, recipe: Recipe) -> Fit:
+    @override
+    def assess(self, recipe: Recipe) -> Assessment:
         reasons = obstacles(recipe)
         if reasons:
             return unsupported(*reasons)
         fit = self.assess_plain(averaged(recipe))
         return fit if fit.level == "unsupported" else approximate(*lost(recipe), *fit.lost)
 
+    @override
     def write(self, recipe: Recipe, state: State, folder: Path) -> None:
         self.write_plain(averaged(recipe), averaged_state(recipe, state), folder)
 
     @abstractmethod
-    def assess_plain(self, recipe: Recipe) -> Fit:
-        """`assess` of a recipe without mixtures."""
+    def assess_plain(self, recipe: Recipe) -> Assessment:
+        """Assess a recipe without mixtures."""
 
     @abstractmethod
     def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
-        """`write` of a recipe without mixtures."""
+        """Write a recipe without mixtures."""
 
 
 def averaged(recipe: Recipe) -> Recipe:
-    """The recipe with plain LoRAs for its mixtures. Only for one that meets no `obstacles`."""
+    """Return the recipe with plain LoRAs in place of its mixtures; it must have no `obstacles`."""
     architecture = {name: tuple(_averaged(spec) for spec in specs) for name, specs in recipe.architecture.items()}
     return recipe.model_copy(update={"architecture": architecture})
 
 
 def averaged_state(recipe: Recipe, state: State) -> dict[str, Tensor]:
-    """The tensors of `averaged(recipe)`, from those of the recipe."""
+    """Return the tensors of `averaged(recipe)` from those of the recipe."""
     plain = dict(state)
     for name, spec in _mixtures(recipe):
         own = f"{name}/{spec.kind}/"
-        # [S + E, R, D_in] and [S + E, D_out, R], the shared experts first; one LoRA already where ranks differ.
+        # [S + E, R, D_in] and [S + E, D_out, R], shared experts first; where ranks differ, they are stacked already.
         a, b = state[f"{own}A"], state[f"{own}B"]
         if spec.routed_by.mixes_parameters:
             a, b = a.mean(0), b.mean(0)
@@ -71,20 +75,20 @@ def averaged_state(recipe: Recipe, state: State) -> dict[str, Tensor]:
 
 
 def obstacles(recipe: Recipe) -> list[str]:
-    """Why mixtures of the recipe are no plain LoRAs even with their experts weighted alike, a line each."""
+    """Return a line for each mixture that no plain LoRA can replace, even with its experts weighted equally."""
     reasons = []
     for name, spec in _mixtures(recipe):
         kind = spec.expert.kind
-        beside = [other.plain.kind for other in recipe.architecture[name]].count(Lora.kind) > 1
+        several = [other.plain.kind for other in recipe.architecture[name]].count(Lora.kind) > 1
         if kind != Lora.kind:
-            reasons.append(f"{name} {spec.kind}: experts of kind {kind} are not one adapter together, as those of lora")
-        elif beside:
-            reasons.append(f"{name} {spec.kind}: would be a second LoRA at one module")
+            reasons.append(f"{name} {spec.kind}: experts of type {kind} do not combine into one adapter, as LoRAs do")
+        elif several:
+            reasons.append(f"{name} {spec.kind}: would become a second LoRA on one module")
     return reasons
 
 
 def lost(recipe: Recipe) -> list[str]:
-    """What `averaged` loses, with the price if it was measured: a line, or none where no router weighs experts."""
+    """Return a line on what `averaged` loses, with its measured cost, or none if no router weights the experts."""
     routed = [(name, spec) for name, spec in _mixtures(recipe) if not spec.routed_by.constant]
     if not routed:
         return []
@@ -95,8 +99,8 @@ def lost(recipe: Recipe) -> list[str]:
         f" (mean of {len(price.seeds)} training{'s' if len(price.seeds) > 1 else ''})"
         for metric, price in recipe.averaged.items()
     ]
-    price = ", ".join(prices) or "what that costs was not measured (it is for finalists)"
-    return [f"{where}: plain LoRAs with all experts weighted alike, without routing by {routers}; {price}"]
+    price = ", ".join(prices) or "the cost of this was not measured (studies measure it for finalists)"
+    return [f"{where}: becomes plain LoRAs with all experts weighted equally, without routing by {routers}; {price}"]
 
 
 def _mixtures(recipe: Recipe) -> Iterator[tuple[str, Mixture]]:
@@ -104,7 +108,7 @@ def _mixtures(recipe: Recipe) -> Iterator[tuple[str, Mixture]]:
 
 
 def _gates(spec: Mixture) -> Iterator[float]:
-    """Of every rank of every expert, in terms of the scale of the largest."""
+    """Yield the weight of every rank of every expert, relative to the scale of the largest expert."""
     largest = spec.expert
     for e, expert in enumerate(spec.each):
         assert isinstance(expert, Lora)
@@ -120,7 +124,7 @@ def _averaged(spec: AdapterSpec) -> AdapterSpec:
     assert isinstance(expert, Lora)
     if spec.routed_by.mixes_parameters:
         return expert
-    # So that alpha by the rank is the scale of one expert.
+    # alpha / rank of the result has to be the scale of one expert.
     alpha = expert.alpha * (sqrt(expert.rank) if expert.scaling == "rslora" else 1.0)
     total = sum(spec.ranks) or spec.num_experts_total * expert.rank
     return replace(expert, rank=total, alpha=total / expert.rank * alpha, scaling="alpha")

@@ -1,16 +1,18 @@
 """Axolotl's configuration: causal language models with LoRA, rsLoRA or DoRA, ranks and alphas by module.
 
-`lora_rank_pattern` and `lora_alpha_pattern` are in axolotl since July 2026 (its pull request 3673).
+Axolotl has `lora_rank_pattern` and `lora_alpha_pattern` since July 2026 (its pull request 3673).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from typing_extensions import override
 
-from autopeft.studies.exporters.base import Exporter, approximate, unsupported
+from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.exporters.peft_config import anchored, decayed_vectors, plan
 from autopeft.studies.exporters.trl_script import FILE_READERS
 from autopeft.studies.recipes.recipe import Recipe
@@ -18,30 +20,33 @@ from autopeft.studies.recipes.recipe import Recipe
 CONFIG_FILE = "axolotl.yaml"
 _HEADER = """\
 Written by autopeft from recipe.yaml beside it: axolotl train axolotl.yaml
-Random numbers and the order of the rows are not the study's. axolotl weighs every token alike; the study
-first takes the mean of each row. Of a chat, axolotl learns every answer, the study the last.
+Random numbers and the order of the rows differ from the study. Axolotl averages the loss over all tokens, the study
+over the tokens of each row and then over rows. In a chat, axolotl trains on every answer, the study on the last one.
 """
-# GPT-2 drops out inside its backbone when it trains; the study keeps the frozen backbone in evaluation mode.
+# GPT-2 has dropout inside its backbone; the study keeps the frozen backbone in evaluation mode.
 _DROPOUTS = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
 
 
 class Axolotl(Exporter):
+    """A configuration for `axolotl train`; it has no trained weights."""
+
     name = "axolotl"
     summary = "axolotl.yaml (causal language models; LoRA, rsLoRA, DoRA)"
     needs_state = False
 
-    def assess(self, recipe):
+    @override
+    def assess(self, recipe: Recipe) -> Assessment:
         if recipe.task != "causal-lm":
-            return unsupported(f"task {recipe.task}: axolotl trains causal language models here")
+            return unsupported(f"task {recipe.task}: this export is for causal language models")
         peft = plan(recipe)
         if peft.fit.level == "unsupported":
             return peft.fit
         if peft.config != "LoraConfig":
-            return unsupported(*(f"{name} {spec.kind}: axolotl has LoRA alone" for name, spec in recipe.adapters))
+            return unsupported(*(f"{name} {spec.kind}: axolotl supports LoRA alone" for name, spec in recipe.adapters))
         default, pattern = peft.arguments["lora_alpha"], peft.arguments["alpha_pattern"]
         alphas = {name: pattern.get(anchored(recipe.sites[name].module), default) for name, _ in recipe.adapters}
         fractions = [
-            f"{name}: alpha {alpha} is not a whole number, which axolotl wants"
+            f"{name}: alpha {alpha} is not an integer, which axolotl requires"
             for name, alpha in alphas.items()
             if not isinstance(alpha, int)
         ]
@@ -49,10 +54,11 @@ class Axolotl(Exporter):
             return unsupported(*fractions)
         lost = [*peft.fit.lost, *decayed_vectors(recipe)]
         if recipe.data.max_train_rows is not None:
-            lost.append(f"data max_train_rows: {recipe.data.max_train_rows} becomes all rows")
+            lost.append(f"data max_train_rows: axolotl trains on all rows instead of {recipe.data.max_train_rows}")
         return approximate(*lost)
 
-    def write(self, recipe, state, folder):
+    @override
+    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
         data = CommentedMap(settings(recipe))
         data.yaml_set_start_comment(_HEADER)
         yaml = YAML()
@@ -62,7 +68,7 @@ class Axolotl(Exporter):
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Axolotl's settings for a recipe that `Axolotl.assess` accepts."""
+    """Return axolotl's settings for a recipe that `Axolotl.assess` accepts."""
     from autopeft.evaluators.backbones import resolve
 
     peft, training = plan(recipe).arguments, recipe.training
@@ -102,7 +108,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "overrides_of_model_config": dict.fromkeys(_DROPOUTS.get(recipe.backbone.family, ()), 0.0),
         "output_dir": "./output",
     }
-    # Absent and empty are the same to axolotl.
+    # Axolotl treats absent and empty settings alike.
     return {name: value for name, value in found.items() if value not in (None, {})}
 
 
@@ -119,7 +125,7 @@ def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
 
 
 def _row_type(recipe: Recipe) -> dict[str, Any]:
-    """How axolotl reads a row; the first one shows which of the three forms it has. Raises DataError."""
+    """Return how axolotl reads a row, by the columns of the first training row. Raises DataError."""
     from autopeft.evaluators.data.splits import load_splits
 
     data = recipe.data

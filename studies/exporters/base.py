@@ -1,16 +1,15 @@
-"""What an exporter promises: to say beforehand what it loses, and to leave either a whole folder or none."""
+"""The contract of exporters: they report losses in advance, and leave a complete folder or none."""
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
-from uuid import uuid4
 
+from autopeft.evaluators.atomic import atomic_folder
 from autopeft.search_space.adapters.head import Head
 from autopeft.studies.errors import UserError
 from autopeft.studies.recipes.recipe import Recipe
@@ -20,54 +19,54 @@ if TYPE_CHECKING:
 
 State = Mapping[str, "Tensor"]
 RECIPE_FILE = "recipe.yaml"
-#: Of a backbone that was trained itself: the names that follow are the model's, which no recipe knows.
+#: Prefix for the weights of a fully trained backbone, whose names come from the model and not from the recipe.
 _BACKBONE_PREFIX = "backbone/full/"
 
 
 class ExportError(UserError):
-    """An export that was refused or that failed; nothing was written."""
+    """An export that was refused or failed; nothing was written."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """How well a format holds a recipe. `lost`: one line per thing that it loses, with the site and why.
+class Assessment:
+    """How well a format can hold a recipe. `lost`: a line for each loss, with the site and the reason.
 
-    "approximate": the same network, up to rounding and to the routers of mixtures, but how it was trained is not wholly
-    there.
+    "approximate": the same network, up to rounding and to the routers of mixtures, but not all training settings.
     """
 
     level: Literal["exact", "approximate", "unsupported"]
     lost: tuple[str, ...] = ()
 
 
-EXACT = Fit("exact")
+EXACT = Assessment("exact")
 
 
-def unsupported(*reasons: str) -> Fit:
-    return Fit("unsupported", reasons)
+def unsupported(*reasons: str) -> Assessment:
+    """Return the assessment of a recipe that the format cannot hold."""
+    return Assessment("unsupported", reasons)
 
 
-def approximate(*reasons: str) -> Fit:
-    """Exact if there are no reasons against it."""
-    return Fit("approximate", reasons) if reasons else EXACT
+def approximate(*reasons: str) -> Assessment:
+    """Return "approximate" with these losses, or "exact" without any."""
+    return Assessment("approximate", reasons) if reasons else EXACT
 
 
 class Exporter(ABC):
-    """One format. `assess` looks at the recipe alone; `write` fills an empty folder."""
+    """One format. `assess` reads the recipe alone; `write` fills an empty folder."""
 
     name: ClassVar[str]
     #: One line for `--help` and the tables of the documentation.
     summary: ClassVar[str]
-    #: Whether trained weights are written; without them the format only says how to train.
+    #: Whether the format has trained weights; without them it is a training configuration.
     needs_state: ClassVar[bool] = True
 
     @abstractmethod
-    def assess(self, recipe: Recipe) -> Fit:
-        """Whether the format holds this recipe, and every field that it loses."""
+    def assess(self, recipe: Recipe) -> Assessment:
+        """Return how well the format can hold this recipe, with every loss."""
 
     @abstractmethod
     def write(self, recipe: Recipe, state: State, folder: Path) -> None:
-        """Write the files. Only called for recipes that the format supports."""
+        """Write the files of a recipe that the format supports."""
 
     def export(
         self,
@@ -77,17 +76,19 @@ class Exporter(ABC):
         *,
         allow_lossy: bool = False,
         force: bool = False,
-    ) -> Fit:
-        """Write the export, and the recipe beside it, to `folder`; all of it or nothing.
+    ) -> Assessment:
+        """Write the export, with the recipe beside it, to `folder`: completely or not at all.
 
-        `force` replaces an earlier export, and nothing but an earlier export. Raises ExportError: the recipe
-        does not fit, weights are missing or of another recipe, `folder` is in use, or it cannot be written.
+        `force` replaces an earlier export, and no other folder. Raises ExportError: the format cannot hold the recipe,
+        weights are missing or of another recipe, `folder` is in use, or it cannot be written.
         """
         fit = self.assess(recipe)
         if fit.level == "unsupported":
             raise ExportError(_refusal(f"{self.name} cannot hold this recipe:", fit))
         if fit.level == "approximate" and not allow_lossy:
-            raise ExportError(_refusal(f"{self.name} would lose (--allow-lossy accepts that):", fit))
+            raise ExportError(
+                _refusal(f"{self.name} would lose part of this recipe (--allow-lossy accepts that):", fit)
+            )
         if self.needs_state:
             _check_state(recipe, state)
         from autopeft.evaluators.backbones import ModelError
@@ -97,15 +98,9 @@ class Exporter(ABC):
         try:
             _check_folder(folder, force)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # Beside the target, so that the last step is a rename within one file system.
-            draft = folder.with_name(f".{folder.name}.{uuid4().hex}")
-            draft.mkdir()
-            try:
-                self.write(recipe, state or {}, draft)
-                recipe.save(draft / RECIPE_FILE)
-                _replace(folder, draft)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+            with atomic_folder(folder) as temporary:
+                self.write(recipe, state or {}, temporary)
+                recipe.save(temporary / RECIPE_FILE)
         except OSError as error:
             raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from error
         except (ModelError, DataError) as error:
@@ -113,7 +108,7 @@ class Exporter(ABC):
         return fit
 
 
-def _refusal(opening: str, fit: Fit) -> str:
+def _refusal(opening: str, fit: Assessment) -> str:
     return "\n  ".join((opening, *fit.lost))
 
 
@@ -125,24 +120,9 @@ def _check_folder(folder: Path, force: bool) -> None:
     if not any(folder.iterdir()):
         return
     if not (folder / RECIPE_FILE).is_file():
-        raise ExportError(f"{folder}: is not empty, and not an earlier export either")
+        raise ExportError(f"{folder}: is not empty, and not an earlier export")
     if not force:
         raise ExportError(f"{folder}: holds an earlier export (--force replaces it)")
-
-
-def _replace(folder: Path, draft: Path) -> None:
-    """Put `draft` where `folder` is. The old folder is moved aside first and comes back if that fails."""
-    if not folder.exists():
-        draft.rename(folder)
-        return
-    aside = draft.with_name(f"{draft.name}.old")
-    folder.rename(aside)
-    try:
-        draft.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_state(recipe: Recipe, state: State | None) -> None:
@@ -157,7 +137,7 @@ def _check_state(recipe: Recipe, state: State | None) -> None:
         key = f"{name}/{spec.kind}"
         seen[key] += 1
         number = f"#{seen[key]}" if seen[key] > 1 else ""
-        # Of several adapters of a kind at one site, the attachment decides which one is the first.
+        # The attachment decides the order of several adapters of one type at a site.
         several = sum(other == (name, spec.kind) for other in ((s, a.kind) for s, a in recipe.adapters)) > 1
         for parameter, declared in spec.own_parameters(site).items():
             if not declared.stored:

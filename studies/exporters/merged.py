@@ -1,13 +1,16 @@
-"""A plain transformers model with the adapters folded into its weights: any runtime loads it."""
+"""A plain transformers model with the adapters merged into its weights, which any runtime loads."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.averaged import AveragingExporter
-from autopeft.studies.exporters.base import ExportError, approximate, unsupported
+from autopeft.studies.exporters.base import Assessment, ExportError, State, approximate, unsupported
 from autopeft.studies.exporters.native import attach
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -15,22 +18,25 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-#: By the type of the weights, how far logits of one network may lie apart, relative to their size.
+#: By dtype of the weights: the relative difference of logits that rounding can cause.
 _ROUNDING = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
 
 
 class Merged(AveragingExporter):
+    """A transformers model without adapters, whose weights include them."""
+
     name = "merged"
     summary = "a plain transformers model with the adapters merged into its weights, and the tokenizer"
 
-    def assess_plain(self, recipe):
+    @override
+    def assess_plain(self, recipe: Recipe) -> Assessment:
         reasons = []
         for name, spec in recipe.adapters:
             site = recipe.sites[name]
             if site.role == "backbone":
-                continue  # the backbone's own weights were trained: there is nothing to merge
+                continue  # full fine-tuning: there is nothing to merge
             if not spec.mergeable:
-                reasons.append(f"{name} {spec.kind}: cannot be folded into the weights")
+                reasons.append(f"{name} {spec.kind}: cannot be merged into the weights")
             elif _adds_bias(spec, site):
                 reasons.append(f"{name} {spec.kind}: needs a bias, and the plain {recipe.backbone.family} has none")
         if reasons:
@@ -39,7 +45,8 @@ class Merged(AveragingExporter):
             return approximate(f"backbone dtype {recipe.backbone.dtype}: the merged weights are rounded to it")
         return approximate()
 
-    def write_plain(self, recipe, state, folder):
+    @override
+    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
         from autopeft.evaluators.backbones import load_tokenizer
 
         model, attachment = attach(recipe, state)
@@ -55,19 +62,20 @@ def _logits(model: PreTrainedModel) -> Tensor:
     import torch
 
     with torch.no_grad():
-        return model(**model.dummy_inputs).logits.float()
+        logits: Tensor = model(**model.dummy_inputs).logits.float()
+    return logits
 
 
 def _check_equal(adapted: Tensor, merged: Tensor, recipe: Recipe) -> None:
-    """Raises ExportError if merging changed the network by more than rounding (tied weights might)."""
+    """Raise ExportError if merging changed the outputs by more than rounding, as tied weights may cause."""
     largest = (adapted - merged).abs().max().item()
     allowed = _ROUNDING[recipe.backbone.dtype] * (1.0 + adapted.abs().max().item())
     if not largest <= allowed:
-        raise ExportError(f"the merged model is another network: its logits differ by {largest:.2g}")
+        raise ExportError(f"the merged model differs from the adapted one: its logits are off by {largest:.2g}")
 
 
 def _adds_bias(spec: AdapterSpec, site: Site) -> bool:
-    """Whether merging leaves a bias where the architecture has none; a plain model would not load it."""
+    """Return whether merging adds a bias that the model lacks; a plain model would not load it."""
     import torch
 
     if site.bias:

@@ -1,11 +1,13 @@
-"""Our own format: the recipe and the trained tensors. It holds everything that can be searched."""
+"""autopeft's own format, the recipe and the trained tensors: it can hold every candidate."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopeft.studies.exporters.base import EXACT, RECIPE_FILE, Exporter, ExportError, State
+from typing_extensions import override
+
+from autopeft.studies.exporters.base import EXACT, RECIPE_FILE, Assessment, Exporter, ExportError, State
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -17,22 +19,26 @@ WEIGHTS_FILE = "adapter.safetensors"
 
 
 class Native(Exporter):
+    """The recipe and the trained tensors."""
+
     name = "native"
     summary = "recipe.yaml and adapter.safetensors; loads with autopeft.studies.exporters.native.load"
 
-    def assess(self, recipe):
+    @override
+    def assess(self, recipe: Recipe) -> Assessment:
         return EXACT
 
-    def write(self, recipe, state, folder):
+    @override
+    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
         from safetensors.torch import save_file
 
         save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
-    """The backbone with the trained adapters and head on it, in evaluation mode.
+    """Return the backbone with the trained adapters and head attached, in evaluation mode.
 
-    Raises ModelError for a backbone that does not load, KeyError or ValueError for weights of another recipe.
+    Raises ModelError for a backbone that cannot be loaded, KeyError or ValueError for weights of another recipe.
     """
     from autopeft.evaluators.attachment.attachment import Attachment
     from autopeft.evaluators.backbones import load_model
@@ -45,11 +51,11 @@ def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, Attachment]:
-    """The model and the attachment that adapts it; `detach` the attachment to get the bare model back.
+    """Load the model and the attachment that adapts it; `attachment.detach()` restores the bare model.
 
-    Where a router of a mixture goes by the task, tell it the domains of the texts ahead of every call, a number each:
-    `attachment.routers.tokens.domains = torch.tensor([N])` for a single text. N is the place of its domain in `domains`
-    of the recipe, from 0.
+    A router that depends on the task needs the domains [texts] of the texts before every call:
+    `attachment.routers.tokens.domains = torch.tensor([N])` for a single text. N is the index of its domain in the
+    recipe's `domains`.
 
     Raises RecipeError, ExportError for missing or damaged weights, and ModelError.
     """

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
-from autopeft.studies.exporters.base import ExportError, State
+from autopeft.studies.exporters.base import Assessment, ExportError, State
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -20,22 +23,28 @@ ADAPTER = "default"
 
 
 class PeftAdapter(AveragingExporter):
+    """An adapter in the format of HF peft."""
+
     name = "peft"
     summary = "adapter_config.json and adapter_model.safetensors of HF peft"
 
-    def assess(self, recipe):
+    @override
+    def assess(self, recipe: Recipe) -> Assessment:
         return peft_xlora.fit(recipe) or super().assess(recipe)
 
-    def write(self, recipe, state, folder):
+    @override
+    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
         if peft_xlora.fit(recipe):
             peft_xlora.write(recipe, state, folder)
         else:
             super().write(recipe, state, folder)
 
-    def assess_plain(self, recipe):
+    @override
+    def assess_plain(self, recipe: Recipe) -> Assessment:
         return plan(recipe).fit
 
-    def write_plain(self, recipe, state, folder):
+    @override
+    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
         import torch
         from peft import get_peft_model
 
@@ -50,13 +59,13 @@ class PeftAdapter(AveragingExporter):
 
 
 def fill(model: Any, recipe: Recipe, state: State) -> None:
-    """Copy the trained tensors into peft's modules. Raises ExportError if peft adapts other modules."""
+    """Copy the trained tensors into peft's modules. Raises ExportError if peft adapts other modules than the recipe."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    wanted = {recipe.sites[name].module for name, _ in recipe.adapters}
-    if adapted != wanted:
-        raise ExportError(f"peft adapts other modules than the recipe: {', '.join(sorted(adapted ^ wanted))}")
+    expected = {recipe.sites[name].module for name, _ in recipe.adapters}
+    if adapted != expected:
+        raise ExportError(f"peft adapts other modules than the recipe: {', '.join(sorted(adapted ^ expected))}")
     shared = pools_of([recipe.adapters.placed(recipe.host)], [recipe.seed], next(model.parameters()).device)
     for name, spec in recipe.adapters:
         module = model.get_submodule(recipe.sites[name].module)

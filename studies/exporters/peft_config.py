@@ -1,7 +1,7 @@
-"""How HF peft would declare a recipe: the class of its configuration and the arguments, or why there is none.
+"""A recipe as a configuration of HF peft: its class and arguments, or the reasons why there is none.
 
-Shared by every target that configures peft. A peft configuration holds one adapter type, one dropout and one
-kind of initialisation; ranks and alphas may differ by module, through patterns.
+Every exporter that configures peft uses this. A peft configuration has one adapter type, one dropout and one
+initialisation; ranks and alphas can differ by module, through patterns.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.backbones.backbone import Site
-from autopeft.studies.exporters.base import Fit, approximate, unsupported
+from autopeft.studies.exporters.base import Assessment, approximate, unsupported
 from autopeft.studies.recipes.recipe import Recipe
 
 _TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 _LORA_INITS = {"kaiming": True, "gaussian": "gaussian"}
-# Families whose linears keep [D_in, D_out]; peft wants to be told.
+# Families whose linear layers store [D_in, D_out], which peft has to know.
 _TRANSPOSED_FAMILIES = ("gpt2",)
 _NOT_IN_PEFT = {
-    "bitfit": "peft trains biases only beside LoRA, and then all of them",
+    "bitfit": "peft trains biases only together with LoRA, and then all of them",
     "bottleneck": "peft has no bottleneck adapters",
-    "full": "the backbone itself was trained, which is no adapter",
-    "mixture": "peft trains no experts with a router (trained LoRAs go to `peft` and `merged`, weighted alike)",
-    "prefix": "peft shifts the tokens' positions by its prefix and has one length for all layers",
-    "ssf": "peft has no scale and shift",
+    "full": "full fine-tuning is not an adapter",
+    "mixture": "peft cannot train routed experts (`peft` and `merged` export trained LoRAs, weighted equally)",
+    "prefix": "peft shifts the token positions by its prefix and has one length for all layers",
+    "ssf": "peft has no SSF (scale and shift)",
 }
 
 Placed = Sequence[tuple[Site, AdapterSpec]]
@@ -39,29 +39,32 @@ Placed = Sequence[tuple[Site, AdapterSpec]]
 
 @dataclass(frozen=True, slots=True)
 class PeftPlan:
-    """`config`: the name of a class in `peft`. Both are empty where `fit` is "unsupported"."""
+    """A configuration of peft: the name of its class in `peft`, and the arguments.
 
-    fit: Fit
+    Both are empty where `fit` is "unsupported".
+    """
+
+    fit: Assessment
     config: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> Any:
-        """The configuration, by peft's own class."""
+        """Make the configuration, an instance of peft's class."""
         import peft
 
         return getattr(peft, self.config)(**self.arguments)
 
 
 def plan(recipe: Recipe) -> PeftPlan:
-    """The configuration of a recipe's adapters and task head."""
+    """Return the configuration of a recipe's adapters and task head."""
     placed = [(recipe.sites[name], spec) for name, spec in recipe.adapters]
-    obstacles = _obstacles(placed) or _of_sparse(placed, recipe.backbone.family)
+    obstacles = _obstacles(placed) or _shira_obstacles(placed, recipe.backbone.family)
     if obstacles:
         return PeftPlan(unsupported(*obstacles))
     config, own_arguments = _TYPES[placed[0][1].kind]
     arguments: dict[str, Any] = {
         "task_type": _TASK_TYPES[recipe.task],
-        # Whole names: "layers.1.q" as the end of a name would also be the end of "other.layers.1.q".
+        # Complete names, because peft matches suffixes: "layers.1.q" would also match "other.layers.1.q".
         "target_modules": [site.module for site, _ in placed],
     }
     if recipe.head_modules:
@@ -86,46 +89,48 @@ def _obstacles(placed: Placed) -> list[str]:
     seen: set[str] = set()
     for site, spec in placed:
         if spec.kind != majority:
-            reasons.append(f"{site.name} {spec.kind}: one file holds one type, here {majority}")
+            reasons.append(f"{site.name} {spec.kind}: one file holds one adapter type, here {majority}")
         elif site.module in seen:
-            reasons.append(f"{site.name} {spec.kind}: a second adapter at one module")
+            reasons.append(f"{site.name} {spec.kind}: a second adapter on one module")
         seen.add(site.module)
     keys = {spec.projection_key for _, spec in placed if isinstance(spec, Vera)}
     if len(keys) > 1:
-        reasons.append(f"{placed[0][0].name} vera: one file holds one pair of matrices, here there are {len(keys)}")
+        reasons.append(f"{placed[0][0].name} vera: one file holds one pair of projections, here there are {len(keys)}")
     return reasons
 
 
-def _of_sparse(placed: Placed, family: str) -> list[str]:
+def _shira_obstacles(placed: Placed, family: str) -> list[str]:
     sparse = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
     if family in _TRANSPOSED_FAMILIES:
-        return [f"{site.name} shira: peft changes no transposed weights, as {family} has" for site, _ in sparse]
+        return [
+            f"{site.name} shira: peft does not support transposed weights, which {family} has" for site, _ in sparse
+        ]
     ranks = [spec.rank for _, spec in sparse]
     return [
-        f"{site.name} shira: rank {spec.rank}, and peft has one for all, here {_most_common(ranks)}"
+        f"{site.name} shira: rank {spec.rank}, but peft has one rank for all, here {_most_common(ranks)}"
         for site, spec in sparse
         if spec.rank != _most_common(ranks)
     ]
 
 
 def _most_common(values: Iterable[Any]) -> Any:
-    """The most frequent value; of several, the first."""
+    """Return the most frequent value; of several, the first."""
     return Counter(values).most_common(1)[0][0]
 
 
 def _patterns(by_module: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The value of most modules, and the others by a regular expression that fits their module alone."""
+    """Return the value of most modules, and the other values by a pattern that matches their module alone."""
     default = _most_common(by_module.values())
     return default, {anchored(module): value for module, value in by_module.items() if value != default}
 
 
 def anchored(module: str) -> str:
-    """A pattern for this module alone: without the anchor, peft fits it to the end of longer names too."""
+    """Return a pattern for this module alone; without the anchor, peft also matches the end of longer names."""
     return f"^{re.escape(module)}"
 
 
 def _whole(number: float) -> float:
-    """16.0 as 16: peft and its readers expect whole alphas where they are whole."""
+    """Return 16.0 as 16, because peft and tools that read its files expect integers."""
     return int(number) if number == int(number) else number
 
 
@@ -133,7 +138,7 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     loras = [(site, spec) for site, spec in placed if isinstance(spec, Lora)]
     root = all(spec.scaling == "rslora" for _, spec in loras)
     ranks = {site.module: spec.rank for site, spec in loras}
-    # One flag says how alpha becomes a scale; where the rules are mixed, alpha is what gives the same scale.
+    # One flag decides how alpha becomes a scale; where the rules are mixed, alpha is converted to keep each scale.
     alphas = {
         site.module: _whole(spec.alpha if root or spec.scaling == "alpha" else spec.alpha * sqrt(spec.rank))
         for site, spec in loras
@@ -142,9 +147,9 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     alpha, alpha_pattern = _patterns(alphas)
     dropout = _most_common(spec.dropout for _, spec in loras)
     init = _most_common(spec.init for _, spec in loras)
-    lost = _of_others(placed, {"dropout": dropout, "init": init})
+    lost = _lost_values(placed, {"dropout": dropout, "init": init})
     if init not in _LORA_INITS:
-        lost += [f"{site.name} {spec.kind}: peft has no init {init!r} (training alone)" for site, spec in loras]
+        lost += [f"{site.name} {spec.kind}: peft has no init {init!r} (affects training alone)" for site, spec in loras]
     arguments = {
         "r": rank,
         "lora_alpha": alpha,
@@ -159,35 +164,35 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     return arguments, lost
 
 
-def _of_others(placed: Placed, kept: Mapping[str, Any]) -> list[str]:
-    """What sites lose that have other values of these fields than peft gets."""
+def _lost_values(placed: Placed, common: Mapping[str, Any]) -> list[str]:
+    """Return a line for each field of a site that differs from the `common` value, which peft gets."""
     return [
-        f"{site.name} {spec.kind}: {name} {getattr(spec, name)} becomes {value} (one for all; training alone)"
+        f"{site.name} {spec.kind}: {name} {own} becomes {value}, one for all sites (affects training alone)"
         for site, spec in placed
-        for name, value in kept.items()
-        if getattr(spec, name) != value
+        for name, value in common.items()
+        if (own := getattr(spec, name)) != value
     ]
 
 
 def _vera(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     veras = [spec for _, spec in placed if isinstance(spec, Vera)]
-    # A smaller rank is the largest with zeros in what it has not.
+    # A smaller rank is the largest rank with zeros in the additional rows.
     rank = max(spec.rank for spec in veras)
-    kept = {name: _most_common(getattr(spec, name) for spec in veras) for name in ("dropout", "d_initial")}
+    common = {name: _most_common(getattr(spec, name) for spec in veras) for name in ("dropout", "d_initial")}
     arguments = {
         "r": rank,
         "projection_prng_key": veras[0].projection_key,
         "save_projection": True,
-        "vera_dropout": kept["dropout"],
-        "d_initial": kept["d_initial"],
+        "vera_dropout": common["dropout"],
+        "d_initial": common["d_initial"],
     }
-    return arguments, _of_others(placed, {"rank": rank, **kept})
+    return arguments, _lost_values(placed, {"rank": rank, **common})
 
 
 def _shira(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     shiras = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
     lost = [
-        f"{site.name} shira: scale {spec.scale} becomes part of the values (training alone)"
+        f"{site.name} shira: scale {spec.scale} becomes part of the values (affects training alone)"
         for site, spec in shiras
         if spec.scale != 1.0
     ]
@@ -202,7 +207,7 @@ def _norm(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     return {}, []
 
 
-# By kind of adapter: the class of peft's configuration and the arguments of its own.
+# By adapter type: the class of peft's configuration and a function for the arguments of that class.
 _TYPES: dict[str, tuple[str, Callable[[Placed], tuple[dict[str, Any], list[str]]]]] = {
     "lora": ("LoraConfig", _lora),
     "dora": ("LoraConfig", _lora),
@@ -214,12 +219,12 @@ _TYPES: dict[str, tuple[str, Callable[[Placed], tuple[dict[str, Any], list[str]]
 
 
 def decayed_vectors(recipe: Recipe) -> list[str]:
-    """What transformers' Trainer decays and the study does not: vectors named like weights. One line each."""
+    """Return a line for each vector that transformers' Trainer decays and the study does not."""
     if recipe.training.weight_decay == 0.0:
         return []
     names = {"dora": "magnitude", "vera": "vectors", "shira": "values", "ia3": "scale"}
     return [
-        f"{name} {spec.kind}: weight_decay {recipe.training.weight_decay} falls on its {names[spec.kind]} too"
+        f"{name} {spec.kind}: weight_decay {recipe.training.weight_decay} also applies to its {names[spec.kind]}"
         for name, spec in recipe.adapters
         if spec.kind in names
     ]

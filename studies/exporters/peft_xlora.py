@@ -1,13 +1,13 @@
-"""peft's X-LoRA: LoRAs that were given and the classifier that weighs them, as it loads them.
+"""peft's X-LoRA: pretrained LoRAs and the classifier that weights them.
 
-The folder has a folder for each LoRA, `0`, `1` and so on, beside the classifier. peft 0.21 reads the paths of the LoRAs
-from the configuration or, if that has none, as here, from whoever loads it, and it needs a model without a cache:
+The folder has a subfolder for each LoRA, `0`, `1` and so on, and the classifier. peft 0.21 takes the paths of the LoRAs
+from the configuration or, if that has none, as here, from the caller; and it needs a model without a cache:
 
     model = AutoModelForCausalLM.from_pretrained(..., use_cache=False)
     PeftModel.from_pretrained(model, folder, adapters={"0": f"{folder}/0", "1": f"{folder}/1"})
 
-It knows the modules of a LoRA only in models that keep their layers in `model`, as Llama, Qwen, Mistral and Gemma do,
-and it keeps no task head.
+It finds the modules of a LoRA only in models that have their layers in `model`, as Llama, Qwen, Mistral and Gemma do,
+and it saves no task head.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from autopeft.search_space.adapters.given import CONFIG, WEIGHTS
 from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.routers import XLora
-from autopeft.studies.exporters.base import Fit, State, approximate
+from autopeft.studies.exporters.base import Assessment, State, approximate
 from autopeft.studies.exporters.peft_config import PeftPlan, plan
 from autopeft.studies.recipes.recipe import Recipe
 
 
-def fit(recipe: Recipe) -> Fit | None:
-    """How well X-LoRA holds a recipe; None: not at all."""
+def fit(recipe: Recipe) -> Assessment | None:
+    """Return how well X-LoRA can hold a recipe; None if it cannot."""
     mixtures = [spec for _, spec in recipe.adapters if isinstance(spec, Mixture) and isinstance(spec.routed_by, XLora)]
     if not mixtures or len(mixtures) != sum(1 for _ in recipe.adapters):
         return None
@@ -37,12 +37,12 @@ def fit(recipe: Recipe) -> Fit | None:
     if experts.level == "unsupported":
         return None
     dtype = recipe.backbone.dtype
-    rounded = () if dtype == "float32" else (f"backbone dtype {dtype}: peft's classifier computes in it",)
+    rounded = () if dtype == "float32" else (f"backbone dtype {dtype}: peft's classifier computes in that dtype",)
     return approximate(*experts.lost, *rounded)
 
 
 def write(recipe: Recipe, state: State, folder: Path) -> None:
-    """Only for a recipe that it holds."""
+    """Write the folder of a recipe for which `fit` is not None."""
     import torch
     from peft import XLoraConfig
     from safetensors.torch import save_file
@@ -52,7 +52,7 @@ def write(recipe: Recipe, state: State, folder: Path) -> None:
     origin = recipe.backbone
     model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
     found = {recipe.sites[name].module: f"{name}/{Mixture.kind}/" for name in recipe.architecture}
-    # As peft numbers them.
+    # In the order in which peft numbers the modules.
     own = {path: found[path] for path, _ in model.named_modules() if path in found}
 
     config = _experts(recipe).build()
@@ -76,9 +76,9 @@ def write(recipe: Recipe, state: State, folder: Path) -> None:
         adapters={},
         layerwise_scalings=True,
     ).to_dict()
-    del whole["adapters"]  # what stands there is taken, whatever folders the one who loads it names
+    del whole["adapters"]  # peft would prefer these paths to those of the caller
     (folder / CONFIG).write_text(json.dumps(whole, indent=2, sort_keys=True), encoding="utf-8")
-    # Its own `save_pretrained` leaves them out: it takes "layers.0" for a part of the LoRA "0".
+    # peft's own `save_pretrained` omits them: it mistakes "layers.0" for a part of the LoRA "0".
     layer = "base_model.internal_xlora_classifier.layers.0"
     classifier = {
         f"{layer}.weight": torch.cat([state[f"{prefix}router"] for prefix in own.values()]),
@@ -88,6 +88,6 @@ def write(recipe: Recipe, state: State, folder: Path) -> None:
 
 
 def _experts(recipe: Recipe) -> PeftPlan:
-    """The configuration that each of the LoRAs has."""
+    """Return the configuration that all the LoRAs have in common."""
     placed = {name: tuple(spec.plain for spec in specs) for name, specs in recipe.architecture.items()}
     return plan(recipe.model_copy(update={"architecture": placed}))

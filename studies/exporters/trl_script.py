@@ -1,26 +1,29 @@
-"""A training script that people can read and change: peft with TRL's SFTTrainer, or transformers' Trainer."""
+"""A training script to read and change: peft with TRL's SFTTrainer, or transformers' Trainer."""
 
 from __future__ import annotations
 
 from importlib import metadata
+from pathlib import Path
 from pprint import pformat
 from string import Template
 from typing import Any
 
-from autopeft.studies.exporters.base import Exporter, approximate
+from typing_extensions import override
+
+from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate
 from autopeft.studies.exporters.peft_config import decayed_vectors, plan
 from autopeft.studies.recipes.recipe import Recipe
 
 SCRIPT_FILE = "train.py"
-#: By the ending of a file, the reader of `datasets`.
+#: The reader of `datasets` by file suffix.
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SPLITS = ("train", "validation", "test")
 
 _OPENING = Template('''\
-"""Trains what `recipe.yaml` beside this file describes: $what.
+"""Train the recipe in `recipe.yaml` beside this file: $what.
 
 Written by autopeft $version. Needs $needs.
-Random numbers and the order of the rows are not the study's: a run ends near its figures, not on them.
+Random numbers and the order of the rows differ from the study, so results are close to its results but not equal.
 
     python train.py [--output FOLDER] [--max-steps N]
 """
@@ -53,7 +56,7 @@ def build_peft_config():
 
 
 def without_dropout(model):
-    """The study keeps the frozen backbone in evaluation mode; the adapters' own dropout comes later."""
+    """Turn off the backbone's dropout, as in the study; the adapters' own dropout is added later."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -136,7 +139,7 @@ def load_model():
 
 
 def prepare(rows):
-    """Columns as TRL names them. The loss is on the completion; of a chat, on its last message."""
+    """Rename columns for TRL. The loss is on the completion; in a chat, on the last message."""
 
     def prepare_row(row):
         if "messages" in row:
@@ -155,7 +158,7 @@ def main():
     parser.add_argument("--output", default="output")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop early, to try the script")
     options = parser.parse_args()
-    # TRL weighs every token alike; the study first takes the mean of each row.
+    # TRL averages the loss over all tokens, the study over the tokens of each row and then over rows.
     trainer = SFTTrainer(
         model=load_model(),
         args=SFTConfig(
@@ -180,32 +183,36 @@ if __name__ == "__main__":
 
 
 class _Code(str):
-    """A value of the script that is an expression there."""
+    """A value that is an expression in the script."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 class TrlScript(Exporter):
+    """A training script; it has no trained weights."""
+
     name = "trl-script"
     summary = "train.py with peft and TRL's SFTTrainer (classification: transformers' Trainer)"
     needs_state = False
 
-    def assess(self, recipe):
+    @override
+    def assess(self, recipe: Recipe) -> Assessment:
         fit = plan(recipe).fit
         if fit.level == "unsupported":
             return fit
         lost = [*fit.lost, *decayed_vectors(recipe)]
         if recipe.data.max_train_rows is not None:
-            lost.append(f"data max_train_rows: the first {recipe.data.max_train_rows} rows, not the study's own")
+            lost.append(f"data max_train_rows: the first {recipe.data.max_train_rows} rows, not the study's selection")
         return approximate(*lost)
 
-    def write(self, recipe, state, folder):
+    @override
+    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
         (folder / SCRIPT_FILE).write_text(script(recipe), encoding="utf-8")
 
 
 def script(recipe: Recipe) -> str:
-    """The text of the script for a recipe that `TrlScript.assess` accepts."""
+    """Return the text of the script for a recipe that `TrlScript.assess` accepts."""
     peft = plan(recipe)
     classification = recipe.task == "classification"
     names = ["AutoModelForCausalLM", "AutoTokenizer"]
@@ -260,12 +267,12 @@ def _training(recipe: Recipe) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
     }
-    # TRL turns mixed precision on by itself.
+    # TRL turns on mixed precision by default.
     return arguments if recipe.task == "classification" else arguments | {"bf16": False, "fp16": False}
 
 
 def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset` for one split."""
+    """Return the arguments of `datasets.load_dataset` for one split."""
     from autopeft.evaluators.data.splits import EMBEDDED_IN
 
     data = recipe.data

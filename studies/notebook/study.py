@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.config.fingerprint import differences
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.source import StudyFileError
@@ -188,9 +189,7 @@ class Study:
         yaml = YAML()
         yaml.default_flow_style = False
         yaml.dump({key: self._mapping[key] for key in StudyFile.model_fields if key in self._mapping}, text)
-        draft = file.with_suffix(".partial")
-        draft.write_text(text.getvalue(), encoding="utf-8")
-        draft.replace(file)
+        atomic_write_text(file, text.getvalue())
 
 
 def _shown(settings: StudyFile) -> dict[str, Any]:

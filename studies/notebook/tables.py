@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.config.declaration import Finding
 
 SPLITS = ("train", "validation", "test")
@@ -26,9 +27,7 @@ class Tables:
         for name, text in self.files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(".partial")
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(path)
+            atomic_write_text(path, text)
 
     def changed(self, folder: Path) -> list[str]:
         """The splits whose file in `folder` has other rows."""

@@ -6,12 +6,10 @@ model whose modules were named by hand loads without naming them again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from uuid import uuid4
 
 from pydantic import (
     BaseModel,
@@ -27,6 +25,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
+from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
@@ -34,6 +33,7 @@ from autopeft.search_space.metrics import Own
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
+from autopeft.studies.config.checks import unknown_key
 from autopeft.studies.config.settings import DataSettings
 from autopeft.studies.config.source import Source, StudyFileError, read
 from autopeft.studies.errors import ConfigurationError
@@ -295,13 +295,8 @@ class Recipe(_Part):
         }
         yaml = YAML()
         yaml.width = 1000
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                yaml.dump(data, file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            yaml.dump(data, file)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -344,7 +339,7 @@ def _problem(source: Source, details: ErrorDetails) -> str:
     what = details["msg"].removeprefix("Value error, ")
     if details["type"] == "extra_forbidden":
         section = _SECTIONS[str(location[0])] if len(location) > 1 else Recipe
-        what = f"unknown key{did_you_mean(str(location[-1]), section.model_fields)}"
+        what = unknown_key(str(location[-1]), section.model_fields)
     elif details["type"] == "missing":
         what = "is missing"
     return source.render(location, what) if location else f"{source.name}: {what}"

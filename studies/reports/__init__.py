@@ -1,1 +1,1 @@
-"""What a study shows: tables, pictures, the page."""
+"""Reports of a study: tables, pictures and the interactive page."""

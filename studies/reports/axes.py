@@ -1,7 +1,6 @@
-"""How numbers are shown in every picture: unit, scale, ticks, and where a label finds room.
+"""How numbers are shown in every picture: units, scales, ticks and the placement of labels.
 
-Display values are values times `Axis.factor` (a share becomes per cent); fractions run from 0 to 1 along an
-axis.
+Display values are values times `Axis.factor` (a share becomes per cent). Fractions run from 0 to 1 along an axis.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from autopeft.search_space.problem import Objective
 
-#: By unit: the smallest value from which it is used, its factor and its name; the last row takes the rest.
+#: By unit: rows of (smallest value, factor, name of the display unit); the last row takes all smaller values.
 UNITS = {
     "share": ((0.0, 1e2, "%"),),
     "seconds": ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs")),
     "bytes": ((1e9, 1e-9, "GB"), (1e6, 1e-6, "MB"), (1e3, 1e-3, "kB"), (0.0, 1.0, "bytes")),
 }
-#: Counts and sizes that span more than this factor stand on a log axis.
+#: Quantities in these units get a log axis where they span more than the factor `LOG_FROM`.
 LOG_UNITS = ("parameters", "bytes", "operations")
 LOG_FROM = 5.0
 TITLES = {
@@ -33,7 +32,7 @@ TITLES = {
 
 
 def short(number: float) -> str:
-    """Three significant digits: 0.0123, 72.5, 48.2k, 1.5M."""
+    """Format a number with three significant digits: 0.0123, 72.5, 48.2k, 1.5M."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:
             return f"{number / size:.3g}{suffix}"
@@ -42,7 +41,7 @@ def short(number: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """One objective as it is drawn. `low`, `high`: the visible range, in display values."""
+    """The axis of one objective. `low`, `high`: the visible range, in display values."""
 
     name: str
     title: str
@@ -52,16 +51,16 @@ class Axis:
     low: float
     high: float
     log: bool
-    #: Where a log axis shows 0, which it does not have: a candidate without adapters has no parameters.
+    #: Display value at which a log axis draws 0 (a candidate without adapters has no parameters); else NaN.
     zero: float
     ticks: tuple[float, ...]
     tick_labels: tuple[str, ...]
 
     @classmethod
     def of(cls, objective: Objective, values: Iterable[float], std_err: Iterable[float] = ()) -> Axis:
-        """The axis on which all `values` (with their standard errors, where given) can be seen."""
-        known = [value for value in values if isfinite(value)] or [0.0, 1.0]
-        typical = float(np.median(np.abs(known)))
+        """Make the axis that shows all `values`, with their standard errors where given."""
+        finite = [value for value in values if isfinite(value)] or [0.0, 1.0]
+        typical = float(np.median(np.abs(finite)))
         choices = UNITS.get(objective.unit, ((0.0, 1.0, objective.unit),))
         _, factor, unit = next((row for row in choices if typical >= row[0]), choices[-1])
         title = TITLES.get(objective.name, objective.name.removesuffix("_s").removesuffix("_bytes"))
@@ -69,11 +68,11 @@ class Axis:
         if unit and unit not in ("parameters", "operations"):
             title += f", {unit}"
         title += " (higher is better)" if objective.maximise else " (lower is better)"
-        positive = [factor * value for value in known if value > 0]
+        positive = [factor * value for value in finite if value > 0]
         log = (
             objective.unit in LOG_UNITS
             and len(positive) > 1
-            and min(known) >= 0
+            and min(finite) >= 0
             and max(positive) > LOG_FROM * min(positive)
         )
         zero = nan
@@ -81,14 +80,14 @@ class Axis:
             low, high = min(positive), max(positive)
             ticks = _log_ticks(low, high)
             margin = (high / low) ** 0.07
-            if min(known) == 0:
+            if min(finite) == 0:
                 zero = low / margin**2
                 low = zero
                 ticks = (zero, *(tick for tick in ticks if tick > zero * margin))
             low, high = low / margin, high * margin
         else:
             bars = [e for e in std_err if isfinite(e)] or [0.0]
-            low, high = factor * min(known), factor * max(known)
+            low, high = factor * min(finite), factor * max(finite)
             margin = 0.07 * (high - low) + factor * float(np.median(bars)) or 0.1 * abs(high) or 1.0
             low, high = low - margin, high + margin
             ticks = _linear_ticks(low, high)
@@ -107,19 +106,20 @@ class Axis:
         )
 
     def place(self, values: ArrayLike) -> NDArray[np.float64]:
-        """Display values at which to draw `values`."""
-        shown = self.factor * np.asarray(values, dtype=float)
+        """Return the display values at which `values` are drawn."""
+        shown: NDArray[np.float64] = self.factor * np.asarray(values, dtype=float)
         return np.where(shown == 0, self.zero, shown) if self.log else shown
 
     def fraction(self, values: ArrayLike) -> NDArray[np.float64]:
-        """Where along the axis `values` are drawn, from 0 to 1."""
+        """Return where along the axis `values` are drawn, from 0 to 1."""
         shown, ends = self.place(values), np.array([self.low, self.high])
         if self.log:
             shown, ends = np.log10(shown), np.log10(ends)
-        return (shown - ends[0]) / (ends[1] - ends[0])
+        fractions: NDArray[np.float64] = (shown - ends[0]) / (ends[1] - ends[0])
+        return fractions
 
     def text(self, value: float, std_err: float = nan) -> str:
-        """A value in words, "72.5 % ± 1.3"."""
+        """Format a value with its unit and standard error: "72.5 % ± 1.3"."""
         if not isfinite(value):
             return "–"
         digits = f"{self.factor * value:.1f}" if self.unit == "%" else short(self.factor * value)
@@ -137,23 +137,23 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def _linear_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Multiples of 1, 2 or 5 times a power of ten, about six of them."""
+    """Return about six multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / 6
     power = 10.0 ** floor(log10(rough))
     step = power * next(s for s in (1, 2, 5, 10) if s * power >= rough)
     return tuple(step * i for i in range(ceil(low / step), floor(high / step) + 1))
 
 
-# Where a label may stand, seen from its point: horizontally and vertically, in order of preference.
+# Positions of a label relative to its point, (horizontal, vertical), in order of preference.
 POSITIONS = ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1))
 CHARACTER_PX = (6.4, 15.0)
-#: Points closer than this to a label are hidden by it.
+#: A label hides points that are closer to it than this.
 MARKER_PX = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
-    """A text `gap_px` away from the point (x, y), in fractions of the panel. It may go unless `needed`."""
+    """A text `gap_px` away from the point (x, y), in fractions of the panel; it can be left out unless `needed`."""
 
     text: str
     x: float
@@ -165,9 +165,9 @@ class Label:
 def place_labels(
     labels: Sequence[Label], points: ArrayLike, panel_px: tuple[float, float]
 ) -> list[tuple[int, int] | None]:
-    """For each label the side of its point with the most room, one of POSITIONS; None: there is no room.
+    """Return for each label the one of POSITIONS with the most room, or None to leave the label out.
 
-    Greedy, in the given order. `points`: [n, 2] fractions of everything that a label should not cover.
+    The placement is greedy, in the given order. `points`: [n, 2] fractions of the points to keep visible.
     """
     size = np.array(panel_px)
     obstacles = np.asarray(points, dtype=float).reshape(-1, 2) * size

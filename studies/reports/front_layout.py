@@ -1,7 +1,7 @@
-"""What a picture of the front shows: its axes, which rows look alike, and where their names find room.
+"""The layout of a picture of the front: its axes, the styles of rows, and the placement of their names.
 
-Colours are those of Okabe and Ito (2008), which people with any kind of colour vision can tell apart; shapes
-repeat what the colours say.
+The colours of Okabe and Ito (2008) are distinct for people with any kind of colour vision; shapes repeat what the
+colours say.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ERROR_BARS = "bars: ± 1 standard error"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Rows that look alike. Their sign is `symbol` in Plotly, `marker` in matplotlib and `glyph` in text."""
+    """Rows with one style. Their sign is `symbol` in Plotly, `marker` in matplotlib and `glyph` in text."""
 
     legend: str
     rows: tuple[FrontRow, ...]
@@ -47,12 +47,12 @@ class Layer:
 
     @property
     def gap(self) -> float:
-        """From the middle of a point to its name, in points."""
+        """Distance from the middle of a point to its name, in points."""
         return self.size / 2 + 3
 
 
 def _layers(rows: Sequence[FrontRow]) -> tuple[Layer, ...]:
-    """Every row in one layer, in the order of drawing; empty layers are left out."""
+    """Return the layers that are not empty, in the order of drawing; every row is in one of them."""
     parts: dict[str, list[FrontRow]] = {}
     for row in rows:
         if row.recommended:
@@ -81,7 +81,7 @@ def _layers(rows: Sequence[FrontRow]) -> tuple[Layer, ...]:
 
 
 def _axes(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> tuple[Axis, tuple[Axis, ...]]:
-    """The vertical axis (the first quality) and a horizontal one per other objective, or for num_params."""
+    """Return the vertical axis (the first quality) and a horizontal one per other objective, or for num_params."""
     qualities = [objective for objective in objectives if objective.is_quality]
     upright = (qualities or list(objectives))[0]
     others = [objective for objective in objectives if objective is not upright]
@@ -98,46 +98,48 @@ def _axes(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> tuple[Ax
 
 
 def _in_view(rows: Sequence[FrontRow], objective: Objective) -> list[FrontRow]:
-    """Rows that set the range of an axis: on a linear one, those within Tukey's outer fences of the front.
+    """Return the rows that set the range of an axis: on a linear axis, rows within Tukey's outer fences of the front.
 
-    A candidate that learned nothing (the learning rate is searched, too) would squeeze all others together.
+    A candidate that learned nothing (the learning rate is searched, too) would compress the range of all others.
     Baselines and the recommended candidate are always in view.
     """
 
     def always(row: FrontRow) -> bool:
         return row.recommended or row.is_baseline
 
-    known = [row for row in rows if isfinite(row.values.get(objective.name, nan))]
-    values = column(known, objective.name)
-    focus = [row.on_front or always(row) for row in known]
+    finite = [row for row in rows if isfinite(row.values.get(objective.name, nan))]
+    values = column(finite, objective.name)
+    focus = [row.on_front or always(row) for row in finite]
     if objective.unit in LOG_UNITS or not any(focus):
-        return known
+        return finite
     lower, upper = np.quantile(values[focus], [0.25, 0.75])
     reach = 3 * (upper - lower)
     if reach == 0:
-        return known
+        return finite
     inside = (values >= lower - reach) & (values <= upper + reach)
-    return [row for row, seen in zip(known, inside, strict=True) if seen or always(row)]
+    return [row for row, seen in zip(finite, inside, strict=True) if seen or always(row)]
 
 
 def column(rows: Sequence[FrontRow], name: str) -> NDArray[np.float64]:
+    """Return the values [rows] of a metric; NaN where unknown."""
     return np.array([row.values.get(name, nan) for row in rows])
 
 
 def bars(rows: Sequence[FrontRow], axis: Axis) -> NDArray[np.float64]:
-    """Standard errors in display values; 0 where unknown."""
-    return np.nan_to_num(np.array([row.std_err.get(axis.name, 0.0) for row in rows])) * axis.factor
+    """Return the standard errors [rows] in display values; 0 where unknown."""
+    errors = [row.std_err.get(axis.name, 0.0) for row in rows]
+    return axis.factor * np.nan_to_num(np.asarray(errors, dtype=np.float64))
 
 
 def staircase(rows: Sequence[FrontRow], x: Axis, y: Axis) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The front's members from left to right, in display values."""
+    """Return the coordinates x [n] and y [n] of the front from left to right, in display values."""
     members = [row for row in rows if row.on_front]
     members.sort(key=lambda row: row.values[x.name])
     return x.place(column(members, x.name)), y.place(column(members, y.name))
 
 
 def sides_of(layers: Sequence[Layer], x: Axis, y: Axis, panel_px: tuple[float, float]) -> dict[int, tuple[int, int]]:
-    """On which side of its point each row is named, by `id` of the row; rows without room are missing."""
+    """Return the position of each row's name, one of POSITIONS, by `id` of the row; rows without room are missing."""
     rows = [row for layer in layers for row in layer.rows]
     points = np.column_stack([x.fraction(column(rows, x.name)), y.fraction(column(rows, y.name))])
     place = {id(row): point for row, point in zip(rows, points, strict=True)}
@@ -163,7 +165,7 @@ def sides_of(layers: Sequence[Layer], x: Axis, y: Axis, panel_px: tuple[float, f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composition:
-    """What every form of the front's picture has in common."""
+    """The content of a picture of the front, for every library that draws one."""
 
     title: str
     subtitle: str
@@ -171,14 +173,14 @@ class Composition:
     #: One panel each.
     xs: tuple[Axis, ...]
     layers: tuple[Layer, ...]
-    #: Whether a line through the front means something: only with two objectives is it a staircase.
+    #: Whether to draw a line through the front: only with two objectives is it a staircase.
     connected: bool
 
 
 def compose(
     rows: Sequence[FrontRow], objectives: Sequence[Objective], *, study: str, num_evaluations: int
 ) -> Composition:
-    """Raises ValueError if there is no row."""
+    """Lay out the picture of the front. Raises ValueError without a row."""
     if not rows:
         raise ValueError("there is no evaluation to draw")
     y, xs = _axes(rows, objectives)
@@ -188,7 +190,7 @@ def compose(
         hidden |= (place < 0) | (place > 1)
     subtitle = f"{num_evaluations} evaluations; {ERROR_BARS}"
     if hidden.any():
-        subtitle += f"; {hidden.sum()} far off and out of view"
+        subtitle += f"; {hidden.sum()} outliers out of view"
     return Composition(
         title=f"Pareto front of {study}",
         subtitle=subtitle,

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 
 def table(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
-    """The first row is the head. `right`: places of the columns that are aligned to the right."""
+    """Format rows as a table; the first row is the head. `right`: indices of the right-aligned columns."""
     head, *body = rows
-    rule = ["---:" if place in right else "---" for place in range(len(head))]
+    rule = ["---:" if index in right else "---" for index in range(len(head))]
     return "\n".join([_line(head, " "), _line(rule, ""), *(_line(row, " ") for row in body)])
 
 

@@ -1,4 +1,4 @@
-"""The front as one interactive page. It carries its JavaScript and draws without a network."""
+"""The front as one interactive page, which includes its JavaScript and needs no network."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import nan
 from os import PathLike
-from pathlib import Path
 from string import Template
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.search_space.problem import Objective
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.reports.axes import Axis
@@ -47,8 +47,9 @@ body { font: 15px/1.5 $font; color: $ink; background: #fff; max-width: 1200px; m
 0; color: #57606a } table { border-collapse: collapse; font-size: 0.9rem; width: 100% } th, td { text-align:
 left; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid $grid; vertical-align: top } td.number {
 white-space: nowrap; font-variant-numeric: tabular-nums } tr.recommended { font-weight: 600 } </style> </head>
-<body> <h1>$title</h1> <p>$subtitle. Drag to zoom, double-click for everything, click in the legend to
-hide.</p> $charts <h2>Front and baselines</h2> <table> <thead><tr>$columns</tr></thead> <tbody> $rows </tbody>
+<body> <h1>$title</h1> <p>$subtitle. Drag to zoom, double-click to reset the view, click a legend
+entry to hide it.</p>
+$charts <h2>Front and baselines</h2> <table> <thead><tr>$columns</tr></thead> <tbody> $rows </tbody>
 </table> </body> </html>
 """
 )
@@ -63,14 +64,15 @@ def front_html(
     num_evaluations: int,
     sections: Sequence[tuple[str, Sequence[str], go.Figure]] = (),
 ) -> None:
-    """Quality against each cost; parallel coordinates from three objectives on; a table of the front. `sections`: what
-    follows the charts, a heading, paragraphs and a figure each.
+    """Write the page: quality against each cost, parallel coordinates from three objectives on, a table of the front.
+
+    `sections`: a heading, paragraphs and a figure each; they follow the charts.
     """
     picture = compose(rows, objectives, study=study, num_evaluations=num_evaluations)
     charts = [_scatter(picture, rows).to_html(full_html=False, include_plotlyjs=True, config=CONFIG)]
     if len(picture.xs) > 1:
         charts.append("<h2>All objectives at once</h2>")
-        charts.append("<p>Drag along an axis to filter; up is better on every axis.</p>")
+        charts.append("<p>A line is a candidate; better values are at the top. Drag along an axis to filter.</p>")
         settings = CONFIG | {"displayModeBar": False}
         charts.append(_parallel(picture).to_html(full_html=False, include_plotlyjs=False, config=settings))
     for heading, paragraphs, figure in sections:
@@ -87,7 +89,7 @@ def front_html(
         columns=_columns(picture),
         rows="\n".join(_table_rows(picture)),
     )
-    Path(path).write_text(page, encoding="utf-8")
+    atomic_write_text(path, page)
 
 
 def _scatter(picture: Composition, rows: Sequence[FrontRow]) -> go.Figure:
@@ -127,7 +129,7 @@ def _trace(layer: Layer, picture: Composition, x: Axis, sides: Mapping[int, tupl
     y = picture.y
     marker = {
         "symbol": layer.symbol,
-        # From points to the pixels of a screen.
+        # Points to CSS pixels.
         "size": 4 / 3 * layer.size,
         "color": layer.colour,
         "opacity": 1,
@@ -171,7 +173,7 @@ def _layout(axis: Axis) -> dict[str, object]:
         "title": {"text": axis.title, "standoff": 8},
         "type": "log" if axis.log else "linear",
         "range": list(np.log10(span)) if axis.log else span,
-        # Ticks of our own only where there is a 0 to show: the library's follow the zoom.
+        # Own ticks on log axes alone, which may show a 0: the ticks of the library follow the zoom.
         **({"tickvals": axis.ticks, "ticktext": axis.tick_labels} if axis.log else {}),
         "gridcolor": GRID,
         "zeroline": False,
@@ -181,7 +183,7 @@ def _layout(axis: Axis) -> dict[str, object]:
 
 
 def _parallel(picture: Composition) -> go.Figure:
-    """One line per row; highlighted layers over grey ones."""
+    """Draw one line per row, highlighted layers above grey ones."""
     layers = picture.layers
     axes = (picture.y, *picture.xs)
     drawn = [
@@ -231,7 +233,7 @@ def _parallel(picture: Composition) -> go.Figure:
 
 
 def _ink(layer: Layer) -> str:
-    """The layer's colour for thin lines and small signs, where yellow on white cannot be seen."""
+    """Return the layer's colour for thin lines and small signs, for which yellow on white is too faint."""
     return layer.edge if layer.symbol == "star" else layer.colour
 
 
@@ -241,7 +243,7 @@ def _columns(picture: Composition) -> str:
 
 
 def _table_rows(picture: Composition) -> list[str]:
-    """Rows of the table, the best quality first."""
+    """Return the rows of the table as HTML, the best quality first."""
     y = picture.y
     shown = [(layer, row) for layer in picture.layers for row in layer.rows if row.on_front or layer.labels == "always"]
     shown.sort(key=lambda pair: pair[1].values.get(y.name, nan), reverse=y.maximise)

@@ -1,6 +1,6 @@
-"""Pictures of a study as PNG: the front, training curves, hypervolume. `page` has the interactive front.
+"""Pictures of a study as PNG: the front, training curves, hypervolume. `page.py` has the interactive front.
 
-Matplotlib's figures are used without pyplot, which would look for a display and keep every figure.
+Matplotlib is used without pyplot, which would look for a display and keep every figure in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.problem import BASELINE, Objective, Trial
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.reports.axes import Axis, short
@@ -55,7 +56,7 @@ DPI = 150
 
 
 class Picture(Figure):
-    """A figure that notebooks show, whatever backend there is."""
+    """A figure that notebooks show with any matplotlib backend."""
 
     def _repr_png_(self) -> bytes:
         data = BytesIO()
@@ -65,7 +66,7 @@ class Picture(Figure):
 
 
 def _figure(size: tuple[float, float], title: str, subtitle: str) -> Picture:
-    """An empty figure with its title at the upper left. `size`: inches."""
+    """Make an empty figure with its title at the upper left. `size`: width and height in inches."""
     inch = 1 / size[1]
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.62 * inch), w_pad=0.1, h_pad=0.08)
     figure = Picture(figsize=size, dpi=DPI, layout=layout)
@@ -92,13 +93,18 @@ def front_png(
     """Write the picture of `front_figure`."""
     figure = front_figure(rows, objectives, study=study, num_evaluations=num_evaluations)
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, format="png")
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: str | PathLike[str]) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def front_figure(
     rows: Sequence[FrontRow], objectives: Sequence[Objective], *, study: str, num_evaluations: int
 ) -> Picture:
-    """Quality against each cost, side by side. The front is connected where there are two objectives."""
+    """Draw quality against each cost, side by side; with two objectives a line connects the front."""
     picture = compose(rows, objectives, study=study, num_evaluations=num_evaluations)
     y, xs, layers = picture.y, picture.xs, picture.layers
     width, height = max(8.0, 4.4 * len(xs)), 5.4
@@ -162,13 +168,13 @@ def _draw_layer(panel: Axes, layer: Layer, x: Axis, y: Axis, sides: Mapping[int,
 
 
 def smooth(losses: ArrayLike, share: float = 0.05) -> NDArray[np.float64]:
-    """Exponential average over about `share` of the steps, its start unbiased (Kingma and Ba 2015, sec. 3).
+    """Return the exponential average of losses over about `share` of the steps.
 
-    [steps] -> [steps before the first that is not finite].
+    [steps] -> [steps before the first that is not finite]. The start is bias-corrected (Kingma and Ba 2015, sec. 3).
     """
     values = np.asarray(losses, dtype=float)
-    broken = np.flatnonzero(~np.isfinite(values))
-    values = values[: broken[0]] if len(broken) else values
+    diverged = np.flatnonzero(~np.isfinite(values))
+    values = values[: diverged[0]] if len(diverged) else values
     decay = 1 - 1 / max(1.0, share * len(values))
     average, weight = 0.0, 0.0
     out = np.empty(len(values))
@@ -179,7 +185,7 @@ def smooth(losses: ArrayLike, share: float = 0.05) -> NDArray[np.float64]:
 
 
 def curves_png(trials: Sequence[Trial], front: Sequence[int], path: str | PathLike[str], *, study: str) -> None:
-    """Training losses, smoothed. `front`: numbers of the trials to colour, in the order of the legend."""
+    """Write the smoothed training losses. `front`: numbers of the trials to colour, in the order of the legend."""
     curves = {
         trial.number: (trial, smooth(trial.measurement.losses))
         for trial in trials
@@ -194,7 +200,7 @@ def curves_png(trials: Sequence[Trial], front: Sequence[int], path: str | PathLi
         figure = _figure(
             (8.0, max(5.0, 0.2 * named + 1)),
             f"Training loss in {study}",
-            f"{len(curves)} trainings; running mean over 5 % of the steps",
+            f"{len(curves)} trainings; exponential moving average over 5 % of the steps",
         )
         panel = figure.subplots()
         for number, (_, curve) in curves.items():
@@ -225,7 +231,7 @@ def curves_png(trials: Sequence[Trial], front: Sequence[int], path: str | PathLi
         panel.margins(x=0.01)
         if named:
             figure.legend(loc="outside right upper")
-        figure.savefig(path, format="png")
+        _save(figure, path)
 
 
 def _steps(curve: NDArray[np.float64]) -> NDArray[np.int_]:
@@ -240,7 +246,7 @@ def hypervolume_png(
     *,
     study: str,
 ) -> None:
-    """The dominated hypervolume after each trial, up to the `reference` point (losses, as in `front`)."""
+    """Write the dominated hypervolume after each trial. `reference`: the reference point [objectives], in losses."""
     corner = ", ".join(
         f"{objective.name} {short(objective.value(loss))}"
         for objective, loss in zip(objectives, reference, strict=True)
@@ -261,4 +267,4 @@ def hypervolume_png(
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.yaxis.set_major_formatter(lambda value, _: short(value))
         panel.margins(x=0.01, y=0.12)
-        figure.savefig(path, format="png")
+        _save(figure, path)

@@ -1,4 +1,4 @@
-"""The report files of a study: the front as page, picture, table and data, training curves, hypervolume."""
+"""The report files of a study: the front as page, picture, table and data; training curves; hypervolume."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autopeft.search_space.problem import Metric
+from autopeft.evaluators.atomic import atomic_write, atomic_write_text
+from autopeft.search_space.metrics import Metric
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 
 
 def front_data(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """The members of the front, best quality first, as `autopeft pareto --json` prints them."""
+    """Return the members of the front, best quality first, as `autopeft pareto --json` prints them."""
     keys = {trial.number: trial.candidate.key for trial in snapshot.trials}
     members = sorted(
         (row for row in snapshot.rows() if row.on_front),
@@ -34,10 +35,10 @@ def front_data(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
-    """Write `front.html`, `front.png`, `front.csv`, `front.json`, `curves.png`, `hypervolume.png` and, where mixtures
-    were compared with something, `routing.json`.
+    """Write the report's files and return their paths; without a complete trial, write none. Raises OSError.
 
-    Returns the files; none as long as there is no complete trial. Raises OSError.
+    They are `front.html`, `front.png`, `front.csv`, `front.json` and `curves.png`; `hypervolume.png` where there is a
+    feasible trial, and `routing.json` where mixtures have matched baselines. Each is whole at every moment.
     """
     from autopeft.studies.reports.page import front_html
     from autopeft.studies.reports.pictures import curves_png, front_png, hypervolume_png
@@ -51,11 +52,10 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     sections = [_routing(found, snapshot.metrics[snapshot.quality])] if found else []
     front_html(rows, snapshot.objectives, folder / "front.html", sections=sections, **about)
     front_png(rows, snapshot.objectives, folder / "front.png", **about)
-    (folder / "front.json").write_text(json.dumps(front_data(snapshot), indent=2) + "\n", encoding="utf-8")
+    _write_json(front_data(snapshot), folder / "front.json")
     _write_csv(snapshot, folder / "front.csv")
     if found:
-        told = json.dumps([verdict.to_dict() for verdict in found], indent=2)
-        (folder / "routing.json").write_text(told + "\n", encoding="utf-8")
+        _write_json([verdict.to_dict() for verdict in found], folder / "routing.json")
     numbers = [row.trial for row in rows if row.on_front]
     curves_png(snapshot.search_trials, numbers, folder / "curves.png", study=snapshot.study)
     files = ["front.html", "front.png", "front.json", "front.csv", "curves.png"] + ["routing.json"] * bool(found)
@@ -68,20 +68,24 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
 
 
 def _routing(found: Sequence[Verdict], quality: Metric) -> tuple[str, list[str], Any]:
-    """The section of the page about mixtures."""
+    """Return the section of the page about mixtures: heading, paragraphs and figure."""
     from autopeft.studies.reports.routing_picture import routing_figure
 
-    # The figure has the differences with their intervals; the words are the verdicts.
-    words = [verdict.lines(quality)[0] for verdict in found]
-    return "Mixtures against what they are compared with", words, routing_figure(found, quality)
+    # The figure has the differences with their intervals, so the results suffice as text.
+    paragraphs = [verdict.lines(quality)[0] for verdict in found]
+    return "Mixtures against their matched baselines", paragraphs, routing_figure(found, quality)
+
+
+def _write_json(data: Any, path: Path) -> None:
+    atomic_write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def _write_csv(snapshot: Snapshot, path: Path) -> None:
-    """Every candidate and tuned baseline, one line each."""
+    """Write a line for every candidate and tuned baseline."""
     rows = snapshot.rows()
     names = sorted({name for row in rows for name in row.values})
     errors = sorted({name for row in rows for name in row.std_err})
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["trial", "label", "role", "on_front", "recommended", *names, *(f"{n}_std_err" for n in errors), "summary"]

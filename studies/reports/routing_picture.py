@@ -1,4 +1,4 @@
-"""The picture of what mixtures are worth against what they are compared with."""
+"""The picture of the quality of mixtures against their matched baselines."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from autopeft.search_space.problem import Metric
-from autopeft.studies.analysis.mixture_verdicts import Verdict
+from autopeft.search_space.metrics import Metric
+from autopeft.studies.analysis.mixture_verdicts import BETTER, VERDICTS, WORSE, Verdict
 from autopeft.studies.reports.front_layout import BLUE, GREY, GRID, INK, VERMILION
 from autopeft.studies.reports.page import FONT
 
 ROW_PX, MARGIN_PX = 34, 110
-COLOURS = {"better": BLUE, "worse": VERMILION}
+COLOURS = {BETTER: BLUE, WORSE: VERMILION}
 
 
 def routing_figure(verdicts: Sequence[Verdict], quality: Metric) -> go.Figure:
-    """A row for every mixture and control: the difference of the quality, in its own direction, with its 95 %."""
+    """Draw a row for every pair of mixture and matched baseline.
+
+    It shows the difference of the quality, in the metric's own direction, with its 95 % interval.
+    """
     rows = [(f"{verdict.label} against {one.control}", one) for verdict in verdicts for one in verdict.against]
     figure = go.Figure()
-    for word in ("better", "worse", "not told apart", "not told apart by one seed"):
+    for word in VERDICTS:
         here = [(label, one) for label, one in rows if one.verdict == word]
         if not here:
             continue
-        found = [one.of(quality) for _, one in here]
+        found = [one.signed(quality) for _, one in here]
         colour = COLOURS.get(word, GREY)
         figure.add_scatter(
             x=[value for value, _, _ in found],
@@ -38,10 +41,11 @@ def routing_figure(verdicts: Sequence[Verdict], quality: Metric) -> go.Figure:
                 "color": colour,
             },
             customdata=[f"{one.num_params:,}" for _, one in here],
-            hovertemplate="%{y}: %{x:+.4f}<br>%{customdata} parameters in its place<extra></extra>",
+            hovertemplate="%{y}: %{x:+.4f}<br>matched baseline: %{customdata} trainable parameters<extra></extra>",
         )
     figure.add_vline(x=0, line={"color": INK, "width": 1})
-    title = f"difference of {quality.name} ({'more' if quality.maximise else 'less'} is better), 95 %"
+    better = "higher" if quality.maximise else "lower"
+    title = f"difference of {quality.name} ({better} is better), 95 % interval"
     figure.update_layout(
         height=MARGIN_PX + ROW_PX * len(rows),
         margin={"l": 10, "r": 20, "t": 20, "b": 60},

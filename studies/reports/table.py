@@ -1,4 +1,4 @@
-"""Every trial of a study as one row of a table."""
+"""A table with a row for every trial of a study."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from autopeft.studies.analysis.snapshot import Snapshot
 
 
 def trial_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """In the order of the ledger: what it was for, how it ended, values with standard errors, and its genes by name.
+    """Return a row per trial, in the order of the ledger: role, state, values with standard errors, genes by name.
 
-    Values are those of this one evaluation; the front's are means over all evaluations of a candidate. Only trials of
-    the search have genes; other trials and genes that are not active have no entry there.
+    Values are those of the single evaluation, whereas the front has means over all evaluations of a candidate. Only
+    trials of the search have genes; inactive genes have no entry.
     """
     members = {row.trial: row for row in snapshot.rows()}
     rows = []

@@ -1,1 +1,1 @@
-"""What outlives the process: the ledger of trials, and result files that grow."""
+"""Storage that outlives the process: the ledger of trials, and result files that grow."""

@@ -1,4 +1,4 @@
-"""Results as lines of JSON in a file that grows: one that a kill has cut short does not count."""
+"""Result files that grow by a line of JSON each; a line that a killed process left incomplete is ignored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """What stands in the file; nothing if there is none."""
+    """Return the entries of the file; none if there is no file."""
     if not path.exists():
         return []
     found = []
@@ -22,6 +22,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add an entry on a line of its own, even after an incomplete line. Raises OSError."""
     with path.open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)

@@ -1,7 +1,7 @@
 """The ledger: every evaluation of a study, in an Optuna storage. It is the study's only memory.
 
-One evaluation is one Optuna trial; it is added whole, in state RUNNING, before it starts, so that a study killed at any
-moment finds it again and goes on with that very trial.
+One evaluation is one Optuna trial. It is added with its candidate, in state RUNNING, before it starts, so that a study
+that is killed at any moment continues with the same trial.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.config.fingerprint import differences
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 
-# What belongs to an evaluation stands in one attribute, so that it is written in one step.
+# All data of an evaluation is in one attribute, so that a single write stores it.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
 BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
-EARLIER = "autopeft.earlier"
-# Scores per example are long and only read by machines.
+PRIOR_TRIALS = "autopeft.earlier"
+# Scores per example are long and read by programs alone, so they are compressed.
 PACKED = ("per_example", "test_per_example")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class About:
-    """What a ledger keeps of its study beside the trials. `settings`: the study file as it was first run.
+class StudyRecord:
+    """The data of a study that its ledger stores beside the trials.
 
-    `earlier`: the trials of `search.prior`, copied, with no more than a searcher reads of them. The other study may go
-    on, move or be deleted: what this one proposes after an interruption must not hang on that.
+    `settings`: the study file at the first run. `prior_trials`: copies of the trials of the study `search.prior`, with
+    the fields that a searcher reads. They are copied because the prior study may continue, move or be deleted, and the
+    proposals after an interruption must not depend on that.
     """
 
     objectives: Sequence[Objective]
@@ -52,7 +53,7 @@ class About:
     settings: str
     fingerprint: Mapping[str, Any]
     domains: tuple[str, ...] | None = None
-    earlier: Sequence[Trial] = ()
+    prior_trials: Sequence[Trial] = ()
 
 
 class Ledger:
@@ -62,55 +63,56 @@ class Ledger:
         self._study = study
 
     @classmethod
-    def create(cls, url: str, name: str, about: About) -> Ledger:
-        """A new study. Raises ConfigurationError if there is one of that name, UnusableEnvironmentError if the storage
-        cannot be used.
+    def create(cls, url: str, name: str, record: StudyRecord) -> Ledger:
+        """Create a study.
+
+        Raises ConfigurationError if there is a study of that name, UnusableEnvironmentError for an unusable storage.
         """
         storage = _storage(url)
         if name in _names(storage):
             study = optuna.load_study(study_name=name, storage=storage)
             if FINGERPRINT in study.user_attrs:
-                raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` goes on with it")
-            optuna.delete_study(study_name=name, storage=storage)  # killed while it was made: it holds nothing
-        directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in about.objectives]
+                raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` continues it")
+            optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
+        directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in record.objectives]
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([o.name for o in about.objectives])
+            study.set_metric_names([o.name for o in record.objectives])
         study.set_user_attr(IDENTITY, uuid.uuid4().hex)
-        study.set_user_attr(SETTINGS, about.settings)
-        study.set_user_attr(BACKBONE, about.backbone.to_dict())
-        study.set_user_attr(LABELS, about.labels and list(about.labels))
-        if about.domains is not None:
-            study.set_user_attr(DOMAINS, list(about.domains))
-        study.set_user_attr(EARLIER, _pack([_earlier(trial) for trial in about.earlier]))
-        study.set_user_attr(FINGERPRINT, dict(about.fingerprint))  # last: what has it is complete
+        study.set_user_attr(SETTINGS, record.settings)
+        study.set_user_attr(BACKBONE, record.backbone.to_dict())
+        study.set_user_attr(LABELS, record.labels and list(record.labels))
+        if record.domains is not None:
+            study.set_user_attr(DOMAINS, list(record.domains))
+        study.set_user_attr(PRIOR_TRIALS, _pack([_declared_prior(trial) for trial in record.prior_trials]))
+        study.set_user_attr(FINGERPRINT, dict(record.fingerprint))  # last: a study that has it is complete
         return cls(study)
 
     @classmethod
     def open(cls, url: str, name: str, fingerprint: Mapping[str, Any] | None = None) -> Ledger:
-        """An existing study. With a `fingerprint`, raises ConfigurationError naming every setting that changed."""
+        """Open a study. Given a `fingerprint`, raises ConfigurationError that names every setting that changed."""
         storage = _storage(url)
         names = _names(storage)
         if name not in names:
             others = f" (it holds {', '.join(map(repr, sorted(names)))})" if names else ""
             raise ConfigurationError(f"{url} holds no study {name!r}{others}")
         study = optuna.load_study(study_name=name, storage=storage)
-        known = study.user_attrs.get(FINGERPRINT)
-        if known is None:
+        recorded = study.user_attrs.get(FINGERPRINT)
+        if recorded is None:
             raise ConfigurationError(f"the study {name!r} in {url} was not made by autopeft, or never started")
-        # Through JSON, as the ledger's side has been: tuples are lists there.
-        changed = differences(known, json.loads(json.dumps(fingerprint))) if fingerprint is not None else []
+        # Through JSON, as the recorded one: it turns tuples into lists.
+        changed = differences(recorded, json.loads(json.dumps(fingerprint))) if fingerprint is not None else []
         if changed:
             raise ConfigurationError(
-                "the study was started with other settings; its trials cannot be compared with new ones:\n  "
+                "the study was started with other settings, so its trials are not comparable with new ones:\n  "
                 + "\n  ".join(changed)
             )
         return cls(study)
 
     @staticmethod
     def names(url: str) -> list[str]:
-        """The studies that a storage holds; one that was killed while it was made is none."""
+        """Return the names of the studies in a storage, except those that were killed during their creation."""
         storage = _storage(url)
         with _readable_errors("read"):
             summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
@@ -118,40 +120,43 @@ class Ledger:
 
     @property
     def study_id(self) -> str:
-        return self._study.user_attrs[IDENTITY]
+        """The identity of this study, which its name alone is not."""
+        return str(self._study.user_attrs[IDENTITY])
 
     @property
     def settings(self) -> str:
-        """The study file as it was first run."""
-        return self._study.user_attrs[SETTINGS]
+        """The study file at the first run."""
+        return str(self._study.user_attrs[SETTINGS])
 
     @property
     def backbone(self) -> Backbone:
+        """The description of the frozen model."""
         return Backbone.from_dict(self._study.user_attrs[BACKBONE])
 
     @property
     def labels(self) -> tuple[str, ...] | None:
+        """The class labels; None for a task without classes."""
         labels = self._study.user_attrs[LABELS]
         return None if labels is None else tuple(labels)
 
     @property
     def domains(self) -> tuple[str, ...] | None:
-        """None where the rows have none, and in ledgers from before they were kept."""
+        """The domains of the rows; None without domains, and in ledgers of versions that did not store them."""
         domains = self._study.user_attrs.get(DOMAINS)
         return None if domains is None else tuple(domains)
 
     @property
-    def earlier(self) -> tuple[Trial, ...]:
-        """The trials of an earlier study as they were when this one began; see `About`."""
-        packed = self._study.user_attrs.get(EARLIER)
-        return tuple(_read_earlier(data) for data in _unpack(packed)) if packed else ()
+    def prior_trials(self) -> tuple[Trial, ...]:
+        """The trials of the prior study at the start of this one; see `StudyRecord`."""
+        packed = self._study.user_attrs.get(PRIOR_TRIALS)
+        return tuple(_read_prior(data) for data in _unpack(packed)) if packed else ()
 
     def trials(self) -> list[Trial]:
-        """Every evaluation, ended or not, in order."""
+        """Return every evaluation, ended or not, in order."""
         return [_read(frozen) for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
 
     def begin(self, problem: Problem, role: str, candidate: Candidate, **fields: Any) -> Trial:
-        """A new running trial; `fields` are those of `Trial`."""
+        """Add a running trial; `fields` are further fields of `Trial`."""
         trial = Trial(number=len(self._study.get_trials(deepcopy=False)), role=role, candidate=candidate, **fields)
         domains = {gene.name: gene.domain for gene in problem.space.genes}
         frozen = create_trial(
@@ -165,7 +170,7 @@ class Ledger:
         return trial
 
     def finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
-        """Record how a trial ended. May be repeated: what is written already stays."""
+        """Record how a trial ended. A repeated call changes nothing."""
         frozen = self._study.get_trials(deepcopy=False)[trial.number]
         if frozen.state.is_finished():
             return
@@ -182,7 +187,7 @@ class Ledger:
                 self._study.tell(trial.number, state=state)
 
     def unfinished(self, objectives: Sequence[Objective]) -> list[Trial]:
-        """Trials that were under way when the study stopped. One whose result is there already is closed."""
+        """Return the trials that were running when the study stopped; close those that have a result already."""
         running = []
         for trial in self.trials():
             frozen = self._study.get_trials(deepcopy=False)[trial.number]
@@ -203,8 +208,10 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
 
 
 def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
-    """Two processes that open a new database at once (`run`, and `status` beside it) both try to make its tables;
-    the one that comes too late fails in one of several ways, and finds them at the next try.
+    """Connect to the database, again after a failure.
+
+    Two processes that open a new database at once (`run`, and `status` beside it) both try to create its tables. The
+    slower one fails in one of several ways and finds the tables at the next attempt.
     """
     try:
         return optuna.storages.RDBStorage(url)
@@ -222,17 +229,17 @@ def _names(storage: optuna.storages.RDBStorage) -> list[str]:
 
 @contextmanager
 def _readable_errors(what: str) -> Iterator[None]:
-    """A full disk, a broken file, a server that went away: UnusableEnvironmentError with the database's own words."""
+    """Raise UnusableEnvironmentError with the database's message: a full disk, a broken file, a server that is gone."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise UnusableEnvironmentError(
-            f"the ledger cannot be {what}: {_reason(error)}; what it holds is safe, and `autopeft resume` goes on"
+            f"the ledger cannot be {what}: {_reason(error)}; stored trials are safe, and `autopeft resume` continues"
         ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """The database's own words, under the layers of libraries."""
+    """Return the database's message from below the layers of libraries."""
     while getattr(error, "orig", None) is None and error.__cause__ is not None:
         error = error.__cause__
     return str(getattr(error, "orig", None) or error).splitlines()[0]
@@ -271,7 +278,7 @@ def _unpack(text: str) -> Any:
     return json.loads(zlib.decompress(base64.b85decode(text)))
 
 
-def _earlier(trial: Trial) -> dict[str, Any]:
+def _declared_prior(trial: Trial) -> dict[str, Any]:
     assert trial.measurement is not None
     return {
         "number": trial.number,
@@ -283,7 +290,7 @@ def _earlier(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _read_earlier(data: Mapping[str, Any]) -> Trial:
+def _read_prior(data: Mapping[str, Any]) -> Trial:
     declared = dict(data)
     measurement = Measurement(values=declared.pop("values"), std_err=declared.pop("std_err"))
     declared["candidate"] = Candidate.from_dict(declared["candidate"])

@@ -1,1 +1,1 @@
-"""MLflow: what is written, and when."""
+"""MLflow: the data that is written, and when."""

@@ -1,4 +1,4 @@
-"""What MLflow is told of a study: the params, metrics and tags of its runs, and a note on how to read them."""
+"""The data that MLflow gets of a study: params, metrics and tags of its runs, and a note on how to read them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autopeft.studies.analysis.snapshot import Snapshot, summary
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-# What MLflow accepts.
+# Limits of MLflow, in characters.
 MAX_PARAM, MAX_TAG, MAX_NAME = 6000, 8000, 250
 
 STUDY_ROLE = "study"
@@ -30,17 +30,19 @@ FRONT_FILTER = "tags.`autopeft.pareto` = 'true'"
 
 
 def now_ms() -> int:
+    """Return the current time as MLflow counts it, in milliseconds since 1970."""
     return round(1000 * time.time())
 
 
 def metric(name: str, value: float, at_ms: int, step: int = 0) -> Metric:
+    """Return a point of an MLflow metric, under a name that MLflow accepts."""
     from mlflow.entities import Metric
 
     return Metric(_name(name), float(value), at_ms, step)
 
 
 def run_name(trial: Trial, snapshot: Snapshot) -> str:
-    """``trial 7: lora 8 at attn.q attn.v, lr 0.002``"""
+    """Return the name of a trial's run, such as "trial 7: lora 8 at attn.q attn.v, lr 0.002"."""
     who = f"trial {trial.number}"
     if trial.of is not None:
         who += f" (trial {trial.of}, seed {trial.seed})"
@@ -50,7 +52,7 @@ def run_name(trial: Trial, snapshot: Snapshot) -> str:
 
 
 def trial_params(trial: Trial, snapshot: Snapshot) -> dict[str, str]:
-    """Every searched gene by its name, every training field, and the architecture in words."""
+    """Return every searched gene by its name, every training setting, and the architecture as text."""
     architecture = trial.candidate.architecture
     values = {
         "architecture": summary(trial, snapshot.backbone),
@@ -64,16 +66,16 @@ def trial_params(trial: Trial, snapshot: Snapshot) -> dict[str, str]:
 
 
 def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metric]:
-    """All that was measured, with its errors and spreads; the loss of each step; the rungs by their step.
+    """Return all measurements with standard errors and interquartile ranges, losses by step, and rungs by step.
 
-    Times count from `start_ms`, so that the same trial always gives the same points.
+    Times count from `start_ms`, so the same trial always gives the same points.
     """
     found = trial.measurement
     if found is None:
         return []
     prefixes = {objective.name: "obj" for objective in snapshot.objectives}
     values = {"time/wall_s": found.wall_s, "time/train_s": found.train_s}
-    if trial.state != "pruned":  # the values of a rung do not belong beside those of a full training
+    if trial.state != "pruned":  # values at a rung are not comparable with those of a full training
         for suffix, numbers in (("", found.values), ("_std_err", found.std_err), ("_iqr", found.spread)):
             for name, value in numbers.items():
                 values[f"{prefixes.get(name, 'metric')}/{name}{suffix}"] = value
@@ -90,7 +92,7 @@ def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metri
     for step, loss in enumerate(found.losses, start=1):
         points.append(metric("train/loss", loss, reached_ms(step / num_steps), step))
     for share, rung in found.rungs:
-        # In percent where the steps are not known.
+        # Without known steps, the step is in per cent.
         part = share / found.share
         step = round(part * (num_steps or 100))
         points += [metric(f"rung/{name}", value, reached_ms(part), step) for name, value in rung.items()]
@@ -98,7 +100,7 @@ def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metri
 
 
 def _routing(found: Measurement) -> dict[str, float]:
-    """Means over the sites with experts; what each of them did is in `routing.json`."""
+    """Return means over the sites with experts; `routing.json` has the data of each site."""
     routes = found.routes.values()
     if not routes:
         return {}
@@ -110,12 +112,12 @@ def _routing(found: Measurement) -> dict[str, float]:
 
 
 def study_tags(snapshot: Snapshot) -> dict[str, str]:
-    """What every run of a study carries."""
+    """Return the tags that every run of a study has."""
     return {"autopeft.study": snapshot.study, "autopeft.study_id": snapshot.study_id}
 
 
 def trial_tags(trial: Trial, snapshot: Snapshot, row: FrontRow | None) -> dict[str, str]:
-    """`row`: the candidate as the front's reports show it, if they do."""
+    """Return the tags of a trial's run. `row`: the candidate in the reports of the front; None if it is in none."""
     tags = {
         **study_tags(snapshot),
         "autopeft.trial": text(trial.number),
@@ -133,7 +135,7 @@ def trial_tags(trial: Trial, snapshot: Snapshot, row: FrontRow | None) -> dict[s
 
 
 def front_view(snapshot: Snapshot) -> tuple[str, str]:
-    """Key and contents of a view of MLflow's UI, such as its Share button makes: the front with its objectives."""
+    """Return key and content of a view of MLflow's UI, as its Share button makes one: the front and its objectives."""
     key = digest(["front", snapshot.study_id, [objective.name for objective in snapshot.objectives]])
     metrics = [f"obj/{objective.name}" for objective in snapshot.objectives] + [f"obj/{snapshot.quality}_std_err"]
     state = {
@@ -147,19 +149,19 @@ def front_view(snapshot: Snapshot) -> tuple[str, str]:
 
 
 def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> str:
-    """The description of the study's run, in Markdown."""
+    """Return the description of the study's run, in Markdown."""
     key, _ = front_view(snapshot)
     front = f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}&workflowType=machine_learning"
     lines = [
-        f"The runs below this one are the evaluations of the study **{snapshot.study}**.",
+        f"The child runs of this run are the evaluations of the study **{snapshot.study}**.",
         "",
-        f"[Show the Pareto front alone]({front}), or paste this into the search box of the experiment",
-        "and sort by a metric (sorted by date, runs are folded into this one):",
+        f"[Show only the Pareto front]({front}), or paste this filter into the search box of the experiment",
+        "and sort by a metric (sorted by date, child runs are hidden under this one):",
         "",
         f"    {FRONT_FILTER}",
         "",
-        "Charts show ten runs unless told otherwise. The front with its error bars is among the artifacts of this run,",
-        "in `pareto/front.html`.",
+        "MLflow's charts show ten runs by default. The front with error bars is an artifact of this run:",
+        "`pareto/front.html`.",
         "",
     ]
     for row in rows:
@@ -175,23 +177,24 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
         lines.append(f"| `obj/{objective.name}` | {about} |")
     lines += [
         "| `obj/..._std_err`, `..._iqr` | standard error, interquartile range |",
-        "| `metric/...` | what was measured besides |",
-        "| `test/...` | on the test split: finalists only |",
-        "| `train/loss`, `rung/...` | on the way, by step |",
-        "| `routing/...` | of mixtures, means over their sites; each of them in the run's `routing.json` |",
-        "| `hypervolume` | dominated by the search's trials up to this one, the step; corner as in the picture |",
-        "| `hypervolume_so_far` | the same, up to the corner known at the time: compare no two points |",
-        "| `surrogate/rank_correlation/...` | of the searcher's model with trials left out, if it has one |",
-        "| `autopeft.pareto` | on the front (true, false) |",
-        "| `autopeft.recommended` | the cheapest that the best cannot be told from |",
-        "| `autopeft.role` | search, baseline:..., finalist: `autopeft.of` trained with another seed, or control:...: "
-        "something plainer in place of its mixtures |",
+        "| `metric/...` | measurements that are not objectives |",
+        "| `test/...` | scores on the test split (finalists only) |",
+        "| `train/loss`, `rung/...` | training loss, and validation scores at the rungs; the step is a training step |",
+        "| `routing/...` | mixtures only: mean over the sites; `routing.json` of the run has every site |",
+        "| `hypervolume` | dominated by the search's trials up to the step, a trial number; the picture names the "
+        "reference point |",
+        "| `hypervolume_so_far` | the same with the reference point of that moment; points are not comparable |",
+        "| `surrogate/rank_correlation/...` | between the surrogate's predictions and values of held-out trials |",
+        "| `autopeft.pareto` | whether the candidate is on the front (true, false) |",
+        "| `autopeft.recommended` | the cheapest candidate that is not significantly worse than the best |",
+        "| `autopeft.role` | search; baseline:...; finalist: trial `autopeft.of` trained with another seed; "
+        "control:...: a matched baseline of the mixtures in trial `autopeft.of` |",
     ]
     return _cut("\n".join(lines), MAX_TAG)
 
 
 def environment() -> dict[str, Any]:
-    """What results may depend on. No paths and no names of hosts: it is made to be shared."""
+    """Return versions and hardware that results may depend on; no paths and host names, as it may be published."""
     import torch
 
     packages = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
@@ -207,7 +210,7 @@ def environment() -> dict[str, Any]:
 
 
 def text(value: Any) -> str:
-    """As people read it; the exact numbers are in `architecture.json`."""
+    """Format a value for readers; the exact numbers are in `architecture.json`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -219,10 +222,10 @@ def _number(row: FrontRow, name: str) -> str:
 
 
 def _name(name: str) -> str:
-    """MLflow takes letters, digits and ``_ - .`` and blanks, and reads the whole as a path."""
+    """Return a name that MLflow accepts: letters, digits, `_ - .` and blanks, read as a path."""
     parts = (re.sub(r"[^\w. -]", "_", part).strip(".") or "_" for part in name.split("/"))
     return "/".join(parts)[:MAX_NAME]
 
 
-def _cut(words: str, limit: int) -> str:
-    return words if len(words) <= limit else words[: limit - 1] + "…"
+def _cut(long: str, limit: int) -> str:
+    return long if len(long) <= limit else long[: limit - 1] + "…"

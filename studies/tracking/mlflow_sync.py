@@ -1,8 +1,8 @@
 """The MLflow report of a study: one experiment, a parent run per study, a child run per ended evaluation.
 
-MLflow is the report, never the study's memory. Every `sync` compares what a snapshot says with the runs that MLflow
-holds and writes the difference, so what could not be written is written later, by whichever process syncs next. One
-process at a time may sync a study.
+MLflow is a report; the study itself never reads it. Every `sync` compares a snapshot with the runs in MLflow and writes
+the difference, so a later sync, in any process, writes whatever an earlier one could not. Only one process may sync a
+study at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOGGER = logging.getLogger(__name__)
 #: The table of scored candidates, in a study's folder.
 SUBNETS = "subnets.csv"
 
-# MLflow takes 1000 of both together.
+# MLflow accepts 1000 of both together in a request.
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 900
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -44,22 +44,22 @@ STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "infeasible": "FINISHED"
 
 
 def absolute_uri(uri: str) -> str:
-    """`uri`, with the path of an SQLite file made absolute: a relative one is another file in another folder."""
+    """Return `uri` with the path of an SQLite file made absolute, so that it is the same file from every folder."""
     scheme, _, path = uri.partition(":///")
     return f"{scheme}:///{Path(path).absolute()}" if scheme == "sqlite" and path else uri
 
 
 def ui_command(uri: str) -> str:
-    """The command line that opens the report."""
+    """Return the command line that opens the report."""
     if uri.startswith("http"):
         return f"python -m webbrowser {shlex.quote(uri)}"
     return f"mlflow ui --backend-store-uri {shlex.quote(absolute_uri(uri))} --port 5000"
 
 
 class Tracker:
-    """Keeps the MLflow experiment `experiment` at `uri` in step with a study.
+    """Copies a study to the MLflow experiment `experiment` at `uri`.
 
-    `folder`: where artifacts go (in `mlartifacts`) unless a server keeps them.
+    `folder`: artifacts go to its subfolder `mlartifacts`, unless a server stores them.
     """
 
     def __init__(self, uri: str, experiment: str, folder: Path) -> None:
@@ -67,15 +67,15 @@ class Tracker:
         self.experiment = experiment
         self.folder = Path(folder).absolute()
         self._runs: _Runs | None = None
-        #: Not 0 while MLflow is out of reach.
+        #: Above 0 while MLflow cannot be reached.
         self._pause_s = 0.0
         self._retry_at = 0.0
 
     def sync(self, snapshot: Snapshot, *, final: bool = False) -> bool:
-        """Write what MLflow lacks of `snapshot`; whether that worked. Failures are logged, never raised.
+        """Write the parts of `snapshot` that MLflow lacks; return whether it worked. Failures are logged, never raised.
 
-        After a failure nothing is tried before a pause has passed, unless the sync is `final`. A final one looks
-        everything up afresh and ends the parent run; the next one that is not opens it again.
+        After a failure, the next attempt follows after a pause, unless the sync is `final`. A final sync looks up all
+        runs again and ends the parent run; a later sync that is not final reopens it.
         """
         if not final and time.monotonic() < self._retry_at:
             return False
@@ -88,18 +88,18 @@ class Tracker:
             self._retry_at = time.monotonic() + self._pause_s
             LOGGER.log(
                 level,
-                "MLflow is out of reach (%s): the study goes on; what was missed is written later",
+                "MLflow cannot be reached (%s): the study continues, and the missing data will be written later",
                 _reason(error),
             )
             LOGGER.debug("while writing to %s", self.uri, exc_info=True)
             return False
         if self._pause_s:
-            LOGGER.info("MLflow is back; what was missed is written")
+            LOGGER.info("MLflow can be reached again; the missing data has been written")
         self._pause_s, self._retry_at = 0.0, 0.0
         return True
 
     def _sync(self, snapshot: Snapshot, final: bool) -> None:
-        # Whether anybody answers shows soon; after that there is time for long requests.
+        # A short timeout to find out whether the server answers, then a long one for large requests.
         with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="3", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
             client, experiment_id = self._connect()
         with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1"):
@@ -108,12 +108,13 @@ class Tracker:
                 runs = _Runs.find(client, experiment_id, snapshot)
                 self._write_subnets(runs)
             runs.write(snapshot, final)
-        # Known again only now: how far a sync came that broke off, the next one looks up.
+        # Assigned last: after a sync that failed midway, the next one looks up what MLflow has.
         self._runs = runs
 
     def _write_subnets(self, runs: _Runs) -> None:
-        """The scores of candidates that were never trained, if there are such: as runs they would be too many. The last
-        sync has the whole table.
+        """Write the table of proxy scores, if the study has one.
+
+        Scored candidates are too many for a run each. The final sync writes the complete table.
         """
         table = self.folder / SUBNETS
         if table.is_file():
@@ -128,26 +129,26 @@ class Tracker:
         found = client.get_experiment_by_name(self.experiment)
         if found is not None:
             return client, found.experiment_id
-        # Without a server, MLflow would put artifacts into ./mlruns, a folder that breaks its own defaults.
+        # Without a server, MLflow would put artifacts into ./mlruns; that folder changes its own default store.
         location = None if self.uri.startswith("http") else (self.folder / "mlartifacts").as_uri()
-        # The UI opens an experiment of this kind on its table of runs.
+        # For an experiment of this kind the UI opens the table of runs.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         return client, client.create_experiment(self.experiment, artifact_location=location, tags=tags)
 
 
 @dataclass(slots=True)
-class _Run:
-    """What MLflow holds of one run."""
+class _TrackedRun:
+    """The state of one run in MLflow."""
 
     id: str
     start_ms: int
     running: bool
     tags: dict[str, str]
-    #: The latest values.
+    #: The latest value of each metric.
     metrics: dict[str, float]
 
     @classmethod
-    def of(cls, run: Run) -> _Run:
+    def of(cls, run: Run) -> _TrackedRun:
         return cls(
             id=run.info.run_id,
             start_ms=run.info.start_time,
@@ -158,9 +159,11 @@ class _Run:
 
 
 class _Runs:
-    """The runs of one study. A child whose status is RUNNING has not been written to its end."""
+    """The runs of one study. A child whose status is RUNNING has not been written completely."""
 
-    def __init__(self, client: MlflowClient, experiment_id: str, parent: _Run, children: dict[int, _Run]) -> None:
+    def __init__(
+        self, client: MlflowClient, experiment_id: str, parent: _TrackedRun, children: dict[int, _TrackedRun]
+    ) -> None:
         self.client = client
         self.experiment_id = experiment_id
         self.parent = parent
@@ -169,7 +172,7 @@ class _Runs:
     @classmethod
     def find(cls, client: MlflowClient, experiment_id: str, snapshot: Snapshot) -> _Runs:
         """Look the runs up by their tags; create the parent if there is none."""
-        found: list[_Run] = []
+        found: list[_TrackedRun] = []
         token: str | None = ""
         while token is not None:
             page = client.search_runs(
@@ -178,21 +181,22 @@ class _Runs:
                 max_results=1000,
                 page_token=token or None,
             )
-            found += map(_Run.of, page)
+            found += map(_TrackedRun.of, page)
             token = page.token or None
         children = {int(run.tags["autopeft.trial"]): run for run in found if "autopeft.trial" in run.tags}
         parent = next((run for run in found if run.tags.get("autopeft.role") == mlflow_payload.STUDY_ROLE), None)
         if parent is None:
             key, view = mlflow_payload.front_view(snapshot)
             client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", view)
-            # Children that were missed until now began before this moment.
+            # Children that are written later started before this moment.
             before_s = max((t.measurement.wall_s for t in snapshot.ended if t.measurement), default=0.0)
             start_ms = mlflow_payload.now_ms() - round(1000 * before_s)
             tags = {**mlflow_payload.study_tags(snapshot), "autopeft.role": mlflow_payload.STUDY_ROLE}
-            parent = _Run.of(client.create_run(experiment_id, start_ms, tags, snapshot.study))
+            parent = _TrackedRun.of(client.create_run(experiment_id, start_ms, tags, snapshot.study))
         return cls(client, experiment_id, parent, children)
 
     def write(self, snapshot: Snapshot, final: bool) -> None:
+        """Write the difference between `snapshot` and these runs."""
         rows = snapshot.rows()
         by_trial = {row.trial: row for row in rows}
         for trial in snapshot.ended:
@@ -205,10 +209,10 @@ class _Runs:
         run = self.children.get(trial.number)
         if run is None:
             start_ms, name = mlflow_payload.now_ms() - wall_ms, mlflow_payload.run_name(trial, snapshot)
-            run = _Run.of(self.client.create_run(self.experiment_id, start_ms, dict(tags), name))
+            run = _TrackedRun.of(self.client.create_run(self.experiment_id, start_ms, dict(tags), name))
             self.children[trial.number] = run
         if run.running:
-            # Times count from the start that MLflow holds: to write it all a second time changes nothing.
+            # Times count from the start in MLflow, so writing everything a second time changes nothing.
             metrics = mlflow_payload.trial_metrics(trial, snapshot, run.start_ms)
             self._log(run, mlflow_payload.trial_params(trial, snapshot), metrics)
             self.client.log_dict(run.id, trial.candidate.to_dict(), "architecture.json")
@@ -223,7 +227,7 @@ class _Runs:
         points = [*self._counts(snapshot, rows), *self._hypervolume(snapshot, final), *self._surrogate(snapshot)]
         points += self._audit(snapshot)
         self._log(run, {}, points)
-        # With the numbers: a front of the same members moves when they are trained again.
+        # The digest includes the values: they change when members of the front are trained again.
         front = digest(front_data(snapshot))
         if final or run.tags.get("autopeft.front") != front:
             self._write_artifacts(snapshot)
@@ -244,7 +248,7 @@ class _Runs:
         run.running = not final
 
     def _counts(self, snapshot: Snapshot, rows: Sequence[FrontRow]) -> list[Metric]:
-        """Those that have changed; step: the number of ended evaluations."""
+        """Return the counts that have changed; step: the number of ended evaluations."""
         values = {f"trials/{state}": float(count) for state, count in state_counts(snapshot.ended).items()}
         values["front_size"] = float(sum(row.on_front for row in rows))
         searched = [trial for trial in snapshot.search_trials if trial.state != "running"]
@@ -257,50 +261,59 @@ class _Runs:
         return [mlflow_payload.metric(name, value, at_ms, step) for name, value in changed.items()]
 
     def _hypervolume(self, snapshot: Snapshot, final: bool) -> list[Metric]:
-        """The points that MLflow lacks; step: the number of the trial.
+        """Return the points that MLflow lacks; step: the number of the trial.
 
-        MLflow never forgets a point, but as long as the corner moves with the trials, those of different syncs
-        cannot be compared. They go under a name of their own; the curve up to one corner is written at the end.
+        MLflow never deletes a point, and points of different syncs are not comparable while the reference point moves
+        with the trials. They get a name of their own; the final sync writes the curve for one reference point.
         """
         fixed = final or all(objective.reference is not None for objective in snapshot.objectives)
         name = "hypervolume" if fixed else "hypervolume_so_far"
         ended = takewhile(lambda trial: trial.state != "running", snapshot.search_trials)
-        known = {point.step for point in self.client.get_metric_history(self.parent.id, name)}
+        written = self._written(name)
         points = zip(ended, snapshot.hypervolume(), strict=False)
         at_ms = mlflow_payload.now_ms()
-        return [mlflow_payload.metric(name, v, at_ms, trial.number) for trial, v in points if trial.number not in known]
+        return [
+            mlflow_payload.metric(name, value, at_ms, trial.number)
+            for trial, value in points
+            if trial.number not in written
+        ]
 
     def _surrogate(self, snapshot: Snapshot) -> list[Metric]:
-        """What a searcher tells of its model, as far as MLflow lacks it; step: the number of the trial."""
-        told = [found for found in diagnostics(snapshot.trials) if found.rank_correlation]
+        """Return the surrogate's rank correlations that MLflow lacks; step: the number of the trial."""
+        reported = [found for found in diagnostics(snapshot.trials) if found.rank_correlation]
         points, at_ms = [], mlflow_payload.now_ms()
-        for metric in dict.fromkeys(metric for found in told for metric in found.rank_correlation):
+        for metric in dict.fromkeys(metric for found in reported for metric in found.rank_correlation):
             name = f"surrogate/rank_correlation/{metric}"
-            known = {point.step for point in self.client.get_metric_history(self.parent.id, name)}
+            written = self._written(name)
             points += [
                 mlflow_payload.metric(name, found.rank_correlation[metric], at_ms, found.trial)
-                for found in told
-                if metric in found.rank_correlation and found.trial not in known
+                for found in reported
+                if metric in found.rank_correlation and found.trial not in written
             ]
         return points
 
     def _audit(self, snapshot: Snapshot) -> list[Metric]:
-        """What the audit of a proxy has found, again whenever it has seen more trainings; step: the number of the first
-        trial that came with it.
+        """Return the audits of a proxy that MLflow lacks, one for each number of trainings that an audit has used.
+
+        Step: the number of the first trial that reports the audit.
         """
-        told: dict[int, Diagnostics] = {}
+        audits: dict[int, Diagnostics] = {}
         for found in diagnostics(snapshot.trials):
             if found.audit:
-                told.setdefault(found.audit["num"], found)
-        known = {point.step for point in self.client.get_metric_history(self.parent.id, "audit/tau")} if told else set()
+                audits.setdefault(found.audit["num"], found)
+        written = self._written("audit/tau") if audits else set()
         at_ms = mlflow_payload.now_ms()
         points = []
-        for found in told.values():
-            if found.trial not in known:
+        for found in audits.values():
+            if found.trial not in written:
                 values = {"tau": found.audit["tau"], "top_tau": found.audit["top_tau"]}
                 values |= {f"regret_at_{k}": value for k, value in found.audit["regret"].items()}
                 points += [mlflow_payload.metric(f"audit/{name}", v, at_ms, found.trial) for name, v in values.items()]
         return points
+
+    def _written(self, name: str) -> set[int]:
+        """Return the steps of a metric of the parent run that MLflow has."""
+        return {point.step for point in self.client.get_metric_history(self.parent.id, name)}
 
     def _write_artifacts(self, snapshot: Snapshot) -> None:
         with TemporaryDirectory() as folder:
@@ -311,7 +324,7 @@ class _Runs:
         self.client.log_text(self.parent.id, snapshot.settings, "study.yaml")
         self.client.log_dict(self.parent.id, mlflow_payload.environment(), "environment.json")
 
-    def _log(self, run: _Run, params: Mapping[str, str], metrics: Sequence[Metric]) -> None:
+    def _log(self, run: _TrackedRun, params: Mapping[str, str], metrics: Sequence[Metric]) -> None:
         from mlflow.entities import Param
 
         rows = [Param(name, value) for name, value in params.items()]
@@ -319,8 +332,8 @@ class _Runs:
             self.client.log_batch(run.id, metrics[:METRICS_PER_BATCH], rows[:PARAMS_PER_BATCH])
             rows, metrics = rows[PARAMS_PER_BATCH:], metrics[METRICS_PER_BATCH:]
 
-    def _tag(self, run: _Run, tags: Mapping[str, str]) -> None:
-        """Write those that have changed."""
+    def _tag(self, run: _TrackedRun, tags: Mapping[str, str]) -> None:
+        """Write the tags that have changed."""
         from mlflow.entities import RunTag
 
         changed = {name: value for name, value in tags.items() if run.tags.get(name) != value}
@@ -330,7 +343,7 @@ class _Runs:
 
 
 def _check_database(uri: str) -> None:
-    """Raise at once if the database cannot be opened: MLflow itself would try for almost two minutes."""
+    """Raise at once if the database cannot be opened, which MLflow would try for almost two minutes."""
     import sqlalchemy
 
     url = sqlalchemy.make_url(uri)
@@ -344,7 +357,7 @@ def _check_database(uri: str) -> None:
 
 @contextmanager
 def _mlflow_settings() -> Iterator[None]:
-    """No reports to its makers, nothing on stdout, and errors only as the exceptions that they are."""
+    """Keep MLflow from sending telemetry, printing to stdout and logging errors that it also raises."""
     with _environment(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true"):
         import mlflow  # noqa: F401  (it sets the level of its logger as it is imported)
 
@@ -359,7 +372,7 @@ def _mlflow_settings() -> Iterator[None]:
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Environment variables for a while. What the user has set stays as it is."""
+    """Set environment variables inside the block, except those that the user has set."""
     mine = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(mine)
     try:
@@ -370,7 +383,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what was wrong in the first place; MLflow wraps it in pages of text."""
+    """Return the first line of the innermost error, which MLflow wraps in pages of text."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     lines = str(error).strip().splitlines()

@@ -29,7 +29,7 @@ from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.runtime.bank import Bank
 from autopeft.searchers.bo.encoding import Encoding
 from autopeft.studies.config.loading import load_study
-from autopeft.studies.exporters import EXPORTERS, Fit
+from autopeft.studies.exporters import EXPORTERS, Assessment
 from autopeft.studies.recipes.recipe import Recipe
 
 from ..search_space.test_given import given_study, lora_in, mixture_of, placed
@@ -449,7 +449,7 @@ def from_peft(recipe: Recipe, folder: Path) -> Tensor:
 def test_an_export_is_the_x_lora_of_peft(tmp_path: Path) -> None:
     recipe = given_recipe(tmp_path, "llama", ["q_proj", "o_proj", "down_proj"], ("mlp.down", "attn.o", "attn.q"))
     state, wanted = trained(recipe)
-    assert EXPORTERS["peft"].export(recipe, state, tmp_path / "out") == Fit("exact")
+    assert EXPORTERS["peft"].export(recipe, state, tmp_path / "out") == Assessment("exact")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "XLORA"
     moved_to = (tmp_path / "out").rename(tmp_path / "elsewhere")
     torch.testing.assert_close(from_peft(recipe, moved_to), wanted, atol=1e-5, rtol=1e-5)
@@ -474,7 +474,7 @@ def test_what_x_lora_does_not_hold_is_averaged(tmp_path: Path) -> None:
         assert "without routing by" in fit.lost[0]
     assert EXPORTERS["merged"].assess(recipe).level == "approximate"
     half = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"dtype": "bfloat16"})})
-    assert EXPORTERS["peft"].assess(half).lost == ("backbone dtype bfloat16: peft's classifier computes in it",)
+    assert EXPORTERS["peft"].assess(half).lost == ("backbone dtype bfloat16: peft's classifier computes in that dtype",)
 
 
 def test_models_that_peft_does_not_load_it_into_are_averaged(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_mlflow_out_of_reach(cli, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     path = save_study(tmp_path, tracking={"enabled": True, "uri": "http://127.0.0.1:9"}, **SHORT)
     code, errors, snapshot = run_tiny(cli, path, "--set", "search.trials=2")
     assert code == 0
-    assert "MLflow is out of reach" in errors + caplog.text
+    assert "MLflow cannot be reached" in errors + caplog.text
     uri = f"sqlite:///{tmp_path / 'late.db'}"
     assert Tracker(uri, "late", tmp_path).sync(snapshot, final=True)
     client = MlflowClient(uri)

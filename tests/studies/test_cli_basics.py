@@ -90,7 +90,7 @@ def test_usage_errors(run, arguments):
         (NoFeasibleCandidateError("none"), 3, "none\n"),
         (UnusableEnvironmentError("no GPU"), 4, "no GPU\n"),
         (ModuleNotFoundError("No module", name="vllm"), 4, "the package vllm is missing; `autopeft doctor`"),
-        (RuntimeError("bug"), 1, "RuntimeError: bug\n(AUTOPEFT_DEBUG=1 shows where)\n"),
+        (RuntimeError("bug"), 1, "RuntimeError: bug\n(AUTOPEFT_DEBUG=1 prints the traceback)\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -131,7 +131,7 @@ def test_every_preset_of_init_runs_as_it_is(tmp_path, run, preset):
 
 def test_init_suggests_a_preset(tmp_path, run):
     code, _, err = run("init", tmp_path / "first", "--preset", "autopef")
-    assert (code, err) == (2, "--preset autopef: no such study; did you mean 'autopeft'?\n")
+    assert (code, err) == (2, "--preset autopef: unknown preset; did you mean 'autopeft'?\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -139,7 +139,7 @@ def test_init_does_not_overwrite(study, run):
     study.write_text("mine")
     code, _, err = run("init", study.parent)
     assert (code, study.read_text()) == (2, "mine")
-    assert err == f"{study} exists already; nothing was written\n"
+    assert err == f"{study} already exists; nothing was written\n"
 
 
 @pytest.mark.parametrize("name", ["a study", "_x", "a.b"])
@@ -251,8 +251,8 @@ def test_doctor_names_what_fails(run, monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: requirements)
     code, out, err = run("doctor")
     assert code == 4
-    assert err == "not usable as it is: pydantic, no-such-package\n"
-    assert "needed: >=99" in out
+    assert err == "this installation is not usable: pydantic, no-such-package\n"
+    assert "required: >=99" in out
     assert "other" not in out
 
 

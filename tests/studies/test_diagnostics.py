@@ -49,12 +49,12 @@ def test_the_trials_that_tell_something() -> None:
     assert last.to_dict() == {"trial": 2, **TOLD}
     assert list(last.lines()) == [
         ("phase", "evolution (trial 2): no better than chance"),
-        ("surrogate", "rank correlation with trials left out: accuracy 0.12, num_params 1.00"),
+        ("surrogate", "rank correlation with held-out trials: accuracy 0.12, num_params 1.00"),
         (
             "audit",
-            "scores against 8 trainings: Kendall's tau 0.50 (0.10 to 0.80), better half 0.25 (-0.30 to 0.70)",
+            "proxy scores against 8 trainings: Kendall's tau 0.50 (0.10 to 0.80), better half 0.25 (-0.30 to 0.70)",
         ),
-        ("matters", "for accuracy: a 50%, b 25%, c 25%"),
+        ("relevance", "for accuracy: a 50%, b 25%, c 25%"),
     ]
 
 
@@ -88,4 +88,4 @@ def test_status_shows_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     last = max(t.number for t in found.trials if t.searcher_state)
     assert json.loads(status("--json"))["diagnostics"] == {"trial": last, **TOLD}
     assert f"phase        evolution (trial {last}): no better than chance" in status()
-    assert "matters      for accuracy: a 50%, b 25%, c 25%" in status()
+    assert "relevance    for accuracy: a 50%, b 25%, c 25%" in status()

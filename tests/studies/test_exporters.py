@@ -38,7 +38,7 @@ from autopeft.search_space.adapters import (
 )
 from autopeft.search_space.routers import ROUTERS
 from autopeft.studies.errors import UserError
-from autopeft.studies.exporters import EXPORTERS, ExportError, Fit, native, trl_script
+from autopeft.studies.exporters import EXPORTERS, Assessment, ExportError, native, trl_script
 from autopeft.studies.exporters import axolotl as axolotl_target
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipes.recipe import Averaged, Recipe
@@ -208,7 +208,7 @@ def test_peft_has_one_rank_of_vera_and_one_key(models: Folders, tmp_path: Path) 
     state, wanted = trained(recipe)
     assert not any(name.endswith(("/A", "/B")) for name in state), "they follow from the recipe"
     fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
-    assert fit.lost == ("layers.2.mlp.up vera: rank 2 becomes 3 (one for all; training alone)",)
+    assert fit.lost == ("layers.2.mlp.up vera: rank 2 becomes 3, one for all sites (affects training alone)",)
     assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
     EXPORTERS["native"].export(recipe, state, tmp_path / "native")
     model, attachment = native.load(tmp_path / "native")
@@ -216,7 +216,7 @@ def test_peft_has_one_rank_of_vera_and_one_key(models: Folders, tmp_path: Path) 
         assert torch.equal(logits(model), wanted)
     keys = make_recipe("bert", models["bert"], {**ranks, "layers.4.attn.q": Vera(projection_key=1)})
     assert EXPORTERS["peft"].assess(keys).lost == (
-        "layers.1.attn.q vera: one file holds one pair of matrices, here there are 2",
+        "layers.1.attn.q vera: one file holds one pair of projections, here there are 2",
     )
 
 
@@ -225,14 +225,16 @@ def test_peft_has_one_rank_of_shira_and_no_scale(models: Folders, tmp_path: Path
     recipe = make_recipe("bert", models["bert"], placement)
     state, wanted = trained(recipe)
     fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
-    assert fit.lost == ("layers.1.attn.q shira: scale 0.5 becomes part of the values (training alone)",)
+    assert fit.lost == ("layers.1.attn.q shira: scale 0.5 becomes part of the values (affects training alone)",)
     assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
     EXPORTERS["native"].export(recipe, state, tmp_path / "native")
     model, attachment = native.load(tmp_path / "native")
     with attachment:
         assert torch.equal(logits(model), wanted)
     other = make_recipe("bert", models["bert"], {**placement, "layers.4.attn.q": Shira(rank=2)})
-    assert EXPORTERS["peft"].assess(other).lost == ("layers.4.attn.q shira: rank 2, and peft has one for all, here 3",)
+    assert EXPORTERS["peft"].assess(other).lost == (
+        "layers.4.attn.q shira: rank 2, but peft has one rank for all, here 3",
+    )
 
 
 @pytest.mark.parametrize("spec", [Vera(rank=4, projection_key=3), Shira(rank=2)], ids=lambda spec: spec.kind)
@@ -244,7 +246,7 @@ def test_script_declares_what_peft_has(models: Folders, spec: AdapterSpec) -> No
     decayed = recipe.model_copy(update={"training": replace(recipe.training, weight_decay=0.1)})
     lost = EXPORTERS["trl-script"].assess(decayed).lost
     assert len(lost) == 2
-    assert all("weight_decay 0.1 falls on its v" in line for line in lost)
+    assert all("weight_decay 0.1 also applies to its v" in line for line in lost)
 
 
 def test_peft_loses_what_it_has_once(models: Folders, tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_unsupported_is_refused_even_when_loss_is_allowed(models: Folders, tmp_p
     with pytest.raises(ExportError) as caught:
         EXPORTERS["peft"].export(recipe, trained(recipe)[0], tmp_path / "out", allow_lossy=True)
     assert "layers.0.attn.q lora: a second adapter" in str(caught.value)
-    assert "layers.1.attn.k ia3: one file holds one type" in str(caught.value)
+    assert "layers.1.attn.k ia3: one file holds one adapter type" in str(caught.value)
     assert isinstance(caught.value, UserError)
 
 
@@ -317,7 +319,7 @@ def rebuilt(target: str, recipe: Recipe, folder: Path) -> Tensor:
 def test_experts_without_a_router_are_one_lora(models: Folders, tmp_path: Path, target: str, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     state, wanted = trained(recipe)
-    assert EXPORTERS[target].export(recipe, state, tmp_path / "out") == Fit("exact")
+    assert EXPORTERS[target].export(recipe, state, tmp_path / "out") == Assessment("exact")
     assert_close(rebuilt(target, recipe, tmp_path / "out"), wanted)
     assert Recipe.load(tmp_path / "out" / "recipe.yaml") == recipe, "how it is trained has not changed"
 
@@ -351,7 +353,7 @@ def test_routed_experts_are_one_lora_without_the_routing(
     assert not list(tmp_path.iterdir())
 
     fit = EXPORTERS[target].export(recipe, state, tmp_path / "out", allow_lossy=True)
-    assert fit == Fit("approximate", (line,))
+    assert fit == Assessment("approximate", (line,))
     found = rebuilt(target, recipe, tmp_path / "out")
     assert_close(found, trained(recipe, averaged=True)[1])
     assert not torch.allclose(found, as_routed, atol=1e-4)
@@ -361,7 +363,7 @@ def test_what_was_not_measured_has_no_price(models: Folders) -> None:
     recipe = make_recipe("bert", models["bert"], {"layers.1.attn.q": Mixture()})
     (line,) = EXPORTERS["peft"].assess(recipe).lost
     assert line.startswith("layers.1.attn.q mixture: ")
-    assert line.endswith("what that costs was not measured (it is for finalists)")
+    assert line.endswith("the cost of this was not measured (studies measure it for finalists)")
 
 
 @pytest.mark.parametrize("target", ["peft", "merged"])
@@ -372,12 +374,12 @@ def test_other_mixtures_are_no_plain_adapter(models: Folders, target: str) -> No
         "layers.3.attn.q": [UNIFORM, Lora()],
         "layers.4.attn.q": UNIFORM,
     }
-    assert EXPORTERS[target].assess(make_recipe("bert", models["bert"], placement)) == Fit(
+    assert EXPORTERS[target].assess(make_recipe("bert", models["bert"], placement)) == Assessment(
         "unsupported",
         (
-            "layers.1.attn.k mixture: experts of kind ia3 are not one adapter together, as those of lora",
-            "layers.2.attn.q mixture: experts of kind dora are not one adapter together, as those of lora",
-            "layers.3.attn.q mixture: would be a second LoRA at one module",
+            "layers.1.attn.k mixture: experts of type ia3 do not combine into one adapter, as LoRAs do",
+            "layers.2.attn.q mixture: experts of type dora do not combine into one adapter, as LoRAs do",
+            "layers.3.attn.q mixture: would become a second LoRA on one module",
         ),
     )
 
@@ -385,14 +387,14 @@ def test_other_mixtures_are_no_plain_adapter(models: Folders, target: str) -> No
 def test_averaged_experts_keep_to_the_rules_of_the_format(models: Folders) -> None:
     beside = {"layers.1.attn.k": Ia3(), "layers.1.attn.q": UNIFORM, "layers.2.attn.q": UNIFORM}
     fit = EXPORTERS["peft"].assess(make_recipe("bert", models["bert"], beside))
-    assert fit == Fit("unsupported", ("layers.1.attn.k ia3: one file holds one type, here lora",))
+    assert fit == Assessment("unsupported", ("layers.1.attn.k ia3: one file holds one adapter type, here lora",))
 
 
 @pytest.mark.parametrize("target", ["trl-script", "axolotl"])
 def test_what_trains_has_no_mixtures(models: Folders, target: str) -> None:
     fit = EXPORTERS[target].assess(make_recipe("gpt2", models["gpt2"], {"layers.1.attn.qkv": UNIFORM}))
     assert fit.level == UNSUPPORTED
-    assert fit.lost[0].startswith("layers.1.attn.qkv mixture: peft trains no experts with a router")
+    assert fit.lost[0].startswith("layers.1.attn.qkv mixture: peft cannot train routed experts")
 
 
 # native
@@ -410,7 +412,7 @@ def test_native_rebuilds_mixtures(models: Folders, tmp_path: Path, family: str) 
     }
     recipe = make_recipe(family, models[family], placement)
     state, wanted = trained(recipe)
-    assert EXPORTERS["native"].export(recipe, state, tmp_path / "out") == Fit("exact")
+    assert EXPORTERS["native"].export(recipe, state, tmp_path / "out") == Assessment("exact")
     model, attachment = native.load(tmp_path / "out")
     assert_close(logits(model), wanted)
     assert attachment.num_adapter_params() == recipe.num_adapter_params
@@ -469,14 +471,14 @@ MERGED_CASES = {
 def test_merged_is_a_plain_model(models: Folders, tmp_path: Path, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     state, wanted = trained(recipe)
-    assert EXPORTERS["merged"].export(recipe, state, tmp_path / "out") == Fit("exact")
+    assert EXPORTERS["merged"].export(recipe, state, tmp_path / "out") == Assessment("exact")
     assert_close(logits(plain_model(recipe, tmp_path / "out")), wanted)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"]) == 3
 
 
 def test_merged_refuses_what_a_plain_model_would_drop(models: Folders) -> None:
     fit = EXPORTERS["merged"].assess(make_recipe("llama", models["llama"], {"layers.1.mlp.up": Ssf()}))
-    assert fit == Fit("unsupported", ("layers.1.mlp.up ssf: needs a bias, and the plain llama has none",))
+    assert fit == Assessment("unsupported", ("layers.1.mlp.up ssf: needs a bias, and the plain llama has none",))
 
 
 def test_merged_says_that_half_precision_rounds(models: Folders) -> None:

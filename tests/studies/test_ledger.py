@@ -11,7 +11,7 @@ from autopeft.search_space import Backbone, Choice, Float, Measurement, Objectiv
 from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.problem import Trial
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
-from autopeft.studies.storage.ledger import About, Ledger
+from autopeft.studies.storage.ledger import Ledger, StudyRecord
 
 OBJECTIVES = (Objective.of("accuracy"), Objective.of("num_params"))
 
@@ -43,8 +43,8 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'ledger.db'}"
 
 
-def about(**fingerprint: object) -> About:
-    return About(
+def record(**fingerprint: object) -> StudyRecord:
+    return StudyRecord(
         objectives=OBJECTIVES,
         backbone=backbone(),
         labels=("a", "b"),
@@ -76,14 +76,14 @@ def test_trials_of_an_earlier_study_come_back(problem: Problem, url: str) -> Non
     trial = Trial(number=7, role="search", candidate=problem.space.decode(genes), genes=genes, state="complete",
                   measurement=small)  # fmt: skip
     whole = replace(trial, measurement=MEASUREMENT, searcher_state={"x": 1}, seed=3)
-    Ledger.create(url, "toy", replace(about(), earlier=[whole]))
-    assert Ledger.open(url, "toy").earlier == (trial,), "no more than a searcher reads"
-    Ledger.create(url, "other", about())
-    assert Ledger.open(url, "other").earlier == ()
+    Ledger.create(url, "toy", replace(record(), prior_trials=[whole]))
+    assert Ledger.open(url, "toy").prior_trials == (trial,), "no more than a searcher reads"
+    Ledger.create(url, "other", record())
+    assert Ledger.open(url, "other").prior_trials == ()
 
 
 def test_a_trial_comes_back_whole(problem: Problem, url: str) -> None:
-    ledger = Ledger.create(url, "toy", about())
+    ledger = Ledger.create(url, "toy", record())
     trial = begin(ledger, problem, seed=3, searcher_state={"nsga2:generation": 1})
     ended = replace(trial, state="complete", measurement=MEASUREMENT, violation=-0.5)
     ledger.finish(ended, OBJECTIVES)
@@ -96,9 +96,9 @@ def test_a_trial_comes_back_whole(problem: Problem, url: str) -> None:
 
 
 def test_domains_are_kept_and_old_ledgers_have_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    Ledger.create(url, "toy", replace(about(), domains=("2", "10")))
+    Ledger.create(url, "toy", replace(record(), domains=("2", "10")))
     assert Ledger.open(url, "toy").domains == ("2", "10")
-    Ledger.create(url, "without", about())
+    Ledger.create(url, "without", record())
     assert Ledger.open(url, "without").domains is None
     monkeypatch.setattr("autopeft.studies.storage.ledger.DOMAINS", "what no ledger has")
     assert Ledger.open(url, "toy").domains is None
@@ -106,7 +106,7 @@ def test_domains_are_kept_and_old_ledgers_have_none(url: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("state", ["failed", "infeasible"])
 def test_an_ended_trial_without_values(state: str, problem: Problem, url: str) -> None:
-    ledger = Ledger.create(url, "toy", about())
+    ledger = Ledger.create(url, "toy", record())
     ended = replace(begin(ledger, problem), state=state, error="why", violation=1.0)
     ledger.finish(ended, OBJECTIVES)
     ledger.finish(ended, OBJECTIVES)  # repeating does no harm
@@ -115,7 +115,7 @@ def test_an_ended_trial_without_values(state: str, problem: Problem, url: str) -
 
 
 def test_unfinished_trials_are_found_and_half_closed_ones_closed(problem: Problem, url: str) -> None:
-    ledger = Ledger.create(url, "toy", about())
+    ledger = Ledger.create(url, "toy", record())
     running, written = begin(ledger, problem), begin(ledger, problem)
     # As a kill between the two steps of `finish` leaves it.
     ended = replace(written, state="complete", measurement=MEASUREMENT, violation=-1.0)
@@ -129,9 +129,9 @@ def test_unfinished_trials_are_found_and_half_closed_ones_closed(problem: Proble
 
 
 def test_a_study_is_made_once(url: str) -> None:
-    Ledger.create(url, "toy", about())
+    Ledger.create(url, "toy", record())
     with pytest.raises(ConfigurationError, match=r"already holds the study 'toy'.*resume"):
-        Ledger.create(url, "toy", about())
+        Ledger.create(url, "toy", record())
 
 
 def test_a_study_killed_while_it_was_made_is_made_anew(url: str) -> None:
@@ -140,11 +140,11 @@ def test_a_study_killed_while_it_was_made_is_made_anew(url: str) -> None:
     optuna.create_study(storage=url, study_name="toy", directions=["maximize", "minimize"])
     with pytest.raises(ConfigurationError, match="never started"):
         Ledger.open(url, "toy")
-    assert Ledger.create(url, "toy", about()).trials() == []
+    assert Ledger.create(url, "toy", record()).trials() == []
 
 
 def test_changed_settings_are_named(url: str) -> None:
-    Ledger.create(url, "toy", about(seed=0, model={"id": "a"}))
+    Ledger.create(url, "toy", record(seed=0, model={"id": "a"}))
     with pytest.raises(ConfigurationError) as error:
         Ledger.open(url, "toy", {"seed": 1, "model": {"id": "b"}})
     assert "seed: was 0, is 1" in str(error.value)
@@ -152,7 +152,7 @@ def test_changed_settings_are_named(url: str) -> None:
 
 
 def test_another_study(url: str) -> None:
-    Ledger.create(url, "toy", about())
+    Ledger.create(url, "toy", record())
     with pytest.raises(ConfigurationError, match=r"no study 'mine'.*'toy'"):
         Ledger.open(url, "mine")
     assert Ledger.names(url) == ["toy"]

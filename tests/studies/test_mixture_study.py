@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Snapshot]:
 
 def test_the_spread_between_seeds_is_pooled_over_all_adapters(finished: tuple[Path, Snapshot]) -> None:
     _, snapshot = finished
-    compared = [entry for own in snapshot.compared().values() for entry in own.values()]
+    compared = [entry for own in snapshot.matched_baselines().values() for entry in own.values()]
     assert compared
     left_out = ("baseline:head", "baseline:full")
     entries = [entry for entry in [*snapshot.entries(), *compared] if entry.trial.role not in left_out]
@@ -109,7 +109,7 @@ def test_what_is_printed_and_written(
         main(["pareto", str(path)])
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert "mixtures against what they are compared with" in out
+    assert "mixtures against their matched baselines" in out
     assert "against average" in out
     assert "busiest expert" in out
     files = write_report(snapshot, tmp_path)
@@ -117,7 +117,7 @@ def test_what_is_printed_and_written(
     told = json.loads((tmp_path / "routing.json").read_text())
     assert [verdict["trial"] for verdict in told] == [verdict.trial for verdict in verdicts(snapshot)]
     page = (tmp_path / "front.html").read_text()
-    assert "Mixtures against what they are compared with" in page
+    assert "Mixtures against their matched baselines" in page
     assert f"trial {told[0]['trial']} against average" in page
 
 

@@ -300,7 +300,7 @@ def test_validate_counts_them(earlier: Path, capsys: pytest.CaptureFixture) -> N
     from autopeft.studies.cli.app import main
 
     path = new_study(earlier)
-    for option, expected in (([], "prior  5 trials of ../old lie in this space"), (["--json"], '"earlier_trials": 5')):
+    for option, expected in (([], "prior  5 trials of ../old are in this space"), (["--json"], '"earlier_trials": 5')):
         with pytest.raises(SystemExit):
             main(["validate", str(path), *option])
         assert expected in capsys.readouterr().out

@@ -386,9 +386,9 @@ def check_out_of_reach(tracker: Tracker, caplog: pytest.LogCaptureFixture, reaso
     assert time.monotonic() - began < 3.5
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith("MLflow is out of reach (")
+    assert record.getMessage().startswith("MLflow cannot be reached (")
     assert reason in record.getMessage()
-    assert "the study goes on; what was missed is written later" in record.getMessage()
+    assert "the study continues, and the missing data will be written later" in record.getMessage()
 
 
 def test_a_server_that_is_not_there(store: Store, caplog: pytest.LogCaptureFixture) -> None:
