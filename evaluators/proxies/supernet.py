@@ -25,7 +25,7 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
-from autopeft.evaluators.tasks import Batch, Classification, model_inputs
+from autopeft.evaluators.tasks import Batch, model_inputs
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator, repeated
 from autopeft.evaluators.training.schedule import rate
@@ -58,7 +58,7 @@ class Supernet(Proxy):
     bank the subnets that have the lowest loss with it, the same number to each (Javan et al. 2023, "Balanced Mixture of
     SuperNets", as an assignment problem), and a score is the best over the banks. `distil`: the first subnet of a step
     learns from the labels and teaches the others its outputs (Yu et al. 2020, BigNAS, in-place distillation);
-    ValueError where the task is not classification.
+    ValueError where the task's logits are no distribution over labels.
     """
 
     name = "supernet"
@@ -76,8 +76,8 @@ class Supernet(Proxy):
         bank_of: BankOf = lambda architecture: 0,
         distil: bool = False,
     ) -> None:
-        if distil and not isinstance(evaluator.task, Classification):
-            raise ValueError("distillation works for classification alone")
+        if distil and not evaluator.task.distils:
+            raise ValueError("distillation works for classification alone, with one label per row")
         self.evaluator = evaluator
         self.training = training
         self.seed = seed

@@ -1,18 +1,21 @@
 """What a metric is, and the two ways in which a quality is computed of a split's columns.
 
-A column has one number per example: a task yields `loss`, `accuracy` and, for classes, `target` and `prediction`. A
-metric of quality is the mean of a column (`PerExample`), or a function of a whole set that is no mean of anything
-(`OverSet`). Either gives one contribution per example with the value as their mean, and everything behind (standard
-errors, paired differences, seeds) reads those alone.
+A column has one entry per example: a task yields `loss`, `accuracy` and, for classes, `target` and `prediction` or,
+where an example has any number of labels, `targets` and `predictions`. A metric of quality is the mean of a column
+(`PerExample`), or a function of a whole set that is no mean of anything (`OverSet`). Either gives one contribution per
+example with the value as their mean, and everything behind (standard errors, paired differences, seeds) reads those
+alone.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,9 +25,12 @@ if TYPE_CHECKING:
 
 #: "quality": found on held-out rows; "declared": analytic; "measured": by a clock or a counter.
 Source = Literal["quality", "declared", "measured"]
-Columns = Mapping[str, Sequence[float]]
+#: Per example a number, or for some columns a list with a number per label.
+Columns = Mapping[str, Sequence[Any]]
 #: The columns of a task with classes: indices of labels, in the order of the labels.
 TARGET, PREDICTION = "target", "prediction"
+#: The columns of a task with any number of labels per example: 1 or 0 for each label, in the order of the labels.
+TARGETS, PREDICTIONS = "targets", "predictions"
 
 
 class MetricError(ValueError):
@@ -45,16 +51,16 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality(Metric):
-    """A metric of quality. `needs`: columns that a task must yield; `tasks`: those that do, None for all of them."""
+    """A metric of quality. `expression`: how scikit-learn computes it, from `targets` and `predictions`, if it does."""
 
     source: Source = "quality"
-    tasks: tuple[str, ...] | None = None
+    expression: str = ""
     #: Decimals with which contributions are kept.
     digits: ClassVar[int] = 4
 
-    @property
     @abstractmethod
-    def needs(self) -> tuple[str, ...]: ...
+    def computable(self, columns: Collection[str]) -> bool:
+        """Whether these columns, which a task yields, are enough."""
 
     @abstractmethod
     def value(self, columns: Columns) -> float:
@@ -71,14 +77,16 @@ class Quality(Metric):
 class PerExample(Quality):
     """The mean of the column of its name."""
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.name,)
+    @override
+    def computable(self, columns: Collection[str]) -> bool:
+        return self.name in columns
 
+    @override
     def value(self, columns: Columns) -> float:
         column = columns[self.name]
         return sum(column) / len(column)
 
+    @override
     def contributions(self, columns: Columns) -> Sequence[float]:
         return columns[self.name]
 
@@ -98,32 +106,46 @@ class OverSet(Quality):
     makes it rough, as it makes any other interval.
     """
 
-    tasks: tuple[str, ...] | None = ("classification",)
+    #: Pairs of columns of which it can be computed.
+    forms: ClassVar[tuple[tuple[str, str], ...]] = ((TARGET, PREDICTION),)
     # Not as rough as those of a mean: there are few different ones, so rounding would not average out.
     digits: ClassVar[int] = 9
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (TARGET, PREDICTION)
+    @override
+    def computable(self, columns: Collection[str]) -> bool:
+        return any(set(form) <= set(columns) for form in self.forms)
 
     @abstractmethod
     def of(self, targets: Indices, predictions: Indices) -> float:
-        """The value of a set, from the indices of its labels, [N] each. Raises MetricError."""
+        """Return the value of a set. Raises MetricError.
 
+        targets, predictions: indices of labels, [N] each; in the form of `TARGETS` and `PREDICTIONS` 1 and 0 per label,
+        [N, C] each.
+        """
+
+    @override
     def value(self, columns: Columns) -> float:
-        return self.of(*_pairs(columns).T)
+        return self.of(*_arrays(self._pairs(columns)))
 
+    @override
     def contributions(self, columns: Columns) -> Sequence[float]:
         import numpy as np
 
-        pairs = _pairs(columns)
+        pairs = self._pairs(columns)
         n, value = len(pairs), self.value(columns)
         if n == 1:
             return [value]
         # The order does not matter, so examples with the same target and prediction leave the same set behind.
         _, first, kind = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-        without = np.array([self.of(*np.delete(pairs, i, axis=0).T) for i in first])[kind.reshape(-1)]
+        without = np.array([self.of(*_arrays(np.delete(pairs, i, axis=0))) for i in first])[kind.reshape(-1)]
         return (value + (n - 1) * (without.mean() - without)).tolist()
+
+    def _pairs(self, columns: Columns) -> Indices:
+        """Target and prediction of each example: [N, 2], or [N, 2, C]."""
+        import numpy as np
+
+        form = next(form for form in self.forms if set(form) <= columns.keys())
+        return np.stack([np.array(columns[name], dtype=float).astype(np.int64) for name in form], axis=1)
 
 
 def standard_error(column: Sequence[float]) -> float:
@@ -133,8 +155,6 @@ def standard_error(column: Sequence[float]) -> float:
     return math.sqrt(sum((x - mean) ** 2 for x in column) / max(1, n - 1) / n)
 
 
-def _pairs(columns: Columns) -> Indices:
-    """[N, 2]"""
-    import numpy as np
-
-    return np.array([columns[TARGET], columns[PREDICTION]], dtype=float).astype(np.int64).T
+def _arrays(pairs: Indices) -> tuple[Indices, Indices]:
+    """Targets and predictions, [N] or [N, C] each, from [N, 2] or [N, 2, C]."""
+    return pairs[:, 0], pairs[:, 1]

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from autopeft.search_space.metrics.base import OverSet
+from typing_extensions import override
+
+from autopeft.search_space.metrics.base import PREDICTIONS, TARGETS, OverSet
+
+if TYPE_CHECKING:
+    from autopeft.search_space.metrics.base import Indices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MacroF1(OverSet):
-    """As scikit-learn's `f1_score(average="macro", zero_division=0)`: over the classes that are among the targets or
-    the predictions; one that is never predicted, or never right, counts as 0.
+    """The mean F1 score, as scikit-learn's `f1_score(average="macro", zero_division=0)` computes it.
+
+    Of examples with one label: over the classes that are among the targets or the predictions; one that is never
+    predicted, or never right, counts as 0. Of examples with any number of labels: over all labels, and one without a
+    true positive counts as 0, even if no example has it and none is predicted.
     """
+
+    forms: ClassVar[tuple[tuple[str, str], ...]] = (*OverSet.forms, (TARGETS, PREDICTIONS))
 
     name: str = "macro-f1"
     unit: str = "share"
     maximise: bool = True
     bound: float | None = 1.0
+    expression: str = 'f1_score(targets, predictions, average="macro", zero_division=0)'
     summary: str = "F1 score of each class on the validation examples, averaged over the classes"
 
-    def of(self, targets, predictions):
+    @override
+    def of(self, targets: Indices, predictions: Indices) -> float:
         import numpy as np
 
+        if targets.ndim == 2:
+            named = (targets + predictions).sum(0)
+            return float(np.mean(2 * (targets * predictions).sum(0) / named.clip(1)))
         size = int(max(targets.max(), predictions.max())) + 1
         right = np.bincount(targets[targets == predictions], minlength=size)
         # Twice the true positives, the false positives and the false negatives.

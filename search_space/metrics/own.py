@@ -13,10 +13,15 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from autopeft.search_space.metrics.base import MetricError, OverSet
+from typing_extensions import override
+
+from autopeft.search_space.metrics.base import PREDICTIONS, TARGETS, MetricError, OverSet
 from autopeft.search_space.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from autopeft.search_space.metrics.base import Indices
 
 _PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
@@ -25,9 +30,12 @@ _PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 class Own(OverSet):
     """`place`: module:function. Nothing of it runs before `loaded`.
 
-    The function is called with two integer arrays of one length, the targets and the predictions of a set of examples
-    as indices of labels, and returns a finite number. The order of the examples must not matter to it.
+    The function is called with two integer arrays of one length, the targets and the predictions of a set of examples:
+    indices of labels, [N] each, or where examples have any number of labels 1 and 0 per label, [N, C] each. It returns
+    a finite number. The order of the examples must not matter to it.
     """
+
+    forms: ClassVar[tuple[tuple[str, str], ...]] = (*OverSet.forms, (TARGETS, PREDICTIONS))
 
     unit: str = ""
     maximise: bool = True
@@ -51,7 +59,8 @@ class Own(OverSet):
             raise MetricError(f"the module {module_name} has no function {name!r}{did_you_mean(name, known)}")
         return Own(name=self.name, summary=self.summary, maximise=self.maximise, place=self.place, function=found)
 
-    def of(self, targets, predictions):
+    @override
+    def of(self, targets: Indices, predictions: Indices) -> float:
         assert self.function is not None, "`loaded` comes first"
         try:
             # Copies: what a function does to its arguments is no matter of ours.

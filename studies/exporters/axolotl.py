@@ -31,7 +31,7 @@ class Axolotl(Exporter):
     needs_state = False
 
     def assess(self, recipe):
-        if recipe.task != "causal-lm":
+        if recipe.task_class.trainer != "SFTTrainer":
             return unsupported(f"task {recipe.task}: axolotl trains causal language models here")
         peft = plan(recipe)
         if peft.fit.level == "unsupported":

@@ -90,8 +90,7 @@ class Exporter(ABC):
             raise ExportError(_refusal(f"{self.name} would lose (--allow-lossy accepts that):", fit))
         if self.needs_state:
             _check_state(recipe, state)
-        from autopeft.evaluators.backbones import ModelError
-        from autopeft.evaluators.data.splits import DataError
+        from autopeft.evaluators.errors import DataError, ModelError
 
         folder = Path(folder)
         try:

@@ -40,7 +40,7 @@ class Merged(AveragingExporter):
         return approximate()
 
     def write_plain(self, recipe, state, folder):
-        from autopeft.evaluators.backbones import load_tokenizer
+        from autopeft.evaluators.backbones import load_processor
 
         model, attachment = attach(recipe, state)
         with attachment:
@@ -48,7 +48,8 @@ class Merged(AveragingExporter):
             with attachment.merged():
                 _check_equal(adapted, _logits(model), recipe)
                 model.save_pretrained(folder)
-        load_tokenizer(recipe.backbone.id, recipe.backbone.revision).save_pretrained(folder)
+        origin = recipe.backbone
+        load_processor(origin.id, recipe.task, origin.revision).save_pretrained(folder)
 
 
 def _logits(model: PreTrainedModel) -> Tensor:

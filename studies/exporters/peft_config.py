@@ -21,7 +21,6 @@ from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.base import Fit, approximate, unsupported
 from autopeft.studies.recipes.recipe import Recipe
 
-_TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 _LORA_INITS = {"kaiming": True, "gaussian": "gaussian"}
 # Families whose linears keep [D_in, D_out]; peft wants to be told.
 _TRANSPOSED_FAMILIES = ("gpt2",)
@@ -60,7 +59,7 @@ def plan(recipe: Recipe) -> PeftPlan:
         return PeftPlan(unsupported(*obstacles))
     config, own_arguments = _TYPES[placed[0][1].kind]
     arguments: dict[str, Any] = {
-        "task_type": _TASK_TYPES[recipe.task],
+        "task_type": recipe.task_class.peft_task_type,
         # Whole names: "layers.1.q" as the end of a name would also be the end of "other.layers.1.q".
         "target_modules": [site.module for site, _ in placed],
     }

@@ -11,7 +11,9 @@ import datasets
 import pandas
 import pytest
 
-from autopeft.evaluators.data.splits import DataError, DataSettings, load_splits
+from autopeft.evaluators.data.splits import load_splits
+from autopeft.evaluators.errors import DataError
+from autopeft.evaluators.rows import DataSettings
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(6)]
 FILES = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
