@@ -75,7 +75,7 @@ class CausalLM(TextTask):
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         return [self._encode(row) for row in rows]
 
-    def _encode(self, row: Mapping[str, Any]) -> Example:
+    def _encode(self, row: Row) -> Example:
         prompt, completion = self._chat(row["messages"]) if "messages" in row else self._plain(row)
         # A long prompt loses its beginning: the completion is what the loss is about.
         kept = min(len(prompt), max(self.max_length - len(completion), 0))
@@ -99,11 +99,14 @@ class CausalLM(TextTask):
 
     def _open(self, text: str) -> list[int]:
         """Tokens of a text that may go on: with the special ones of the beginning, without an end."""
-        ids = self.tokenizer(text)["input_ids"]
+        ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:
-        """Return the tokens of the prompt and of the last message, the completion. The template has every special token, those of the end too."""
+        """Return the tokens before the last message and those of the last message, which is the completion.
+
+        The template has every special token, those of the end too.
+        """
         if self.tokenizer.chat_template is None:
             raise DataError(["rows with 'messages' need a chat template, and the model's tokenizer has none"])
         prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)

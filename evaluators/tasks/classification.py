@@ -94,7 +94,7 @@ class Classification(TextTask):
         # Of a pair, the longer text loses its end, token by token (the tokenizer's "longest_first").
         pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
         encoded = self.tokenizer([row["text"] for row in rows], pairs, truncation=True, max_length=self.max_length)
-        examples = [
+        examples: list[dict[str, Any]] = [
             {"input_ids": ids, **self._target(row), **self.domain(row)}
             for ids, row in zip(encoded["input_ids"], rows, strict=True)
         ]
@@ -102,7 +102,7 @@ class Classification(TextTask):
             for example, types in zip(examples, encoded.get("token_type_ids", ()), strict=False):
                 if any(types):  # models with types take 0 where none are given
                     example["token_type_ids"] = types
-        return examples
+        return list(examples)
 
     def _target(self, row: Row) -> dict[str, Any]:
         return {"label": self.labels.index(row["label"])}
@@ -150,7 +150,7 @@ class MultiLabel(Classification):
     @override
     @classmethod
     def labels_of(cls, row: Row) -> Sequence[str]:
-        return row["labels"]
+        return tuple(row["labels"])
 
     @override
     @classmethod

@@ -138,7 +138,8 @@ class OverSet(Quality):
         # The order does not matter, so examples with the same target and prediction leave the same set behind.
         _, first, kind = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
         without = np.array([self.of(*_arrays(np.delete(pairs, i, axis=0))) for i in first])[kind.reshape(-1)]
-        return (value + (n - 1) * (without.mean() - without)).tolist()
+        found: list[float] = (value + (n - 1) * (without.mean() - without)).tolist()
+        return found
 
     def _pairs(self, columns: Columns) -> Indices:
         """Target and prediction of each example: [N, 2], or [N, 2, C]."""

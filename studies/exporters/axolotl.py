@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from typing_extensions import override
 
-from autopeft.studies.exporters.base import Exporter, approximate, unsupported
+from autopeft.studies.exporters.base import Exporter, Fit, State, approximate, unsupported
 from autopeft.studies.exporters.peft_config import anchored, decayed_vectors, plan
 from autopeft.studies.exporters.trl_script import FILE_READERS
 from autopeft.studies.recipes.recipe import Recipe
@@ -30,7 +32,8 @@ class Axolotl(Exporter):
     summary = "axolotl.yaml (causal language models; LoRA, rsLoRA, DoRA)"
     needs_state = False
 
-    def assess(self, recipe):
+    @override
+    def assess(self, recipe: Recipe) -> Fit:
         if recipe.task_class.trainer != "SFTTrainer":
             return unsupported(f"task {recipe.task}: axolotl trains causal language models here")
         peft = plan(recipe)
@@ -52,7 +55,8 @@ class Axolotl(Exporter):
             lost.append(f"data max_train_rows: {recipe.data.max_train_rows} becomes all rows")
         return approximate(*lost)
 
-    def write(self, recipe, state, folder):
+    @override
+    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
         data = CommentedMap(settings(recipe))
         data.yaml_set_start_comment(_HEADER)
         yaml = YAML()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.averaged import AveragingExporter
-from autopeft.studies.exporters.base import ExportError, approximate, unsupported
+from autopeft.studies.exporters.base import ExportError, Fit, State, approximate, unsupported
 from autopeft.studies.exporters.native import attach
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -23,7 +26,8 @@ class Merged(AveragingExporter):
     name = "merged"
     summary = "a plain transformers model with the adapters merged into its weights, and the tokenizer"
 
-    def assess_plain(self, recipe):
+    @override
+    def assess_plain(self, recipe: Recipe) -> Fit:
         reasons = []
         for name, spec in recipe.adapters:
             site = recipe.sites[name]
@@ -39,7 +43,8 @@ class Merged(AveragingExporter):
             return approximate(f"backbone dtype {recipe.backbone.dtype}: the merged weights are rounded to it")
         return approximate()
 
-    def write_plain(self, recipe, state, folder):
+    @override
+    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
         from autopeft.evaluators.backbones import load_processor
 
         model, attachment = attach(recipe, state)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopeft.studies.exporters.base import EXACT, RECIPE_FILE, Exporter, ExportError, State
+from typing_extensions import override
+
+from autopeft.studies.exporters.base import EXACT, RECIPE_FILE, Exporter, ExportError, Fit, State
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -20,10 +22,12 @@ class Native(Exporter):
     name = "native"
     summary = "recipe.yaml and adapter.safetensors; loads with autopeft.studies.exporters.native.load"
 
-    def assess(self, recipe):
+    @override
+    def assess(self, recipe: Recipe) -> Fit:
         return EXACT
 
-    def write(self, recipe, state, folder):
+    @override
+    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
         from safetensors.torch import save_file
 
         save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})

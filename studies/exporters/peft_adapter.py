@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
-from autopeft.studies.exporters.base import ExportError, State
+from autopeft.studies.exporters.base import ExportError, Fit, State
 from autopeft.studies.exporters.native import bare_model
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipes.recipe import Recipe
@@ -24,19 +27,23 @@ class PeftAdapter(AveragingExporter):
     name = "peft"
     summary = "adapter_config.json and adapter_model.safetensors of HF peft"
 
-    def assess(self, recipe):
+    @override
+    def assess(self, recipe: Recipe) -> Fit:
         return peft_xlora.fit(recipe) or super().assess(recipe)
 
-    def write(self, recipe, state, folder):
+    @override
+    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
         if peft_xlora.fit(recipe):
             peft_xlora.write(recipe, state, folder)
         else:
             super().write(recipe, state, folder)
 
-    def assess_plain(self, recipe):
+    @override
+    def assess_plain(self, recipe: Recipe) -> Fit:
         return plan(recipe).fit
 
-    def write_plain(self, recipe, state, folder):
+    @override
+    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
         import torch
         from peft import get_peft_model
 
