@@ -100,9 +100,7 @@ def _config(model_id: str, revision: str | None) -> Any:
 
 
 def load_processor(model_id: str, task: str, revision: str | None = None) -> Any:
-    """Return what prepares the model's inputs for a task: for texts the tokenizer, with a padding token. Raises
-    ModelError.
-    """
+    """Return what prepares the model's inputs for a task, for texts the tokenizer. Raises ModelError."""
     kind = _task(task)
     with _quiet(), _errors(model_id, f"the {kind.processor_name}"):
         return kind.load_processor(model_id, resolve(model_id), revision)

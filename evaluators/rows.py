@@ -91,6 +91,19 @@ def names_of(row: Row, name: str, what: str) -> list[str]:
     return [each for each in found if each is not None]
 
 
+def named_classes(feature: Any, value: Any) -> Any:
+    """Return a value by the names of its classes, where `feature`, a column's type in `datasets`, numbers classes.
+
+    A number becomes a name or, if it is -1 ("not given"), None; a list of numbers a list of names. Other values stay.
+    """
+    if hasattr(feature, "int2str"):
+        return None if value in (None, -1) else feature.int2str(value)
+    several = getattr(feature, "feature", None)
+    if hasattr(several, "int2str") and value is not None:
+        return [several.int2str(number) for number in value]
+    return value
+
+
 def _as_name(value: Any) -> str | None:
     if not isinstance(value, (str, int, float)) or value != value or not str(value).strip():
         return None

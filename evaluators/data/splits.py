@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from autopeft.evaluators.errors import DataError
-from autopeft.evaluators.rows import EMBEDDED_IN, FILES, DataSettings, Row, name_of
+from autopeft.evaluators.rows import EMBEDDED_IN, FILES, DataSettings, Row, name_of, named_classes
 from autopeft.evaluators.tasks import TASKS, Task
 
 SPLITS = ("train", "validation", "test")
@@ -197,22 +197,15 @@ def _parquet(path: Path) -> Found:
 
 
 def _hub(data: DataSettings, name: str) -> Found:
-    from datasets import ClassLabel, load_dataset
+    from datasets import load_dataset
 
     try:
         rows = load_dataset(data.source, split=name, revision=data.revision)
     except Exception as error:  # the hub's client raises many kinds: connection, not found, gated, bad split
         raise ValueError(f"{data.source} could not be loaded: {_first_line(error)}") from error
-    features = {field: rows.features.get(field) for field in (data.label, data.domain_field)}
-    named = {field: feature for field, feature in features.items() if isinstance(feature, ClassLabel)}
-    several = getattr(rows.features.get(data.labels), "feature", None)
+    fields = [field for field in (data.label, data.labels, data.domain_field) if field in rows.features]
     for place, row in enumerate(rows):
-        for field, feature in named.items():
-            number = row[field]
-            row = {**row, field: None if number in (None, -1) else feature.int2str(number)}  # -1: not given
-        if isinstance(several, ClassLabel) and row[data.labels] is not None:
-            row = {**row, data.labels: [several.int2str(number) for number in row[data.labels]]}
-        yield f"[{place}]", row
+        yield f"[{place}]", {**row, **{field: named_classes(rows.features[field], row[field]) for field in fields}}
 
 
 def _first_line(error: Exception) -> str:

@@ -284,7 +284,7 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
     names = ("AutoModelForSequenceClassification", "AutoTokenizer", "DataCollatorWithPadding", "Trainer")
     problem_type = recipe.task_class.problem_type
     assert problem_type is not None
-    reported = dict.fromkeys([*(metric.name for metric in ALWAYS), *recipe.measured, *recipe.metrics])
+    reported = dict.fromkeys([*(metric.name for metric in ALWAYS), *recipe.measured])
     expressions = {name: QUALITIES[name].expression for name in reported if name in QUALITIES}
     computed = {name: expression for name, expression in expressions.items() if expression}
     own = [f"{name} ({metric.function})" for name, metric in recipe.metrics.items()]
