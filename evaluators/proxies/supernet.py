@@ -28,7 +28,6 @@ from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.tasks import Batch, model_inputs
-from autopeft.evaluators.tasks.classification import Classification
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator, repeated
 from autopeft.evaluators.training.schedule import rate
@@ -62,7 +61,7 @@ class Supernet(Proxy):
     the subnets of a step to banks by lowest total loss, equally many to each bank (Javan et al. 2023, "Balanced Mixture
     of SuperNets", as an assignment problem), and a score is the lowest over the banks. `distil`: the first subnet of a
     step learns from the labels, the others from its outputs (Yu et al. 2020, BigNAS, in-place distillation). Raises
-    ValueError for distillation in a task other than classification.
+    ValueError for distillation where the task's logits are not a distribution over labels.
     """
 
     name = "supernet"
@@ -80,8 +79,8 @@ class Supernet(Proxy):
         bank_of: BankOf = lambda architecture: 0,
         distil: bool = False,
     ) -> None:
-        if distil and not isinstance(evaluator.task, Classification):
-            raise ValueError("distillation supports only classification")
+        if distil and not evaluator.task.distils:
+            raise ValueError("distillation supports only classification with one label per row")
         self.evaluator = evaluator
         self.training = training
         self.seed = seed

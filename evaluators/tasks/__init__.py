@@ -1,4 +1,4 @@
-"""Tasks by name, and the data they read."""
+"""Tasks by name; add a new one here."""
 
 from __future__ import annotations
 

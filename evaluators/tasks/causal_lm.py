@@ -1,34 +1,81 @@
 """Causal language modelling, with the loss on the completion only where a row has a prompt.
 
-Notation: N examples, T tokens (padded), D features, V vocabulary, M predicted tokens.
+Notation: N examples, T tokens (padded), V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from typing_extensions import override
 
-from autopeft.evaluators.data.splits import DataError
-from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Scored, Task, model_inputs
-from autopeft.kernels.linear_cross_entropy import linear_cross_entropy
+from autopeft.evaluators.errors import DataError, ModelError
+from autopeft.evaluators.rows import EMBEDDED_IN, DataSettings, Row, field_names, text_of
+from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Scored
+from autopeft.evaluators.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from autopeft.search_space.backbones.backbone import Backbone
 
 
-class CausalLM(Task):
+class CausalLM(TextTask):
     """The scores of an example are means over its predicted tokens: cross-entropy, and share of correct ones."""
 
     name = "causal-lm"
+    auto_class = "AutoModelForCausalLM"
+    peft_task_type = "CAUSAL_LM"
+    trainer = "SFTTrainer"
 
-    def encode(self, rows):
+    @override
+    @classmethod
+    def problems(cls, data: DataSettings, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+        if data.source in EMBEDDED_IN:
+            yield ("data", "source"), "the embedded data is for classification: name data of yours"
+        if model_id == "embedded":
+            yield ("model", "id"), "the embedded model is an encoder: name a causal language model"
+        for name in ("text_pair", "labels"):
+            if getattr(data, name) is not None:
+                yield ("data", name), "is for classification"
+
+    @override
+    @classmethod
+    def row(cls, row: Row, data: DataSettings) -> Row:
+        """Prompt + completion (loss on the completion), messages, or text (loss on everything), as TRL has them."""
+        if "messages" in row:
+            return {"messages": _messages(row["messages"])}
+        if data.prompt in row or data.completion in row:
+            return {"prompt": text_of(row, data.prompt), "completion": text_of(row, data.completion)}
+        if data.text in row:
+            return {"text": text_of(row, data.text)}
+        raise ValueError(
+            f"neither {data.prompt!r} and {data.completion!r}, nor 'messages', nor {data.text!r} among its fields:"
+            f" {field_names(row)}"
+        )
+
+    @override
+    @classmethod
+    def input_of(cls, row: Row) -> Any:
+        return row.get("text") or row.get("prompt") or row["messages"][:-1]
+
+    @override
+    @classmethod
+    def check_model(cls, model: nn.Module, backbone: Backbone) -> None:
+        for site in backbone.sites:
+            module = site.attention_module
+            if module and getattr(model.get_submodule(module), "is_causal", True) is False:
+                raise ModelError(
+                    f"{backbone.id}: an encoder, which sees the tokens that it should predict; {cls.name} needs a"
+                    " decoder"
+                )
+
+    @override
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
         return [self._encode(row) for row in rows]
 
-    def _encode(self, row: Mapping[str, Any]) -> Example:
+    def _encode(self, row: Row) -> Example:
         prompt, completion = self._chat(row["messages"]) if "messages" in row else self._plain(row)
         # A long prompt loses its beginning: the completion is what the loss is about.
         kept = min(len(prompt), max(self.max_length - len(completion), 0))
@@ -52,11 +99,14 @@ class CausalLM(Task):
 
     def _open(self, text: str) -> list[int]:
         """Tokens of a text that may go on: with the special ones of the beginning, without an end."""
-        ids = self.tokenizer(text)["input_ids"]
+        ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:
-        """The last message is the completion. The template has every special token, those of the end too."""
+        """Return the tokens before the last message and those of the last message, which is the completion.
+
+        The template has every special token, those of the end too.
+        """
         if self.tokenizer.chat_template is None:
             raise DataError(["rows with 'messages' need a chat template, and the model's tokenizer has none"])
         prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
@@ -68,97 +118,37 @@ class CausalLM(Task):
         )
         return prompt_ids, completion_ids
 
-    def targets(self, examples, width):
+    @override
+    def targets(self, examples: Sequence[Example], width: int) -> Tensor:
+        import torch
+
         targets = torch.full((len(examples), width), IGNORED)
         for row, example in enumerate(examples):
             targets[row, : len(example["labels"])] = torch.as_tensor(example["labels"])
         return targets
 
-    def score(self, logits, targets):
+    @override
+    def score(self, logits: Tensor, targets: Tensor) -> Scored:
         """logits: [N, T, V], targets: [N, T]."""
-        # Only what is predicted: the logits of prompts and padding are most of them, and not worth a softmax.
-        predicted, wanted, counted = _predicted(logits, targets)
-        predicted = predicted.float()
-        losses = cross_entropy(predicted, wanted, reduction="none")
-        correct = (predicted.argmax(-1) == wanted).float()
-        return {"loss": _means(losses, counted), "accuracy": _means(correct, counted)}
+        from autopeft.evaluators.tasks.output_layer import from_logits
 
-    def scores(self, model: Any, batch: Batch) -> Scored:
+        return from_logits(logits, targets)
+
+    @override
+    def scores(self, model: nn.Module, batch: Batch) -> Scored:
         """Without logits of all tokens, where nothing happens between the output layer and the loss."""
-        layer = model.get_output_embeddings()
-        if not (_is_frozen_linear(layer) and _ends_in_output_layer(model)):
-            return super().scores(model, batch)
-        hidden = model.base_model(**model_inputs(batch)).last_hidden_state  # [N, T, D]
-        predicted, wanted, counted = _predicted(hidden, batch["targets"])
-        losses, correct = linear_cross_entropy(predicted, layer.weight, wanted, layer.bias)
-        return {"loss": _means(losses, counted), "accuracy": _means(correct, counted)}
+        from autopeft.evaluators.tasks.output_layer import from_hidden_states
+
+        return from_hidden_states(model, batch) or super().scores(model, batch)
 
 
-def _predicted(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What predicts (of [N, T, ...]: [M, ...]), the tokens to predict [M], and where they are [N, T - 1]."""
-    wanted = targets[:, 1:]
-    counted = wanted != IGNORED
-    return states[:, :-1][counted], wanted[counted], counted
-
-
-def _means(values: Tensor, counted: Tensor) -> Tensor:
-    """Means of each example's values: [M] to [N]; 0 without any."""
-    spread = torch.zeros(counted.shape, device=values.device).masked_scatter(counted, values)
-    return spread.sum(-1) / counted.sum(-1).clamp(min=1)
-
-
-def _is_frozen_linear(layer: nn.Module | None) -> bool:
-    """Whether a module's weight and bias are all there is to it: no adapter at it, no gradient for it."""
-    return (
-        type(layer) is nn.Linear
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not any(parameter.requires_grad for parameter in layer.parameters())
-    )
-
-
-class _Probe(nn.Module):
-    """Stands for a base model and returns the same hidden states whatever the input."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.tensors = 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        self.tensors += sum(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
-        return _ProbeOutput(last_hidden_state=self.hidden)
-
-
-class _ProbeOutput(BaseModelOutputWithPast):
-    def __getattr__(self, name: str) -> None:
-        """None for what only some models return, as the logits of routers."""
-
-
-#: By model: whether its logits are its output layer's.
-_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def _ends_in_output_layer(model: Any) -> bool:
-    """Whether the logits are the output layer's of the last hidden state: not scaled, not capped, and with nothing
-    added to the input of the layers.
-
-    Tried out on a shell of the model with a probe in place of the layers, so that no adapter is called and no
-    dropout drawn, whatever is attached.
-    """
-    if model not in _plain:
-        layer = model.get_output_embeddings()
-        # Large, so that a soft cap shows in any precision.
-        hidden = 100 * torch.randn(1, 2, layer.in_features, generator=torch.Generator().manual_seed(0))
-        hidden = hidden.to(layer.weight)
-        probe = _Probe(hidden)
-        shell = copy.copy(model)
-        shell._modules = {**model._modules, model.base_model_prefix: probe}
-        ids = torch.zeros(1, 2, dtype=torch.long, device=hidden.device)
-        try:
-            logits = type(model).forward(shell, input_ids=ids).logits
-            _plain[model] = probe.tensors == 1 and torch.equal(logits.float(), layer(hidden).float())
-        except Exception:  # a model that wants more of its base than hidden states: by its own logits, then
-            _plain[model] = False
-    return _plain[model]
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError("'messages' must be a list of objects with 'role' and 'content'")
+    messages = [{"role": message.get("role"), "content": message.get("content")} for message in value]
+    for number, message in enumerate(messages):
+        if not all(isinstance(text, str) for text in message.values()):
+            raise ValueError(f"message {number}: 'role' and 'content' must be texts")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("'messages' must end with a message of the role 'assistant', after what it answers")
+    return messages

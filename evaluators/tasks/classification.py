@@ -1,30 +1,196 @@
-"""Classification of a text into one of several labels."""
+"""Classification of a text, or of a pair of texts: into one of several labels, or with any number of labels.
+
+Notation: N examples, C labels.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch.nn.functional import cross_entropy
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from autopeft.evaluators.tasks.base import Task
-from autopeft.search_space.metrics.base import PREDICTION, TARGET
+from typing_extensions import override
+
+from autopeft.evaluators.rows import DataSettings, Row, name_of, names_of, text_of
+from autopeft.evaluators.tasks.base import Example, Scored, Task
+from autopeft.evaluators.tasks.text import TextTask
+from autopeft.search_space.metrics.base import PREDICTION, PREDICTIONS, TARGET, TARGETS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
-class Classification(Task):
+class Classification(TextTask):
+    """One label per row: the loss is the cross-entropy of the softmax. `data.labels` makes it `MultiLabel`."""
+
     name = "classification"
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+    columns = frozenset({"loss", "accuracy", TARGET, PREDICTION})
+    has_labels = True
+    problem_type: ClassVar[str | None] = "single_label_classification"
+    distils = True
+    trainer = "Trainer"
 
-    def encode(self, rows):
-        encoded = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=self.max_length)
-        position = {label: i for i, label in enumerate(self.labels)}
-        return [
-            {"input_ids": ids, "label": position[row["label"]], **self.domain(row)}
+    @override
+    @classmethod
+    def for_data(cls, data: DataSettings) -> type[Task]:
+        return MultiLabel if data.labels is not None else cls
+
+    @override
+    @classmethod
+    def for_rows(cls, rows: Sequence[Row]) -> type[Task]:
+        return MultiLabel if rows and "labels" in rows[0] else cls
+
+    @override
+    @classmethod
+    def row(cls, row: Row, data: DataSettings) -> Row:
+        return {**_texts(row, data), "label": name_of(row, data.label, "label")}
+
+    @override
+    @classmethod
+    def input_of(cls, row: Row) -> Any:
+        return [row["text"], row["text_pair"]] if "text_pair" in row else row["text"]
+
+    @override
+    @classmethod
+    def labels_of(cls, row: Row) -> Sequence[str]:
+        return (row["label"],)
+
+    @override
+    @classmethod
+    def label_problem(cls, labels: Sequence[str]) -> str | None:
+        return f"only one label, {labels[0]!r}: there is nothing to classify" if len(labels) < 2 else None
+
+    @override
+    @classmethod
+    def truth(cls, rows: Sequence[Row], labels: Sequence[str]) -> NDArray[np.int64] | None:
+        """Return indices of labels, [N]."""
+        import numpy as np
+
+        return np.array([labels.index(row["label"]) for row in rows])
+
+    @override
+    @classmethod
+    def model_settings(cls, labels: Sequence[str] | None) -> dict[str, Any]:
+        names = [str(label) for label in labels or ("0", "1")]
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+
+    @override
+    @classmethod
+    def same_outputs(cls, config: Any, labels: Sequence[str] | None) -> bool:
+        """Whether the outputs of a checkpoint's head mean `labels`, in this order; numbers mean positions."""
+        names = [str(name) for _, name in sorted(config.id2label.items())]
+        unnamed = names == [f"LABEL_{i}" for i in range(len(names))]
+        return unnamed or labels is None or all(label.isdecimal() for label in labels) or names == list(labels)
+
+    @override
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        # Of a pair, the longer text loses its end, token by token (the tokenizer's "longest_first").
+        pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
+        encoded = self.tokenizer([row["text"] for row in rows], pairs, truncation=True, max_length=self.max_length)
+        examples: list[dict[str, Any]] = [
+            {"input_ids": ids, **self._target(row), **self.domain(row)}
             for ids, row in zip(encoded["input_ids"], rows, strict=True)
         ]
+        if pairs is not None:
+            for example, types in zip(examples, encoded.get("token_type_ids", ()), strict=False):
+                if any(types):  # models with types take 0 where none are given
+                    example["token_type_ids"] = types
+        return list(examples)
 
-    def targets(self, examples, width):
+    def _target(self, row: Row) -> dict[str, Any]:
+        return {"label": self.labels.index(row["label"])}
+
+    @override
+    def targets(self, examples: Sequence[Example], width: int) -> Tensor:
+        import torch
+
         return torch.tensor([example["label"] for example in examples])
 
-    def score(self, logits, targets):
+    @override
+    def score(self, logits: Tensor, targets: Tensor) -> Scored:
+        """logits: [N, C], targets: [N]."""
+        from torch.nn.functional import cross_entropy
+
         losses = cross_entropy(logits.float(), targets, reduction="none")
         predictions = logits.detach().argmax(-1)
         accuracies = (predictions == targets).float()
         return {"loss": losses, "accuracy": accuracies, TARGET: targets, PREDICTION: predictions}
+
+
+class MultiLabel(Classification):
+    """Any number of labels per row: the loss is the mean over labels of the binary cross-entropy of their sigmoids.
+
+    That is transformers' problem_type "multi_label_classification". A label is predicted where its logit is positive,
+    and `accuracy` counts rows whose predicted set of labels is exactly theirs (scikit-learn's `accuracy_score`).
+    """
+
+    columns = frozenset({"loss", "accuracy", TARGETS, PREDICTIONS})
+    problem_type: ClassVar[str | None] = "multi_label_classification"
+    distils = False
+
+    @override
+    @classmethod
+    def problems(cls, data: DataSettings, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+        if data.label != DataSettings().label:
+            yield ("data", "label"), f"there is data.labels too, {data.labels!r}: rows have one label or a list of them"
+
+    @override
+    @classmethod
+    def row(cls, row: Row, data: DataSettings) -> Row:
+        assert data.labels is not None
+        return {**_texts(row, data), "labels": names_of(row, data.labels, "label")}
+
+    @override
+    @classmethod
+    def labels_of(cls, row: Row) -> Sequence[str]:
+        return tuple(row["labels"])
+
+    @override
+    @classmethod
+    def label_problem(cls, labels: Sequence[str]) -> str | None:
+        return None if labels else "no row has a label: there is nothing to classify"
+
+    @override
+    @classmethod
+    def truth(cls, rows: Sequence[Row], labels: Sequence[str]) -> NDArray[np.int64] | None:
+        """Return 1 for the labels of each row and 0 for the others, [N, C]."""
+        import numpy as np
+
+        return np.array([[int(label in row["labels"]) for label in labels] for row in rows])
+
+    @override
+    @classmethod
+    def model_settings(cls, labels: Sequence[str] | None) -> dict[str, Any]:
+        return {**super().model_settings(labels), "problem_type": cls.problem_type}
+
+    @override
+    def _target(self, row: Row) -> dict[str, Any]:
+        return {"labels": [float(label in row["labels"]) for label in self.labels]}
+
+    @override
+    def targets(self, examples: Sequence[Example], width: int) -> Tensor:
+        import torch
+
+        return torch.tensor([example["labels"] for example in examples])
+
+    @override
+    def score(self, logits: Tensor, targets: Tensor) -> Scored:
+        """logits: [N, C], targets: [N, C] of 0 and 1."""
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        losses = binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(-1)
+        predictions = (logits.detach() > 0).float()
+        accuracies = (predictions == targets).all(-1).float()
+        return {"loss": losses, "accuracy": accuracies, TARGETS: targets, PREDICTIONS: predictions}
+
+
+def _texts(row: Row, data: DataSettings) -> Row:
+    pair = {} if data.text_pair is None else {"text_pair": text_of(row, data.text_pair)}
+    return {"text": text_of(row, data.text), **pair}

@@ -351,7 +351,7 @@ class PackedEvaluator(TrainEvaluator):
         with lower:
             packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
             columns = self.task.scores(self.model, packed)
-        return {name: column.view(slots, -1) for name, column in columns.items()}
+        return {name: column.view(slots, -1, *column.shape[1:]) for name, column in columns.items()}
 
     def _hidden(self, split: str, indices: Sequence[int], batch: Batch, depth: int) -> Tensor:
         """What leaves the lowest `depth` layers for these examples: [N, T, D]."""

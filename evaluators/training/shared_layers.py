@@ -196,4 +196,7 @@ def token_digest(examples: Sequence[Mapping[str, Any]]) -> str:
     for example in examples:
         hashed.update(torch.tensor(example["input_ids"], dtype=torch.int64).numpy().data)
         hashed.update(b"|")
+        if "token_type_ids" in example:
+            hashed.update(torch.tensor(example["token_type_ids"], dtype=torch.int64).numpy().data)
+            hashed.update(b"||")
     return hashed.hexdigest()

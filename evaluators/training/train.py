@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
@@ -19,7 +19,7 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Attaching, Costs, Outcome, OutOfMemoryError, Request, memory_errors
 from autopeft.evaluators.costs.measurement import measure
-from autopeft.evaluators.data.splits import SPLITS, DataError, Splits
+from autopeft.evaluators.data.splits import SPLITS, Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.schedule import rate
@@ -45,7 +45,8 @@ class TrainEvaluator(Attaching):
     The frozen backbone stays in evaluation mode (no dropout of its own); a candidate that trains the backbone itself
     has the backbone's dropout. Minibatches depend on the seed and the batch size alone, so candidates of a seed see
     the same ones. One of which nothing is trained (a router without parameters between LoRAs that are given) makes the
-    same steps without effect. `metrics`: the qualities to report. Raises DataError for rows that the model cannot read.
+    same steps without effect. `metrics`: the qualities to report. Raises DataError for rows that the model cannot read
+    and MetricError for metrics that the task has no columns for.
     """
 
     name = "train"
@@ -56,29 +57,20 @@ class TrainEvaluator(Attaching):
         self.model = loaded.model
         self.backbone = loaded.backbone
         self.pretrained_head = loaded.pretrained_head
-        self.task = TASKS[task](loaded.tokenizer, max_length, splits.labels, splits.domains)
+        kind = TASKS[task].for_rows(splits.train)
+        self.task = kind(loaded.processor, max_length, splits.labels, splits.domains)
         self.examples: dict[str, list[Example]] = {split: self.task.encode(getattr(splits, split)) for split in SPLITS}
-        self.lengths = {split: [len(e["input_ids"]) for e in rows] for split, rows in self.examples.items()}
-        self._check_examples(loaded)
+        self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
+        self.task.check(self.model, chain.from_iterable(self.examples.values()))
         # Evenly over the file, whatever its order: enough to rank by the loss, few enough to cost little.
         held_out = len(self.examples["validation"])
         self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
         self.device = next(self.model.parameters()).device
         self.metrics = tuple(metrics)
-
-    def _check_examples(self, loaded: LoadedBackbone) -> None:
-        """Before every candidate fails on them."""
-        model: Any = loaded.model
-        lengths = [length for column in self.lengths.values() for length in column]
-        if not min(lengths):
-            raise DataError(["a row has no tokens: the model's tokenizer knows none of its characters"])
-        longest, most = max(lengths), max_tokens(model)
-        if longest > most:
-            raise DataError([f"max_length: a row has {longest} tokens, and the model takes {most} at most"])
-        known = model.get_input_embeddings().num_embeddings
-        ids = (token for rows in self.examples.values() for example in rows for token in example["input_ids"])
-        if max(loaded.tokenizer.pad_token_id, max(ids)) >= known:
-            raise DataError([f"the tokenizer has tokens beyond the {known} that the model has embeddings for"])
+        for metric in self.metrics:
+            if not metric.computable(self.task.columns):
+                there = ", ".join(sorted(self.task.columns))
+                raise MetricError(f"{metric.name} cannot be computed: the task {task} yields {there} of each example")
 
     def attach(self, request: Request) -> Attachment:
         return Attachment(
@@ -203,22 +195,27 @@ class TrainEvaluator(Attaching):
     # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
     @torch.no_grad()
     def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
-        """For every slot, the task's columns of these examples of a split (default: all of them), in their order."""
+        """For every slot, the task's columns of these examples of a split (default: all of them), in their order; a
+        column [K, N, C] becomes lists of C numbers.
+        """
         attachment.eval()
         attachment.routers.watch()
         chosen = range(len(self.examples[split])) if examples is None else examples
         lengths = [self.lengths[split][i] for i in chosen]
-        names: list[str] = []
+        widths: dict[str, int | None] = {}
         found = torch.zeros(0)
         for places in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
             scored = self.scores(attachment, split, [chosen[place] for place in places])
-            if not names:
-                names = list(scored)
-                found = torch.zeros(len(names), attachment.num_slots, len(chosen))
+            if not widths:
+                widths = {name: column.shape[2] if column.dim() == 3 else None for name, column in scored.items()}
+                rows = sum(width or 1 for width in widths.values())
+                found = torch.zeros(rows, attachment.num_slots, len(chosen))
+            # A row [K, N] for each column, and of a column [K, N, C] one for each label.
+            parts = [column.movedim(2, 0) if column.dim() == 3 else column[None] for column in scored.values()]
             # All at once: each way from a GPU waits for it. Indices of labels are whole in float32, too.
-            found[:, :, places] = torch.stack([scored[name].float() for name in names]).cpu()
+            found[:, :, places] = torch.cat([part.float() for part in parts]).cpu()
         attachment.train()
-        return [dict(zip(names, of_slot.tolist(), strict=True)) for of_slot in found.unbind(1)]
+        return [_by_name(of_slot, widths) for of_slot in found.unbind(1)]
 
     def final_scores(self, attachment: Attachment, tested: Sequence[bool]) -> list[Scores]:
         """Of every slot; those that are `tested` on the test split and without routers too."""
@@ -242,13 +239,23 @@ class TrainEvaluator(Attaching):
         ]
 
     def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
-        """The task's columns of these examples, each [K, N]."""
+        """The task's columns of these examples, each [K, N] or [K, N, C]."""
         batch = self.batch(split, indices)
         attachment.routers.tokens.domains = batch.get("domains")
         return {name: column[None] for name, column in self.task.scores(self.model, batch).items()}
 
 
-Columns = dict[str, list[float]]
+Columns = dict[str, list[Any]]
+
+
+def _by_name(rows: Tensor, widths: Mapping[str, int | None]) -> Columns:
+    """The columns of a slot by name: a row of [rows, N] each, or with a width so many rows as lists per example."""
+    found: Columns = {}
+    start = 0
+    for name, width in widths.items():
+        found[name] = rows[start].tolist() if width is None else rows[start : start + width].T.tolist()
+        start += width or 1
+    return found
 
 
 @dataclass(slots=True)
@@ -330,15 +337,6 @@ def finite(columns: Columns) -> Columns:
     if not all(map(math.isfinite, columns["loss"])):
         raise TrainingFailedError("the held-out loss is not a number")
     return columns
-
-
-def max_tokens(model: Any) -> int:
-    """Tokens of the longest row that has positions."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from the one after the padding's.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
 
 
 def steps_at(share: float, full: int) -> int:

@@ -1,18 +1,18 @@
 """Metrics, and the two ways to compute a quality metric from the columns of a split.
 
-A column has one number per example: a task yields `loss`, `accuracy` and, for classes, `target` and `prediction`. A
-quality metric is the mean of a column (`PerExample`) or a function of the whole set that is not a mean (`OverSet`).
-Both return one contribution per example, with the value as the mean of all; standard errors, paired differences and
-comparisons over seeds use only these contributions.
+A column has one entry per example: a task yields `loss`, `accuracy` and, for classes, `target` and `prediction` or, for
+examples with any number of labels, `targets` and `predictions`. A quality metric is the mean of a column (`PerExample`)
+or a function of the whole set that is not a mean (`OverSet`). Both return one contribution per example, with the value
+as the mean of all; standard errors, paired differences and comparisons over seeds use only these contributions.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import override
 
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 #: "quality": measured on held-out rows; "declared": analytic; "measured": by a clock or a counter.
 MetricSource = Literal["quality", "declared", "measured"]
-Columns = Mapping[str, Sequence[float]]
-#: Columns of a classification task: indices of labels, in the order of the labels.
+#: A number per example, or in some columns a list with a number per label.
+Columns = Mapping[str, Sequence[Any]]
+#: Columns of a task with classes: indices of labels, in the order of the labels.
 TARGET, PREDICTION = "target", "prediction"
+#: The columns of a task with any number of labels per example: 1 or 0 for each label, in the order of the labels.
+TARGETS, PREDICTIONS = "targets", "predictions"
 
 
 class MetricError(ValueError):
@@ -47,17 +50,16 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality(Metric):
-    """A quality metric. `needs`: columns that a task must yield; `tasks`: names of such tasks, None for all."""
+    """A quality metric. `expression`: scikit-learn's computation from `targets` and `predictions`, if there is one."""
 
     source: MetricSource = "quality"
-    tasks: tuple[str, ...] | None = None
+    expression: str = ""
     #: Decimals to which contributions are rounded for storage.
     digits: ClassVar[int] = 4
 
-    @property
     @abstractmethod
-    def needs(self) -> tuple[str, ...]:
-        """Names of the columns that the metric reads."""
+    def computable(self, columns: Collection[str]) -> bool:
+        """Return whether the columns that a task yields are sufficient."""
 
     @abstractmethod
     def value(self, columns: Columns) -> float:
@@ -75,10 +77,9 @@ class Quality(Metric):
 class PerExample(Quality):
     """The mean of the column of its name."""
 
-    @property
     @override
-    def needs(self) -> tuple[str, ...]:
-        return (self.name,)
+    def computable(self, columns: Collection[str]) -> bool:
+        return self.name in columns
 
     @override
     def value(self, columns: Columns) -> float:
@@ -105,36 +106,47 @@ class OverSet(Quality):
     interval is rough, as any other interval would be.
     """
 
-    tasks: tuple[str, ...] | None = ("classification",)
+    #: Pairs of columns from which it can be computed; the first that a task yields is taken.
+    forms: ClassVar[tuple[tuple[str, str], ...]] = ((TARGET, PREDICTION),)
     # Finer than for a mean: few contributions differ, so rounding errors would not average out.
     digits: ClassVar[int] = 9
 
-    @property
     @override
-    def needs(self) -> tuple[str, ...]:
-        return (TARGET, PREDICTION)
+    def computable(self, columns: Collection[str]) -> bool:
+        return any(set(form) <= set(columns) for form in self.forms)
 
     @abstractmethod
     def of(self, targets: Indices, predictions: Indices) -> float:
-        """Return the metric of a set from the indices of its labels, [N] each. Raises MetricError."""
+        """Return the metric of a set. Raises MetricError.
+
+        targets, predictions: indices of labels, [N] each; in the form of `TARGETS` and `PREDICTIONS` 1 and 0 per label,
+        [N, C] each.
+        """
 
     @override
     def value(self, columns: Columns) -> float:
-        return self.of(*_pairs(columns).T)
+        return self.of(*_arrays(self._pairs(columns)))
 
     @override
     def contributions(self, columns: Columns) -> Sequence[float]:
         import numpy as np
 
-        pairs = _pairs(columns)
+        pairs = self._pairs(columns)
         n, value = len(pairs), self.value(columns)
         if n == 1:
             return [value]
         # The order does not matter, so leaving out any example of equal target and prediction gives the same value.
         _, first, kind = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-        without = np.array([self.of(*np.delete(pairs, i, axis=0).T) for i in first])[kind.reshape(-1)]
+        without = np.array([self.of(*_arrays(np.delete(pairs, i, axis=0))) for i in first])[kind.reshape(-1)]
         contributions: list[float] = (value + (n - 1) * (without.mean() - without)).tolist()
         return contributions
+
+    def _pairs(self, columns: Columns) -> Indices:
+        """Return the target and the prediction of each example: [N, 2], or [N, 2, C]."""
+        import numpy as np
+
+        form = next(form for form in self.forms if set(form) <= columns.keys())
+        return np.stack([np.array(columns[name], dtype=float).astype(np.int64) for name in form], axis=1)
 
 
 def standard_error(column: Sequence[float]) -> float:
@@ -144,8 +156,6 @@ def standard_error(column: Sequence[float]) -> float:
     return math.sqrt(sum((x - mean) ** 2 for x in column) / max(1, n - 1) / n)
 
 
-def _pairs(columns: Columns) -> Indices:
-    """Return pairs of target and prediction, [N, 2]."""
-    import numpy as np
-
-    return np.array([columns[TARGET], columns[PREDICTION]], dtype=float).astype(np.int64).T
+def _arrays(pairs: Indices) -> tuple[Indices, Indices]:
+    """Return targets and predictions, [N] or [N, C] each, from [N, 2] or [N, 2, C]."""
+    return pairs[:, 0], pairs[:, 1]

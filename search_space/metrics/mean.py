@@ -9,12 +9,13 @@ ACCURACY = PerExample(
     unit="share",
     maximise=True,
     bound=1.0,
-    summary="correct validation examples, or an example's correct completion tokens",
+    summary="correct validation examples (of several labels: all of them), or an example's correct completion tokens",
+    expression="accuracy_score(targets, predictions)",
 )
 LOSS = PerExample(
     name="loss",
     unit="nats",
     maximise=False,
     bound=0.0,
-    summary="validation cross-entropy per example (causal: mean over completion tokens)",
+    summary="validation cross-entropy per example (several labels: mean over labels; causal: over completion tokens)",
 )

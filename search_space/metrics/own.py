@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from autopeft.search_space.metrics.base import MetricError, OverSet
+from autopeft.search_space.metrics.base import PREDICTIONS, TARGETS, MetricError, OverSet
 from autopeft.search_space.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -30,9 +30,12 @@ _PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 class Own(OverSet):
     """A user-defined metric. `place`: module:function; no code of the module runs before `loaded`.
 
-    The function takes two integer arrays [N], targets and predictions as indices of labels, and returns a finite
-    number. It must not depend on the order of the examples.
+    The function takes two integer arrays, targets and predictions, and returns a finite number. They are indices of
+    labels, [N] each, or for examples with any number of labels 1 and 0 per label, [N, C] each. The result must not
+    depend on the order of the examples.
     """
+
+    forms: ClassVar[tuple[tuple[str, str], ...]] = (*OverSet.forms, (TARGETS, PREDICTIONS))
 
     unit: str = ""
     maximise: bool = True

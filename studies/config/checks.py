@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
-from autopeft.search_space.metrics import QUALITIES, MetricError, Own
+from autopeft.search_space.metrics import QUALITIES, MetricError, Own, Quality
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
 from autopeft.studies.config.source import Keys
 from autopeft.studies.config.study_file import StudyFile
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.tasks import Task
 
 Finding = tuple[Keys, str]
 #: Genes of these names mean something else: "layers.3.on", "training.learning_rate".
@@ -81,8 +85,8 @@ def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
         yield ("proxy", "distil"), f"needs the largest subnet at every step: set proxy.policy to {able}"
     elif wish.filter is not None and not POLICIES[wish.policy].draws:
         yield ("proxy", "filter"), f"the policy {wish.policy} draws nothing that could be filtered"
-    if wish.distil and study.task != "classification":
-        yield ("proxy", "distil"), "works for classification alone"
+    if wish.distil and not study.task_class.distils:
+        yield ("proxy", "distil"), "works for classification alone, with one label per row"
     if study.evaluation.evaluator != "packed" and searcher in SEARCHERS and searcher not in known:
         yield ("search", "searcher"), f"{searcher} needs the evaluator packed: it runs candidates side by side"
     if searcher == Proxied.name:
@@ -95,7 +99,7 @@ def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
 
 
 def _objective_problems(study: StudyFile) -> Iterator[Finding]:
-    own = study.metrics or {}
+    own, task = study.metrics or {}, study.task_class
     names = [objective.name for objective in study.objectives]
     for i, objective in enumerate(study.objectives):
         name = objective.name
@@ -105,24 +109,45 @@ def _objective_problems(study: StudyFile) -> Iterator[Finding]:
             yield ("objectives", i), f"{name!r} stands twice"
         elif name in QUALITIES:
             metric = QUALITIES[name]
-            if metric.tasks is not None and study.task not in metric.tasks:
-                yield ("objectives", i), f"{name} needs the task {' or '.join(metric.tasks)}"
+            if not metric.computable(task.columns):
+                yield ("objectives", i), f"{name} {_needs(metric, task)}"
             wish, best = objective.bound, metric.bound
             if wish is not None and best is not None and (wish > best if metric.maximise else wish < best):
                 yield ("objectives", i, "bound"), f"no candidate can meet it: the best {name} is {best:g}"
     if all(name in METRICS and name not in QUALITIES for name in names):
-        able = [name for name, metric in QUALITIES.items() if metric.tasks is None or study.task in metric.tasks]
-        quality = " or ".join(able)
+        quality = " or ".join(_computable(task))
         yield ("objectives",), f"one must be {quality}: by cost alone, no adapter at all is the best"
     for name, place in own.items():
         if name in METRICS:
             yield ("metrics", name), f"{name!r} is a metric already: take another name"
-        if study.task != "classification":
-            yield ("metrics", name), "metrics of your own are for classification: they are of targets and predictions"
         try:
-            Own.declared(name, place)
+            metric = Own.declared(name, place)
         except MetricError as error:
             yield ("metrics", name), str(error)
+            continue
+        if not metric.computable(task.columns):
+            what = f"metrics of your own are for {' or '.join(_able(metric))}: they are of targets and predictions"
+            yield ("metrics", name), what
+
+
+def _able(metric: Quality) -> list[str]:
+    """The tasks for which a metric can be computed."""
+    from autopeft.evaluators.tasks import TASKS
+
+    return [name for name, task in TASKS.items() if metric.computable(task.columns)]
+
+
+def _computable(task: type[Task]) -> list[str]:
+    """The metrics of quality that can be computed for a task."""
+    return [name for name, metric in QUALITIES.items() if metric.computable(task.columns)]
+
+
+def _needs(metric: Quality, task: type[Task]) -> str:
+    """Why a metric cannot be computed for a task, or for a variant of it."""
+    able = _able(metric)
+    if task.name not in able:
+        return f"needs the task {' or '.join(able)}"
+    return f"cannot be computed of these data ({task.problem_type}): there are {', '.join(_computable(task))}"
 
 
 def _data_problems(study: StudyFile) -> Iterator[Finding]:
@@ -132,11 +157,7 @@ def _data_problems(study: StudyFile) -> Iterator[Finding]:
             yield ("data", split), "is missing: name a file"
         if study.data.source in _EMBEDDED and name is not None:
             yield ("data", split), "the embedded data has its own; for yours, set data.source to files"
-    if study.task == "causal-lm":
-        if study.data.source in _EMBEDDED:
-            yield ("data", "source"), "the embedded data is for classification: name data of yours"
-        if study.model.id == "embedded":
-            yield ("model", "id"), "the embedded model is an encoder: name a causal language model"
+    yield from study.task_class.problems(study.data_settings(), study.model.id)
 
 
 def _name_problems(study: StudyFile) -> Iterator[Finding]:

@@ -21,10 +21,12 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12, with one definition per adapter type, each with the fields of its own."""
+    from autopeft.evaluators.tasks import TASKS
     from autopeft.search_space.spaces.presets import BASELINES, PRESETS
     from autopeft.searchers import SEARCHERS
 
     schema = StudyFile.model_json_schema()
+    _restrict(schema["properties"]["task"], TASKS)
     definitions = schema["$defs"]
     search = definitions["SearchSettings"]["properties"]
     _restrict(search["searcher"], SEARCHERS)

@@ -24,11 +24,24 @@ from pydantic import (
 
 from autopeft.search_space.declaration import Granularity, Variation
 from autopeft.search_space.problem import SurrogateKind
+from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 
 Positive = Annotated[float, Field(gt=0)]
 #: Names end up in the names of genes, where dots separate.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+def _known_task(name: str) -> str:
+    from autopeft.evaluators.tasks import TASKS
+
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}{did_you_mean(name, TASKS)}")
+    return name
+
+
+#: A registered task.
+TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 class Section(BaseModel):
@@ -95,7 +108,17 @@ class DataSettings(Section):
     validation: str | None = Field(default=None, description="the same, for the rows that candidates are compared on")
     test: str | None = Field(default=None, description="the same, for the final front")
     text: str = Field(default="text", description="column of the text")
+    text_pair: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of a second text, read together with the first: pairs of sentences; null: there is none",
+    )
     label: str = Field(default="label", description="column of the class")
+    labels: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of a list of classes, any number of them, in place of label; null: each row has one",
+    )
     domain: str | None = Field(
         default=None,
         min_length=1,
@@ -113,8 +136,11 @@ class DataSettings(Section):
 
     @model_serializer(mode="wrap")
     def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Domains came later: where none are set, studies, scores and recipes of before stay what they were."""
-        return {name: value for name, value in told(self).items() if name != "domain" or value is not None}
+        """Some settings came later: without them, studies, scores and recipes of before stay what they were."""
+        return {name: value for name, value in told(self).items() if name not in _LATER or value is not None}
+
+
+_LATER = ("domain", "text_pair", "labels")
 
 
 class AdapterSettings(Section):

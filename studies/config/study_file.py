@@ -15,7 +15,8 @@ from autopeft.studies.config import settings
 from autopeft.studies.config.source import Keys, Source
 
 if TYPE_CHECKING:
-    from autopeft.evaluators.data.splits import DataSettings
+    from autopeft.evaluators.rows import DataSettings
+    from autopeft.evaluators.tasks import Task
 
 FILE_NAME = "study.yaml"
 
@@ -25,7 +26,7 @@ class StudyFile(settings.Section):
 
     study: settings.Name = Field(description="name of the study: letters, digits, - and _")
     seed: int = Field(default=0, ge=0, lt=2**31, description="the same seed gives the same study")
-    task: Literal["classification", "causal-lm"] = Field(default="classification", description="what is learnt")
+    task: settings.TaskName = Field(default="classification", description="what is learnt")
     model: settings.ModelSettings = settings.ModelSettings()
     data: settings.DataSettings = settings.DataSettings()
     space: settings.SpaceSettings = settings.SpaceSettings()
@@ -90,10 +91,17 @@ class StudyFile(settings.Section):
 
     def data_settings(self) -> DataSettings:
         """What `load_splits` wants; a hub's splits have their usual names unless the file says otherwise."""
-        from autopeft.evaluators.data.splits import DataSettings
+        from autopeft.evaluators.rows import DataSettings
 
         set_here = {key: value for key, value in dict(self.data).items() if value is not None}
         return DataSettings(**set_here, folder=self.folder)
+
+    @property
+    def task_class(self) -> type[Task]:
+        """The task, in the variant that the data's settings ask for."""
+        from autopeft.evaluators.tasks import TASKS
+
+        return TASKS[self.task].for_data(self.data_settings())
 
     def own_metrics(self) -> dict[str, Own]:
         """The study's own metrics by name, their code not loaded; more is better unless an objective says otherwise.

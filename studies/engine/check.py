@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from autopeft.evaluators.backbones import ModelError, describe_backbone
-from autopeft.evaluators.data.splits import DataError, Splits, load_splits
+from autopeft.evaluators.backbones import describe_backbone
+from autopeft.evaluators.data.splits import Splits, load_splits
+from autopeft.evaluators.errors import DataError, ModelError
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError
 from autopeft.search_space.declaration import domain_problems
@@ -28,7 +29,7 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
         problems += [settings.render(("data",), problem) for problem in error.problems]
     for name, metric in settings.own_metrics().items():
         try:
-            _try(metric.loaded(settings.folder), splits)
+            _try(metric.loaded(settings.folder), settings, splits)
         except MetricError as error:
             problems.append(settings.render(("metrics", name), str(error)))
     try:
@@ -62,10 +63,10 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
     return splits, backbone, space
 
 
-def _try(metric: Own, splits: Splits | None) -> None:
+def _try(metric: Own, settings: StudyFile, splits: Splits | None) -> None:
     """On predictions of which some are right. Raises MetricError."""
     import numpy as np
 
-    if splits is not None and splits.labels is not None:
-        targets = np.array([splits.labels.index(row["label"]) for row in splits.validation])
-        metric.of(targets, np.roll(targets, 1))
+    targets = None if splits is None else settings.task_class.truth(splits.validation, splits.labels or ())
+    if targets is not None:
+        metric.of(targets, np.roll(targets, 1, axis=0))

@@ -51,8 +51,7 @@ def torch_device(wish: str) -> str:
 @contextmanager
 def inputs_checked() -> Iterator[None]:
     """What is wrong with a model, with data or with the code of a metric becomes a ConfigurationError."""
-    from autopeft.evaluators.backbones import ModelError
-    from autopeft.evaluators.data.splits import DataError
+    from autopeft.evaluators.errors import DataError, ModelError
     from autopeft.search_space.backbones.introspection import UnknownBackboneError
     from autopeft.search_space.metrics import MetricError
 

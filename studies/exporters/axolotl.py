@@ -36,8 +36,8 @@ class Axolotl(Exporter):
 
     @override
     def assess(self, recipe: Recipe) -> Assessment:
-        if recipe.task != "causal-lm":
-            return unsupported(f"task {recipe.task}: this export is for causal language models")
+        if recipe.task_class.trainer != "SFTTrainer":
+            return unsupported(f"task {recipe.task}: axolotl trains causal language models here")
         peft = plan(recipe)
         if peft.fit.level == "unsupported":
             return peft.fit

@@ -91,8 +91,7 @@ class Exporter(ABC):
             )
         if self.needs_state:
             _check_state(recipe, state)
-        from autopeft.evaluators.backbones import ModelError
-        from autopeft.evaluators.data.splits import DataError
+        from autopeft.evaluators.errors import DataError, ModelError
 
         folder = Path(folder)
         try:

@@ -47,7 +47,7 @@ class Merged(AveragingExporter):
 
     @override
     def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
-        from autopeft.evaluators.backbones import load_tokenizer
+        from autopeft.evaluators.backbones import load_processor
 
         model, attachment = attach(recipe, state)
         with attachment:
@@ -55,7 +55,8 @@ class Merged(AveragingExporter):
             with attachment.merged():
                 _check_equal(adapted, _logits(model), recipe)
                 model.save_pretrained(folder)
-        load_tokenizer(recipe.backbone.id, recipe.backbone.revision).save_pretrained(folder)
+        origin = recipe.backbone
+        load_processor(origin.id, recipe.task, origin.revision).save_pretrained(folder)
 
 
 def _logits(model: PreTrainedModel) -> Tensor:

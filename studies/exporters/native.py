@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
@@ -35,16 +35,27 @@ class Native(Exporter):
         save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
+def bare_model(recipe: Recipe) -> Any:
+    """The recipe's transformers model without adapters, in evaluation mode, its configuration that of the variant of
+    the task. Raises ModelError.
+    """
+    from autopeft.evaluators.backbones import load_model
+
+    origin = recipe.backbone
+    model: Any = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
+    for name, value in recipe.task_class.model_settings(recipe.labels).items():
+        setattr(model.config, name, value)
+    return model
+
+
 def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
     """Return the backbone with the trained adapters and head attached, in evaluation mode.
 
     Raises ModelError for a backbone that cannot be loaded, KeyError or ValueError for weights of another recipe.
     """
     from autopeft.evaluators.attachment.attachment import Attachment
-    from autopeft.evaluators.backbones import load_model
 
-    origin = recipe.backbone
-    model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
+    model = bare_model(recipe)
     attachment = Attachment(model, recipe.host, [recipe.adapters], [recipe.seed], pretrained_head=True, draw=False)
     attachment.load_state(dict(state))
     return model, attachment.eval()

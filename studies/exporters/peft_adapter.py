@@ -13,6 +13,7 @@ from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import Assessment, ExportError, State
+from autopeft.studies.exporters.native import bare_model
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -48,14 +49,14 @@ class PeftAdapter(AveragingExporter):
         import torch
         from peft import get_peft_model
 
-        from autopeft.evaluators.backbones import load_model
-
-        origin = recipe.backbone
-        model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
-        wrapped = get_peft_model(model, plan(recipe).build(), revision=origin.revision)
+        model = bare_model(recipe)
+        wrapped = get_peft_model(model, plan(recipe).build(), revision=recipe.backbone.revision)
         with torch.no_grad():
             fill(wrapped.base_model.model, recipe, state)
         wrapped.save_pretrained(folder, save_embedding_layers=False)
+        if recipe.task_class.has_labels:
+            # peft's files do not say what the outputs mean; who loads them gives this to the model.
+            model.config.save_pretrained(folder)
 
 
 def fill(model: Any, recipe: Recipe, state: State) -> None:

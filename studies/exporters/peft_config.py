@@ -21,7 +21,6 @@ from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.base import Assessment, approximate, unsupported
 from autopeft.studies.recipes.recipe import Recipe
 
-_TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 _LORA_INITS = {"kaiming": True, "gaussian": "gaussian"}
 # Families whose linear layers store [D_in, D_out], which peft has to know.
 _TRANSPOSED_FAMILIES = ("gpt2",)
@@ -63,7 +62,7 @@ def plan(recipe: Recipe) -> PeftPlan:
         return PeftPlan(unsupported(*obstacles))
     config, own_arguments = _TYPES[placed[0][1].kind]
     arguments: dict[str, Any] = {
-        "task_type": _TASK_TYPES[recipe.task],
+        "task_type": recipe.task_class.peft_task_type,
         # Complete names, because peft matches suffixes: "layers.1.q" would also match "other.layers.1.q".
         "target_modules": [site.module for site, _ in placed],
     }

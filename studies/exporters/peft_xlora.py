@@ -19,6 +19,7 @@ from autopeft.search_space.adapters.given import CONFIG, WEIGHTS
 from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.routers import XLora
 from autopeft.studies.exporters.base import Assessment, State, approximate
+from autopeft.studies.exporters.native import bare_model
 from autopeft.studies.exporters.peft_config import PeftPlan, plan
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -47,10 +48,7 @@ def write(recipe: Recipe, state: State, folder: Path) -> None:
     from peft import XLoraConfig
     from safetensors.torch import save_file
 
-    from autopeft.evaluators.backbones import load_model
-
-    origin = recipe.backbone
-    model = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
+    origin, model = recipe.backbone, bare_model(recipe)
     found = {recipe.sites[name].module: f"{name}/{Mixture.kind}/" for name in recipe.architecture}
     # In the order in which peft numbers the modules.
     own = {path: found[path] for path, _ in model.named_modules() if path in found}

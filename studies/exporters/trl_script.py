@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from pprint import pformat
@@ -10,7 +11,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate
+from autopeft.search_space.metrics import ALWAYS, QUALITIES
+from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.exporters.peft_config import decayed_vectors, plan
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -24,6 +26,7 @@ _OPENING = Template('''\
 
 Written by autopeft $version. Needs $needs.
 Random numbers and the order of the rows differ from the study, so results are close to its results but not equal.
+$scores
 
     python train.py [--output FOLDER] [--max-steps N]
 """
@@ -35,7 +38,7 @@ from pathlib import Path
 import torch
 from datasets import $datasets_names
 from peft import $config, get_peft_model
-from transformers import (
+${metrics_import}from transformers import (
     $transformers_names,
 )
 
@@ -78,7 +81,7 @@ def load_tokenizer():
 
 ''')
 
-_CLASSIFICATION = """
+_CLASSIFICATION = Template("""
 def load_model(tokenizer):
     model = AutoModelForSequenceClassification.from_pretrained(
         MODEL,
@@ -86,6 +89,7 @@ def load_model(tokenizer):
         dtype=DTYPE,
         ignore_mismatched_sizes=True,
         num_labels=len(LABELS),
+        problem_type=PROBLEM_TYPE,
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
     )
@@ -95,18 +99,20 @@ def load_model(tokenizer):
 
 
 def encode(rows, tokenizer):
-    feature = rows.features[COLUMNS["label"]]
-    name = feature.int2str if isinstance(feature, ClassLabel) else str
-
+    names = [COLUMNS[name] for name in ("text", "text_pair") if COLUMNS[name] is not None]
+$encode
     def encode_row(row):
-        tokens = tokenizer(row[COLUMNS["text"]], truncation=True, max_length=MAX_LENGTH)
-        return {**tokens, "labels": LABELS.index(name(row[COLUMNS["label"]]))}
+        tokens = tokenizer(*[row[name] for name in names], truncation=True, max_length=MAX_LENGTH)
+        return {**tokens, "labels": target(row)}
 
     return rows.map(encode_row, remove_columns=rows.column_names)
 
 
-def accuracy(predictions):
-    return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
+def scores(evaluated):
+    targets, predictions = $predictions
+    return {
+$metrics
+    }
 
 
 def main():
@@ -121,7 +127,7 @@ def main():
         train_dataset=encode(load_rows("train"), tokenizer),
         eval_dataset=encode(load_rows("validation"), tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy,
+        compute_metrics=scores,
     )
     trainer.train()
     print(trainer.evaluate())
@@ -130,7 +136,30 @@ def main():
 
 if __name__ == "__main__":
     main()
-"""
+""")
+#: By the problem type of the task, how the script makes a target of a row, and targets and predictions of what it
+#: evaluated.
+_TARGETS = {
+    "single_label_classification": (
+        """    feature = rows.features[COLUMNS["label"]]
+    name = feature.int2str if isinstance(feature, ClassLabel) else str
+
+    def target(row):
+        return LABELS.index(name(row[COLUMNS["label"]]))
+""",
+        "evaluated.label_ids, evaluated.predictions.argmax(-1)",
+    ),
+    "multi_label_classification": (
+        """    feature = rows.features[COLUMNS["labels"]].feature
+    name = feature.int2str if isinstance(feature, ClassLabel) else str
+
+    def target(row):
+        own = {name(label) for label in row[COLUMNS["labels"]]}
+        return [float(label in own) for label in LABELS]
+""",
+        "evaluated.label_ids.astype(int), (evaluated.predictions > 0).astype(int)",
+    ),
+}
 
 _CAUSAL = '''
 def load_model():
@@ -190,7 +219,7 @@ class _Code(str):
 
 
 class TrlScript(Exporter):
-    """A training script; it has no trained weights."""
+    """A script to train the recipe with the trainer that its task names."""
 
     name = "trl-script"
     summary = "train.py with peft and TRL's SFTTrainer (classification: transformers' Trainer)"
@@ -198,6 +227,8 @@ class TrlScript(Exporter):
 
     @override
     def assess(self, recipe: Recipe) -> Assessment:
+        if recipe.task_class.trainer is None:
+            return unsupported(f"task {recipe.task}: neither TRL's SFTTrainer nor transformers' Trainer trains it")
         fit = plan(recipe).fit
         if fit.level == "unsupported":
             return fit
@@ -213,31 +244,71 @@ class TrlScript(Exporter):
 
 def script(recipe: Recipe) -> str:
     """Return the text of the script for a recipe that `TrlScript.assess` accepts."""
+    trainer = recipe.task_class.trainer
+    assert trainer is not None
+    opening, body = _SCRIPTS[trainer](recipe)
     peft = plan(recipe)
-    classification = recipe.task == "classification"
-    names = ["AutoModelForCausalLM", "AutoTokenizer"]
-    if classification:
-        names = ["AutoModelForSequenceClassification", "AutoTokenizer", "DataCollatorWithPadding", "Trainer"]
-        names.append("TrainingArguments")
-    opening = _OPENING.substitute(
-        what=f"{', '.join(recipe.adapters.kinds)} on {recipe.backbone.id}",
-        version=metadata.version("autopeft"),
-        needs="peft, transformers>=5, datasets, accelerate" + ("" if classification else ", trl"),
-        datasets_names="ClassLabel, load_dataset" if classification else "load_dataset",
-        transformers_names=",\n    ".join(names),
-        config=peft.config,
-        model=_model(recipe.backbone.id),
-        revision=repr(recipe.backbone.revision),
-        dtype=recipe.backbone.dtype,
-        max_length=recipe.data.max_length,
-        peft=_literal(peft.arguments),
-        training=_literal(_training(recipe)),
-        data=_literal({split: _rows(recipe, split) for split in _SPLITS}),
-        max_train_rows=recipe.data.max_train_rows,
-        columns=_literal({name: getattr(recipe.data, name) for name in ("text", "label", "prompt", "completion")}),
-        own_settings=f"LABELS = {_literal(list(recipe.labels or ()))}\n" if classification else "",
-    )
-    return opening + (_CLASSIFICATION if classification else _CAUSAL)
+    common = {
+        "what": f"{', '.join(recipe.adapters.kinds)} on {recipe.backbone.id}",
+        "version": metadata.version("autopeft"),
+        "config": peft.config,
+        "model": _model(recipe.backbone.id),
+        "revision": repr(recipe.backbone.revision),
+        "dtype": recipe.backbone.dtype,
+        "max_length": recipe.data.max_length,
+        "peft": _literal(peft.arguments),
+        "data": _literal({split: _rows(recipe, split) for split in _SPLITS}),
+        "max_train_rows": recipe.data.max_train_rows,
+    }
+    return _OPENING.substitute(**common, **opening) + body
+
+
+def _sft(recipe: Recipe) -> tuple[dict[str, str], str]:
+    """Fields of the opening, and the rest of a script with TRL's SFTTrainer."""
+    opening = {
+        "scores": "It prints the loss and the accuracy of tokens as TRL counts them, over the tokens of all rows.",
+        "needs": "peft, transformers>=5, datasets, accelerate, trl",
+        "metrics_import": "",
+        "datasets_names": "load_dataset",
+        "transformers_names": "AutoModelForCausalLM,\n    AutoTokenizer",
+        # TRL turns mixed precision on by itself.
+        "training": _literal(_training(recipe) | {"bf16": False, "fp16": False}),
+        "columns": _columns(recipe, "text", "prompt", "completion"),
+        "own_settings": "",
+    }
+    return opening, _CAUSAL
+
+
+def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
+    """Fields of the opening, and the rest of a script with transformers' Trainer."""
+    names = ("AutoModelForSequenceClassification", "AutoTokenizer", "DataCollatorWithPadding", "Trainer")
+    problem_type = recipe.task_class.problem_type
+    assert problem_type is not None
+    reported = dict.fromkeys([*(metric.name for metric in ALWAYS), *recipe.measured])
+    expressions = {name: QUALITIES[name].expression for name in reported if name in QUALITIES}
+    computed = {name: expression for name, expression in expressions.items() if expression}
+    own = [f"{name} ({metric.function})" for name, metric in recipe.metrics.items()]
+    missing = f" It does not compute the study's own {', '.join(own)}." if own else ""
+    opening = {
+        "scores": f"It prints the loss and {', '.join(computed)}.{missing}",
+        "needs": "peft, transformers>=5, datasets, accelerate, scikit-learn",
+        "metrics_import": "from sklearn import metrics\n",
+        "datasets_names": "ClassLabel, load_dataset",
+        "transformers_names": ",\n    ".join((*names, "TrainingArguments")),
+        "training": _literal(_training(recipe)),
+        "columns": _columns(recipe, "text", "text_pair", "label", "labels"),
+        "own_settings": f"LABELS = {_literal(list(recipe.labels or ()))}\nPROBLEM_TYPE = {problem_type!r}\n",
+    }
+    encode, predictions = _TARGETS[problem_type]
+    lines = [f'        "{name}": float(metrics.{expression}),' for name, expression in computed.items()]
+    return opening, _CLASSIFICATION.substitute(encode=encode, predictions=predictions, metrics="\n".join(lines))
+
+
+_SCRIPTS: dict[str, Callable[[Recipe], tuple[dict[str, str], str]]] = {"SFTTrainer": _sft, "Trainer": _trainer}
+
+
+def _columns(recipe: Recipe, *names: str) -> str:
+    return _literal({name: getattr(recipe.data, name) for name in names})
 
 
 def _literal(value: Any) -> str:
@@ -254,7 +325,7 @@ def _model(model_id: str) -> str:
 
 def _training(recipe: Recipe) -> dict[str, Any]:
     training = recipe.training
-    arguments = {
+    return {
         "learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay,
         "num_train_epochs": training.epochs,
@@ -267,13 +338,11 @@ def _training(recipe: Recipe) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
     }
-    # TRL turns on mixed precision by default.
-    return arguments if recipe.task == "classification" else arguments | {"bf16": False, "fp16": False}
 
 
 def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
-    """Return the arguments of `datasets.load_dataset` for one split."""
-    from autopeft.evaluators.data.splits import EMBEDDED_IN
+    """Arguments of `datasets.load_dataset` for one split."""
+    from autopeft.evaluators.rows import EMBEDDED_IN
 
     data = recipe.data
     if data.source in EMBEDDED_IN:

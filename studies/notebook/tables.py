@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from autopeft.evaluators.atomic import atomic_write_text
+from autopeft.evaluators.rows import named_classes
 from autopeft.studies.config.declaration import Finding
 
 SPLITS = ("train", "validation", "test")
@@ -84,17 +85,12 @@ def _rows(table: Any) -> Iterator[Any]:
     if _is_frame(table):
         yield from table.to_dict("records")
         return
-    names = {}
-    if _is_dataset(table):  # numbers that stand for names, as a data set of the hub has them
-        names = {column: feature for column, feature in table.features.items() if hasattr(feature, "int2str")}
+    # Numbers that stand for names, as a data set of the hub has them.
+    features = table.features if _is_dataset(table) else {}
     for row in table:
-        if names and isinstance(row, Mapping):
-            row = {**row, **{column: _class_name(feature, row[column]) for column, feature in names.items()}}
+        if features and isinstance(row, Mapping):
+            row = {**row, **{column: named_classes(feature, row[column]) for column, feature in features.items()}}
         yield row
-
-
-def _class_name(feature: Any, number: Any) -> Any:
-    return None if number in (None, -1) else feature.int2str(number)
 
 
 def _is_frame(value: Any) -> bool:

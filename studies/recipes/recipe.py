@@ -34,12 +34,13 @@ from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 from autopeft.studies.config.checks import unknown_key
-from autopeft.studies.config.settings import DataSettings
+from autopeft.studies.config.settings import DataSettings, TaskName
 from autopeft.studies.config.source import Source, StudyFileError, read
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from autopeft.evaluators.data import splits as task_data
+    from autopeft.evaluators import rows
+    from autopeft.evaluators.tasks import Task
 
 SCHEMA_VERSION = 1
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -123,9 +124,9 @@ class RecipeData(DataSettings):
         """The file of a split, for the source "files"."""
         return Path(self.folder) / Path(getattr(self, split)).expanduser()
 
-    def for_loading(self) -> task_data.DataSettings:
+    def for_loading(self) -> rows.DataSettings:
         """What `load_splits` takes."""
-        from autopeft.evaluators.data.splits import DataSettings
+        from autopeft.evaluators.rows import DataSettings
 
         given = {name: value for name, value in self if value is not None}
         return DataSettings(**{**given, "folder": Path(self.folder)})
@@ -181,7 +182,7 @@ Spec = Annotated[AdapterSpec, PlainValidator(_spec), PlainSerializer(lambda spec
 class Recipe(_Part):
     schema_version: Literal[1] = 1
     backbone: RecipeBackbone
-    task: Literal["classification", "causal-lm"]
+    task: TaskName
     labels: tuple[str, ...] | None = None
     domains: tuple[str, ...] | None = None
     architecture: dict[str, tuple[Spec, ...]]
@@ -206,8 +207,8 @@ class Recipe(_Part):
                 problems.append(f"architecture: {name} {spec.kind}: cannot sit at this site ({site.role})")
         if problems:
             raise ValueError("; ".join(problems))
-        if self.task == "classification" and not self.labels:
-            raise ValueError("a classification recipe needs `labels`")
+        if self.task_class.has_labels and not self.labels:
+            raise ValueError(f"a {self.task} recipe needs `labels`")
         for name in self.metrics:
             self.maximises(name)
         for name, measured in self.measured.items():
@@ -247,6 +248,13 @@ class Recipe(_Part):
             training=Training(**candidate.training),
             **rest,
         )
+
+    @property
+    def task_class(self) -> type[Task]:
+        """The task, in the variant that the data's settings ask for."""
+        from autopeft.evaluators.tasks import TASKS
+
+        return TASKS[self.task].for_data(self.data.for_loading())
 
     @property
     def adapters(self) -> Architecture:

@@ -31,14 +31,14 @@ from transformers import (
 )
 
 from autopeft.evaluators.backbones import (
-    ModelError,
     describe_backbone,
     load_backbone,
     load_model,
-    load_tokenizer,
+    load_processor,
     resolve,
     skeleton,
 )
+from autopeft.evaluators.errors import ModelError
 from autopeft.search_space.backbones.introspection import describe
 
 from ..support.tiny_models import byte_tokenizer, save, seeded
@@ -89,7 +89,7 @@ def test_embedded(capfd):
     assert not loaded.pretrained_head
     assert loaded.model.config.id2label == {0: "x", 1: "y"}
     assert loaded.model.num_labels == 2
-    assert loaded.tokenizer("words")["input_ids"][0] == loaded.tokenizer.cls_token_id
+    assert loaded.processor("words")["input_ids"][0] == loaded.processor.cls_token_id
     # The weights are the checkpoint's, but for the head.
     original = BertModel.from_pretrained(resolve("embedded"))
     torch.testing.assert_close(loaded.model.bert.state_dict(), original.state_dict(), rtol=0, atol=0)
@@ -118,7 +118,7 @@ def test_hub_without_network():
     begin = time.perf_counter()
     refused("no-such-organisation/no-such-model", "couldn't connect")
     with pytest.raises(ModelError, match="no-such-organisation/no-such-model: the tokenizer could not be loaded"):
-        load_tokenizer("no-such-organisation/no-such-model")
+        load_processor("no-such-organisation/no-such-model", "classification")
     assert time.perf_counter() - begin < 5
     refused("not an id", "could not be loaded")
 
@@ -140,7 +140,7 @@ def test_configurations_that_cannot_be_used(tmp_path, config, word, monkeypatch)
 
 
 def test_unknown_task(tmp_path):
-    with pytest.raises(ModelError, match="unknown task 'regression'; known: classification, causal-lm"):
+    with pytest.raises(ModelError, match="unknown task 'regression'; known: causal-lm, classification"):
         load_backbone("embedded", task="regression")
 
 
@@ -274,9 +274,9 @@ def test_decoders_classify_by_the_last_token_of_a_row(tmp_path, make, config):
     tokenizer = byte_tokenizer(["some words here"], begin=False)
     assert tokenizer.pad_token is None
     loaded = load(save(seeded(make, config), tmp_path, tokenizer), ("x", "y"))
-    pad = loaded.tokenizer.pad_token_id
-    assert pad == loaded.tokenizer.eos_token_id == loaded.model.config.pad_token_id
-    rows = loaded.tokenizer(["some words", "some"])["input_ids"]
+    pad = loaded.processor.pad_token_id
+    assert pad == loaded.processor.eos_token_id == loaded.model.config.pad_token_id
+    rows = loaded.processor(["some words", "some"])["input_ids"]
     long, short = rows
     ids = torch.tensor([long, short + [pad] * (len(long) - len(short))])
     mask = torch.tensor([[1] * len(long), [1] * len(short) + [0] * (len(long) - len(short))])
@@ -290,11 +290,11 @@ def test_a_tokenizer_without_any_special_token_can_pad(tmp_path):
     tokenizer = byte_tokenizer(["a"], begin=False)
     tokenizer.eos_token = tokenizer.bos_token = None
     save(seeded(LlamaForCausalLM, LlamaConfig(**{**_SHAPE, "vocab_size": 300})), tmp_path, tokenizer)
-    assert load_tokenizer(str(tmp_path)).pad_token_id == 0
+    assert load_processor(str(tmp_path), "classification").pad_token_id == 0
 
 
 def test_verbosity_is_put_back():
     before = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     with pytest.raises(ModelError):
-        load_tokenizer("no-such-organisation/no-such-model")
+        load_processor("no-such-organisation/no-such-model", "classification")
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before

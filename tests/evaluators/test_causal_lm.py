@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from autopeft.evaluators.attachment.attachment import Attachment
-from autopeft.evaluators.backbones import LoadedBackbone, describe_backbone, load_backbone, load_tokenizer
+from autopeft.evaluators.backbones import LoadedBackbone, describe_backbone, load_backbone, load_processor
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.data.splits import DataError, Splits, load_splits
-from autopeft.evaluators.tasks import causal_lm
+from autopeft.evaluators.data.splits import Splits, load_splits
+from autopeft.evaluators.errors import DataError
+from autopeft.evaluators.tasks import output_layer
 from autopeft.evaluators.tasks.base import IGNORED, Batch, Scored, Task
 from autopeft.evaluators.tasks.causal_lm import CausalLM
 from autopeft.evaluators.training.train import TrainEvaluator
@@ -182,7 +183,7 @@ def test_chat_templates_that_cannot_be_used(tokenizer):
 
 
 def scores(loaded: LoadedBackbone, examples: list[Any]) -> tuple[list[float], list[float]]:
-    own = task(loaded.tokenizer)
+    own = task(loaded.processor)
     batch = own.collate(examples)
     targets = batch.pop("targets")
     with torch.no_grad():
@@ -192,7 +193,7 @@ def scores(loaded: LoadedBackbone, examples: list[Any]) -> tuple[list[float], li
 
 def test_scores_are_those_of_transformers(loaded):
     for row in (TRAIN[0], TRAIN[1], {"text": "abc is cba"}):
-        example = encoded(loaded.tokenizer, row)
+        example = encoded(loaded.processor, row)
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
         with torch.no_grad():
             out = loaded.model(input_ids=ids, labels=labels)
@@ -204,7 +205,7 @@ def test_scores_are_those_of_transformers(loaded):
 
 
 def test_padding_changes_nothing(loaded):
-    examples = [encoded(loaded.tokenizer, row) for row in [*TRAIN[:5], {"text": "a"}, {"text": "abc " * 12}]]
+    examples = [encoded(loaded.processor, row) for row in [*TRAIN[:5], {"text": "a"}, {"text": "abc " * 12}]]
     together = scores(loaded, examples)
     alone = [scores(loaded, [example]) for example in examples]
     torch.testing.assert_close(together[0], [loss for (loss,), _ in alone], rtol=1e-5, atol=1e-5)
@@ -216,7 +217,7 @@ def test_loss_and_gradient_by_their_definition(loaded):
     logits = torch.randn(3, 6, 11, generator=generator).requires_grad_()
     targets = torch.randint(0, 11, (3, 6), generator=generator)
     targets[0, :4], targets[1], targets[2, 5] = IGNORED, IGNORED, IGNORED
-    columns = task(loaded.tokenizer).score(logits, targets)
+    columns = task(loaded.processor).score(logits, targets)
     losses, accuracies = columns["loss"], columns["accuracy"]
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
 
@@ -231,8 +232,8 @@ def test_loss_and_gradient_by_their_definition(loaded):
 
     perfect = torch.full((1, 3, 5), -9.0)
     perfect[0, 0, 4] = perfect[0, 1, 2] = 9.0
-    assert task(loaded.tokenizer).score(perfect, torch.tensor([[0, 4, 3]]))["accuracy"].tolist() == [0.5]
-    low = task(loaded.tokenizer).score(logits.bfloat16(), targets)["loss"]
+    assert task(loaded.processor).score(perfect, torch.tensor([[0, 4, 3]]))["accuracy"].tolist() == [0.5]
+    low = task(loaded.processor).score(logits.bfloat16(), targets)["loss"]
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, losses, rtol=0.05, atol=0.05)
 
@@ -246,7 +247,7 @@ def from_logits(own: CausalLM, model: nn.Module, batch: Batch) -> Scored:
 
 def without_logits(own: CausalLM, model: nn.Module, batch: Batch) -> Scored:
     """`scores`, of a model that nothing is known of yet, and that is not allowed to make logits."""
-    causal_lm._plain.pop(model, None)
+    output_layer._plain.pop(model, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "forward", only_probed(type(model).forward))
         return own.scores(model, batch)
@@ -262,7 +263,7 @@ def only_probed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_pack_is_scored_without_its_logits(loaded, slots):
-    own = task(loaded.tokenizer)
+    own = task(loaded.processor)
     examples = own.encode([*TRAIN[:5], {"text": "abc is cba"}])
     # Examples of a slot lie next to each other; the second has its own, and both draw dropout.
     batch = own.collate([*examples, *reversed(examples)][: slots * len(examples)])
@@ -318,14 +319,14 @@ def test_models_that_do_something_to_their_logits_are_asked_for_them(make, confi
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "targets": ids}
     own = CausalLM(None, 32, None)
     found, expected = own.scores(model, batch), from_logits(own, model, batch)
-    assert causal_lm._plain[model] == plain
+    assert output_layer._plain[model] == plain
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     if plain:
         torch.testing.assert_close(without_logits(own, model, batch), found, rtol=0, atol=0)
 
 
 def test_an_output_layer_that_is_trained_or_adapted_gives_its_own_logits(loaded):
-    own = task(loaded.tokenizer)
+    own = task(loaded.processor)
     batch = own.collate(own.encode(TRAIN[:3]))
     with Attachment(loaded.model, loaded.backbone, [Architecture.of({"backbone": [Full()]})], [0]) as attachment:
         attachment.eval()
@@ -374,7 +375,7 @@ def test_the_example_is_a_study(tmp_path):
     described = describe_backbone(study.model_id, task=study.task)
     assert problem_for(study, described).space.cardinality == 625
     # No row is cut, and every letter is a token.
-    words = load_tokenizer(study.model_id)
+    words = load_processor(study.model_id, study.task)
     assert words.convert_ids_to_tokens(words(" a z")["input_ids"]) == ["<s>", "\u0120a", "\u0120z"]
     own = CausalLM(words, study.data.max_length, None)
     assert all(len(predicted(example)) == tiny_llama.CONTINUED + 1 for example in own.encode(splits.train))

@@ -11,7 +11,9 @@ import datasets
 import pandas
 import pytest
 
-from autopeft.evaluators.data.splits import DataError, DataSettings, load_splits
+from autopeft.evaluators.data.splits import load_splits
+from autopeft.evaluators.errors import DataError
+from autopeft.evaluators.rows import DataSettings
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(6)]
 FILES = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
@@ -115,6 +117,62 @@ def test_labels_that_training_lacks(folder):
         "validation.jsonl: labels 'z' do not occur in the training split, which has 'a', 'b'",
         "test.jsonl: labels 'y' do not occur in the training split, which has 'a', 'b'",
     ]
+
+
+def test_pairs(folder):
+    rows = [{"text": f"a {i}", "other": f"b {i}", "label": "ab"[i % 2]} for i in range(6)]
+    jsonl(folder / "train.jsonl", rows)
+    jsonl(folder / "validation.jsonl", [{"text": "a 0", "other": "c", "label": "a"}])
+    jsonl(folder / "test.jsonl", [{"text": "a 1", "other": "b 1", "label": "a"}])
+    splits = load(folder, text_pair="other")
+    assert splits.train[0] == {"text": "a 0", "text_pair": "b 0", "label": "a"}
+    assert splits.warnings == ("1 input stands in both train and test: the scores will be too good",), "as a pair"
+    jsonl(folder / "test.jsonl", [{"text": "x", "label": "a"}, {"text": "x", "other": " ", "label": "a"}])
+    assert problems(folder, text_pair="other") == [
+        "test.jsonl:1: no field 'other'; this row has 'text', 'label'",
+        "test.jsonl:2: field 'other' is not a text: ' '",
+    ]
+
+
+def test_several_labels(folder):
+    for number, file in enumerate(FILES.values()):
+        jsonl(folder / file, [{"text": f"{number} {i}", "tags": tags} for i, tags in enumerate((["b"], [], [10, "a"]))])
+    splits = load(folder, labels="tags")
+    assert splits.train == [
+        {"text": "0 0", "labels": ["b"]},
+        {"text": "0 1", "labels": []},
+        {"text": "0 2", "labels": ["10", "a"]},
+    ]
+    assert splits.labels == ("10", "a", "b")
+    drawn = load(folder, labels="tags", max_train_rows=3)
+    assert {label for row in drawn.train for label in row["labels"]} == {"10", "a", "b"}
+
+    jsonl(folder / "validation.jsonl", [{"text": "x", "tags": ["z", "a"]}])
+    found = "validation.jsonl: labels 'z' do not occur in the training split, which has '10', 'a', 'b'"
+    assert problems(folder, labels="tags") == [found]
+    wrong = [{"tags": "a"}, {"tags": None}, {"tags": ["a", " "]}, {"tags": [["a"]]}]
+    jsonl(folder / "validation.jsonl", [{"text": "x", **row} for row in wrong])
+    assert problems(folder, labels="tags") == [
+        "validation.jsonl:1: field 'tags' is not a list of labels: 'a'",
+        "validation.jsonl:2: no field 'tags'; this row has 'text'",
+        "validation.jsonl:3: field 'tags' has an entry that is not a label: ['a', ' ']",
+        "validation.jsonl:4: field 'tags' has an entry that is not a label: [['a']]",
+    ]
+    for file in FILES.values():
+        jsonl(folder / file, [{"text": file, "tags": []}])
+    assert problems(folder, labels="tags") == ["train.jsonl: no row has a label: there is nothing to classify"]
+
+
+def test_several_labels_of_the_hub(monkeypatch):
+    names = datasets.List(datasets.ClassLabel(names=["bad", "good"]))
+    features = datasets.Features({"text": datasets.Value("string"), "tags": names})
+
+    def load_dataset(path: str, split: str, **settings: Any) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"text": [split, f"{split} 2"], "tags": [[1, 0], []]}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    splits = load_splits(DataSettings(source="org/data", labels="tags"), "classification")
+    assert splits.train == [{"text": "train", "labels": ["good", "bad"]}, {"text": "train 2", "labels": []}]
 
 
 def test_one_label_only(folder):

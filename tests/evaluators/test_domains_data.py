@@ -18,10 +18,11 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from autopeft.evaluators.backbones import LoadedBackbone, load_backbone
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.data.domains import build
-from autopeft.evaluators.data.splits import DataSettings, Splits, load_splits
+from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.data.topics.build import near_duplicates, words
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.proxies.supernet import Supernet
+from autopeft.evaluators.rows import DataSettings
 from autopeft.evaluators.tasks import model_inputs
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.shared_layers import PrefixCache

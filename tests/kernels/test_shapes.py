@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from autopeft.search_space.adapters.lora import Lora
+
 from ..support.shapes import argument_shapes, checked, hints_of, kernel_functions, tensor_arguments
 
 

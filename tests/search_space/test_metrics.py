@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from autopeft.search_space.metrics import ALWAYS, QUALITIES, MetricError, OverSet, Own
-from autopeft.search_space.metrics.base import PREDICTION, TARGET, standard_error
+from autopeft.search_space.metrics.base import PREDICTION, PREDICTIONS, TARGET, TARGETS, standard_error
 from autopeft.search_space.problem import METRICS, Objective
 from autopeft.studies.analysis.statistics import estimate, paired_difference
 
@@ -76,6 +76,24 @@ def test_errors_are_those_of_the_jackknife(metric, case) -> None:
     )
     assert np.mean(found) == pytest.approx(metric.value(columns(targets, predictions)), abs=1e-12)
     assert metric.contributions(columns([1], [0])) == [metric.value(columns([1], [0]))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_several_labels_it_is_scikit_learns(seed: int) -> None:
+    """Values, and errors by leaving one example out after the other; the last label never occurs."""
+    rng = np.random.default_rng(seed)
+    targets, predictions = (np.pad((rng.random((20, 3)) < 0.4).astype(int), ((0, 0), (0, 1))) for _ in range(2))
+    columns = {TARGETS: targets.tolist(), PREDICTIONS: predictions.tolist()}
+    able = [metric for metric in OVER_SET if metric.computable(columns)]
+    assert [metric.name for metric in able] == ["macro-f1"]
+    for metric in able:
+        value = SKLEARN[metric.name](targets, predictions)
+        assert metric.value(columns) == pytest.approx(value, abs=1e-12)
+        without = [SKLEARN[metric.name](np.delete(targets, i, 0), np.delete(predictions, i, 0)) for i in range(20)]
+        found = metric.contributions(columns)
+        assert np.mean(found) == pytest.approx(value, abs=1e-12)
+        expected = np.sqrt(19 / 20 * ((without - np.mean(without)) ** 2).sum())
+        assert standard_error(found) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("metric", OVER_SET, ids=lambda metric: metric.name)

@@ -114,7 +114,13 @@ def test_it_is_for_people_too(recipe: Recipe, tmp_path: Path) -> None:
             "lorra",
         ),
         ("rank: 3", "rank: 0", "architecture.layers.11.attn.q.0", "rank must be at least 1", "rank: 0"),
-        ("task: classification", "task: other", "task", "'classification' or 'causal-lm'", "other"),
+        (
+            "task: classification",
+            "task: other",
+            "task",
+            "unknown task 'other'; known: causal-lm, classification",
+            "other",
+        ),
         ("study: demo", "", "provenance.study", "is missing", "provenance"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,10 +27,17 @@ def save_model(folder: Path, **changes: Any) -> Path:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
     tokenizer.save_pretrained(folder)
     return folder
@@ -47,6 +54,55 @@ def save_data(folder: Path) -> None:
             words.insert(rng.randrange(len(words)), label)
             rows.append({"text": " ".join(words), "label": label})
         write_rows(folder / f"{split}.jsonl", rows)
+
+
+#: Data settings of the forms that rows of a classification may have beside a text and a label; `save_data` of each.
+PAIR = {"text": "premise", "text_pair": "hypothesis", "label": "relation"}
+SEVERAL = {"labels": "tags"}
+
+
+def _words(rng: Random, *of: str) -> str:
+    words = [*(f"w{rng.randrange(30)}" for _ in range(rng.randrange(3, 6))), *of]
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def save_pairs(folder: Path) -> None:
+    """Pairs of texts with a label in each: the class is whether they have the same one."""
+    rng = Random(1)
+    for split, count in ROWS.items():
+        rows = []
+        for i in range(count):
+            one = rng.choice(LABELS)
+            other = one if i % 2 else rng.choice([label for label in LABELS if label != one])
+            relation = "same" if one == other else "other"
+            rows.append({"premise": _words(rng, one), "hypothesis": _words(rng, other), "relation": relation})
+        write_rows(folder / f"{split}.jsonl", rows)
+
+
+def save_several(folder: Path) -> None:
+    """The labels are the words of the text that are names of labels: any number of them, none too."""
+    rng = Random(2)
+    for split, count in ROWS.items():
+        rows = []
+        for _ in range(count):
+            tags = [label for label in LABELS if rng.random() < 0.5]
+            rows.append({"text": _words(rng, *tags), "tags": tags})
+        write_rows(folder / f"{split}.jsonl", rows)
+
+
+FORMS: dict[str, tuple[dict[str, str], Callable[[Path], None]]] = {
+    "pair": (PAIR, save_pairs),
+    "several": (SEVERAL, save_several),
+}
+
+
+def save_study_of(form: str, folder: Path, **changes: Any) -> Path:
+    """Like `save_study`, with rows of a form of `FORMS`."""
+    columns, save_rows = FORMS[form]
+    path = save_study(folder, **{"data": settings()["data"] | columns, **changes})
+    save_rows(folder)
+    return path
 
 
 def write_rows(path: Path, rows: list[Mapping[str, Any]]) -> None:

@@ -1,0 +1,17 @@
+"""Errors in the user's model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, with the reason in words."""
+
+
+class DataError(ValueError):
+    """Everything wrong with the data, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))

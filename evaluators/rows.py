@@ -1,0 +1,111 @@
+"""Rows of a data set: where they are, what their columns are called, and how one field is read and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EMBEDDED = "embedded"
+EMBEDDED_DOMAINS = "embedded-domains"
+#: The packages that hold the files of the embedded sources.
+EMBEDDED_IN = {EMBEDDED: "autopeft.evaluators.data.topics", EMBEDDED_DOMAINS: "autopeft.evaluators.data.domains"}
+FILES = "files"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """Where the rows are and what their fields are called.
+
+    `source`: "embedded", "embedded-domains", "files" or a data set of the hub.
+    `train`, `validation`, `test`: files (JSONL, CSV, Parquet; relative to `folder`), or names of the hub's splits.
+    `text_pair`: the field of a second text that is read together with the first, if there is one.
+    `labels`: the field of a list of labels, in place of `label`; it makes the rows multi-label. A setting and not a
+    guess by the rows: a single row that holds a list by mistake must be an error and not another loss.
+    `domain`: the field that says which data set or task a row comes from, if the rows are of several.
+    `max_train_rows`: train on so many rows, drawn at random (the same ones every time) with every label and every
+    domain among them.
+    """
+
+    source: str = EMBEDDED
+    revision: str | None = None
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    labels: str | None = None
+    domain: str | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
+    max_length: int = 64
+    max_train_rows: int | None = None
+    folder: Path = Path(".")
+
+    @property
+    def domain_field(self) -> str | None:
+        """`domain`, or the one that the embedded data with domains has of its own."""
+        return self.domain or ("domain" if self.source == EMBEDDED_DOMAINS else None)
+
+
+def field_names(row: Row) -> str:
+    """Return the names of a row's fields, as a message lists them."""
+    return ", ".join(map(repr, row)) or "none"
+
+
+def value_of(row: Row, name: str) -> Any:
+    """Return the value of a field. Raises ValueError where the row has none."""
+    if name not in row:
+        raise ValueError(f"no field {name!r}; this row has {field_names(row)}")
+    return row[name]
+
+
+def text_of(row: Row, name: str) -> str:
+    """Return the text in a field. Raises ValueError for anything else, and for blanks."""
+    value = value_of(row, name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"field {name!r} is not a text: {value!r:.40}")
+    return value
+
+
+def name_of(row: Row, name: str, what: str) -> str:
+    """Return the name of a label or a domain (`what`) in a field. Raises ValueError."""
+    found = _as_name(value := value_of(row, name))
+    if found is None:
+        raise ValueError(f"field {name!r} is not a {what}: {value!r:.40}")
+    return found
+
+
+def names_of(row: Row, name: str, what: str) -> list[str]:
+    """Return the names in the list of a field, each once; the list may be empty. Raises ValueError."""
+    values = value_of(row, name)
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"field {name!r} is not a list of {what}s: {values!r:.40}")
+    found = dict.fromkeys(map(_as_name, values))
+    if None in found:
+        raise ValueError(f"field {name!r} has an entry that is not a {what}: {values!r:.40}")
+    return [each for each in found if each is not None]
+
+
+def named_classes(feature: Any, value: Any) -> Any:
+    """Return a value by the names of its classes, where `feature`, a column's type in `datasets`, numbers classes.
+
+    A number becomes a name or, if it is -1 ("not given"), None; a list of numbers a list of names. Other values stay.
+    """
+    if hasattr(feature, "int2str"):
+        return None if value in (None, -1) else feature.int2str(value)
+    several = getattr(feature, "feature", None)
+    if hasattr(several, "int2str") and value is not None:
+        return [several.int2str(number) for number in value]
+    return value
+
+
+def _as_name(value: Any) -> str | None:
+    if not isinstance(value, (str, int, float)) or value != value or not str(value).strip():
+        return None
+    # A column of whole numbers becomes one of floats where a value is missing.
+    return str(int(value) if isinstance(value, float) and math.isfinite(value) and value == int(value) else value)
