@@ -17,7 +17,7 @@ class GpSampler(OptunaSearcher):
 
     name = "gpsampler"
     summary = "Optuna's GPSampler: LogEHVI on independent Gaussian processes"
-    known_genes = NsgaII.known_genes
+    visible_genes = NsgaII.visible_genes
 
     def sampler(self, seed):
         with warnings.catch_warnings():

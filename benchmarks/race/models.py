@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 from autopeft.benchmarks.race.base import RaceProblem
 from autopeft.searchers.bo.encoding import Encoding
-from autopeft.searchers.bo.surrogate import KERNELS, Surrogate
+from autopeft.searchers.bo.surrogate import KERNELS, GaussianProcess
 from autopeft.studies.reports import markdown
 
 REPEATS = 5
@@ -60,7 +60,7 @@ def _once(problem: RaceProblem, kind: str, count: int, seed: int) -> tuple[float
     centre, scale = seen.mean(), seen.std()
     noise = np.full(count, (std_err / scale) ** 2)
     begun = time.perf_counter()
-    surrogate = Surrogate.fit(features[:count], (seen - centre) / scale, noise, features.shape[1], kind)
+    surrogate = GaussianProcess.fit(features[:count], (seen - centre) / scale, noise, features.shape[1], kind)
     seconds = time.perf_counter() - begun
     with torch.no_grad():
         posterior = surrogate.model.posterior(features[count:])
