@@ -1,4 +1,4 @@
-"""Operations and least bytes of the slot products and of matrix products: what a profile is held against."""
+"""Operations and least bytes of the slot products and of matrix products, the bounds for a profile."""
 
 from __future__ import annotations
 

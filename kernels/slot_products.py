@@ -91,9 +91,14 @@ def outer(h: Tensor, x: Tensor, slots: Tensor | None = None) -> Tensor:
     return g
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed, and not switched off by `without_triton`."""
+    return triton is not None
+
+
 def by_triton(*tensors: Tensor | None) -> bool:
     """Whether Triton serves an op on these: CUDA tensors, and under its interpreter those of a CPU as well."""
-    return triton is not None and all(
+    return has_triton() and all(
         t is None or (t.dtype in TRITON_TYPES and (t.is_cuda or (INTERPRET and t.is_cpu))) for t in tensors
     )
 
