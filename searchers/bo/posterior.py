@@ -198,7 +198,7 @@ def _inputs(
 ) -> Tensor:
     """Return [n, D + e + k]: features, a prior study's predictions of the measured objectives, and declared losses.
 
-    The declared losses are standardised. e: processes of the prior study.
+    The declared losses are standardised. e: processes of the prior study; k: declared objectives.
     """
     costs = encoding.costs(rows, active)
     features = encoding.features(rows, active)
