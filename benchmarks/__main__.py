@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-import typer
-
 from autopeft.benchmarks.cli.auditing import audit
 from autopeft.benchmarks.cli.contest import contest
 from autopeft.benchmarks.cli.racing import race, tabulate
 from autopeft.benchmarks.cli.speed import speed
-from autopeft.studies.cli.app import run_app
+from autopeft.studies.cli.app import make_app, run_app
 
-app = typer.Typer(
-    name="autopeft.benchmarks",
-    help="Measure autopeft itself. Results go to benchmarks/results and into docs/.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = make_app(
+    "autopeft.benchmarks",
+    "Measure autopeft itself. Results go to benchmarks/results and into docs/.",
+    (speed, race, tabulate, audit, contest),
 )
-#: In the order of `--help`.
-for command in (speed, race, tabulate, audit, contest):
-    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,6 +1,6 @@
-"""Whole studies of several searchers in the same time: the verified fronts that they end with (command `contest`).
+"""Whole studies of several searchers in the same time, compared by their verified fronts (command `contest`).
 
-Time is the processor's, of one thread: it does not depend on what else the machine does.
+Time is processor time of one thread: it does not depend on other work of the machine.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from autopeft.studies.storage import json_lines
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
 
-#: Trials that no searcher comes to in its time.
+#: More trials than any searcher can evaluate in its time.
 UNLIMITED = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """A study that ended. `settings`: their key, but for the searcher and the seed; `allowed_s`: processor seconds for
-    its search, None for as long as its trials take; `took_s`: of the whole study. `front`: values by metric of the
-    candidates that fresh seeds left on the front.
+class StudyOutcome:
+    """Result of a study.
+
+    `settings`: their key without the searcher and the seed; `allowed_s`: processor seconds for its search, None for no
+    limit; `took_s`: of the whole study. `front`: values by metric of the candidates that are on the front after
+    training with fresh seeds.
     """
 
     searcher: str
@@ -52,37 +54,44 @@ class Ended:
 
     @property
     def key(self) -> tuple[str, int]:
+        """Searcher and seed."""
         return self.searcher, self.seed
 
 
-class Quiet:
-    """A `Watcher` for studies that nobody watches."""
+class SilentWatcher:
+    """A `Watcher` that shows nothing."""
 
-    def plan(self, evaluations: int, done: int) -> None: ...
+    def plan(self, evaluations: int, done: int) -> None:
+        """Ignore the number of evaluations."""
 
-    def begin(self, trials: Sequence[Trial]) -> None: ...
+    def begin(self, trials: Sequence[Trial]) -> None:
+        """Ignore the start of an evaluation."""
 
-    def step(self, done: int, total: int) -> None: ...
+    def step(self, done: int, total: int) -> None:
+        """Ignore a training step."""
 
-    def stage(self, name: str, done: int, total: int) -> None: ...
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Ignore work ahead of the evaluations."""
 
-    def end(self, trial: Trial, snapshot: Snapshot) -> None: ...
+    def end(self, trial: Trial, snapshot: Snapshot) -> None:
+        """Ignore the end of an evaluation."""
 
 
-def run(settings: StudyFile, splits: Splits, searcher: str, seed: int, allowed_s: float | None) -> Ended:
-    """A study without baselines and tracking, in a folder that does not stay. It starts no batch of trials after
-    `allowed_s`; those that are under way and the finalists come on top.
+def run(settings: StudyFile, splits: Splits, searcher: str, seed: int, allowed_s: float | None) -> StudyOutcome:
+    """Run a study without baselines and tracking, in a temporary folder.
+
+    It starts no batch of trials after `allowed_s`; running trials and the finalists are not limited.
     """
     torch.set_num_threads(1)
-    wish = {"searcher": searcher, "timeout_s": allowed_s}
+    search = {"searcher": searcher, "timeout_s": allowed_s}
     if allowed_s is not None:
-        wish["trials"] = UNLIMITED
+        search["trials"] = UNLIMITED
     with TemporaryDirectory() as folder:
         own = settings.model_copy(
             update={
                 "seed": seed,
                 "output": folder,
-                "search": settings.search.model_copy(update=wish),
+                "search": settings.search.model_copy(update=search),
                 "baselines": settings.baselines.model_copy(update={"names": ()}),
                 "tracking": settings.tracking.model_copy(update={"enabled": False}),
             }
@@ -92,12 +101,12 @@ def run(settings: StudyFile, splits: Splits, searcher: str, seed: int, allowed_s
             study.clock = time.process_time
             study.started = begin
             try:
-                snapshot = study.run(Quiet())
-            except NoFeasibleCandidateError:  # a front of none, then
+                snapshot = study.run(SilentWatcher())
+            except NoFeasibleCandidateError:  # the front is empty
                 snapshot = study.snapshot()
         took_s = time.process_time() - begin
     names = snapshot.objectives_by_name
-    return Ended(
+    return StudyOutcome(
         searcher=searcher,
         seed=seed,
         settings=study_key(settings),
@@ -109,34 +118,36 @@ def run(settings: StudyFile, splits: Splits, searcher: str, seed: int, allowed_s
 
 
 def study_key(settings: StudyFile) -> str:
-    """Changes with everything in a study that its front depends on, but for the searcher and the seed."""
+    """Return a key of everything that a study's front depends on, except for the searcher and the seed."""
     search = settings.search.model_copy(update={"searcher": SearchSettings().searcher})
     fields = ("task", "model", "data", "space", "training", "objectives", "constraints", "search", "proxy", "finalists")
     return key_of(settings.model_copy(update={"search": search}), *fields)
 
 
-def read(path: Path) -> list[Ended]:
-    return [Ended(**{**entry, "front": tuple(entry["front"])}) for entry in json_lines.read(path)]
+def read(path: Path) -> list[StudyOutcome]:
+    """Read the results of a file."""
+    return [StudyOutcome(**{**entry, "front": tuple(entry["front"])}) for entry in json_lines.read(path)]
 
 
-def append(path: Path, ended: Ended) -> None:
-    json_lines.append(path, asdict(ended))
+def append(path: Path, outcome: StudyOutcome) -> None:
+    """Append a result to a file."""
+    json_lines.append(path, asdict(outcome))
 
 
 # Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lead:
-    """Hypervolume of the first searcher less that of another, as shares of what all fronts together dominate."""
+class VolumeLead:
+    """Hypervolume of the first searcher minus that of another, as shares of the hypervolume of all fronts together."""
 
     other: str
     by_seed: Mapping[int, float]
     median: Median
 
 
-def volumes(ended: Sequence[Ended], objectives: Sequence[Objective]) -> dict[tuple[str, int], float]:
-    """Of each study's verified front, as a share of what all of them together dominate, up to one corner."""
+def volumes(ended: Sequence[StudyOutcome], objectives: Sequence[Objective]) -> dict[tuple[str, int], float]:
+    """Return each verified front's hypervolume as a share of that of all fronts together, with one reference point."""
     points = {
         entry.key: np.array([[o.loss(values[o.name]) for o in objectives] for values in entry.front])
         for entry in ended
@@ -148,25 +159,29 @@ def volumes(ended: Sequence[Ended], objectives: Sequence[Objective]) -> dict[tup
     return {entry.key: hypervolume(points[entry.key], end) / best if entry.front else 0.0 for entry in ended}
 
 
-def leads(found: Mapping[tuple[str, int], float], searchers: Sequence[str]) -> list[Lead]:
-    """Of the first searcher over each other one, on the seeds that both have."""
+def leads(found: Mapping[tuple[str, int], float], searchers: Sequence[str]) -> list[VolumeLead]:
+    """Return the leads of the first searcher over each other one, on the seeds that both have."""
     first, *others = searchers
     found_leads = []
     for other in others:
         seeds = sorted(seed for name, seed in found if name == first and (other, seed) in found)
         if seeds:
             by_seed = {seed: found[first, seed] - found[other, seed] for seed in seeds}
-            found_leads.append(Lead(other=other, by_seed=by_seed, median=median_of(np.array(list(by_seed.values())))))
+            found_leads.append(
+                VolumeLead(other=other, by_seed=by_seed, median=median_of(np.array(list(by_seed.values()))))
+            )
     return found_leads
 
 
-def to_dict(ended: Sequence[Ended], objectives: Sequence[Objective], searchers: Sequence[str]) -> dict[str, Any]:
+def to_dict(ended: Sequence[StudyOutcome], objectives: Sequence[Objective], searchers: Sequence[str]) -> dict[str, Any]:
+    """Return studies and leads as data."""
     found = volumes(ended, objectives)
     studies = [{**asdict(entry), "hypervolume": found[entry.key]} for entry in ended]
     return {"studies": studies, "leads": [asdict(lead) for lead in leads(found, searchers)]}
 
 
-def to_markdown(ended: Sequence[Ended], objectives: Sequence[Objective], searchers: Sequence[str]) -> str:
+def to_markdown(ended: Sequence[StudyOutcome], objectives: Sequence[Objective], searchers: Sequence[str]) -> str:
+    """Return studies as a table, and a sentence for each lead."""
     found = volumes(ended, objectives)
     quality = objectives[0]
     rows = [["searcher", "seed", "processor s", "trials", "front", f"best {quality.name}", "hypervolume"]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autopeft.evaluators.costs.predictor import CostTable
-from autopeft.searchers.scored.ranking import Ranking, ranking
+from autopeft.searchers.scored.ranking import RankCorrelation, rank_correlation
 from autopeft.studies.config.problem import problem_for, space_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.proxy_scores import architectures_only
@@ -22,47 +22,53 @@ METRIC = "latency_s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Foretold:
-    """`foretold_s`, `measured_s`, `again_s`: [n] latencies of draws from the space; the last two are two measurements.
-    `parts`: measurements that the table took.
+class LatencyAudit:
+    """Predicted and measured latencies [n] of draws from a space.
+
+    `measured_s`, `repeated_s`: two measurements of each draw. `parts`: measurements that the model is made of.
     """
 
-    foretold_s: tuple[float, ...]
+    predicted_s: tuple[float, ...]
     measured_s: tuple[float, ...]
-    again_s: tuple[float, ...]
+    repeated_s: tuple[float, ...]
     parts: int
 
-    def table(self) -> Ranking:
-        return ranking(self.foretold_s, self.measured_s)
+    def model(self) -> RankCorrelation:
+        """Return how well predictions rank the first measurements."""
+        return rank_correlation(self.predicted_s, self.measured_s)
 
-    def ceiling(self) -> Ranking:
-        """How well a measurement ranks the next one."""
-        return ranking(self.again_s, self.measured_s)
+    def ceiling(self) -> RankCorrelation:
+        """Return how well the second measurements rank the first ones."""
+        return rank_correlation(self.repeated_s, self.measured_s)
 
-    def error(self, foretold: tuple[float, ...]) -> float:
-        """Median of the relative errors."""
+    def error(self, predicted_s: tuple[float, ...]) -> float:
+        """Return the median of the relative errors."""
         measured = np.asarray(self.measured_s)
-        return float(np.median(np.abs(np.asarray(foretold) - measured) / measured))
+        return float(np.median(np.abs(np.asarray(predicted_s) - measured) / measured))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the latencies as data."""
         return asdict(self)
 
     def to_markdown(self) -> str:
+        """Return rank correlations and errors as a list."""
         low, high = 1e3 * min(self.measured_s), 1e3 * max(self.measured_s)
         lines = [
-            f"{len(self.measured_s)} draws, {low:.1f} to {high:.1f} ms, foretold from {self.parts} measurements:\n"
+            f"{len(self.measured_s)} draws, {low:.1f} to {high:.1f} ms, predicted from {self.parts} measurements:\n"
         ]
         for name, found, values in (
-            ("table", self.table(), self.foretold_s),
-            ("a second measurement", self.ceiling(), self.again_s),
+            ("table", self.model(), self.predicted_s),
+            ("a second measurement", self.ceiling(), self.repeated_s),
         ):
             interval = f"{found.tau_interval[0]:.2f} to {found.tau_interval[1]:.2f}"
             lines.append(f"- {name}: tau {found.tau:.2f} ({interval}), median error {self.error(values):.1%}")
         return "\n".join(lines) + "\n"
 
 
-def foretell(settings: StudyFile, evaluator: PackedEvaluator, draws: int, advance: Callable[[], None]) -> Foretold:
-    """Foretell and measure the latency of `draws` architectures of a study's space."""
+def audit_latency(
+    settings: StudyFile, evaluator: PackedEvaluator, draws: int, advance: Callable[[], None]
+) -> LatencyAudit:
+    """Predict and measure the latency of `draws` architectures of a study's space."""
     inner = architectures_only(problem_for(settings, evaluator.backbone), draws)
     space = space_for(settings, evaluator.backbone)
     table = CostTable(evaluator, inner.space, [METRIC], space.middle.training)
@@ -70,9 +76,9 @@ def foretell(settings: StudyFile, evaluator: PackedEvaluator, draws: int, advanc
     found: list[tuple[float, float, float]] = []
     for _ in range(draws):
         architecture = inner.space.decode(inner.space.sample(rng)).architecture
-        foretold = table.costs(architecture)[METRIC]
-        measured, again = (table.measure(architecture)[METRIC] for _ in range(2))
-        found.append((foretold, measured, again))
+        predicted = table.costs(architecture)[METRIC]
+        measured, repeated = (table.measure(architecture)[METRIC] for _ in range(2))
+        found.append((predicted, measured, repeated))
         advance()
-    foretold_s, measured_s, again_s = zip(*found, strict=True)
-    return Foretold(foretold_s=foretold_s, measured_s=measured_s, again_s=again_s, parts=table.num_measured)
+    predicted_s, measured_s, repeated_s = zip(*found, strict=True)
+    return LatencyAudit(predicted_s=predicted_s, measured_s=measured_s, repeated_s=repeated_s, parts=table.num_measured)

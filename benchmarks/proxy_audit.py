@@ -1,7 +1,7 @@
-"""How well proxies rank: their scores against trainings that are known (command `audit`, docs/proxies.md).
+"""Audit of proxies: rank correlation of their scores with finished trainings (command `audit`, docs/proxies.md).
 
 The references are a table of trainings (see `race/table.py`). An arm is a proxy with its settings; each is prepared and
-asked once per seed, and what it said is kept, a line of JSON each.
+scores the references once per seed. The scores are appended to a file, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autopeft.benchmarks.race.table import QUALITY, Row, by_candidate
+from autopeft.benchmarks.race.table import QUALITY, TableRow, by_candidate
 from autopeft.evaluators.base import Request, memory_errors
 from autopeft.evaluators.proxies import PROXIES, TRAINED
 from autopeft.evaluators.proxies.gates import Gates
@@ -22,7 +22,7 @@ from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import Objective
 from autopeft.searchers.scored.policies import POLICIES
-from autopeft.searchers.scored.ranking import LEAST_RANKED, PICKED, Ranking, ranking
+from autopeft.searchers.scored.ranking import LEAST_RANKED, PICKED, RankCorrelation, rank_correlation
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.settings import ProxySettings
 from autopeft.studies.config.study_file import StudyFile
@@ -41,14 +41,15 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "sandwich-distilled": {"score": Supernet.name, "policy": "sandwich", "distil": True},
     "sandwich-filtered": {"score": Supernet.name, "policy": "sandwich", "filter": "grad_norm"},
 }
-#: References that are trained again, to know what one costs on this machine.
+#: References that are trained again, to measure the time of a training on this machine.
 TIMED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """A candidate and what its trainings came to: means over their seeds, and the number of these. `std_err` is that of
-    one training, over the examples.
+    """A candidate and the results of its trainings.
+
+    `values`: means over the seeds. `std_err`: that of one training, over the examples. `seeds`: their number.
     """
 
     candidate: Candidate
@@ -58,9 +59,11 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What an arm said: a score by the key of each architecture. `reference_s`: one training, packed, on the same
-    machine. `settings`: the key of those that the scores depend on.
+class ArmScores:
+    """Scores of an arm, by the key of each architecture.
+
+    `reference_s`: seconds of one training, packed, on the same machine. `settings`: the key of the settings that the
+    scores depend on.
     """
 
     arm: str
@@ -73,8 +76,8 @@ class Told:
     scores: Mapping[str, float]
 
 
-def references(rows: Sequence[Row], decode: Callable[[Any], Candidate]) -> list[Reference]:
-    """One per candidate of a table, in its order."""
+def references(rows: Sequence[TableRow], decode: Callable[[Any], Candidate]) -> list[Reference]:
+    """Return one reference per candidate of a table, in its order."""
     found = []
     for own in by_candidate(rows).values():
         values = {name: [row.measurement.values[name] for row in own] for name in own[0].measurement.values}
@@ -90,29 +93,29 @@ def references(rows: Sequence[Row], decode: Callable[[Any], Candidate]) -> list[
 
 
 def epochs_of(arm: str, epochs: float) -> float:
-    """Of an arm's training; 0 for one without."""
+    """Return the epochs of an arm's training; 0 for an arm without training."""
     return epochs if ARMS[arm]["score"] in TRAINED else 0.0
 
 
 def settings_of(settings: StudyFile, arm: str, epochs: float, seed: int) -> StudyFile:
-    """A study's with an arm's in the place of its own proxy."""
+    """Return a study's settings with an arm in the place of its own proxy."""
     proxy = ProxySettings(**ARMS[arm], epochs=epochs if ARMS[arm]["score"] in TRAINED else None)
     return settings.model_copy(update={"proxy": proxy, "seed": seed})
 
 
-def fitting(told: Sequence[Told], settings: StudyFile, found: Sequence[Reference]) -> list[Told]:
-    """What was said under these settings, and of all these references."""
+def matching(entries: Sequence[ArmScores], settings: StudyFile, found: Sequence[Reference]) -> list[ArmScores]:
+    """Return the entries with these settings that have scores of all these references."""
     architectures = {reference.candidate.architecture.key for reference in found}
     return [
         entry
-        for entry in told
+        for entry in entries
         if entry.arm in ARMS
         and entry.settings == score_key(settings_of(settings, entry.arm, entry.epochs, entry.seed))
         and architectures <= entry.scores.keys()
     ]
 
 
-def ask(
+def score(
     settings: StudyFile,
     arm: str,
     epochs: float,
@@ -120,11 +123,10 @@ def ask(
     evaluator: PackedEvaluator,
     found: Sequence[Reference],
     reference_s: float,
-) -> Told:
-    """Prepare an arm and have it score the references.
+) -> ArmScores:
+    """Prepare an arm and let it score the references.
 
-    Raises NoScoresError, TrainingFailedError and OutOfMemoryError for one that
-    cannot.
+    Raises NoScoresError, TrainingFailedError and OutOfMemoryError for an arm that cannot.
     """
     settings = settings_of(settings, arm, epochs, seed)
     inner = architectures_only(problem_for(settings, evaluator.backbone), len(found))
@@ -134,7 +136,7 @@ def ask(
         proxy = prepared(settings, inner, evaluator, None, lambda name, done, total: None)
         ready = time.perf_counter()
         scores = proxy.scores(architectures)
-    return Told(
+    return ArmScores(
         arm=arm,
         settings=score_key(settings),
         epochs=epochs_of(arm, epochs),
@@ -147,34 +149,37 @@ def ask(
 
 
 def training_s(evaluator: PackedEvaluator, found: Sequence[Reference]) -> float:
-    """Seconds of one training beside others of its kind."""
+    """Return the seconds of one training in a pack."""
     begin = time.perf_counter()
     evaluator.evaluate([Request(candidate=reference.candidate) for reference in found[:TIMED]])
     return (time.perf_counter() - begin) / len(found[:TIMED])
 
 
-def read(path: Path) -> list[Told]:
-    """What is in a results file; nothing if there is none."""
-    return [Told(**told) for told in json_lines.read(path)]
+def read(path: Path) -> list[ArmScores]:
+    """Read a results file; nothing if there is none."""
+    return [ArmScores(**entry) for entry in json_lines.read(path)]
 
 
-def append(path: Path, told: Told) -> None:
-    json_lines.append(path, asdict(told))
+def append(path: Path, entry: ArmScores) -> None:
+    """Append the scores of an arm to a results file."""
+    json_lines.append(path, asdict(entry))
 
 
 # Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """Means of an arm over its seeds; `ranking` is that of the first, for its intervals. `regret` is in standard errors
-    of the metric, `cost_share` seconds over those of one training of each candidate.
+class ArmSummary:
+    """Means of an arm over its seeds.
+
+    `ranking`: of the first seed, for its intervals. `regret`: in standard errors of the metric. `cost_share`: seconds
+    over those of one training of each candidate.
     """
 
     arm: str
     epochs: float
     seeds: int
-    ranking: Ranking
+    ranking: RankCorrelation
     tau: float
     top_tau: float
     regret: Mapping[int, float]
@@ -182,9 +187,11 @@ class Line:
 
     @property
     def name(self) -> str:
+        """The arm, with its epochs if it trains."""
         return f"{self.arm}, {self.epochs:g} epochs" if self.epochs else self.arm
 
     def cells(self) -> list[str]:
+        """Return the row of a table."""
         return [
             self.name,
             f"{self.tau:.2f} ({_interval(self.ranking.tau_interval)})",
@@ -197,17 +204,19 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """One metric: every arm's line, and the ceiling (see `ceiling`)."""
+    """The arms by one metric, and the ceiling (see `ceiling`)."""
 
     metric: str
     num: int
-    lines: tuple[Line, ...]
-    ceiling: Ranking | None
+    lines: tuple[ArmSummary, ...]
+    ceiling: RankCorrelation | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the report as data."""
         return asdict(self)
 
     def to_markdown(self) -> str:
+        """Return the report as a table."""
         head = ["proxy", "tau", "tau, better half", *(f"regret@{k}" for k in PICKED), "cost", "seeds"]
         rows = [line.cells() for line in self.lines]
         if self.ceiling is not None:
@@ -217,32 +226,34 @@ class Report:
         return f"**{self.metric}**, {self.num} candidates\n\n{table([head, *rows], right=range(3, len(head)))}\n"
 
 
-def reports(told: Sequence[Told], rows: Sequence[Row], found: Sequence[Reference]) -> list[Report]:
-    """By metric of quality, at one learning rate."""
+def reports(entries: Sequence[ArmScores], rows: Sequence[TableRow], found: Sequence[Reference]) -> list[Report]:
+    """Return a report for each quality metric, at one learning rate."""
     return [
         Report(
             metric=metric,
             num=len(found),
-            lines=tuple(_lines(told, found, metric)),
+            lines=tuple(_summaries(entries, found, metric)),
             ceiling=ceiling(rows, found, metric),
         )
         for metric in QUALITY
     ]
 
 
-def _lines(told: Sequence[Told], found: Sequence[Reference], metric: str) -> list[Line]:
+def _summaries(entries: Sequence[ArmScores], found: Sequence[Reference], metric: str) -> list[ArmSummary]:
     losses = at_one_rate(found, [_loss(metric, reference.values[metric]) for reference in found])
     error = float(np.median([reference.std_err[metric] for reference in found]))
-    by_arm: dict[tuple[str, float], list[Told]] = {}
-    for entry in told:
+    by_arm: dict[tuple[str, float], list[ArmScores]] = {}
+    for entry in entries:
         by_arm.setdefault((entry.arm, entry.epochs), []).append(entry)
     lines = []
     for (arm, epochs), own in by_arm.items():
-        ranked = [ranking([e.scores.get(r.candidate.architecture.key, np.nan) for r in found], losses) for e in own]
+        ranked = [
+            rank_correlation([e.scores.get(r.candidate.architecture.key, np.nan) for r in found], losses) for e in own
+        ]
         trained_s = [entry.reference_s * len(found) for entry in own]
-        asked_s = [entry.prepare_s + entry.score_s * len(found) / len(entry.scores) for entry in own]
+        scored_s = [entry.prepare_s + entry.score_s * len(found) / len(entry.scores) for entry in own]
         lines.append(
-            Line(
+            ArmSummary(
                 arm=arm,
                 epochs=epochs,
                 seeds=len(own),
@@ -250,15 +261,17 @@ def _lines(told: Sequence[Told], found: Sequence[Reference], metric: str) -> lis
                 tau=float(np.mean([r.tau for r in ranked])),
                 top_tau=float(np.mean([r.top_tau for r in ranked])),
                 regret={k: float(np.mean([r.regret[k] for r in ranked])) / error for k in PICKED},
-                cost_share=float(np.mean(np.array(asked_s) / trained_s)),
+                cost_share=float(np.mean(np.array(scored_s) / trained_s)),
             )
         )
     return lines
 
 
 def at_one_rate(found: Sequence[Reference], losses: Sequence[float]) -> list[float]:
-    """Losses [n] less what a line in the logarithm of the learning rate explains of them. No score of an architecture
-    knows at which rate it was trained, and the rate may matter as much as the architecture.
+    """Return the residuals of losses [n] after a linear regression on the logarithm of the learning rate.
+
+    The score of an architecture does not depend on the learning rate of its training, which may matter as much as the
+    architecture.
     """
     rates = np.log([reference.candidate.training["learning_rate"] for reference in found])
     centred, column = rates - rates.mean(), np.asarray(losses)
@@ -266,9 +279,10 @@ def at_one_rate(found: Sequence[Reference], losses: Sequence[float]) -> list[flo
     return list(column - slope * centred)
 
 
-def ceiling(rows: Sequence[Row], found: Sequence[Reference], metric: str) -> Ranking | None:
-    """How well one training of a candidate ranks its others: a proxy cannot be expected to do better. None where no
-    three candidates have several seeds.
+def ceiling(rows: Sequence[TableRow], found: Sequence[Reference], metric: str) -> RankCorrelation | None:
+    """Return how well one training of a candidate ranks its others: no proxy can be expected to do better.
+
+    Returns None where fewer than three candidates have several seeds.
     """
     several = [reference for reference in found if reference.seeds > 1]
     if len(several) < LEAST_RANKED:
@@ -279,7 +293,7 @@ def ceiling(rows: Sequence[Row], found: Sequence[Reference], metric: str) -> Ran
         for reference in several
     ]
     first = at_one_rate(several, [own[0] for own in losses])
-    return ranking(first, at_one_rate(several, [float(np.mean(own[1:])) for own in losses]))
+    return rank_correlation(first, at_one_rate(several, [float(np.mean(own[1:])) for own in losses]))
 
 
 def _loss(metric: str, value: float) -> float:

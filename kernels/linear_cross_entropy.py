@@ -11,6 +11,7 @@ et al. 2024, which does so for the mean; token by token it is exact for every la
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ MIN_CHUNK = 256
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of logits = hidden weight^T + bias, and whether the largest of them is the target's.
+    """Compute the cross-entropy of logits = hidden weight^T + bias, and whether the largest of them is the target's.
 
     hidden: [M, D], weight: [V, D], targets: [M] int64 in 0..V-1, bias: [V], chunk: tokens at a time (None: as
     `chunk_rows` says). Returns losses and correct (1 or 0), each [M] float32. The logits have hidden's dtype, their
@@ -54,7 +55,7 @@ def linear_cross_entropy(
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens of a chunk. On CUDA a multiple of 128, the rows of the tiles of large matrix products."""
+    """Return the tokens of a chunk. On CUDA a multiple of 128, the rows of the tiles of large matrix products."""
     if device.type != "cuda":
         return max(MIN_CHUNK, CHUNK_ELEMENTS // vocabulary)
     return max(MIN_CHUNK, CUDA_CHUNK_ELEMENTS // vocabulary // 128 * 128)
@@ -63,7 +64,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same from all logits at once, in float32."""
+    """Compute the same from all logits at once, in float32."""
     logits = linear(hidden.float(), weight.float(), None if bias is None else bias.float())  # [M, V]
     return cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).float()
 
@@ -72,7 +73,7 @@ def linear_cross_entropy_reference(
 def _op(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and correct [M], and each loss's gradient with respect to its hidden state [M, D] (without: empty)."""
+    """Return losses and correct [M], and each loss's gradient with respect to its hidden state [M, D] or empty."""
     if not by_triton(hidden, weight):
         return _in_chunks(_softmax, hidden, weight, targets, bias, chunk, with_gradient)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever the tensors are on
@@ -80,7 +81,9 @@ def _op(
 
 
 @_op.register_fake
-def _(hidden, weight, targets, bias, chunk, with_gradient):
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(hidden, with_gradient)
 
 
@@ -92,14 +95,14 @@ def _empty(hidden: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]
     return losses, torch.empty_like(losses), gradient
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, correct, gradient = output
     ctx.mark_non_differentiable(correct, gradient)
     ctx.save_for_backward(gradient)
 
 
 @once_differentiable
-def _backward(ctx, grad_losses, *_):
+def _backward(ctx: Any, grad_losses: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None, None, None
 
@@ -127,7 +130,7 @@ def _in_chunks(
 
 
 def _softmax(logits: Tensor, targets: Tensor, losses: Tensor, correct: Tensor, with_gradient: bool) -> None:
-    """Fills losses and correct [C]; the logits [C, V] are overwritten, with their own gradient if that is wanted."""
+    """Fill losses and correct [C]; overwrite the logits [C, V], with their own gradient if that is wanted."""
     at_target = targets[:, None]
     top, first = logits.max(-1, keepdim=True)
     correct.copy_(first[:, 0] == targets)
@@ -151,7 +154,7 @@ _LOWEST = None if tl is None else tl.constexpr(-3.0e38)
 def _softmax_kernel(  # type: ignore[no-untyped-def]
     logits, targets, losses, correct, vocabulary, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program per token: an online log-sum-exp in each lane (Milakov and Gimelshein 2018), then over lanes."""
+    """Run one program per token: an online log-sum-exp in each lane (Milakov and Gimelshein 2018), then over lanes."""
     row = tl.program_id(0).to(tl.int64)  # C * V may be beyond 32 bits; a column is not
     logits += row * vocabulary
     target = tl.load(targets + row)
@@ -192,7 +195,7 @@ def _softmax_triton(
     block: int | None = None,
     warps: int = 8,
 ) -> None:
-    """`_softmax` in two passes over the logits where PyTorch takes many. block: columns at a time, a power of 2."""
+    """Run `_softmax` in two passes over the logits where PyTorch takes many. block: columns at a time, a power of 2."""
     vocabulary = logits.shape[1]
     block = block or softmax_block(vocabulary)
     _softmax_kernel[(len(logits),)](
@@ -201,14 +204,15 @@ def _softmax_triton(
 
 
 def softmax_block(vocabulary: int) -> int:
-    """Columns at a time: 16 per thread of 8 warps, two loads of 16 bytes under way in bfloat16; 8 to 38 turns for
-    vocabularies of 32k to 152k. Chosen from that count, not measured.
+    """Return the columns at a time: 16 per thread of 8 warps, two loads of 16 bytes under way in bfloat16.
+
+    These are 8 to 38 turns for vocabularies of 32k to 152k. Chosen from that count, not measured.
     """
     return min(4096, max(16, 1 << (vocabulary - 1).bit_length()))
 
 
 def softmax_count(rows: int, vocabulary: int, dtype: torch.dtype, with_gradient: bool = True) -> Count:
-    """Of the softmax of one chunk: logits are read once, for the gradient again, and that is written in their place.
+    """Count the softmax of one chunk: logits are read once, for the gradient again, which is written in their place.
 
     Operations per logit: 5 (difference, exponential, sum, and the running maximum's), for the gradient 4 more.
     Targets, losses and hits are not counted.
@@ -220,8 +224,9 @@ def softmax_count(rows: int, vocabulary: int, dtype: torch.dtype, with_gradient:
 def linear_cross_entropy_count(
     tokens: int, features: int, vocabulary: int, dtype: torch.dtype, chunk: int, with_gradient: bool = True
 ) -> Count:
-    """Of all chunks: the logits, their softmax, and the gradient of the hidden states; each product reads the weight
-    again.
+    """Count all chunks: the logits, their softmax, and the gradient of the hidden states.
+
+    Each product reads the weight again.
     """
     count = Count(0, 0)
     for start in range(0, tokens, chunk):

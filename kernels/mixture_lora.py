@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from autopeft.kernels import slot_products
+from autopeft.kernels.counts import Shape
 
 
 def mixture_lora(
@@ -27,7 +29,7 @@ def mixture_lora(
     mask: Tensor | None = None,
     active: int | None = None,
 ) -> Tensor:
-    """The sum over experts of gates * scale * (x A_e^T) B_e^T, in every slot.
+    """Sum gates * scale * (x A_e^T) B_e^T over the experts, in every slot.
 
     x: [K, T, D_in], a: [K, E, R, D_in], b: [K, E, D_out, R], gates: [K, T, E] with 0 where a token has not chosen an
     expert, scale: [K], mask: [K, E, R] with 1 for the ranks of an expert that a slot owns (None: all), active: the most
@@ -35,7 +37,8 @@ def mixture_lora(
     Returns [K, T, D_out] in x's type; computed in that of a. Gradients: x, a, b, gates; scale and mask are constants.
     Routed, a gate of exactly 0 gets the gradient 0: gates come from a top-k, which has none for what it leaves out.
     """
-    return _mixture_lora(x, None, None, a, b, *_routes(x, a, b, gates, scale, mask, active), None)[0]
+    update: Tensor = _mixture_lora(x, None, None, a, b, *_routes(x, a, b, gates, scale, mask, active), None)[0]
+    return update
 
 
 def mixture_lora_linear(
@@ -50,19 +53,20 @@ def mixture_lora_linear(
     active: int | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear layer with the mixtures of some slots: x W^T + bias, and there what `mixture_lora` gives.
+    """Compute a frozen linear layer with the mixtures of some slots: x W^T + bias, and there + `mixture_lora`.
 
     x: [K, T, D_in], weight: [D_out, D_in], bias: [D_out], a: [S, E, R, D_in], b: [S, E, D_out, R], gates: [S, T, E],
     scale: [S], mask: [S, E, R], slots: [S] int64, the distinct slots that these belong to (None: S = K, all).
     Returns [K, T, D_out] in the type of the frozen product. Gradients: x, a, b, gates; weight and bias are frozen.
     """
-    return _mixture_lora(x, weight, bias, a, b, *_routes(x, a, b, gates, scale, mask, active), slots)[0]
+    y: Tensor = _mixture_lora(x, weight, bias, a, b, *_routes(x, a, b, gates, scale, mask, active), slots)[0]
+    return y
 
 
 def _routes(
     x: Tensor, a: Tensor, b: Tensor, gates: Tensor, scale: Tensor, mask: Tensor | None, active: int | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[int]]:
-    """Gates with the scale in them, mask, tokens and counts, by the way that is the faster one."""
+    """Return gates times scale, mask, tokens and counts in the layout, dense or routed, that is the faster one."""
     gates = gates.to(a.dtype) * scale.detach().to(a.dtype)[:, None, None]
     owned = None if mask is None else mask.detach().to(a.dtype)
     by_pytorch = x.is_cpu and not slot_products.by_triton(x, a)
@@ -82,11 +86,11 @@ PAIR_RANKS, GROUP_PRODUCTS = 36, 2**20
 def is_routed(tokens: int, width: int, experts: int, rank: int, active: int | None) -> bool:
     """Whether the chosen experts alone are faster than all experts, on a CPU. width: D_in + D_out.
 
-    In the ranks that a token could be multiplied with in the same time. Fitted to 232 forward and backward passes of
-    both ways: 2 to 64 experts of rank 1 to 32, 1 to 4 active, 128 to 4096 tokens of 384 to 2048 features. There the
-    chosen way takes 1.01 times the better one on average, all experts always 1.34 times and at worst 11 times. It does
-    not ask for the number of slots: a slot alone goes the way of its pack. Not measured on GPUs, which take all
-    experts, as Triton does under its interpreter: groups one by one would leave most of a GPU idle.
+    The unit is the rank that a token could be multiplied with in the same time. Fitted to 232 forward and backward
+    passes of both ways: 2 to 64 experts of rank 1 to 32, 1 to 4 active, 128 to 4096 tokens of 384 to 2048 features.
+    There the chosen way takes 1.01 times the better one on average, all experts always 1.34 times and at worst 11
+    times. It does not ask for the number of slots: a slot alone goes the way of its pack. Not measured on GPUs, which
+    take all experts, as Triton does under its interpreter: groups one by one would leave most of a GPU idle.
     """
     if active is None:
         return False
@@ -96,7 +100,7 @@ def is_routed(tokens: int, width: int, experts: int, rank: int, active: int | No
 def mixture_lora_reference(
     x: Tensor, a: Tensor, b: Tensor, gates: Tensor, scale: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """The same, slot by slot, token by token and expert by expert, in float32 or wider."""
+    """Compute `mixture_lora` slot by slot, token by token and expert by expert, in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_, a, b, gates, scale = (tensor.to(wide) for tensor in (x, a, b, gates, scale))
     out = []
@@ -104,8 +108,8 @@ def mixture_lora_reference(
         for t in range(x.shape[1]):
             update = x_.new_zeros(b.shape[2])
             for e in range(a.shape[1]):
-                kept = slice(None) if mask is None else mask[k, e].bool()
-                update = update + gates[k, t, e] * scale[k] * (b[k, e][:, kept] @ (a[k, e][kept] @ x_[k, t]))
+                owned = slice(None) if mask is None else mask[k, e].bool()
+                update = update + gates[k, t, e] * scale[k] * (b[k, e][:, owned] @ (a[k, e][owned] @ x_[k, t]))
             out.append(update)
     return torch.stack(out).view(*x.shape[:2], -1).to(x.dtype)
 
@@ -121,19 +125,19 @@ def mixture_lora_linear_reference(
     mask: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """`mixture_lora_linear`, the layer first and then every slot that is served."""
+    """Compute `mixture_lora_linear`, the layer first and then every slot that is served."""
     served = list(range(x.shape[0])) if slots is None else slots.tolist()
     out = list(F.linear(x, weight, bias).unbind())
     for own, k in enumerate(served):
         part = slice(own, own + 1)
-        kept = None if mask is None else mask[part]
-        update = mixture_lora_reference(x[k : k + 1], a[part], b[part], gates[part], scale[part], kept)
+        owned = None if mask is None else mask[part]
+        update = mixture_lora_reference(x[k : k + 1], a[part], b[part], gates[part], scale[part], owned)
         out[k] = out[k] + update[0]
     return torch.stack(out)
 
 
 # One operation, by one of two ways that differ in their products only; without a weight it is the update alone.
-# h = (x A_e^T) * mask is kept for the gradients of the gates and B; what the gates make of it is computed again.
+# h = (x A_e^T) * mask is saved for the gradients of the gates and B; h * gates is computed again.
 #
 #          gates      mask          h             products
 # dense    [S, T, E]  [S, 1, E, R]  [S, T, E, R]  of one LoRA of rank E * R: x is read once for all experts
@@ -179,7 +183,7 @@ def _mixture_lora_backward(
     h: Tensor,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (empty if nothing below is trained), a, b transposed: [S, E, R, D_out], and gates."""
+    """Return the gradients of x (empty if nothing below is trained), a, b transposed: [S, E, R, D_out], and gates."""
     where = (tokens, counts, slots)
     gb = _outer(h * gates[..., None], gy, a, *where)
     gh = _shrink(gy, b.transpose(2, 3), *where)
@@ -195,9 +199,10 @@ def _mixture_lora_backward(
 
 
 def _shrink(x: Tensor, w: Tensor, tokens: Tensor | None, counts: Sequence[int], slots: Tensor | None) -> Tensor:
-    """X w_e^T of every pair. x: [K, T, D], w: [S, E, R, D]; returns h."""
+    """Return h = x w_e^T of every pair. x: [K, T, D], w: [S, E, R, D]."""
     if tokens is None:
-        return slot_products.shrink(x, w.flatten(1, 2), slots=slots).unflatten(2, w.shape[1:3])
+        narrow = slot_products.shrink(x, w.flatten(1, 2), slots=slots)
+        return narrow.view(*narrow.shape[:2], *w.shape[1:3])
     h = w.new_empty(len(tokens), w.shape[2])
     for k, own, rows, w_e in _groups(h, w, tokens, counts, slots):
         torch.mm(x[k].index_select(0, own).to(w.dtype), w_e.T, out=rows)
@@ -213,8 +218,10 @@ def _expand(
     counts: Sequence[int],
     slots: Tensor | None,
 ) -> Tensor:
-    """Every token's sum of h w_e, added in place to `base` [K, T, D] if there is one. w: [S, E, R, D]; otherwise
-    [S, T, D] in the type of x, which has T tokens too.
+    """Sum h w_e over the experts of every token. w: [S, E, R, D].
+
+    The sum is added in place to `base` [K, T, D] if there is one; otherwise it is a new [S, T, D] in the type of x,
+    which has T tokens too.
     """
     if tokens is None:
         narrow, wide = h.flatten(2), w.flatten(1, 2).transpose(1, 2)
@@ -230,7 +237,7 @@ def _expand(
 def _outer(
     h: Tensor, x: Tensor, a: Tensor, tokens: Tensor | None, counts: Sequence[int], slots: Tensor | None
 ) -> Tensor:
-    """Every expert's h^T x, summed over its tokens. x: [K, T, D], a: [S, E, R, D_in]; [S, E, R, D] in h's type."""
+    """Sum every expert's h^T x over its tokens. x: [K, T, D], a: [S, E, R, D_in]; returns [S, E, R, D] in h's type."""
     shape = (*a.shape[:3], x.shape[2])
     if tokens is None:
         return slot_products.outer(h.flatten(2), x, slots).view(shape)
@@ -243,7 +250,7 @@ def _outer(
 def _groups(
     h: Tensor, w: Tensor, tokens: Tensor, counts: Sequence[int], slots: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Of every slot and expert: its place in the batch, the tokens that chose it, their rows of h [N, R], and w[s, e].
+    """Yield of every slot and expert: place in the batch, tokens that chose it, their rows of h [N, R], and w[s, e].
 
     Group by group, gathered rows are still in the cache when they are multiplied, and there is no tensor of N rows of
     D. `torch.nn.functional.grouped_mm` needs that one, was faster only with 64 experts of 384 features, and takes
@@ -256,24 +263,48 @@ def _groups(
 
 
 @_mixture_lora.register_fake
-def _(x, weight, bias, a, b, gates, mask, tokens, counts, slots):
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    tokens: Tensor | None,
+    counts: Sequence[int],
+    slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:2], b.shape[2]), a.new_empty(*gates.shape, a.shape[2])
 
 
 @_mixture_lora_backward.register_fake
-def _(gy, x, weight, a, b, gates, mask, tokens, counts, slots, h, needs_x):
+def _(
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    tokens: Tensor | None,
+    counts: Sequence[int],
+    slots: Tensor | None,
+    h: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gx = x.new_empty(x.shape if needs_x else 0)
     return gx, a.new_empty(a.shape), b.new_empty(b.transpose(2, 3).shape), gates.new_empty(gates.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, a, b, gates, mask, tokens, ctx.counts, slots = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, a, b, gates, mask, tokens, slots, output[1])
 
 
 @once_differentiable
-def _backward(ctx, gy, _):
+def _backward(ctx: Any, gy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     needs_x = ctx.needs_input_grad[0]
     *tensors, slots, h = ctx.saved_tensors
     gx, ga, gb, g_gates = _mixture_lora_backward(gy, *tensors, ctx.counts, slots, h, needs_x)
@@ -284,12 +315,40 @@ _mixture_lora.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.autopeft.mixture_lora)
-def _flops(x, weight, bias, a, b, gates, mask, tokens, counts, slots, *, out_shape=None):
+def _flops(
+    x: Shape,
+    weight: Shape | None,
+    bias: Shape | None,
+    a: Shape,
+    b: Shape,
+    gates: Shape,
+    mask: Shape | None,
+    tokens: Shape | None,
+    counts: Sequence[int],
+    slots: Shape | None,
+    *,
+    out_shape: Any = None,
+) -> int:
     frozen = x[0] * x[1] * math.prod(weight) if weight else 0
     return 2 * (frozen + math.prod(gates) * a[2] * (a[3] + b[2]))
 
 
 @register_flop_formula(torch.ops.autopeft.mixture_lora_backward)
-def _flops_backward(gy, x, weight, a, b, gates, mask, tokens, counts, slots, h, needs_x, *, out_shape=None):
+def _flops_backward(
+    gy: Shape,
+    x: Shape,
+    weight: Shape | None,
+    a: Shape,
+    b: Shape,
+    gates: Shape,
+    mask: Shape | None,
+    tokens: Shape | None,
+    counts: Sequence[int],
+    slots: Shape | None,
+    h: Shape,
+    needs_x: bool,
+    *,
+    out_shape: Any = None,
+) -> int:
     frozen = x[0] * x[1] * math.prod(weight) if weight and needs_x else 0
     return 2 * (frozen + math.prod(gates) * a[2] * ((a[3] if needs_x else 0) + a[3] + 2 * b[2]))

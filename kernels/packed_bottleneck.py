@@ -7,6 +7,7 @@ R units (the largest of the slots).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from autopeft.kernels.counts import Shape
 from autopeft.kernels.slot_products import expand, outer, shrink
 
 #: Activations and, from their input s and the gradient g of their output, the gradient of s.
@@ -37,7 +39,7 @@ def packed_bottleneck(
     mask: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Y + scale * (act(z W_down^T + b_down) W_up^T + b_up) in every slot (Houlsby et al. 2019, section 2.1).
+    """Compute y + scale * (act(z W_down^T + b_down) W_up^T + b_up) in every slot (Houlsby et al. 2019, section 2.1).
 
     z: [K, T, D_z], y: [K, T, D] (z itself: the serial form; None: the update alone), down: [K, R, D_z],
     down_bias: [K, R], up: [K, D, R], up_bias: [K, D], scale: [K], mask: [K, R] with 1 for the units that a slot owns
@@ -50,7 +52,9 @@ def packed_bottleneck(
     units = scale.expand(-1, down.shape[1]) if mask is None else scale * mask
     factor = torch.cat([units, scale], dim=1).detach().to(down.dtype)
     serial = y is z
-    return _packed_bottleneck(z, None if serial else y, down, down_bias, up, up_bias, factor, activation, serial)[0]
+    base = None if serial else y
+    out: Tensor = _packed_bottleneck(z, base, down, down_bias, up, up_bias, factor, activation, serial)[0]
+    return out
 
 
 def packed_bottleneck_reference(
@@ -64,18 +68,18 @@ def packed_bottleneck_reference(
     mask: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """The same, slot by slot in the obvious way."""
+    """Compute `packed_bottleneck` slot by slot in the obvious way."""
     act = torch.nn.Identity() if activation == "none" else getattr(F, activation)
     out = []
     for k in range(z.shape[0]):
-        kept = slice(None) if mask is None else mask[k].bool()
-        h = act(F.linear(z[k], down[k][kept], down_bias[k][kept]))
-        update = scale[k] * F.linear(h, up[k][:, kept], up_bias[k])
+        owned = slice(None) if mask is None else mask[k].bool()
+        h = act(F.linear(z[k], down[k][owned], down_bias[k][owned]))
+        update = scale[k] * F.linear(h, up[k][:, owned], up_bias[k])
         out.append(update if y is None else y[k] + update)
     return torch.stack(out)
 
 
-# s = z W_down^T + b_down [K, T, R] is kept; the rest of the narrow side is computed again from it.
+# s = z W_down^T + b_down [K, T, R] is saved; the rest of the narrow side is computed again from it.
 # `serial`: z is added to the update and not y. Its gradient is then one tensor, not the sum of two.
 
 
@@ -98,7 +102,7 @@ def _packed_bottleneck(
 
 
 def _units(s: Tensor, factor: Tensor, activation: str) -> Tensor:
-    """[K, T, R + 1]: what the up-projection and its bias read."""
+    """Return [K, T, R + 1], the input of the up-projection and its bias."""
     h = s.new_ones(*s.shape[:2], s.shape[2] + 1)
     # Masked after the activation: a unit that a slot does not own has a bias in the bank.
     h[..., :-1] = ACTIVATIONS[activation][0](s)
@@ -117,7 +121,7 @@ def _packed_bottleneck_backward(
     serial: bool,
     needs_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of z (empty if nothing below is trained), down, down_bias, and of up and its bias: [K, R + 1, D]."""
+    """Return the gradients of z (empty: nothing below is trained), down, down_bias, up with its bias: [K, R + 1, D]."""
     gh = shrink(gy, up.transpose(1, 2), factor[:, :-1])
     gs = ACTIVATIONS[activation][1](gh, s)
     g_up = outer(_units(s, factor, activation), gy)
@@ -128,26 +132,46 @@ def _packed_bottleneck_backward(
 
 
 @_packed_bottleneck.register_fake
-def _(z, y, down, down_bias, up, up_bias, factor, activation, serial):
+def _(
+    z: Tensor,
+    y: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    factor: Tensor,
+    activation: str,
+    serial: bool,
+) -> tuple[Tensor, Tensor]:
     shape = (*z.shape[:2], up.shape[1])
     return (z if y is None else y).new_empty(shape), down.new_empty(*z.shape[:2], down.shape[1])
 
 
 @_packed_bottleneck_backward.register_fake
-def _(gy, z, down, up, factor, s, activation, serial, needs_z):
+def _(
+    gy: Tensor,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    factor: Tensor,
+    s: Tensor,
+    activation: str,
+    serial: bool,
+    needs_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, d, r = up.shape
     gz = z.new_empty(z.shape if needs_z else 0)
     return gz, down.new_empty(down.shape), down.new_empty(k, r), up.new_empty(k, r + 1, d)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     z, _, down, _, up, _, factor, ctx.activation, ctx.serial = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(z, down, up, factor, output[1])
 
 
 @once_differentiable
-def _backward(ctx, gy, _):
+def _backward(ctx: Any, gy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     needs_z, needs_y = ctx.needs_input_grad[:2]
     gz, g_down, g_down_bias, g_up = _packed_bottleneck_backward(
         gy, *ctx.saved_tensors, ctx.activation, ctx.serial, needs_z
@@ -160,12 +184,36 @@ _packed_bottleneck.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.autopeft.packed_bottleneck)
-def _flops(z, y, down, down_bias, up, up_bias, factor, activation, serial, *, out_shape=None):
+def _flops(
+    z: Shape,
+    y: Shape | None,
+    down: Shape,
+    down_bias: Shape,
+    up: Shape,
+    up_bias: Shape,
+    factor: Shape,
+    activation: str,
+    serial: bool,
+    *,
+    out_shape: Any = None,
+) -> int:
     (k, t, d_z), (_, d, r) = z, up
     return 2 * k * t * r * (d_z + d)
 
 
 @register_flop_formula(torch.ops.autopeft.packed_bottleneck_backward)
-def _flops_backward(gy, z, down, up, factor, s, activation, serial, needs_z, *, out_shape=None):
+def _flops_backward(
+    gy: Shape,
+    z: Shape,
+    down: Shape,
+    up: Shape,
+    factor: Shape,
+    s: Shape,
+    activation: str,
+    serial: bool,
+    needs_z: bool,
+    *,
+    out_shape: Any = None,
+) -> int:
     (k, t, d_z), (_, d, r) = z, up
     return 2 * k * t * r * ((d_z if needs_z else 0) + d_z + 2 * d)

@@ -6,7 +6,7 @@ R rank (the largest of the slots).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from autopeft.kernels.counts import Count, expand_count, matmul_count, outer_count, shrink_count
+from autopeft.kernels.counts import Count, Shape, expand_count, matmul_count, outer_count, shrink_count
 from autopeft.kernels.slot_products import expand, expand_, outer, shrink
 
 
 def packed_lora(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The update scale * (x A^T) B^T of every slot (Hu et al. 2021, section 4.1).
+    """Compute the update scale * (x A^T) B^T of every slot (Hu et al. 2021, section 4.1).
 
     x: [K, T, D_in], a: [K, R, D_in], b: [K, D_out, R], scale: [K], mask: [K, R] with 1 for the ranks that a
     slot owns (None: all). Returns [K, T, D_out] in x's type. Gradients: x, a, b; scale and mask are constants.
     """
-    return _packed_lora(x, None, None, a, b, _factor(a, scale, mask), None)[0]
+    update: Tensor = _packed_lora(x, None, None, a, b, _factor(a, scale, mask), None)[0]
+    return update
 
 
 def packed_lora_linear(
@@ -37,7 +38,7 @@ def packed_lora_linear(
     mask: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear layer with the updates of some slots: x W^T + bias, and there + scale * (x A^T) B^T.
+    """Compute a frozen linear layer with the updates of some slots: x W^T + bias, and there + scale * (x A^T) B^T.
 
     x: [K, T, D_in], weight: [D_out, D_in], bias: [D_out], a: [S, R, D_in], b: [S, D_out, R], scale: [S],
     mask: [S, R], slots: [S] int64, the distinct slots that a, b, scale and mask belong to (None: S = K, all).
@@ -45,15 +46,16 @@ def packed_lora_linear(
     wider than weight and x: the update is then computed in their type and rounded when it is added.
     Gradients: x, a, b. weight and bias are frozen and get none; scale and mask are constants.
     """
-    return _packed_lora(x, weight, bias, a, b, _factor(a, scale, mask), slots)[0]
+    y: Tensor = _packed_lora(x, weight, bias, a, b, _factor(a, scale, mask), slots)[0]
+    return y
 
 
 def packed_lora_reference(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`packed_lora`, slot by slot in the obvious way."""
+    """Compute `packed_lora` slot by slot in the obvious way."""
     out = []
     for k in range(x.shape[0]):
-        kept = slice(None) if mask is None else mask[k].bool()
-        delta = b[k][:, kept] @ a[k][kept]
+        owned = slice(None) if mask is None else mask[k].bool()
+        delta = b[k][:, owned] @ a[k][owned]
         out.append(scale[k] * (x[k] @ delta.T))
     return torch.stack(out)
 
@@ -68,26 +70,29 @@ def packed_lora_linear_reference(
     mask: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """`packed_lora_linear`, slot by slot in the obvious way."""
+    """Compute `packed_lora_linear` slot by slot in the obvious way."""
     served = list(range(x.shape[0])) if slots is None else slots.tolist()
     out = []
     for k in range(x.shape[0]):
         effective = weight
         if k in served:
             i = served.index(k)
-            kept = slice(None) if mask is None else mask[i].bool()
-            effective = weight + scale[i] * (b[i][:, kept] @ a[i][kept])
+            owned = slice(None) if mask is None else mask[i].bool()
+            effective = weight + scale[i] * (b[i][:, owned] @ a[i][owned])
         out.append(F.linear(x[k], effective, bias))
     return torch.stack(out)
 
 
 def _factor(a: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
-    """[S, R]: scale where a slot owns the rank, else 0. On the narrow side it costs R numbers per token, not D_out."""
+    """Return [S, R]: scale where a slot owns the rank, else 0.
+
+    On the narrow side it costs R numbers per token, not D_out.
+    """
     factor = scale[:, None].expand(-1, a.shape[1]) if mask is None else scale[:, None] * mask
     return factor.detach().to(a.dtype)
 
 
-# Both functions are one operation; without a weight it is the update alone. h = (x A^T) * factor [S, T, R] is kept for
+# Both functions are one operation; without a weight it is the update alone. h = (x A^T) * factor [S, T, R] is saved for
 # the gradient of B.
 
 
@@ -114,7 +119,7 @@ def _packed_lora_backward(
     h: Tensor,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (empty if nothing below is trained), a, and b transposed: [S, R, D_out]."""
+    """Return the gradients of x (empty if nothing below is trained), a, and b transposed: [S, R, D_out]."""
     gh = shrink(gy, b.transpose(1, 2), factor, slots)
     ga, gb = outer(gh, x, slots), outer(h, gy, slots)
     if not needs_x:
@@ -128,23 +133,35 @@ def _packed_lora_backward(
 
 
 @_packed_lora.register_fake
-def _(x, weight, bias, a, b, factor, slots):
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, factor: Tensor, slots: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:2], b.shape[1]), a.new_empty(a.shape[0], x.shape[1], a.shape[1])
 
 
 @_packed_lora_backward.register_fake
-def _(gy, x, weight, a, b, factor, slots, h, needs_x):
+def _(
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    factor: Tensor,
+    slots: Tensor | None,
+    h: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape if needs_x else 0), a.new_empty(a.shape), b.new_empty(b.transpose(1, 2).shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, a, b, factor, slots = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, a, b, factor, slots, output[1])
 
 
 @once_differentiable
-def _backward(ctx, gy, _):
+def _backward(ctx: Any, gy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     gx, ga, gb = _packed_lora_backward(gy, *ctx.saved_tensors, ctx.needs_input_grad[0])
     return gx if ctx.needs_input_grad[0] else None, None, None, ga, gb.transpose(1, 2), None, None
 
@@ -153,29 +170,32 @@ _packed_lora.register_autograd(_backward, setup_context=_setup_context)
 
 
 def packed_lora_count(
-    x: Sequence[int],
-    a: Sequence[int],
-    b: Sequence[int],
+    x: Shape,
+    a: Shape,
+    b: Shape,
     linear: bool,
     wide: torch.dtype = torch.bfloat16,
     narrow: torch.dtype = torch.float32,
 ) -> Count:
-    """Of a forward pass, from the shapes of x, a and b (linear: with the frozen layer); wide: x's type, narrow: a's."""
+    """Count a forward pass from the shapes of x, a and b.
+
+    linear: with the frozen layer; wide: x's type, narrow: a's.
+    """
     (k, t, d_in), (s, r, _), d_out = x, a, b[1]
     update = shrink_count(s, t, d_in, r, wide, narrow) + expand_count(s, t, d_out, r, wide, narrow, base=linear)
     return update + matmul_count(k * t, d_in, d_out, wide) if linear else update
 
 
 def packed_lora_backward_count(
-    x: Sequence[int],
-    a: Sequence[int],
-    b: Sequence[int],
+    x: Shape,
+    a: Shape,
+    b: Shape,
     linear: bool,
     needs_x: bool = True,
     wide: torch.dtype = torch.bfloat16,
     narrow: torch.dtype = torch.float32,
 ) -> Count:
-    """Of a backward pass, likewise. needs_x: something below is trained."""
+    """Count a backward pass, likewise. needs_x: something below is trained."""
     (k, t, d_in), (s, r, _), d_out = x, a, b[1]
     count = shrink_count(s, t, d_out, r, wide, narrow)
     count += outer_count(s, t, d_in, r, wide, narrow) + outer_count(s, t, d_out, r, wide, narrow)
@@ -185,10 +205,32 @@ def packed_lora_backward_count(
 
 
 @register_flop_formula(torch.ops.autopeft.packed_lora)
-def _flops(x, weight, bias, a, b, factor, slots, *, out_shape=None):
+def _flops(
+    x: Shape,
+    weight: Shape | None,
+    bias: Shape | None,
+    a: Shape,
+    b: Shape,
+    factor: Shape,
+    slots: Shape | None,
+    *,
+    out_shape: Any = None,
+) -> int:
     return packed_lora_count(x, a, b, linear=weight is not None).flops
 
 
 @register_flop_formula(torch.ops.autopeft.packed_lora_backward)
-def _flops_backward(gy, x, weight, a, b, factor, slots, h, needs_x, *, out_shape=None):
+def _flops_backward(
+    gy: Shape,
+    x: Shape,
+    weight: Shape | None,
+    a: Shape,
+    b: Shape,
+    factor: Shape,
+    slots: Shape | None,
+    h: Shape,
+    needs_x: bool,
+    *,
+    out_shape: Any = None,
+) -> int:
     return packed_lora_backward_count(x, a, b, weight is not None, needs_x).flops

@@ -18,9 +18,9 @@ are what a pack waits for.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def shrink(x: Tensor, w: Tensor, factor: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-    """H = (x[slots] w^T) * factor.
+    """Return h = (x[slots] w^T) * factor.
 
     x: [K, T, D], w: [S, R, D], factor: [S, R], slots: [S] (None: S = K, all). Returns [S, T, R] in w's type.
     """
@@ -54,7 +54,7 @@ def shrink(x: Tensor, w: Tensor, factor: Tensor | None = None, slots: Tensor | N
 
 
 def expand(h: Tensor, w: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Y = base + h w^T as a new tensor. h: [K, T, R], w: [K, D, R], base: [K, T, D]; returns [K, T, D] in `dtype`."""
+    """Return y = base + h w^T, a new [K, T, D] in `dtype`. h: [K, T, R], w: [K, D, R], base: [K, T, D]."""
     if by_triton(h, w, base):
         return triton_expand(h, w, base, _empty((*h.shape[:2], w.shape[1]), dtype, h.device))
     if base is None:
@@ -65,7 +65,7 @@ def expand(h: Tensor, w: Tensor, base: Tensor | None, dtype: torch.dtype) -> Ten
 
 
 def expand_(y: Tensor, h: Tensor, w: Tensor, slots: Tensor | None = None) -> Tensor:
-    """y[slots] += h w^T in place.
+    """Add h w^T to y[slots] in place.
 
     y: [K, T, D], h: [S, T, R], w: [S, D, R], slots: [S] (None: S = K, all). Returns [K, T, D]: y itself.
     """
@@ -83,7 +83,7 @@ def expand_(y: Tensor, h: Tensor, w: Tensor, slots: Tensor | None = None) -> Ten
 
 
 def outer(h: Tensor, x: Tensor, slots: Tensor | None = None) -> Tensor:
-    """G = h^T x[slots], summed over tokens.
+    """Return g = h^T x[slots], summed over tokens.
 
     h: [S, T, R], x: [K, T, D], slots: [S] (None: S = K, all). Returns [S, R, D] in h's type.
     For [S, D, R] transpose the result: the product x^T h takes a CPU twice the time.
@@ -98,22 +98,27 @@ def outer(h: Tensor, x: Tensor, slots: Tensor | None = None) -> Tensor:
     return g
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed, and not switched off by `without_triton`."""
+    return triton is not None
+
+
 def by_triton(*tensors: Tensor | None) -> bool:
     """Whether Triton serves an op on these: CUDA tensors, and under its interpreter those of a CPU as well."""
-    return triton is not None and all(
+    return has_triton() and all(
         t is None or (t.dtype in TRITON_TYPES and (t.is_cuda or (INTERPRET and t.is_cpu))) for t in tensors
     )
 
 
 @contextmanager
 def without_triton() -> Iterator[None]:
-    """Every op of `kernels/` by PyTorch, whatever the device. In all threads: autograd has its own."""
+    """Serve every op of `kernels/` by PyTorch, whatever the device. In all threads: autograd has its own."""
     global triton
-    kept, triton = triton, None
+    module, triton = triton, None
     try:
         yield
     finally:
-        triton = kept
+        triton = module
 
 
 # Kernels. Offsets are int64: K * T * D passes 2^31 in a large pack. Loads are masked, so that no size is a constant of
@@ -126,13 +131,27 @@ def without_triton() -> Iterator[None]:
 #: Under Triton's interpreter, which computes a bfloat16 `tl.dot` wrongly, without a word: operands are widened there.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Without Triton the kernels are plain functions that nobody calls.
-jit: Any = (lambda **_: lambda kernel: kernel) if triton is None else triton.jit
+
+class Kernel(Protocol):
+    """A Triton kernel: indexed by a grid it launches, called it is part of another kernel."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        """Return the launcher of a grid of programs."""
+
+    def __call__(self, *args: Any) -> Any:
+        """Compute within the kernel that calls this one."""
+
+
+def jit(*, do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Kernel]:
+    """`triton.jit`; without Triton the kernels are plain functions that nobody calls."""
+    if triton is None:
+        return lambda kernel: cast(Kernel, kernel)
+    return cast("Callable[[Callable[..., Any]], Kernel]", triton.jit(do_not_specialize=do_not_specialize))
 
 
 @jit()
 def _dot(a, b, acc, PRODUCT: tl.constexpr, INTERPRET: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Acc + a b in float32, see `Tiles`."""
+    """Return acc + a b in float32, see `Tiles`."""
     if PRODUCT == "pieces":  # the smallest first
         if a.dtype == tl.float32:
             high, middle, low = _pieces(a)
@@ -154,8 +173,8 @@ def _dot(a, b, acc, PRODUCT: tl.constexpr, INTERPRET: tl.constexpr):  # type: ig
 
 
 @jit()
-def _pieces(x):
-    """Three bfloat16 numbers whose sum is a float32 below 3.3e38; what is not finite becomes NaN."""
+def _pieces(x):  # type: ignore[no-untyped-def]
+    """Split a float32 below 3.3e38 into three bfloat16 numbers whose sum it is; what is not finite becomes NaN."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -164,7 +183,7 @@ def _pieces(x):
 
 @jit()
 def _strides(w_s, w_r, w_d, DENSE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Those of a narrow tensor, with all that `_narrow` knows of them."""
+    """Return the strides of a narrow tensor, with all that `_narrow` knows of them."""
     if DENSE == "D":
         return w_s * STEP, w_r * STEP, 1
     if DENSE == "R":
@@ -179,7 +198,7 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCT: tl.constexpr,
     W_DENSE: tl.constexpr, W_STEP: tl.constexpr, R_STEP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of T, block of R, slot). h: [S, T, R], contiguous."""
+    """Run program (block of T, block of R, slot). h: [S, T, R], contiguous."""
     R *= R_STEP
     w_s, w_r, w_d = _strides(w_s, w_r, w_d, W_DENSE, W_STEP)
     s = tl.program_id(2).to(tl.int64)
@@ -209,7 +228,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCT: tl.constexpr,
     W_DENSE: tl.constexpr, W_STEP: tl.constexpr, R_STEP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of T, block of D, slot). h: [S, T, R], contiguous; base may be y."""
+    """Run program (block of T, block of D, slot). h: [S, T, R], contiguous; base may be y."""
     R *= R_STEP
     w_s, w_r, w_d = _strides(w_s, w_r, w_d, W_DENSE, W_STEP)
     s = tl.program_id(2).to(tl.int64)
@@ -240,7 +259,7 @@ def _outer_kernel(  # type: ignore[no-untyped-def]
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCT: tl.constexpr,
     R_STEP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of D, chunk of T and block of R, slot). h: [S, T, R], partial: [chunks, S, R, D], contiguous."""
+    """Run program (block of D, chunk of T and block of R, slot). h: [S, T, R], partial: [chunks, S, R, D], dense."""
     R *= R_STEP
     s = tl.program_id(2).to(tl.int64)
     k = s if slots is None else tl.load(slots + s).to(tl.int64)
@@ -265,7 +284,7 @@ def _outer_kernel(  # type: ignore[no-untyped-def]
 def triton_shrink(
     x: Tensor, w: Tensor, factor: Tensor | None, slots: Tensor | None, tiles: Tiles | None = None
 ) -> Tensor:
-    """`shrink` by Triton. tiles: None for those of the rule, here and below."""
+    """Run `shrink` by Triton. tiles: None for those of the rule, here and below."""
     (s, r, d), t = w.shape, x.shape[1]
     tiles = tiles or shrink_tiles(t, r, x.dtype, w.dtype, x.device)
     h = _empty((s, t, r), w.dtype, x.device)
@@ -284,7 +303,7 @@ def triton_shrink(
 def triton_expand(
     h: Tensor, w: Tensor, base: Tensor | None, y: Tensor, slots: Tensor | None = None, tiles: Tiles | None = None
 ) -> Tensor:
-    """y[slots] = base[slots] + h w^T, written into y.
+    """Write base[slots] + h w^T into y[slots].
 
     h: [S, T, R], w: [S, D, R], base: [K, T, D] (None: y), y: [K, T, D], slots: [S]. Returns [K, T, D]: y itself.
     """
@@ -305,8 +324,9 @@ def triton_expand(
 def triton_outer(
     h: Tensor, x: Tensor, slots: Tensor | None, tiles: Tiles | None = None, chunk: int | None = None
 ) -> Tensor:
-    """`outer` in two stages, a sum per chunk of tokens (a multiple of the tiles') and the sum of these: atomics would
-    make the order, and with it the result, differ from run to run.
+    """Run `outer` in two stages: a sum per chunk of tokens (a multiple of the tiles') and the sum of these.
+
+    Atomics would make the order, and with it the result, differ from run to run.
     """
     (s, t, r), d = h.shape, x.shape[2]
     tiles = tiles or outer_tiles(r, x.dtype, h.dtype, x.device)
@@ -324,7 +344,7 @@ def triton_outer(
 
 
 def _narrow(w: Tensor) -> tuple[list[int], dict[str, Any]]:
-    """Strides of w [S, R, D] in units of `W_STEP`, and along which of its last axes it is dense in memory."""
+    """Return the strides of w [S, R, D] in units of `W_STEP`, and the one of its last axes that is dense in memory."""
     # In this order: up-projections of rank 1, dense along both, go with those of other ranks.
     dense = "R" if w.stride(1) == 1 else "D" if w.stride(2) == 1 else ""
     strides = [stride if size > 1 else 0 for size, stride in zip(w.shape, w.stride(), strict=True)]
@@ -338,5 +358,5 @@ def _step(n: int) -> int:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What the kernels write to, results and scratch; the tests fill it with NaN."""
+    """Allocate a tensor that kernels write to, result or scratch; the tests fill it with NaN."""
     return torch.empty(shape, dtype=dtype, device=device)

@@ -42,13 +42,14 @@ class Tiles:
     product: str
 
     def constants(self) -> dict[str, Any]:
+        """Return the arguments of a launch: block sizes, the product, warps and stages."""
         sizes = {"BLOCK_T": self.tokens, "BLOCK_D": self.features, "BLOCK_R": self.ranks}
         how = {"PRODUCT": self.product}
         return sizes | how | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def shrink_tiles(tokens: int, rank: int, wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> Tiles:
-    """For `shrink`: one pass over x up to rank 128.
+    """Choose the tiles of `shrink`: one pass over x up to rank 128.
 
     A program holds all features of its tokens in turn, so programs are few where tokens are: with 8 slots of 1024
     tokens 128, about the multiprocessors of an H100 (132), with 128 tokens 32. More would have to split the features
@@ -62,7 +63,7 @@ def shrink_tiles(tokens: int, rank: int, wide: torch.dtype, narrow: torch.dtype,
 
 
 def expand_tiles(rank: int, narrow: torch.dtype, device: torch.device) -> Tiles:
-    """For `expand`, whose programs are many in any case. Ranks are taken one piece after the other."""
+    """Choose the tiles of `expand`, whose programs are many in any case. Ranks are taken one piece after the other."""
     product = product_of(narrow, narrow, device)
     if product == "ieee":
         return _ieee(16)
@@ -72,7 +73,7 @@ def expand_tiles(rank: int, narrow: torch.dtype, device: torch.device) -> Tiles:
 
 
 def outer_tiles(rank: int, wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> Tiles:
-    """For `outer`: one pass over x up to rank 128."""
+    """Choose the tiles of `outer`: one pass over x up to rank 128."""
     product, ranks = product_of(wide, narrow, device), bucket(rank)
     if product == "ieee":
         return _ieee(ranks)
@@ -83,7 +84,7 @@ def outer_tiles(rank: int, wide: torch.dtype, narrow: torch.dtype, device: torch
 
 
 def outer_chunk(tokens: int, features: int, tiles: Tiles) -> int:
-    """Tokens that one program of `outer` sums: all, unless that leaves a slot less than `PROGRAMS` programs.
+    """Return the tokens that one program of `outer` sums: all, unless a slot then has fewer than `PROGRAMS` programs.
 
     A chunk of C tokens writes and reads 8 R bytes for 2 C bytes of a bfloat16 x, so it has at least `LEAST_CHUNK`.
     """
@@ -92,8 +93,9 @@ def outer_chunk(tokens: int, features: int, tiles: Tiles) -> int:
 
 
 def candidate_tiles(tiles: Tiles) -> tuple[Tiles, ...]:
-    """A rule's tiles and some of their neighbours, to be timed on a card. Triton raises OutOfResources at the launch of
-    one that does not fit there.
+    """Return a rule's tiles and some of their neighbours, to be timed on a card.
+
+    Triton raises OutOfResources at the launch of tiles that do not fit there.
     """
     others = [
         replace(tiles, features=2 * tiles.features),
@@ -106,7 +108,7 @@ def candidate_tiles(tiles: Tiles) -> tuple[Tiles, ...]:
 
 
 def product_of(wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> str:
-    """How `Tiles` multiply a wide by a narrow tensor, in the narrow one's type."""
+    """Return how `Tiles` multiply a wide by a narrow tensor, in the narrow one's type."""
     if narrow != torch.float32:
         return "mma"
     if device.type == "cuda" and not _splits_float32(device):
@@ -116,19 +118,21 @@ def product_of(wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> 
 
 @cache
 def _splits_float32(device: torch.device) -> bool:
-    """Whether tensor cores may multiply a float32 in parts. Before sm_80 they know neither bfloat16 nor tf32, and AMD's
-    other ways were not compiled. Kept, because every launch asks.
+    """Whether tensor cores may multiply a float32 in parts.
+
+    Before sm_80 they know neither bfloat16 nor tf32, and AMD's other ways were not compiled. Cached, because every
+    launch asks.
     """
     return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def bucket(rank: int) -> int:
-    """Ranks of a tile: 16, 32, 64 or 128. `tl.dot` takes no side below 16; beyond 128 there are several tiles."""
+    """Return the ranks of a tile: 16, 32, 64 or 128. `tl.dot` takes no side below 16; above 128 there are several."""
     return min(128, max(16, 1 << (rank - 1).bit_length()))
 
 
 def _pace(ranks: int) -> tuple[int, int]:
-    """Warps and stages with which no kernel spills registers or takes the 99 KB of an sm_89's shared memory."""
+    """Return warps and stages with which no kernel spills registers or takes the 99 KB of an sm_89's shared memory."""
     return (8, 3) if ranks == 128 else (4, 4)
 
 
@@ -137,5 +141,5 @@ def _ieee(ranks: int) -> Tiles:
 
 
 def blocks(n: int, block: int) -> int:
-    """How many blocks hold n."""
+    """Return the number of blocks that hold n."""
     return -(-n // block)

@@ -1,4 +1,4 @@
-"""What every searcher promises."""
+"""The interface of searchers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from autopeft.search_space.problem import Problem, Trial
 from autopeft.search_space.spaces.genes import Assignment
 
-#: A suggestion whose state says so is trained to its end, whatever the rungs say.
+#: Key of `Suggestion.state`: where it is true, the trial is trained to its end, whatever the rungs say.
 WHOLE = "whole"
 
 
@@ -24,10 +24,10 @@ class Suggestion:
 
 
 class Searcher(ABC):
-    """Proposes candidates from what was measured. It sees genes and measurements, never models.
+    """Proposer of candidates: it sees genes and measurements, never models.
 
-    Replayable: what `suggest` returns depends on the problem, the seed and the trials given to `update` alone, so a
-    study that was killed goes on as if it had not been.
+    Replayable: the suggestions depend on the problem, the seed and the trials given to `update` alone, so a study that
+    was killed resumes as if it had not been.
     """
 
     name: ClassVar[str]
@@ -40,22 +40,23 @@ class Searcher(ABC):
         self.pending: tuple[Trial, ...] = ()
 
     def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
-        """All trials so far, in the order in which they were suggested: the ended ones (complete, pruned, failed or
-        infeasible) and those still under way. One that says it is running is under way, whichever of the two lists it
-        is in. Replaces what was known before.
+        """Replace the observed trials by all trials so far, in the order in which they were suggested.
+
+        `completed` have ended (complete, pruned, failed or infeasible), `pending` are running. A trial whose state is
+        "running" counts as pending, whichever of the two lists it is in.
         """
         self.completed = tuple(trial for trial in completed if trial.state != "running")
         self.pending = (*(trial for trial in completed if trial.state == "running"), *pending)
 
     @abstractmethod
     def suggest(self, count: int = 1) -> list[Suggestion]:
-        """Up to `count` points to evaluate next; fewer (or none) once the space is exhausted."""
+        """Return up to `count` points to evaluate next; fewer (or none) once the space is exhausted."""
 
     def losses(self, trial: Trial) -> list[float] | None:
-        """A trial's objectives, all to be minimised; None for one that lacks a value, or has one that is not finite.
+        """Return a trial's objectives, all to be minimised; None if a value is missing or not finite.
 
-        Those of a pruned trial are worse than its full training would have made them. It was pruned for being worse
-        than others at the same rung, and that is what a searcher learns from them.
+        The losses of a pruned trial are worse than its full training would have made them. It was pruned for being
+        worse than others at the same rung, and that is what a searcher learns from them.
         """
         if trial.state not in ("complete", "pruned") or trial.measurement is None:
             return None
@@ -65,4 +66,5 @@ class Searcher(ABC):
 
     @property
     def num_suggested(self) -> int:
+        """Number of trials so far, completed and pending."""
         return len(self.completed) + len(self.pending)

@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 from scipy.stats import qmc
+from typing_extensions import override
 
 from autopeft.search_space.domains import Choice, Domain, Int, Value
 from autopeft.search_space.problem import Problem
@@ -19,7 +20,7 @@ LARGEST_GRID = 100_000
 
 
 class Qmc(Searcher):
-    """Scrambled Sobol points over the fixed encoding; coordinates of inactive genes fall away.
+    """Scrambled Sobol points over the fixed encoding; coordinates of inactive genes are dropped.
 
     Optuna's own QMC sampler covers the genes that all trials share and draws conditional ones at random; over the fixed
     encoding every gene gets its coordinate of the sequence.
@@ -28,6 +29,7 @@ class Qmc(Searcher):
     name = "qmc"
     summary = "scrambled Sobol sequence over all genes, conditional ones too (Owen 1997)"
 
+    @override
     def suggest(self, count: int = 1) -> list[Suggestion]:
         space = self.problem.space
         sequence = qmc.Sobol(max(1, len(space.genes)), scramble=True, rng=np.random.default_rng(self.seed))
@@ -38,9 +40,9 @@ class Qmc(Searcher):
 
 
 class Grid(Searcher):
-    """Every point once, in an order drawn from the seed: a search that ends early has seen all of the grid thinly.
+    """Every point once, in an order drawn from the seed: a search that ends early has a random sample of the grid.
 
-    Whole and real ranges of more than five values are cut into five. Raises ValueError for more than 100,000 points.
+    Integer and real ranges of more than five values are cut into five. Raises ValueError for more than 100,000 points.
     """
 
     name = "grid"
@@ -55,13 +57,14 @@ class Grid(Searcher):
             self._points.append(point)
         Random(seed).shuffle(self._points)
 
+    @override
     def suggest(self, count: int = 1) -> list[Suggestion]:
         start = max(0, self.num_suggested - len(self.problem.start))
         return [Suggestion(genes=dict(point)) for point in self._points[start : start + count]]
 
 
 def _points(space: SearchSpace) -> Iterator[Assignment]:
-    """All assignments over the grid values, depth first."""
+    """Yield all assignments over the grid values, depth first."""
     open_ends: list[tuple[int, Assignment]] = [(0, {})]
     while open_ends:
         position, assignment = open_ends.pop()
@@ -75,7 +78,7 @@ def _points(space: SearchSpace) -> Iterator[Assignment]:
 
 
 def grid_values(domain: Domain) -> list[Value]:
-    """All values of a choice or of a short range of whole numbers; else five, equally spaced on the domain's scale."""
+    """Return all values of a choice or of a short integer range; else five, equally spaced on the domain's scale."""
     if isinstance(domain, Choice):
         return list(domain.choices)
     if isinstance(domain, Int) and domain.cardinality <= GRID_POINTS_OF_A_RANGE:

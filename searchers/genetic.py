@@ -28,15 +28,15 @@ STEP = 0.1
 
 
 def best_first(losses: Rows, violation: Rows) -> Integers:
-    """[n] places of the points by rank, and within a rank from the least crowded on (III-C)."""
+    """Return the indices [n] of points by rank, and within a rank from the least crowded on (III-C)."""
     rank = ranks(losses, violation)
     return np.lexsort((-crowding(losses, rank), rank))
 
 
 def ranks(losses: Rows, violation: Rows) -> Integers:
-    """[n]: 0 for points that none dominates, 1 for those that only these dominate, and so on (III-A).
+    """Return ranks [n]: 0 for points that none dominates, 1 for those that only these dominate, and so on (III-A).
 
-    Constrained domination (VI-A): points beyond their constraints come behind all others, by their violation alone.
+    Constrained domination (VI-A): points beyond their constraints rank behind all others, by their violation alone.
     """
     rank = np.zeros(len(losses), dtype=int)
     feasible = violation <= 0
@@ -62,8 +62,9 @@ def _fronts(losses: Rows) -> Integers:
 
 
 def crowding(losses: Rows, rank: Integers) -> Rows:
-    """[n]: how far apart the two neighbours within the rank are, summed over the objectives, each in units of the
-    rank's range; infinite at its ends (III-B).
+    """Return the crowding distance [n]: between the two neighbours within the rank, summed over the objectives (III-B).
+
+    Each objective is in units of the rank's range. The ends of a rank have infinite distance.
     """
     distance = np.zeros(len(losses))
     for column in losses.T:
@@ -78,11 +79,10 @@ def crowding(losses: Rows, rank: Integers) -> Rows:
 
 
 def spread_first(losses: Rows, rank: Integers, taken: NDArray[np.bool_]) -> Integers:
-    """Places of the points that are not `taken` [n], rank by rank: always the one farthest from all before it and from
-    the taken ones, in units of the first rank's ranges.
+    """Return the indices of points that are not `taken` [n], by rank, and within a rank farthest point first.
 
-    Crowding looks at a front as a whole. Its first few members by that may be neighbours of each other; the first few
-    of these are an epsilon-net (Salinas et al. 2021).
+    Distances are from all earlier points and the taken ones, in units of the first rank's ranges. The first few points
+    in the order of crowding may be neighbours; in this order they are an epsilon-net (Salinas et al. 2021).
     """
     front = losses[rank == 0]
     ranges = np.ptp(front, axis=0) if len(front) else np.zeros(losses.shape[1])
@@ -105,15 +105,16 @@ def spread_first(losses: Rows, rank: Integers, taken: NDArray[np.bool_]) -> Inte
 
 
 def children(encoding: Encoding, parents: Rows, count: int, rng: np.random.Generator) -> Rows:
-    """[n, G], best first -> [c, G], by binary tournaments, crossover and mutation."""
+    """Generate `count` children [c, G] of parents [n, G], best first, by binary tournaments, crossover and mutation."""
     mothers, fathers = parents[rng.integers(len(parents), size=(2, 2, count)).min(axis=0)]
     fathers = np.where(rng.random((count, 1)) < CROSSED, fathers, mothers)
     return mutated(encoding, crossed(encoding, mothers, fathers, rng), rng)
 
 
 def crossed(encoding: Encoding, mothers: Rows, fathers: Rows, rng: np.random.Generator) -> Rows:
-    """[c, G]: each gene from either parent, or from the one in which it is active. One that sleeps in both has nothing
-    to pass on and is drawn anew, for a gate that mutation may open.
+    """Return [c, G]: each gene from either parent, or from the only one in which it is active.
+
+    A gene that is inactive in both is drawn anew, for a gate that mutation may open.
     """
     hers, his = encoding.active(mothers), encoding.active(fathers)
     from_him = his & (~hers | (rng.random(his.shape) < 0.5))
@@ -121,7 +122,7 @@ def crossed(encoding: Encoding, mothers: Rows, fathers: Rows, rng: np.random.Gen
 
 
 def mutated(encoding: Encoding, rows: Rows, rng: np.random.Generator) -> Rows:
-    """[c, G]: one of the active genes changed on average, and at least one."""
+    """Return [c, G] with one of the active genes changed on average, and at least one."""
     rows = rows.copy()
     active = encoding.active(rows)
     chance = 1.0 / np.maximum(1, active.sum(axis=1, keepdims=True))
@@ -142,7 +143,7 @@ def _moved(positions: Rows, rng: np.random.Generator) -> Rows:
 
 
 def _changed(places: Integers, count: int, ordered: bool, rng: np.random.Generator) -> Integers:
-    """Other places among `count`: the next one down or up, or any."""
+    """Return other places among `count`: the next one down or up, or any."""
     other = (places + rng.integers(1, count, size=len(places))) % count
     if not ordered:
         return other

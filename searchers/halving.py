@@ -1,4 +1,4 @@
-"""Successive halving with several objectives: who goes on at a rung."""
+"""Successive halving with several objectives: the candidates that continue at a rung."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopeft.search_space.dominance import non_dominated
 
 
 def survivors(losses: Sequence[Sequence[float]], keep: float) -> list[int]:
-    """The places of the candidates that go on: the share `keep` of them, rounded up; all losses are minimised.
+    """Return the indices of the candidates that continue: the share `keep`, rounded up; all losses are minimised.
 
-    By non-dominated rank, as in the multi-objective successive halving of Schmucker et al. 2021. Within the rank that
-    does not fit whole: the best in the first objective, then the one farthest from all that were taken (the epsilon-net
-    of Salinas et al. 2021). Distances are between ranks, because the objectives have no common unit. A loss that is not
-    finite counts as infinite.
+    Candidates continue by non-dominated rank, as in the multi-objective successive halving of Schmucker et al. 2021.
+    From the rank that does not fit as a whole: the best in the first objective, then always the one farthest from all
+    that were selected (the epsilon-net of Salinas et al. 2021). Distances are between ranks, because the objectives
+    have no common unit. A loss that is not finite counts as infinite.
     """
     points = np.array([[x if math.isfinite(x) else math.inf for x in row] for row in losses], dtype=float)
     count = math.ceil(round(keep * len(points), 6))
@@ -31,14 +32,14 @@ def survivors(losses: Sequence[Sequence[float]], keep: float) -> list[int]:
     return sorted(chosen)
 
 
-def _ranks(column: np.ndarray) -> np.ndarray:
-    """Position among the distinct values, in [0, 1]."""
+def _ranks(column: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return each value's position among the distinct values, in [0, 1]."""
     values, places = np.unique(column, return_inverse=True)
     return places / max(1, len(values) - 1)
 
 
-def _spread(layer: list[int], places: np.ndarray, room: int) -> list[int]:
-    """`room` members of a layer: greedily the one farthest from all that were taken, from the best one on."""
+def _spread(layer: list[int], places: NDArray[np.float64], room: int) -> list[int]:
+    """Select `room` members of a layer: the best one, then greedily the one farthest from all selected."""
     taken = [min(layer, key=lambda i: (places[i][0], i))]
     while len(taken) < room:
         rest = [i for i in layer if i not in taken]

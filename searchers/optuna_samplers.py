@@ -1,8 +1,8 @@
 """Random search, TPE and NSGA-II by Optuna, through ask and tell.
 
 An in-memory Optuna study is rebuilt from the trials for every suggestion, and its sampler gets a seed made of the
-study's seed and the number of trials: state comes from the trials alone. What a sampler keeps in a trial's system
-attributes (NSGA-II its generation) travels in `Trial.searcher_state`.
+study's seed and the number of trials: state comes from the trials alone. A sampler's system attributes of a trial (the
+generation of NSGA-II) are stored in `Trial.searcher_state`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from optuna.distributions import (
 )
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from typing_extensions import override
 
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
 from autopeft.search_space.problem import Problem, Trial
@@ -32,7 +33,10 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def distribution(domain: Domain) -> BaseDistribution:
-    """Ordered choices become whole numbers (their positions), so that a sampler knows which of them are close."""
+    """Return the distribution of a domain.
+
+    Ordered choices become integers (their positions), so that a sampler knows which of them are close.
+    """
     if isinstance(domain, Float):
         return FloatDistribution(domain.low, domain.high, log=domain.log)
     if isinstance(domain, Int):
@@ -47,24 +51,29 @@ def ask(trial: optuna.Trial, name: str, domain: Domain) -> Value:
     if isinstance(domain, Float):
         return from_optuna(domain, trial.suggest_float(name, domain.low, domain.high, log=domain.log))
     if isinstance(domain, Int):
-        return trial.suggest_int(name, domain.low, domain.high, log=domain.log, step=domain.step)
+        return cast(Value, trial.suggest_int(name, domain.low, domain.high, log=domain.log, step=domain.step))
     if domain.ordered:
         return from_optuna(domain, trial.suggest_int(name, 0, len(domain.choices) - 1))
     return cast(Value, trial.suggest_categorical(name, domain.choices))
 
 
 def to_optuna(domain: Domain, value: Value) -> Any:
+    """Return the value that `distribution` has for `value`."""
     return domain.index(value) if isinstance(domain, Choice) and domain.ordered else value
 
 
 def from_optuna(domain: Domain, value: Any) -> Value:
+    """Return the value of `domain` for one of its `distribution`."""
     if isinstance(domain, Choice) and domain.ordered:
-        return domain.choices[value]
-    # The samplers' floats are cut to the digits that a domain keeps, so that they survive its encoding.
-    return domain.from_unit(domain.to_unit(value)) if isinstance(domain, Float) else value
+        choice: Value = domain.choices[value]
+        return choice
+    # The samplers' floats are rounded to the digits of the domain, so that encoding and decoding does not change them.
+    return domain.from_unit(domain.to_unit(value)) if isinstance(domain, Float) else cast(Value, value)
 
 
 class OptunaSearcher(Searcher):
+    """Searcher that asks a sampler of Optuna."""
+
     def __init__(self, problem: Problem, seed: int) -> None:
         super().__init__(problem, seed)
         self._domains = {gene.name: gene.domain for gene in problem.space.genes}
@@ -72,22 +81,23 @@ class OptunaSearcher(Searcher):
 
     @abstractmethod
     def sampler(self, seed: int) -> BaseSampler:
-        """A new sampler of this searcher's kind."""
+        """Return a new sampler of this searcher's kind."""
 
-    def known_genes(self, number: int, genes: Mapping[str, Value]) -> Mapping[str, Value]:
-        """The genes of trial `number` as the sampler is to know them. Default: the active ones."""
+    def visible_genes(self, number: int, genes: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Return the genes of trial `number` that the sampler sees. Default: the active ones."""
         return genes
 
+    @override
     def suggest(self, count: int = 1) -> list[Suggestion]:
         trials = sorted((*self.completed, *self.pending), key=lambda trial: trial.number)
-        known = [losses for trial in trials if (losses := self.losses(trial))]
+        observed = [losses for trial in trials if (losses := self.losses(trial))]
         # An infeasible trial has no values of its own; by its constraint it ranks behind every feasible one anyway.
-        worst = [max(column) for column in zip(*known, strict=True)] or [0.0] * len(self.problem.objectives)
+        worst = [max(column) for column in zip(*observed, strict=True)] or [0.0] * len(self.problem.objectives)
         past = [self._ended(trial, worst) for trial in trials]
         suggestions: list[Suggestion] = []
         for _ in range(count):
             suggestions.append(self._suggest(past))
-            # The next one meets it as it would after an `update`.
+            # The next suggestion sees this one as a running trial, as after an `update`.
             past.append(self._frozen(TrialState.RUNNING, len(past), suggestions[-1].genes, suggestions[-1].state))
         return suggestions
 
@@ -119,7 +129,7 @@ class OptunaSearcher(Searcher):
         values: Sequence[float] | None = None,
         violation: float = 0.0,
     ) -> FrozenTrial:
-        genes = self.known_genes(number, genes)
+        genes = self.visible_genes(number, genes)
         return create_trial(
             state=state,
             params={name: to_optuna(self._domains[name], value) for name, value in genes.items()},
@@ -131,18 +141,24 @@ class OptunaSearcher(Searcher):
 
 
 class Random(OptunaSearcher):
+    """Independent uniform draws."""
+
     name = "random"
     summary = "independent uniform draws; the baseline for every other searcher"
 
-    def sampler(self, seed):
+    @override
+    def sampler(self, seed: int) -> BaseSampler:
         return RandomSampler(seed=seed)
 
 
 class Tpe(OptunaSearcher):
+    """Multi-objective tree-structured Parzen estimator."""
+
     name = "tpe"
     summary = "multi-objective tree-structured Parzen estimator (Ozaki et al. 2022)"
 
-    def sampler(self, seed):
+    @override
+    def sampler(self, seed: int) -> BaseSampler:
         startup = min(10, max(4, self.problem.num_trials // 4))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -150,37 +166,47 @@ class Tpe(OptunaSearcher):
 
 
 class NsgaII(OptunaSearcher):
-    """Optuna lets only those genes evolve that every trial has. So that conditional ones do too, a trial passes on
-    random values of its inactive genes beside its own: over the fixed encoding every individual has every gene.
+    """Optuna's NSGA-II over the fixed encoding, in which every individual has every gene.
+
+    Optuna lets only those genes evolve that every trial has. So that conditional genes evolve too, a trial has random
+    values of its inactive genes beside its own.
     """
 
     name = "nsga2"
     summary = "evolution by non-dominated rank and crowding (Deb et al. 2002)"
 
-    def sampler(self, seed):
-        # A population of about the square root of the budget, doubled: some generations even in short studies.
+    @override
+    def sampler(self, seed: int) -> BaseSampler:
+        # Twice the square root of the budget: some generations even in short studies.
         population = max(4, min(50, 2 * round(self.problem.num_trials**0.5)))
         return _Evolution(population_size=population, seed=seed)
 
-    def known_genes(self, number, genes):
+    @override
+    def visible_genes(self, number: int, genes: Mapping[str, Value]) -> Mapping[str, Value]:
         rng = random.Random(f"{self.seed}/{number}")
         return {gene.name: genes.get(gene.name, gene.domain.sample(rng)) for gene in self.problem.space.genes}
 
-    def update(self, completed, pending=()):
-        """Trials that it did not propose (start points, those of another searcher) belong to its first generation."""
+    @override
+    def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
+        # Trials that it did not propose (start points, those of another searcher) belong to its first generation.
         key = _Evolution._get_generation_key()
         own = [t if key in t.searcher_state else replace(t, searcher_state={key: 0}) for t in completed]
         super().update(own, pending)
 
 
 class _Evolution(NSGAIISampler):
-    """Optuna seeds mutation and crossover alike. With a new sampler per trial a mutated value would then hang on the
-    very number that has decided about the crossover; here it is drawn from a stream of its own.
+    """NSGA-II whose mutations have a random stream of their own.
+
+    Optuna gives mutation and crossover the same seed. With a new sampler per trial a mutated value would then depend
+    on the very number that has decided about the crossover.
     """
 
     def __init__(self, *, population_size: int, seed: int) -> None:
         super().__init__(population_size=population_size, seed=seed)
         self._mutations = RandomSampler(seed=(seed + 2**31) % 2**32)
 
-    def sample_independent(self, study, trial, param_name, param_distribution):
+    @override
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         return self._mutations.sample_independent(study, trial, param_name, param_distribution)

@@ -18,15 +18,16 @@ FOLDS = 4
 #: Trees of each fold.
 TREES = 16
 PENALTIES = np.logspace(-2, 4, 13)
-#: Losses worse than the median by more interquartile ranges count as that far away: a training that diverged is bad,
-#: and how bad is noise that would drown the rest.
+#: Losses are clipped to the median plus this number of interquartile ranges: how bad a diverged training is, is noise
+#: that would dominate the fit.
 FARTHEST_RANGES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """Models that each lack one fold of the trials. `correlation`: Spearman's, of the losses with what the model
-    without them says.
+    """Cross-validated ensemble: each of the models is fitted without one fold of the trials.
+
+    `correlation`: Spearman's, of the losses with the predictions of the model that was fitted without them.
     """
 
     models: tuple[_Model, ...]
@@ -34,7 +35,7 @@ class Predictor:
 
     @classmethod
     def fit(cls, features: Rows, losses: Rows, seed: int) -> Predictor:
-        """[n, D], [n]; two trials at least."""
+        """Fit features [n, D] to losses [n] of at least two trials."""
         low, middle, high = np.quantile(losses, [0.25, 0.5, 0.75])
         losses = np.minimum(losses, middle + FARTHEST_RANGES * max(high - low, 1e-12))
         fold = np.random.default_rng(seed).permutation(len(losses)) % min(FOLDS, len(losses))
@@ -42,19 +43,25 @@ class Predictor:
         for out in (fold == f for f in range(fold.max() + 1)):
             models.append(_Model.fit(features[~out], losses[~out], seed))
             left_out[out] = models[-1](features[out])
-        tells = np.ptp(left_out) > 0 and np.ptp(losses) > 0
-        return cls(tuple(models), float(spearmanr(left_out, losses).statistic) if tells else 0.0)
+        varies = np.ptp(left_out) > 0 and np.ptp(losses) > 0
+        return cls(tuple(models), float(spearmanr(left_out, losses).statistic) if varies else 0.0)
 
     def optimistic(self, features: Rows) -> Rows:
-        """[n, D] -> [n]: the mean less the deviation. Where the models disagree there is something to learn."""
-        said = np.array([model(features) for model in self.models])
-        return said.mean(axis=0) - said.std(axis=0)
+        """Return the mean minus the standard deviation of the models' predictions, [n], for features [n, D].
+
+        A lower confidence bound: where the models disagree there is something to learn.
+        """
+        predictions = np.array([model(features) for model in self.models])
+        bound: Rows = predictions.mean(axis=0) - predictions.std(axis=0)
+        return bound
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A ridge regression with a parabola for every feature (sizes have diminishing returns, learning rates an optimum),
-    and extremely randomised trees (Geurts, Ernst and Wehenkel 2006) for what it leaves: the interactions.
+    """Ridge regression with a parabola per feature, and extremely randomised trees for its residuals.
+
+    Parabolas, because sizes have diminishing returns and learning rates an optimum; trees (Geurts, Ernst and Wehenkel
+    2006) for the interactions.
     """
 
     parabolas: RidgeCV
@@ -62,7 +69,7 @@ class _Model:
 
     @classmethod
     def fit(cls, features: Rows, losses: Rows, seed: int) -> _Model:
-        features = _some(features)
+        features = _at_least_one(features)
         parabolas = RidgeCV(PENALTIES).fit(_squared(features), losses)
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=2, max_features=0.5, random_state=seed % 2**32)
         return cls(parabolas, trees.fit(features, losses - parabolas.predict(_squared(features))))
@@ -70,15 +77,16 @@ class _Model:
     def __call__(self, features: Rows) -> Rows:
         if not len(features):
             return np.zeros(0)
-        features = _some(features)
+        features = _at_least_one(features)
         # A forest's own `predict` spends most of its time on starting threads.
         inputs = features.astype(np.float32)
         leaves = [tree.tree_.predict(inputs)[:, 0] for tree in self.trees.estimators_]
-        return self.parabolas.predict(_squared(features)) + np.mean(leaves, axis=0)
+        predictions: Rows = self.parabolas.predict(_squared(features)) + np.mean(leaves, axis=0)
+        return predictions
 
 
-def _some(features: Rows) -> Rows:
-    """A constant where there are none, as in a space of one point: scikit-learn wants at least one."""
+def _at_least_one(features: Rows) -> Rows:
+    """Return a constant feature where there are none, as in a space of one point: scikit-learn needs at least one."""
     return features if features.shape[1] else np.zeros((len(features), 1))
 
 

@@ -1,17 +1,15 @@
-"""`audit`: how well supernets and proxies without training rank candidates whose trainings are known."""
+"""`audit`: how well supernets and proxies without training rank candidates of a table of trainings."""
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autopeft.benchmarks.cli.speed import BenchView
-from autopeft.search_space.spelling import did_you_mean
-from autopeft.studies.cli.files import file_errors
-from autopeft.studies.cli.options import JsonOption, SetOption, print_json
+from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_demo, print_result
+from autopeft.studies.cli.files import check_names, file_errors
+from autopeft.studies.cli.options import JsonOption, SetOption
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -23,59 +21,53 @@ def audit(
     arms: Annotated[
         list[str] | None, typer.Argument(metavar="[ARM]...", help="Proxies, and policies of a supernet; default: all.")
     ] = None,
-    study: Annotated[
-        Path | None, typer.Option("--study", help="Study file, or its folder; default: the demo's.")
-    ] = None,
+    study: Annotated[Path | None, typer.Option("--study", help=STUDY_HELP)] = None,
     set_: SetOption = None,
-    table: Annotated[Path | None, typer.Option("--table", help="Known trainings; default: those of the demo.")] = None,
-    epochs: Annotated[float, typer.Option("--epochs", min=0, help="Of a supernet's training.")] = 2.0,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of each arm.")] = 2,
-    results: Annotated[
-        Path, typer.Option("--results", help="Keeps what every arm said; what is there is not asked again.")
-    ] = Path("proxies.jsonl"),
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Table of trainings; default: that of the demo.")
+    ] = None,
+    epochs: Annotated[float, typer.Option("--epochs", min=0, help="Epochs of a supernet's training.")] = 2.0,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds of each arm.")] = 2,
+    results: Annotated[Path, typer.Option("--results", help="File of scores; arms in it are not run again.")] = Path(
+        "proxies.jsonl"
+    ),
     latency: Annotated[
-        int, typer.Option("--latency", min=0, help="Instead: foretell and measure the latency of so many draws.")
+        int, typer.Option("--latency", min=0, help="Instead: predict and measure the latency of this number of draws.")
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Score candidates whose trainings are known by every proxy, and report how well that ranks them."""
+    """Score the candidates of a table of trainings by every proxy, and report how well the scores rank them."""
     from autopeft.benchmarks import proxy_audit as auditing
     from autopeft.benchmarks.race.table import SHIPPED, read
     from autopeft.evaluators.base import OutOfMemoryError
     from autopeft.evaluators.training.train import TrainingFailedError
     from autopeft.searchers.scored.ranking import LEAST_RANKED
-    from autopeft.studies.config.loading import load_study
     from autopeft.studies.engine.check import check
     from autopeft.studies.engine.proxy_scores import NoScoresError
     from autopeft.studies.engine.session import packed_evaluator_for
 
     names = list(dict.fromkeys(arms or auditing.ARMS))
-    unknown = [
-        f"unknown arm {name!r}{did_you_mean(name, auditing.ARMS)}" for name in names if name not in auditing.ARMS
-    ]
-    if unknown:
-        raise ConfigurationError("\n".join(unknown))
-    path = study or Path(str(files("autopeft.studies.examples") / "demo.yaml"))
-    settings = load_study(path, set_ or ())
+    check_names("arm", names, auditing.ARMS)
+    settings = load_study_or_demo(study, set_ or ())
     splits, _, space = check(settings)
     if latency:
-        _foretell(settings, splits, latency, as_json)
+        _audit_latency(settings, splits, latency, as_json)
         return
     rows = read(table or SHIPPED)
     every = auditing.references(rows, space.decode)
-    # One training of a candidate says too little of it, where there are some with several.
+    # A single training is a noisy reference: candidates with several are preferred.
     every = [reference for reference in every if reference.seeds > 1] or every
     if len(every) < LEAST_RANKED:
         raise ConfigurationError(
-            f"{table or SHIPPED}: {len(every)} trainings; a ranking needs {LEAST_RANKED}"
+            f"{table or SHIPPED}: {len(every)} trainings; a rank correlation needs {LEAST_RANKED}"
             " (`python -m autopeft.benchmarks tabulate`)"
         )
-    known = {(t.arm, t.epochs, t.seed) for t in auditing.fitting(auditing.read(results), settings, every)}
+    present = {(e.arm, e.epochs, e.seed) for e in auditing.matching(auditing.read(results), settings, every)}
     lacking = [
         (name, seed)
         for name in names
         for seed in range(seeds)
-        if (name, auditing.epochs_of(name, epochs), seed) not in known
+        if (name, auditing.epochs_of(name, epochs), seed) not in present
     ]
     refused: dict[str, str] = {}
     with BenchView() as view, file_errors():
@@ -87,37 +79,31 @@ def audit(
             for name, seed in lacking:
                 view.stage(f"{name}, seed {seed}")
                 try:
-                    told = auditing.ask(settings, name, epochs, seed, evaluator, every, reference_s)
-                    auditing.append(results, told)
-                except (
-                    TrainingFailedError,
-                    OutOfMemoryError,
-                    NoScoresError,
-                ) as error:  # the other arms have their say all the same
+                    scored = auditing.score(settings, name, epochs, seed, evaluator, every, reference_s)
+                    auditing.append(results, scored)
+                except (TrainingFailedError, OutOfMemoryError, NoScoresError) as error:  # the other arms go on
                     refused[name] = str(error)
                 view.advance(1)
     for name, reason in refused.items():
         typer.echo(f"{name} has no scores: {reason}", err=True)
-    asked = [told for told in auditing.fitting(auditing.read(results), settings, every) if told.arm in names]
-    reports = auditing.reports(asked, rows, every)
-    if as_json:
-        print_json([report.to_dict() for report in reports])
-    else:
-        typer.echo("\n".join(report.to_markdown() for report in reports), nl=False)
+    entries = [e for e in auditing.matching(auditing.read(results), settings, every) if e.arm in names]
+    reports = auditing.reports(entries, rows, every)
+    print_result(
+        as_json,
+        lambda: [report.to_dict() for report in reports],
+        lambda: "\n".join(report.to_markdown() for report in reports),
+    )
 
 
-def _foretell(settings: StudyFile, splits: Splits, draws: int, as_json: bool) -> None:
-    from autopeft.benchmarks.latency_model_audit import foretell
+def _audit_latency(settings: StudyFile, splits: Splits, draws: int, as_json: bool) -> None:
+    from autopeft.benchmarks.latency_model_audit import audit_latency
     from autopeft.searchers.scored.ranking import LEAST_RANKED
     from autopeft.studies.engine.session import packed_evaluator_for
 
     if draws < LEAST_RANKED:
-        raise ConfigurationError(f"--latency {draws}: a ranking needs {LEAST_RANKED} draws")
+        raise ConfigurationError(f"--latency {draws}: a rank correlation needs {LEAST_RANKED} draws")
     with BenchView() as view:
         view.plan(draws)
         view.stage("latencies")
-        found = foretell(settings, packed_evaluator_for(settings, splits), draws, lambda: view.advance(1))
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        typer.echo(found.to_markdown(), nl=False)
+        found = audit_latency(settings, packed_evaluator_for(settings, splits), draws, lambda: view.advance(1))
+    print_result(as_json, found.to_dict, found.to_markdown)

@@ -1,22 +1,19 @@
-"""`race`: searchers against each other where the answer is known; `tabulate`: the trainings that one of those answers
-is made of.
-"""
+"""`race`: searchers against each other on problems with a known front; `tabulate`: the trainings of one of these."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autopeft.benchmarks.cli.speed import BenchView
+from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_demo, print_result
 from autopeft.studies.cli.files import check_names, file_errors
-from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of, print_json
+from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -26,16 +23,16 @@ if TYPE_CHECKING:
 def race(
     problems: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROBLEM]...", help="What to race on; default: the five of the docs."),
+        typer.Argument(metavar="[PROBLEM]...", help="Problems; default: the five of the docs."),
     ] = None,
     searchers: Annotated[str, typer.Option("--searchers", help="Names, with commas.")] = "random,qmc,tpe,nsga2,bo",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Races of each searcher on each problem.")] = 20,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Evaluations of a race.")] = 200,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Candidates that are measured at once.")] = 4,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, of one thread each.")] = 1,
-    results: Annotated[
-        Path, typer.Option("--results", help="Keeps every race; those that are there are not run again.")
-    ] = Path("races.jsonl"),
+    results: Annotated[Path, typer.Option("--results", help="File of results; races in it are not run again.")] = Path(
+        "races.jsonl"
+    ),
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw the curves into this PNG.")] = None,
     clocked: Annotated[
         str | None,
@@ -47,7 +44,7 @@ def race(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Race searchers on problems whose front is known, and report all that the results file has of these problems."""
+    """Race searchers on problems with a known front, and report all results of these problems in the file."""
     from autopeft.benchmarks.race import races, report
     from autopeft.benchmarks.race.problems import BY_DEFAULT, PROBLEMS
     from autopeft.benchmarks.race.surrogate import NoTableError
@@ -74,10 +71,11 @@ def race(
         return
     if surrogates is not None:
         from autopeft.benchmarks.race import models
+        from autopeft.searchers.bo.surrogate import KERNELS
 
         counts = numbers_of("--surrogates", surrogates, least=2)
         fitted = partial(models.compare, counts=counts)
-        _print_each(built, fitted, len(counts) * len(models.KERNELS) * models.REPEATS, models.to_markdown, as_json)
+        _print_each(built, fitted, len(counts) * len(KERNELS) * models.REPEATS, models.to_markdown, as_json)
         return
     planned = races.planned(names, asked, seeds, trials, batch)
     with BenchView() as view, file_errors():
@@ -93,10 +91,7 @@ def race(
     if picture is not None:
         with file_errors():
             report.picture({name: curves[name] for name in names}, picture)
-    if as_json:
-        print_json(report.to_dict(tables, batch))
-    else:
-        typer.echo(report.to_markdown(tables, batch), nl=False)
+    print_result(as_json, lambda: report.to_dict(tables, batch), lambda: report.to_markdown(tables, batch))
 
 
 def _print_each(
@@ -106,36 +101,36 @@ def _print_each(
     to_markdown: Callable[[str, Sequence[Any]], str],
     as_json: bool,
 ) -> None:
-    """What `measure` finds of each problem; it takes so many `steps` for one."""
+    """Print the results of `measure` on each problem, which take `steps` steps each."""
     found = {}
     with BenchView() as view:
         view.plan(len(problems) * steps)
         for name, problem in problems.items():
             view.stage(name)
             found[name] = measure(problem, advance=lambda: view.advance(1))
-    if as_json:
-        print_json({name: [asdict(entry) for entry in entries] for name, entries in found.items()})
-    else:
-        typer.echo("\n".join(to_markdown(name, entries) for name, entries in found.items()), nl=False)
+    print_result(
+        as_json,
+        lambda: {name: [asdict(entry) for entry in entries] for name, entries in found.items()},
+        lambda: "\n".join(to_markdown(name, entries) for name, entries in found.items()),
+    )
 
 
 def tabulate(
-    output: Annotated[Path, typer.Option("--output", help="The table: a CSV that grows by what it lacks.")],
-    study: Annotated[
-        Path | None, typer.Argument(metavar="[STUDY]", help="Study file, or its folder; default: the demo's.")
-    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", help="The table: a CSV file, to which the missing rows are added.")
+    ],
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help=STUDY_HELP)] = None,
     set_: SetOption = None,
     candidates: Annotated[int, typer.Option("--candidates", min=1, help="Draws from the space.")] = 330,
     repeated: Annotated[int, typer.Option("--repeated", min=0, help="Draws with two more seeds each.")] = 40,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
 ) -> None:
-    """Train draws from a study's space in full and keep what they were worth; what is there is not trained again."""
+    """Train draws from a study's space in full and add their results to a table; rows in it are not trained again."""
     from autopeft.benchmarks.race import collect, table
-    from autopeft.studies.config.loading import load_study
     from autopeft.studies.engine.check import check
     from autopeft.studies.engine.session import evaluator_for
 
-    settings = load_study(study or Path(str(files("autopeft.studies.examples") / "demo.yaml")), set_ or ())
+    settings = load_study_or_demo(study, set_ or ())
     splits, _, space = check(settings)
     with BenchView() as view, file_errors():
         view.stage("loading")

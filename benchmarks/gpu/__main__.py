@@ -14,8 +14,10 @@ from autopeft.benchmarks.gpu.runner import describe, run_kit
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0 if every phase went well and every test passed, 1 if not, 2 for wrong words, 4
-    without the device, 130 if interrupted.
+    """Run the kit and return an exit code.
+
+    0 if every phase ended well and every test passed, 1 if not, 2 for wrong arguments, 4 without the device, 130 if
+    interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="autopeft.benchmarks.gpu",
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="a folder (default: %(default)s)")
     parser.add_argument("--only", metavar="PHASE,...", help="these phases alone")
-    parser.add_argument("--commit", default=_commit(), help="what gpu.json calls the code (default: git's answer)")
+    parser.add_argument("--commit", default=_commit(), help="commit to record in gpu.json (default: that of git)")
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error("--minutes must be above 0")
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if problem := _problem(options.device):
         print(f"gpu kit: {problem}", file=sys.stderr)
         return 4
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it still ends its phase
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its phase first
     try:
         results = run_kit(
             [phase for name, phase in PHASES.items() if name in names],
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _problem(device: str) -> str | None:
-    """Why there is nothing to measure on, asked of a process of its own: this one holds no memory of the card."""
+    """Return why the device cannot be used, or None; a child process asks, so that this one holds no GPU memory."""
     question = "import torch; print(torch.cuda.is_available())"
     done = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
     if done.returncode:
@@ -71,7 +73,7 @@ def _problem(device: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file is in, with "+" where the files differ from it; None outside of one."""
+    """Return the commit of this file's checkout, with "+" where files differ from it; None outside of a checkout."""
     here = Path(__file__).resolve().parent
     asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
     try:

@@ -1,4 +1,4 @@
-"""Times of operations on a device, without what the host takes to ask for them."""
+"""Times of operations on a device, without the host's time to launch them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 
 from autopeft.evaluators.costs.timing import now
 
-#: Calls in a graph: enough that the time between two replays does not count.
+#: Most calls in a graph: enough that the time between two replays is negligible.
 MOST_CALLS = 200
-#: What a graph is to take, and all of its replays.
+#: Target seconds of a graph, and of all its replays.
 GRAPH_S, ALL_S = 4e-3, 0.25
 MIN_REPLAYS, MAX_REPLAYS = 5, 25
 
 
 def device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Seconds of one call, the median over replays of a CUDA graph of some of them.
+    """Measure the seconds of one call, the median over replays of a CUDA graph of calls.
 
-    `calls` do the same to inputs of their own, in turns: over one set of inputs that fits in the cache, the cache would
-    be measured. Without CUDA: by the host's clock. Raises RuntimeError where a call waits for the device.
+    `calls` do the same work on inputs of their own, in turns: with one set of inputs that fits in the cache, the cache
+    would be measured. Without CUDA: by the host's clock. Raises RuntimeError where a call waits for the device.
     """
     for call in calls:
         call()  # compiles, and loads libraries
     alone = [seconds_of(call, device) for call in calls]
     if device.type != "cuda":
         return statistics.median(alone)
-    # Found out before: after a capture that failed, torch's allocator and random streams are not what they were.
+    # Checked first: a failed capture leaves torch's allocator and random streams in another state.
     _check_waits(calls[0])
     about = min(alone)
     number = max(len(calls), min(MOST_CALLS, round(GRAPH_S / about)))
@@ -44,15 +44,16 @@ def device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) 
         replay()
         end.record()
         torch.cuda.synchronize(device)
-        taken.append(1e-3 * begin.elapsed_time(end) / number)
+        elapsed_ms: float = begin.elapsed_time(end)
+        taken.append(1e-3 * elapsed_ms / number)
     return statistics.median(taken[2:])
 
 
 def capture(work: Callable[[], object], device: torch.device, warm_ups: int = 1) -> Callable[[], None]:
-    """A CUDA graph of `work`, as the function that replays it. What `work` allocates stays with the graph.
+    """Capture `work` as a CUDA graph and return the function that replays it. The graph owns what `work` allocates.
 
-    It runs `warm_ups` times before, on a stream of its own as a capture wants it. `work` must not wait for the device:
-    a capture that fails leaves the process unfit for others.
+    `work` first runs `warm_ups` times, on a stream of its own as a capture requires. It must not wait for the device:
+    after a failed capture the process cannot capture again.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -76,14 +77,14 @@ def _check_waits(call: Callable[[], object]) -> None:
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of one call as a user has them, the median: what the host takes to ask for it is in it."""
+    """Measure the seconds of one call by the host's clock, including the launch: the median of `repeats`."""
     for _ in range(2):
         call()
     return statistics.median(seconds_of(call, device) for _ in range(repeats))
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call by the host's clock, until the device is done."""
+    """Measure the seconds of one call by the host's clock, until the device is done."""
     begin = now(device)
     call()
     return now(device) - begin

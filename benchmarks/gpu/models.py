@@ -1,6 +1,6 @@
 """Models with random weights in the shapes of real ones, and rows for them: nothing is downloaded.
 
-What a step costs depends on shapes and types, not on what the weights say.
+The cost of a step depends on shapes and types, not on the values of the weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from autopeft.search_space.backbones.introspection import describe
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class DecoderShape:
     """Sizes of a decoder: features, layers, query and key heads, features of the mlp, vocabulary."""
 
     hidden: int
@@ -40,24 +40,24 @@ class Shape:
     vocabulary: int
 
 
-#: Of Qwen 2.5 (0.5B, 1.5B, 3B) and Llama 3.1 (8B).
+#: Shapes of Qwen 2.5 (0.5B, 1.5B, 3B) and Llama 3.1 (8B).
 SHAPES = {
-    "0.5B": Shape(896, 24, 14, 2, 4864, 151936),
-    "1.5B": Shape(1536, 28, 12, 2, 8960, 151936),
-    "3B": Shape(2048, 36, 16, 2, 11008, 151936),
-    "8B": Shape(4096, 32, 32, 8, 14336, 128256),
+    "0.5B": DecoderShape(896, 24, 14, 2, 4864, 151936),
+    "1.5B": DecoderShape(1536, 28, 12, 2, 8960, 151936),
+    "3B": DecoderShape(2048, 36, 16, 2, 11008, 151936),
+    "8B": DecoderShape(4096, 32, 32, 8, 14336, 128256),
 }
-#: In place of any of them where the sizes only have to show that the code runs.
-TOY = Shape(64, 4, 4, 2, 96, 512)
+#: Shape for a dry run, in place of any of them.
+TOY = DecoderShape(64, 4, 4, 2, 96, 512)
 LABELS = ("a", "b", "c")
 WORDS = 200
 #: Standard deviation of the weights, times the root of the width. With the usual 0.02 a narrow model's attention is
-#: flat and adapters change little; with much more a wide model's attention is a choice that rounding can turn over.
+#: flat and adapters change little; with much more a wide model's attention is a choice that rounding can flip.
 GAIN = 1.6
 
 
-def decoder(shape: Shape, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
-    """A Llama of these sizes with `layers` layers (default: all), in evaluation mode."""
+def decoder(shape: DecoderShape, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+    """Return a Llama of these sizes with `layers` layers (default: all), in evaluation mode."""
     config = LlamaConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=layers or shape.layers,
@@ -75,7 +75,7 @@ def decoder(shape: Shape, device: torch.device, dtype: torch.dtype, layers: int 
 
 
 def encoder(device: torch.device, dtype: torch.dtype, hidden: int, layers: int) -> nn.Module:
-    """A BERT that classifies texts, in evaluation mode."""
+    """Return a BERT that classifies texts, in evaluation mode."""
     config = BertConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -99,31 +99,31 @@ def _made(kind: Any, config: Any, device: torch.device, dtype: torch.dtype) -> n
 
 
 def free_memory() -> None:
-    """Give back what nobody holds any more, on the device too."""
+    """Free unreferenced memory, also on the device."""
     gc.collect()
     torch.cuda.empty_cache()  # without CUDA it does nothing
 
 
 def loaded(model: nn.Module) -> LoadedBackbone:
-    """The model with its description and a tokenizer of `WORDS` words."""
+    """Return the model with its description and a tokenizer of `WORDS` words."""
     return LoadedBackbone(model, describe(model, id="random"), _tokenizer(), pretrained_head=False)
 
 
 def texts(rows: int, words: int, seed: int) -> list[str]:
-    """Texts of `words` words. Few words are frequent, so that there is something to learn."""
+    """Draw texts of `words` words. Few words are frequent, so that there is something to learn."""
     draw = Random(f"texts/{seed}")
     return [" ".join(f"w{int(WORDS * draw.random() ** 3)}" for _ in range(words)) for _ in range(rows)]
 
 
 def causal_splits(train_rows: int, words: int, held_out_rows: int = 8) -> Splits:
-    """Rows of `words` tokens each."""
+    """Draw splits for causal language modelling, rows of `words` tokens each."""
     sizes = (train_rows, held_out_rows, held_out_rows)
     train, validation, test = ([{"text": text} for text in texts(n, words, seed)] for seed, n in enumerate(sizes))
     return Splits(train, validation, test, None)
 
 
 def labelled_splits(train_rows: int, words: int, held_out_rows: int = 8) -> Splits:
-    """Texts with the label of their first word."""
+    """Draw splits for classification, texts with the label of their first word."""
     sizes = (train_rows, held_out_rows, held_out_rows)
     train, validation, test = (_labelled(texts(n, words, seed)) for seed, n in enumerate(sizes))
     return Splits(train, validation, test, LABELS)
@@ -134,7 +134,7 @@ def _labelled(of: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _tokenizer() -> PreTrainedTokenizerBase:
-    """A token per word, and no others around a text."""
+    """Return a tokenizer with a token per word and no special tokens around a text."""
     vocabulary = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,7 +1,7 @@
-"""What the kit found, in docs/performance.md: `python -m autopeft.benchmarks.gpu.report [runs/gpu/gpu.json]`.
+"""Report of the kit in docs/performance.md: `python -m autopeft.benchmarks.gpu.report [runs/gpu/gpu.json]`.
 
-With a file, its phases go into `benchmarks/results/gpu-<card>.json`, each in the place of its former self, so that a
-second run may repeat some of them. Then the section on GPUs is written anew from all files of that folder.
+With a file, its phases are merged into `benchmarks/results/gpu-<card>.json`, each in place of its former result, so
+that a second run may repeat some of them. Then the section on GPUs is rewritten from all files of that folder.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ BEGIN, END = "<!-- written by benchmarks/gpu/report.py -->", "<!-- end of what i
 #: Rows of a parity phase that are named where they fail.
 MOST_NAMED = 12
 
-Found = dict[str, Any]
+#: A gpu.json, or the merged results of a card.
+KitResults = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, or 1 for a file that is not of a card."""
+    """Write the report; return 0, or 1 for a file that is not of a GPU."""
     parser = argparse.ArgumentParser(prog="autopeft.benchmarks.gpu.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, help="a gpu.json to take over into benchmarks/results")
+    parser.add_argument("file", nargs="?", type=Path, help="a gpu.json to merge into benchmarks/results")
     options = parser.parse_args(arguments)
     if options.file is not None:
         try:
-            adopt(json.loads(options.file.read_text(encoding="utf-8")), RESULTS)
+            merge(json.loads(options.file.read_text(encoding="utf-8")), RESULTS)
         except (OSError, ValueError, KeyError, TypeError) as problem:
             print(f"{options.file}: {type(problem).__name__}: {problem}", file=sys.stderr)
             return 1
@@ -49,28 +50,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def load(folder: Path) -> list[Found]:
-    """The files of all cards, by name."""
+def load(folder: Path) -> list[KitResults]:
+    """Read the files of all cards, by name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("gpu-*.json"))]
 
 
-def adopt(found: Found, folder: Path) -> Path:
-    """Put the phases of a run into the file of its card; each keeps the commit and the time of its run.
+def merge(found: KitResults, folder: Path) -> Path:
+    """Merge the phases of a run into the file of its card, each with the commit and the time of its run.
 
-    A phase that was broken off does not replace one that came further. Raises ValueError for a dry run, another layout,
-    or a run that does not say which card it ran on.
+    A phase that was aborted does not replace one with more rows. Raises ValueError for a dry run, another layout, or a
+    run that does not name its card.
     """
     if found.get("schema") != SCHEMA:
         raise ValueError(f"not a gpu.json of layout {SCHEMA}")
     if found["device"] != "cuda":
-        raise ValueError("a dry run: its figures say nothing")
+        raise ValueError("a dry run: its figures are meaningless")
     card = _card(found)
     if card is None:
         raise ValueError(
-            "the phase 'environment' has not said which card this is: run it along (--only environment,...)"
+            "the phase 'environment' is missing, which names the card: run it too (--only environment,...)"
         )
     path = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card['name'].lower()).strip('-')}.json"
-    whole: Found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": SCHEMA, "phases": {}}
+    whole: KitResults = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": SCHEMA, "phases": {}}
+    )
     for name, phase in found["phases"].items():
         before = whole["phases"].get(name, {"rows": []})
         if phase["status"] in ("ok", "cut") or len(phase["rows"]) >= len(before["rows"]):
@@ -82,22 +85,22 @@ def adopt(found: Found, folder: Path) -> Path:
 
 
 def with_section(page: str, text: str) -> str:
-    """The page with `text` between the two marks. Raises ValueError where they are not there."""
+    """Return the page with `text` between the two marks. Raises ValueError if a mark is missing."""
     before, mark, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (mark and end):
-        raise ValueError(f"{PAGE.name} has lost the marks between which this section stands")
+        raise ValueError(f"{PAGE.name} lacks the marks around this section")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
-def section(cards: Sequence[Found]) -> str:
-    """The section as Markdown."""
+def section(cards: Sequence[KitResults]) -> str:
+    """Return the section as Markdown."""
     if not cards:
-        return f"**Not measured.** No card was at hand yet. Targets:\n\n{_targets(None)}"
+        return f"**Not measured.** No card was available yet. Targets:\n\n{_targets(None)}"
     return "\n\n".join(part for card in cards for part in _of_card(card))
 
 
-def _of_card(found: Found) -> Iterable[str]:
+def _of_card(found: KitResults) -> Iterable[str]:
     card = _card(found) or {}
     versions = next((row for row in _rows(found, "environment") if row["what"] == "versions"), {})
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "what" and version)
@@ -113,7 +116,7 @@ def _of_card(found: Found) -> Iterable[str]:
     yield _phases(found)
 
 
-def _targets(found: Found | None) -> str:
+def _targets(found: KitResults | None) -> str:
     lines = [["", "target", "measured"]]
     for dtype, tolerance in TOLERANCES.items():
         name = str(dtype)
@@ -139,7 +142,7 @@ def _targets(found: Found | None) -> str:
     return markdown.table(lines if found else [line[:2] for line in lines])
 
 
-def _tests(found: Found) -> str:
+def _tests(found: KitResults) -> str:
     parts = []
     for name in found["phases"]:
         tested = [row for row in _rows(found, name) if "passed" in row]
@@ -164,11 +167,11 @@ def _failed(row: Mapping[str, Any]) -> str:
 
 
 def _line(text: str, width: int = 80) -> str:
-    """The first line of a message, fit for a cell of a table."""
+    """Return the first line of a message, escaped for a cell of a table."""
     return next(iter(text.splitlines()), "").replace("|", "/")[:width]
 
 
-def _operators(found: Found) -> str:
+def _operators(found: KitResults) -> str:
     lines = [["Forward and backward pass", "types", "shape", "ms", "PyTorch's best over it", "with the host's time"]]
     for row in _rows(found, "kernel-speed"):
         if row["what"] != "operator":
@@ -185,8 +188,8 @@ def _operators(found: Found) -> str:
     return markdown.table(lines) if len(lines) > 1 else ""
 
 
-def _products(found: Found) -> str:
-    """How near each product comes to what the card allows, and whether the rule's tiles are the best of those tried."""
+def _products(found: KitResults) -> str:
+    """Return how near each product is to the card's ceilings, and whether the rule's tiles are the best tried."""
     rates = {row["what"]: row for row in _rows(found, "environment")}
     if "copy" not in rates or "product, bfloat16" not in rates:
         return ""
@@ -196,7 +199,7 @@ def _products(found: Found) -> str:
     for row in _rows(found, "kernel-speed"):
         if row["what"] != "product" or "device_s" not in row:
             continue
-        # The time of its bytes or of its operations, whichever is longer: nothing runs faster.
+        # The time of its bytes or of its operations, whichever is longer, is a lower bound.
         floor_s = max(
             row["nbytes"] / rates["copy"]["bytes_per_s"], row["flops"] / rates["product, bfloat16"]["flops_per_s"]
         )
@@ -208,7 +211,7 @@ def _products(found: Found) -> str:
     return markdown.table(lines) if len(lines) > 1 else ""
 
 
-def _graphs(found: Found) -> str:
+def _graphs(found: KitResults) -> str:
     lines = [["Step", "regime", "way", "ms", "times as fast as eager", "first call, s", "pays after steps"]]
     for row in _rows(found, "graphs"):
         head = [row["step"], row["regime"], row["way"]]
@@ -223,7 +226,7 @@ def _graphs(found: Found) -> str:
     return markdown.table(lines) if len(lines) > 1 else ""
 
 
-def _memory(found: Found) -> str:
+def _memory(found: KitResults) -> str:
     ratios = sorted(row["ratio"] for row in _rows(found, "memory") if "ratio" in row)
     if not ratios:
         return ""
@@ -233,7 +236,7 @@ def _memory(found: Found) -> str:
     )
 
 
-def _phases(found: Found) -> str:
+def _phases(found: KitResults) -> str:
     lines = [["Phase", "outcome", "s", "commit"]]
     for name, phase in found["phases"].items():
         words = phase["status"]
@@ -245,7 +248,7 @@ def _phases(found: Found) -> str:
     return markdown.table(lines)
 
 
-def _ceilings(found: Found) -> str:
+def _ceilings(found: KitResults) -> str:
     rates = {row["what"]: row for row in _rows(found, "environment")}
     words = []
     if "copy" in rates:
@@ -256,11 +259,11 @@ def _ceilings(found: Found) -> str:
     return f"Ceilings: {', '.join(words)}." if words else ""
 
 
-def _rows(found: Found | None, phase: str) -> list[dict[str, Any]]:
+def _rows(found: KitResults | None, phase: str) -> list[dict[str, Any]]:
     return found["phases"].get(phase, {}).get("rows", []) if found else []
 
 
-def _card(found: Found) -> dict[str, Any] | None:
+def _card(found: KitResults) -> dict[str, Any] | None:
     return next((row for row in _rows(found, "environment") if row["what"] == "card"), None)
 
 

@@ -1,4 +1,4 @@
-"""Runs phases one after the other, each as a process with a limit, and keeps `gpu.json` complete at every moment."""
+"""Run phases one after the other, each as a process with a time limit; `gpu.json` is valid at every moment."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
 
-from autopeft.benchmarks.gpu.phase import FULL_MINUTES, Phase, Row
+from autopeft.benchmarks.gpu.phase import FULL_MINUTES, Phase, ResultRow
 from autopeft.evaluators.atomic import atomic_write_text
 
 #: The version of the layout of `gpu.json`.
 SCHEMA = 1
-#: Bytes of a phase's standard error that are kept where it did not go well.
+#: Bytes of the end of a phase's standard error that are recorded if it fails.
 LOG_TAIL = 4000
 #: With less time left no phase is started.
 LEAST_SECONDS = 5.0
@@ -30,19 +30,19 @@ LEAST_SECONDS = 5.0
 
 @dataclass(slots=True)
 class PhaseResult:
-    """What came of a phase.
+    """Result of a phase.
 
     `status`: "ok"; "cut" (it left something out for lack of time: `left_out`); "failed" (an exception: `error`);
     "crashed" (the process died: `error`); "timed out"; "interrupted"; "skipped" (this machine cannot: `reason`); "not
-    run" (no time was left). `rows` are there in every case, as far as it came. `passed`: whether every row that tests
-    something has passed, None if none does.
+    run" (no time was left). `rows`: all that were measured, whatever the status. `passed`: whether every test passed,
+    None without tests.
     """
 
     status: str
     seconds: float = 0.0
     limit_s: float = 0.0
     passed: bool | None = None
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ResultRow] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     reason: str = ""
     error: dict[str, str] | None = None
@@ -50,11 +50,12 @@ class PhaseResult:
 
     @property
     def tests(self) -> list[bool]:
-        """Of every row that tests something, whether it has passed."""
+        """Whether each test passed."""
         return [row["passed"] for row in self.rows if "passed" in row]
 
     @property
     def good(self) -> bool:
+        """Whether the phase ended well and no test failed."""
         return self.status in ("ok", "cut", "skipped") and self.passed is not False
 
 
@@ -67,10 +68,10 @@ def run_kit(
     commit: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, PhaseResult]:
-    """Run `phases`, write `gpu.json` and `gpu.log` into `folder`, and return what came of each.
+    """Run `phases`, write `gpu.json` and `gpu.log` into `folder`, and return the result of each.
 
-    No phase outlives its limit, and all together not `minutes`. An interrupt ends the phase that runs and is raised
-    again; what was measured stays.
+    No phase outlives its limit, and all together not `minutes`. An interrupt ends the running phase and is raised
+    again; finished measurements are saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -103,7 +104,7 @@ def run_kit(
 
 
 def describe(result: PhaseResult) -> str:
-    """A line for people."""
+    """Return a summary in one line."""
     words = [f"{result.status} after {result.seconds:.0f} s", f"{len(result.rows)} rows"]
     if result.tests:
         words.append(f"{sum(result.tests)} of {len(result.tests)} tests passed")
@@ -133,7 +134,7 @@ def _run_phase(
         text=True,
         encoding="utf-8",
         env=os.environ | _environment(phase, device),
-        process_group=0,  # so that what it has started can be ended with it
+        process_group=0,  # so that its children can be ended with it
     )
     assert process.stdout is not None
     lines: Queue[str | None] = Queue()
@@ -164,14 +165,14 @@ def _run_phase(
 
 def _environment(phase: Phase, device: str) -> dict[str, str]:
     if device == "cuda":
-        # Of several cards the first that may be used: a Trainer would spread its minibatches over all of them.
+        # The first of several usable cards: a Trainer would spread its minibatches over all of them.
         return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-    # The sizes of a dry run are so small that threads would only wait for each other.
+    # At the sizes of a dry run threads would only wait for each other.
     return {"OMP_NUM_THREADS": "1", **({"TRITON_INTERPRET": "1"} if phase.interpreted else {})}
 
 
 def _ended(result: PhaseResult, process: subprocess.Popen[str], seconds_left: float) -> str:
-    """The status of a phase that has nothing more to say."""
+    """Return the status of a phase that has closed its output."""
     try:
         code = process.wait(max(1.0, seconds_left))
     except subprocess.TimeoutExpired:
@@ -188,14 +189,14 @@ def _ended(result: PhaseResult, process: subprocess.Popen[str], seconds_left: fl
 
 def _take(result: PhaseResult, line: str) -> None:
     try:
-        said: dict[str, Any] = json.loads(line)
+        message: dict[str, Any] = json.loads(line)
     except ValueError:  # half a line of a process that has died
         return
-    if "row" in said:
-        result.rows.append(said["row"])
-    result.left_out += said.get("left_out", [])
-    result.reason = said.get("skipped", result.reason)
-    result.error = said.get("error", result.error)
+    if "row" in message:
+        result.rows.append(message["row"])
+    result.left_out += message.get("left_out", [])
+    result.reason = message.get("skipped", result.reason)
+    result.error = message.get("error", result.error)
 
 
 def _read(stream: IO[str], lines: Queue[str | None]) -> None:
@@ -205,10 +206,10 @@ def _read(stream: IO[str], lines: Queue[str | None]) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Kill the phase and all that it has started."""
+    """Kill the phase and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in a driver dies when the driver lets it
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in a driver dies when the driver returns
         process.wait(10)
 
 

@@ -1,7 +1,7 @@
 """One phase in a process of its own: `python -m autopeft.benchmarks.gpu.worker MODULE DEVICE SECONDS`.
 
-Standard output carries one JSON object per line, as soon as it is known: `row`, `left_out`, `skipped` or `error`. What
-else is printed, by whatever library, goes to standard error.
+Standard output carries one JSON object per line, as soon as it is known: `row`, `left_out`, `skipped` or `error`. All
+other output, by whatever library, goes to standard error.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Any
 
 from autopeft.benchmarks.gpu.phase import Measure, Run, Skipped
 
-#: A hang shows where it hangs shortly before the process is killed.
+#: A process that hangs dumps its stack at this share of its time, shortly before it is killed.
 SHARE_BEFORE_DUMP = 0.95
 
 
 def main(module: str, device: str, seconds: float) -> int:
+    """Run the phase in `module` and return an exit code: 0, or 1 after an exception."""
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     faulthandler.enable()
     faulthandler.dump_traceback_later(SHARE_BEFORE_DUMP * seconds)
 
-    def say(**what: Any) -> None:
+    def send(**what: Any) -> None:
         own.write(json.dumps(_plain(what), allow_nan=False) + "\n")
         own.flush()
 
@@ -35,20 +36,20 @@ def main(module: str, device: str, seconds: float) -> int:
     try:
         measure: Measure = importlib.import_module(module).measure
         for row in measure(run):
-            say(row=row)
+            send(row=row)
     except Skipped as reason:
-        say(skipped=str(reason))
+        send(skipped=str(reason))
     except BaseException as error:
-        say(error={"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()})
+        send(error={"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()})
         return 1
     finally:
         if run.left_out:
-            say(left_out=run.left_out)
+            send(left_out=run.left_out)
     return 0
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become texts."""
+    """Return a value that JSON can represent: NaN and infinity become texts."""
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

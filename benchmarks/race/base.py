@@ -1,4 +1,4 @@
-"""What searchers race on: a search problem whose true values are known, and with them its true front."""
+"""A race problem: a search problem whose true values are known, and with them its true front."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MARGIN = 0.1
 class RaceProblem:
     """A problem with a known answer.
 
-    `values`: genes -> noise-free metrics, which no searcher sees; what it sees has normal noise of `std_err`.
-    `front`: [n, m] losses of the best that can be reached; `reference`: [m]; `best`: the hypervolume of the front.
+    `values`: genes -> noise-free metrics, which no searcher sees; measurements have normal noise of `std_err`.
+    `front`: [n, m] losses of the true front; `reference`: [m]; `best`: the hypervolume of the front.
     """
 
     name: str
@@ -45,7 +45,7 @@ class RaceProblem:
         std_err: Mapping[str, float],
         points: Mapping[str, ArrayLike],
     ) -> RaceProblem:
-        """`points`: columns [n] by objective; those of the front must be among them."""
+        """Return a problem whose front is that of `points`: columns [n] by objective, the true front among them."""
         table = np.stack([o.loss(np.asarray(points[o.name], dtype=float)) for o in problem.objectives], axis=1)
         front = pareto(table)
         reference = front.max(axis=0) + MARGIN * np.ptp(front, axis=0)
@@ -62,7 +62,7 @@ class RaceProblem:
 
     @property
     def key(self) -> str:
-        """Results of two problems can be compared if they have the same one."""
+        """A digest of space, values and noise: results of two problems can be compared if it is the same."""
         space = self.problem.space
         genes = [[gene.name, repr(gene.domain)] for gene in space.genes]
         probes = [self.losses(self.values(space.sample(Random(seed)))) for seed in range(8)]
@@ -70,16 +70,17 @@ class RaceProblem:
         return digest([genes, [f"{number:.6g}" for number in numbers]])
 
     def losses(self, values: Mapping[str, float]) -> list[float]:
+        """Return the values of the objectives, all to be minimised."""
         return [objective.loss(values[objective.name]) for objective in self.problem.objectives]
 
     def measurement(self, values: Mapping[str, float], seed: int, number: int) -> Measurement:
-        """What a searcher is told of trial `number`; the noise follows from `seed` and `number` alone."""
+        """Return the noisy measurement of trial `number`; the noise depends on `seed` and `number` alone."""
         rng = Random(f"noise of {seed}/{number}")
         noisy = {name: values[name] + rng.gauss(0.0, spread) for name, spread in self.std_err.items()}
         return Measurement(values={**values, **noisy}, std_err=dict(self.std_err), seed=seed, evaluator="race")
 
     def shares(self, values: Iterable[Mapping[str, float]]) -> list[float]:
-        """Of the known front's hypervolume: what the first 1, 2, ... points dominate."""
+        """Return the shares of the true front's hypervolume that the first 1, 2, ... points dominate."""
         shares: list[float] = []
         found = self.front[:0]
         for point in (self.losses(v) for v in values):
@@ -92,7 +93,7 @@ class RaceProblem:
 
 
 def pareto(points: ArrayLike) -> Floats:
-    """[n, m] -> [k, m]: the points that no other dominates, in lexical order, each once."""
+    """Return the points of [n, m] that no other dominates, [k, m], in lexical order, each once."""
     rows = np.unique(np.asarray(points, dtype=float), axis=0)
     # Only an earlier row can dominate a later one; the first of every block is a member.
     front = rows[:0]
@@ -103,9 +104,9 @@ def pareto(points: ArrayLike) -> Floats:
 
 
 def best_sums(tables: Sequence[ArrayLike]) -> Floats:
-    """Tables [n_i, m] of losses -> [k, m]: the non-dominated sums of one row of each.
+    """Return the non-dominated sums [k, m] of one row of each table [n_i, m] of losses.
 
-    Dynamic programming (Nemhauser and Ullmann 1969): what a dominated partial sum can become, another becomes better.
+    Dynamic programming (Nemhauser and Ullmann 1969): a dominated partial sum cannot lead to a non-dominated sum.
     """
     total = np.zeros((1, np.asarray(tables[0]).shape[1]))
     for table in tables:

@@ -1,4 +1,4 @@
-"""What a suggestion costs a searcher after many trials: its own seconds, several searchers in turns."""
+"""Time of a suggestion after many trials: the searcher's own seconds, several searchers in turns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from autopeft.benchmarks.race.races import ARMS
 from autopeft.search_space.problem import Trial
 from autopeft.studies.reports import markdown
 
-#: Batches that are timed; each has random trials of its own behind it.
+#: Batches that are timed, each after random trials of its own.
 REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clocked:
-    """Median, and extremes, of the seconds per suggestion in a batch after `trials` trials."""
+    """Median and extremes of the seconds per suggestion in a batch after `trials` trials."""
 
     searcher: str
     trials: int
@@ -80,6 +80,7 @@ def _trial(problem: RaceProblem, number: int, genes: Mapping[str, object], state
 
 
 def to_markdown(problem: str, clocked: Sequence[Clocked]) -> str:
+    """Return the times on one problem as a table."""
     rows = [(f"`{c.searcher}`", str(c.trials), f"{c.seconds:.2f} ({c.low:.2f} to {c.high:.2f})") for c in clocked]
     table = markdown.table([("searcher", "trials", "s"), *rows], right=(1, 2))
     return f"`{problem}`: seconds per suggestion, {REPEATS} batches each\n\n{table}\n"

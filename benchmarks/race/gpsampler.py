@@ -5,21 +5,25 @@ from __future__ import annotations
 import warnings
 
 import optuna
-from optuna.samplers import GPSampler
+from optuna.samplers import BaseSampler, GPSampler
+from typing_extensions import override
 
 from autopeft.searchers.optuna_samplers import NsgaII, OptunaSearcher
 
 
 class GpSampler(OptunaSearcher):
-    """It models the genes that all trials share. As in NSGA-II, a trial passes on random values of its inactive genes:
-    otherwise nothing but the unconditional ones would be left.
+    """Optuna's GPSampler, which models the genes that all trials share.
+
+    As in `NsgaII`, a trial has random values of its inactive genes: otherwise only the unconditional genes would be
+    modelled.
     """
 
     name = "gpsampler"
     summary = "Optuna's GPSampler: LogEHVI on independent Gaussian processes"
-    known_genes = NsgaII.known_genes
+    visible_genes = NsgaII.visible_genes
 
-    def sampler(self, seed):
+    @override
+    def sampler(self, seed: int) -> BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return GPSampler(seed=seed, n_startup_trials=10, warn_independent_sampling=False)

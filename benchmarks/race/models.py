@@ -1,4 +1,4 @@
-"""Which kind of surrogate predicts best: what each makes of unseen points after so many trials."""
+"""Comparison of the kinds of surrogate: their predictions at unseen points after a number of trials."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 from autopeft.benchmarks.race.base import RaceProblem
 from autopeft.searchers.bo.encoding import Encoding
-from autopeft.searchers.bo.surrogate import KERNELS, Surrogate
+from autopeft.searchers.bo.surrogate import KERNELS, GaussianProcess
 from autopeft.studies.reports import markdown
 
 REPEATS = 5
@@ -22,8 +22,10 @@ UNSEEN = 400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """Medians over the repeats: seconds of a fit; Spearman's correlation, root mean squared error and mean negative log
-    density (less a constant) of the first measured objective's standardised true losses at unseen points.
+    """Quality of one kind, as medians over the repeats.
+
+    `seconds` of a fit; `spearman` correlation, `error` (root mean squared) and `surprise` (mean negative log density up
+    to a constant) of the first measured objective's standardised true losses at unseen points.
     """
 
     kind: str
@@ -35,7 +37,7 @@ class Fitted:
 
 
 def compare(problem: RaceProblem, counts: Sequence[int], advance: Callable[[], None] = lambda: None) -> list[Fitted]:
-    """Every kind on the same trials."""
+    """Fit every kind to the same trials."""
     return [_fitted(problem, kind, count, advance) for count in counts for kind in KERNELS]
 
 
@@ -60,10 +62,10 @@ def _once(problem: RaceProblem, kind: str, count: int, seed: int) -> tuple[float
     centre, scale = seen.mean(), seen.std()
     noise = np.full(count, (std_err / scale) ** 2)
     begun = time.perf_counter()
-    surrogate = Surrogate.fit(features[:count], (seen - centre) / scale, noise, features.shape[1], kind)
+    process = GaussianProcess.fit(features[:count], (seen - centre) / scale, noise, features.shape[1], kind)
     seconds = time.perf_counter() - begun
     with torch.no_grad():
-        posterior = surrogate.model.posterior(features[count:])
+        posterior = process.model.posterior(features[count:])
     mean, variance = posterior.mean[:, 0].numpy(), posterior.variance[:, 0].numpy()
     unseen = (truth[count:] - centre) / scale
     squared = (mean - unseen) ** 2
@@ -72,6 +74,7 @@ def _once(problem: RaceProblem, kind: str, count: int, seed: int) -> tuple[float
 
 
 def to_markdown(problem: str, fitted: Sequence[Fitted]) -> str:
+    """Return the qualities on one problem as a table."""
     rows = [
         (str(f.trials), f.kind, f"{f.seconds:.2f}", f"{f.spearman:.3f}", f"{f.error:.3f}", f"{f.surprise:.2f}")
         for f in fitted

@@ -1,4 +1,4 @@
-"""The problems that searchers race on, by name. Each is built when it is first asked for."""
+"""The problems that searchers race on, by name. Each is built at its first use."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from autopeft.benchmarks.race import surrogate, synthetic
 from autopeft.benchmarks.race.base import RaceProblem
 from autopeft.search_space.problem import Trial
 
-#: Trials of an earlier study, drawn at random.
-NUM_EARLIER = 60
+#: Trials of a prior study, drawn at random.
+NUM_PRIOR = 60
 
 
 def _after(attn: Sequence[float], mlp: Sequence[float]) -> RaceProblem:
-    """`per-layer` with an earlier study of a task where other layers matter, by the shares of each."""
-    earlier, now = synthetic.per_layer(attn, mlp), synthetic.per_layer()
+    """Return `per-layer` with a prior study of a task where the layers matter by the shares `attn` and `mlp`."""
+    prior, now = synthetic.per_layer(attn, mlp), synthetic.per_layer()
     space, rng = now.problem.space, Random("an earlier study")
     trials = []
-    for number in range(NUM_EARLIER):
+    for number in range(NUM_PRIOR):
         genes = space.sample(rng)
-        measurement = earlier.measurement(earlier.values(genes), 0, number)
+        measurement = prior.measurement(prior.values(genes), 0, number)
         trials.append(Trial(number=number, role="search", candidate=space.decode(genes), genes=genes, state="complete",
                             measurement=measurement, violation=-1.0))  # fmt: skip
     return replace(now, problem=replace(now.problem, prior=tuple(trials)))
 
 
 def related() -> RaceProblem:
-    """An earlier study of a task where mostly the same layers matter."""
+    """Return `per-layer` with a prior study of a task where mostly the same layers matter."""
 
     def mixed(row: Sequence[float]) -> list[float]:
         return [0.7 * here + 0.3 * there for here, there in zip(row, reversed(row), strict=True)]
@@ -39,7 +39,7 @@ def related() -> RaceProblem:
 
 
 def misled() -> RaceProblem:
-    """An earlier study that names the wrong layers."""
+    """Return `per-layer` with a prior study in which the wrong layers matter."""
     problem = _after(synthetic.ATTN[::-1], synthetic.MLP[::-1])
     return replace(problem, name="misled", summary="`per-layer` after 60 random trials of a task of other layers")
 
@@ -53,5 +53,5 @@ PROBLEMS: dict[str, Callable[[], RaceProblem]] = {
     "related": lru_cache(related),
     "misled": lru_cache(misled),
 }
-#: Raced when no problem is named. The others are for searchers that make use of an earlier study.
+#: Raced when no problem is named. The others are for searchers that use a prior study.
 BY_DEFAULT = ("table", "per-layer", "types", "autopeft", "three")

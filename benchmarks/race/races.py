@@ -1,6 +1,6 @@
-"""Runs races: one searcher on one problem with one seed, the way a study asks it, with made-up measurements.
+"""Run races: one searcher on one problem with one seed, called as a study calls it, with synthetic measurements.
 
-A race that has ended is a line of JSON in a file, so that a benchmark can be killed and goes on with what is missing.
+Each result is a line of JSON in a file, so that a benchmark that was killed resumes with the missing races.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ ARMS: dict[str, type[Searcher]] = {**SEARCHERS, GpSampler.name: GpSampler}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """`problem`, `searcher`: names. `trials`: evaluations. `batch`: candidates that are measured at once."""
+    """Settings of a race.
+
+    `problem`, `searcher`: names. `trials`: evaluations. `batch`: candidates that are measured at once.
+    """
 
     problem: str
     searcher: str
@@ -41,9 +44,11 @@ class Race:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """`curve`: after each evaluation, the share of the known front's hypervolume; shorter than `race.trials` where the
-    searcher had no more to offer. `own_s`: seconds of each suggestion, those without an evaluation too.
+class RaceResult:
+    """Result of a race.
+
+    `curve`: after each evaluation, the share of the true front's hypervolume; shorter than `race.trials` where the
+    searcher ran out of candidates. `own_s`: seconds of each suggestion, also of those without an evaluation.
     `problem_key`: see `RaceProblem.key`.
     """
 
@@ -53,27 +58,29 @@ class Ended:
     own_s: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the entry of a results file."""
         return {**asdict(self.race), **{name: getattr(self, name) for name in ("problem_key", "curve", "own_s")}}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Ended:
+    def from_dict(cls, data: Mapping[str, Any]) -> RaceResult:
+        """Read an entry of a results file."""
         data = dict(data)
         curve, own_s, key = tuple(data.pop("curve")), tuple(data.pop("own_s")), data.pop("problem_key")
         return cls(race=Race(**data), problem_key=key, curve=curve, own_s=own_s)
 
 
-def run(race: Race, problem: RaceProblem) -> Ended:
-    """The loop of `Study`, without rungs."""
-    course = _Course(race, problem)
+def run(race: Race, problem: RaceProblem) -> RaceResult:
+    """Run a race with the loop of `Study`, without rungs."""
+    course = _RunningRace(race, problem)
     while batch := course.fill():
         course.measure(batch)
     curve = [round(share, 5) for share in problem.shares(course.truth)]
     own_s = [round(seconds, 5) for seconds in course.own_s]
-    return Ended(race=race, problem_key=problem.key, curve=tuple(curve), own_s=tuple(own_s))
+    return RaceResult(race=race, problem_key=problem.key, curve=tuple(curve), own_s=tuple(own_s))
 
 
-class _Course:
-    """One race under way. `truth`: the noise-free values of the evaluated trials, in their order."""
+class _RunningRace:
+    """A race in progress. `truth`: the noise-free values of the evaluated trials, in their order."""
 
     def __init__(self, race: Race, problem: RaceProblem) -> None:
         self.race = race
@@ -86,32 +93,34 @@ class _Course:
         self.number = 0
 
     def fill(self) -> list[Trial]:
-        """The next batch: new candidates until it is full, and copies of those in it. Copies of what is known and the
-        empty candidate end at once.
+        """Return the next batch: new candidates until it is full, and duplicates of those in it.
+
+        Duplicates of earlier trials and the empty candidate end at once.
         """
         batch: list[Trial] = []
-        rejected = admitted = 0
+        rejected = accepted = 0
         size = min(self.race.batch, self.race.trials - len(self.truth))
-        while admitted < size and rejected < MOST_REJECTIONS:
+        while accepted < size and rejected < MOST_REJECTIONS:
             trial = self._suggested(batch)
             if trial is None:
                 break
-            twin = self.by_key.setdefault(trial.candidate.key, trial)
-            if twin is trial and trial.candidate.architecture:
+            first = self.by_key.setdefault(trial.candidate.key, trial)
+            if first is trial and trial.candidate.architecture:
                 batch.append(trial)
-                admitted, rejected = admitted + 1, 0
+                accepted, rejected = accepted + 1, 0
                 continue
             rejected += 1
-            if twin is trial:
+            if first is trial:
                 self.ended[trial.number] = replace(trial, state="infeasible", violation=1.0)
-            elif twin.number in self.ended:
-                copy = replace(trial, role="copy", of=twin.number)
-                self.ended[trial.number] = ended_as(copy, self.ended[twin.number])
+            elif first.number in self.ended:
+                copy = replace(trial, role="copy", of=first.number)
+                self.ended[trial.number] = ended_as(copy, self.ended[first.number])
             else:
-                batch.append(replace(trial, role="copy", of=twin.number))
+                batch.append(replace(trial, role="copy", of=first.number))
         return batch
 
     def measure(self, batch: Sequence[Trial]) -> None:
+        """End the trials of a batch with their noisy measurements."""
         for trial in batch:
             if trial.of is None:
                 values = self.problem.values(dict(trial.genes))
@@ -142,20 +151,21 @@ class _Course:
         return trial
 
 
-# Many of them
+# Many races
 
 
-def read(path: Path) -> list[Ended]:
-    """The races of a file; a line that a kill has cut short does not count."""
-    return [Ended.from_dict(entry) for entry in json_lines.read(path)]
+def read(path: Path) -> list[RaceResult]:
+    """Read the results of a file; a line that a kill has cut short does not count."""
+    return [RaceResult.from_dict(entry) for entry in json_lines.read(path)]
 
 
-def append(path: Path, ended: Ended) -> None:
-    json_lines.append(path, ended.to_dict())
+def append(path: Path, result: RaceResult) -> None:
+    """Append a result to a file."""
+    json_lines.append(path, result.to_dict())
 
 
 def planned(problems: Sequence[str], searchers: Sequence[str], seeds: int, trials: int, batch: int) -> list[Race]:
-    """Seed by seed, so that a benchmark that ends early has as many of every searcher."""
+    """Return the races seed by seed, so that a benchmark that ends early has equally many of every searcher."""
     return [
         Race(problem=problem, searcher=searcher, seed=seed, trials=trials, batch=batch)
         for seed in range(seeds)
@@ -164,8 +174,10 @@ def planned(problems: Sequence[str], searchers: Sequence[str], seeds: int, trial
     ]
 
 
-def run_all(races: Sequence[Race], path: Path, workers: int, ended: Callable[[Ended], None] = lambda _: None) -> None:
-    """Run `races` and append each to the file as it ends; `ended` hears of it.
+def run_all(
+    races: Sequence[Race], path: Path, workers: int, ended: Callable[[RaceResult], None] = lambda _: None
+) -> None:
+    """Run `races` and append each to the file as it ends; then call `ended`.
 
     One process per worker with one thread each, so that a searcher's seconds are its own; a single worker is this
     process.
@@ -175,14 +187,14 @@ def run_all(races: Sequence[Race], path: Path, workers: int, ended: Callable[[En
         ended(result)
 
 
-def missing(races: Sequence[Race], known: Sequence[Ended]) -> list[Race]:
-    """Those that have not been run, or on what is another problem now."""
+def missing(races: Sequence[Race], results: Sequence[RaceResult]) -> list[Race]:
+    """Return the races without a result on the problem as it is now."""
     keys = {name: PROBLEMS[name]().key for name in {race.problem for race in races}}
-    there = {entry.race for entry in known if entry.problem_key == keys.get(entry.race.problem)}
-    return [race for race in races if race not in there]
+    done = {entry.race for entry in results if entry.problem_key == keys.get(entry.race.problem)}
+    return [race for race in races if race not in done]
 
 
-def _results(races: Sequence[Race], workers: int) -> Iterator[Ended]:
+def _results(races: Sequence[Race], workers: int) -> Iterator[RaceResult]:
     if workers == 1 or len(races) < 2:
         with _one_thread():
             yield from map(_run, races)
@@ -191,12 +203,12 @@ def _results(races: Sequence[Race], workers: int) -> Iterator[Ended]:
         yield from pool.imap_unordered(_run, races)
 
 
-def _run(race: Race) -> Ended:
+def _run(race: Race) -> RaceResult:
     return run(race, PROBLEMS[race.problem]())
 
 
 def _start() -> None:
-    """Of a worker. Ctrl-C is for the process that started it, which then ends its workers."""
+    """Initialise a worker. Ctrl-C is for the process that started it, which then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threadpool_limits(1)

@@ -1,29 +1,29 @@
-"""What races have shown: tables in markdown, a picture, and data. No searcher is ahead without an interval."""
+"""Results of races: tables in Markdown, a figure, and data. No searcher is ahead without an interval."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
-from autopeft.benchmarks.race.races import ARMS, Ended
+from autopeft.benchmarks.race.races import ARMS, RaceResult
 from autopeft.studies.analysis.medians import LEAST_SEEDS, Median, draws, median_of
 from autopeft.studies.analysis.pareto import Floats
 from autopeft.studies.reports import markdown
+from autopeft.studies.versions import versions_of
 
 CHECKPOINTS = (25, 50, 100, 200)
-#: Its last median is what the others are measured by.
+#: The searcher whose last median the others are compared with.
 YARDSTICK = "nsga2"
 PACKAGES = ("optuna", "botorch", "torch", "scipy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """A searcher on one problem. `shares`: median share of the known front's hypervolume, by number of evaluations.
+class SearcherRow:
+    """A searcher on one problem. `shares`: median share of the true front's hypervolume, by number of evaluations.
 
     `own_s`: median seconds of a suggestion. `reaches`: evaluations until its median is that of `YARDSTICK` at the end.
     """
@@ -37,8 +37,8 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lead:
-    """By how much the best median is above the next one, over the seeds that both have."""
+class ShareLead:
+    """Difference of the best median from the next one, over the seeds that both have."""
 
     best: str
     second: str
@@ -46,20 +46,23 @@ class Lead:
 
     @property
     def is_clear(self) -> bool:
+        """Whether the interval of the difference is above 0."""
         return self.difference.low is not None and self.difference.low > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class RaceTable:
+    """The searchers on one problem. `leads`: by number of evaluations."""
+
     problem: str
     summary: str
-    lines: tuple[Line, ...]
-    leads: Mapping[int, Lead]
+    lines: tuple[SearcherRow, ...]
+    leads: Mapping[int, ShareLead]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
-    """Of one searcher on one problem. `shares`: [seeds, trials]."""
+    """Results of one searcher on one problem. `shares`: [seeds, trials]."""
 
     searcher: str
     seeds: tuple[int, ...]
@@ -68,22 +71,27 @@ class Curves:
 
     @property
     def trials(self) -> int:
-        return self.shares.shape[1]
+        """Evaluations of each race."""
+        return int(self.shares.shape[1])
 
     @property
     def median(self) -> Floats:
+        """Median over the seeds, [trials]."""
         return np.median(self.shares, axis=0)
 
 
-def curves_of(ended: Iterable[Ended]) -> dict[str, list[Curves]]:
-    """By problem; searchers in the order of the registry. Those that ran out of candidates stay where they were."""
-    found: dict[tuple[str, str, int], dict[int, Ended]] = {}
+def curves_of(ended: Iterable[RaceResult]) -> dict[str, list[Curves]]:
+    """Return the curves by problem, searchers in the order of the registry.
+
+    The curve of a searcher that ran out of candidates is continued by its last value.
+    """
+    found: dict[tuple[str, str, int], dict[int, RaceResult]] = {}
     for entry in ended:
         race = entry.race
         found.setdefault((race.problem, race.searcher, race.trials), {})[race.seed] = entry
-    known = list(ARMS)
+    order = list(ARMS)
     curves: dict[str, list[Curves]] = {}
-    for problem, searcher, trials in sorted(found, key=lambda place: (known.index(place[1]), place[2])):
+    for problem, searcher, trials in sorted(found, key=lambda place: (order.index(place[1]), place[2])):
         group = [entry for _, entry in sorted(found[problem, searcher, trials].items())]
         curves.setdefault(problem, []).append(
             Curves(
@@ -100,12 +108,13 @@ def _padded(curve: Sequence[float], trials: int) -> list[float]:
     return [*curve, *[curve[-1] if curve else 0.0] * (trials - len(curve))]
 
 
-def table_of(problem: str, summary: str, curves: Sequence[Curves]) -> Table:
+def table_of(problem: str, summary: str, curves: Sequence[Curves]) -> RaceTable:
+    """Return the table of one problem."""
     most = max(group.trials for group in curves)
     checkpoints = sorted({point for point in CHECKPOINTS if point < most} | {most})
     yardstick = max((g for g in curves if g.searcher == YARDSTICK), key=lambda g: g.trials, default=None)
     lines = tuple(
-        Line(
+        SearcherRow(
             searcher=group.searcher,
             trials=group.trials,
             seeds=len(group.seeds),
@@ -116,7 +125,7 @@ def table_of(problem: str, summary: str, curves: Sequence[Curves]) -> Table:
         for group in curves
     )
     leads = {point: lead for point in checkpoints if (lead := lead_at(point, curves)) is not None}
-    return Table(problem=problem, summary=summary, lines=lines, leads=leads)
+    return RaceTable(problem=problem, summary=summary, lines=lines, leads=leads)
 
 
 def _reaches(curve: Floats, level: float) -> int | None:
@@ -124,8 +133,8 @@ def _reaches(curve: Floats, level: float) -> int | None:
     return int(there[0]) + 1 if len(there) else None
 
 
-def lead_at(point: int, curves: Sequence[Curves]) -> Lead | None:
-    """Paired by seed: two searchers with the same seed meet the same noise."""
+def lead_at(point: int, curves: Sequence[Curves]) -> ShareLead | None:
+    """Return the lead after `point` evaluations, paired by seed: searchers with the same seed meet the same noise."""
     there = [group for group in curves if point <= group.trials]
     if len(there) < 2:
         return None
@@ -141,27 +150,25 @@ def lead_at(point: int, curves: Sequence[Curves]) -> Lead | None:
         drawn = np.median(a[drawn], axis=1) - np.median(b[drawn], axis=1)
         low, high = (float(q) for q in np.quantile(drawn, [0.025, 0.975]))
     difference = Median(value=value, low=low, high=high)
-    return Lead(best=_label(first, curves), second=_label(second, curves), difference=difference)
+    return ShareLead(best=_label(first, curves), second=_label(second, curves), difference=difference)
 
 
-def _label(row: Curves | Line, rows: Sequence[Curves | Line]) -> str:
-    """The searcher, with its number of trials where it ran shorter than the others."""
+def _label(row: Curves | SearcherRow, rows: Sequence[Curves | SearcherRow]) -> str:
+    """Return the searcher's name, with its number of trials where it ran shorter than the others."""
     return row.searcher if row.trials == max(r.trials for r in rows) else f"{row.searcher} ({row.trials} trials)"
 
 
 # Markdown and data
 
 
-def to_dict(tables: Sequence[Table], batch: int) -> dict[str, Any]:
-    return {"batch": batch, "versions": versions(), "tables": [asdict(table) for table in tables]}
+def to_dict(tables: Sequence[RaceTable], batch: int) -> dict[str, Any]:
+    """Return the tables as data."""
+    return {"batch": batch, "versions": versions_of(PACKAGES), "tables": [asdict(table) for table in tables]}
 
 
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
-
-
-def to_markdown(tables: Sequence[Table], batch: int) -> str:
-    used = ", ".join(f"{name} {number}" for name, number in versions().items())
+def to_markdown(tables: Sequence[RaceTable], batch: int) -> str:
+    """Return a section with a table for each problem."""
+    used = ", ".join(f"{name} {number}" for name, number in versions_of(PACKAGES).items())
     head = (
         "Share of the known front's hypervolume after so many evaluations: median over seeds, with the central 95 % of"
         f" bootstrap draws of the seeds. Batches of {batch}; one thread per searcher; {used}."
@@ -169,7 +176,7 @@ def to_markdown(tables: Sequence[Table], batch: int) -> str:
     return "\n\n".join([head, *map(_section, tables)]) + "\n"
 
 
-def _section(table: Table) -> str:
+def _section(table: RaceTable) -> str:
     points = sorted({point for line in table.lines for point in line.shares})
     best = {point: max(line.shares[point].value for line in table.lines if point in line.shares) for point in points}
     rows = [[f"`{table.problem}`", *map(str, points), f"trials to {YARDSTICK}'s last", "seeds", "s per suggestion"]]
@@ -188,11 +195,11 @@ def _cell(found: Median | None, best: float) -> str:
     return f"**{found}**" if found.value == best else str(found)
 
 
-def _lead(lead: Lead | None) -> str:
+def _lead(lead: ShareLead | None) -> str:
     return "-" if lead is None else f"{lead.difference} over {lead.second}"
 
 
-def _verdict(table: Table) -> str:
+def _verdict(table: RaceTable) -> str:
     if not table.leads:
         return "One searcher alone: nothing to compare."
     point, lead = max(table.leads.items())
@@ -207,7 +214,7 @@ def _verdict(table: Table) -> str:
 
 
 def picture(curves: Mapping[str, Sequence[Curves]], path: str | PathLike[str]) -> None:
-    """One panel per problem: median over the seeds, and its interval as a band."""
+    """Draw one panel per problem: median over the seeds, and its interval as a band."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -233,7 +240,7 @@ def picture(curves: Mapping[str, Sequence[Curves]], path: str | PathLike[str]) -
             panel.set_title(problem, loc="left", fontweight="bold", fontsize=10)
             panel.set_xlabel("evaluations")
             panel.margins(x=0.01)
-            # The first few points of a curve would take the room of the rest.
+            # The first few points of a curve would compress the rest.
             early = [float(group.median[min(9, group.trials - 1)]) for group in groups]
             panel.set_ylim(bottom=max(0.0, min(early) - 0.05), top=1.005)
         for panel in panels[len(curves) :]:
@@ -245,7 +252,7 @@ def picture(curves: Mapping[str, Sequence[Curves]], path: str | PathLike[str]) -
 
 
 def _band(shares: Floats) -> tuple[Floats, Floats]:
-    """[seeds, trials] -> two [trials]"""
+    """Return the lower and upper ends [trials] of the median's interval, from shares [seeds, trials]."""
     drawn = draws(len(shares))[:1000]
     low, high = np.quantile(np.median(shares[drawn], axis=1), [0.025, 0.975], axis=0)
     return low, high

@@ -1,9 +1,9 @@
-"""The demo's space with a quality learnt from real trainings, the rows of `table.SHIPPED`: a surrogate benchmark.
+"""A surrogate benchmark: the demo's space with a quality that is learnt from real trainings (`table.SHIPPED`).
 
 After Eggensperger et al. 2015 (Efficient benchmarking of hyperparameter optimizers via surrogates) and Zela et al. 2022
 (Surrogate NAS benchmarks). The model is an ensemble of trees, as in both: a Gaussian process would favour the searchers
-that are made of one. It is asked once, for every architecture at every step of the learning rate. So the problem is a
-finite table, its front is exact, and what it says is as good as the fit, whose quality on held-out rows is stated.
+that use one. It predicts once, every architecture at every step of the learning rate. So the problem is a finite table,
+its front is exact, and it is as realistic as the fit, whose quality on held-out rows is stated.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from autopeft.benchmarks.race.base import RaceProblem
-from autopeft.benchmarks.race.table import SHIPPED, Row, by_candidate, read
+from autopeft.benchmarks.race.table import SHIPPED, TableRow, by_candidate, read
 from autopeft.search_space.domains import Choice
 from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.spaces.genes import TRAINING, Assignment
@@ -24,17 +25,20 @@ from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.analysis.pareto import Floats
 from autopeft.studies.config.problem import problem_for
 
+if TYPE_CHECKING:
+    from sklearn.ensemble import ExtraTreesRegressor
+
 RATE = TRAINING + "learning_rate"
 #: Steps of the learning rate, equally spaced on its scale; a rate between two of them is as good as the nearer one.
 STEPS = 9
 FOLDS = 10
 TREES = 400
-#: Share of the candidates that collapsed in training, at most: two in 300 are at 5 and 8 %, the next is at 40, and to
-#: trees that minimise squares they would be all that there is to learn. They count as the first beyond this share.
+#: Share of the candidates that may count as collapsed in training: two in 300 are at 5 and 8 %, the next is at 40, and
+#: they would dominate trees that minimise squares. Their accuracy is raised to the first one above this share.
 COLLAPSED = 0.01
-#: A table of fewer candidates says too little.
+#: Least candidates of a table.
 LEAST = 50
-#: Fewer differences between seeds than these do not tell their spread.
+#: Least differences between seeds from which their spread is estimated.
 LEAST_REPEATS = 10
 
 
@@ -43,8 +47,8 @@ class NoTableError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
-    """How well rows are predicted that the model has not seen, over candidates; see `held_out`."""
+class FitQuality:
+    """Quality of the predictions of held-out candidates; see `held_out`."""
 
     candidates: int
     r2: float
@@ -52,6 +56,7 @@ class Fit:
 
 
 def tabulated(path: Path = SHIPPED) -> RaceProblem:
+    """Return the race problem of a table. Raises NoTableError for fewer than `LEAST` candidates."""
     problem = demo_problem()
     space, rows = problem.space, read(path)
     inputs, quality, weights = _examples(space, rows)
@@ -85,7 +90,7 @@ def tabulated(path: Path = SHIPPED) -> RaceProblem:
 
 
 def demo_problem() -> Problem:
-    """The problem of `studies/examples/demo.yaml`."""
+    """Return the problem of `studies/examples/demo.yaml`."""
     from autopeft.evaluators.backbones import describe_backbone
     from autopeft.studies.config.loading import load_study
 
@@ -94,12 +99,12 @@ def demo_problem() -> Problem:
 
 
 def settings(space: SearchSpace) -> Iterator[Assignment]:
-    """Every setting of the architecture's genes, which must be choices; those of the training stand at their middle."""
+    """Yield every setting of the architecture's genes, which must be choices; training genes are at their middle."""
     genes = [gene for gene in space.genes if not gene.name.startswith(TRAINING)]
     middle = {g.name: g.domain.from_unit(0.5) for g in space.genes if g.name.startswith(TRAINING)}
-    unfinished: list[tuple[int, Assignment]] = [(0, {})]
-    while unfinished:
-        position, assignment = unfinished.pop()
+    incomplete: list[tuple[int, Assignment]] = [(0, {})]
+    while incomplete:
+        position, assignment = incomplete.pop()
         while position < len(genes) and not genes[position].is_active(assignment):
             position += 1
         if position == len(genes):
@@ -107,12 +112,13 @@ def settings(space: SearchSpace) -> Iterator[Assignment]:
             continue
         domain = genes[position].domain
         assert isinstance(domain, Choice), f"{genes[position].name} is not countable"
-        unfinished += [(position + 1, {**assignment, genes[position].name: value}) for value in domain.choices]
+        incomplete += [(position + 1, {**assignment, genes[position].name: value}) for value in domain.choices]
 
 
-def seed_sd(rows: Sequence[Row]) -> float:
-    """Standard deviation of the accuracy between the seeds of one candidate, pooled; where there are too few, the
-    rows' own standard error over examples.
+def seed_sd(rows: Sequence[TableRow]) -> float:
+    """Return the pooled standard deviation of the accuracy between the seeds of one candidate.
+
+    Where there are too few repeats, return the rows' own standard error over examples.
     """
     accuracies = _accuracies(rows).values()
     dof = sum(len(found) - 1 for found in accuracies)
@@ -121,33 +127,33 @@ def seed_sd(rows: Sequence[Row]) -> float:
     return float(np.sqrt(sum(np.var(found) * len(found) for found in accuracies) / dof))
 
 
-def held_out(inputs: Floats, quality: Floats, weights: Floats) -> Fit:
-    """Ten-fold cross-validation; the seeds of a candidate are one example, their mean."""
+def held_out(inputs: Floats, quality: Floats, weights: Floats) -> FitQuality:
+    """Cross-validate in ten folds; the seeds of a candidate are one example, their mean."""
     from scipy.stats import spearmanr
     from sklearn.metrics import r2_score
     from sklearn.model_selection import KFold, cross_val_predict
 
     folds = KFold(FOLDS, shuffle=True, random_state=0)
     found = cross_val_predict(_model(), inputs, quality, cv=folds, params={"sample_weight": weights})
-    return Fit(
+    return FitQuality(
         candidates=len(quality),
         r2=float(r2_score(quality, found)),
         spearman=float(spearmanr(quality, found).statistic),
     )
 
 
-def _model():
+def _model() -> ExtraTreesRegressor:
     from sklearn.ensemble import ExtraTreesRegressor
 
     return ExtraTreesRegressor(n_estimators=TREES, random_state=0)
 
 
-def _accuracies(rows: Sequence[Row]) -> dict[str, list[float]]:
+def _accuracies(rows: Sequence[TableRow]) -> dict[str, list[float]]:
     return {key: [row.measurement.values["accuracy"] for row in own] for key, own in by_candidate(rows).items()}
 
 
-def _examples(space: SearchSpace, rows: Sequence[Row]) -> tuple[Floats, Floats, Floats]:
-    """Inputs [n, d], mean accuracy [n] and number of seeds [n], by candidate."""
+def _examples(space: SearchSpace, rows: Sequence[TableRow]) -> tuple[Floats, Floats, Floats]:
+    """Return inputs [n, d], mean accuracy [n] and number of seeds [n], by candidate."""
     accuracies = _accuracies(rows)
     first = {row.candidate: row for row in reversed(rows)}
     domain = next(gene.domain for gene in space.genes if gene.name == RATE)
@@ -162,8 +168,10 @@ def _examples(space: SearchSpace, rows: Sequence[Row]) -> tuple[Floats, Floats, 
 
 
 def _encoded(space: SearchSpace, genes: Assignment, num_params: float) -> list[float]:
-    """Sizes on the unit interval, 0 where there is none (which says what the on/off genes say); the parameters and
-    their logarithm; and what single trees find hard to add up, the sizes of each adapter and how many there are.
+    """Return the features of an architecture.
+
+    Sizes on the unit interval, 0 where there is none (which makes the on/off genes redundant); the parameters and their
+    logarithm; and sums that single trees can hardly represent: the size of each adapter and the number of sizes.
     """
     own = [gene for gene in space.genes if gene.size is None and not gene.name.startswith(TRAINING)]
     sizes = [gene.domain.to_unit(genes[gene.name]) if gene.name in genes else 0.0 for gene in own]
@@ -175,5 +183,5 @@ def _encoded(space: SearchSpace, genes: Assignment, num_params: float) -> list[f
 
 
 def _name(genes: Assignment) -> tuple[tuple[str, object], ...]:
-    """Of an architecture."""
+    """Return the genes of the architecture, as a key."""
     return tuple((name, value) for name, value in genes.items() if not name.startswith(TRAINING))

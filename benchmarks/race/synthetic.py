@@ -1,12 +1,13 @@
-"""Made-up problems with exactly known fronts, on real spaces over a backbone of twelve layers.
+"""Synthetic problems with exactly known fronts, on real spaces over a backbone of twelve layers.
 
-Accuracy is that of the head alone plus what the adapters gain, which is most at one learning rate and less beside it:
+Accuracy is that of the head alone plus the gain of the adapters, which is largest at one learning rate:
 
     accuracy = 0.45 + 0.17 * gain(sizes) * exp(-ln(rate / best_rate(type, num_params))^2 / 2),  gain in [0, 1]
 
 The best rate falls with the number of parameters and lies within the range, so a front is that of the gains. These are
-sums over layers or stages, of which `best_sums` finds the non-dominated ones, or few enough to list. Costs are those
-that the adapter types declare. The candidate without adapters is no point of a front: a study does not train it either.
+sums over layers or stages, of which `best_sums` finds the non-dominated ones, or few enough to enumerate. Costs are
+those that the adapter types declare. The candidate without adapters is excluded from a front: a study does not train it
+either.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Options = list[list[float]]
 
 
 def made_up_backbone(num_layers: int, hidden_size: int = 768, num_key_value_heads: int = 12) -> Backbone:
-    """An encoder's sites, heads of 64 features; `Site.module` names nothing."""
+    """Return the sites of an encoder with heads of 64 features; `Site.module` names no real module."""
     wide, narrow = 4 * hidden_size, 64 * num_key_value_heads
     sizes = {
         "attn.q": (hidden_size, hidden_size),
@@ -79,8 +80,8 @@ def _accuracy(part: Part, rate: float) -> float:
 
 
 def _rate(num_params: float, largest: float, rate: float = 1.5e-3) -> float:
-    """The best one; `rate` is that of the largest candidate."""
-    falling = rate * (largest / max(num_params, 1.0)) ** 0.15
+    """Return the best learning rate; `rate` is that of the largest candidate."""
+    falling: float = rate * (largest / max(num_params, 1.0)) ** 0.15
     return min(max(falling, RATES.low), RATES.high)
 
 
@@ -96,12 +97,15 @@ def _problem(
     front: Floats,
     objectives: Sequence[str] = ("accuracy", "num_params"),
 ) -> RaceProblem:
-    """`part`: of genes and their number of parameters. `front`: [n, 1 + costs], see `Options`."""
+    """Return the race problem of a front.
+
+    `part`: of genes and their number of parameters. `front`: [n, 1 + costs], see `Options`.
+    """
 
     def values(genes: Assignment) -> dict[str, float]:
         costs = declared_costs(space.decode(genes).architecture, space.backbone)
-        rate = genes["training.learning_rate"]
-        return {"accuracy": _accuracy(part(genes, costs["num_params"]), float(rate)), **costs}
+        lr = genes["training.learning_rate"]
+        return {"accuracy": _accuracy(part(genes, costs["num_params"]), float(lr)), **costs}
 
     front = front[front[:, 1] > 0]
     points = {"accuracy": HEAD - SPAN * front[:, 0]}
@@ -120,7 +124,7 @@ def _params(spec: AdapterSpec, sites: Iterable[Site]) -> int:
 
 
 def _with_single(tables: Sequence[Options]) -> Floats:
-    """The best sums, and each option alone: the cheapest candidate may gain nothing, but it is not the empty one."""
+    """Return the best sums and each option alone: the cheapest candidate may gain nothing, but it is not empty."""
     return np.vstack([best_sums(tables), *map(np.asarray, tables)])
 
 
@@ -135,7 +139,10 @@ MLP = (0.0, 0.08, 0.0, 0.0, 0.12, 0.0, 0.0, 0.0, 0.20, 0.0, 0.0, 0.0)
 
 
 def per_layer(attn: Sequence[float] = ATTN, mlp: Sequence[float] = MLP) -> RaceProblem:
-    """`attn`, `mlp`: by layer, the share of the gain that adapters there can bring."""
+    """Return the problem of a LoRA rank in every layer.
+
+    `attn`, `mlp`: by layer, the largest share of the gain that adapters there can add.
+    """
     backbone = made_up_backbone(len(attn))
     preset = PRESETS["lora-per-layer"].space(backbone)
     space = SearchSpace(backbone=backbone, **preset, training={"learning_rate": RATES})
@@ -167,8 +174,8 @@ def per_layer(attn: Sequence[float] = ATTN, mlp: Sequence[float] = MLP) -> RaceP
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """One type: what it gains at most, the size of half that, its best rate when largest, its searched field."""
+class TypeModel:
+    """One type: its largest gain, the size of half that, its best rate when largest, its searched field."""
 
     most: float
     half: float
@@ -182,20 +189,23 @@ class Kind:
     fixed: Mapping[str, Value]
 
     def spec(self, size: int) -> AdapterSpec:
+        """Return the adapter of a size."""
         return Lora(rank=size) if self.size == "rank" else Bottleneck(size=size)
 
 
 RANKS, SIZES = (1, 2, 4, 8, 16, 32), (8, 16, 32, 64, 128, 256)
 ACTIVATIONS: dict[Value, float] = {"relu": 0.96, "gelu": 1.0, "tanh": 0.9}
+ALPHAS: dict[Value, float] = {16.0: 0.95, 32.0: 1.0, 64.0: 0.92}
 KINDS = {
-    "series": Kind(1.1, 30, 8e-4, "size", "activation", ACTIVATIONS, ("mlp",), SIZES, {"form": "serial"}),
-    "parallel": Kind(0.9, 12, 1.5e-3, "size", "activation", ACTIVATIONS, ("mlp",), SIZES, {"form": "parallel"}),
-    "lora": Kind(0.7, 1.5, 3e-3, "rank", "alpha", {16.0: 0.95, 32.0: 1.0, 64.0: 0.92}, ("attn.q", "attn.v"), RANKS, {}),
+    "series": TypeModel(1.1, 30, 8e-4, "size", "activation", ACTIVATIONS, ("mlp",), SIZES, {"form": "serial"}),
+    "parallel": TypeModel(0.9, 12, 1.5e-3, "size", "activation", ACTIVATIONS, ("mlp",), SIZES, {"form": "parallel"}),
+    "lora": TypeModel(0.7, 1.5, 3e-3, "rank", "alpha", ALPHAS, ("attn.q", "attn.v"), RANKS, {}),
 }  # fmt: skip
 STAGE_SHARES = (0.1, 0.2, 0.3, 0.4)
 
 
 def types(num_layers: int = 12, stage_shares: Sequence[float] = STAGE_SHARES) -> RaceProblem:
+    """Return the problem of three exclusive adapter types. `stage_shares`: shares of the gain by stage."""
     backbone = made_up_backbone(num_layers)
     stages = len(stage_shares)
     adapters = {
@@ -214,7 +224,7 @@ def types(num_layers: int = 12, stage_shares: Sequence[float] = STAGE_SHARES) ->
     every = {name: _sites(backbone, kind.at, range(num_layers)) for name, kind in KINDS.items()}
     largest = {name: _params(kind.spec(kind.sizes[-1]), every[name]) for name, kind in KINDS.items()}
 
-    def gain(kind: Kind, stage: int, size: float, value: Value) -> float:
+    def gain(kind: TypeModel, stage: int, size: float, value: Value) -> float:
         return kind.most * kind.shares[value] * stage_shares[stage] * _saturating(size, kind.half)
 
     def part(genes: Assignment, num_params: float) -> Part:
@@ -224,7 +234,7 @@ def types(num_layers: int = 12, stage_shares: Sequence[float] = STAGE_SHARES) ->
         total = sum(gain(kind, stage, size, value) for stage, size in enumerate(sizes))
         return Part(total, _rate(num_params, largest[name], kind.rate))
 
-    def options(kind: Kind, value: Value, stage: int) -> Options:
+    def options(kind: TypeModel, value: Value, stage: int) -> Options:
         sites = _sites(backbone, kind.at, layers[stage])
         return [[-gain(kind, stage, size, value), _params(kind.spec(size), sites)] for size in kind.sizes]
 
@@ -243,7 +253,10 @@ LAYER_SHARES = (-0.03, -0.02, 0.0, 0.04, 0.06, 0.12, 0.14, 0.10, 0.16, 0.14, 0.1
 
 
 def autopeft(layer_shares: Sequence[float] = LAYER_SHARES, hidden_size: int = 768) -> RaceProblem:
-    """`layer_shares`: what each layer adds when it is on; adapters in some lower ones do harm."""
+    """Return the problem over AutoPEFT's space.
+
+    `layer_shares`: the gain of each layer that is on; adapters in some lower layers reduce the accuracy.
+    """
     backbone = made_up_backbone(len(layer_shares), hidden_size)
     preset = PRESETS["autopeft"].space(backbone)
     space = SearchSpace(backbone=backbone, **preset, training={"learning_rate": RATES})
@@ -252,10 +265,10 @@ def autopeft(layer_shares: Sequence[float] = LAYER_SHARES, hidden_size: int = 76
     whole = sum(share for share in layer_shares if share > 0)
 
     def use(serial: float, parallel: float, prefix: float) -> float:
-        """In [0, 1]: what one adapter gains, the next ones can gain no more. Long prefixes do harm."""
-        kept = 1 - 0.6 * _saturating(serial, 48)
-        kept *= 1 - 0.75 * _saturating(parallel, 24)
-        return 1 - kept * (1 - 0.35 * prefix / 8 * math.exp(1 - prefix / 8))
+        """Return the gain in [0, 1]: each adapter closes a part of the remaining gap. Long prefixes close less."""
+        gap = 1 - 0.6 * _saturating(serial, 48)
+        gap *= 1 - 0.75 * _saturating(parallel, 24)
+        return 1 - gap * (1 - 0.35 * prefix / 8 * math.exp(1 - prefix / 8))
 
     def part(genes: Assignment, num_params: float) -> Part:
         found = [float(genes.get(name, 0)) for name in ("serial.size", "parallel.size", "prefix.length")]
@@ -263,12 +276,12 @@ def autopeft(layer_shares: Sequence[float] = LAYER_SHARES, hidden_size: int = 76
         return Part(use(*found) * on / whole, _rate(num_params, largest))
 
     def params(serial: int, parallel: int, prefix: int) -> int:
-        """In one layer."""
+        """Return the parameters in one layer."""
         attn, mlp = (_sites(backbone, [role], [0]) for role in ("attn", "mlp"))
         bottlenecks = sum(_params(Bottleneck(size=size), mlp) for size in (serial, parallel) if size)
         return bottlenecks + (_params(Prefix(length=prefix), attn) if prefix else 0)
 
-    # Layers cost the same: of all subsets of n layers the n best are the ones to have on.
+    # Layers cost the same: among subsets of n layers the n best are optimal.
     best = np.cumsum(sorted(layer_shares, reverse=True)) / whole
     front = [
         [-use(*triple) * share, n * params(*triple)]
@@ -287,7 +300,10 @@ THIRDS = (0.2, 0.3, 0.5)
 
 
 def three(num_layers: int = 12, stage_shares: Sequence[float] = THIRDS) -> RaceProblem:
-    """Few key and value heads: a prefix costs operations, biases cost parameters, LoRA some of both."""
+    """Return a problem with three objectives.
+
+    With few key and value heads a prefix costs operations, biases cost parameters, and LoRA some of both.
+    """
     backbone = made_up_backbone(num_layers, num_key_value_heads=3)
     stages = len(stage_shares)
     at = {"lora": ("attn.q", "attn.v"), "prefix": ("attn",), "biases": ("attn.q", "mlp.up")}
@@ -325,7 +341,7 @@ def three(num_layers: int = 12, stage_shares: Sequence[float] = THIRDS) -> RaceP
         return [-gain, _params(spec, sites), sum(spec.flops_per_token(site) for site in sites)]
 
     def options(stage: int, length: int) -> list[Options]:
-        """The decisions of one stage, which add up."""
+        """Return the decisions of one stage, whose gains add up."""
         nothing = [0.0, 0.0, 0.0]
         loras = [option(gains(stage, r, 0, False)[0], "lora", Lora(rank=r), stage) for r in (1, 2, 4, 8, 16)]
         prefix = option(gains(stage, 0, length, False)[1], "prefix", Prefix(length=length), stage)

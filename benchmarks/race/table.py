@@ -1,8 +1,8 @@
-"""Evaluations of one study's space at full fidelity, kept as a CSV: the tabular benchmark.
+"""The tabular benchmark: evaluations of one study's space at full fidelity, as a CSV file.
 
 One row per training: the searcher's genes (JSON), the seed, validation quality with its standard error, declared costs,
-the held-out loss at rungs on the way, and the training loss of each step. The file only grows; what made it stands in
-the JSON beside it.
+the held-out loss at rungs on the way, and the training loss of each step. The file only grows; its provenance is in the
+JSON beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from autopeft.search_space.spaces.genes import Assignment
 #: The table that the project ships, over the space of `studies/examples/demo.yaml`.
 SHIPPED = Path(str(files("autopeft.benchmarks.race"))) / "demo.csv"
 QUALITY = ("accuracy", "loss")
-#: Shares of the training steps at which the held-out loss is kept.
+#: Shares of the training steps at which the held-out loss is recorded.
 RUNGS = (0.15, 0.4)
 COLUMNS = (
     "candidate", "seed", "genes", *QUALITY, *(f"{name}_std_err" for name in QUALITY), *DECLARED,
@@ -29,8 +29,8 @@ COLUMNS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """`candidate`: the key of the candidate, the same for all its seeds."""
+class TableRow:
+    """One training. `candidate`: the key of the candidate, the same for all its seeds."""
 
     candidate: str
     seed: int
@@ -39,18 +39,19 @@ class Row:
 
     @property
     def key(self) -> tuple[str, int]:
+        """Candidate and seed."""
         return self.candidate, self.seed
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a table; none if there is no file yet."""
+def read(path: Path) -> list[TableRow]:
+    """Read the rows of a table; none if there is no file yet."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(_rows(csv.DictReader(file)))
 
 
-def _rows(lines: csv.DictReader[str]) -> Iterator[Row]:
+def _rows(lines: csv.DictReader[str]) -> Iterator[TableRow]:
     for line in lines:
         measurement = Measurement(
             values={name: float(line[name]) for name in (*QUALITY, *DECLARED)},
@@ -61,7 +62,7 @@ def _rows(lines: csv.DictReader[str]) -> Iterator[Row]:
             losses=tuple(map(float, line["train_losses"].split())),
             rungs=tuple((share, {"loss": float(line[f"loss_at_{share}"])}) for share in RUNGS),
         )
-        yield Row(
+        yield TableRow(
             candidate=line["candidate"],
             seed=int(line["seed"]),
             genes=json.loads(line["genes"]),
@@ -69,16 +70,16 @@ def _rows(lines: csv.DictReader[str]) -> Iterator[Row]:
         )
 
 
-def by_candidate(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each candidate, in their order."""
-    found: dict[str, list[Row]] = {}
+def by_candidate(rows: Iterable[TableRow]) -> dict[str, list[TableRow]]:
+    """Group rows by candidate, in their order."""
+    found: dict[str, list[TableRow]] = {}
     for row in rows:
         found.setdefault(row.candidate, []).append(row)
     return found
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows at the end; the first ones of a table bring its heading."""
+def append(path: Path, rows: Sequence[TableRow]) -> None:
+    """Append rows; write the header before the first ones of a table."""
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -87,7 +88,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(_line(row) for row in rows)
 
 
-def _line(row: Row) -> dict[str, object]:
+def _line(row: TableRow) -> dict[str, object]:
     m = row.measurement
     at_rung = {share: values["loss"] for share, values in m.rungs}
     return {

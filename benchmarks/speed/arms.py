@@ -1,8 +1,8 @@
-"""The ways to train the same candidates, and their times side by side.
+"""The ways to train the same candidates (arms), and their times.
 
-All arms run in one process, which is kind to the loop: the settings that the packed evaluator makes for the memory
-allocator hold for it too. In each round every arm runs once, and each round starts with another one, so that what a
-machine does between them (heat, other work) favours none; a speed-up is a ratio of two times of one round.
+All arms run in one process, which favours the loop: the packed evaluator's settings of the memory allocator hold for it
+too. In each round every arm runs once, and each round starts with another one, so that changes of the machine between
+them (heat, other work) favour none; a speed-up is a ratio of two times of one round.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from autopeft.benchmarks.speed.loop import Loop, Run
+from autopeft.benchmarks.speed.loop import CandidateRun, Loop
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Outcome, Request, Select
 from autopeft.evaluators.costs.timing import Spread, now
@@ -29,9 +29,9 @@ from autopeft.studies.errors import UserError
 CACHE_BYTES = 2**31
 #: Steps whose losses are compared: later, rounding has grown.
 COMPARED_STEPS = 20
-#: Relative differences from `single` that another order of summation explains.
+#: Allowed relative differences from `single`: those of another order of summation.
 TOLERANCES = {"loop": 1e-3, "packed": 1e-4, "packed+prefix": 1e-4}
-#: The same where the backbone computes in less than float32: the order of summation shows in the third digit.
+#: The same where the backbone computes in less than float32: the order of summation changes the third digit.
 COARSE_TOLERANCE = 5e-2
 VALIDATION_TOLERANCE = 2e-2
 #: Losses are recorded to five digits after the point.
@@ -39,17 +39,20 @@ ROUNDING = 1e-5
 
 
 class Watch(Protocol):
-    """Whoever shows how far the benchmark is; its unit is a candidate's training step."""
+    """Display of the benchmark's progress, in training steps of a candidate."""
 
-    def plan(self, steps: int) -> None: ...
+    def plan(self, steps: int) -> None:
+        """Set the number of steps."""
 
-    def stage(self, what: str) -> None: ...
+    def stage(self, what: str) -> None:
+        """Begin a stage."""
 
-    def advance(self, steps: int) -> None: ...
+    def advance(self, steps: int) -> None:
+        """Count steps as done."""
 
 
 class ParityError(UserError):
-    """Arms that were to do the same work have not done it: their times say nothing."""
+    """Arms have not done the same work, so their times cannot be compared."""
 
 
 @dataclass(slots=True)
@@ -65,18 +68,19 @@ class Bench:
 
     @classmethod
     def of(cls, settings: StudyFile, splits: Splits, pack: int, watch: Watch) -> Bench:
-        """Loads the model. Raises ConfigurationError, UnusableEnvironmentError."""
-        lent = evaluator_for(settings, splits)
-        loaded = LoadedBackbone(lent.model, lent.backbone, lent.task.processor, lent.pretrained_head)
+        """Load the model. Raises ConfigurationError, UnusableEnvironmentError."""
+        own = evaluator_for(settings, splits)
+        loaded = LoadedBackbone(own.model, own.backbone, own.task.processor, own.pretrained_head)
         single = TrainEvaluator(loaded, settings.task, splits, settings.data.max_length)
         return cls(settings, splits, single, pack, watch, Loop(single, settings))
 
     @property
     def device(self) -> torch.device:
+        """Device of the model."""
         return self.single.device
 
     def packed(self, share_prefix: bool) -> PackedEvaluator:
-        """With a cold cache."""
+        """Return a packed evaluator with a cold cache."""
         single = self.single
         return PackedEvaluator(
             LoadedBackbone(single.model, single.backbone, single.task.processor, single.pretrained_head),
@@ -91,7 +95,7 @@ class Bench:
     def timed(
         self, evaluator: TrainEvaluator, requests: Sequence[Request], select: Select | None = None
     ) -> tuple[list[Outcome], float]:
-        """Outcomes and seconds. Raises UserError where a candidate fails: then the arms cannot be compared."""
+        """Return outcomes and seconds. Raises UserError where a candidate fails: then arms cannot be compared."""
         before = 0
 
         def progress(done: int, total: int) -> None:
@@ -108,23 +112,23 @@ class Bench:
         return outcomes, seconds
 
 
-#: Prepares an arm for some requests; the runs are trained, and timed, when they are asked for.
-Arm = Callable[[Bench, Sequence[Request]], Iterable[Run]]
+#: Prepares an arm for requests; each run is trained and timed when it is iterated to.
+Arm = Callable[[Bench, Sequence[Request]], Iterable[CandidateRun]]
 
 
-def _loop(bench: Bench, requests: Sequence[Request]) -> Iterator[Run]:
+def _loop(bench: Bench, requests: Sequence[Request]) -> Iterator[CandidateRun]:
     for run in bench.loop.prepare(requests):
         bench.watch.advance(len(run.losses))
         yield run
 
 
 def _evaluated(make: Callable[[Bench], TrainEvaluator]) -> Arm:
-    def arm(bench: Bench, requests: Sequence[Request]) -> Iterator[Run]:
+    def arm(bench: Bench, requests: Sequence[Request]) -> Iterator[CandidateRun]:
         outcomes, seconds = bench.timed(make(bench), requests)
         for outcome in outcomes:
             found = outcome.measurement
             assert found is not None
-            yield Run(
+            yield CandidateRun(
                 losses=found.losses,
                 loss=found.values["loss"],
                 accuracy=found.values["accuracy"],
@@ -145,7 +149,7 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmRow:
-    """`speedup`: time of the loop over that of the arm. `seconds`: median, per candidate."""
+    """Times of an arm. `speedup`: time of the loop over that of the arm. `seconds`: median, per candidate."""
 
     arm: str
     speedup: Spread
@@ -154,8 +158,8 @@ class ArmRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Equal work. `lowest_layer`: the first adapted one, None where candidates differ in it."""
+class EqualWork:
+    """Times of the arms at equal work. `lowest_layer`: the first adapted one, None where candidates differ in it."""
 
     title: str
     candidates: int
@@ -166,12 +170,12 @@ class Table:
 
 def compare(
     bench: Bench, title: str, requests: Sequence[Request], rounds: int
-) -> tuple[Table, dict[str, list[list[Run]]]]:
-    """The table, and the runs of each round by arm. Raises ParityError, UserError."""
+) -> tuple[EqualWork, dict[str, list[list[CandidateRun]]]]:
+    """Run every arm; return the table, and the runs of each round by arm. Raises ParityError, UserError."""
     names = list(ARMS)
-    runs: dict[str, list[list[Run]]] = {name: [] for name in names}
+    runs: dict[str, list[list[CandidateRun]]] = {name: [] for name in names}
     peaks: dict[str, int] = {}
-    bench.packed(share_prefix=False)  # what it sets for the process holds from the first arm on
+    bench.packed(share_prefix=False)  # so that its settings of the process hold from the first arm on
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
@@ -191,7 +195,7 @@ def compare(
         for name in names
     )
     depths = {request.candidate.architecture.lowest_layer(bench.single.backbone) for request in requests}
-    table = Table(
+    table = EqualWork(
         title=title,
         candidates=len(requests),
         steps=max(map(bench.single.num_steps, requests)),
@@ -201,8 +205,8 @@ def compare(
     return table, runs
 
 
-def check_parity(runs: Mapping[str, Sequence[Run]], dtype: str = "float32") -> None:
-    """Raises ParityError, which names every candidate and arm that went another way than `single`, and the step."""
+def check_parity(runs: Mapping[str, Sequence[CandidateRun]], dtype: str = "float32") -> None:
+    """Compare losses with `single`. Raises ParityError, which names every candidate, arm and step that differs."""
     problems = []
     for arm in (arm for arm in runs if arm != REFERENCE):
         tolerance = TOLERANCES[arm] if dtype == "float32" else COARSE_TOLERANCE

@@ -1,7 +1,7 @@
-"""The benchmark of a study: candidates of its space by every arm, and how cheaply they can be ranked.
+"""The benchmark of a study: candidates of its space by every arm, and how early they can be ranked.
 
-Candidates are trained without dropout: ours and peft's come from other random streams, and the arms could not be shown
-to do the same work.
+Candidates are trained without dropout: ours and peft's use different random streams, so that equal work could not be
+verified.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from random import Random
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from autopeft.benchmarks.speed.arms import ARMS, Bench, Table, Watch, compare
+from autopeft.benchmarks.speed.arms import ARMS, Bench, EqualWork, Watch, compare
 from autopeft.benchmarks.speed.kernels import measure_kernels
 from autopeft.benchmarks.speed.loop import LoopRun
 from autopeft.benchmarks.speed.overhead import RANK, SLOTS, attention_lora, measure_overhead
@@ -33,7 +33,7 @@ from autopeft.benchmarks.speed.ranking import (
     spent_share,
     top_half,
 )
-from autopeft.benchmarks.speed.report import HourRow, Ranking, Result, conditions
+from autopeft.benchmarks.speed.report import EarlyRanking, HourRow, SpeedResult, conditions
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.costs.timing import Spread
 from autopeft.evaluators.training.train import steps_at
@@ -46,19 +46,19 @@ from autopeft.studies.errors import ConfigurationError
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
 
-#: Draws from the space for each candidate that is wanted.
+#: Most draws from the space per requested candidate.
 TRIES = 200
 PLACED_RANK = 8
-#: Of shorter trainings, neighbouring shares would be the same step.
+#: Least steps of a training that can be ranked early: in shorter ones, neighbouring shares would be the same step.
 LEAST_STEPS = 20
-#: Every share at which a loss may be wanted.
+#: Every share at which a loss may be needed.
 RECORDED = tuple(sorted({share for first in SHARES for share in rungs(first)}))
 
 
 def run_bench(
     settings: StudyFile, splits: Splits, *, candidates: int, rounds: int, ranked: int, watch: Watch
-) -> Result:
-    """Raises ParityError where the arms do not do the same work, and then there are no figures at all."""
+) -> SpeedResult:
+    """Run the benchmark. Raises ParityError, without any figures, where the arms do not do the same work."""
     bench = Bench.of(settings, splits, candidates, watch)
     before = conditions(bench, candidates=candidates, rounds=rounds)
     drawn = list(_draw(bench, max(candidates, ranked)))
@@ -78,7 +78,7 @@ def run_bench(
     training = bench.single.training(drawn[0].candidate)
     overhead = measure_overhead(bench.packed(share_prefix=False), training, settings.seed)
     loops = [run for found in runs["loop"] for run in found if isinstance(run, LoopRun)]
-    return Result(
+    return SpeedResult(
         conditions=before,
         equal_work=tuple(tables),
         overhead=overhead,
@@ -91,7 +91,7 @@ def run_bench(
 
 
 def _draw(bench: Bench, count: int) -> Iterator[Request]:
-    """The first `count` candidates of a seeded stream that peft can hold."""
+    """Yield the first `count` candidates of a seeded stream that peft can represent."""
     settings = bench.settings
     space, rng = problem_for(settings, bench.single.backbone).space, Random(f"bench/{settings.seed}")
     for _ in range(TRIES * count):
@@ -102,7 +102,7 @@ def _draw(bench: Bench, count: int) -> Iterator[Request]:
             count -= 1
             yield Request(candidate=candidate, seed=settings.seed)
     if count:
-        raise ConfigurationError("space: peft can hold too few of its candidates to compare with")
+        raise ConfigurationError("space: peft can represent too few of its candidates to compare with")
 
 
 def _without_dropout(candidate: Candidate) -> Candidate:
@@ -114,7 +114,7 @@ def _without_dropout(candidate: Candidate) -> Candidate:
 
 
 def _placed(bench: Bench, like: Candidate, count: int) -> Iterator[tuple[str, list[Request]]]:
-    """For adapters in the upper half alone and in the last layer, candidates that differ in the learning rate."""
+    """Yield candidates that differ in the learning rate, with adapters in the upper half or in the last layer."""
     backbone, training = bench.single.backbone, bench.single.training(like)
     for lowest in sorted({backbone.num_layers // 2, backbone.num_layers - 1}):
         architecture = attention_lora(backbone, PLACED_RANK, lowest)
@@ -129,8 +129,10 @@ def _placed(bench: Bench, like: Candidate, count: int) -> Iterator[tuple[str, li
 # Ranking
 
 
-def _ranking(bench: Bench, requests: Sequence[Request], rounds: int, table: Table, loops: Sequence[LoopRun]) -> Ranking:
-    # The true order has seeds of its own: it is not to share its noise with the rankings that are held against it.
+def _ranking(
+    bench: Bench, requests: Sequence[Request], rounds: int, table: EqualWork, loops: Sequence[LoopRun]
+) -> EarlyRanking:
+    # The true order has seeds of its own, so that it does not share its noise with the rankings compared with it.
     truths = []
     for offset in (1, 2):
         bench.watch.stage(f"true order, seed {offset} of 2")
@@ -174,7 +176,7 @@ def _ranking(bench: Bench, requests: Sequence[Request], rounds: int, table: Tabl
         )
 
     by_arm = {found.arm: found.speedup for found in table.rows}
-    return Ranking(
+    return EarlyRanking(
         candidates=len(requests),
         ceiling=ceiling,
         budgets=budgets,
@@ -196,7 +198,7 @@ def _measured(bench: Bench, requests: Sequence[Request], select: Any = None) -> 
 
 def _loop_costs(bench: Bench, loops: Sequence[LoopRun]) -> LoopCosts:
     validation_s = median(run.validation_s for run in loops)
-    # Our evaluators score a part of the validation split at a rung; so does the loop that we imagine.
+    # Our evaluators score a part of the validation split at a rung; so would the loop.
     part = len(bench.single.rung_examples) / len(bench.single.examples["validation"])
     return LoopCosts(
         setup_s=median(run.seconds - run.validation_s - run.step_s * len(run.losses) for run in loops),
@@ -209,10 +211,10 @@ def _loop_costs(bench: Bench, loops: Sequence[LoopRun]) -> LoopCosts:
 def _halving(
     bench: Bench, requests: Sequence[Request], rounds: int, first: float, loops: Sequence[LoopRun]
 ) -> tuple[list[Ending], list[float]]:
-    """Where successive halving leaves each candidate, and its seconds in each round.
+    """Return where successive halving stops each candidate, and its seconds in each round.
 
-    By the loss alone, as the loop's pruner. A training of the loop before each round says how fast the machine is now,
-    against the hour of the first table; the seconds are as they would have been then.
+    Halving is by the loss alone, like the loop's pruner. The seconds are scaled to the machine's speed during the first
+    table, by a training of the loop before each round.
     """
     from autopeft.searchers.halving import survivors
 
@@ -220,7 +222,7 @@ def _halving(
         return [found[place][0] for place in survivors([[values["loss"]] for _, values in found], KEEP)]
 
     halving = [replace(request, fidelity=Fidelity(rungs=rungs(first))) for request in requests]
-    # The loop's first candidate of each round of the first table is this one too.
+    # The control is also the loop's first candidate in each round of the first table.
     usual = median(run.seconds for run in loops[:: len(loops) // rounds])
     seconds = []
     for number in range(rounds):

@@ -1,4 +1,4 @@
-"""What routing costs: a training step with mixtures over one with plain adapters of the same active rank."""
+"""Cost of routing: a training step with mixtures over one with plain adapters of the same active rank."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ SLOTS = (1, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A step over one with plain LoRAs of the rank that a token meets; `routed`: with mixtures, `total`: with LoRAs of
-    the rank of all experts together.
+class RoutingRow:
+    """Time of a step over that with plain LoRAs of the active rank.
+
+    `routed`: with mixtures. `total`: with LoRAs of the rank of all experts together.
     """
 
     place: str
@@ -37,8 +38,8 @@ class Row:
     total: Spread
 
 
-def measure_experts(evaluator: PackedEvaluator, training: Training, advance: Callable[[], None]) -> list[Row]:
-    """Full steps (forward, backward, optimiser) on one minibatch of median length, no layer of which is shared."""
+def measure_experts(evaluator: PackedEvaluator, training: Training, advance: Callable[[], None]) -> list[RoutingRow]:
+    """Measure full steps (forward, backward, optimiser) on one minibatch of median length, without shared layers."""
     batches = batching.ordered_batches(evaluator.lengths["train"], training.batch_size)
     indices = batches[len(batches) // 2]
     tokens = evaluator.batch("train", indices)["input_ids"].numel()
@@ -54,7 +55,7 @@ def measure_experts(evaluator: PackedEvaluator, training: Training, advance: Cal
                 timed = partial(_step_s, evaluator, roles, training, slots, indices)
                 found[name] = interleaved(partial(timed, spec), partial(timed, Lora(rank=TOP_K * RANK)))
                 advance()
-            rows.append(Row(place=place, slots=slots, tokens=slots * tokens, **found))
+            rows.append(RoutingRow(place=place, slots=slots, tokens=slots * tokens, **found))
     return rows
 
 
@@ -66,7 +67,7 @@ def _step_s(
     indices: Sequence[int],
     spec: AdapterSpec,
 ) -> float:
-    """Seconds of the second of two steps."""
+    """Return the seconds of the second of two steps."""
     sites = [site.name for site in evaluator.backbone.sites if site.role in roles]
     architecture = Architecture.of({name: [spec] for name in sites})
     with Attachment(evaluator.model, evaluator.backbone, [architecture] * slots, [0] * slots) as attachment:
@@ -80,7 +81,8 @@ def _step_s(
         return now(evaluator.device) - begin
 
 
-def to_markdown(rows: list[Row]) -> str:
+def to_markdown(rows: list[RoutingRow]) -> str:
+    """Return the ratios as a table."""
     head = [f"{EXPERTS} experts of rank {RANK}, {TOP_K} for a token", "slots x tokens"]
     lines = [[*head, "routed", f"one LoRA of rank {EXPERTS * RANK}"]]
     for row in rows:

@@ -1,10 +1,10 @@
 """The kernels alone: forward and backward pass of each against its reference, and on a GPU against PyTorch too.
 
-The reference of the mixture, token by token, is nobody's way to compute it: it is measured against a loop over experts,
-and against one LoRA of the ranks that a token uses, which is what its operations alone would cost.
+The reference of the mixture, token by token, is unrealistically slow: the mixture is compared with a loop over experts,
+and with one LoRA of the active rank, a lower bound by its operations.
 
-PyTorch's time is that of the better one of two ways: its batched products with autograd, as one writes them oneself,
-and our own operators without Triton. A Triton kernel that is not 1.2 times as fast does not earn its place.
+PyTorch's time is that of the better one of two ways: its batched products with autograd, as a user would write them,
+and our own operators without Triton. A Triton kernel that is not 1.2 times as fast is not worth its code.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from autopeft.kernels import packed_lora as lora
 from autopeft.kernels import slot_products
 
 SLOTS = 8
-#: Of a mixture, and those of a token.
+#: Experts of a mixture, and active experts of a token.
 EXPERTS, ACTIVE = 16, 2
-#: Tokens per slot, features, rank, vocabulary: of the embedded model's order, and of a model of a billion parameters.
+#: Tokens per slot, features, rank, vocabulary: about those of the embedded model, and of one with a billion parameters.
 SHAPES = {"cpu": (512, 384, 8, 8192), "cuda": (1024, 2048, 16, 131072)}
 Pass = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelCase:
-    """A kernel at one shape, and other ways to the same result. Each is a forward pass, and may be called repeatedly.
+    """A kernel at one shape, and other ways to the same result, each a forward pass that may be called repeatedly.
 
-    `inputs`: the tensors that want a gradient; `reference` may read only some of them. `reference`: the obvious way,
+    `inputs`: the tensors that require a gradient; `reference` may read only some of them. `reference`: the obvious way,
     slot by slot in float32 (of the mixture over one LoRA: that LoRA, which has another result). `batched`: PyTorch's
     own, see above. `kernel` and `batched` return the type of the wide tensors, or losses [tokens]. `pull`: the gradient
     of the result that a backward pass starts from.
@@ -52,15 +52,16 @@ class KernelCase:
     pull: Tensor
 
     def gradients(self, run: Pass) -> tuple[Tensor | None, ...]:
-        """Forward and backward pass of one of the ways: the gradients of `inputs`, None where it does not read one."""
+        """Run one of the ways forward and backward; return the gradients of `inputs`, None where it reads none."""
         out = run()
         return torch.autograd.grad(out, self.inputs, self.pull.to(out.dtype), allow_unused=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelRow:
-    """Times of the reference, and of PyTorch's better way (None: not measured on a CPU), over the kernel's: medians of
-    the ratios of neighbours in time, and their quartiles.
+    """Times of the reference, and of PyTorch's better way (None: not measured on a CPU), over the kernel's.
+
+    Medians of the ratios of consecutive measurements, and their quartiles.
     """
 
     kernel: str
@@ -70,6 +71,7 @@ class KernelRow:
 
 
 def measure_kernels(device: torch.device) -> tuple[KernelRow, ...]:
+    """Measure every case of `kernel_cases`."""
     return tuple(
         KernelRow(
             kernel=case.name,
@@ -91,14 +93,14 @@ def kernel_cases(
 ) -> Iterator[KernelCase]:
     """Yield every kernel at its shape, with tensors on `device`.
 
-    `shapes`: tokens per slot, features, rank, vocabulary (None: those of `SHAPES`). `dtype`: of the wide tensors, those
-    of the backbone. `adapter_dtype`: of adapters and gates.
+    `shapes`: tokens per slot, features, rank, vocabulary (None: those of `SHAPES`). `dtype`: of the backbone's wide
+    tensors. `adapter_dtype`: of adapters and gates.
     """
     tokens, features, rank, vocabulary = shapes or SHAPES[device.type]
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(kind: torch.dtype, *shape: int) -> Tensor:
-        drawn = torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5
+        drawn: Tensor = torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5
         return drawn.to(kind).requires_grad_()
 
     x, weight = draw(dtype, SLOTS, tokens, features), draw(dtype, features, features).detach()
@@ -202,7 +204,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _loop_over_experts(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
-    """The mixture as one writes it: every expert takes its tokens, and adds to them."""
+    """Compute the mixture in a loop in which every expert gathers its tokens and adds to them."""
     out = []
     for x_k, a_k, b_k, gates_k in zip(x, a, b, gates, strict=True):
         y = torch.zeros_like(x_k)
@@ -218,7 +220,7 @@ def _loop_over_experts(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor
 
 
 def _lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, slots: Tensor | None) -> Tensor:
-    """`packed_lora_linear`; of some slots, from a copy of their rows."""
+    """Compute `packed_lora_linear`; with `slots`, from a copy of their rows."""
     y = F.linear(x, weight)
     served = x if slots is None else x.index_select(0, slots)
     h = torch.bmm(served.to(a.dtype), a.mT) * scale[:, None, None]
@@ -227,23 +229,24 @@ def _lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor,
 
 
 def _bottleneck(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: Tensor) -> Tensor:
-    """`packed_bottleneck` in its serial form, with gelu."""
+    """Compute `packed_bottleneck` in its serial form, with gelu."""
     scale = scale[:, None, None]
     h = F.gelu(torch.baddbmm(down_bias[:, None], x.to(down.dtype), down.mT)) * scale
     return x + torch.baddbmm(up_bias[:, None] * scale, h, up.mT).to(x.dtype)
 
 
 def _mixture(x: Tensor, a: Tensor, b: Tensor, gates: Tensor, scale: Tensor) -> Tensor:
-    """`mixture_lora` as one LoRA of the ranks of all experts, which the gates weight."""
-    h = torch.bmm(x.to(a.dtype), a.flatten(1, 2).mT).unflatten(2, a.shape[1:3])  # [K, T, E, R]
+    """Compute `mixture_lora` as one LoRA of the ranks of all experts, weighted by the gates."""
+    h: Tensor = torch.bmm(x.to(a.dtype), a.flatten(1, 2).mT).unflatten(2, a.shape[1:3])  # [K, T, E, R]
     h = h * (gates * scale[:, None, None])[..., None]
     return torch.bmm(h.flatten(2), b.mT.flatten(1, 2)).to(x.dtype)
 
 
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Losses [M], by PyTorch's operation for them where it has one: 2.13 does."""
+    """Compute losses [M], by PyTorch's operation for them where it has one: 2.13 does."""
     if hasattr(F, "linear_cross_entropy"):
-        return F.linear_cross_entropy(hidden, weight, targets, reduction="none")
+        losses: Tensor = F.linear_cross_entropy(hidden, weight, targets, reduction="none")
+        return losses
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
 
 
@@ -251,11 +254,11 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
 
 
 def _over_pytorch(case: KernelCase, device: torch.device) -> Spread | None:
-    if device.type != "cuda" or slot_products.triton is None:
+    if device.type != "cuda" or not slot_products.has_triton():
         return None
 
     def without_triton() -> float:
-        with slot_products.without_triton():  # the backward pass within
+        with slot_products.without_triton():  # around the backward pass too
             return _seconds(case.kernel, case, device)
 
     ways = without_triton, partial(_seconds, case.batched, case, device)
@@ -264,7 +267,7 @@ def _over_pytorch(case: KernelCase, device: torch.device) -> Spread | None:
 
 
 def _seconds(run: Pass, case: KernelCase, device: torch.device) -> float:
-    """Of a forward and a backward pass."""
+    """Measure the seconds of a forward and a backward pass."""
     begin = now(device)
     case.gradients(run)
     return now(device) - begin

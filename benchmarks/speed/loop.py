@@ -1,7 +1,7 @@
 """The reference: one candidate after the other by peft and transformers' Trainer, as a careful user writes it.
 
-It has what costs nothing to get right: that of `trainer.py`, and a copy in memory of a model that is loaded once. The
-backbone's own dropout is off: our evaluators keep the frozen part in evaluation mode. A Trainer that is left alone
+It has all optimisations that are free: those of `trainer.py`, and a copy in memory of a model that is loaded once. The
+backbone's own dropout is off, because our evaluators keep the frozen part in evaluation mode. By default a Trainer
 would draw that dropout too, and be slower.
 """
 
@@ -31,8 +31,8 @@ from autopeft.studies.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What an arm found of a candidate, and what it took. Losses: of the training steps."""
+class CandidateRun:
+    """Result of an arm for one candidate. `losses`: of the training steps. `loss`, `accuracy`: on validation rows."""
 
     losses: Sequence[float]
     loss: float
@@ -41,15 +41,15 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoopRun(Run):
-    """`seconds` of the loop in their parts; the rest is the copy of the model, peft's modules and the Trainer."""
+class LoopRun(CandidateRun):
+    """Result of the loop with the parts of its `seconds`; the rest is the model's copy, peft's modules and Trainer."""
 
     step_s: float
     validation_s: float
 
 
 class Loop:
-    """The loop over candidates. `evaluator` lends its model, task and rows; it trains nothing."""
+    """The loop over candidates. `evaluator` provides model, task and rows; it trains nothing."""
 
     def __init__(self, evaluator: TrainEvaluator, settings: StudyFile) -> None:
         self.evaluator = evaluator
@@ -57,16 +57,17 @@ class Loop:
         self.head_sites = head_sites(evaluator.model, evaluator.backbone)
 
     def recipe(self, candidate: Candidate) -> Recipe:
+        """Return the recipe of a candidate."""
         evaluator = self.evaluator
         labels = evaluator.task.labels or None
         return bare_recipe(self.settings, labels, evaluator.backbone, candidate, self.head_sites)
 
     def holds(self, candidate: Candidate) -> bool:
-        """Whether peft has this candidate's network."""
+        """Return whether peft can represent this candidate."""
         return plan(self.recipe(candidate)).fit.level != "unsupported"
 
     def prepare(self, requests: Sequence[Request]) -> Iterator[LoopRun]:
-        """The runs, each of which is trained when it is asked for. Initial values are made now, by our own host."""
+        """Return the runs, each trained when it is iterated to. Initial values are drawn now, by our own attachment."""
         prepared = []
         for request in requests:
             recipe = self.recipe(request.candidate)
@@ -97,7 +98,7 @@ class Loop:
             step_s=(trained - prepared) / len(losses),
             validation_s=end - trained,
         )
-        # The Trainer and its model hold each other. Not timed: a user may have them collected less often.
+        # The Trainer and its model are a reference cycle. Not timed: a user may collect garbage less often.
         del model, trainer
         gc.collect()
         return run

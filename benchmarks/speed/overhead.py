@@ -1,4 +1,4 @@
-"""What adapters cost beside the backbone: a packed step over the bare backbone's forward and backward pass.
+"""Overhead of adapters: a packed step over the bare backbone's forward and backward pass.
 
 Notation: K slots; rho as in "cost of a step against the bare frozen backbone on the same tokens".
 """
@@ -28,7 +28,10 @@ RANK = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
-    """`rho`: median of the ratios of neighbours in time, and their quartiles. `bare_s`: the bare backbone's pass."""
+    """Overhead of a packed step.
+
+    `rho`: median of the ratios of consecutive measurements, and their quartiles. `bare_s`: the bare backbone's pass.
+    """
 
     slots: int
     rank: int
@@ -38,17 +41,17 @@ class Overhead:
 
 
 def attention_lora(backbone: Backbone, rank: int, lowest: int = 0) -> Architecture:
-    """LoRA on query and value, or on a fused projection, of all layers from `lowest` on."""
+    """Return LoRA on query and value, or on a fused projection, of all layers from `lowest` on."""
     roles = ("attn.q", "attn.v") if "attn.q" in backbone.roles else ("attn.qkv",)
     sites = [site for site in backbone.sites if site.role in roles and (site.layer or 0) >= lowest]
     return Architecture.of({site.name: [Lora(rank=rank)] for site in sites})
 
 
 def measure_overhead(evaluator: PackedEvaluator, training: Training, seed: int, *, repeats: int = REPEATS) -> Overhead:
-    """Measure a step of `SLOTS` candidates over forward and backward pass of the same rows through the bare backbone,
-    down to the output of its embedding.
+    """Measure a step of `SLOTS` candidates over a pass of the same rows through the bare backbone.
 
-    `evaluator`: one that shares no layer between candidates. `repeats`: pairs of the two, in turns.
+    The bare pass is forward and backward, down to the output of the embedding. `evaluator`: one that shares no layer
+    between candidates. `repeats`: pairs of the two, in turns.
     """
     batches = batching.ordered_batches(evaluator.lengths["train"], training.batch_size)
     indices = batches[len(batches) // 2]

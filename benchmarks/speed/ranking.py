@@ -1,6 +1,6 @@
-"""How early held-out losses rank candidates as full training would, and what a loop with Optuna's pruner spends.
+"""How early held-out losses rank candidates like full training, and the cost of a loop with Optuna's pruner.
 
-Figures on lists of numbers, one per candidate; nothing here trains.
+Computed on lists of numbers, one per candidate; nothing here trains.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
+
+Floats = NDArray[np.float64]
 
 #: Shares of the training steps at which rankings are compared with the true one.
 SHARES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-#: Spearman in the top half that a ranking must reach.
+#: Spearman's correlation in the top half that a ranking must reach.
 WANTED = 0.8
-#: The share of candidates that goes on at a rung, for our selection and, inverted, the pruner's reduction factor.
+#: The share of candidates that continues at a rung, for our selection and, inverted, the pruner's reduction factor.
 KEEP = 0.5
 DRAWS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correlation:
-    """Spearman's, and the central 95 % of bootstrap draws of the candidates. None: one of the rankings is constant."""
+    """Spearman's correlation, and the central 95 % of bootstrap draws of the candidates.
+
+    None: one of the rankings is constant.
+    """
 
     value: float | None
     low: float | None
@@ -31,6 +37,7 @@ class Correlation:
 
     @classmethod
     def of(cls, scores: Sequence[float], quality: Sequence[float]) -> Correlation:
+        """Correlate two rankings [n]."""
         x, y = np.asarray(scores, dtype=float), np.asarray(quality, dtype=float)
         if len(x) < 2 or len(set(x)) == 1 or len(set(y)) == 1:
             return cls(value=None, low=None, high=None)
@@ -40,24 +47,25 @@ class Correlation:
         return cls(value=float(spearmanr(x, y).statistic), low=float(low), high=float(high))
 
 
-def _correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's by row, without the rows in which one ranking is constant."""
+def _correlations(x: Floats, y: Floats) -> Floats:
+    """Return Spearman's correlation by row, without the rows in which one ranking is constant."""
     x, y = rankdata(x, axis=1), rankdata(y, axis=1)
     x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
     scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    return (x * y).sum(1)[scale > 0] / scale[scale > 0]
+    found: Floats = (x * y).sum(1)[scale > 0] / scale[scale > 0]
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Of one ranking with the true one: over all candidates, and among the truly better half of them."""
+    """Correlation of a ranking with the true one: over all candidates, and among the truly better half of them."""
 
     all: Correlation
     top_half: Correlation
 
 
 def agreement(scores: Sequence[float], quality: Sequence[float]) -> Agreement:
-    """Both lists: more is better."""
+    """Return the agreement of scores with quality; more is better in both."""
     top = top_half(quality)
     return Agreement(
         all=Correlation.of(scores, quality),
@@ -66,18 +74,20 @@ def agreement(scores: Sequence[float], quality: Sequence[float]) -> Agreement:
 
 
 def top_half(quality: Sequence[float]) -> list[int]:
-    """The better half, rounded up; of equals, those that come first."""
+    """Return the indices of the better half, rounded up; ties go to the first."""
     return sorted(sorted(range(len(quality)), key=lambda i: -quality[i])[: -(-len(quality) // 2)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
+    """Agreement of the losses at a share of the steps with full training."""
+
     share: float
     agreement: Agreement
 
 
 def matched(budgets: Sequence[Budget]) -> tuple[float, bool]:
-    """The smallest share that ranks the top half as wanted, and True; the one that ranks it best, and False."""
+    """Return the smallest share that ranks the top half well enough, and True; else the best one, and False."""
 
     def value(budget: Budget) -> float:
         found = budget.agreement.top_half.value
@@ -88,7 +98,7 @@ def matched(budgets: Sequence[Budget]) -> tuple[float, bool]:
 
 
 def rungs(first: float) -> tuple[float, ...]:
-    """The rungs of successive halving from the first one on: at each, the survivors have spent twice as much."""
+    """Return the rungs of successive halving from the first one on: each doubles the steps of the survivors."""
     found = []
     while first < 1.0:
         found.append(round(first, 6))
@@ -98,7 +108,7 @@ def rungs(first: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """What was seen of one candidate's full training: held-out loss by share, and the accuracy at the end."""
+    """Recorded course of one candidate's full training: held-out loss by share, and the final accuracy."""
 
     loss: Mapping[float, float]
     accuracy: float
@@ -106,7 +116,7 @@ class Course:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """Where a selection left a candidate: the share that it was trained for, and its last values."""
+    """Where a selection stopped a candidate: the share that it was trained for, and its last values."""
 
     share: float
     loss: float
@@ -114,17 +124,17 @@ class Ending:
 
 
 def ranking(endings: Sequence[Ending]) -> list[float]:
-    """More is better: candidates trained to the end by their accuracy, below them the others by their last loss."""
+    """Return scores, more is better: accuracy of candidates trained to the end, below them the others by last loss."""
     below = min(e.accuracy for e in endings) - 1.0
     worst = max(e.loss for e in endings)
     return [e.accuracy if e.share == 1.0 else below - e.loss / (worst or 1.0) for e in endings]
 
 
 def hyperband(courses: Sequence[Course], first: float) -> list[Ending]:
-    """What Optuna's HyperbandPruner makes of these candidates in this order, on the loss at the rungs.
+    """Simulate Optuna's HyperbandPruner on these candidates in this order, by the loss at the rungs.
 
-    Nothing is trained: a pruned candidate is one whose recorded course is not read to its end. A study with several
-    objectives could not be pruned at all, so the loss is the only one.
+    Nothing is trained: a pruned candidate is one whose recorded course is not read to its end. Optuna cannot prune a
+    study with several objectives, so the loss is the only one.
     """
     import optuna
 
@@ -155,7 +165,7 @@ def hyperband(courses: Sequence[Course], first: float) -> list[Ending]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopCosts:
-    """Medians of the loop: what it takes before the first step, a step, the scoring at a rung and the last one."""
+    """Median seconds of the loop: before the first step, of a step, of the scoring at a rung and of the last one."""
 
     setup_s: float
     step_s: float
@@ -163,11 +173,12 @@ class LoopCosts:
     validation_s: float
 
     def seconds(self, steps: int, rungs: int) -> float:
+        """Return the seconds of a training."""
         return self.setup_s + steps * self.step_s + rungs * self.rung_s + self.validation_s
 
 
 def spent_share(endings: Sequence[Ending], full_steps: Sequence[int], costs: LoopCosts, first: float) -> float:
-    """What a pruned loop spends, as a share of the loop that trains every candidate to its end."""
+    """Return the seconds of a pruned loop as a share of those of the loop that trains every candidate to its end."""
     from autopeft.evaluators.training.train import steps_at
 
     pruned = whole = 0.0

@@ -1,4 +1,4 @@
-"""What the benchmark found, as data and as markdown: ratios, with the times that they come from beside them."""
+"""Results of the benchmark as data and as Markdown: ratios, with the times that they are computed from."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autopeft.benchmarks.speed.arms import Bench, Table
+from autopeft.benchmarks.speed.arms import Bench, EqualWork
 from autopeft.benchmarks.speed.kernels import KernelRow
 from autopeft.benchmarks.speed.overhead import Overhead
 from autopeft.benchmarks.speed.ranking import WANTED, Agreement, Budget, Correlation
 from autopeft.evaluators.costs.timing import Spread
 from autopeft.studies.reports import markdown
+from autopeft.studies.versions import versions_of
 
 PACKAGES = ("torch", "transformers", "peft", "optuna", "triton")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HourRow:
-    """Candidates per hour over those of the loop, and over those of the loop with a pruner; how well it ranked them.
+    """An arm's candidates per hour over those of the loop, with and without a pruner, and how well it ranks them.
 
-    `steps_share`: training steps that it took, as a share of all.
+    `steps_share`: its training steps, as a share of all.
     """
 
     arm: str
@@ -37,9 +37,11 @@ class HourRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
-    """`ceiling`: how well one full training ranks as another seed does. `reached`: whether the matched share ranks the
-    top half as well as wanted; otherwise it is the one that does best.
+class EarlyRanking:
+    """How early candidates can be ranked.
+
+    `ceiling`: agreement of full trainings with two seeds. `reached`: whether the matched share ranks the top half well
+    enough; otherwise it is the best one.
     """
 
     candidates: int
@@ -51,25 +53,28 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class SpeedResult:
+    """All results of the benchmark; see the classes of the fields."""
+
     conditions: dict[str, Any]
-    equal_work: tuple[Table, ...]
+    equal_work: tuple[EqualWork, ...]
     overhead: Overhead
     kernels: tuple[KernelRow, ...]
-    ranking: Ranking | None
+    ranking: EarlyRanking | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the results as data."""
         return asdict(self)
 
 
-def conditions(bench: Bench, **asked: int) -> dict[str, Any]:
-    """What the figures depend on."""
+def conditions(bench: Bench, **options: int) -> dict[str, Any]:
+    """Return the conditions of a benchmark: study, options, model, machine and versions."""
     settings, single = bench.settings, bench.single
     gpu = bench.device.type == "cuda"
     return {
         "study": settings.study,
         "seed": settings.seed,
-        **asked,
+        **options,
         "model": settings.model.id,
         "dtype": settings.model.dtype,
         "train_rows": len(single.examples["train"]),
@@ -78,13 +83,13 @@ def conditions(bench: Bench, **asked: int) -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),  # before the benchmark: what else was running
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "load": round(os.getloadavg()[0], 1),  # of other processes: the benchmark has not started
+        "versions": {"python": platform.python_version(), **versions_of(PACKAGES)},
     }
 
 
 def _cpu() -> str:
-    """Its name, where the system says it."""
+    """Return the name of the processor, or its architecture where the system does not name it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -93,17 +98,11 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 # Markdown
 
 
-def to_markdown(result: Result) -> str:
+def to_markdown(result: SpeedResult) -> str:
+    """Return the results as a section."""
     parts = [_conditions(result.conditions), _equal_work(result.equal_work), _overhead(result.overhead)]
     parts.append(_kernels(result.kernels))
     if result.ranking is not None:
@@ -122,7 +121,7 @@ def _conditions(found: dict[str, Any]) -> str:
     )
 
 
-def _equal_work(tables: Sequence[Table]) -> str:
+def _equal_work(tables: Sequence[EqualWork]) -> str:
     arms = [row.arm for row in tables[0].rows]
     lines = [["Equal work: time of the loop over that of", *arms, "loop, s per candidate"]]
     for table in tables:
@@ -157,7 +156,7 @@ def _kernels(rows: Sequence[KernelRow]) -> str:
     return markdown.table(lines)
 
 
-def _budgets(found: Ranking) -> str:
+def _budgets(found: EarlyRanking) -> str:
     lines = [[f"Loss at a share of the steps against full training, {found.candidates} candidates", "all", "top half"]]
     lines += [[f"{budget.share:.0%}", *_agreement(budget.agreement)] for budget in found.budgets]
     lines.append(["full training with another seed", *_agreement(found.ceiling)])
@@ -168,7 +167,7 @@ def _budgets(found: Ranking) -> str:
     return f"{markdown.table(lines)}\n\nSpearman, with 95 % intervals over the candidates. {verdict}"
 
 
-def _hours(found: Ranking) -> str:
+def _hours(found: EarlyRanking) -> str:
     head = ["Candidates per hour, over those of", "the loop", "the loop with Hyperband", "steps", "all", "top half"]
     lines = [head]
     for row in found.rows:

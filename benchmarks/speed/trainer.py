@@ -1,8 +1,8 @@
 """transformers' Trainer over a study's rows, as a careful user sets it up.
 
-It has what costs nothing to get right: the same minibatches in the same order as our evaluators, padding to the longest
+It has all optimisations that are free: the same minibatches in the same order as our evaluators, padding to the longest
 row of a minibatch, fused AdamW, rows of similar length together in the scoring, no logging, no saving, no evaluation
-but the last. It needs no other module of `studies`, and so runs where there is little more than torch and transformers.
+but the last. It imports nothing from `studies`, so that it runs with little more than torch and transformers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from typing_extensions import override
 
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.training import batching
@@ -26,8 +27,8 @@ from autopeft.evaluators.training.train import EVALUATION_BATCH_SIZE, TrainEvalu
 def order_trainer(evaluator: TrainEvaluator, model: Any, request: Request, folder: str) -> OrderTrainer:
     """Make a Trainer that trains `model` as `evaluator` would train the request's candidate.
 
-    `model`: with the candidate's adapters, on the evaluator's device; trained are the parameters that require a
-    gradient. `folder`: for whatever a Trainer may write.
+    `model`: with the candidate's adapters, on the evaluator's device; parameters that require a gradient are trained.
+    `folder`: for the files of the Trainer.
     """
     training = evaluator.training(request.candidate)
     steps, full = evaluator.num_steps(request), evaluator.full_steps(training)
@@ -67,20 +68,22 @@ def order_trainer(evaluator: TrainEvaluator, model: Any, request: Request, folde
     return trainer
 
 
-class OrderTrainer(Trainer):
-    """The task's loss, and the study's order of the rows."""
+class OrderTrainer(Trainer):  # type: ignore[misc]  # transformers counts as untyped
+    """Trainer with the task's loss and the study's order of the rows."""
 
     evaluator: TrainEvaluator
     request: Request
-    #: Of each step, on the device: reading them would wait for it.
+    #: Loss of each step, on the device: reading them would wait for it.
     losses: list[Tensor]
 
+    @override
     def get_train_dataloader(self) -> Any:
         order = batching.training_batches(
             self.evaluator.lengths["train"], self.args.per_device_train_batch_size, self.request.seed
         )
         return self._loader("train", list(islice(order, self.args.max_steps)))
 
+    @override
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return self._loader(
             "validation", batching.ordered_batches(self.evaluator.lengths["validation"], EVALUATION_BATCH_SIZE)
@@ -96,20 +99,27 @@ class OrderTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    @override
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
         loss = self.evaluator.task.scores(_unwrapped(model), inputs)["loss"].mean()
         self.losses.append(loss.detach())
         return loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    @override
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, Tensor, Tensor]:
         with torch.no_grad():
             found = self.evaluator.task.scores(_unwrapped(model), self._prepare_inputs(inputs))
         return None, torch.stack((found["loss"], found["accuracy"]), 1), found["loss"]
 
 
 def _unwrapped(model: Any) -> Any:
-    """The transformers model inside peft's, with the adapters in it: there the task finds the output layer, and spares
-    this arm the logits of all tokens as it spares ours.
+    """Return the transformers model inside peft's, with the adapters in it.
+
+    There the task finds the output layer, and avoids the logits of all tokens in this arm as in ours.
     """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -128,8 +138,9 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def trained_in_float32(model: nn.Module) -> None:
-    """Keep a task head that is trained in float32, in place: so peft keeps its own parameters on a backbone of a lower
-    precision.
+    """Convert a trained task head to float32, in place.
+
+    peft does so with its own parameters on a backbone of a lower precision.
     """
 
     def cast(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -142,5 +153,5 @@ def trained_in_float32(model: nn.Module) -> None:
 
 
 def _decays(name: str, parameter: Tensor) -> bool:
-    """As in the study: matrices, but not IA3's vectors, which peft keeps as matrices of one row."""
+    """Whether a parameter decays, as in the study: matrices, but not IA3's vectors, peft's matrices of one row."""
     return parameter.dim() > 1 and "ia3_l" not in name

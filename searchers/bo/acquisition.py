@@ -1,8 +1,8 @@
-"""What a point is worth: the expected growth of the front's hypervolume by measuring there.
+"""The acquisition function: the expected improvement of the front's hypervolume by measuring at a point.
 
-Notation: n trials, D features, k known objectives, m objectives in all, r baseline points, b points to judge, s sampled
-fronts, c cells. An input row begins with D features and ends with the k known losses, so that what is known of a
-point travels with it.
+Notation: n trials, D features, k declared objectives, m objectives in all, r baseline points, b points to score, s
+sampled fronts, c cells. An input row begins with D features and ends with the k declared losses, so that the exact
+losses of a point are part of it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from botorch.utils.sampling import draw_sobol_normal_samples, sample_simplex
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
+from typing_extensions import override
 
-#: The logarithm of the worth [b] of inputs [b, .].
-Worth = Callable[[Tensor], Tensor]
+#: The logarithm of the acquisition value [b] of inputs [b, .].
+LogAcquisition = Callable[[Tensor], Tensor]
 
-#: Fronts that could be the true one, by the number of objectives: the cells of one take long to find for three.
+#: Sampled fronts by the number of objectives: the cells of one take long to find for three.
 FRONTS = {1: 32, 2: 32, 3: 4}
 #: Samples where the expectation has no closed form.
 SAMPLES = 64
@@ -48,30 +49,30 @@ def acquisition(
     pending: Tensor,
     reference: Tensor,
     seed: int,
-) -> Worth:
-    """The logarithm of the worth of inputs.
+) -> LogAcquisition:
+    """Return the logarithm of the acquisition value, as a function of inputs.
 
-    `models`: of the measured objectives, one at least; `sources`: for each objective the place of its model, or -1 - j
-    for the j-th known one; `failures`: above 0 where a candidate cannot be trained; `reference` [m]: losses of the
-    hypervolume's corner; a bound on an objective belongs into it. More than three objectives: qLogNParEGO, its weights
+    `models`: of the measured objectives, one at least; `sources`: for each objective the index of its model, or -1 - j
+    for the j-th declared one; `failures`: above 0 where a candidate cannot be trained; `reference` [m]: losses of the
+    hypervolume's corner, which includes the bounds on objectives. More than three objectives: qLogNParEGO, its weights
     from the seed.
     """
     with torch.no_grad(), _quiet():
         if len(sources) > MOST_OBJECTIVES:
-            worth = _scalarised(models, sources, baseline, pending, reference, seed)
+            improvement = _scalarised(models, sources, baseline, pending, reference, seed)
         else:
-            worth = NoisyHypervolumeImprovement(models, sources, baseline, pending, reference, seed)
+            improvement = NoisyHypervolumeImprovement(models, sources, baseline, pending, reference, seed)
 
-    def judge(inputs: Tensor) -> Tensor:
+    def evaluate(inputs: Tensor) -> Tensor:
         with torch.no_grad(), _quiet():
-            found = worth(inputs)
+            found = improvement(inputs)
             if failures is not None:
                 posterior = failures.posterior(inputs)
                 ratio = -posterior.mean[:, 0] / posterior.variance[:, 0].sqrt()
                 found = found + torch.special.log_ndtr(ratio)
             return found
 
-    return judge
+    return evaluate
 
 
 @contextmanager
@@ -79,42 +80,42 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # Trials next to each other make covariances nearly singular; a jitter is added then.
         warnings.simplefilter("ignore", NumericalWarning)
-        # Where all trials are infeasible the scalarised worth is flat, and the library says so at every call.
+        # Where all trials are infeasible the scalarised improvement is flat, and the library warns at every call.
         warnings.simplefilter("ignore", BotorchWarning)
         yield
 
 
-class WithKnown(MCMultiOutputObjective):
-    """Samples of the modelled losses and the known losses of the inputs, as values to be maximised."""
+class WithDeclared(MCMultiOutputObjective):  # type: ignore[misc]  # BoTorch counts as untyped
+    """Samples of the modelled losses and the declared losses of the inputs, as values to be maximised."""
 
     def __init__(self, sources: Sequence[int]) -> None:
         super().__init__()
         self.sources = tuple(sources)
-        self.num_known = sum(source < 0 for source in sources)
+        self.num_declared = sum(source < 0 for source in sources)
 
+    @override
     def forward(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
         assert X is not None
-        known = self.known(X)
+        declared = self.declared(X)
         columns = [
-            samples[..., source] if source >= 0 else known[..., -1 - source].expand(samples.shape[:-1])
+            samples[..., source] if source >= 0 else declared[..., -1 - source].expand(samples.shape[:-1])
             for source in self.sources
         ]
         return -torch.stack(columns, dim=-1)
 
-    def known(self, inputs: Tensor) -> Tensor:
-        """[..., k]"""
-        return inputs[..., inputs.shape[-1] - self.num_known :]
+    def declared(self, inputs: Tensor) -> Tensor:
+        """Return the declared losses [..., k] of inputs."""
+        return inputs[..., inputs.shape[-1] - self.num_declared :]
 
 
 class NoisyHypervolumeImprovement:
-    """LogNEHVI (Daulton, Balandat and Bakshy 2021) for single points, without a Monte Carlo error of theirs.
+    """LogNEHVI (Daulton, Balandat and Bakshy 2021) for single points, exact given the sampled fronts.
 
-    What is known of the trials is noisy, so the front is a random one: joint samples of the losses at trials
-    and pending points. Given a front, the processes are independent and normal, and the expected improvement is a sum
-    over the front's cells of products of expected overlaps (Yang et al. 2019, exact EHVI). botorch's qLogNEHVI takes
-    samples at the point too; test_acquisition.py holds both against each other. The closed form needs no
-    smoothing to tell apart points that hardly ever improve, and its cost is O(b (n^2 + s r)), without the joint
-    posterior of each point with the baseline.
+    The trials are noisy, so the front is random: it is sampled through joint samples of the losses at trials and
+    pending points. Given a front, the processes are independent and normal, and the expected improvement is a sum over
+    the front's cells of products of expected overlaps (Yang et al. 2019, exact EHVI). BoTorch's qLogNEHVI samples at
+    the point too; test_acquisition.py compares both. The closed form needs no smoothing to distinguish points that
+    hardly ever improve, and its cost is O(b (n^2 + s r)), without the joint posterior of each point with the baseline.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class NoisyHypervolumeImprovement:
         reference: Tensor,
         seed: int,
     ) -> None:
-        self.objective = WithKnown(sources)
+        self.objective = WithDeclared(sources)
         points, fronts = torch.cat([baseline, pending]), FRONTS[len(sources)]
         normal = draw_sobol_normal_samples(len(points) * len(models), fronts, dtype=torch.double, seed=seed)
         normal = normal.reshape(fronts, len(models), len(points))
@@ -136,17 +137,17 @@ class NoisyHypervolumeImprovement:
         corner = -reference
         values = torch.where((values > corner).all(-1, keepdim=True), values, corner)
         # A front with noise has more points than one without, but most trials are on none of the samples.
-        kept = (is_non_dominated(values, deduplicate=False) & (values > corner).all(-1)).any(0)
-        kept = kept if kept.any() else torch.ones_like(kept)
-        self.lower, self.upper = _cells(values[:, kept], corner)
+        on_front = (is_non_dominated(values, deduplicate=False) & (values > corner).all(-1)).any(0)
+        on_front = on_front if on_front.any() else torch.ones_like(on_front)
+        self.lower, self.upper = _cells(values[:, on_front], corner)
         self.parts = [
-            Conditional.of(posterior, points[kept], sample[:, kept])
+            Conditional.of(posterior, points[on_front], sample[:, on_front])
             for posterior, sample in zip(posteriors, drawn, strict=True)
         ]
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """[b, .] -> [b]"""
-        known = self.objective.known(inputs)
+        """Return the logarithm of the expected improvement [b] at inputs [b, .]."""
+        declared = self.objective.declared(inputs)
         moments = [part(inputs) for part in self.parts]
         volume = torch.ones(())
         for j, source in enumerate(self.objective.sources):
@@ -156,14 +157,14 @@ class NoisyHypervolumeImprovement:
                 mean, deviation = -mean[:, :, None], deviation[None, :, None]
                 overlap = _excess(mean, deviation, lower) - _excess(mean, deviation, upper)
             else:
-                value = -known[None, :, -1 - source, None]
+                value = -declared[None, :, -1 - source, None]
                 overlap = torch.minimum(value, upper) - lower
             volume = volume * overlap.clamp_min(0.0)
         return volume.sum(-1).mean(0).clamp_min(TINY).log()
 
 
 def _excess(mean: Tensor, deviation: Tensor, threshold: Tensor) -> Tensor:
-    """E[max(0, v - threshold)] of a normal v; 0 for an infinite threshold."""
+    """Return E[max(0, v - threshold)] of a normal v; 0 for an infinite threshold."""
     z = (mean - threshold) / deviation
     density = torch.exp(-0.5 * z.square()) * 0.3989422804014327
     found = deviation * (density + z.clamp_min(-1e10) * torch.special.ndtr(z))
@@ -171,7 +172,7 @@ def _excess(mean: Tensor, deviation: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _cells(values: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper corners [s, c, m] of boxes that fill what the fronts [s, r, m] do not dominate."""
+    """Return lower and upper corners [s, c, m] of boxes that fill the regions that fronts [s, r, m] do not dominate."""
     if values.shape[-1] == 1:
         best = values.amax(1, keepdim=True)
         return best, torch.full_like(best, torch.inf)
@@ -182,7 +183,7 @@ def _cells(values: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Posterior:
-    """A process given its n trials: root [n, n] of their covariance, weights [n] of the mean."""
+    """A Gaussian process given its n trials: root [n, n] of their covariance, weights [n] of the mean."""
 
     model: SingleTaskGP
     train: Tensor
@@ -191,6 +192,7 @@ class Posterior:
 
     @classmethod
     def of(cls, model: SingleTaskGP) -> Posterior:
+        """Condition a model on its training data."""
         model.eval()
         train, target = model.train_inputs[0], model.train_targets
         covariance = model.covar_module(train).to_dense() + model.likelihood.noise_covar(train).to_dense()
@@ -199,21 +201,22 @@ class Posterior:
         return cls(model, train, root, alpha)
 
     def moments(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [b] and the covariance with the trials, whitened [n, b]."""
+        """Return the mean [b] and the covariance with the trials, whitened [n, b]."""
         covariance = self.model.covar_module(self.train, points).to_dense()
         mean = self.model.mean_module(points) + covariance.mT @ self.alpha
         return mean, torch.linalg.solve_triangular(self.root, covariance, upper=False)
 
     def joint(self, points: Tensor, normal: Tensor) -> Tensor:
-        """[b, .], [s, b] -> [s, b]: samples at all points together."""
+        """Return joint samples [s, b] at points [b, .] from standard normal numbers [s, b]."""
         mean, white = self.moments(points)
         covariance = self.model.covar_module(points).to_dense() - white.mT @ white
-        return mean + normal @ psd_safe_cholesky(covariance).mT
+        root: Tensor = psd_safe_cholesky(covariance)
+        return mean + normal @ root.mT
 
 
 @dataclass(frozen=True, slots=True)
 class Conditional:
-    """A process given its trials and s samples of itself at r baseline points."""
+    """A Gaussian process given its trials and s samples of itself at r baseline points."""
 
     posterior: Posterior
     baseline: Tensor
@@ -224,13 +227,14 @@ class Conditional:
 
     @classmethod
     def of(cls, posterior: Posterior, baseline: Tensor, samples: Tensor) -> Conditional:
+        """Condition a process on samples [s, r] at baseline points."""
         mean, white = posterior.moments(baseline)
         root = psd_safe_cholesky(posterior.model.covar_module(baseline).to_dense() - white.mT @ white)
         deviations = torch.linalg.solve_triangular(root, (samples - mean).mT, upper=False).mT
         return cls(posterior, baseline, white, root, deviations)
 
     def __call__(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, .] -> means [s, b] and the standard deviation [b] that they share."""
+        """Return the means [s, b] at points [b, .] and the standard deviation [b] that they share."""
         mean, white = self.posterior.moments(points)
         kernel = self.posterior.model.covar_module
         covariance = kernel(self.baseline, points).to_dense() - self.white.mT @ white
@@ -253,17 +257,18 @@ def _scalarised(
     pending: Tensor,
     reference: Tensor,
     seed: int,
-) -> Worth:
-    """qLogNParEGO: qLogNEI of an augmented Chebyshev scalarisation (Knowles 2006; Daulton, Balandat and Bakshy 2020).
-    The library's own class does not tell its objective which inputs it looks at, and the known losses are among them.
-    What lies beyond the reference in a measured objective counts as infeasible.
+) -> LogAcquisition:
+    """Return qLogNParEGO: qLogNEI of an augmented Chebyshev scalarisation.
+
+    Knowles 2006; Daulton, Balandat and Bakshy 2020. BoTorch's own class does not pass the inputs to its objective, and
+    they hold the declared losses. Points beyond the reference in a measured objective count as infeasible.
     """
     model = models[0] if len(models) == 1 else ModelListGP(*models)
-    objective = WithKnown(sources)
+    objective = WithDeclared(sources)
     values = objective(model.posterior(baseline).mean, baseline)
     weights = sample_simplex(values.shape[-1], seed=seed, dtype=torch.double)[0]
     scalarise = get_chebyshev_scalarization(weights, values)
-    worth = qLogNoisyExpectedImprovement(
+    improvement = qLogNoisyExpectedImprovement(
         model=model,
         X_baseline=baseline,
         X_pending=pending if len(pending) else None,
@@ -272,4 +277,4 @@ def _scalarised(
         sampler=SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
         prune_baseline=True,
     )
-    return lambda inputs: worth(inputs[:, None])
+    return lambda inputs: improvement(inputs[:, None])

@@ -1,6 +1,6 @@
-"""Search for the best point over mixed genes: draws, mutants and local moves, for whatever judges them.
+"""Maximise an acquisition function over mixed genes: draws, mutants and local search.
 
-Notation: n points, G genes, b points to judge.
+Notation: n points, G genes, b points to score.
 """
 
 from __future__ import annotations
@@ -11,33 +11,32 @@ import numpy as np
 
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 
-#: Worth [b] of points [b, G] and their active genes; -inf for a point that may not be proposed.
-Judge = Callable[[Rows, Mask], Rows]
+#: Logarithm of the acquisition value [b] of points [b, G] and their active genes; -inf for an infeasible point.
+Acquisition = Callable[[Rows, Mask], Rows]
 
-#: Points that are judged first, of which the best are improved.
+#: Points that are scored first, of which the best are improved.
 SCREENED = 512
 IMPROVED = 4
 #: Rounds of local search at most.
 ROUNDS = 8
 #: Steps of a real gene that a local search tries, on the unit interval.
 STEPS = (0.02, 0.08, 0.25)
-#: Proposals whose logarithms of worth differ by less are equally good: Monte Carlo cannot tell them apart.
+#: Proposals whose logarithmic acquisition values differ by less are ties: below the Monte Carlo error.
 TIE = 0.02
 
 
-def propose(encoding: Encoding, judge: Judge, starts: Rows, rng: np.random.Generator) -> Rows | None:
-    """The point [G] that `judge` finds best, or with the fewest parameters of those that it cannot tell from the best;
-    None if it forbids all that were met.
+def propose(encoding: Encoding, acquisition: Acquisition, starts: Rows, rng: np.random.Generator) -> Rows | None:
+    """Return the point [G] with the largest acquisition value, among ties the one with the fewest parameters.
 
-    `judge`: worth [b] of points and their active genes, -inf for one that may not be proposed. Local search over mixed
-    genes from the best of draws from the whole space and mutants of `starts`: each round tries every change of one
-    active gene of the best points, and some exchanges of two.
+    Returns None if all points met are infeasible. Local search over mixed genes starts from the best of draws from the
+    whole space and mutants of `starts`: each round tries every change of one active gene of the best points, and some
+    exchanges of two.
     """
     half = SCREENED // 2
     rows = [encoding.draw(SCREENED - half if len(starts) else SCREENED, rng)]
     if len(starts):
         rows += [starts, mutants(encoding, starts[rng.integers(len(starts), size=half)], rng)]
-    seen = Judged(encoding, judge)
+    seen = ScoredPoints(encoding, acquisition)
     seen.add(np.vstack(rows))
     if seen.best() == -np.inf:
         seen.add(encoding.smallest())
@@ -53,52 +52,57 @@ def propose(encoding: Encoding, judge: Judge, starts: Rows, rng: np.random.Gener
     return seen.simplest()
 
 
-class Judged:
-    """Points that were judged, none of them twice."""
+class ScoredPoints:
+    """Points and their values, none of them twice."""
 
-    def __init__(self, encoding: Encoding, judge: Judge) -> None:
+    def __init__(self, encoding: Encoding, acquisition: Acquisition) -> None:
         self.encoding = encoding
-        self.judge = judge
-        self.known: set[bytes] = set()
+        self.acquisition = acquisition
+        self.seen: set[bytes] = set()
         self.rows = np.zeros((0, len(encoding.genes)))
-        self.worth = np.zeros(0)
+        self.values = np.zeros(0)
 
     def add(self, rows: Rows) -> None:
+        """Score the points [n, G] that are new."""
         active = self.encoding.active(rows)
-        new = unknown(keys_of(rows, active), self.known)
+        new = unseen(keys_of(rows, active), self.seen)
         if new:
             self.rows = np.vstack([self.rows, rows[new]])
-            self.worth = np.concatenate([self.worth, self.judge(rows[new], active[new])])
+            self.values = np.concatenate([self.values, self.acquisition(rows[new], active[new])])
 
     def best(self) -> float:
-        return float(self.worth.max())
+        """Return the largest value."""
+        return float(self.values.max())
 
     def top(self, count: int) -> Rows:
-        return self.rows[np.argsort(-self.worth, kind="stable")[:count]]
+        """Return the `count` points with the largest values, best first."""
+        return self.rows[np.argsort(-self.values, kind="stable")[:count]]
 
     def simplest(self) -> Rows:
-        ties = self.rows[self.worth >= self.best() - TIE]
+        """Return the point [G] with the fewest parameters among those that tie with the best."""
+        ties = self.rows[self.values >= self.best() - TIE]
         params = self.encoding.costs(ties, self.encoding.active(ties))["num_params"]
-        return ties[int(params.argmin())]
+        point: Rows = ties[int(params.argmin())]
+        return point
 
 
 def keys_of(rows: Rows, active: Mask) -> list[bytes]:
-    """Equal for points that differ in inactive genes alone."""
+    """Return keys that are equal for points that differ in inactive genes alone."""
     return [row.tobytes() for row in np.where(active, rows, -1.0)]
 
 
-def unknown(keys: Iterable[bytes], known: set[bytes]) -> list[int]:
-    """The places of keys that are not `known`, each key once; all are known from then on."""
+def unseen(keys: Iterable[bytes], seen: set[bytes]) -> list[int]:
+    """Return the indices of keys that are not in `seen`, each key once, and add them to it."""
     places = []
     for i, key in enumerate(keys):
-        if key not in known:
-            known.add(key)
+        if key not in seen:
+            seen.add(key)
             places.append(i)
     return places
 
 
 def mutants(encoding: Encoding, rows: Rows, rng: np.random.Generator) -> Rows:
-    """[n, G]: each row with one to four of its genes drawn anew; active ones first of all."""
+    """Return [n, G]: each row with one to four of its genes drawn anew, active ones first."""
     rows = rows.copy()
     drawn = encoding.draw(len(rows), rng)
     wanted = rng.integers(1, 5, size=len(rows))
@@ -108,8 +112,10 @@ def mutants(encoding: Encoding, rows: Rows, rng: np.random.Generator) -> Rows:
 
 
 def neighbours(encoding: Encoding, row: Rows, rng: np.random.Generator) -> Rows:
-    """Every change of one active gene [., G]: the next values of an ordered one, all values of another, steps of a
-    range. Besides, as many exchanges of two genes of equal domain, which keep the size and move it elsewhere.
+    """Return the neighbours [., G] of a point: every change of one active gene, and as many exchanges of two.
+
+    Changes are the next values of an ordered gene, all values of an unordered one, and steps in a range. Exchanges are
+    between two genes of equal domain: they move a size to another place.
     """
     active = np.flatnonzero(encoding.active(row[None])[0])
     found = []

@@ -1,7 +1,7 @@
-"""Many points of a space at once: rows of positions, their active genes, costs and features.
+"""Encoding of many points of a space: rows of positions, their active genes, costs and features.
 
-Notation: n points, G genes, D features. A row [G] holds a position on the unit interval for every gene. Discrete genes
-stand where `Domain.to_unit` puts their values; an inactive gene keeps a position that counts once it is woken up.
+Notation: n points, G genes, D features. A row [G] holds a position on the unit interval for every gene. The values of
+discrete genes are where `Domain.to_unit` puts them; an inactive gene has a position that counts once it is active.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from autopeft.search_space.spaces.space import SearchSpace
 Rows = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-#: Whole ranges of more values than this are moved through in steps, as real ones are.
+#: Integer ranges of more values than this are searched in steps, like real ones.
 MOST_LEVELS = 64
 
 
 class Encoding:
     """The genes of a space as columns.
 
-    `features` are what a kernel measures distances by, and conditional genes need a rule there (Hutter and Osborne
-    2013, "A kernel for hierarchical parameter spaces"). Genes that are inactive in two points put no distance between
-    them: they stand at one place for all points. How far "off" is from "on" is told by the gates, which are features
-    themselves and off where they are inactive. A size whose gate is closed stands one step below its smallest value,
-    for an adapter of rank 0 is next to one of rank 1; any other inactive gene stands in the middle of its range, as
-    near as can be to all values. A choice without order has a column per value (all zero where it is inactive).
+    A kernel measures distances between `features`, which needs a rule for conditional genes (Hutter and Osborne 2013,
+    "A kernel for hierarchical parameter spaces"). A gene that is inactive in two points adds no distance between them:
+    its feature is the same constant in all such points. The distance from "off" to "on" comes from the gates, which
+    are features themselves and off where they are inactive. A size whose gate is closed is one step below its smallest
+    value, because an adapter of rank 0 is next to one of rank 1; any other inactive gene is in the middle of its range,
+    as near as possible to all values. An unordered choice has a column per value (all zero where it is inactive).
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -45,7 +45,7 @@ class Encoding:
         #: Positions of a gene's values in ascending order; None for ranges.
         self.levels: list[Rows | None] = [_levels(gene.domain) for gene in space.genes]
         self.ordered = np.array([_is_ordered(gene.domain) for gene in space.genes], dtype=bool)
-        #: Other genes with the same domain: what one has, the other may have.
+        #: Other genes with the same domain, with which a gene can exchange its value.
         self.alike = [
             np.array([h for h, other in enumerate(space.genes) if h != g and other.domain == gene.domain], dtype=int)
             for g, gene in enumerate(space.genes)
@@ -54,9 +54,9 @@ class Encoding:
             [[(self._column[name], self.position(name, value)) for name, value in condition] for condition in
              gene.conditions] for gene in space.genes
         ]  # fmt: skip
-        #: Positions [G] in the middle of each domain, for what nothing is known of.
+        #: Positions [G] in the middle of each domain, for inactive genes.
         self.middle = np.array([gene.domain.to_unit(gene.domain.from_unit(0.5)) for gene in space.genes])
-        #: Genes [G] that are not training's: those that a size can depend on.
+        #: Genes [G] of the architecture, not of the training: declared costs depend on these.
         self.shape_genes = np.array([not gene.name.startswith(TRAINING) for gene in space.genes], dtype=bool)
         self._sizes = {self._column[gene.size] for gene in space.genes if gene.size is not None}
         #: The gene of each feature.
@@ -69,15 +69,17 @@ class Encoding:
         self._groups = [_Group(self, places) for places in groups.values()]
 
     def position(self, gene: str, value: Any) -> float:
+        """Return the position of a gene's value on the unit interval."""
         return self.genes[self._column[gene]].domain.to_unit(value)
 
     def value(self, gene: str, position: float) -> Any:
+        """Return the gene's value at a position on the unit interval."""
         return self.genes[self._column[gene]].domain.from_unit(position)
 
     # Rows
 
     def rows(self, assignments: Iterable[Mapping[str, Any]]) -> Rows:
-        """[n, G]; inactive genes at 0.5 or the level nearest to it."""
+        """Return the rows [n, G] of assignments; inactive genes are at 0.5 or the level nearest to it."""
         rows = [
             [
                 gene.domain.to_unit(assignment[gene.name]) if gene.name in assignment else centre
@@ -88,13 +90,14 @@ class Encoding:
         return np.array(rows, dtype=float).reshape(len(rows), len(self.genes))
 
     def assignment(self, row: Rows) -> Assignment:
+        """Return the assignment of a row [G], without inactive genes."""
         return self.space.from_unit(row.tolist())
 
     def draw(self, count: int, rng: np.random.Generator) -> Rows:
-        """[count, G] over the active subspaces: each draw has its own share of open gates and its own middle of sizes.
+        """Draw points [count, G], each with its own share of open gates and its own mean of sizes.
 
-        Independent draws would have half of their gates open and middle sizes on average: with many genes they never
-        come near the ends, where fronts lie.
+        Independent draws of genes would have half of the gates open and middle sizes on average: with many genes they
+        never come near the ends, where fronts lie.
         """
         rows = rng.random((count, len(self.genes)))
         share, middle = rng.random((2, count))
@@ -106,8 +109,9 @@ class Encoding:
         return self.snapped(rows)
 
     def smallest(self) -> Rows:
-        """One row for each adapter in each of its scopes: it alone, at its smallest, where the space allows that. What
-        limits leave of a space may be too little for draws to find.
+        """Return one row for each adapter in each of its scopes: it alone, at its smallest, where the space allows.
+
+        The part of a space within its limits may be too small for draws to find.
         """
         rows = np.tile(self.middle, (len(self._groups), 1))
         for g, gene in enumerate(self.genes):
@@ -121,7 +125,7 @@ class Encoding:
         return rows
 
     def snapped(self, rows: Rows) -> Rows:
-        """Positions moved to the values that they stand for."""
+        """Return rows [n, G] with positions moved to the nearest values."""
         rows = rows.copy()
         for g, (gene, levels) in enumerate(zip(self.genes, self.levels, strict=True)):
             if levels is None:
@@ -131,7 +135,7 @@ class Encoding:
         return rows
 
     def active(self, rows: Rows) -> Mask:
-        """[n, G] -> [n, G]"""
+        """Return which genes of rows [n, G] are active, [n, G]."""
         active = np.zeros(rows.shape, dtype=bool)
         for g, conditions in enumerate(self._conditions):
             for condition in conditions:
@@ -141,10 +145,10 @@ class Encoding:
                 active[:, g] |= holds
         return active
 
-    # What a model sees
+    # The inputs of a model
 
     def features(self, rows: Rows, active: Mask) -> Rows:
-        """[n, G] -> [n, D], each in [0, 1]; see the class."""
+        """Return the features [n, D] of rows [n, G], each in [0, 1]; see the class."""
         columns: list[Rows] = []
         for g, gene in enumerate(self.genes):
             on, u = active[:, g], rows[:, g]
@@ -163,14 +167,14 @@ class Encoding:
         return np.column_stack(columns).astype(float) if columns else np.zeros((len(rows), 0))
 
     def is_empty(self, rows: Rows, active: Mask) -> Mask:
-        """[n]: no adapter is on."""
+        """Return for which rows no adapter is on, [n]."""
         empty = np.ones(len(rows), dtype=bool)
         for group in self._groups:
             empty &= ~self._is_on(group, rows, active)
         return empty
 
     def costs(self, rows: Rows, active: Mask) -> dict[str, Rows]:
-        """Declared metrics of the architectures, [n] each: what `declared_costs` says of them one by one."""
+        """Return declared metrics of the architectures, [n] each: equal to `declared_costs` of each one."""
         total, first_pass = np.zeros((len(rows), len(DECLARED))), np.zeros(len(rows), dtype=bool)
         shared: dict[int, list[Shared]] = {}  # by row
         for group in self._groups:
@@ -206,29 +210,30 @@ class Encoding:
 
 
 class _Group:
-    """Placements that the same genes decide about: an adapter at all sites of its scope. Its costs, in the order of
-    `DECLARED`, whether it needs a first pass, and what its sites share with others are kept by the positions of its
-    genes.
+    """Placements that depend on the same genes: an adapter at all sites of its scope.
+
+    Costs in the order of `DECLARED`, the need of a first pass, and the tensors that its sites share with others are
+    cached by the positions of its genes.
     """
 
     def __init__(self, encoding: Encoding, places: Sequence[Placement]) -> None:
         self.places = places
-        #: What the genes put at its places is the same but for whom it follows.
+        #: The specs at its places differ only in the leader that they follow.
         self._by_leader = {place.leader: place for place in places}
         self.genes = places[0].decided_by
         self.gates = [(gate.gene, encoding.position(gate.gene, gate.value)) for gate in places[0].gates]
-        self._known: dict[tuple[float, ...], tuple[tuple[float, ...], Shared]] = {}
+        self._cache: dict[tuple[float, ...], tuple[tuple[float, ...], Shared]] = {}
 
     def cost(self, encoding: Encoding, positions: tuple[float, ...]) -> tuple[float, ...]:
-        """Without what is shared."""
+        """Return the costs without shared tensors, and whether a first pass is needed."""
         return self._at(encoding, positions)[0]
 
     def shared(self, encoding: Encoding, positions: tuple[float, ...]) -> Shared:
-        """As far as it counts for any of the costs."""
+        """Return the shared tensors that count in any of the costs."""
         return self._at(encoding, positions)[1]
 
     def _at(self, encoding: Encoding, positions: tuple[float, ...]) -> tuple[tuple[float, ...], Shared]:
-        if positions not in self._known:
+        if positions not in self._cache:
             values = {gene: encoding.value(gene, u) for gene, u in zip(self.genes, positions, strict=True)}
             by_leader = {leader: place.spec(values) for leader, place in self._by_leader.items()}
             specs = [(by_leader[place.leader], place.site) for place in self.places]
@@ -237,8 +242,8 @@ class _Group:
             flops = sum(spec.flops_per_token(site) for spec, site in specs)
             costs = params, stored, flops, any(spec.first_pass for spec, _ in specs)
             tensors = shared_tensors((site, spec) for spec, site in specs).items()
-            self._known[positions] = costs, {key: p for key, p in tensors if p.trainable or p.stored}
-        return self._known[positions]
+            self._cache[positions] = costs, {key: p for key, p in tensors if p.trainable or p.stored}
+        return self._cache[positions]
 
 
 #: The first of `DECLARED`, to which tensors that sites share add.

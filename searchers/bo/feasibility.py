@@ -1,4 +1,4 @@
-"""What may be proposed, as far as it is known before any trial."""
+"""Feasibility of points, as far as it is known before any trial."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from autopeft.search_space.problem import Problem
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 
 
-def admitted(problem: Problem, encoding: Encoding, rows: Rows, active: Mask) -> Mask:
-    """[n, G] -> [n]: some adapter is on, and what is declared keeps the limits and the objectives' bounds."""
+def feasible(problem: Problem, encoding: Encoding, rows: Rows, active: Mask) -> Mask:
+    """Return whether points [n, G] have an adapter and declared costs within the limits and objectives' bounds, [n]."""
     keeps = ~encoding.is_empty(rows, active)
     costs = encoding.costs(rows, active)
     for name in problem.limits.maxima.keys() & costs.keys():

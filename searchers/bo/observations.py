@@ -1,4 +1,4 @@
-"""What the trials say, as tables for a model."""
+"""The trials as training data of a model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 #: `Searcher.losses`.
 Losses = Callable[[Trial], list[float] | None]
 
-#: Complete trials that tell how a rung's loss leads to the final value, at least.
+#: Least complete trials from which the final value is extrapolated from a rung's loss.
 LEAST_COURSES = 5
-#: Losses worse than the median by more than so many interquartile ranges count as that far away: a diverged training
-#: is bad, and how bad is noise that would drown the rest.
+#: Losses are clipped to the median plus this number of interquartile ranges: how bad a diverged training is, is noise
+#: that would dominate the fit.
 FARTHEST_RANGES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """n trials that ended with values, and all N that say whether a candidate can be trained at all.
+    """The n trials that ended with values, and all N trials that show whether a candidate can be trained at all.
 
     `rows` [n, G], `active` [n, G]; `losses` [n, m] of all objectives; `noise` [n, m] variances, NaN where unknown;
     `complete` [n]: trained to the end; `tried` [N, G], `tried_active`, `failed` [N].
@@ -40,7 +40,10 @@ class Data:
 
 
 class Observations:
-    """`modelled` and `declared`: places of the objectives that are measured and that follow from the genes."""
+    """Converter of trials to data.
+
+    `modelled`: indices of the objectives that are measured; `declared`: of those that follow from the genes.
+    """
 
     def __init__(self, problem: Problem, encoding: Encoding) -> None:
         self.problem = problem
@@ -49,20 +52,20 @@ class Observations:
         self.declared = [i for i, o in enumerate(problem.objectives) if o.name in DECLARED]
 
     def of(self, trials: Sequence[Trial], losses: Losses) -> Data | None:
-        """None if fewer than two different candidates have values."""
-        known: dict[str, tuple[Trial, list[float]]] = {}
+        """Return the data of trials; None if fewer than two different candidates have values."""
+        observed: dict[str, tuple[Trial, list[float]]] = {}
         tried: dict[str, tuple[Trial, bool]] = {}
         for trial in trials:
             found, key = losses(trial), trial.candidate.key
             if found is not None:
-                known.setdefault(key, (trial, found))
+                observed.setdefault(key, (trial, found))
                 tried.setdefault(key, (trial, False))
             elif trial.state == "failed" or (trial.state == "infeasible" and not self._is_ruled_out(trial)):
                 tried.setdefault(key, (trial, True))
-        if len(known) < 2:
+        if len(observed) < 2:
             return None
-        table = [trial for trial, _ in known.values()]
-        values = np.array([row for _, row in known.values()])
+        table = [trial for trial, _ in observed.values()]
+        values = np.array([row for _, row in observed.values()])
         noise = np.array([self._noise(trial) for trial in table])
         self._finish_courses(table, values, noise)
         for i in self.modelled:
@@ -81,8 +84,8 @@ class Observations:
             failed=np.array([failed for _, failed in tried.values()]),
         )
 
-    def best_earlier(self, losses: Losses) -> Rows:
-        """[., G]: the front of the earlier study, best quality first."""
+    def best_prior(self, losses: Losses) -> Rows:
+        """Return the front of the prior study [., G], best quality first."""
         complete = [trial for trial in self.problem.prior if trial.state == "complete"]
         points = [(found, trial.genes) for trial in complete if (found := losses(trial))]
         table = np.array([found for found, _ in points]).reshape(-1, len(self.problem.objectives))
@@ -90,7 +93,7 @@ class Observations:
         return self.encoding.rows([genes for _, genes in sorted(front, key=lambda point: point[0])])
 
     def _is_ruled_out(self, trial: Trial) -> bool:
-        """Whether what is declared explains why a candidate was infeasible; a model has nothing to learn from it."""
+        """Whether declared costs explain why a candidate was infeasible; then a model has nothing to learn from it."""
         if not trial.candidate.architecture:
             return True
         costs = declared_costs(trial.candidate.architecture, self.problem.space.backbone)
@@ -102,11 +105,11 @@ class Observations:
         return [errors[o.name] ** 2 if o.name in errors else float("nan") for o in self.problem.objectives]
 
     def _finish_courses(self, trials: Sequence[Trial], values: Rows, noise: Rows) -> None:
-        """Put what a pruned trial would have come to in the place of what it came to, in `values` and `noise`.
+        """Replace the values of pruned trials by extrapolated final values, in `values` and `noise`.
 
         A rung's loss is a cheaper signal of the final value: final = a + b loss + deviation, the first-order
         autoregression of Kennedy and O'Hagan 2000, fitted on the complete trials that passed the same rung. The
-        variance of its deviations is the noise of what it says.
+        variance of the deviations is the noise of the extrapolated value.
         """
         complete = [k for k, trial in enumerate(trials) if trial.state == "complete"]
         for i in self.modelled:
@@ -123,14 +126,15 @@ class Observations:
                 ]
                 own = _rung(trial.measurement, share)
                 if len(pairs) < LEAST_COURSES or own is None:
-                    noise[k, i] = spread  # as it stands, and not to be relied on
+                    noise[k, i] = spread  # the value at the rung, with a large noise
                     continue
                 values[k, i], noise[k, i] = _extrapolated(np.array(pairs), own)
 
 
 def _extrapolated(pairs: Rows, loss: float) -> tuple[float, float]:
-    """Final value for a rung's loss, and the variance of what the line leaves open; pairs [c, 2]. A lower loss at a
-    rung never speaks for a worse end: a falling line is a flat one.
+    """Return the final value for a rung's loss, and the residual variance of the line through pairs [c, 2].
+
+    A lower loss at a rung never predicts a worse final value: a falling line is replaced by a flat one.
     """
     x, y = pairs.T
     centred = x - x.mean()

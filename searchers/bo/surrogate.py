@@ -1,4 +1,4 @@
-"""Gaussian processes over the encoded genes: what the trials say of points that were never tried.
+"""Gaussian processes over the encoded genes, which predict losses at points that were never tried.
 
 Notation: n trials, D features. Losses are standardised before they come here; everything is float64.
 """
@@ -30,6 +30,7 @@ from linear_operator.operators import DiagLinearOperator
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
+from typing_extensions import override
 
 Floats = NDArray[np.float64]
 
@@ -38,11 +39,11 @@ FIT_STEPS = 75
 LEAST_NOISE = 1e-4
 
 
-class ScaledNoise(Module):
-    """Noise variances known up to one learned factor: those of training row i are `factor * weights[i]`.
+class ScaledNoise(Module):  # type: ignore[misc]  # GPyTorch counts as untyped
+    """Noise variances known up to one learned factor: that of training row i is `factor * weights[i]`.
 
     The standard error of a validation score is known, but it is not the noise between candidates: all are scored on the
-    same examples, which takes some of it away, and training adds that of its seed. Both act on all candidates alike.
+    same examples, which removes some of it, and training adds the noise of its seed. Both act on all candidates alike.
     """
 
     def __init__(self, weights: Tensor, prior: LogNormalPrior) -> None:
@@ -56,18 +57,22 @@ class ScaledNoise(Module):
 
     @property
     def noise(self) -> Tensor:
-        return self.raw_noise
+        """The learned factor, [1]."""
+        factor: Tensor = self.raw_noise
+        return factor
 
+    @override
     def forward(self, *params: Any, shape: torch.Size | None = None, **kwargs: Any) -> DiagLinearOperator:
         size = len(self.weights) if shape is None else shape[-1]
-        # Points other than the training rows are asked about their function, not about an observation of it.
+        # At points other than the training rows the function is predicted, not an observation of it.
         weights = self.weights if size == len(self.weights) else torch.ones(size, dtype=torch.double)
         return DiagLinearOperator(self.noise * weights)
 
 
-class Trend(Mean):
-    """A constant and a multiple of one column of the inputs: what an earlier study makes of a point. The multiple is
-    learned and starts from 0, so an earlier study without a relation to this one loses its say.
+class Trend(Mean):  # type: ignore[misc]  # GPyTorch counts as untyped
+    """Mean function: a constant plus a multiple of one column of the inputs, the prediction of a prior study.
+
+    The multiple is learned and starts from 0, so a prior study that is unrelated to this one has no influence.
     """
 
     def __init__(self, column: int) -> None:
@@ -78,15 +83,17 @@ class Trend(Mean):
         prior = NormalPrior(torch.zeros((), dtype=torch.double), torch.ones((), dtype=torch.double))
         self.register_prior("slope_prior", prior, "slope")
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.constant + self.slope * x[..., self.column]
+        mean: Tensor = self.constant + self.slope * x[..., self.column]
+        return mean
 
 
 def smooth(features: int) -> Kernel:
-    """Matérn 5/2 with a lengthscale per feature, under a prior that grows with the root of their number (Hvarfner,
-    Hellsten and Nardi 2024): processes over 10 and over 200 features are equally smooth before they have seen anything.
+    """Return a Matérn 5/2 kernel with a lengthscale per feature, whose prior grows with the root of their number.
 
-    botorch has this prior, and learns the lengthscale itself. Its logarithm takes less than half of the steps.
+    Hvarfner, Hellsten and Nardi 2024: processes over 10 and over 200 features are equally smooth a priori. BoTorch has
+    this prior, and learns the lengthscale itself. Learning its logarithm takes less than half of the steps.
     """
     prior = LogNormalPrior(sqrt(2) + log(max(features, 1)) / 2, sqrt(3))
     return MaternKernel(
@@ -99,8 +106,10 @@ def smooth(features: int) -> Kernel:
 
 
 def sparse(features: int) -> Kernel:
-    """Matérn 5/2 under the SAAS prior: few features matter (Eriksson and Jankowiak 2021), at its maximum a posteriori.
-    Sampling it, as the paper does, needs JAX; an ensemble of maxima costs eight times as much and ranks no better.
+    """Return a Matérn 5/2 kernel under the SAAS prior, by which few features matter (Eriksson and Jankowiak 2021).
+
+    It is fitted to the maximum a posteriori. Sampling it, as the paper does, needs JAX; an ensemble of maxima costs
+    eight times as much and ranks no better.
     """
     matern = MaternKernel(nu=2.5, ard_num_dims=features, active_dims=list(range(features)))
     return ScaleKernel(add_saas_prior(matern), outputscale_prior=GammaPrior(2.0, 0.15))
@@ -110,8 +119,8 @@ KERNELS = {"smooth": smooth, "sparse": sparse}
 
 
 @dataclass(frozen=True, slots=True)
-class Surrogate:
-    """A fitted process over inputs [n, D + more]; columns beyond the D features are carried along, not looked at."""
+class GaussianProcess:
+    """A fitted Gaussian process over inputs [n, D + more]; the kernel ignores columns beyond the D features."""
 
     model: SingleTaskGP
     inputs: Tensor
@@ -126,17 +135,19 @@ class Surrogate:
         features: int,
         kinds: Sequence[str],
         trend: int | None = None,
-    ) -> Surrogate:
-        """Of several kinds of process the one that finds the losses it has not seen the most likely."""
+    ) -> GaussianProcess:
+        """Fit several kinds of process and return the one with the largest leave-one-out density of the losses."""
         fitted = [cls.fit(inputs, losses, noise, features, kind, trend) for kind in kinds]
         return fitted[0] if len(fitted) == 1 else max(fitted, key=lambda one: one.left_out_log_density())
 
     @classmethod
     def fit(
         cls, inputs: Tensor, losses: Floats, noise: Floats, features: int, kind: str, trend: int | None = None
-    ) -> Surrogate:
-        """`noise`: variances [n] of the standardised losses, NaN where none is known. `kind`: of `KERNELS`. `trend`:
-        the column of the inputs that the mean follows, see `Trend`.
+    ) -> GaussianProcess:
+        """Fit a process by maximum a posteriori.
+
+        `noise`: variances [n] of the standardised losses, NaN where none is known. `kind`: of `KERNELS`. `trend`: the
+        column of the inputs that the mean follows, see `Trend`.
         """
         known = np.isfinite(noise) & (noise > 0)
         typical = float(np.median(noise[known])) if known.any() else 1.0
@@ -153,19 +164,23 @@ class Surrogate:
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OptimizationWarning)
-            # One attempt: `fit_gpytorch_mll` takes an early end for a failure and starts again from random values.
+            # One attempt: `fit_gpytorch_mll` takes an early stop for a failure and restarts from random values.
             with suppress(ArithmeticError, RuntimeError):
                 fit_gpytorch_mll_scipy(mll, options={"maxiter": FIT_STEPS})
         model.eval()
         return cls(model=model, inputs=inputs, losses=target[:, 0])
 
     def lengthscales(self) -> Floats:
-        """[D]"""
+        """Return the lengthscale of each feature, [D]."""
         kernel = self.model.covar_module
-        return getattr(kernel, "base_kernel", kernel).lengthscale.detach().numpy().reshape(-1)
+        found: Floats = getattr(kernel, "base_kernel", kernel).lengthscale.detach().numpy().reshape(-1)
+        return found
 
     def left_out(self) -> tuple[Floats, Floats]:
-        """Mean and variance [n] of each trial's loss given all others (Rasmussen and Williams 2006, equation 5.12)."""
+        """Return mean and variance [n] of each trial's loss given all others.
+
+        Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", equation 5.12.
+        """
         with torch.no_grad():
             covariance = self.model.covar_module(self.inputs).to_dense()
             covariance = covariance + torch.diag(self.model.likelihood.noise_covar.noise * self.weights)
@@ -176,16 +191,18 @@ class Surrogate:
         return mean.numpy(), variance.numpy()
 
     def left_out_log_density(self) -> float:
-        """Sum over the trials, less a constant."""
+        """Return the leave-one-out log density, summed over the trials, up to a constant."""
         mean, variance = self.left_out()
         return float(-0.5 * (np.log(variance) + (self.losses.numpy() - mean) ** 2 / variance).sum())
 
     @property
     def weights(self) -> Tensor:
-        return self.model.likelihood.noise_covar.weights
+        """Relative noise variances [n] of the trials, see `ScaledNoise`."""
+        weights: Tensor = self.model.likelihood.noise_covar.weights
+        return weights
 
     def rank_correlation(self) -> float:
-        """Spearman's, of the losses with what the model says of each unseen; 0 if either is constant."""
+        """Return Spearman's correlation of the losses with the left-out predictions; 0 if either is constant."""
         mean, _ = self.left_out()
         losses = self.losses.numpy()
         if np.ptp(losses) == 0 or np.ptp(mean) == 0:
@@ -194,8 +211,10 @@ class Surrogate:
 
 
 def relevance(lengthscales: Floats, gene_of_feature: Sequence[str], spread: Floats) -> dict[str, float]:
-    """Share of each gene in the process' squared distances between trials: the sum over its features of the variance
-    of their values over the squared lengthscale. Adds up to 1 unless nothing varies.
+    """Return the share of each gene in the squared distances between trials that the kernel sees.
+
+    A gene's weight is the sum over its features of the variance of their values over the squared lengthscale. The
+    shares add up to 1 unless no feature varies.
     """
     weight: dict[str, float] = {}
     for gene, scale, variance in zip(gene_of_feature, lengthscales, spread, strict=True):

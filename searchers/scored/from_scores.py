@@ -1,9 +1,11 @@
-"""What the searchers share that start from `Problem.scored`: a plan made of it, then `bo`."""
+"""Common base of the searchers that start from `Problem.scored`: a queue made of it, then `bo`."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+
+from typing_extensions import override
 
 from autopeft.search_space.problem import Trial
 from autopeft.searchers.base import Suggestion
@@ -11,22 +13,24 @@ from autopeft.searchers.bo.bayesian import Bayesian
 
 
 class FromScores(Bayesian):
-    """Proposes what is planned, in its order, and then what `bo` does, which has seen all trials. Without scores there
-    is no plan.
+    """Searcher that proposes a queue, in order, and then hands over to `bo`, which sees all trials.
+
+    Without scores the queue is empty.
     """
 
     @abstractmethod
-    def planned(self) -> Iterator[Suggestion]:
-        """What is to be trained before `bo` takes over, as far as the trials so far tell; also what has been."""
+    def queue(self) -> Iterator[Suggestion]:
+        """Yield the queued suggestions, given the trials so far, including those already evaluated."""
 
-    def told(self, suggestion: Suggestion) -> Suggestion:
-        """A suggestion of `bo`, with what there is to say of the plan."""
+    def annotated(self, suggestion: Suggestion) -> Suggestion:
+        """Return a suggestion of `bo` with diagnostics of the queue. Default: unchanged."""
         return suggestion
 
-    def _next(self, under_way: Sequence[Trial]) -> Suggestion | None:
-        known = {trial.candidate.key for trial in (*self.completed, *under_way)}
-        for suggestion in self.planned():
-            if self.problem.space.decode(suggestion.genes).key not in known:
+    @override
+    def _next(self, running: Sequence[Trial]) -> Suggestion | None:
+        observed = {trial.candidate.key for trial in (*self.completed, *running)}
+        for suggestion in self.queue():
+            if self.problem.space.decode(suggestion.genes).key not in observed:
                 return suggestion
-        found = super()._next(under_way)
-        return None if found is None else self.told(found)
+        found = super()._next(running)
+        return None if found is None else self.annotated(found)

@@ -1,25 +1,27 @@
-"""The searcher `gates`: what gates choose that were trained under several penalties, then `bo`."""
+"""The searcher `gates`: the architectures that trained gates choose under several penalties, then `bo`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+from typing_extensions import override
 
 from autopeft.searchers.base import WHOLE, Suggestion
 from autopeft.searchers.scored.from_scores import FromScores
 
 
 class Gated(FromScores):
-    """`Problem.scored` has what the gates choose, an architecture for each penalty on parameters. These are trained
-    alone, in their order.
+    """Search that starts from `Problem.scored`, the architectures that gates chose, one per penalty on parameters.
 
-    After Single-Path NAS (Stamoulis et al. 2019) and TAPS (Wallingford et al. 2022), where the architecture that the
-    gates choose is the result. Here it is what a search begins with.
+    Each is trained alone, in that order. In Single-Path NAS (Stamoulis et al. 2019) and TAPS (Wallingford et al. 2022)
+    the architecture that the gates choose is the result; here it is where the search starts.
     """
 
     name = "gates"
     summary = "differentiable: gates on every gene, trained with the weights under several penalties, propose; then bo"
 
-    def planned(self) -> Iterator[Suggestion]:
+    @override
+    def queue(self) -> Iterator[Suggestion]:
         for entry in self.problem.scored:
-            # To its end: a rung takes off by the first losses, and the gates have seen more than these.
+            # Trained to its end: a rung prunes by the first losses, and the gates have seen more than these.
             yield Suggestion(genes=entry.genes, state={"diagnostics": {"phase": self.name}, WHOLE: True})

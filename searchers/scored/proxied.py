@@ -6,32 +6,34 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
+from typing_extensions import override
 
 from autopeft.search_space.problem import Problem, ScoredPoint, Trial
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers.base import WHOLE, Suggestion
 from autopeft.searchers.genetic import ranks, spread_first
 from autopeft.searchers.scored.from_scores import FromScores
-from autopeft.searchers.scored.ranking import LEAST_RANKED, Ranking, ranking, strata
+from autopeft.searchers.scored.ranking import LEAST_RANKED, RankCorrelation, rank_correlation, strata
 
-#: Candidates that are trained to see whether the scores rank: a quarter of the trials, within these.
+#: Bounds on the number of candidates that are trained to audit the scores: a quarter of the trials, within these.
 LEAST_AUDITED, MOST_AUDITED = 8, 16
 #: Kendall's tau below which the scores are not followed.
 LEAST_TAU = 0.3
-#: Share of the trials after the audit that the scores decide about. Scores know nothing of learning rates, and of
-#: quality only how it ranks; the rest goes to a searcher that has seen what the trainings came to.
+#: Share of the trials after the audit that the scores choose. Scores do not depend on learning rates, and only rank
+#: quality; the rest goes to a searcher that has seen the results of the trainings.
 PICKED_SHARE = 0.5
 AUDIT, PICK = "audit", "proxy"
 
 
 class Proxied(FromScores):
-    """`Problem.scored` has candidates and their scores, less is better, from a supernet or a proxy without training.
+    """Search that starts from `Problem.scored`: candidates and their scores, less is better.
 
-    First a stratified handful of them is trained: one drawn from each of as many groups of neighbouring scores. If
-    Kendall's tau of scores and losses is at least `LEAST_TAU`, the front of the scored candidates (score against costs)
-    is trained next, spread over its length, and `bo` goes on from all trials. Else `bo` takes over at once, and the
-    diagnostics say so. Whatever the scores, what enters the study's front has been trained alone. Candidates whose
-    costs are known to be beyond the limits or bounds take no part.
+    The scores come from a supernet or a proxy without training. First a stratified sample is trained, one candidate
+    drawn from each group of neighbouring scores. If Kendall's tau of scores and losses is at least `LEAST_TAU`, the
+    front of the scored candidates (score against costs) is trained next, spread over its length, and `bo` continues
+    from all trials. Otherwise `bo` takes over at once, and the diagnostics say so. Whatever the scores, every member
+    of the study's front has been trained alone. Candidates whose declared costs are beyond the limits or bounds are
+    left out.
     """
 
     name = "proxy"
@@ -42,12 +44,13 @@ class Proxied(FromScores):
         self._scored = [entry for entry in problem.scored if problem.violation(entry.costs) <= 0]
         count = max(LEAST_AUDITED, min(MOST_AUDITED, problem.num_trials // 4))
         places = strata([entry.score for entry in self._scored], count, np.random.default_rng(seed))
-        #: What is trained for the audit, by the keys of the candidates.
+        #: The candidates of the audit, by their keys.
         self._audited = {problem.space.decode(e.genes).key: e for e in (self._scored[place] for place in places)}
         self._picked = self._picks(round(PICKED_SHARE * max(0, problem.num_trials - len(self._audited))))
-        self._audit: Ranking | None = None
+        self._audit: RankCorrelation | None = None
         self._audit_over = False
 
+    @override
     def update(self, completed: Sequence[Trial], pending: Sequence[Trial] = ()) -> None:
         super().update(completed, pending)
         begun = {
@@ -56,25 +59,27 @@ class Proxied(FromScores):
             if _phase(trial) == AUDIT and (entry := self._entry(trial))
         }
         if not begun.keys() <= self._audited.keys():
-            # Drawn when the study was to have another number of trials: what has been trained then is the audit.
+            # These were drawn when the study had another number of trials: they are the audit.
             most = max(LEAST_AUDITED, len(begun))
             self._audited = dict(islice((begun | self._audited).items(), most))
         self._audit_over = self._audited.keys() <= {trial.candidate.key for trial in completed}
         self._audit = self.audit()
 
     def _entry(self, trial: Trial) -> ScoredPoint | None:
-        known = self._audited.get(trial.candidate.key)
-        return known or next((entry for entry in self._scored if entry.genes == trial.genes), None)
+        audited = self._audited.get(trial.candidate.key)
+        return audited or next((entry for entry in self._scored if entry.genes == trial.genes), None)
 
-    def planned(self) -> Iterator[Suggestion]:
+    @override
+    def queue(self) -> Iterator[Suggestion]:
         for entry in self._audited.values():
-            # To its end: what a rung takes off says less than the whole training that is to be foretold.
+            # Trained to its end: the loss at a rung says less than the full training that scores are to predict.
             yield Suggestion(genes=entry.genes, state={"diagnostics": {"phase": AUDIT}, WHOLE: True})
         if self._audit is not None and self._audit.tau >= LEAST_TAU:
             for genes in self._picked:
                 yield Suggestion(genes=genes, state={"diagnostics": {"phase": PICK, "audit": self._audit.to_dict()}})
 
-    def told(self, suggestion: Suggestion) -> Suggestion:
+    @override
+    def annotated(self, suggestion: Suggestion) -> Suggestion:
         own = dict(suggestion.state.get("diagnostics", {}))
         if self._audit is not None:
             own["audit"] = self._audit.to_dict()
@@ -84,9 +89,10 @@ class Proxied(FromScores):
             own["note"] = "too few trainings of the audit have come to their end: bo proposes without the scores"
         return Suggestion(genes=suggestion.genes, state={**suggestion.state, "diagnostics": own})
 
-    def audit(self) -> Ranking | None:
-        """Scores against the first objective that is measured, over the audited trials; None while too few ended, or if
-        too few are left of them all.
+    def audit(self) -> RankCorrelation | None:
+        """Correlate scores with the first measured objective over the audited trials.
+
+        Returns None while too few of them ended, or if too few of all are complete.
         """
         measured = [i for i, o in enumerate(self.problem.objectives) if o.is_quality]
         ended = [(trial.candidate.key, trial) for trial in self.completed if trial.state == "complete"]
@@ -98,11 +104,12 @@ class Proxied(FromScores):
         enough = 0 if self._audit_over else min(LEAST_AUDITED, len(self._audited))
         if len(pairs) < max(LEAST_RANKED, enough):
             return None
-        return ranking([score for score, _ in pairs], [loss for _, loss in pairs], seed=self.seed)
+        return rank_correlation([score for score, _ in pairs], [loss for _, loss in pairs], seed=self.seed)
 
     def _picks(self, count: int) -> list[Assignment]:
-        """The front of the scored candidates, the best score first and then always the one farthest from those before
-        it; then what is the front without them, and so on.
+        """Return up to `count` scored candidates, front by front.
+
+        Within a front the best score comes first, then always the candidate farthest from all before it.
         """
         finite = sorted((e for e in self._scored if np.isfinite(e.score)), key=lambda entry: entry.score)
         if not finite:
@@ -115,4 +122,5 @@ class Proxied(FromScores):
 
 
 def _phase(trial: Trial) -> str | None:
-    return trial.searcher_state.get("diagnostics", {}).get("phase")
+    phase: str | None = trial.searcher_state.get("diagnostics", {}).get("phase")
+    return phase

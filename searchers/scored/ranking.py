@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 #: Resamples of the bootstrap, and the share of them that an interval holds.
 RESAMPLES = 1000
 LEVEL = 0.95
-#: Candidates that a ranking needs.
+#: Least candidates of a rank correlation.
 LEAST_RANKED = 3
-#: Candidates that are taken by their scores, of which the best counts.
+#: Numbers of candidates picked by their scores, of which the best counts.
 PICKED = (1, 3)
 
 Interval = tuple[float, float]
@@ -25,8 +25,10 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
-    """`tau`: Kendall's tau-b of scores and losses; `top_tau`: among the better half by the losses, where the ranking
+class RankCorrelation:
+    """Agreement of scores and losses.
+
+    `tau`: Kendall's tau-b of scores and losses; `top_tau`: among the better half by the losses, where the ranking
     matters; 0 where either is constant. Intervals: percentiles of a bootstrap over the candidates. `regret`: by the
     number of candidates picked, how much worse the best of them is than the best of all, in the unit of the losses.
     """
@@ -39,20 +41,24 @@ class Ranking:
     regret: dict[int, float]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as they are written to diagnostics."""
         return asdict(self)
 
 
-def ranking(scores: ArrayLike, losses: ArrayLike, *, seed: int = 0) -> Ranking:
-    """Candidates without a score rank behind all others. Raises ValueError for fewer than three candidates."""
+def rank_correlation(scores: ArrayLike, losses: ArrayLike, *, seed: int = 0) -> RankCorrelation:
+    """Correlate scores [n] with losses [n]; candidates without a score rank behind all others.
+
+    Raises ValueError for fewer than three candidates.
+    """
     score, loss = np.nan_to_num(np.asarray(scores, float), nan=np.inf), np.asarray(losses, float)
     if len(score) < LEAST_RANKED:
-        raise ValueError(f"a ranking needs {LEAST_RANKED} candidates, got {len(score)}")
+        raise ValueError(f"a rank correlation needs {LEAST_RANKED} candidates, got {len(score)}")
     top = np.argsort(loss, kind="stable")[: -(-len(loss) // 2)]
     rng = np.random.default_rng(seed)
     tau, tau_interval = _tau(score, loss, rng)
     top_tau, top_interval = _tau(score[top], loss[top], rng)
     by_score = loss[np.argsort(score, kind="stable")]
-    return Ranking(
+    return RankCorrelation(
         num=len(loss),
         tau=tau,
         tau_interval=tau_interval,
@@ -63,7 +69,7 @@ def ranking(scores: ArrayLike, losses: ArrayLike, *, seed: int = 0) -> Ranking:
 
 
 def _tau(score: Floats, loss: Floats, rng: np.random.Generator) -> tuple[float, Interval]:
-    """Kendall's tau-b of two columns [n] and its interval; 0 where one of them is constant.
+    """Return Kendall's tau-b of two columns [n] and its interval; 0 where one of them is constant.
 
     With x, y [n, n] the signs of the differences, tau-b is sum(x y) over the root of sum(x^2) sum(y^2). A resample is
     a number of copies of each candidate, c: [n], and its sums are c^T (x y) c and so on: all at once.
@@ -79,12 +85,12 @@ def _tau(score: Floats, loss: Floats, rng: np.random.Generator) -> tuple[float, 
 
 
 def _order(column: Floats) -> Floats:
-    """[n] -> [n, n]: 1 where the row's value is larger, -1 where it is smaller. Infinite ones are equal."""
+    """Compare all pairs, [n] -> [n, n]: 1 where the row's value is larger, -1 where it is smaller; inf equals inf."""
     return (column[:, None] > column).astype(float) - (column[:, None] < column)
 
 
 def strata(scores: Sequence[float], count: int, rng: np.random.Generator) -> list[int]:
-    """Places of `count` candidates, one drawn from each of as many groups of neighbouring scores, best group first."""
-    known = [place for place in np.argsort(scores, kind="stable") if np.isfinite(scores[place])]
-    groups = np.array_split(np.array(known, dtype=int), max(1, min(count, len(known))))
+    """Return indices of `count` candidates, one drawn from each group of neighbouring scores, best group first."""
+    finite = [place for place in np.argsort(scores, kind="stable") if np.isfinite(scores[place])]
+    groups = np.array_split(np.array(finite, dtype=int), max(1, min(count, len(finite))))
     return [int(rng.choice(group)) for group in groups if len(group)]

@@ -23,21 +23,27 @@ from autopeft.studies.errors import UnusableEnvironmentError, UserError
 
 DEBUG = "AUTOPEFT_DEBUG"
 
-#: In the order of `--help`.
 COMMANDS: tuple[Callable[..., Any], ...] = (
     init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor,
 )  # fmt: skip
 
-app = typer.Typer(
-    name="autopeft",
-    help="Search adapter types, ranks, placement and training settings for a frozen transformer; the result is a "
-    "Pareto front of quality and cost.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+
+def make_app(name: str, help_text: str, commands: Sequence[Callable[..., Any]]) -> typer.Typer:
+    """Return an app with `commands`, in the order of `--help`."""
+    app = typer.Typer(
+        name=name, help=help_text, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    for command in commands:
+        app.command()(command)
+    return app
+
+
+app = make_app(
+    "autopeft",
+    "Search adapter types, ranks, placement and training settings for a frozen transformer; the result is a Pareto "
+    "front of quality and cost.",
+    COMMANDS,
 )
-for command in COMMANDS:
-    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

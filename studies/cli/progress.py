@@ -8,15 +8,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from autopeft.search_space.problem import BASELINE, FINALIST, SEARCH, Objective, Trial
 from autopeft.studies.analysis.diagnostics import diagnostics
 from autopeft.studies.analysis.snapshot import Snapshot, summary
+from autopeft.studies.cli.display import ProgressDisplay
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -68,16 +68,11 @@ def stopping_between_steps(*signals: signal.Signals) -> Iterator[Callable[[], No
             signal.signal(number, handler)
 
 
-class ProgressView:
-    """A `Watcher` for terminals, and a context manager; without a terminal it prints the lines alone.
-
-    `between` is called between two steps and may raise to end the study there.
-    """
+class ProgressView(ProgressDisplay):
+    """A `Watcher` for terminals. `between` is called between two steps, and may raise to end the study there."""
 
     def __init__(self, console: Console | None = None, between: Callable[[], None] = lambda: None) -> None:
-        self.between = between
-        self.console = console or Console(stderr=True, highlight=False)
-        self.progress = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[done]:.0f}/{task.total:.0f}{task.fields[unit]}"),
@@ -85,11 +80,9 @@ class ProgressView:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[front]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            # In seconds: long enough for several evaluations, which differ in length.
-            speed_estimate_period=600,
+            console=console,
         )
+        self.between = between
         self.task = self.progress.add_task("starting", total=1, done=0, unit=" evaluations", front="")
         self.stage_task = self.progress.add_task("", total=1, done=0, unit="", front="", visible=False)
         #: Name of the current stage ahead of the evaluations, its start, and its completed steps.
@@ -98,15 +91,6 @@ class ProgressView:
         #: The running evaluations, and the number of those that ended before them.
         self.running: Sequence[Trial] = ()
         self.done_before = 0
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
 
     def plan(self, evaluations: int, done: int) -> None:
         """Set the planned number of evaluations and the number of those that are done."""
@@ -136,8 +120,7 @@ class ProgressView:
         if self.stage_name:
             seconds = time.monotonic() - self.stage_start_s
             self.progress.update(self.stage_task, visible=False)
-            line = f"{self.stage_name}: {self.stage_done:,} in {seconds:,.0f} s"
-            self.console.print(line, soft_wrap=True, markup=False)
+            self.print(f"{self.stage_name}: {self.stage_done:,} in {seconds:,.0f} s")
             self.stage_name = ""
 
     def step(self, done: int, total: int) -> None:
@@ -155,7 +138,7 @@ class ProgressView:
         self.progress.update(
             self.task, completed=self.done, done=self.done, front=f"front of {members}" if members else ""
         )
-        self.console.print(self._line(trial, snapshot), soft_wrap=True, markup=False)
+        self.print(self._line(trial, snapshot))
 
     def _line(self, trial: Trial, snapshot: Snapshot) -> str:
         opening = f"{_name(trial):>24}  "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
 from typing import Any
 
@@ -14,8 +13,11 @@ from autopeft.studies.analysis.snapshot import Entry, Snapshot
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.recipes.recipe import Averaged, Measured, OwnMetric, Provenance, Recipe, RecipeData
 from autopeft.studies.storage.ledger import Ledger
+from autopeft.studies.versions import version_of, versions_of
 
 PACKAGES = ("torch", "transformers", "peft", "optuna", "mlflow", "numpy")
+#: The version of a package that is not installed.
+UNKNOWN = "unknown"
 
 
 def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: int) -> Recipe:
@@ -71,8 +73,8 @@ def bare_recipe(
         provenance=Provenance(
             study=settings.study,
             trial=trial,
-            autopeft=_version("autopeft"),
-            packages={name: _version(name) for name in PACKAGES},
+            autopeft=version_of("autopeft") or UNKNOWN,
+            packages={name: version or UNKNOWN for name, version in versions_of(PACKAGES).items()},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         ),
         **fields,
@@ -108,10 +110,3 @@ def _averaged(entry: Entry, quality: str) -> dict[str, Averaged]:
         return {}
     value, routed = fmean(run.averaged[quality] for run in runs), fmean(run.values[quality] for run in runs)
     return {quality: Averaged(value=value, routed=routed, seeds=tuple(run.seed for run in runs))}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

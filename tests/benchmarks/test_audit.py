@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from autopeft.benchmarks import proxy_audit
-from autopeft.benchmarks.race.table import Row
+from autopeft.benchmarks.race.table import TableRow
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.search_space import AdapterChoice, Candidate, Choice, Float, SearchSpace
 from autopeft.search_space.problem import Measurement
 from autopeft.searchers.scored.policies import POLICIES
-from autopeft.searchers.scored.ranking import ranking, strata
+from autopeft.searchers.scored.ranking import rank_correlation, strata
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.proxy_scores import score_key
 
@@ -31,7 +31,7 @@ FINITE = st.floats(-10, 10, allow_nan=False)
 
 @given(st.lists(FINITE, min_size=4, max_size=30, unique=True))
 def test_a_perfect_score(losses: list[float]) -> None:
-    found = ranking(losses, losses)
+    found = rank_correlation(losses, losses)
     assert found.tau == pytest.approx(1.0)
     assert found.top_tau == pytest.approx(1.0)
     assert set(found.regret.values()) == {0.0}
@@ -41,7 +41,7 @@ def test_a_perfect_score(losses: list[float]) -> None:
 
 @given(st.lists(FINITE, min_size=4, max_size=30, unique=True))
 def test_a_reversed_score(losses: list[float]) -> None:
-    found = ranking([-loss for loss in losses], losses)
+    found = rank_correlation([-loss for loss in losses], losses)
     assert found.tau == pytest.approx(-1.0)
     assert found.regret[1] == pytest.approx(max(losses) - min(losses))
 
@@ -50,17 +50,17 @@ def test_a_reversed_score(losses: list[float]) -> None:
 def test_tau_is_scipys(pairs: list[tuple[int, int]]) -> None:
     scores, losses = zip(*pairs, strict=True)
     expected = kendalltau(scores, losses).statistic
-    assert ranking(scores, losses).tau == pytest.approx(0.0 if np.isnan(expected) else expected)
+    assert rank_correlation(scores, losses).tau == pytest.approx(0.0 if np.isnan(expected) else expected)
 
 
 def test_candidates_without_a_score_come_last() -> None:
-    found = ranking([1.0, 2.0, np.nan, 3.0], [1.0, 2.0, 0.5, 3.0])
+    found = rank_correlation([1.0, 2.0, np.nan, 3.0], [1.0, 2.0, 0.5, 3.0])
     assert found.regret == {1: 0.5, 3: 0.5}
     assert found.tau == pytest.approx(0.0)
 
 
 def test_a_constant_score_ranks_nothing() -> None:
-    assert ranking([1.0] * 5, range(5)).tau == 0.0
+    assert rank_correlation([1.0] * 5, range(5)).tau == 0.0
 
 
 def test_the_interval_narrows_with_the_number_of_candidates() -> None:
@@ -68,7 +68,7 @@ def test_the_interval_narrows_with_the_number_of_candidates() -> None:
 
     def width(n: int) -> float:
         losses = rng.normal(size=n)
-        low, high = ranking(losses + rng.normal(size=n), losses).tau_interval
+        low, high = rank_correlation(losses + rng.normal(size=n), losses).tau_interval
         return high - low
 
     assert width(200) < 0.5 * width(20)
@@ -90,8 +90,8 @@ SPACE = SearchSpace(
 )
 
 
-def made_up(count: int, seeds: int, rate_matters: float) -> list[Row]:
-    """Losses that fall with the first rank and, if told so, with the learning rate; noise between seeds."""
+def made_up(count: int, seeds: int, rate_matters: float) -> list[TableRow]:
+    """Losses that fall with the first rank and, on request, with the learning rate; noise between seeds."""
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(count):
@@ -102,7 +102,7 @@ def made_up(count: int, seeds: int, rate_matters: float) -> list[Row]:
             loss = -np.log(own[0]) - rate_matters * np.log(genes["training.learning_rate"]) + 0.05 * rng.normal()
             values = {"loss": float(loss), "accuracy": float(-loss)}
             rows.append(
-                Row(
+                TableRow(
                     candidate=candidate.key,
                     seed=seed,
                     genes=genes,
@@ -112,11 +112,11 @@ def made_up(count: int, seeds: int, rate_matters: float) -> list[Row]:
     return rows
 
 
-def told(rows: list[Row], score: Any, **fields: Any) -> proxy_audit.Told:
+def arm_scores(rows: list[TableRow], score: Any, **fields: Any) -> proxy_audit.ArmScores:
     architectures = {SPACE.decode(row.genes).architecture.key: score(row.genes) for row in rows}
     fields = {"prepare_s": 1.0, "score_s": 2.0, "reference_s": 10.0} | fields
     fields = {"arm": "snip", "settings": "", "epochs": 0.0, "seed": 0} | fields
-    return proxy_audit.Told(**fields, scores=architectures)
+    return proxy_audit.ArmScores(**fields, scores=architectures)
 
 
 def first_rank(genes: Any) -> float:
@@ -127,9 +127,9 @@ def test_what_the_learning_rate_explains_does_not_count() -> None:
     rows = made_up(60, 3, rate_matters=1.0)
     found = proxy_audit.references(rows, SPACE.decode)
     assert [reference.seeds for reference in found] == [3] * len(found)
-    raw = ranking([first_rank(row.genes) for row in rows[::3]], [r.values["loss"] for r in found])
+    raw = rank_correlation([first_rank(row.genes) for row in rows[::3]], [r.values["loss"] for r in found])
     loss = next(
-        report for report in proxy_audit.reports([told(rows, first_rank)], rows, found) if report.metric == "loss"
+        report for report in proxy_audit.reports([arm_scores(rows, first_rank)], rows, found) if report.metric == "loss"
     )
     (line,) = loss.lines
     assert line.tau > raw.tau + 0.2
@@ -140,7 +140,7 @@ def test_what_the_learning_rate_explains_does_not_count() -> None:
 def test_regret_and_cost() -> None:
     rows = made_up(40, 2, rate_matters=0.0)
     found = proxy_audit.references(rows, SPACE.decode)
-    good, bad = told(rows, first_rank), told(rows, lambda genes: -first_rank(genes), arm="grad_norm")
+    good, bad = arm_scores(rows, first_rank), arm_scores(rows, lambda genes: -first_rank(genes), arm="grad_norm")
     loss = next(report for report in proxy_audit.reports([good, bad], rows, found) if report.metric == "loss")
     by_arm = {line.arm: line for line in loss.lines}
     assert by_arm["snip"].regret[3] < 3
@@ -193,9 +193,9 @@ def test_what_was_said_of_other_candidates_does_not_count(tmp_path: Path) -> Non
     rows = made_up(8, 1, rate_matters=0.0)
     found = proxy_audit.references(rows, SPACE.decode)
     key = score_key(proxy_audit.settings_of(settings, "snip", 0.0, 0))
-    good = told(rows, first_rank, settings=key)
-    few, stale = told(rows[:4], first_rank, settings=key), told(rows, first_rank, settings="another")
-    assert proxy_audit.fitting([few, good, stale], settings, found) == [good]
+    good = arm_scores(rows, first_rank, settings=key)
+    few, stale = arm_scores(rows[:4], first_rank, settings=key), arm_scores(rows, first_rank, settings="another")
+    assert proxy_audit.matching([few, good, stale], settings, found) == [good]
 
 
 def test_an_arm_that_cannot_have_scores_leaves_the_others_theirs(run: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -17,10 +17,10 @@ from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 
 from autopeft.benchmarks import __main__ as cli
 from autopeft.benchmarks.speed import arms, kernels, ranking
-from autopeft.benchmarks.speed.arms import ArmRow, Bench, ParityError, Table, check_parity
+from autopeft.benchmarks.speed.arms import ArmRow, Bench, EqualWork, ParityError, check_parity
 from autopeft.benchmarks.speed.benchmark import run_bench
 from autopeft.benchmarks.speed.kernels import KernelCase, KernelRow, kernel_cases
-from autopeft.benchmarks.speed.loop import Run
+from autopeft.benchmarks.speed.loop import CandidateRun
 from autopeft.benchmarks.speed.overhead import Overhead, measure_overhead
 from autopeft.benchmarks.speed.ranking import (
     SHARES,
@@ -37,7 +37,7 @@ from autopeft.benchmarks.speed.ranking import (
     spent_share,
     top_half,
 )
-from autopeft.benchmarks.speed.report import HourRow, Ranking, Result, to_markdown
+from autopeft.benchmarks.speed.report import EarlyRanking, HourRow, SpeedResult, to_markdown
 from autopeft.evaluators.backbones import load_backbone
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.costs.timing import Spread, interleaved
@@ -303,15 +303,15 @@ def test_and_load_no_more_where_there_is_more() -> None:
 # Parity
 
 
-def alike(**changes: Any) -> dict[str, list[Run]]:
-    runs = {name: [Run(losses=[1.0] * 30, loss=1.0, accuracy=0.5, seconds=1.0)] * 2 for name in arms.ARMS}
+def alike(**changes: Any) -> dict[str, list[CandidateRun]]:
+    runs = {name: [CandidateRun(losses=[1.0] * 30, loss=1.0, accuracy=0.5, seconds=1.0)] * 2 for name in arms.ARMS}
     return runs | changes
 
 
 def test_arms_that_agree_pass() -> None:
     check_parity(alike())
     # Beyond the first twenty steps rounding has grown.
-    check_parity(alike(packed=[Run(losses=[1.0] * 20 + [1.1] * 10, loss=1.01, accuracy=0.4, seconds=9.0)] * 2))
+    check_parity(alike(packed=[CandidateRun(losses=[1.0] * 20 + [1.1] * 10, loss=1.01, accuracy=0.4, seconds=9.0)] * 2))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_arms_that_agree_pass() -> None:
 )
 def test_arms_that_do_not_agree(arm: str, losses: list[float], loss: float, what: str) -> None:
     runs = alike()
-    runs[arm] = [runs[arm][0], Run(losses=losses, loss=loss, accuracy=0.5, seconds=1.0)]
+    runs[arm] = [runs[arm][0], CandidateRun(losses=losses, loss=loss, accuracy=0.5, seconds=1.0)]
     with pytest.raises(ParityError, match=re.escape(what)):
         check_parity(runs)
 
@@ -334,7 +334,7 @@ def test_arms_that_do_not_agree(arm: str, losses: list[float], loss: float, what
 def test_a_broken_arm_ends_the_benchmark(study: Path, monkeypatch: Any, capsys: Any) -> None:
     whole = arms.ARMS["packed"]
 
-    def broken(bench: Bench, requests: Sequence[Request]) -> Iterator[Run]:
+    def broken(bench: Bench, requests: Sequence[Request]) -> Iterator[CandidateRun]:
         for run in whole(bench, requests):
             losses = list(run.losses)
             losses[2] *= 1.01
@@ -439,21 +439,21 @@ def test_pruned_candidates_rank_below_the_others() -> None:
 # The result
 
 
-def made_up(peak: int | None = None) -> Result:
+def made_up(peak: int | None = None) -> SpeedResult:
     spread = Spread(median=2.34, low=2.11, high=2.56)
     found = Correlation(value=0.67, low=0.12, high=0.89)
     both = Agreement(all=found, top_half=Correlation(value=None, low=None, high=None))
     rows = [ArmRow(arm=arm, speedup=spread, seconds=7.89, peak_memory_bytes=peak) for arm in arms.ARMS]
-    return Result(
+    return SpeedResult(
         conditions={
             "study": "s", "seed": 5, "candidates": 8, "rounds": 3, "model": "m", "dtype": "float32",
             "train_rows": 1000, "validation_rows": 467, "device": "cpu", "cpu": "c", "threads": 2, "cores": 4,
             "load": 0.3, "versions": {"torch": "2.13.0", "triton": None},
         },
-        equal_work=(Table(title="t", candidates=8, steps=64, lowest_layer=None, rows=tuple(rows)),),
+        equal_work=(EqualWork(title="t", candidates=8, steps=64, lowest_layer=None, rows=tuple(rows)),),
         kernels=(KernelRow(kernel="LoRA", shape="8 x 2", over_reference=Spread.of([1.51, 1.52]), over_pytorch=None),),
         overhead=Overhead(slots=8, rank=16, tokens=4096, rho=Spread(median=1.31, low=1.29, high=1.37), bare_s=0.5),
-        ranking=Ranking(
+        ranking=EarlyRanking(
             candidates=24, ceiling=both, budgets=(Budget(share=0.15, agreement=both),), matched_share=0.15,
             reached=False,
             rows=(HourRow(arm="loop", over_loop=spread, over_pruned_loop=spread.times(0.5), steps_share=0.44,

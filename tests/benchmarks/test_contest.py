@@ -20,10 +20,10 @@ OVERRIDES = ["objectives=[loss, num_params]"]
 OBJECTIVES = (Objective(name="loss", maximise=False), Objective(name="num_params", maximise=False))
 
 
-def ended(searcher: str, seed: int, *front: tuple[float, float], **fields: Any) -> contest.Ended:
+def ended(searcher: str, seed: int, *front: tuple[float, float], **fields: Any) -> contest.StudyOutcome:
     values = tuple({"loss": loss, "num_params": size} for loss, size in front)
     fields = {"settings": "", "allowed_s": None, "took_s": 10.0, "trials": 4} | fields
-    return contest.Ended(searcher=searcher, seed=seed, front=values, **fields)
+    return contest.StudyOutcome(searcher=searcher, seed=seed, front=values, **fields)
 
 
 def test_volumes_are_shares_of_what_all_dominate_up_to_one_corner() -> None:
@@ -98,5 +98,5 @@ def test_the_shipped_results_are_those_of_the_shipped_study() -> None:
     settings = load_study(DEMO)
     space = check(settings)[2]
     found = [each for each in proxy_audit.references(table.read(table.SHIPPED), space.decode) if each.seeds > 1]
-    told = proxy_audit.read(results / "proxies.jsonl")
-    assert proxy_audit.fitting(told, settings, found) == told
+    entries = proxy_audit.read(results / "proxies.jsonl")
+    assert proxy_audit.matching(entries, settings, found) == entries

@@ -293,7 +293,7 @@ def test_without_results_nothing_is_claimed() -> None:
 
 
 def test_the_section_has_what_was_found(dry_run: dict[str, Any], tmp_path: Path) -> None:
-    path = report.adopt(of_a_card(dry_run), tmp_path)
+    path = report.merge(of_a_card(dry_run), tmp_path)
     assert path.name == "gpu-nvidia-x1-80gb.json"
     text = report.section(report.load(tmp_path))
     rows = {name: phase["rows"] for name, phase in dry_run["phases"].items()}
@@ -319,7 +319,7 @@ def test_a_failure_is_named(dry_run: dict[str, Any], tmp_path: Path) -> None:
     rows[0] |= {"passed": False, "relative_error": 0.5}
     rows[1] |= {"passed": False, "error": "RuntimeError: it broke"}
     del rows[1]["relative_error"]
-    report.adopt(found, tmp_path)
+    report.merge(found, tmp_path)
     text = report.section(report.load(tmp_path))
     assert f"- failed: {rows[0]['op']}, {rows[0]['types']}" in text
     assert "0.5, allowed is" in text
@@ -329,11 +329,11 @@ def test_a_failure_is_named(dry_run: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_second_run_replaces_its_phases_alone(dry_run: dict[str, Any], tmp_path: Path) -> None:
     first = of_a_card(dry_run)
-    report.adopt(first, tmp_path)
+    report.merge(first, tmp_path)
     second = of_a_card(dry_run) | {"commit": "fedcba9876543210"}
     second["phases"] = {name: second["phases"][name] for name in ("environment", "graphs", "memory")}
     second["phases"]["memory"] |= {"rows": [], "status": "timed out"}
-    report.adopt(second, tmp_path)
+    report.merge(second, tmp_path)
     (whole,) = report.load(tmp_path)
     commits = {name: phase["commit"][:4] for name, phase in whole["phases"].items()}
     assert commits == {name: "fedc" if name in ("environment", "graphs") else "0123" for name in PHASES}
@@ -346,5 +346,5 @@ def test_what_is_no_measurement_is_refused(dry_run: dict[str, Any], tmp_path: Pa
     without["phases"]["environment"]["rows"].pop()
     for bad, words in ((found | {"device": "cpu"}, "dry run"), (without, "environment"), ({"schema": 0}, "layout")):
         with pytest.raises(ValueError, match=words):
-            report.adopt(bad, tmp_path)
+            report.merge(bad, tmp_path)
     assert not list(tmp_path.iterdir())

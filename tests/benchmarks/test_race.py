@@ -20,7 +20,7 @@ from autopeft.benchmarks import __main__ as cli
 from autopeft.benchmarks.race import clock, collect, models, races, report, surrogate, synthetic, table
 from autopeft.benchmarks.race.base import RaceProblem, best_sums, pareto
 from autopeft.benchmarks.race.problems import BY_DEFAULT, PROBLEMS
-from autopeft.benchmarks.race.races import ARMS, Ended, Race
+from autopeft.benchmarks.race.races import ARMS, Race, RaceResult
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Measurement, declared_costs
 from autopeft.searchers import Searcher, Suggestion
@@ -130,16 +130,16 @@ def test_noise_follows_from_seed_and_number_alone() -> None:
 
 
 class Spy(RandomSearcher):
-    """Random search that keeps what it was told."""
+    """Random search that records the trials that it was given."""
 
-    told: list[tuple[int, int, dict[int, float]]]
+    seen: list[tuple[int, int, dict[int, float]]]
 
     def update(self, completed: Any, pending: Any = ()) -> None:
         super().update(completed, pending)
         assert [t.number for t in completed] == sorted(t.number for t in completed)
         assert all(t.measurement is None and t.state == "running" for t in pending)
         known = {t.number: t.measurement.values["accuracy"] for t in completed if t.measurement}
-        self.told.append((len(completed), len(pending), known))
+        self.seen.append((len(completed), len(pending), known))
 
 
 class Stubborn(Searcher):
@@ -159,21 +159,21 @@ def race(searcher: str = "random", problem: str = "per-layer", seed: int = 0, tr
 
 
 def test_a_race_asks_as_a_study_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of four, filled one by one; what is told is noisy."""
+    """Batches of four, filled one by one; measurements are noisy."""
     monkeypatch.setitem(ARMS, "spy", Spy)
-    monkeypatch.setattr(Spy, "told", [], raising=False)
+    monkeypatch.setattr(Spy, "seen", [], raising=False)
     problem = SHRUNKEN["types"]()
     ended = races.run(race("spy"), problem)
-    assert [(done, waiting) for done, waiting, _ in Spy.told] == [
+    assert [(done, waiting) for done, waiting, _ in Spy.seen] == [
         *((0, i) for i in range(4)), *((4, i) for i in range(4)), *((8, i) for i in range(2)),
     ]  # fmt: skip
     course = races._Course(race("random"), problem)
     while batch := course.fill():
         course.measure(batch)
     truth = [values["accuracy"] for values in course.truth]
-    told = [Spy.told[-1][2][number] for number in range(8)]
-    assert not set(told) & set(truth)
-    assert max(abs(a - b) for a, b in zip(told, truth, strict=False)) < 6 * synthetic.STD_ERR
+    measured = [Spy.seen[-1][2][number] for number in range(8)]
+    assert not set(measured) & set(truth)
+    assert max(abs(a - b) for a, b in zip(measured, truth, strict=False)) < 6 * synthetic.STD_ERR
     assert ended.curve == races.run(race("random"), problem).curve
     assert len(ended.curve) == len(ended.own_s) == 10
 
@@ -193,7 +193,7 @@ def test_races_repeat_themselves(name: str) -> None:
     first, again = (races.run(race(name, trials=trials), problem) for _ in range(2))
     assert first.curve == again.curve
     assert len(first.curve) == trials
-    assert Ended.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+    assert RaceResult.from_dict(json.loads(json.dumps(first.to_dict()))) == first
     assert races.run(race(name, trials=trials, seed=1), problem).curve != first.curve
 
 
@@ -220,17 +220,21 @@ def test_races_are_kept(tmp_path: Path) -> None:
 # The report
 
 
-def made_up(searcher: str, middle: float, seeds: int = 12, trials: int = 200, problem: str = "types") -> list[Ended]:
+def made_up(
+    searcher: str, middle: float, seeds: int = 12, trials: int = 200, problem: str = "types"
+) -> list[RaceResult]:
     """Curves that end near `middle`."""
     found = []
     for seed in range(seeds):
         last = middle + 0.02 * Random(f"{searcher}/{seed}").uniform(-1, 1)
         curve = tuple(last * (1 - 0.5 ** (1 + 8 * i / trials)) for i in range(trials))
-        found.append(Ended(race=race(searcher, problem, seed, trials), problem_key="", curve=curve, own_s=(0.1, 0.3)))
+        found.append(
+            RaceResult(race=race(searcher, problem, seed, trials), problem_key="", curve=curve, own_s=(0.1, 0.3))
+        )
     return found
 
 
-def tables_of(*groups: list[Ended]) -> list[report.Table]:
+def tables_of(*groups: list[RaceResult]) -> list[report.RaceTable]:
     curves = report.curves_of([entry for group in groups for entry in group])
     return [report.table_of(problem, "made up", found) for problem, found in curves.items()]
 
@@ -310,7 +314,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
             measurement = Measurement(
                 values=values, std_err={"accuracy": 0.017, "loss": 0.02}, losses=(2.0, 1.0), rungs=rungs
             )
-            rows.append(table.Row(candidate=candidate.key, seed=seed, genes=genes, measurement=measurement))
+            rows.append(table.TableRow(candidate=candidate.key, seed=seed, genes=genes, measurement=measurement))
     table.append(path, rows)
     return path
 
@@ -476,4 +480,4 @@ def test_tabulate_command(run: Callable[..., tuple[int, str, str]], tmp_path: Pa
         assert {line["seed"] for line in csv.DictReader(file)} == {"0", "1", "2"}
     code, _, err = run(*asked, "--seed", 1)
     assert code == 2
-    assert "made of something else" in err
+    assert "made from other inputs" in err

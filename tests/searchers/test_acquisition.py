@@ -20,8 +20,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from autopeft.searchers.bo import acquisition as module
-from autopeft.searchers.bo.acquisition import TINY, NoisyHypervolumeImprovement, WithKnown, Worth, acquisition
-from autopeft.searchers.bo.surrogate import Surrogate
+from autopeft.searchers.bo.acquisition import (
+    TINY,
+    LogAcquisition,
+    NoisyHypervolumeImprovement,
+    WithDeclared,
+    acquisition,
+)
+from autopeft.searchers.bo.surrogate import GaussianProcess
 
 #: Features of a point.
 WIDTH = 2
@@ -48,10 +54,10 @@ def losses_of(points: Tensor, which: int = 0) -> np.ndarray:
     return [2 - 2 * x - np.sin(3 * y), np.cos(3 * x) + y, (x - y) ** 2 * 3 - 1][which]
 
 
-def surrogates(baseline: Tensor, count: int = 1, noise: float = 0.05) -> list[Surrogate]:
+def surrogates(baseline: Tensor, count: int = 1, noise: float = 0.05) -> list[GaussianProcess]:
     rng = np.random.default_rng(11)
     return [
-        Surrogate.fit(
+        GaussianProcess.fit(
             baseline,
             losses_of(baseline, which) + noise**0.5 * rng.normal(size=len(baseline)),
             np.full(len(baseline), noise),
@@ -62,7 +68,7 @@ def surrogates(baseline: Tensor, count: int = 1, noise: float = 0.05) -> list[Su
     ]
 
 
-def models(found: Sequence[Surrogate]) -> list[SingleTaskGP]:
+def models(found: Sequence[GaussianProcess]) -> list[SingleTaskGP]:
     return [one.model for one in found]
 
 
@@ -81,14 +87,14 @@ def stock(
         ref_point=-corner,
         X_baseline=baseline,
         X_pending=pending if len(pending) else None,
-        objective=WithKnown(sources),
+        objective=WithDeclared(sources),
         sampler=SobolQMCNormalSampler(torch.Size([samples]), seed=1),
         prune_baseline=False,
         cache_root=False,
     )
 
 
-def values(worth: Worth, points: Tensor) -> np.ndarray:
+def values(worth: LogAcquisition, points: Tensor) -> np.ndarray:
     with torch.no_grad():
         return worth(points).numpy()
 
@@ -162,7 +168,7 @@ def area(front: Sequence[tuple[float, float]], corner: tuple[float, float]) -> f
 def test_without_noise_it_is_the_growth_of_the_area() -> None:
     """Points whose losses are known as good as exactly, and a front that is."""
     points = inputs(25, 3)
-    found = Surrogate.fit(points, losses_of(points), np.full(25, 1e-6), WIDTH, "smooth")
+    found = GaussianProcess.fit(points, losses_of(points), np.full(25, 1e-6), WIDTH, "smooth")
     found.model.likelihood.noise_covar.raw_noise.data.fill_(1e-7)
     baseline, others = points[:8], points[8:]
     corner = (1.0, 0.8)
@@ -223,7 +229,7 @@ def test_pending_points_repel() -> None:
 def test_what_cannot_be_trained_is_worth_less() -> None:
     baseline, points = inputs(20, 0), inputs(40, 1)
     labels = np.where(baseline[:, 0] > 0.5, 1.0, -1.0)
-    failures = Surrogate.fit(baseline, labels, np.full(20, np.nan), WIDTH, "smooth").model
+    failures = GaussianProcess.fit(baseline, labels, np.full(20, np.nan), WIDTH, "smooth").model
     fitted = models(surrogates(baseline))
     corner = torch.tensor([1.0, 0.9], dtype=torch.double)
     without, with_failures = (
@@ -288,7 +294,7 @@ def test_four_objectives_are_scalarised(pending: Tensor) -> None:
 def test_four_objectives_of_which_one_is_constant() -> None:
     baseline, points = inputs(10, 0), inputs(30, 1)
     (first, second) = surrogates(baseline, 2)
-    flat = Surrogate.fit(baseline, np.zeros(10), np.full(10, np.nan), WIDTH, "smooth")
+    flat = GaussianProcess.fit(baseline, np.zeros(10), np.full(10, np.nan), WIDTH, "smooth")
     corner = torch.full((4,), 2.0, dtype=torch.double)
     sources = (0, 1, 2, -1)
     found = values(acquisition(models([first, second, flat]), None, sources, baseline, none, corner, 0), points)

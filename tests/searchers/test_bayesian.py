@@ -110,12 +110,12 @@ def believed(problem: Problem, trials: Sequence[Trial], points: Sequence[Assignm
     """The loss of the first objective that is expected of points."""
     searcher = Bayesian(problem, 0)
     searcher.update(trials)
-    belief = searcher._believe()
-    assert belief is not None
+    posterior = searcher._fit()
+    assert posterior is not None
     rows = searcher.encoding.rows(points)
     with torch.no_grad():
-        mean = belief.surrogates[0].model.posterior(belief.inputs(rows, searcher.encoding.active(rows))).mean[:, 0]
-    return mean.numpy() * belief.scale[0] + belief.centre[0]
+        mean = posterior.processes[0].model.posterior(posterior.inputs(rows, searcher.encoding.active(rows))).mean[:, 0]
+    return mean.numpy() * posterior.scale[0] + posterior.centre[0]
 
 
 # Observations
@@ -176,7 +176,7 @@ def test_complete_trials_that_passed_another_rung_tell_nothing() -> None:
 
 
 def test_pruned_trials_inform_the_model() -> None:
-    """High ranks were pruned for a high loss: the belief about them is worse than about what went on."""
+    """High ranks were pruned for a high loss: the posterior is worse there than at trials that continued."""
     problem = problem_of(layered_space())
     points = sorted(drawn(problem, 24), key=lambda genes: params(problem, genes))
     good = [
@@ -613,7 +613,7 @@ def test_what_is_known_beside_the_search_is_modelled_and_not_asked_for() -> None
     alone, told = (Bayesian(replace(problem, observed=trials), 0) for trials in ((), tuple(known)))
     for searcher in (alone, told):
         searcher.update([replace(trial, role="search") for trial in known[:4]])
-    assert alone._believe().data.rows.shape[0] == 4  # type: ignore[union-attr]
-    assert told._believe().data.rows.shape[0] == 10  # type: ignore[union-attr]
+    assert alone._fit().data.rows.shape[0] == 4  # type: ignore[union-attr]
+    assert told._fit().data.rows.shape[0] == 10  # type: ignore[union-attr]
     keys = {trial.candidate.key for trial in known}
     assert all(space.decode(s.genes).key not in keys for s in told.suggest(3))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from autopeft.search_space import PRESETS, AdapterChoice, Choice, Float, Int, SearchSpace
 from autopeft.search_space.problem import declared_costs
-from autopeft.searchers.bo.acquisition_optimizer import TIE, Judge, keys_of, mutants, neighbours, propose
+from autopeft.searchers.bo.acquisition_optimizer import TIE, Acquisition, keys_of, mutants, neighbours, propose
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 
 from ..support.spaces import SMALL, encoder, spaces
@@ -161,7 +161,7 @@ def every_point(encoding: Encoding) -> Rows:
     return rows[list(places.values())]
 
 
-def hill(encoding: Encoding, seed: int) -> Judge:
+def hill(encoding: Encoding, seed: int) -> Acquisition:
     """One summit, somewhere: a sum of concave terms over the features."""
     rng = np.random.default_rng(seed)
     width = len(encoding.gene_of_feature)

@@ -32,7 +32,7 @@ from autopeft.search_space.problem import declared_costs
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.searchers.bo.acquisition_optimizer import keys_of
 from autopeft.searchers.bo.encoding import Encoding
-from autopeft.searchers.bo.feasibility import admitted
+from autopeft.searchers.bo.feasibility import feasible
 from autopeft.searchers.genetic import best_first, children, crossed, crowding, mutated, ranks, spread_first
 from autopeft.searchers.predictor import Predictor
 
@@ -173,7 +173,7 @@ def test_admission_is_what_a_study_checks(space: SearchSpace, seed: int) -> None
     rows = encoding.draw(30, rng)
     objectives = (Objective.of("accuracy", bound=0.5), Objective.of("flops_per_token", bound=400.0))
     problem = Problem(space=space, objectives=objectives, num_trials=8, limits=Limits({"num_params": 300.0}))
-    found = admitted(problem, encoding, rows, encoding.active(rows))
+    found = feasible(problem, encoding, rows, encoding.active(rows))
     for row, may in zip(rows, found, strict=True):
         architecture = space.decode(encoding.assignment(row)).architecture
         costs = declared_costs(architecture, space.backbone)
@@ -333,7 +333,7 @@ def test_one_objective_under_a_limit_is_the_search_of_hat(name: str, num_trials:
     assert max(t.candidate.architecture.num_params(SMALL) for t in trials) <= 1200
     encoding = Encoding(space)
     rows = encoding.draw(8 * num_trials, np.random.default_rng(0))
-    rows = rows[admitted(problem, encoding, rows, encoding.active(rows))][:num_trials]
+    rows = rows[feasible(problem, encoding, rows, encoding.active(rows))][:num_trials]
     assert len(rows) == num_trials
     by_chance = max(ended(problem, 0, encoding.assignment(row)).values["accuracy"] for row in rows)
     assert 1 - max(t.values["accuracy"] for t in trials if t.state == "complete") < 0.8 * (1 - by_chance)

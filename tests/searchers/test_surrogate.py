@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autopeft.searchers.bo.surrogate import Floats, Surrogate, relevance
+from autopeft.searchers.bo.surrogate import Floats, GaussianProcess, relevance
 
 every_kind = pytest.mark.parametrize("kind", ["smooth", "sparse"])
 UNKNOWN = float("nan")
@@ -22,9 +22,9 @@ def sample(n: int, width: int, seed: int) -> tuple[Floats, Floats]:
     return points, standardised(np.sin(4 * points[:, 0]) + 1.5 * (points[:, 2] - 0.3) ** 2)
 
 
-def fitted(points: Floats, losses: Floats, kind: str = "smooth", noise: Floats | float = UNKNOWN) -> Surrogate:
+def fitted(points: Floats, losses: Floats, kind: str = "smooth", noise: Floats | float = UNKNOWN) -> GaussianProcess:
     noise = np.broadcast_to(noise, losses.shape).copy()
-    return Surrogate.fit(torch.as_tensor(points), losses, noise, points.shape[1], kind)
+    return GaussianProcess.fit(torch.as_tensor(points), losses, noise, points.shape[1], kind)
 
 
 def matern(a: Floats, b: Floats, scales: Floats) -> Floats:
@@ -34,7 +34,7 @@ def matern(a: Floats, b: Floats, scales: Floats) -> Floats:
 
 
 def by_hand(
-    surrogate: Surrogate, train: Floats, losses: Floats, noise: Floats, points: Floats
+    surrogate: GaussianProcess, train: Floats, losses: Floats, noise: Floats, points: Floats
 ) -> tuple[Floats, Floats]:
     """Mean and variance of the function at `points`, with the hyperparameters of `surrogate`."""
     kernel = surrogate.model.covar_module
@@ -72,7 +72,7 @@ def test_the_posterior_is_the_function_s(kind: str) -> None:
     points, losses = sample(14, 3, seed=2)
     noise = np.full(14, 0.05)
     carried = np.random.default_rng(0).random((14, 2))
-    surrogate = Surrogate.fit(torch.as_tensor(np.hstack([points, carried])), losses, noise, 3, kind)
+    surrogate = GaussianProcess.fit(torch.as_tensor(np.hstack([points, carried])), losses, noise, 3, kind)
     factor = surrogate.model.likelihood.noise_covar.noise.item()
     # Also at as many points as there are trials, whose noise is none of theirs.
     for count in (5, 14):
@@ -149,8 +149,8 @@ def test_of_two_kinds_the_likelier_is_chosen() -> None:
     points, losses = sample(45, 30, seed=9)
     noise = np.full(45, UNKNOWN)
     inputs = torch.as_tensor(points)
-    kinds = [Surrogate.fit(inputs, losses, noise, 30, kind) for kind in ("smooth", "sparse")]
-    chosen = Surrogate.chosen(inputs, losses, noise, 30, ("smooth", "sparse"))
+    kinds = [GaussianProcess.fit(inputs, losses, noise, 30, kind) for kind in ("smooth", "sparse")]
+    chosen = GaussianProcess.chosen(inputs, losses, noise, 30, ("smooth", "sparse"))
     densities = [one.left_out_log_density() for one in kinds]
     assert chosen.left_out_log_density() == pytest.approx(max(densities))
     assert densities[1] > densities[0]

@@ -1,4 +1,4 @@
-"""The phases by name, in the order of their worth. To add one: a module here with `measure`, and a line below.
+"""The phases by name, most valuable first. To add one: a module here with `measure`, and a line below.
 
 The limits of all but the demo, which few bare machines can run, add up to the eight minutes.
 """
@@ -27,7 +27,7 @@ PHASES: dict[str, Phase] = {
         Phase("step-overhead", f"{_HERE}.step_overhead", 45, "rho: a packed step over the bare backbone's"),
         Phase("equal-work", f"{_HERE}.equal_work", 70, "a pack of eight against a loop over peft and Trainer"),
         Phase("graphs", f"{_HERE}.graphs", 55, "the packed step as a CUDA graph and compiled"),
-        Phase("memory", f"{_HERE}.memory", 20, "what a pack is forecast to hold against what it holds"),
+        Phase("memory", f"{_HERE}.memory", 20, "predicted memory of a pack against measured memory"),
         Phase("demo", f"{_HERE}.demo", 240, "the demo as a whole study"),
     )
 }

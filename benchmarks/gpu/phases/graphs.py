@@ -1,8 +1,8 @@
-"""(g) Whether a CUDA graph of the packed step, or `torch.compile` of the frozen part, earns its place.
+"""(g) Whether a CUDA graph of the packed step, or `torch.compile` of the frozen part, is worth its code.
 
-Both want fixed shapes, and minibatches are padded to their longest row: each width would be captured or compiled anew.
-So what the first call takes (a capture with its three steps to warm up, or a compilation) stands beside the gain, as
-the steps after which it has paid. On a few layers of the model.
+Both need fixed shapes, and minibatches are padded to their longest row: each width would be captured or compiled again.
+So the time of the first call (a capture with its three steps to warm up, or a compilation) is reported with the gain,
+as the number of steps after which it has paid off. Measured on a few layers of the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from autopeft.benchmarks.gpu import models
 from autopeft.benchmarks.gpu.clock import capture, host_seconds
-from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.benchmarks.gpu.phases.equal_work import MODEL, REGIMES, TOY, Regime
 from autopeft.benchmarks.speed.overhead import RANK, SLOTS, attention_lora
 from autopeft.evaluators.attachment.attachment import Attachment
@@ -29,19 +29,20 @@ from autopeft.kernels.linear_cross_entropy import linear_cross_entropy
 from autopeft.search_space.training import Training
 
 REPEATS = 11
-#: Enough to see a ratio, few enough to compile.
+#: Enough to measure a ratio, few enough to compile.
 LAYERS = 6
-#: SDPA that is given no mask, in all ways alike: by itself transformers makes none where it may look into the mask of a
-#: step, and one where it may not, as under a capture; that is another kernel.
+#: SDPA without a mask, for all ways alike: by default transformers makes none where it can inspect the mask of a step,
+#: and one where it cannot, as under a capture; that selects another kernel.
 UNMASKED = "sdpa_unmasked"
-#: A gain that is worth the code: both have to be kept right in every later change.
+#: A gain that is worth the code, which every later change has to maintain.
 WANTED = 1.2
 
 
-def measure(run: Run) -> Iterator[Row]:
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield one row per step, regime and way: seconds, gain over eager, and the steps until it pays off."""
     device = torch.device(run.device)
     dtype = torch.float32 if run.toy else torch.bfloat16
-    # Tracing without code generation shows as much where no time counts.
+    # In a dry run, tracing without code generation is enough.
     backend = "aot_eager" if run.toy else "inductor"
     regimes = TOY[:1] if run.toy else REGIMES
     AttentionInterface.register(UNMASKED, sdpa_attention_forward)
@@ -49,23 +50,23 @@ def measure(run: Run) -> Iterator[Row]:
     model.set_attn_implementation(UNMASKED)
     loaded = models.loaded(model)
     eager_s: dict[tuple[str, str], float] = {}
-    # What takes long to prepare comes last; a capture that fails leaves the process unfit for further ones.
+    # The slowest to prepare comes last; after a failed capture the process cannot capture again.
     for way, seconds in (("eager", 4.0), ("graph", 4.0), ("compiled", 25.0)):
         for regime in regimes:
             for step, make in STEPS.items():
                 what = f"{step}, {way}, {regime.name}"
                 if not run.has_time(what, seconds):
                     continue
-                row: Row = {
+                row: ResultRow = {
                     "regime": regime.name, "step": step, "way": way, "model": MODEL, "layers": LAYERS,
                     "dtype": str(dtype), "slots": SLOTS, "rank": RANK, "wanted": WANTED,
                 }  # fmt: skip
                 if way == "graph" and device.type != "cuda":
-                    yield row | {"note": "CUDA alone has them"}
+                    yield row | {"note": "only on CUDA"}
                     continue
                 try:
                     row |= _timed(make, way, loaded, regime, device, backend, 2 if run.toy else REPEATS)
-                except Exception as error:  # that it cannot be captured or compiled is the answer
+                except Exception as error:  # a step that cannot be captured or compiled is a result
                     row |= {"error": f"{type(error).__name__}: {error}"[:1000]}
                 else:
                     if way == "eager":
@@ -79,13 +80,13 @@ def measure(run: Run) -> Iterator[Row]:
                 models.free_memory()
 
 
-#: Makes a step over fixed inputs, and says which part of the model may be compiled.
+#: Returns a step over fixed inputs, the part of the model that may be compiled, and a function that undoes the set-up.
 Make = Callable[[LoadedBackbone, Regime, torch.device], tuple[Callable[[], Any], Any, Callable[[], None]]]
 
 
 def _timed(
     make: Make, way: str, loaded: LoadedBackbone, regime: Regime, device: torch.device, backend: str, repeats: int
-) -> Row:
+) -> ResultRow:
     step, part, close = make(loaded, regime, device)
     call, forward = step, part.forward
     try:
@@ -103,7 +104,7 @@ def _timed(
 
 
 def _inputs(model: Any, regime: Regime, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [N, T], and of the tokens to predict [M]: their places and they. No row is padded."""
+    """Return token ids [N, T], and the places and ids of the tokens to predict, [M] each. No row is padded."""
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.randint(2, models.WORDS, (slots * regime.rows, regime.words), generator=generator, device=device)
     places = torch.arange(ids.numel(), device=device).view_as(ids)[:, :-1].reshape(-1)
@@ -111,8 +112,9 @@ def _inputs(model: Any, regime: Regime, slots: int, device: torch.device) -> tup
 
 
 def _loss(model: Any, decoder: Any, ids: Tensor, places: Tensor, wanted: Tensor) -> Tensor:
-    """What the task computes, with places that are known beforehand: to find them waits for the device, which a capture
-    cannot.
+    """Compute the loss of the task at places that are given.
+
+    Finding them would wait for the device, which is impossible under a capture.
     """
     hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
     return linear_cross_entropy(hidden.flatten(0, 1)[places], model.get_output_embeddings().weight, wanted)[0]
@@ -121,7 +123,7 @@ def _loss(model: Any, decoder: Any, ids: Tensor, places: Tensor, wanted: Tensor)
 def _packed(
     loaded: LoadedBackbone, regime: Regime, device: torch.device
 ) -> tuple[Callable[[], Any], nn.Module, Callable[[], None]]:
-    """The step of a pack."""
+    """Make the step of a pack."""
     model: Any = loaded.model
     architecture = attention_lora(loaded.backbone, RANK)
     attachment = Attachment(model, loaded.backbone, [architecture] * SLOTS, [0] * SLOTS)
@@ -139,7 +141,7 @@ def _packed(
 def _alone(
     loaded: LoadedBackbone, regime: Regime, device: torch.device
 ) -> tuple[Callable[[], Any], nn.Module, Callable[[], None]]:
-    """The step of one candidate as the loop makes it, with peft's modules and AdamW in one kernel."""
+    """Make the step of one candidate as the loop does, with peft's modules and AdamW in one kernel."""
     model: Any = loaded.model
     targets = [loaded.backbone.site(name).module for name, _ in attention_lora(loaded.backbone, RANK).adapters]
     adapted: Any = get_peft_model(model, LoraConfig(r=RANK, target_modules=targets, task_type="CAUSAL_LM"))

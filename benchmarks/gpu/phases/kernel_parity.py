@@ -1,8 +1,8 @@
 """(b) Every operator of `kernels/` through Triton against its reference in higher precision: output and gradients.
 
-Sizes are odd, ranks go from 1 over every bucket of tile sizes, axes are strided, and what is allocated and not written
-holds NaN. Two cases on a card have tensors of more than 2^31 elements. Without CUDA Triton's interpreter computes
-the same at tiny sizes.
+Sizes are odd, ranks go from 1 over every bucket of tile sizes, axes are strided, and memory that is allocated and not
+written holds NaN. Two cases on a card have tensors of more than 2^31 elements. Without CUDA Triton's interpreter
+computes the same at tiny sizes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from autopeft.benchmarks.gpu.models import free_memory
-from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.kernels import linear_cross_entropy as cross_entropy
 from autopeft.kernels import mixture_lora as mixture
 from autopeft.kernels import packed_bottleneck as bottleneck
 from autopeft.kernels import packed_lora as lora
 
-#: Types of the backbone and of the adapters, and the relative error (root of mean squares) that they may have.
+#: Types of the backbone and of the adapters, and the allowed relative error (root of mean squares).
 TYPES: dict[str, tuple[torch.dtype, torch.dtype, float]] = {
     "bf16 + fp32": (torch.bfloat16, torch.float32, 1e-2),
     "fp32": (torch.float32, torch.float32, 1e-5),
-    "bf16": (torch.bfloat16, torch.bfloat16, 2e-2),  # what lies between the products is rounded to 8 bits too
+    "bf16": (torch.bfloat16, torch.bfloat16, 2e-2),  # intermediate results are rounded to 8 bits too
     "fp16": (torch.float16, torch.float16, 3e-3),
 }
 #: Slots, tokens per slot, features in and out, the ranks of the slots.
@@ -41,24 +41,25 @@ REAL: tuple[Sizes, ...] = (
 )
 TOY: tuple[Sizes, ...] = ((19, 35, 67, (3, 5)), (1, 67, 35, (33,)))
 #: Rows, features and vocabulary of the linear cross-entropy.
-Head = tuple[int, int, int]
-REAL_HEADS: tuple[Head, ...] = ((513, 896, 151936), (1, 64, 37), (300, 1536, 32003))
-TOY_HEADS: tuple[Head, ...] = ((5, 6, 2345),)
+HeadShape = tuple[int, int, int]
+REAL_HEADS: tuple[HeadShape, ...] = ((513, 896, 151936), (1, 64, 37), (300, 1536, 32003))
+TOY_HEADS: tuple[HeadShape, ...] = ((5, 6, 2345),)
 
 
-def measure(run: Run) -> Iterator[Row]:
-    # With this, torch fills what it allocates and nobody has written yet with NaN.
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield one row per operator, types and shape: its relative error and whether the test passed."""
+    # With this, torch fills uninitialised memory with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     device = torch.device(run.device)
     assert torch.empty(3, device=device).isnan().all()
     for number, (name, (wide, narrow, tolerance)) in enumerate(TYPES.items()):
         sizes: Sequence[Sizes] = TOY if run.toy else REAL
-        heads: Sequence[Head] = TOY_HEADS if run.toy else REAL_HEADS
+        heads: Sequence[HeadShape] = TOY_HEADS if run.toy else REAL_HEADS
         if name == "fp16":
-            sizes = sizes[:2]  # compiling is what takes the time, and few have such a backbone
+            sizes = sizes[:2]  # compiling takes most of the time, and such backbones are rare
         if wide is torch.bfloat16 and number:
-            heads = ()  # as with the default types: the loss knows no adapters
+            heads = ()  # the same as with the default types: the loss has no adapters
         for size in sizes:
             for op, check in CHECKS.items():
                 if not run.has_time(f"{op}, {name}, {_words(size)}", 6.0):
@@ -74,7 +75,7 @@ def measure(run: Run) -> Iterator[Row]:
             yield from _large(run, device)
 
 
-def _large(run: Run, device: torch.device) -> Iterator[Row]:
+def _large(run: Run, device: torch.device) -> Iterator[ResultRow]:
     for name, check, nbytes in LARGE:
         free_memory()
         if torch.cuda.mem_get_info(device)[0] < nbytes:
@@ -84,20 +85,20 @@ def _large(run: Run, device: torch.device) -> Iterator[Row]:
     free_memory()
 
 
-def _row(op: str, types: str, shape: str, tolerance: float, check: Callable[[], float]) -> Row:
-    """One test. What it raises is its result: the others go on."""
-    row: Row = {"op": op, "types": types, "shape": shape, "tolerance": tolerance}
+def _row(op: str, types: str, shape: str, tolerance: float, check: Callable[[], float]) -> ResultRow:
+    """Run one test. An exception is its result: the others go on."""
+    row: ResultRow = {"op": op, "types": types, "shape": shape, "tolerance": tolerance}
     try:
         error = check()
     except Exception as problem:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # after an illegal access nothing works any more: that ends the phase
+            torch.cuda.synchronize()  # raises after an illegal access, which no later test survives: ends the phase
         return row | {"passed": False, "error": f"{type(problem).__name__}: {problem}"[:2000]}
     return row | {"passed": error <= tolerance, "relative_error": error}
 
 
 class Draw:
-    """Random tensors of a backbone's and of its adapters' type. Those with a gradient are kept in order."""
+    """Generator of random tensors of the backbone's and the adapters' types. `leaves`: those with a gradient."""
 
     def __init__(self, device: torch.device, wide: torch.dtype, narrow: torch.dtype) -> None:
         self.device, self.wide, self.narrow = device, wide, narrow
@@ -105,15 +106,16 @@ class Draw:
         self.leaves: list[Tensor] = []
 
     def constant(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Draw a tensor without a gradient, by default in the wide type."""
         return torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.wide)
 
     def activations(self, *shape: int) -> Tensor:
-        """[K, T, D] in the wide type, with a gradient; its slots and tokens are not in the order of memory."""
+        """Draw [K, T, D] in the wide type, with a gradient; its slots and tokens are not in the order of memory."""
         k, t, d = shape
         return self._leaf((self.constant(t, k, d + 8) / d**0.5)[..., :d].transpose(0, 1))
 
     def weights(self, *shape: int) -> Tensor:
-        """In the narrow type, with a gradient."""
+        """Draw a tensor in the narrow type, with a gradient."""
         return self._leaf(self.constant(*shape, dtype=self.narrow))
 
     def _leaf(self, tensor: Tensor) -> Tensor:
@@ -136,8 +138,9 @@ def _mask(ranks: Sequence[int], like: Tensor) -> Tensor | None:
 def relative_error(
     op: Callable[..., Tensor], reference: Callable[..., Tensor], leaves: list[Tensor], *args: Any
 ) -> float:
-    """The largest error over output and gradients, each as the norm of the difference over the norm of the reference's,
-    which computes in float64. Not a number anywhere: infinite.
+    """Return the largest relative error over output and gradients, against the reference in float64.
+
+    Each is the norm of the difference over the norm of the reference's; infinite if anything is not finite.
     """
     exact = {id(leaf): leaf.detach().double().requires_grad_() for leaf in leaves}
 
@@ -162,7 +165,7 @@ def _error(ours: Tensor, expected: Tensor) -> float:
 
 
 def _served(count: int, device: torch.device) -> tuple[int, Tensor]:
-    """Slots of a pack in which an adapter serves `count`, and which: not in their order."""
+    """Return the number of slots of a pack in which an adapter serves `count`, and these slots, not in order."""
     return count + 1, torch.tensor([count, *range(count - 1)], device=device)
 
 
@@ -195,7 +198,7 @@ def _bottleneck(draw: Draw, size: Sizes) -> float:
 
 
 def _mixture(draw: Draw, size: Sizes) -> float:
-    """Four experts, two for a token, against a product for each expert over all tokens."""
+    """Test four experts, two for a token, against a product for each expert over all tokens."""
     t, d_in, d_out, ranks = size
     k, r, e = len(ranks), max(ranks), 4
     x, a, b = draw.activations(k, t, d_in), draw.weights(k, e, r, d_in), draw.weights(k, e, d_out, r)
@@ -214,8 +217,8 @@ def _mixture(draw: Draw, size: Sizes) -> float:
     return relative_error(op, reference, draw.leaves, x, a, b, gates, scale)
 
 
-def _head(draw: Draw, head: Head) -> float:
-    """Losses and the gradient of the hidden states."""
+def _head(draw: Draw, head: HeadShape) -> float:
+    """Test losses and the gradient of the hidden states."""
     tokens, features, vocabulary = head
     hidden = draw._leaf(draw.constant(tokens, features))
     weight = draw.constant(vocabulary, features) / features**0.5
@@ -243,7 +246,7 @@ CHECKS: dict[str, Callable[[Draw, Sizes], float]] = {
 
 
 def _large_pack(device: torch.device) -> float:
-    """Activations and outputs beyond 2^31 elements: the last slot's are beyond them, and alone are compared."""
+    """Test activations and outputs of more than 2^31 elements, by the last slot, whose offsets exceed 2^31."""
     k, t, d, r = 34, 2**15, 2048, 8
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(k, t, d, generator=generator, device=device, dtype=torch.bfloat16)
@@ -270,7 +273,7 @@ def _large_pack(device: torch.device) -> float:
 
 
 def _large_vocabulary(device: torch.device) -> float:
-    """A chunk of logits beyond 2^31 elements."""
+    """Test a chunk of logits of more than 2^31 elements."""
     rows, features, vocabulary = 17000, 64, 131072
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(rows, features, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
@@ -284,7 +287,7 @@ def _large_vocabulary(device: torch.device) -> float:
     return max(_error(losses[-64:], expected), _error(gradient[-64:], exact))
 
 
-#: Name, test, and the free memory that it wants.
+#: Name, test, and the free memory in bytes that it needs.
 LARGE: tuple[tuple[str, Callable[[torch.device], float], int], ...] = (
     ("LoRA, large pack", _large_pack, 24 * 2**30),
     ("linear cross-entropy, large chunk", _large_vocabulary, 14 * 2**30),

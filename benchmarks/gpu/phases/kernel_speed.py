@@ -1,8 +1,9 @@
-"""(d) Every kernel at real shapes: against PyTorch's best way, against what its bytes and operations allow, and the
-tiles that the rule chose against their neighbours.
+"""(d) Speed of every kernel at real shapes.
 
-Device times are those of CUDA graphs, for the products alone over as many sets of inputs as do not fit in the cache;
-the host's times of the operators stand beside them, because a step of small minibatches waits for the host.
+Kernels are compared with PyTorch's best way and with the bounds by their bytes and operations, and the tiles that the
+rule chose with their neighbours. Device times are those of CUDA graphs, for the products alone over more sets of inputs
+than fit in the cache; the operators' times by the host's clock are reported too, because a step of small minibatches
+waits for the host.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from autopeft.benchmarks.gpu.clock import device_seconds, host_seconds, seconds_of
 from autopeft.benchmarks.gpu.models import free_memory
-from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.benchmarks.speed.kernels import KernelCase, kernel_cases
 from autopeft.evaluators.costs.timing import interleaved
 from autopeft.kernels import counts, slot_products
@@ -40,18 +41,19 @@ PRODUCTS = ((1024, 4096, 16), (128, 896, 16), (1024, 2048, 64), (2048, 14336, 16
 HEADS = ((8192, 2048, 151936), (1024, 896, 151936))
 TOY_OPERATORS, TOY_PRODUCTS, TOY_HEADS = ((4, 16, 2, 64),), ((4, 16, 2),), ((8, 16, 64),)
 SLOTS = 8
-#: Sets of inputs, in caches: so that none is still there when its turn comes.
+#: Size of the sets of inputs, in caches: no set is still cached at its next turn.
 CACHES = 2.5
 REPEATS = 7
-#: A Triton kernel that is not so many times as fast as PyTorch goes.
+#: Least speed-up over PyTorch with which a Triton kernel stays.
 WANTED = 1.2
 
 
-def measure(run: Run) -> Iterator[Row]:
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield one row per operator or product, types and shape, with its times."""
     device = torch.device(run.device)
     operators = TOY_OPERATORS if run.toy else OPERATORS
     products, heads = (TOY_PRODUCTS, TOY_HEADS) if run.toy else (PRODUCTS, HEADS)
-    # By worth: the default types at every shape, then the products, then the other types.
+    # Most valuable first: the default types at every shape, then the products, then the other types.
     default, *others = TYPES
     yield from _operators(run, device, default, operators)
     for size in products:
@@ -65,9 +67,9 @@ def measure(run: Run) -> Iterator[Row]:
 
 def _operators(
     run: Run, device: torch.device, types: str, shapes: tuple[tuple[int, int, int, int], ...]
-) -> Iterator[Row]:
+) -> Iterator[ResultRow]:
     for shape in shapes:
-        seen: set[Callable[[], Tensor]] = set()  # the mixture is there twice, against two references
+        seen: set[Callable[[], Tensor]] = set()  # the mixture has two cases, with two references
         for case in kernel_cases(device, shape, *TYPES[types]):
             if case.kernel in seen:
                 continue
@@ -75,17 +77,17 @@ def _operators(
             what = f"{case.name}, {types}, {case.shape}"
             if not run.has_time(what, 8.0):
                 continue
-            name, _, _ = case.name.partition(", over")  # which reference it is held against elsewhere
-            row: Row = {"what": "operator", "kernel": name, "types": types, "shape": case.shape, "wanted": WANTED}
+            name, _, _ = case.name.partition(", over")  # the reference is not used here
+            row: ResultRow = {"what": "operator", "kernel": name, "types": types, "shape": case.shape, "wanted": WANTED}
             try:
                 yield row | _operator(case, device, 2 if run.toy else REPEATS)
-            except Exception as error:  # too large for this card, say: the others go on
+            except Exception as error:  # such as too large for this card: the others go on
                 yield row | {"error": f"{type(error).__name__}: {error}"[:1000]}
             free_memory()
 
 
-def _operator(case: KernelCase, device: torch.device, repeats: int) -> Row:
-    """Forward and backward pass by Triton, by PyTorch's batched products, and by our operator without Triton."""
+def _operator(case: KernelCase, device: torch.device, repeats: int) -> ResultRow:
+    """Measure forward and backward pass by Triton, PyTorch's batched products, and our operator without Triton."""
 
     def without_triton() -> Any:
         with slot_products.without_triton():
@@ -97,7 +99,7 @@ def _operator(case: KernelCase, device: torch.device, repeats: int) -> Row:
         "without_triton": without_triton,
     }
 
-    found: Row = {f"{name}_s": host_seconds(way, device, repeats) for name, way in ways.items()}
+    found: ResultRow = {f"{name}_s": host_seconds(way, device, repeats) for name, way in ways.items()}
     best = min(("batched", "without_triton"), key=lambda name: found[f"{name}_s"])
     over = interleaved(
         partial(seconds_of, ways[best], device), partial(seconds_of, ways["kernel"], device), repeats=repeats
@@ -111,18 +113,20 @@ def _operator(case: KernelCase, device: torch.device, repeats: int) -> Row:
     for name, way in ways.items():
         try:
             found[f"{name}_device_s"] = device_seconds([way], device)
-        except Exception as error:  # what waits for the device in its course cannot be captured
+        except Exception as error:  # a way that waits for the device cannot be captured
             found[f"{name}_device_note"] = f"{type(error).__name__}: {error}"[:200]
-    known = [found[f"{name}_device_s"] for name in ("batched", "without_triton") if f"{name}_device_s" in found]
-    if known and "kernel_device_s" in found:
-        found["device_over_pytorch"] = min(known) / found["kernel_device_s"]
+    pytorch_s = [found[f"{name}_device_s"] for name in ("batched", "without_triton") if f"{name}_device_s" in found]
+    if pytorch_s and "kernel_device_s" in found:
+        found["device_over_pytorch"] = min(pytorch_s) / found["kernel_device_s"]
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A kernel alone. `ways`: what it is told to take at a time, the rule's choice first, each with calls over sets
-    of inputs. `count`: the least there is to do.
+    """A kernel alone.
+
+    `ways`: choices of tiles, the rule's first, each with calls over sets of inputs. `count`: least operations and
+    bytes.
     """
 
     name: str
@@ -131,11 +135,11 @@ class Product:
     ways: Mapping[str, Sequence[Callable[[], object]]]
 
 
-def _products(run: Run, device: torch.device, types: str, made: Iterable[Product]) -> Iterator[Row]:
+def _products(run: Run, device: torch.device, types: str, made: Iterable[Product]) -> Iterator[ResultRow]:
     for product in made:
         if not run.has_time(f"{product.name}, {types}, {product.shape}", 6.0):
             continue
-        row: Row = {"what": "product", "product": product.name, "types": types, "shape": product.shape}
+        row: ResultRow = {"what": "product", "product": product.name, "types": types, "shape": product.shape}
         row |= asdict(product.count)
         times: dict[str, float] = {}
         for way, calls in product.ways.items():
@@ -151,7 +155,7 @@ def _products(run: Run, device: torch.device, types: str, made: Iterable[Product
 
 
 def _narrow_products(device: torch.device, types: str, tokens: int, features: int, rank: int) -> Iterator[Product]:
-    """The three products of packed adapters, with the rule's tiles and their neighbours."""
+    """Yield the three products of packed adapters, with the rule's tiles and their neighbours."""
     wide, narrow = TYPES[types]
     draw = _draw(device)
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
@@ -196,7 +200,7 @@ def _words(tiles: Tiles) -> str:
 
 
 def _heads(device: torch.device, types: str, tokens: int, features: int, vocabulary: int) -> Iterator[Product]:
-    """The softmax of linear cross-entropy at several blocks, and the whole at several chunks."""
+    """Yield the softmax of linear cross-entropy at several blocks, and all of it at several chunks."""
     dtype, _ = TYPES[types]
     draw = _draw(device)
     rows = min(tokens, cross_entropy.chunk_rows(vocabulary, device))

@@ -1,4 +1,4 @@
-"""(h) What a pack is forecast to hold (`evaluators/costs/pack_sizing.py`) against the allocator's high-water mark."""
+"""(h) Predicted memory of a pack (`evaluators/costs/pack_sizing.py`) against the allocator's high-water mark."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from autopeft.benchmarks.gpu import models
-from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.costs.measurement import step_bytes
 from autopeft.evaluators.costs.pack_sizing import FILLED, fitting_slots, free_bytes
@@ -17,12 +17,13 @@ from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Lora
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone
 
-#: The model's layers, and a minibatch of a slot.
+#: The model's layers, the minibatch of a slot, and steps.
 LAYERS, ROWS, WORDS, STEPS = 8, 4, 512, 2
 SLOTS = (1, 2, 4, 8, 16)
 
 
-def measure(run: Run) -> Iterator[Row]:
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield one row per model, adapter and number of slots: predicted and measured bytes."""
     device = torch.device(run.device)
     dtype = torch.float32 if run.toy else torch.bfloat16
     rows, words = (1, 8) if run.toy else (ROWS, WORDS)
@@ -47,7 +48,7 @@ def measure(run: Run) -> Iterator[Row]:
 
 
 def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int) -> dict[str, Any]:
-    """Forecast and high-water mark of `slots` such candidates, without what the backbone takes."""
+    """Return forecast and high-water mark of `slots` such candidates, without the backbone's memory."""
     device = evaluator.device
     with evaluator.attach(request) as attachment:
         forecast = slots * step_bytes(attachment, evaluator.task, evaluator.longest_batch(request.candidate))
@@ -56,7 +57,7 @@ def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int) -> dict[s
     before = 0
     if device.type == "cuda":
         if forecast > FILLED * free_bytes(device):
-            return row | {"note": "more than a pack would be given here"}
+            return row | {"note": "more than the memory for a pack here"}
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     outcomes = evaluator.evaluate([request] * slots)
@@ -64,9 +65,9 @@ def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int) -> dict[s
     if failed:
         return row | {"passed": False, "error": failed[0]}
     if device.type != "cuda":
-        return row | {"note": "CUDA's allocator alone tells what was held"}
+        return row | {"note": "measured only on CUDA, by its allocator"}
     measured = torch.cuda.max_memory_allocated(device) - before
-    # A pack may fill so much of the free memory by its forecast; what it holds has to fit into all of it.
+    # By its forecast a pack may fill this share of the free memory; its actual memory has to fit into all of it.
     return row | {"measured_bytes": measured, "ratio": measured / forecast, "passed": FILLED * measured <= forecast}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from autopeft.benchmarks.gpu import models
-from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
@@ -20,26 +20,27 @@ from autopeft.search_space.backbones.backbone import Backbone
 DROPOUT = 0.1
 #: Sizes of the candidates of a pack, for types that have one.
 SIZES = (8, 1, 5)
-#: Of each candidate, so that no two have the same optimiser.
+#: Training of each candidate; no two have the same optimiser.
 TRAININGS: tuple[dict[str, Any], ...] = (
     {"learning_rate": 3e-3, "weight_decay": 0.1, "max_grad_norm": 0.3, "schedule": "cosine"},
     {"learning_rate": 1e-3, "warmup": 0.2},
     {"learning_rate": 5e-3, "weight_decay": 0.01, "schedule": "constant", "max_grad_norm": 0.0},
     {"learning_rate": 2e-3},
 )
-#: Relative difference of a loss at any step. In float32, what another order of summation explains.
+#: Allowed relative difference of a loss at any step. In float32, that of another order of summation.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-#: Steps that are compared, None for all and the held-out loss. Later, rounding turns over what routers choose.
+#: Steps that are compared, None for all and the held-out loss. Later, rounding changes the routers' choices.
 COMPARED = {torch.float32: None, torch.bfloat16: 5}
 #: Losses are recorded to five digits after the point.
 ROUNDING = 1.1e-5
 
 
-def measure(run: Run) -> Iterator[Row]:
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield one row per adapter type, model and type: the largest difference and whether the test passed."""
     device = torch.device(run.device)
     steps, batch, words = (4, 2, 6) if run.toy else (20, 8, 48)
     hidden, layers = (32, 2) if run.toy else (256, 4)
-    shape = models.Shape(hidden, layers, 4, 2, 2 * hidden, models.WORDS + 2)
+    shape = models.DecoderShape(hidden, layers, 4, 2, 2 * hidden, models.WORDS + 2)
     cases = (
         ("decoder", torch.float32, "causal-lm", models.causal_splits(batch * steps, words)),
         ("decoder", torch.bfloat16, "causal-lm", models.causal_splits(batch * steps, words)),
@@ -66,9 +67,15 @@ def measure(run: Run) -> Iterator[Row]:
 
 def _compared(
     kind: str, family: str, dtype: torch.dtype, pair: tuple[TrainEvaluator, TrainEvaluator], batch: int, steps: int
-) -> Row:
+) -> ResultRow:
     backbone = pair[0].backbone
-    row: Row = {"adapter": kind, "model": family, "dtype": str(dtype), "steps": steps, "tolerance": TOLERANCES[dtype]}
+    row: ResultRow = {
+        "adapter": kind,
+        "model": family,
+        "dtype": str(dtype),
+        "steps": steps,
+        "tolerance": TOLERANCES[dtype],
+    }
     placed = [_placed(spec, backbone, lowest) for lowest, spec in enumerate(_variants(kind))]
     if not all(placed):
         return row | {"note": "this model has no site for it"}
@@ -87,13 +94,13 @@ def _compared(
         "passed": worst <= TOLERANCES[dtype],
         "relative_difference": worst,
         "candidates": len(wanted),
-        # What a slot that had another's values would differ by, about.
+        # About the difference that a slot with another's values would have.
         "between_candidates": (max(ends) - min(ends)) / max(ends),
     }
 
 
 def _difference(packed: Outcome, alone: Outcome, steps: int | None) -> float:
-    """The largest relative difference of the losses of the first `steps` steps (None: all, and the held-out loss)."""
+    """Return the largest relative difference of the first `steps` losses (None: all, and the held-out loss)."""
     assert packed.measurement is not None
     assert alone.measurement is not None
     pairs = list(zip(packed.measurement.losses, alone.measurement.losses, strict=True))[:steps]
@@ -103,7 +110,7 @@ def _difference(packed: Outcome, alone: Outcome, steps: int | None) -> float:
 
 
 def _variants(kind: str) -> list[AdapterSpec]:
-    """A type in three sizes, the last one without dropout."""
+    """Return a type in three sizes, the last one without dropout."""
     if kind == Mixture.kind:
         return [
             Mixture(expert=Lora(rank=2, dropout=dropout), experts=experts)
@@ -120,7 +127,7 @@ def _variants(kind: str) -> list[AdapterSpec]:
 
 
 def _placed(spec: AdapterSpec, backbone: Backbone, lowest: int) -> Architecture:
-    """`spec` where it usually sits, in the layers from `lowest` on: candidates of a pack differ in depth."""
+    """Return `spec` at its default roles in the layers from `lowest` on: candidates of a pack differ in depth."""
     lowest = min(lowest, backbone.num_layers - 1)
     return Architecture.of(
         {

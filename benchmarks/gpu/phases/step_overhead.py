@@ -1,8 +1,8 @@
 """(e) rho: a packed step of eight LoRAs of rank 16 over forward and backward pass of the bare frozen backbone.
 
-A few layers of a model are measured, at two depths. Whole models are extrapolated: what embedding and output layer take
-stays, what the layers take grows with their number. The packed step also collates its minibatch and copies it to the
-card, as in a study; the bare pass has it there.
+A few layers of a model are measured, at two depths. Whole models are extrapolated: the time of embedding and output
+layer is constant, that of the layers grows with their number. The packed step also collates its minibatch and copies it
+to the card, as in a study; for the bare pass it is already there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from autopeft.benchmarks.gpu import models
-from autopeft.benchmarks.gpu.phase import Row, Run
+from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.benchmarks.speed.overhead import Overhead, measure_overhead
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space.training import Training
@@ -22,11 +22,12 @@ DEPTHS = (2, 6)
 #: A minibatch of a slot.
 ROWS, WORDS = 2, 512
 REPEATS = 9
-#: Of a whole model.
+#: Targets of rho for whole models.
 TARGETS = {"8B": 1.15, "3B": 1.2, "1.5B": 1.2, "0.5B": 1.3}
 
 
-def measure(run: Run) -> Iterator[Row]:
+def measure(run: Run) -> Iterator[ResultRow]:
+    """Yield one row per model and depth, and an extrapolated one per model: rho and the bare backbone's seconds."""
     device = torch.device(run.device)
     dtype = torch.float32 if run.toy else torch.bfloat16
     rows, words, repeats = (1, 8, 2) if run.toy else (ROWS, WORDS, REPEATS)
@@ -61,8 +62,8 @@ def measure(run: Run) -> Iterator[Row]:
         }
 
 
-def _whole(found: list[Overhead], layers: int) -> Row:
-    """Both times as a straight line through the two depths, at the depth of the whole model."""
+def _whole(found: list[Overhead], layers: int) -> ResultRow:
+    """Extrapolate both times linearly from the two depths to the depth of the whole model."""
     few, more = DEPTHS
 
     def at(short: float, long: float) -> float:
