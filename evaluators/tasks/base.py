@@ -140,11 +140,11 @@ class Task(ABC):
         return True
 
     @classmethod
-    def check_model(cls, model: nn.Module, backbone: Backbone) -> None:  # noqa: B027
+    def check_model(cls, model: nn.Module, backbone: Backbone) -> None:
         """Raise ModelError for a model that cannot learn the task."""
 
     @classmethod
-    def configure(cls, model: Any, processor: Any) -> None:  # noqa: B027
+    def configure(cls, model: Any, processor: Any) -> None:
         """Tell a loaded model what it must know of the processor."""
 
     def check(self, model: Any, examples: Iterable[Example]) -> None:  # noqa: B027
