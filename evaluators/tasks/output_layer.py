@@ -43,7 +43,7 @@ def from_hidden_states(model: Any, batch: Batch) -> Scored | None:
 
 
 def _predicted(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the states that predict ([M, ...] of [N, T, ...]), the tokens to predict [M], and their places [N, T - 1]."""
+    """Return predicting states ([M, ...] of [N, T, ...]), the tokens to predict [M] and their places [N, T - 1]."""
     wanted = targets[:, 1:]
     counted = wanted != IGNORED
     return states[:, :-1][counted], wanted[counted], counted
