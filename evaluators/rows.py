@@ -98,7 +98,7 @@ def named_classes(feature: Any, value: Any) -> Any:
     """
     if hasattr(feature, "int2str"):
         return None if value in (None, -1) else feature.int2str(value)
-    several = getattr(feature, "feature", None)
+    several: Any = getattr(feature, "feature", None)
     if hasattr(several, "int2str") and value is not None:
         return [several.int2str(number) for number in value]
     return value

@@ -203,7 +203,7 @@ def _hub(data: DataSettings, name: str) -> Found:
         rows = load_dataset(data.source, split=name, revision=data.revision)
     except Exception as error:  # the hub's client raises many kinds: connection, not found, gated, bad split
         raise ValueError(f"{data.source} could not be loaded: {_first_line(error)}") from error
-    fields = [field for field in (data.label, data.labels, data.domain_field) if field in rows.features]
+    fields = [field for field in (data.label, data.labels, data.domain_field) if field and field in rows.features]
     for place, row in enumerate(rows):
         yield f"[{place}]", {**row, **{field: named_classes(rows.features[field], row[field]) for field in fields}}
 

@@ -139,12 +139,12 @@ class Task(ABC):
         """Whether the outputs of a checkpoint with this configuration are those of the task already."""
         return True
 
-    @classmethod
-    def check_model(cls, model: nn.Module, backbone: Backbone) -> None:  # noqa: B027
+    @classmethod  # noqa: B027
+    def check_model(cls, model: nn.Module, backbone: Backbone) -> None:
         """Raise ModelError for a model that cannot learn the task."""
 
-    @classmethod
-    def configure(cls, model: Any, processor: Any) -> None:  # noqa: B027
+    @classmethod  # noqa: B027
+    def configure(cls, model: Any, processor: Any) -> None:
         """Tell a loaded model what it must know of the processor."""
 
     def check(self, model: Any, examples: Iterable[Example]) -> None:  # noqa: B027

@@ -43,7 +43,7 @@ def from_hidden_states(model: Any, batch: Batch) -> Scored | None:
 
 
 def _predicted(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What predicts (of [N, T, ...]: [M, ...]), the tokens to predict [M], and where they are [N, T - 1]."""
+    """Return predicting states ([M, ...] of [N, T, ...]), the tokens to predict [M] and their places [N, T - 1]."""
     wanted = targets[:, 1:]
     counted = wanted != IGNORED
     return states[:, :-1][counted], wanted[counted], counted
@@ -78,7 +78,7 @@ class _Probe(nn.Module):
         return _ProbeOutput(last_hidden_state=self.hidden)
 
 
-class _ProbeOutput(BaseModelOutputWithPast):
+class _ProbeOutput(BaseModelOutputWithPast):  # type: ignore[misc]
     def __getattr__(self, name: str) -> None:
         """None for what only some models return, as the logits of routers."""
 
@@ -89,9 +89,9 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _ends_in_output_layer(model: Any) -> bool:
-    """Whether the logits are the output layer's of the last hidden state: not scaled, not capped, and with nothing
-    added to the input of the layers.
+    """Return whether the logits are the output layer's of the last hidden state.
 
+    They are not where they are scaled or capped, or where something is added to the input of the layers.
     Tried out on a shell of the model with a probe in place of the layers, so that no adapter is called and no
     dropout drawn, whatever is attached.
     """
