@@ -54,7 +54,10 @@ def shrink(x: Tensor, w: Tensor, factor: Tensor | None = None, slots: Tensor | N
 
 
 def expand(h: Tensor, w: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return y = base + h w^T, a new [K, T, D] in `dtype`. h: [K, T, R], w: [K, D, R], base: [K, T, D]."""
+    """Return y = base + h w^T as a new tensor.
+
+    h: [K, T, R], w: [K, D, R], base: [K, T, D]. Returns [K, T, D] in `dtype`.
+    """
     if by_triton(h, w, base):
         return triton_expand(h, w, base, _empty((*h.shape[:2], w.shape[1]), dtype, h.device))
     if base is None:
