@@ -22,7 +22,7 @@ from autopeft.benchmarks.race.gpsampler import GpSampler
 from autopeft.benchmarks.race.problems import PROBLEMS
 from autopeft.search_space.problem import Trial
 from autopeft.searchers import SEARCHERS, Searcher
-from autopeft.studies.engine.study import MOST_REJECTIONS, ended_as
+from autopeft.studies.engine.study_loop import MOST_REJECTIONS, ended_as
 from autopeft.studies.storage import json_lines
 
 #: Every searcher that can race.

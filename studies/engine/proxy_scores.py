@@ -46,6 +46,7 @@ from autopeft.searchers.scored.policies import POLICIES, preferred
 from autopeft.studies.config.fingerprint import key_of
 from autopeft.studies.config.problem import space_for
 from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.study_loop import Stage
 from autopeft.studies.tracking.mlflow_sync import SUBNETS
 
 if TYPE_CHECKING:
@@ -69,9 +70,6 @@ FORESEEN = (*DECLARED, *ADDITIVE)
 #: What stands for quality in that search.
 SCORE = Objective.of("loss")
 COLUMNS = ("key", "score", *DECLARED, "genes")
-
-#: Called with a sentence, what is done and what there is to do.
-Stage = Callable[[str, int, int], None]
 
 
 class NoScoresError(RuntimeError):

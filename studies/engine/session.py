@@ -19,6 +19,7 @@ from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import About, Ledger
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from autopeft.evaluators.training.packed import PackedEvaluator
     from autopeft.evaluators.training.train import TrainEvaluator
     from autopeft.search_space.problem import Problem, Trial
-    from autopeft.studies.engine.study import Study
+    from autopeft.searchers import Searcher
+    from autopeft.studies.engine.study_loop import Scores, StudyLoop
 
 LEAST_FREE_BYTES = 50_000_000
 PRIOR = ("search", "prior")
@@ -100,14 +102,27 @@ def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator
     return evaluator
 
 
+def searcher_for(settings: StudyFile, evaluator: TrainEvaluator) -> tuple[type[Searcher], Scores | None]:
+    """The study's searcher and, where it starts from scored candidates, the function that scores them."""
+    from autopeft.evaluators.training.packed import PackedEvaluator
+    from autopeft.searchers import SEARCHERS, FromScores
+    from autopeft.studies.engine.proxy_scores import scored
+
+    searcher = SEARCHERS[settings.search.searcher]
+    if not issubclass(searcher, FromScores):
+        return searcher, None
+    assert isinstance(evaluator, PackedEvaluator)  # `checks.py` has seen to it
+    return searcher, lambda problem, stage: scored(settings, problem, evaluator, stage)
+
+
 @contextmanager
-def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[Study]:
+def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[StudyLoop]:
     """The study, held against a second process. Raises ConfigurationError (it exists, it does not, it changed, it is
     under way) and UnusableEnvironmentError (the folder cannot be written, the ledger cannot be read).
     """
     from filelock import FileLock, Timeout
 
-    from autopeft.studies.engine.study import Study
+    from autopeft.studies.engine.study_loop import StudyLoop
 
     _check_folder(settings, resume)
     lock = FileLock(settings.output_folder / ".lock")
@@ -130,7 +145,8 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
 
             experiment = settings.tracking.experiment or settings.study
             tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
-        yield Study(settings, problem, evaluator, ledger, tracker)
+        searcher, scores = searcher_for(settings, evaluator)
+        yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores)
     finally:
         lock.release()
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import os
 
     from autopeft.evaluators.data.splits import Splits
-    from autopeft.studies.engine.study import Watcher
+    from autopeft.studies.engine.study_loop import Watcher
 
 HEADER = (
     "# Written by autopeft.Study, which replaces it. `autopeft run --resume` and the other commands take it, too.\n"

@@ -25,7 +25,7 @@ from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot
-from autopeft.studies.engine.study import weights_path
+from autopeft.studies.engine.study_loop import weights_path
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.recipes.recipe import Recipe, RecipeError
 from autopeft.studies.reports.report import write_report
@@ -123,7 +123,7 @@ def test_values_are_those_of_the_trained_network(ended) -> None:
         assert isinstance(evaluator, TrainEvaluator)
         for trial in trials:
             with Attachment(evaluator.model, evaluator.backbone, [trial.candidate.architecture], [0]) as attachment:
-                attachment.load_state(load_file(weights_path(settings, trial.of)))
+                attachment.load_state(load_file(weights_path(settings.output_folder, trial.of)))
                 (columns,) = evaluator.columns(attachment, "test")
             assert columns["target"] == targets
             wrong = np.mean(np.array(targets) != columns["prediction"])

@@ -13,23 +13,31 @@ from pathlib import Path
 
 import pytest
 
+from autopeft.evaluators.backbones import load_backbone
+from autopeft.evaluators.data.splits import DataSettings, load_splits
 from autopeft.evaluators.training.train import TrainEvaluator
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.declaration import AdapterChoice
+from autopeft.search_space.domains import Choice
+from autopeft.search_space.problem import Objective, Problem, Trial
+from autopeft.search_space.spaces.space import SearchSpace
+from autopeft.searchers import SEARCHERS
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.cli.running import interruptible
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
+from autopeft.studies.engine.plan import StudyPlan, plan_of
 from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot, was_started
-from autopeft.studies.engine.study import weights_path
+from autopeft.studies.engine.study_loop import StudyLoop, weights_path
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.pick import pick
 from autopeft.studies.recipes.recipe import Recipe
+from autopeft.studies.storage.ledger import About, Ledger
 
-from ..support.tiny_study import save_study
+from ..support.tiny_study import LABELS, ROWS, save_data, save_model, save_study
 
 
 class Quiet:
@@ -97,7 +105,8 @@ def test_phases(finished) -> None:
     assert {t.seed for t in finalists} == {1, 2}
     assert all(t.measurement.test and t.measurement.test_per_example for t in finalists)
     assert not any(t.measurement.test for t in searched), "the search never sees the test split"
-    assert len(watcher.ended) <= num_evaluations(settings, problem_for(settings, snapshot.backbone).space) + 20
+    problem = problem_for(settings, snapshot.backbone)
+    assert len(watcher.ended) <= num_evaluations(plan_of(settings), problem) + 20
     assert [t.number for t in snapshot.trials] == list(range(len(snapshot.trials)))
 
 
@@ -132,7 +141,7 @@ def test_front_and_recommendation(finished) -> None:
 
 def test_baselines_take_the_study_training(finished) -> None:
     settings, snapshot, _ = finished
-    planned = list(baselines(settings, problem_for(settings, snapshot.backbone).space))
+    planned = list(baselines(plan_of(settings), problem_for(settings, snapshot.backbone).space))
     assert [p.candidate.training["learning_rate"] for p in planned] == [1e-2, 1e-2]
     assert all(p.candidate.training["batch_size"] == 8 for p in planned)
 
@@ -173,7 +182,7 @@ def test_recipe_promises_what_was_measured(finished, tmp_path: Path) -> None:
     assert promised.low <= min(tests) <= max(tests) <= promised.high
     assert promised.value == pytest.approx(sum(tests) / 2)
     assert recipe.candidate.key == snapshot.entry(number).trial.candidate.key
-    assert weights_path(settings, number).is_file()
+    assert weights_path(settings.output_folder, number).is_file()
 
 
 def test_an_interrupted_study_ends_as_an_uninterrupted_one(finished, tmp_path: Path) -> None:
@@ -391,3 +400,33 @@ def test_one_by_one_and_packed_find_the_same(finished, tmp_path: Path) -> None:
         assert (ours.candidate.key, ours.seed, ours.state) == (theirs.candidate.key, theirs.seed, theirs.state)
         if ours.measurement and theirs.measurement:
             assert ours.measurement.values == pytest.approx(theirs.measurement.values, rel=1e-4)
+
+
+def test_a_study_of_python_parts_alone(tmp_path: Path) -> None:
+    """Without a study file: a space, a problem, an evaluator, a searcher, a ledger and a plan."""
+    save_data(tmp_path)
+    loaded = load_backbone(str(save_model(tmp_path / "model")), task="classification", labels=LABELS)
+    files = {split: f"{split}.jsonl" for split in ROWS}
+    splits = load_splits(DataSettings(source="files", **files, folder=tmp_path), "classification")
+    adapters = {"lora": AdapterChoice(kind="lora", at=("attn.q",), fields={"rank": Choice.of([1, 2, 4])})}
+    space = SearchSpace(
+        backbone=loaded.backbone, adapters=adapters, training={"learning_rate": 1e-2, "batch_size": 8, "epochs": 1}
+    )
+    objectives = (Objective.of("accuracy"), Objective.of("num_params"))
+    about = About(
+        objectives=objectives, backbone=space.backbone, labels=splits.labels, domains=None, settings="", fingerprint={}
+    )
+    study = StudyLoop(
+        Problem(space=space, objectives=objectives, num_trials=2),
+        TrainEvaluator(loaded, "classification", splits, max_length=16),
+        SEARCHERS["random"],
+        Ledger.create(f"sqlite:///{tmp_path / 'ledger.db'}", "parts", about),
+        tracker=None,
+        plan=StudyPlan(study="parts", output_folder=tmp_path, baselines=("head",), learning_rates=(1e-2,)),
+    )
+    snapshot = study.run(Quiet())
+    assert [str(trial.role) for trial in snapshot.trials[:2]] == ["baseline:head", "search"]
+    assert len([trial for trial in snapshot.search_trials if trial.state == "complete"]) == 2
+    finalists = [trial for trial in snapshot.trials if trial.seed == 1]
+    assert len(finalists) == 2, "the baseline and the best candidate"
+    assert weights_path(tmp_path, next(row.trial for row in snapshot.rows() if row.recommended)).is_file()

@@ -23,14 +23,15 @@ from autopeft.search_space.problem import (
     SEARCH,
     Fidelity,
     Problem,
+    Scored,
     Trial,
 )
 from autopeft.search_space.spaces.location import locate
-from autopeft.searchers import SEARCHERS, FromScores, Searcher, Suggestion
+from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
 from autopeft.studies.analysis.snapshot import Snapshot
-from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.plan import StudyPlan
 from autopeft.studies.engine.scheduled_trials import Planned, baselines, comparisons, finalists, num_evaluations
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
 MOST_REJECTIONS = 200
 #: Random candidates that are tried against the limits before a study starts.
 PROBES = 500
+
+
+#: Called with a sentence, the number of steps done and their total.
+Stage = Callable[[str, int, int], None]
+#: From the problem to its scored candidates.
+Scores = Callable[[Problem, Stage], tuple[Scored, ...]]
 
 
 class Watcher(Protocol):
@@ -58,17 +65,29 @@ class Watcher(Protocol):
     def end(self, trial: Trial, snapshot: Snapshot) -> None: ...
 
 
-class Study:
-    """Runs a study to its end, from wherever its ledger stands."""
+class StudyLoop:
+    """Runs a study to its end, from wherever its ledger stands.
+
+    `scores`: computes the scored candidates that a searcher starts from, before the search.
+    """
 
     def __init__(
-        self, settings: StudyFile, problem: Problem, evaluator: Evaluator, ledger: Ledger, tracker: Tracker | None
+        self,
+        problem: Problem,
+        evaluator: Evaluator,
+        searcher: type[Searcher],
+        ledger: Ledger,
+        tracker: Tracker | None,
+        plan: StudyPlan,
+        scores: Scores | None = None,
     ) -> None:
-        self.settings = settings
         self.problem = problem
         self.evaluator = evaluator
+        self.searcher = searcher
         self.ledger = ledger
         self.tracker = tracker
+        self.plan = plan
+        self.scores = scores
         wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.most]
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
@@ -82,7 +101,7 @@ class Study:
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
-            study=self.settings.study,
+            study=self.plan.study,
             study_id=self.ledger.study_id,
             settings=self.ledger.settings,
             objectives=self.problem.objectives,
@@ -96,20 +115,20 @@ class Study:
         Raises NoFeasibleCandidateError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
         """
         self._check_feasible()
-        watcher.plan(num_evaluations(self.settings, self.problem.space), len(self._counted()))
+        watcher.plan(num_evaluations(self.plan, self.problem), len(self._counted()))
         try:
             unfinished = self.ledger.unfinished(self.problem.objectives)
             self._evaluate_planned(BASELINE, unfinished, self._baselines(), watcher)
             self._search(unfinished, watcher)
             searched, done = self.snapshot(), len(self._counted())
-            finals = list(finalists(self.settings, searched))
-            controls = list(comparisons(self.settings, searched))
+            finals = list(finalists(self.plan, searched))
+            controls = list(comparisons(self.plan, searched))
             under_way = sum(t.role.startswith((FINALIST, CONTROL)) for t in unfinished)
             watcher.plan(done + len(finals) + len(controls) + under_way, done)
             self._evaluate_planned(FINALIST, unfinished, finals, watcher)
             self._evaluate_planned(CONTROL, unfinished, controls, watcher)
         except OSError as error:
-            raise UnusableEnvironmentError(f"{self.settings.output_folder}: {error.strerror or error}") from error
+            raise UnusableEnvironmentError(f"{self.plan.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)
@@ -124,13 +143,14 @@ class Study:
 
     def _baselines(self) -> Iterator[Planned]:
         known = {(t.role, t.candidate.key) for t in self.trials.values()}
-        return (p for p in baselines(self.settings, self.problem.space) if (p.role, p.candidate.key) not in known)
+        return (p for p in baselines(self.plan, self.problem.space) if (p.role, p.candidate.key) not in known)
 
     # The search
 
     def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
-        problem = replace(self._scored(watcher), known=tuple(self._known()))
-        searcher = SEARCHERS[self.settings.search.searcher](problem, self.settings.seed)
+        scored = () if self.scores is None else self.scores(self.problem, watcher.stage)
+        problem = replace(self.problem, scored=scored, known=tuple(self._known()))
+        searcher = self.searcher(problem, self.plan.seed)
         pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
         # A batch is filled one by one, each suggestion knowing those before it: wherever a study was killed, it goes on
         # with the very batch that it had.
@@ -151,21 +171,11 @@ class Study:
     def _known(self) -> Iterator[Trial]:
         """Baselines that the search could have asked for, trained as long as its trials are."""
         for trial in self.trials.values():
-            if trial.role.startswith(BASELINE) and trial.state == "complete" and self.settings.search.share == 1.0:
+            if trial.role.startswith(BASELINE) and trial.state == "complete" and self.plan.share == 1.0:
                 within = trial.candidate.architecture and self.problem.limits.objection(trial.values) is None
                 genes = locate(self.problem.space, trial.candidate) if within else None
                 if genes is not None:
                     yield replace(trial, genes=genes)
-
-    def _scored(self, watcher: Watcher) -> Problem:
-        """The problem, with scored candidates if the searcher starts from such."""
-        if not issubclass(SEARCHERS[self.settings.search.searcher], FromScores):
-            return self.problem
-        from autopeft.evaluators.training.packed import PackedEvaluator
-        from autopeft.studies.engine.proxy_scores import scored
-
-        assert isinstance(self.evaluator, PackedEvaluator)  # `checks.py` has seen to it
-        return replace(self.problem, scored=scored(self.settings, self.problem, self.evaluator, watcher.stage))
 
     def _fill(self, pending: Sequence[Trial], searcher: Searcher) -> list[Trial]:
         """The next batch: the trials `pending` and new ones, until it is full or the search has what it may ask for.
@@ -179,10 +189,10 @@ class Study:
 
         # Batches are blocks of the trials in their order. One that was killed when a part of it had ended is not filled
         # up again: its trials were chosen without what that part has shown.
-        size, admitted = self.settings.search.batch, num_admitted()
+        size, admitted = self.plan.batch, num_admitted()
         end = admitted if batch and admitted % size == 0 else (admitted // size + 1) * size
         while (
-            num_admitted() < min(end, self.settings.search.trials)
+            num_admitted() < min(end, self.problem.num_trials)
             and rejected < MOST_REJECTIONS
             and not self._out_of_time()
         ):
@@ -196,7 +206,7 @@ class Study:
                 SEARCH if twin is None else COPY,
                 candidate,
                 genes=suggestion.genes,
-                seed=self.settings.seed,
+                seed=self.plan.seed,
                 searcher_state=suggestion.state,
                 of=None if twin is None else twin.number,
             )
@@ -224,7 +234,7 @@ class Study:
         return sum(t.role == SEARCH and t.state in ("complete", "pruned", "failed") for t in self.trials.values())
 
     def _out_of_time(self) -> bool:
-        limit = self.settings.search.timeout_s
+        limit = self.plan.timeout_s
         return limit is not None and self.clock() - self.started > limit
 
     def _twin(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
@@ -237,7 +247,7 @@ class Study:
         """Fail before the first training where no candidate can meet the limits."""
         if not self.problem.limits.most:
             return
-        space, rng = self.problem.space, Random(self.settings.seed)
+        space, rng = self.problem.space, Random(self.plan.seed)
         probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
         # The smallest that trains anything: where even that is too large, no number of draws would have helped.
         probes.append(space.decode(space.smallest()))
@@ -250,7 +260,7 @@ class Study:
     def _why_nothing(self) -> str:
         reasons = [t.error or "beyond a bound" for t in self.trials.values() if t.role == SEARCH]
         if not reasons and self._out_of_time():
-            limit = f"search.timeout_s, {self.settings.search.timeout_s:g} s,"
+            limit = f"search.timeout_s, {self.plan.timeout_s:g} s,"
             return f"{limit} was over before a candidate was trained; baselines and scores count, too"
         shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
         return f"none of {len(reasons)} candidates is feasible; the last ones:\n  {shown}"
@@ -299,8 +309,8 @@ class Study:
 
     def _selection(self, costs: Sequence[Costs]) -> Select | None:
         """Successive halving on the held-out loss and the costs among the objectives."""
-        keep = self.settings.search.keep
-        if keep == 1.0 or not self.settings.search.rungs:
+        keep = self.plan.keep
+        if keep == 1.0 or not self.plan.rungs:
             return None
         priced = [o for o in self.problem.objectives if not o.is_quality]
 
@@ -338,13 +348,13 @@ class Study:
 
     def _request(self, trial: Trial) -> Request:
         final = trial.role.startswith((FINALIST, CONTROL))
-        share = self.settings.search.share if trial.role == SEARCH else 1.0
+        share = self.plan.share if trial.role == SEARCH else 1.0
         return Request(
             candidate=trial.candidate,
             seed=trial.seed,
-            fidelity=Fidelity(share=share, rungs=() if final else self.settings.search.rungs),
+            fidelity=Fidelity(share=share, rungs=() if final else self.plan.rungs),
             test=final,
-            keep_weights=trial.role == FINALIST and trial.seed == self.settings.seed + 1,
+            keep_weights=trial.role == FINALIST and trial.seed == self.plan.seed + 1,
         )
 
     def _objection(self, candidate: Candidate) -> tuple[float, str] | None:
@@ -370,7 +380,7 @@ class Study:
     def _save_weights(self, trial: Trial, outcome: Outcome) -> None:
         if outcome.weights is None or trial.of is None:
             return
-        path = weights_path(self.settings, trial.of)
+        path = weights_path(self.plan.output_folder, trial.of)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".partial")
         save_file(dict(outcome.weights), draft)
@@ -383,6 +393,6 @@ def ended_as(trial: Trial, twin: Trial) -> Trial:
     return replace(twin, **{name: getattr(trial, name) for name in own})
 
 
-def weights_path(settings: StudyFile, number: int) -> Path:
+def weights_path(output_folder: Path, number: int) -> Path:
     """Where the trained weights of a finalist are."""
-    return settings.output_folder / "weights" / f"trial-{number}.safetensors"
+    return output_folder / "weights" / f"trial-{number}.safetensors"
