@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone
@@ -13,6 +13,7 @@ from autopeft.search_space.metrics import QUALITIES, Metric, Own
 from autopeft.search_space.metrics.base import Source
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.search_space.spaces.space import SearchSpace
+from autopeft.search_space.spelling import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,9 +195,43 @@ class Measurement:
         return cls(**data)
 
 
-#: Roles of trials: a searcher asked for it; it repeats another without an evaluation; the name of a baseline follows;
-#: another seed of the trial `of`; the name of what stands in for the mixtures of the trial `of` follows.
-SEARCH, COPY, BASELINE, FINALIST, CONTROL = "search", "copy", "baseline:", "finalist", "control:"
+RoleKind = Literal["search", "copy", "baseline", "finalist", "control"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """The reason why a trial is in its study.
+
+    "search": a searcher asked for it. "copy": it repeats another trial without an evaluation. "baseline": it trains the
+    baseline `name`. "finalist": it trains the trial `of` with another seed. "control": it trains the trial `of` with
+    the control `name` in place of its mixtures.
+    """
+
+    kind: RoleKind
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RoleKind):
+            raise ValueError(f"unknown role {self.kind!r}{did_you_mean(self.kind, get_args(RoleKind))}")
+        if bool(self.name) != (self.kind in ("baseline", "control")):
+            raise ValueError(f"a role of the kind {self.kind!r} and the name {self.name!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Role:
+        """Return the role that `str` writes as `text`. Raises ValueError."""
+        kind, _, name = text.partition(":")
+        return cls(cast(RoleKind, kind), name)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}" if self.name else self.kind
+
+    @property
+    def label(self) -> str:
+        """The name of a baseline, which needs no further word; any other role in full."""
+        return self.name if self.kind == "baseline" else str(self)
+
+
+SEARCH, COPY, FINALIST = Role("search"), Role("copy"), Role("finalist")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,8 +239,7 @@ class Trial:
     """One evaluation of one candidate, as the ledger keeps it."""
 
     number: int
-    #: `SEARCH`, `COPY`, `FINALIST`, or `BASELINE` or `CONTROL` with a name.
-    role: str
+    role: Role
     candidate: Candidate
     #: The searcher's active genes, by name; empty for baselines.
     genes: Mapping[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from autopeft.benchmarks.race.base import RaceProblem
 from autopeft.benchmarks.race.gpsampler import GpSampler
 from autopeft.benchmarks.race.problems import PROBLEMS
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.problem import COPY, SEARCH, Trial
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.studies.engine.study_loop import MOST_REJECTIONS, ended_as
 from autopeft.studies.storage import json_lines
@@ -105,10 +105,10 @@ class _Course:
             if twin is trial:
                 self.ended[trial.number] = replace(trial, state="infeasible", violation=1.0)
             elif twin.number in self.ended:
-                copy = replace(trial, role="copy", of=twin.number)
+                copy = replace(trial, role=COPY, of=twin.number)
                 self.ended[trial.number] = ended_as(copy, self.ended[twin.number])
             else:
-                batch.append(replace(trial, role="copy", of=twin.number))
+                batch.append(replace(trial, role=COPY, of=twin.number))
         return batch
 
     def measure(self, batch: Sequence[Trial]) -> None:
@@ -132,7 +132,7 @@ class _Course:
         genes = suggestions[0].genes
         trial = Trial(
             number=self.number,
-            role="search",
+            role=SEARCH,
             candidate=self.problem.problem.space.decode(genes),
             genes=genes,
             seed=self.race.seed,

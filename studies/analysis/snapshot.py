@@ -10,8 +10,6 @@ import numpy as np
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import (
-    BASELINE,
-    CONTROL,
     COPY,
     FINALIST,
     METRICS,
@@ -19,6 +17,7 @@ from autopeft.search_space.problem import (
     Measurement,
     Metric,
     Objective,
+    Role,
     Trial,
 )
 from autopeft.studies.analysis import pareto, recommendation, statistics
@@ -99,8 +98,8 @@ class Snapshot:
         """What candidates with mixtures were compared with, by the number of their trial and the control's name."""
         runs: dict[tuple[int, str], list[Trial]] = {}
         for trial in self.trials:
-            if trial.role.startswith(CONTROL) and trial.of is not None and trial.state == "complete":
-                runs.setdefault((trial.of, trial.role.removeprefix(CONTROL)), []).append(trial)
+            if trial.role.kind == "control" and trial.of is not None and trial.state == "complete":
+                runs.setdefault((trial.of, trial.role.name), []).append(trial)
         found: dict[int, dict[str, Entry]] = {}
         for (number, name), own in runs.items():
             found.setdefault(number, {})[name] = Entry(trial=own[0], repeats=tuple(own), metrics=self.metrics)
@@ -112,7 +111,7 @@ class Snapshot:
         best: dict[str, Entry] = {}
         for entry in self.entries():
             value = sign * entry.trial.values[self.quality]
-            key = f"trial {entry.trial.number}" if entry.trial.role == SEARCH else entry.trial.role
+            key = f"trial {entry.trial.number}" if entry.trial.role == SEARCH else str(entry.trial.role)
             if key not in best or value > sign * best[key].trial.values[self.quality]:
                 best[key] = entry
         return list(best.values())
@@ -151,7 +150,9 @@ class Snapshot:
     def _seed_sd(self, metric: str, split: str) -> SeedSd | None:
         compared = [entry for own in self.compared().values() for entry in own.values()]
         repeated = [entry for entry in [*self.entries(), *compared] if len(entry.repeats) > 1]
-        adapters = [entry for entry in repeated if entry.trial.role not in (BASELINE + "head", BASELINE + "full")]
+        adapters = [
+            entry for entry in repeated if entry.trial.role not in (Role("baseline", "head"), Role("baseline", "full"))
+        ]
         scores = [entry.scores(metric, split) for entry in adapters or repeated]
         return statistics.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
 
@@ -175,9 +176,7 @@ class Snapshot:
         return [
             FrontRow(
                 trial=entry.trial.number,
-                label=f"trial {entry.trial.number}"
-                if entry.trial.role == SEARCH
-                else entry.trial.role.removeprefix(BASELINE),
+                label=f"trial {entry.trial.number}" if entry.trial.role == SEARCH else entry.trial.role.label,
                 values=value,
                 std_err=std_err,
                 on_front=member,

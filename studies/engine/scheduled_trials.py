@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import BASELINE, CONTROL, FINALIST, SEARCH, Problem, Trial
+from autopeft.search_space.problem import FINALIST, SEARCH, Problem, Role, Trial
 from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.search_space.spaces.presets import BASELINES
 from autopeft.search_space.spaces.space import SearchSpace
@@ -22,7 +22,7 @@ from autopeft.studies.engine.plan import StudyPlan
 class Planned:
     """An evaluation that is still to be made."""
 
-    role: str
+    role: Role
     candidate: Candidate
     seed: int
     of: int | None = None
@@ -38,7 +38,7 @@ def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
         own = plan.full_learning_rates if name == "full" else plan.learning_rates
         for rate in own:
             candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
-            yield Planned(BASELINE + name, candidate, plan.seed)
+            yield Planned(Role("baseline", name), candidate, plan.seed)
 
 
 def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
@@ -60,7 +60,7 @@ def finalists(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
     split, less those that there are.
     """
     known = {(t.of, t.seed) for t in snapshot.trials if t.role == FINALIST}
-    tuned = [entry.trial for entry in snapshot.tuned() if entry.trial.role.startswith(BASELINE)]
+    tuned = [entry.trial for entry in snapshot.tuned() if entry.trial.role.kind == "baseline"]
     for trial in [*tuned, *contenders(plan, snapshot)]:
         for seed in _fresh_seeds(plan):
             if (trial.number, seed) not in known:
@@ -76,8 +76,8 @@ def comparisons(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
         for name, architecture in controls(trial.candidate.architecture, snapshot.backbone).items():
             candidate = replace(trial.candidate, architecture=architecture)
             for seed in _fresh_seeds(plan):
-                if (CONTROL + name, trial.number, seed) not in known:
-                    yield Planned(CONTROL + name, candidate, seed, of=trial.number)
+                if (Role("control", name), trial.number, seed) not in known:
+                    yield Planned(Role("control", name), candidate, seed, of=trial.number)
 
 
 def _fresh_seeds(plan: StudyPlan) -> range:

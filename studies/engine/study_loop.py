@@ -15,14 +15,13 @@ from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.problem import (
-    BASELINE,
-    CONTROL,
     COPY,
     FINALIST,
     METRICS,
     SEARCH,
     Fidelity,
     Problem,
+    RoleKind,
     Scored,
     Trial,
 )
@@ -118,15 +117,15 @@ class StudyLoop:
         watcher.plan(num_evaluations(self.plan, self.problem), len(self._counted()))
         try:
             unfinished = self.ledger.unfinished(self.problem.objectives)
-            self._evaluate_planned(BASELINE, unfinished, self._baselines(), watcher)
+            self._evaluate_planned("baseline", unfinished, self._baselines(), watcher)
             self._search(unfinished, watcher)
             searched, done = self.snapshot(), len(self._counted())
             finals = list(finalists(self.plan, searched))
             controls = list(comparisons(self.plan, searched))
-            under_way = sum(t.role.startswith((FINALIST, CONTROL)) for t in unfinished)
+            under_way = sum(t.role.kind in ("finalist", "control") for t in unfinished)
             watcher.plan(done + len(finals) + len(controls) + under_way, done)
-            self._evaluate_planned(FINALIST, unfinished, finals, watcher)
-            self._evaluate_planned(CONTROL, unfinished, controls, watcher)
+            self._evaluate_planned("finalist", unfinished, finals, watcher)
+            self._evaluate_planned("control", unfinished, controls, watcher)
         except OSError as error:
             raise UnusableEnvironmentError(f"{self.plan.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()
@@ -171,7 +170,7 @@ class StudyLoop:
     def _known(self) -> Iterator[Trial]:
         """Baselines that the search could have asked for, trained as long as its trials are."""
         for trial in self.trials.values():
-            if trial.role.startswith(BASELINE) and trial.state == "complete" and self.plan.share == 1.0:
+            if trial.role.kind == "baseline" and trial.state == "complete" and self.plan.share == 1.0:
                 within = trial.candidate.architecture and self.problem.limits.objection(trial.values) is None
                 genes = locate(self.problem.space, trial.candidate) if within else None
                 if genes is not None:
@@ -268,10 +267,10 @@ class StudyLoop:
     # Evaluations
 
     def _evaluate_planned(
-        self, role: str, unfinished: Sequence[Trial], planned: Iterable[Planned], watcher: Watcher
+        self, kind: RoleKind, unfinished: Sequence[Trial], planned: Iterable[Planned], watcher: Watcher
     ) -> None:
-        """The evaluations of a role: those that were under way, and new ones."""
-        trials = [trial for trial in unfinished if trial.role.startswith(role)]
+        """The evaluations of a kind of role: those that were under way, and new ones."""
+        trials = [trial for trial in unfinished if trial.role.kind == kind]
         trials += [self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of) for p in planned]
         self._evaluate_batch(trials, watcher)
 
@@ -347,7 +346,7 @@ class StudyLoop:
         return (self.problem.limits.objection(costs.values) if trial.role == SEARCH else None), costs
 
     def _request(self, trial: Trial) -> Request:
-        final = trial.role.startswith((FINALIST, CONTROL))
+        final = trial.role.kind in ("finalist", "control")
         share = self.plan.share if trial.role == SEARCH else 1.0
         return Request(
             candidate=trial.candidate,

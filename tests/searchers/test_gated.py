@@ -127,7 +127,7 @@ def proposals_of(settings: StudyFile) -> list[Assignment]:
 
 
 def of_gates(snapshot: Snapshot) -> list[Trial]:
-    own = [t for t in snapshot.trials if t.role in ("search", "copy")]
+    own = [t for t in snapshot.trials if t.role.kind in ("search", "copy")]
     return [t for t in own if t.searcher_state.get("diagnostics", {}).get("phase") == "gates"]
 
 
@@ -166,7 +166,7 @@ def test_a_study(finished: tuple[StudyFile, Snapshot]) -> None:
     assert len(sizes) == len(TRIED)
     assert sizes == sorted(sizes, reverse=True)
     assert [trial.genes for trial in of_gates(snapshot)] == proposals
-    searched = [trial for trial in snapshot.trials if trial.role in ("search", "copy")]
+    searched = [trial for trial in snapshot.trials if trial.role.kind in ("search", "copy")]
     assert searched[: len(proposals)] == of_gates(snapshot), "they come first"
     assert len([trial for trial in snapshot.search_trials if trial.state in ("complete", "pruned")]) == 10
     assert {trial.state for trial in of_gates(snapshot)} == {"complete"}, "no rung takes them off"

@@ -31,6 +31,7 @@ from autopeft.search_space import (
     Trial,
 )
 from autopeft.search_space.domains import Domain
+from autopeft.search_space.problem import SEARCH
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.searchers.enumerated import LARGEST_GRID, grid_values
@@ -118,7 +119,7 @@ def measured(space: SearchSpace, genes: Assignment) -> dict[str, float]:
 def ended(problem: Problem, number: int, genes: Assignment, suggested: Any = None, **fields: Any) -> Trial:
     values = measured(problem.space, genes)
     fields = {"state": "complete", "measurement": Measurement(values=values), "violation": -1.0} | fields
-    return Trial(number=number, role="search", candidate=problem.space.decode(genes), genes=genes,
+    return Trial(number=number, role=SEARCH, candidate=problem.space.decode(genes), genes=genes,
                  searcher_state=suggested or {}, **fields)  # fmt: skip
 
 

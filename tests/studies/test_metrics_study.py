@@ -114,7 +114,7 @@ def test_every_trial_has_the_metric_with_its_error(ended) -> None:
 def test_values_are_those_of_the_trained_network(ended) -> None:
     """The weights that were kept, scored anew, against scikit-learn and by hand."""
     name, settings, snapshot = ended
-    trials = [trial for trial in snapshot.trials if trial.role == "finalist" and trial.seed == 1]
+    trials = [trial for trial in snapshot.trials if trial.role.kind == "finalist" and trial.seed == 1]
     splits, _, _ = check(settings)
     targets = [LABELS.index(row["label"]) for row in splits.test]
     predicted = set()

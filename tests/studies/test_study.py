@@ -96,11 +96,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFile, Snaps
 
 def test_phases(finished) -> None:
     settings, snapshot, watcher = finished
-    roles = [trial.role for trial in snapshot.trials]
-    searched = [t for t in snapshot.trials if t.role == "search" and t.state == "complete"]
+    roles = [str(trial.role) for trial in snapshot.trials]
+    searched = [t for t in snapshot.trials if t.role.kind == "search" and t.state == "complete"]
     assert roles[:2] == ["baseline:head", "baseline:lora-r8-qv"]
     assert len(searched) == settings.search.trials
-    finalists = [t for t in snapshot.trials if t.role == "finalist"]
+    finalists = [t for t in snapshot.trials if t.role.kind == "finalist"]
     assert roles[-len(finalists) :] == ["finalist"] * len(finalists), "the final front comes last"
     assert {t.seed for t in finalists} == {1, 2}
     assert all(t.measurement.test and t.measurement.test_per_example for t in finalists)
@@ -118,7 +118,7 @@ def test_empty_candidates_are_rejected_before_training(finished) -> None:
 
 def test_nothing_is_evaluated_twice(finished) -> None:
     _, snapshot, _ = finished
-    keys = [t.candidate.key for t in snapshot.trials if t.role == "search"]
+    keys = [t.candidate.key for t in snapshot.trials if t.role.kind == "search"]
     assert len(keys) == len(set(keys))
 
 
@@ -128,7 +128,7 @@ def test_front_and_recommendation(finished) -> None:
     members = [row for row in rows if row.on_front]
     assert members
     assert sum(row.recommended for row in rows) == 1
-    assert any(row.role == "baseline:head" for row in members), "nothing is cheaper than the head alone"
+    assert any(str(row.role) == "baseline:head" for row in members), "nothing is cheaper than the head alone"
     assert all(row.std_err["accuracy"] > 0 for row in members)
     assert all(snapshot.entry(row.trial).repeats for row in members), "fresh seeds alone decide"
     for row in members:
@@ -176,7 +176,7 @@ def test_recipe_promises_what_was_measured(finished, tmp_path: Path) -> None:
     recipe.save(tmp_path / "recipe.yaml")
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     promised = recipe.measured["accuracy"]
-    tests = [t.measurement.test["accuracy"] for t in snapshot.trials if t.of == number and t.role == "finalist"]
+    tests = [t.measurement.test["accuracy"] for t in snapshot.trials if t.of == number and t.role.kind == "finalist"]
     assert promised.split == "test"
     assert promised.seeds == (1, 2)
     assert promised.low <= min(tests) <= max(tests) <= promised.high
