@@ -168,7 +168,7 @@ class LoopCosts:
 
 def spent_share(endings: Sequence[Ending], full_steps: Sequence[int], costs: LoopCosts, first: float) -> float:
     """What a pruned loop spends, as a share of the loop that trains every candidate to its end."""
-    from autopeft.evaluators.training.train import steps_at
+    from autopeft.evaluators.training.base import steps_at
 
     pruned = whole = 0.0
     for ending, full in zip(endings, full_steps, strict=True):

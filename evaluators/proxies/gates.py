@@ -44,9 +44,10 @@ from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.optimizer import decay_groups
 from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.train import TrainingFailedError, decay_groups
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Value

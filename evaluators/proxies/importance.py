@@ -23,7 +23,7 @@ from torch import Tensor
 
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.zero_cost import ZeroCost
-from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.backbones.backbone import Site
 
@@ -80,7 +80,7 @@ def _mean(importances: Mapping[Any, float]) -> float:
 
 
 @torch.no_grad()
-def residual_branches(evaluator: TrainEvaluator) -> list[Branch]:
+def residual_branches(evaluator: TrainingEvaluator) -> list[Branch]:
     """The branches of the attention and mlp sub-layers, found by watching one example on its way.
 
     - In a pre-norm layer (its attention reads what one of its own norms made) x enters that norm. Elsewhere (BERT) x is

@@ -7,6 +7,7 @@ are views of them: a step is a handful of operations however many adapters there
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,3 +102,12 @@ class _Buffers:
     def _spread(self, table: Tensor) -> Tensor:
         """[2 K] to the lines: [L, 1]."""
         return table.index_select(0, self.entry_of)[:, None]
+
+
+def decay_groups(parameters: Sequence[tuple[nn.Parameter, bool]], training: Training) -> list[dict[str, Any]]:
+    """AdamW's groups of parameters: those with weight decay and those without, as far as there are any."""
+    groups = [
+        {"params": [p for p, decay in parameters if decay], "weight_decay": training.weight_decay},
+        {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -4,9 +4,9 @@ Notation: K slots, one per candidate of a pack; N examples of a minibatch, the s
 
 A pack is formed of candidates that stand at the same step of the same order of minibatches and, on a CPU, leave the
 same layers free. It trains until the first of them comes to a rung or to its end. Then all are taken off, and the next
-packs are formed of those that go on: no slot waits for another candidate. What a candidate is between two packs
-(`_Kept`) is its own tensors, its moments and its random streams, so the pack it is in changes nothing but the order of
-a few sums.
+packs are formed of those that go on: no slot waits for another candidate. Between two packs a candidate is its
+`SlotState`: its own tensors, its moments and its random streams, so the pack it is in changes nothing but the order
+of a few sums.
 """
 
 from __future__ import annotations
@@ -20,55 +20,28 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from typing_extensions import Self, override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request, memory_errors
+from autopeft.evaluators.base import Ended, Outcome, OutOfMemoryError, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_sizing import fitting_slots, keep_freed_memory
 from autopeft.evaluators.data.splits import Splits
-from autopeft.evaluators.tasks import Batch, model_inputs
+from autopeft.evaluators.tasks import Batch, Scored, model_inputs
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.base import EVALUATION_BATCH_SIZE, Options, TrainingEvaluator, steps_at
 from autopeft.evaluators.training.optimizer import PackedAdamW
+from autopeft.evaluators.training.record import Record, Scores, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
 from autopeft.evaluators.training.shared_layers import Activations, Prefix, PrefixCache, fingerprint, token_digest
-from autopeft.evaluators.training.train import (
-    EVALUATION_BATCH_SIZE,
-    Record,
-    Scores,
-    TrainEvaluator,
-    TrainingFailedError,
-    failure,
-    steps_at,
-)
+from autopeft.evaluators.training.slot_state import SlotState
+from autopeft.evaluators.training.train import train_alone
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
 from autopeft.search_space.training import Training
 
 #: On a GPU, losses are looked at once in so many steps: each look waits for the device.
 STEPS_BETWEEN_LOOKS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A slot without its pack: values and moments by name, and the states of its random streams."""
-
-    tensors: dict[str, dict[str, Tensor]]
-    streams: dict[str, Tensor]
-
-    @classmethod
-    def taken_off(cls, attachment: Attachment, optimizer: PackedAdamW, k: int) -> _Kept:
-        groups = optimizer.parts(k)
-        return cls(
-            {group: {name: view.clone() for name, view in views.items()} for group, views in groups.items()},
-            {name: stream.get_state() for name, stream in attachment.dropout_streams(k).items()},
-        )
-
-    def put_on(self, attachment: Attachment, optimizer: PackedAdamW, k: int) -> None:
-        for group, views in optimizer.parts(k).items():
-            for name, view in views.items():
-                view.copy_(self.tensors[group][name])
-        for name, stream in attachment.dropout_streams(k).items():
-            stream.set_state(self.streams[name])
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +60,7 @@ class _Run:
     #: Stops that lie behind.
     passed: int = 0
     step: int = 0
-    kept: _Kept | None = None
+    kept: SlotState | None = None
     outcome: Outcome | None = None
 
     @property
@@ -110,8 +83,8 @@ class _Run:
         return self.request.seed, self.training.batch_size, self.step
 
 
-class PackedEvaluator(TrainEvaluator):
-    """Trains what `TrainEvaluator` trains, several candidates at a time.
+class PackedEvaluator(TrainingEvaluator):
+    """Trains several candidates at a time; they see what they see in `TrainEvaluator`.
 
     `pack`: candidates side by side, None for as many as the memory holds. `share_prefix`: the layers below the lowest
     adapter of a pack run once for all its slots. `cache`: keeps their results; None: they are computed at each step.
@@ -145,7 +118,31 @@ class PackedEvaluator(TrainEvaluator):
         if self.device.type == "cpu":
             keep_freed_memory()
 
-    def evaluate(self, requests, progress=None, *, ended=None, select=None):
+    @classmethod
+    @override
+    def of(
+        cls,
+        loaded: LoadedBackbone,
+        task: str,
+        splits: Splits,
+        max_length: int,
+        metrics: Sequence[Quality],
+        options: Options,
+    ) -> Self:
+        cache = None
+        if options.cache_bytes:
+            cache = PrefixCache(options.cache_bytes, options.cache_folder, options.cache_folder_bytes)
+        return cls(loaded, task, splits, max_length, metrics, pack=options.pack, cache=cache)
+
+    @override
+    def evaluate(
+        self,
+        requests: Sequence[Request],
+        progress: Progress | None = None,
+        *,
+        ended: Ended | None = None,
+        select: Select | None = None,
+    ) -> list[Outcome]:
         if select is not None and len({request.fidelity for request in requests}) > 1:
             raise ValueError("candidates can be selected at their rungs only if they have the same ones")
         runs = [self._run(index, request) for index, request in enumerate(requests)]
@@ -165,7 +162,7 @@ class PackedEvaluator(TrainEvaluator):
 
         for run in runs:
             if "full" in run.request.candidate.architecture.kinds or self.is_bare(run.request.candidate):
-                end(run, self._evaluate(run.request, report))
+                end(run, train_alone(self, run.request, report))
         while alive := [run for run in runs if run.outcome is None]:
             # Those that are behind come first: nobody passes a rung before all have reached it.
             share = min(run.share for run in alive)
@@ -178,7 +175,7 @@ class PackedEvaluator(TrainEvaluator):
             for run in reached:
                 if run.index not in going_on:
                     end(run, Outcome(measurement=run.record.measurement(run.request, self.name)))
-        return [run.outcome for run in runs]
+        return [run.outcome for run in runs if run.outcome is not None]
 
     def _run(self, index: int, request: Request) -> _Run:
         training = self.training(request.candidate)
@@ -256,7 +253,7 @@ class PackedEvaluator(TrainEvaluator):
             optimizer = PackedAdamW(attachment, [run.training for run in pack])
             for k, run in enumerate(pack):
                 if run.kept is not None:
-                    run.kept.put_on(attachment, optimizer, k)
+                    run.kept.restore(attachment, optimizer, k)
             losses = self._steps_of(pack, attachment, optimizer, last, report)
             train_s = time.perf_counter() - begin
             step = first + len(losses)
@@ -264,7 +261,7 @@ class PackedEvaluator(TrainEvaluator):
             stopped = [k for k, run in enumerate(pack) if run.stop == step and k not in broken]
             scored = self._score(pack, stopped, attachment)
             going_on = [k for k, run in enumerate(pack) if step < run.num_steps and k not in broken]
-            kept = {k: _Kept.taken_off(attachment, optimizer, k) for k in going_on}
+            kept = {k: SlotState.capture(attachment, optimizer, k) for k in going_on}
             weights = {k: attachment.state(k) for k in stopped if pack[k].request.keep_weights}
         wall_s = time.perf_counter() - begin
 
@@ -341,7 +338,8 @@ class PackedEvaluator(TrainEvaluator):
             found |= {k: scores[k] for k in ending}
         return found
 
-    def scores(self, attachment, split, indices):
+    @override
+    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
         slots, depth = attachment.num_slots, attachment.depth
         batch = self.batch(split, indices)
         attachment.routers.tokens.domains = batch.get("domains")

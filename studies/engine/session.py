@@ -25,8 +25,8 @@ from autopeft.studies.storage.ledger import About, Ledger
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
+    from autopeft.evaluators.training.base import TrainingEvaluator
     from autopeft.evaluators.training.packed import PackedEvaluator
-    from autopeft.evaluators.training.train import TrainEvaluator
     from autopeft.search_space.problem import Problem, Trial
     from autopeft.searchers import Searcher
     from autopeft.studies.engine.study_loop import Scores, StudyLoop
@@ -64,14 +64,19 @@ def inputs_checked() -> Iterator[None]:
         raise ConfigurationError(str(error)) from error
 
 
-def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
+def evaluator_for(settings: StudyFile, splits: Splits) -> TrainingEvaluator:
     """The study's evaluator over its model and data, on its device. Raises ConfigurationError."""
     from autopeft.evaluators.backbones import load_backbone
-    from autopeft.evaluators.training.packed import PackedEvaluator
-    from autopeft.evaluators.training.shared_layers import PrefixCache
-    from autopeft.evaluators.training.train import TrainEvaluator
+    from autopeft.evaluators.training.base import Options
+    from autopeft.evaluators.training.registry import EVALUATORS
 
-    wish = settings.evaluation
+    wanted = settings.evaluation
+    options = Options(
+        pack=wanted.pack,
+        cache_bytes=wanted.cache_bytes,
+        cache_folder=None if wanted.cache_folder is None else settings.folder / wanted.cache_folder,
+        cache_folder_bytes=wanted.cache_folder_bytes,
+    )
     with inputs_checked():
         metrics = settings.qualities()
         loaded = load_backbone(
@@ -83,17 +88,13 @@ def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
             modules=settings.model.modules,
             device=torch_device(settings.device),
         )
-        if wish.evaluator == "train":
-            return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length, metrics)
-        folder = None if wish.cache_folder is None else settings.folder / wish.cache_folder
-        cache = PrefixCache(wish.cache_bytes, folder, wish.cache_folder_bytes) if wish.cache_bytes else None
-        return PackedEvaluator(
-            loaded, settings.task, splits, settings.data.max_length, metrics, pack=wish.pack, cache=cache
+        return EVALUATORS[wanted.evaluator].of(
+            loaded, settings.task, splits, settings.data.max_length, metrics, options
         )
 
 
 def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator:
-    """The same for what needs candidates side by side. Raises ConfigurationError where the study has others."""
+    """Like `evaluator_for`, but requires the packed evaluator. Raises ConfigurationError."""
     from autopeft.evaluators.training.packed import PackedEvaluator
 
     evaluator = evaluator_for(settings, splits)
@@ -102,7 +103,7 @@ def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator
     return evaluator
 
 
-def searcher_for(settings: StudyFile, evaluator: TrainEvaluator) -> tuple[type[Searcher], Scores | None]:
+def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[type[Searcher], Scores | None]:
     """The study's searcher and, where it starts from scored candidates, the function that scores them."""
     from autopeft.evaluators.training.packed import PackedEvaluator
     from autopeft.searchers import SEARCHERS, FromScores

@@ -276,7 +276,7 @@ class StudyLoop:
 
     def _evaluate_batch(self, trials: Sequence[Trial], watcher: Watcher, halving: bool = False) -> None:
         """Evaluate trials side by side and record how they ended."""
-        from autopeft.evaluators.training.train import failure
+        from autopeft.evaluators.training.record import failure
 
         weighed: list[tuple[Trial, Costs]] = []
         for trial in trials:

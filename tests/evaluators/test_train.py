@@ -26,8 +26,9 @@ from autopeft.evaluators.backbones import load_backbone
 from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request
 from autopeft.evaluators.data.splits import DataError, Splits
 from autopeft.evaluators.training import batching, train
+from autopeft.evaluators.training.base import max_tokens
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.train import TrainEvaluator, max_tokens
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Bottleneck, Full, Ia3, Lora, Prefix
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Fidelity, Measurement

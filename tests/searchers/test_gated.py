@@ -13,7 +13,7 @@ import pytest
 
 from autopeft.evaluators.proxies import TRAINED
 from autopeft.evaluators.proxies.gates import Gates
-from autopeft.evaluators.training.train import TrainingFailedError
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.search_space.problem import Problem, Scored, Trial, declared_costs
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from autopeft.evaluators.proxies.supernet import Supernet
-from autopeft.evaluators.training.train import TrainingFailedError
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import SEARCH, Measurement, Objective, Problem, Scored, Trial, declared_costs
 from autopeft.searchers.scored.proxied import LEAST_AUDITED, Proxied

@@ -55,7 +55,7 @@ def about(**fingerprint: object) -> About:
 
 def begin(ledger: Ledger, problem: Problem, **fields: object) -> Trial:
     genes = problem.space.largest()
-    return ledger.begin(problem, "search", problem.space.decode(genes), genes=genes, **fields)
+    return ledger.begin(problem, SEARCH, problem.space.decode(genes), genes=genes, **fields)
 
 
 MEASUREMENT = Measurement(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
 from autopeft.evaluators.attachment.attachment import Attachment
-from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.analysis.statistics import paired_difference
 from autopeft.studies.cli.app import main
@@ -120,7 +120,7 @@ def test_values_are_those_of_the_trained_network(ended) -> None:
     predicted = set()
     with open_study(settings, splits, resume=True) as study:
         evaluator = study.evaluator
-        assert isinstance(evaluator, TrainEvaluator)
+        assert isinstance(evaluator, TrainingEvaluator)
         for trial in trials:
             with Attachment(evaluator.model, evaluator.backbone, [trial.candidate.architecture], [0]) as attachment:
                 attachment.load_state(load_file(weights_path(settings.output_folder, trial.of)))

@@ -15,6 +15,7 @@ import pytest
 
 from autopeft.evaluators.backbones import load_backbone
 from autopeft.evaluators.data.splits import DataSettings, load_splits
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.domains import Choice
@@ -311,14 +312,14 @@ def test_measured_objectives(tmp_path: Path) -> None:
 
 
 def test_a_candidate_that_cannot_be_measured_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = TrainEvaluator.costs
+    costs = TrainingEvaluator.costs
 
     def breaking(self, candidate, measured=frozenset()):
         if measured and {spec.size for _, spec in candidate.architecture} == {2}:
             raise ValueError("no such kernel")
         return costs(self, candidate, measured)
 
-    monkeypatch.setattr(TrainEvaluator, "costs", breaking)
+    monkeypatch.setattr(TrainingEvaluator, "costs", breaking)
     changes = {
         "objectives": ["loss", "peak_memory_bytes"],
         "search": {"searcher": "grid", "trials": 3, "batch": 3},
