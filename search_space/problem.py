@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
@@ -32,21 +33,19 @@ def _costs(*rows: tuple[str, str, Source, str]) -> dict[str, Metric]:
     return {row[0]: Metric(name=row[0], unit=row[1], maximise=False, source=row[2], summary=row[3]) for row in rows}
 
 
-#: Qualities, registered in `metrics/`, and costs.
-METRICS: dict[str, Metric] = {
-    **QUALITIES,
-    **_costs(
-        ("num_params", "parameters", "declared", "trainable parameters of the adapters, without the head"),
-        ("stored_bytes", "bytes", "declared", "size of the trained adapters on disk"),
-        ("flops_per_token", "operations", "declared", "what the adapters add to one forward pass"),
-        ("peak_memory_bytes", "bytes", "measured", "high-water mark of one training step"),
-        ("step_s", "seconds", "measured", "one training step"),
-        ("latency_s", "seconds", "measured", "one forward pass of a batch, adapters unmerged"),
-        ("merged_latency_s", "seconds", "measured", "the same with what can be merged merged"),
-    ),
-}
+COSTS: dict[str, Metric] = _costs(
+    ("num_params", "parameters", "declared", "trainable parameters of the adapters, without the head"),
+    ("stored_bytes", "bytes", "declared", "size of the trained adapters on disk"),
+    ("flops_per_token", "operations", "declared", "what the adapters add to one forward pass"),
+    ("peak_memory_bytes", "bytes", "measured", "high-water mark of one training step"),
+    ("step_s", "seconds", "measured", "one training step"),
+    ("latency_s", "seconds", "measured", "one forward pass of a batch, adapters unmerged"),
+    ("merged_latency_s", "seconds", "measured", "the same with what can be merged merged"),
+)
+#: The qualities of the registry, then the costs. A view: plug-ins are loaded when they are needed, not here.
+METRICS: Mapping[str, Metric] = ChainMap(COSTS, cast("MutableMapping[str, Metric]", QUALITIES))
 #: The metrics that follow from an architecture alone, without a model or data: its methods of those names.
-DECLARED = tuple(name for name, metric in METRICS.items() if metric.source == "declared")
+DECLARED = tuple(name for name, metric in COSTS.items() if metric.source == "declared")
 
 
 def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, float]:

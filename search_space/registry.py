@@ -5,14 +5,15 @@ A plug-in names its class in its own `pyproject.toml`, under the name that study
     [project.entry-points."autopeft.searchers"]
     mine = "my_package.searcher:Mine"
 
-Groups: `autopeft.adapters`, `autopeft.searchers`, `autopeft.exporters`, `autopeft.tasks`.
+Groups: `autopeft.adapters`, `.metrics`, `.tasks`, `.evaluators`, `.searchers` and `.exporters`. docs/plugins.md has an
+example of each, and `autopeft.testing` the checks that a plug-in should pass.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -31,7 +32,7 @@ class Registry(MutableMapping[str, T]):
     loaded, or is not what the group is for, is named in a warning and left out.
 
     `base`: the class of the entries. `attribute`: the one of their attributes that has their name. `instances`: the
-    entries are objects, of which a plug-in names the class.
+    entries are objects; a plug-in names one, or its class.
     """
 
     def __init__(self, group: str, base: type, attribute: str, own: Iterable[T], *, instances: bool = False) -> None:
@@ -78,8 +79,11 @@ class Registry(MutableMapping[str, T]):
         if entry.name in taken:
             raise ValueError("there is one of that name already")
         loaded: Any = entry.load()
-        if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
+        of_a_class = isinstance(loaded, type)
+        if not (issubclass(loaded, self._base) if of_a_class else self._instances and isinstance(loaded, self._base)):
             raise TypeError(f"it is no subclass of {self._base.__name__}")
+        if of_a_class and self._instances:
+            loaded = loaded()
         if getattr(loaded, self._attribute, None) != entry.name:
             raise ValueError(f"its `{self._attribute}` must be the name of the entry point, {entry.name!r}")
-        return loaded() if self._instances else loaded  # type: ignore[return-value]
+        return cast(T, loaded)

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import os
 
     from autopeft.evaluators.data.splits import Splits
+    from autopeft.search_space.metrics import Quality
     from autopeft.studies.engine.study_loop import Watcher
 
 HEADER = (
@@ -44,7 +45,11 @@ class Study:
     embedded rows. Without test rows, half of a validation table is set aside.
     `space`: a preset's name, objects (`AdapterChoice`, `OneOf`, with `Choice`, `Int` and `Float` as values) or the
     settings of a study file.
-    `objectives`: two to four metrics. `trials`: candidates to try. `name`: of the study. `folder`: of everything that
+    `objectives`: two to four metrics. `metric`: the quality to search for: a name, a metric object, or a function of
+    two integer arrays, targets and predictions, that returns a number of which more is better. It goes first among the
+    objectives unless it is one of them (`{"name": "my_cost", "direction": "minimise"}` if less is better). A function
+    is recorded as `module:function`: another process finds it if it can import the module, and never finds one of a
+    notebook. `trials`: candidates to try. `name`: of the study. `folder`: of everything that
     it writes, `runs/<name>` if none is given. All other settings of a study file are keywords: `training`,
     `constraints`, `search`, `baselines`, `finalists`, `seed`, `task` and so on.
 
@@ -60,6 +65,7 @@ class Study:
         objectives: Sequence[str | Mapping[str, Any]] | None = None,
         trials: int | None = None,
         *,
+        metric: str | Quality | Callable[[Any, Any], Any] | None = None,
         name: str = "study",
         folder: str | os.PathLike[str] | None = None,
         **settings: Any,
@@ -71,6 +77,7 @@ class Study:
                 data=data,
                 space=space,
                 objectives=objectives,
+                metric=metric,
                 trials=trials,
                 others=settings,
             )
