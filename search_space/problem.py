@@ -49,6 +49,7 @@ DECLARED = tuple(name for name, metric in COSTS.items() if metric.source == "dec
 
 
 def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, float]:
+    """Return the values of the metrics in `DECLARED`."""
     return {name: getattr(architecture, name)(backbone) for name in DECLARED}
 
 
@@ -70,8 +71,9 @@ class Objective:
 
     @classmethod
     def of(cls, name: str, **settings: Any) -> Objective:
-        """An objective over a known metric, or its `own`, with the metric's direction. Raises KeyError for an unknown
-        one.
+        """Return an objective over a known metric, or its `own`, with the metric's direction.
+
+        Raises KeyError for an unknown one.
         """
         metric = settings.get("own") or METRICS[name]
         settings.setdefault("maximise", metric.maximise)
@@ -92,7 +94,7 @@ class Objective:
         return -value if self.maximise else value
 
     def value(self, loss: float) -> float:
-        """The inverse of `loss`."""
+        """Invert `loss`."""
         return -loss if self.maximise else loss
 
     def violation(self, value: float) -> float:
@@ -182,10 +184,12 @@ class Measurement:
     averaged: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as ledgers hold them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """Invert `to_dict`, also from JSON, which has lists for tuples."""
         data = dict(data)
         data["losses"] = tuple(data.get("losses", ()))
         for name in ("per_example", "test_per_example"):

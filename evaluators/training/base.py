@@ -8,11 +8,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
@@ -86,7 +86,7 @@ class TrainingEvaluator(Attaching):
         return cls(loaded, task, splits, max_length, metrics)
 
     def _check_examples(self, loaded: LoadedBackbone) -> None:
-        """Before every candidate fails on them."""
+        """Raise DataError for rows on which every candidate would fail."""
         model: Any = loaded.model
         lengths = [length for column in self.lengths.values() for length in column]
         if not min(lengths):
@@ -119,23 +119,23 @@ class TrainingEvaluator(Attaching):
         return Costs(values={**values, **found.values}, spread=found.spread)
 
     def typical_batch(self, candidate: Candidate) -> Batch:
-        """A training batch of median length: the same one for every candidate of a batch size."""
+        """Return a training batch of median length, the same one for every candidate of a batch size."""
         size = self.training(candidate).batch_size
         batches = batching.ordered_batches(self.lengths["train"], size)
         return self.batch("train", batches[len(batches) // 2])
 
     @override
     def longest_batch(self, candidate: Candidate) -> Batch:
-        """A full training batch of the longest rows."""
         order = sorted(range(len(self.lengths["train"])), key=lambda i: self.lengths["train"][i])
         return self.batch("train", order[-self.training(candidate).batch_size :])
 
     def is_bare(self, candidate: Candidate) -> bool:
-        """Whether it is the frozen model and nothing else."""
+        """Return whether it is the frozen model and nothing else."""
         return not candidate.architecture and not self.backbone.head_modules
 
     @staticmethod
     def training(candidate: Candidate) -> Training:
+        """Return the settings that a candidate is trained with."""
         return Training(**candidate.training)
 
     @override
@@ -143,17 +143,18 @@ class TrainingEvaluator(Attaching):
         return steps_at(request.fidelity.share, self.full_steps(self.training(request.candidate)))
 
     def full_steps(self, training: Training) -> int:
-        """Steps of a run at full fidelity."""
+        """Return the number of steps of a run at full fidelity."""
         return batching.num_steps(len(self.examples["train"]), training.batch_size, training.epochs)
 
     def batch(self, split: str, indices: Sequence[int]) -> Batch:
+        """Return these examples of a split as one batch on the device."""
         batch = self.task.collate([self.examples[split][i] for i in indices])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
     @torch.no_grad()
     def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
-        """For every slot, the task's columns of these examples of a split (default: all of them), in their order."""
+        """Return, for every slot, the task's columns of these examples of a split (default: all), in their order."""
         attachment.eval()
         attachment.routers.watch()
         chosen = range(len(self.examples[split])) if examples is None else examples
@@ -171,7 +172,7 @@ class TrainingEvaluator(Attaching):
         return [dict(zip(names, of_slot.tolist(), strict=True)) for of_slot in found.unbind(1)]
 
     def final_scores(self, attachment: Attachment, tested: Sequence[bool]) -> list[Scores]:
-        """Of every slot; those that are `tested` on the test split and without routers too."""
+        """Return the scores of every slot; slots that are `tested` have the test split and averaged experts, too."""
         validation = self.columns(attachment, "validation")
         found = [Scores(validation=own, routes=attachment.routers.routes(k)) for k, own in enumerate(validation)]
         if any(tested):
@@ -181,7 +182,7 @@ class TrainingEvaluator(Attaching):
         return found
 
     def _averaged(self, attachment: Attachment) -> list[Columns]:
-        """For every slot, its validation columns without routers; nothing where there are none."""
+        """Return the validation columns of every slot without its routers; nothing for a slot that has none."""
         if not attachment.routers:
             return [{}] * attachment.num_slots
         with attachment.routers.averaged():
@@ -197,7 +198,7 @@ class TrainingEvaluator(Attaching):
 
 
 def max_tokens(model: Any) -> int:
-    """Tokens of the longest row that has positions."""
+    """Return the number of tokens of the longest row for which the model has positions."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa counts positions from the one after the padding's.
@@ -206,5 +207,5 @@ def max_tokens(model: Any) -> int:
 
 
 def steps_at(share: float, full: int) -> int:
-    """Steps that are a share of the full run: rounded up, at least one."""
+    """Return the number of steps of a share of the full run: rounded up, at least one."""
     return max(1, math.ceil(round(share * full, 6)))  # 0.07 x 100 is a little more than 7 in binary

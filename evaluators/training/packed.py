@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
@@ -46,8 +47,10 @@ STEPS_BETWEEN_LOOKS = 16
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One candidate on its way. `stops`: step and share of each rung and of the end; `depth`: layers below its lowest
-    adapter; `kept`: what it is between two packs, None at its first step.
+    """One candidate on its way.
+
+    `stops`: step and share of each rung and of the end; `depth`: layers below its lowest adapter; `kept`: its state
+    between two packs, None at its first step.
     """
 
     index: int
@@ -211,7 +214,7 @@ class PackedEvaluator(TrainingEvaluator):
         return a.order == b.order and (a.depth == b.depth or self.mixes_depths)
 
     def _most(self, runs: Sequence[_Run]) -> int:
-        """Slots of a pack of such candidates."""
+        """Return the number of slots of a pack of such candidates."""
         key = _memory_key(runs)
         if key not in self._fitting:
             self._fitting[key] = self.pack or fitting_slots(self, [run.request for run in runs])
@@ -297,7 +300,7 @@ class PackedEvaluator(TrainingEvaluator):
         last: int,
         report: Callable[[int], None],
     ) -> list[list[float]]:
-        """The steps up to `last`; the losses of the slots at each. Ends early where one is not a number."""
+        """Train up to step `last`; return the losses of the slots at each step. Ends early at one that is no number."""
         seed, batch_size, first = pack[0].order
         numbers = range(first + 1, last + 1)
         rates = torch.tensor(
@@ -326,7 +329,7 @@ class PackedEvaluator(TrainingEvaluator):
     # Scores
 
     def _score(self, pack: Sequence[_Run], slots: Sequence[int], attachment: Attachment) -> dict[int, Scores]:
-        """Of the slots that have come to a stop."""
+        """Score the slots that have come to a stop."""
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
         found: dict[int, Scores] = {}
         if len(ending) < len(slots):
@@ -352,7 +355,7 @@ class PackedEvaluator(TrainingEvaluator):
         return {name: column.view(slots, -1) for name, column in columns.items()}
 
     def _hidden(self, split: str, indices: Sequence[int], batch: Batch, depth: int) -> Tensor:
-        """What leaves the lowest `depth` layers for these examples: [N, T, D]."""
+        """Return the output of the lowest `depth` layers for these examples: [N, T, D]."""
         lengths = self.lengths[split]
         nbytes = (1 + sum(lengths)) * self.backbone.hidden_size * self._dtype.itemsize
         if self.cache is None or nbytes > self.cache.max_bytes:
@@ -371,7 +374,7 @@ class PackedEvaluator(TrainingEvaluator):
         return self.prefix(model_inputs(batch), depth)
 
     def _all_rows(self, split: str, depth: int) -> Tensor:
-        """Of all examples, in batches that do not depend on who asks first."""
+        """Compute the rows of all examples, in batches that do not depend on who asks first."""
         lengths = self.lengths[split]
         rows = torch.zeros(1 + sum(lengths), self.backbone.hidden_size, dtype=self._dtype, device=self.device)
         activations = Activations(rows, lengths)
@@ -387,9 +390,7 @@ def repeated(tensor: Tensor, slots: int) -> Tensor:
 
 
 def _memory_key(runs: Sequence[_Run]) -> tuple[int, int, int]:
-    """What the memory of a pack depends on above all: rows, layers that keep their activations, and experts that may
-    keep theirs each.
-    """
+    """Return what decides on the memory of a pack: rows per step, layers below all adapters, rows of experts."""
     rows = max((spec.num_rows for run in runs for _, spec in run.request.candidate.architecture), default=1)
     return runs[0].training.batch_size, min(run.depth for run in runs), rows
 

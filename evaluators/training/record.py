@@ -25,7 +25,7 @@ Columns = dict[str, list[float]]
 
 @dataclass(slots=True)
 class Scores:
-    """Of a slot after its training: its columns, and what there is to say of mixtures (see `Measurement`)."""
+    """Columns of a slot after its training, and of its mixtures `routes` and `averaged` (see `Measurement`)."""
 
     validation: Columns = field(default_factory=dict)
     test: Columns = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Scores:
 
 @dataclass(slots=True)
 class Record:
-    """What has been seen of a candidate's training; `metrics`: the qualities to find."""
+    """What is known of a candidate's training so far. `metrics`: the qualities to report."""
 
     metrics: tuple[Quality, ...] = ALWAYS
     losses: list[float] = field(default_factory=list)
@@ -45,18 +45,18 @@ class Record:
     wall_s: float = 0.0
 
     def rung(self, share: float, columns: Columns) -> None:
-        """Raises TrainingFailedError for a loss that is not a number, and MetricError."""
+        """Record the values at a rung. Raises TrainingFailedError for a loss that is no number, and MetricError."""
         self.rungs.append((share, self._values(finite(columns))))
 
     def end(self, scores: Scores) -> None:
-        """Raises TrainingFailedError for a loss that is not a number."""
+        """Record the final scores. Raises TrainingFailedError for a loss that is not a number."""
         for columns in (scores.validation, scores.test):
             if columns:
                 finite(columns)
         self.scores = scores
 
     def measurement(self, request: Request, evaluator: str) -> Measurement:
-        """Raises IndexError for a training that ended before its first rung, and MetricError."""
+        """Return the measurement. Raises IndexError if the training ended before its first rung, and MetricError."""
         scores = self.scores
         # One that ended at a rung has that rung's values.
         share, values = self.rungs[-1] if not scores.validation else (request.fidelity.share, {})
@@ -88,7 +88,7 @@ class Record:
 
 
 def failure(request: Request, error: Exception) -> Outcome:
-    """The outcome of a candidate that broke: it must not take the others along."""
+    """Return the outcome of a candidate that broke: it must not take the others along."""
     if isinstance(error, OutOfMemoryError):
         return Outcome(failure="infeasible", reason=str(error))
     if isinstance(error, TrainingFailedError | MetricError):
@@ -98,7 +98,7 @@ def failure(request: Request, error: Exception) -> Outcome:
 
 
 def finite(columns: Columns) -> Columns:
-    """Raises TrainingFailedError for a loss that is not a number."""
+    """Return the columns. Raises TrainingFailedError for a loss that is not a number."""
     if not all(map(math.isfinite, columns["loss"])):
         raise TrainingFailedError("the held-out loss is not a number")
     return columns

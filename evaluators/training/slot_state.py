@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
-from typing_extensions import Self
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.training.optimizer import PackedAdamW

@@ -100,7 +100,7 @@ def _steps(
     steps: int,
     full: int,
 ) -> Iterator[tuple[int, float, float]]:
-    """The first `steps` of `full` steps; yields step number, seconds and loss.
+    """Train the first `steps` of `full` steps; yield step number, seconds and loss.
 
     Raises TrainingFailedError when the loss is not a number. Leaves the attachment in training mode between steps.
     """

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from typing_extensions import override
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -54,16 +56,18 @@ class Quality(Metric):
 
     @property
     @abstractmethod
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> tuple[str, ...]:
+        """Names of the columns that it is computed of."""
 
     @abstractmethod
     def value(self, columns: Columns) -> float:
-        """Of all examples. Raises MetricError."""
+        """Return the value over all examples. Raises MetricError."""
 
     @abstractmethod
     def contributions(self, columns: Columns) -> Sequence[float]:
-        """One number per example, their mean the value and the standard error of their mean that of the value. Raises
-        MetricError.
+        """Return one number per example. Their mean is the value, and its standard error that of the value.
+
+        Raises MetricError.
         """
 
 
@@ -72,13 +76,16 @@ class PerExample(Quality):
     """The mean of the column of its name."""
 
     @property
+    @override
     def needs(self) -> tuple[str, ...]:
         return (self.name,)
 
+    @override
     def value(self, columns: Columns) -> float:
         column = columns[self.name]
         return sum(column) / len(column)
 
+    @override
     def contributions(self, columns: Columns) -> Sequence[float]:
         return columns[self.name]
 
@@ -103,16 +110,19 @@ class OverSet(Quality):
     digits: ClassVar[int] = 9
 
     @property
+    @override
     def needs(self) -> tuple[str, ...]:
         return (TARGET, PREDICTION)
 
     @abstractmethod
     def of(self, targets: Indices, predictions: Indices) -> float:
-        """The value of a set, from the indices of its labels, [N] each. Raises MetricError."""
+        """Return the value of a set, from the indices of its labels, [N] each. Raises MetricError."""
 
+    @override
     def value(self, columns: Columns) -> float:
         return self.of(*_pairs(columns).T)
 
+    @override
     def contributions(self, columns: Columns) -> Sequence[float]:
         import numpy as np
 
@@ -127,14 +137,14 @@ class OverSet(Quality):
 
 
 def standard_error(column: Sequence[float]) -> float:
-    """Of the mean over examples; a single seed says nothing of the spread between seeds."""
+    """Return the standard error of the mean over examples; one seed says nothing of the spread between seeds."""
     n = len(column)
     mean = sum(column) / n
     return math.sqrt(sum((x - mean) ** 2 for x in column) / max(1, n - 1) / n)
 
 
 def _pairs(columns: Columns) -> Indices:
-    """[N, 2]"""
+    """Return targets and predictions: [N, 2]."""
     import numpy as np
 
     return np.array([columns[TARGET], columns[PREDICTION]], dtype=float).astype(np.int64).T

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from autopeft.search_space.metrics.base import OverSet
+
+if TYPE_CHECKING:
+    from autopeft.search_space.metrics.base import Indices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MacroF1(OverSet):
-    """As scikit-learn's `f1_score(average="macro", zero_division=0)`: over the classes that are among the targets or
-    the predictions; one that is never predicted, or never right, counts as 0.
+    """As scikit-learn's `f1_score(average="macro", zero_division=0)`.
+
+    The mean is over the classes that are among the targets or the predictions. A class that is never predicted, or
+    never right, counts as 0.
     """
 
     name: str = "macro-f1"
@@ -19,7 +27,8 @@ class MacroF1(OverSet):
     bound: float | None = 1.0
     summary: str = "F1 score of each class on the validation examples, averaged over the classes"
 
-    def of(self, targets, predictions):
+    @override
+    def of(self, targets: Indices, predictions: Indices) -> float:
         import numpy as np
 
         size = int(max(targets.max(), predictions.max())) + 1

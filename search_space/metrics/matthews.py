@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from autopeft.search_space.metrics.base import OverSet
+
+if TYPE_CHECKING:
+    from autopeft.search_space.metrics.base import Indices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +23,8 @@ class Matthews(OverSet):
     bound: float | None = 1.0
     summary: str = "Matthews correlation of targets and predictions on the validation examples: 0 is chance"
 
-    def of(self, targets, predictions):
+    @override
+    def of(self, targets: Indices, predictions: Indices) -> float:
         import numpy as np
 
         n, size = len(targets), int(max(targets.max(), predictions.max())) + 1

@@ -13,10 +13,15 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from autopeft.search_space.metrics.base import MetricError, OverSet
 from autopeft.search_space.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from autopeft.search_space.metrics.base import Indices
 
 #: The module of a notebook or an interactive session.
 SESSION = "__main__"
@@ -38,13 +43,13 @@ class Own(OverSet):
 
     @classmethod
     def declared(cls, name: str, place: str, maximise: bool = True) -> Own:
-        """Without its code. Raises MetricError for a place that is none."""
+        """Return the metric without its code. Raises MetricError for a place that is none."""
         if not _PLACE.fullmatch(place):
             raise MetricError(f"{place!r} is no module:function, such as my_module:my_score")
         return cls(name=name, summary=f"{place}, of targets and predictions", maximise=maximise, place=place)
 
     def loaded(self, folder: Path) -> Own:
-        """With its code, from a module in `folder` or an installed one. Raises MetricError."""
+        """Return the metric with its code, from a module in `folder` or an installed one. Raises MetricError."""
         module_name, name = self.place.split(":")
         module = _module(module_name, folder)
         found = getattr(module, name, None)
@@ -58,7 +63,8 @@ class Own(OverSet):
             raise MetricError(f"the module {module_name} has no function {name!r}{did_you_mean(name, known)}")
         return Own(name=self.name, summary=self.summary, maximise=self.maximise, place=self.place, function=found)
 
-    def of(self, targets, predictions):
+    @override
+    def of(self, targets: Indices, predictions: Indices) -> float:
         assert self.function is not None, "`loaded` comes first"
         try:
             # Copies: what a function does to its arguments is no matter of ours.
@@ -74,8 +80,10 @@ class Own(OverSet):
 
 
 def place_of(function: Callable[[Any, Any], Any]) -> str:
-    """Return the module:function under which `Own.loaded` finds a function again; one of a notebook or session is found
-    in its process alone. Raises MetricError for a function that no module has under its name, as a lambda.
+    """Return the module:function under which `Own.loaded` finds a function again.
+
+    A function of a notebook or session is found in its process alone. Raises MetricError for a function that no module
+    has under its name, as a lambda.
     """
     module_name, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     place = f"{module_name}:{name}"
@@ -87,7 +95,7 @@ def place_of(function: Callable[[Any, Any], Any]) -> str:
 
 
 def _module(name: str, folder: Path) -> ModuleType:
-    """The module, anew: that of another study may have the same name, and this one may have been edited."""
+    """Import the module anew: that of another study may have the same name, and this one may have been edited."""
     file = folder / f"{name}.py"
     sys.path.insert(0, str(folder))
     try:

@@ -46,7 +46,7 @@ from autopeft.searchers.scored.policies import POLICIES, preferred
 from autopeft.studies.config.fingerprint import key_of
 from autopeft.studies.config.problem import space_for
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.engine.study_loop import Stage
+from autopeft.studies.engine.watcher import Stage
 from autopeft.studies.tracking.mlflow_sync import SUBNETS
 
 if TYPE_CHECKING:

@@ -1,6 +1,4 @@
-"""The evaluations of a study that no searcher proposes: baselines ahead of the search, finalists and what mixtures are
-compared with behind it.
-"""
+"""Evaluations that no searcher proposes: baselines before the search, finalists and controls after it."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class Planned:
 
 
 def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
-    """Every baseline at every learning rate; other training fields as in the study, searched ones at their middle."""
+    """Yield all baselines at all learning rates; other fields as in the study, searched ones at their middle."""
     middle = space.middle.training
     for name in plan.baselines:
         architecture = BASELINES[name](space.backbone)
@@ -42,7 +40,7 @@ def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
 
 
 def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
-    """Members of the search's front, at most `most_finalists`, spread over its length; the best one is in."""
+    """Return members of the search's front, at most `most_finalists`, spread over its length; the best one is in."""
     trials = [t for t in snapshot.trials if t.role == SEARCH and t.state == "complete"]
     losses = pareto.losses(trials, snapshot.objectives)
     members = [t for t, member in zip(trials, non_dominated(losses), strict=True) if member]
@@ -56,8 +54,9 @@ def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
 
 
 def finalists(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
-    """Fresh seeds for every contender and every baseline at its best learning rate, at full length and with the test
-    split, less those that there are.
+    """Yield fresh seeds for every contender and every baseline at its best learning rate, less those that there are.
+
+    Each is trained at full length and scored on the test split.
     """
     known = {(t.of, t.seed) for t in snapshot.trials if t.role == FINALIST}
     tuned = [entry.trial for entry in snapshot.tuned() if entry.trial.role.kind == "baseline"]
@@ -68,9 +67,7 @@ def finalists(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
 
 
 def comparisons(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
-    """What every contender with mixtures is compared with, trained as it is and with the same seeds, less those that
-    there are.
-    """
+    """Yield the controls of every contender with mixtures, with its training and seeds, less those that there are."""
     known = {(t.role, t.of, t.seed) for t in snapshot.trials}
     for trial in contenders(plan, snapshot) if plan.controls else ():
         for name, architecture in controls(trial.candidate.architecture, snapshot.backbone).items():
@@ -85,8 +82,9 @@ def _fresh_seeds(plan: StudyPlan) -> range:
 
 
 def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
-    """Evaluations of the final front at most: contenders, what mixtures among them are compared with, and tuned
-    baselines, each with every fresh seed.
+    """Return the number of evaluations of the final front at most.
+
+    Contenders, the controls of mixtures among them, and tuned baselines, each with every fresh seed.
     """
     mixed = any("experts" in choice.fields for choice in space.adapters.values())
     each = 1 + len(CONTROLS) * (mixed and plan.controls)
@@ -94,5 +92,5 @@ def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
 
 
 def num_evaluations(plan: StudyPlan, problem: Problem) -> int:
-    """Evaluations of the whole study at most."""
+    """Return the number of evaluations of the whole study at most."""
     return len(list(baselines(plan, problem.space))) + problem.num_trials + num_finals(plan, problem.space)

@@ -36,11 +36,12 @@ PRIOR = ("search", "prior")
 
 
 def storage_url(settings: StudyFile) -> str:
+    """Return the Optuna storage of the ledger."""
     return settings.storage or f"sqlite:///{settings.output_folder / 'ledger.db'}"
 
 
 def torch_device(wish: str) -> str:
-    """ "cpu" or "cuda". Raises UnusableEnvironmentError when a GPU is asked for and there is none."""
+    """Return "cpu" or "cuda". Raises UnusableEnvironmentError when a GPU is asked for and there is none."""
     import torch
 
     if wish not in ("auto", "cpu", "cuda"):
@@ -52,7 +53,7 @@ def torch_device(wish: str) -> str:
 
 @contextmanager
 def inputs_checked() -> Iterator[None]:
-    """What is wrong with a model, with data or with the code of a metric becomes a ConfigurationError."""
+    """Turn errors of a model, of data or of the code of a metric into a ConfigurationError."""
     from autopeft.evaluators.backbones import ModelError
     from autopeft.evaluators.data.splits import DataError
     from autopeft.search_space.backbones.introspection import UnknownBackboneError
@@ -65,7 +66,7 @@ def inputs_checked() -> Iterator[None]:
 
 
 def evaluator_for(settings: StudyFile, splits: Splits) -> TrainingEvaluator:
-    """The study's evaluator over its model and data, on its device. Raises ConfigurationError."""
+    """Build the study's evaluator over its model and data, on its device. Raises ConfigurationError."""
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.training.base import Options
     from autopeft.evaluators.training.registry import EVALUATORS
@@ -104,7 +105,7 @@ def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator
 
 
 def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[type[Searcher], Scores | None]:
-    """The study's searcher and, where it starts from scored candidates, the function that scores them."""
+    """Return the study's searcher and, if it starts from scored candidates, the function that scores them."""
     from autopeft.evaluators.training.packed import PackedEvaluator
     from autopeft.searchers import SEARCHERS, FromScores
     from autopeft.studies.engine.proxy_scores import scored
@@ -118,8 +119,10 @@ def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[typ
 
 @contextmanager
 def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[StudyLoop]:
-    """The study, held against a second process. Raises ConfigurationError (it exists, it does not, it changed, it is
-    under way) and UnusableEnvironmentError (the folder cannot be written, the ledger cannot be read).
+    """Open a study and lock it against a second process.
+
+    Raises ConfigurationError (it exists, it does not, it changed, it is under way) and UnusableEnvironmentError (the
+    folder cannot be written, the ledger cannot be read).
     """
     from filelock import FileLock, Timeout
 
@@ -203,19 +206,19 @@ def was_started(settings: StudyFile) -> bool:
 
 
 def open_ledger(settings: StudyFile) -> Ledger:
-    """The ledger for reading, safe while the study runs. Raises ConfigurationError if it was never started."""
+    """Open the ledger for reading, safe while the study runs. Raises ConfigurationError if it was never started."""
     if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
         raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
     return Ledger.open(storage_url(settings), settings.study)
 
 
 def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
-    """The settings that the study was run with; the file may have changed since. Paths count from the file's folder."""
+    """Return the settings that the study was run with; the file may have changed. Paths count from its folder."""
     return study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
 
 
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
-    """The study as its ledger has it; neither data nor weights are loaded."""
+    """Return the study as its ledger has it; neither data nor weights are loaded."""
     return Snapshot(
         study=settings.study,
         study_id=ledger.study_id,
@@ -227,9 +230,10 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
 
 
 def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
-    """The complete trials of `search.prior`, of its search and its baselines, that lie in this space: with its genes,
-    and what they declare to cost counted for this backbone. Their copy, once this study was started. Raises
-    StudyFileError if there is none.
+    """Return the complete trials of `search.prior`, of its search and its baselines, that lie in this space.
+
+    They have the genes of this space, and their declared costs are those on this backbone. Once this study was started,
+    they come from its ledger's copy. Raises StudyFileError if there is none.
     """
     from autopeft.search_space.problem import COPY, declared_costs
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
@@ -32,6 +32,7 @@ from autopeft.searchers.halving import survivors
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan
 from autopeft.studies.engine.scheduled_trials import Planned, baselines, comparisons, finalists, num_evaluations
+from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger
 
@@ -44,24 +45,8 @@ MOST_REJECTIONS = 200
 PROBES = 500
 
 
-#: Called with a sentence, the number of steps done and their total.
-Stage = Callable[[str, int, int], None]
 #: From the problem to its scored candidates.
 Scores = Callable[[Problem, Stage], tuple[Scored, ...]]
-
-
-class Watcher(Protocol):
-    """Whoever shows the progress of a study."""
-
-    def plan(self, evaluations: int, done: int) -> None: ...
-
-    def begin(self, trials: Sequence[Trial]) -> None: ...
-
-    def step(self, done: int, total: int) -> None: ...
-
-    def stage(self, name: str, done: int, total: int) -> None: ...
-
-    def end(self, trial: Trial, snapshot: Snapshot) -> None: ...
 
 
 class StudyLoop:
@@ -96,9 +81,11 @@ class StudyLoop:
 
     @property
     def backbone(self) -> Backbone:
+        """The frozen model's description."""
         return self.problem.space.backbone
 
     def snapshot(self) -> Snapshot:
+        """Return the study as it stands."""
         return Snapshot(
             study=self.plan.study,
             study_id=self.ledger.study_id,
@@ -177,7 +164,7 @@ class StudyLoop:
                     yield replace(trial, genes=genes)
 
     def _fill(self, pending: Sequence[Trial], searcher: Searcher) -> list[Trial]:
-        """The next batch: the trials `pending` and new ones, until it is full or the search has what it may ask for.
+        """Return the next batch: the trials `pending` and new ones, until it is full or the search has all its trials.
 
         Copies of a candidate in the batch come on top; the infeasible and copies of what is known are ended at once.
         """
@@ -199,29 +186,29 @@ class StudyLoop:
             if suggestion is None:
                 break
             candidate = self.problem.space.decode(suggestion.genes)
-            twin = self._twin(candidate, batch)
+            duplicate = self._duplicate(candidate, batch)
             trial = self.ledger.begin(
                 self.problem,
-                SEARCH if twin is None else COPY,
+                SEARCH if duplicate is None else COPY,
                 candidate,
                 genes=suggestion.genes,
                 seed=self.plan.seed,
                 searcher_state=suggestion.state,
-                of=None if twin is None else twin.number,
+                of=None if duplicate is None else duplicate.number,
             )
             self.trials[trial.number] = trial
             objection = self._objection(candidate)
-            if twin is not None and twin.state != "running":
-                self._finish(ended_as(trial, twin))
-            elif twin is None and objection is not None:
+            if duplicate is not None and duplicate.state != "running":
+                self._finish(ended_as(trial, duplicate))
+            elif duplicate is None and objection is not None:
                 self._finish(replace(trial, state="infeasible", violation=objection[0], error=objection[1]))
             else:
                 batch.append(trial)
-            rejected = 0 if trial in batch and twin is None else rejected + 1
+            rejected = 0 if trial in batch and duplicate is None else rejected + 1
         return batch
 
     def _suggestion(self, searcher: Searcher, batch: Sequence[Trial]) -> Suggestion | None:
-        """The point to try next: what the file names to start with, then the searcher's; None where it has no more."""
+        """Return the point to try next: a start point, then the searcher's; None if it has no more."""
         known = [self.trials[number] for number in sorted(self.trials) if self.trials[number].role in (SEARCH, COPY)]
         # Each suggestion is a trial, whatever came of it, so the ledger tells how far a killed study had come.
         if len(known) < len(self.problem.start):
@@ -236,8 +223,8 @@ class StudyLoop:
         limit = self.plan.timeout_s
         return limit is not None and self.clock() - self.started > limit
 
-    def _twin(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
-        """A trial of the search with the same network and training; it is not evaluated again."""
+    def _duplicate(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
+        """Return a trial of the search with the same network and training, which is not evaluated again."""
         key = candidate.key
         known = (t for t in self.trials.values() if t.role == SEARCH and (t.state != "running" or t in batch))
         return next((t for t in known if t.candidate.key == key), None)
@@ -269,7 +256,7 @@ class StudyLoop:
     def _evaluate_planned(
         self, kind: RoleKind, unfinished: Sequence[Trial], planned: Iterable[Planned], watcher: Watcher
     ) -> None:
-        """The evaluations of a kind of role: those that were under way, and new ones."""
+        """Evaluate the trials of a kind of role that were under way, and those that are planned."""
         trials = [trial for trial in unfinished if trial.role.kind == kind]
         trials += [self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of) for p in planned]
         self._evaluate_batch(trials, watcher)
@@ -322,7 +309,7 @@ class StudyLoop:
         return select
 
     def _ended(self, trial: Trial, costs: Costs, outcome: Outcome) -> Trial:
-        """A trial with what came of it."""
+        """Return a trial with its outcome."""
         if outcome.measurement is None:
             state = outcome.failure or "failed"
             violation = 1.0 if state == "infeasible" else 0.0
@@ -336,8 +323,9 @@ class StudyLoop:
         return replace(trial, state="complete", measurement=measurement, violation=self.problem.violation(values))
 
     def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:
-        """The objection to a candidate of the search, if there is one, and its costs. Declared costs come first:
-        nothing is measured of a candidate that they rule out.
+        """Return the objection to a candidate of the search, if there is one, and its costs.
+
+        Declared costs come first: nothing is measured of a candidate that they rule out.
         """
         objection = self._objection(trial.candidate) if trial.role == SEARCH else None
         if objection is not None:
@@ -386,12 +374,12 @@ class StudyLoop:
         draft.replace(path)
 
 
-def ended_as(trial: Trial, twin: Trial) -> Trial:
-    """A copy with what came of the trial that it repeats."""
+def ended_as(trial: Trial, duplicate: Trial) -> Trial:
+    """Return a copy with the outcome of the trial that it repeats."""
     own = ("number", "role", "genes", "of", "searcher_state")
-    return replace(twin, **{name: getattr(trial, name) for name in own})
+    return replace(duplicate, **{name: getattr(trial, name) for name in own})
 
 
 def weights_path(output_folder: Path, number: int) -> Path:
-    """Where the trained weights of a finalist are."""
+    """Return the file of the trained weights of a finalist."""
     return output_folder / "weights" / f"trial-{number}.safetensors"

@@ -32,7 +32,7 @@ _ARGUMENTS = (
 
 
 def in_words_of_arguments(text: str) -> str:
-    """A message about a study file or a command, for one who called a function."""
+    """Rewrite a message about a study file or a command for the caller of a function."""
     for pattern, word in _ARGUMENTS:
         if word is None:  # line 3 of a table that was written is its row 2
             text = pattern.sub(lambda match: f"{match[1]}, row {int(match[2]) - 1}", text)
@@ -52,7 +52,7 @@ def settings_of(
     trials: Any,
     others: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Tables]:
-    """The settings as plain data, and the files that they name. Raises StudyFileError for what no file can say."""
+    """Return the settings as plain data and the files they name. Raises StudyFileError for what no file can say."""
     named = [argument for argument in ("study", "name") if argument in others]
     problems: list[Finding] = [((argument,), "the name of the study is the argument `name`") for argument in named]
     settings: dict[str, Any] = {"study": name, "output": ".", **others}
@@ -75,7 +75,7 @@ def settings_of(
 
 
 def _objectives(objectives: Any, metric: Any, own: Any, problems: list[Finding]) -> tuple[Any, Any]:
-    """The settings `objectives`, with `metric` first unless it is one of them, and `metrics`."""
+    """Return the settings `objectives`, with `metric` first unless it is one of them, and `metrics`."""
     if isinstance(own, Mapping):
         own = {name: _place(value, ("metrics", str(name)), problems) for name, value in own.items()}
     if metric is None:
@@ -96,7 +96,7 @@ def _objectives(objectives: Any, metric: Any, own: Any, problems: list[Finding])
 
 
 def _place(function: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
-    """A function as its module:function; anything else as it is."""
+    """Return a function as its module:function; anything else as it is."""
     try:
         return place_of(function) if callable(function) else function
     except MetricError as error:
@@ -156,7 +156,7 @@ def _data(data: Any, problems: list[Finding]) -> tuple[Any, Tables]:
 
 
 def _files_in(folder: Path) -> dict[str, str]:
-    """The file of each split, where there is exactly one."""
+    """Return the file of each split, where there is exactly one."""
     found = {}
     for split in SPLITS:
         files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
@@ -166,7 +166,7 @@ def _files_in(folder: Path) -> dict[str, str]:
 
 
 def _plain(value: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
-    """Texts, numbers, lists and mappings, as YAML can hold them."""
+    """Return texts, numbers, lists and mappings, as YAML can hold them."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry, (*path, str(key)), problems) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

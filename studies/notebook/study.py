@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from autopeft.evaluators.data.splits import Splits
     from autopeft.search_space.metrics import Quality
-    from autopeft.studies.engine.study_loop import Watcher
+    from autopeft.studies.engine.watcher import Watcher
 
 HEADER = (
     "# Written by autopeft.Study, which replaces it. `autopeft run --resume` and the other commands take it, too.\n"
@@ -87,7 +87,7 @@ class Study:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Study:
-        """The study of a study file, or of the `study.yaml` in a folder."""
+        """Load the study of a study file, or of the `study.yaml` in a folder."""
         study = cls.__new__(cls)
         study.settings = load_study(Path(path), environment={})
         study.folder = study.settings.folder
@@ -95,8 +95,9 @@ class Study:
         return study
 
     def check(self) -> None:
-        """Read the rows and the model's configuration, lay the space over it. Raises StudyFileError with every problem;
-        neither loads weights nor writes anything.
+        """Read the rows and the model's configuration, lay the space over it. Raises StudyFileError with every problem.
+
+        It neither loads weights nor writes anything.
         """
         self._checked()
 
@@ -131,7 +132,7 @@ class Study:
         return Result(self.settings, snapshot)
 
     def result(self) -> Result:
-        """What has been found so far; safe while the study runs. Raises ConfigurationError if it was never started."""
+        """Return the result so far; safe while the study runs. Raises ConfigurationError if it was never started."""
         from autopeft.studies.engine.session import open_ledger, read_snapshot, recorded_settings
 
         ledger = open_ledger(self.settings)
@@ -159,7 +160,7 @@ class Study:
         return splits
 
     def _check_folder(self) -> None:
-        """Raises ConfigurationError if the folder is another study's, or this one's with other rows."""
+        """Raise ConfigurationError if the folder is another study's, or this one's with other rows."""
         from autopeft.studies.engine.session import was_started
 
         if not self._mapping:
@@ -182,7 +183,7 @@ class Study:
             )
 
     def _write(self) -> None:
-        """The study file and the rows, once the study is known to be this one."""
+        """Write the study file and the rows, once the study is known to be this one."""
         if not self._mapping:
             return
         self.folder.mkdir(parents=True, exist_ok=True)  # the output may be elsewhere
@@ -201,7 +202,7 @@ class Study:
 
 
 def _shown(settings: StudyFile) -> dict[str, Any]:
-    """What two study files say, however they name the files beside them."""
+    """Return the settings in a form that two study files share, however they name the files beside them."""
     shown: dict[str, Any] = json.loads(settings.model_dump_json())
     shown["output"] = str(settings.output_folder)
     shown["model"]["id"] = settings.model_id

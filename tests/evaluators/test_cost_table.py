@@ -11,8 +11,7 @@ from autopeft.evaluators.base import Costs
 from autopeft.evaluators.costs.predictor import CostTable
 from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.search_space import AdapterChoice, Candidate, Choice, SearchSpace
-
-from ..support.spaces import SMALL
+from autopeft.testing.spaces import SMALL
 
 SPACE = SearchSpace(
     backbone=SMALL,

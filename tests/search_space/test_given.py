@@ -35,10 +35,10 @@ from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.problem import space_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.exporters.native import load
+from autopeft.testing.models import tiny, tokens
 
 from ..evaluators.test_causal_lm import rows
 from ..studies.test_study import run
-from ..support.conformance import tiny, tokens
 from ..support.tiny_models import byte_tokenizer, save, seeded
 from ..support.tiny_study import LABELS, save_study, write_rows
 

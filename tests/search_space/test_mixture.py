@@ -39,9 +39,10 @@ from autopeft.search_space.runtime.bank import Bank, Call, Tokens
 from autopeft.search_space.spaces.controls import controls
 from autopeft.search_space.spaces.location import locate
 from autopeft.searchers.bo.encoding import Encoding
+from autopeft.testing.models import tiny, tokens
+from autopeft.testing.spaces import SMALL
 
-from ..support.conformance import descend, tiny, tokens
-from ..support.spaces import SMALL
+from ..support.conformance import descend
 
 torch.set_num_threads(1)
 

@@ -35,9 +35,10 @@ from autopeft.searchers.bo.bayesian import Bayesian
 from autopeft.searchers.bo.encoding import Encoding
 from autopeft.searchers.bo.initial import num_initial
 from autopeft.searchers.bo.observations import LEAST_COURSES, Data, Observations
+from autopeft.testing.searchers import exact, run, stored
+from autopeft.testing.spaces import SMALL, encoder
 
-from ..support.spaces import SMALL, encoder
-from .test_searchers import deep_space, exact, front_of, hypervolume, plausible, run, stored
+from .test_searchers import deep_space, front_of, hypervolume, plausible
 
 RATE = Float(low=1e-4, high=1e-1, log=True)
 ACCURACY, PARAMS = Objective.of("accuracy"), Objective.of("num_params")

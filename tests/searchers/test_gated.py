@@ -25,11 +25,12 @@ from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine import proxy_scores
 from autopeft.studies.engine.proxy_scores import PENALTIES, PROPOSALS
+from autopeft.testing.searchers import ended, exact, problem_of
+from autopeft.testing.searchers import run as drive
+from autopeft.testing.spaces import mixed_space
 
 from ..studies.test_study import Quiet, facts, run
 from ..support.tiny_study import save_study
-from .test_searchers import ended, exact, mixed_space, problem_of
-from .test_searchers import run as drive
 
 #: For tiny studies: some of the penalties, and as many passes as it takes until adapters are of use. Where they are of
 #: none, gates with any penalty close all of them.

@@ -28,8 +28,8 @@ from autopeft.studies.exporters.native import load
 from autopeft.studies.recipes.recipe import Recipe
 from autopeft.studies.reports.report import write_report
 from autopeft.studies.tracking.mlflow_payload import trial_metrics
+from autopeft.testing.spaces import SMALL
 
-from ..support.spaces import SMALL
 from ..support.tiny_study import LABELS, save_study, write_rows
 from .test_study import facts, run
 

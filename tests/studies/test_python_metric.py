@@ -99,7 +99,7 @@ def test_a_function_of_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_data(tmp_path)
     like = {key: settings()[key] for key in ("baselines", "finalists", "tracking", "device", "space", "training")}
     data = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
-    study = Study(model, {**data, "max_length": 16}, metric=twice, trials=1, folder=tmp_path / "study", **like)
+    study = Study(model, {"source": "files", **data, "max_length": 16}, metric=twice, trials=1, folder=tmp_path / "study", **like)
     result = study.run(progress=False)
     values = result.candidates[0].values
     assert values["twice"] == pytest.approx(2 * values["accuracy"])

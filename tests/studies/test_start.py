@@ -17,8 +17,8 @@ from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.starting import assignment_of
 from autopeft.studies.engine.check import check
 from autopeft.studies.engine.session import earlier_trials, open_ledger, open_study
+from autopeft.testing.spaces import SMALL
 
-from ..support.spaces import SMALL
 from ..support.tiny_study import save_study
 from .test_study import Quiet, facts, run
 
