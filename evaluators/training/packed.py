@@ -49,7 +49,7 @@ STEPS_BETWEEN_LOOKS = 16
 class _Run:
     """One candidate on its way.
 
-    `stops`: step and share of each rung and of the end; `depth`: layers below its lowest adapter; `kept`: its state
+    `stops`: step and share of each rung and of the end; `depth`: layers below its lowest adapter; `state`: its state
     between two packs, None at its first step.
     """
 
@@ -63,7 +63,7 @@ class _Run:
     #: Stops that lie behind.
     passed: int = 0
     step: int = 0
-    kept: SlotState | None = None
+    state: SlotState | None = None
     outcome: Outcome | None = None
 
     @property
@@ -158,7 +158,7 @@ class PackedEvaluator(TrainingEvaluator):
 
         def end(run: _Run, outcome: Outcome) -> None:
             run.outcome = outcome
-            run.kept = None
+            run.state = None
             report()
             if ended is not None:
                 ended(run.index, outcome)
@@ -255,8 +255,8 @@ class PackedEvaluator(TrainingEvaluator):
         ) as attachment:
             optimizer = PackedAdamW(attachment, [run.training for run in pack])
             for k, run in enumerate(pack):
-                if run.kept is not None:
-                    run.kept.restore(attachment, optimizer, k)
+                if run.state is not None:
+                    run.state.restore(attachment, optimizer, k)
             losses = self._steps_of(pack, attachment, optimizer, last, report)
             train_s = time.perf_counter() - begin
             step = first + len(losses)
@@ -264,13 +264,13 @@ class PackedEvaluator(TrainingEvaluator):
             stopped = [k for k, run in enumerate(pack) if run.stop == step and k not in broken]
             scored = self._score(pack, stopped, attachment)
             going_on = [k for k, run in enumerate(pack) if step < run.num_steps and k not in broken]
-            kept = {k: SlotState.capture(attachment, optimizer, k) for k in going_on}
+            states = {k: SlotState.capture(attachment, optimizer, k) for k in going_on}
             weights = {k: attachment.state(k) for k in stopped if pack[k].request.keep_weights}
         wall_s = time.perf_counter() - begin
 
         ended: list[tuple[_Run, Outcome]] = []
         for k, run in enumerate(pack):
-            run.step, run.kept = step, kept.get(k)
+            run.step, run.state = step, states.get(k)
             run.record.losses += [column[k] for column in losses]
             run.record.train_s += train_s / len(pack)
             run.record.wall_s += wall_s / len(pack)

@@ -106,13 +106,14 @@ def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator
 
 def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[type[Searcher], Scores | None]:
     """Return the study's searcher and, if it starts from scored candidates, the function that scores them."""
-    from autopeft.evaluators.training.packed import PackedEvaluator
     from autopeft.searchers import SEARCHERS, FromScores
-    from autopeft.studies.engine.proxy_scores import scored
 
     searcher = SEARCHERS[settings.search.searcher]
     if not issubclass(searcher, FromScores):
         return searcher, None
+    from autopeft.evaluators.training.packed import PackedEvaluator
+    from autopeft.studies.engine.proxy_scores import scored
+
     assert isinstance(evaluator, PackedEvaluator)  # `checks.py` has seen to it
     return searcher, lambda problem, stage: scored(settings, problem, evaluator, stage)
 

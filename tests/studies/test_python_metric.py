@@ -98,8 +98,9 @@ def test_a_function_of_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = save_model(tmp_path / "model")
     save_data(tmp_path)
     like = {key: settings()[key] for key in ("baselines", "finalists", "tracking", "device", "space", "training")}
-    data = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
-    study = Study(model, {"source": "files", **data, "max_length": 16}, metric=twice, trials=1, folder=tmp_path / "study", **like)
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    data = {"source": "files", **files, "max_length": 16}
+    study = Study(model, data, metric=twice, trials=1, folder=tmp_path / "study", **like)
     result = study.run(progress=False)
     values = result.candidates[0].values
     assert values["twice"] == pytest.approx(2 * values["accuracy"])
