@@ -49,9 +49,10 @@ class Study:
     two integer arrays, targets and predictions, that returns a number of which more is better. It goes first among the
     objectives unless it is one of them (`{"name": "my_cost", "direction": "minimise"}` if less is better). A function
     is recorded as `module:function`: another process finds it if it can import the module, and never finds one of a
-    notebook. An object is registered in this process; in others, a plug-in must have it. `trials`: candidates to try. `name`: of the study. `folder`: of everything that
-    it writes, `runs/<name>` if none is given. All other settings of a study file are keywords: `training`,
-    `constraints`, `search`, `baselines`, `finalists`, `seed`, `task` and so on.
+    notebook. An object is registered in this process; in others, a plug-in must have it.
+    `trials`: candidates to try. `name`: of the study. `folder`: of everything that it writes, `runs/<name>` if none is
+    given. All other settings of a study file are keywords: `training`, `constraints`, `search`, `baselines`,
+    `finalists`, `seed`, `task` and so on.
 
     Raises StudyFileError, a UserError, with every problem that can be seen without the model and the rows. Nothing is
     written before `run`.
