@@ -55,10 +55,10 @@ def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """One thing that counts. `bound`: worst value that a user accepts; `reference`: corner for the hypervolume; `own`:
-    the metric, where it is one of the study's own and not of `METRICS`.
+    """A metric to optimise.
 
-    Both numbers are in the metric's own direction and unit. Everything behind this class is minimised; `loss` is the
+    `bound`: worst value that a user accepts; `reference`: corner for the hypervolume; `own`: the metric, if it is one
+    of the study's own and not of `METRICS`. Both numbers are in the metric's own direction and unit. Everything behind this class is minimised; `loss` is the
     one place where the direction is applied.
     """
 

@@ -86,7 +86,7 @@ class _Buffers:
         return squares.new_zeros(slots).index_add_(0, self.entry_of // 2, squares)
 
     def step(self, number: int, rates: Tensor, clipping: Tensor, decay: Tensor) -> None:
-        """The tables are [2 K]."""
+        """Make one step. `clipping` and `decay`: tables [2 K]."""
         self.gradients.mul_(self._spread(clipping))
         self.first.lerp_(self.gradients, 1.0 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(self.gradients, self.gradients, value=1.0 - BETAS[1])

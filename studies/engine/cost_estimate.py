@@ -24,7 +24,9 @@ SAMPLES = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostEstimate:
-    """`time_s`: estimate for the whole study on this machine. `exportable`: share of sampled candidates that a target
+    """Size, costs and exports of a study.
+
+    `time_s`: estimate for the whole study on this machine. `exportable`: share of sampled candidates that a target
     holds, by its name; `reasons`: why not, one example each.
     """
 
@@ -42,9 +44,11 @@ class CostEstimate:
     reasons: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
         return asdict(self)
 
     def lines(self) -> list[str]:
+        """Return the estimate as text, line by line."""
         size = "continuous" if self.cardinality is None else f"{self.cardinality:,} architectures"
         share = self.largest_params / self.backbone_params
         lines = [
@@ -64,7 +68,7 @@ class CostEstimate:
 
 
 def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
-    """Loads the model and measures a candidate of median size and the largest one; writes nothing."""
+    """Load the model and measure a candidate of median size and the largest one. Writes nothing."""
     from autopeft.evaluators.base import Request
     from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations, num_finals
 

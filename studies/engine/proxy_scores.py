@@ -87,16 +87,19 @@ class Point:
 
     @property
     def architecture(self) -> Architecture:
+        """The architecture of the candidate."""
         return self.candidate.architecture
 
     @property
     def key(self) -> str:
+        """The architecture's key."""
         return self.architecture.key
 
 
 def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[Scored, ...]:
-    """Candidates and their scores, less is better, for a searcher that starts from them. None if there can be no
-    scores: what fails here does not take the study with it.
+    """Return candidates and their scores, less is better, for a searcher that starts from them.
+
+    Empty if there can be no scores: a failure here does not end the study.
     """
     find = _proposed if settings.search.searcher == Gated.name else _scored
     try:
@@ -107,7 +110,7 @@ def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, st
 
 
 def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[Scored]:
-    """What gates with each of `PENALTIES` choose, every architecture once; its place in that order is its score."""
+    """Yield the choices of gates with each of `PENALTIES`, each once; its place in that order is its score."""
     space, kept = problem.space, Kept(settings.output_folder / PROPOSALS, key=score_key(settings))
     proposals: list[Assignment] | None = kept.read()
     if proposals is None:
@@ -152,7 +155,7 @@ def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, s
 
 
 def architectures_only(problem: Problem, num_trials: int) -> Problem:
-    """The problem without what is not known of an architecture: how it is trained, and costs that do not add up."""
+    """Return the problem without the training and without costs that do not add up over sites."""
     space = problem.space
     bare = SearchSpace(
         backbone=space.backbone,
@@ -172,7 +175,7 @@ def architectures_only(problem: Problem, num_trials: int) -> Problem:
 def _costs(
     settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, stage: Stage
 ) -> Callable[[Architecture], dict[str, float]]:
-    """What is known of an architecture's costs; a table of measurements if the study asks for more than is declared."""
+    """Return the function of an architecture's costs, with a table of measurements if declared costs are not enough."""
     backbone = inner.space.backbone
     wanted = {o.name for o in inner.objectives} | inner.limits.most.keys()
     if not (measured := wanted & set(ADDITIVE)):
@@ -191,7 +194,7 @@ def _costs(
 
 
 def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
-    """The training of a supernet: searched settings at their middle, and its own number of epochs if it has one."""
+    """Return the training of a supernet: searched settings at their middle, and its own number of epochs."""
     own = space.middle.training
     epochs = settings.proxy.epochs
     return Training(**own if epochs is None else {**own, "epochs": epochs})
@@ -200,7 +203,7 @@ def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
 def prepared(
     settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, folder: Path | None, stage: Stage
 ) -> Proxy:
-    """The study's proxy, fit to be asked for scores. Raises NoScoresError for a space that it cannot have."""
+    """Prepare the study's proxy. Raises NoScoresError for a space that it cannot score."""
     wish = settings.proxy
     if wish.score in PROXIES:
         return PROXIES[wish.score](evaluator, settings.seed)
@@ -215,7 +218,7 @@ def prepared(
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What shared weights or gates refuse of a space becomes NoScoresError."""
+    """Turn the refusal of a space by shared weights or gates into NoScoresError."""
     try:
         yield
     except ValueError as error:
@@ -264,7 +267,7 @@ def _searched(
     score: Callable[[Sequence[Point]], list[float]],
     costs: Callable[[Architecture], dict[str, float]],
 ) -> Iterator[tuple[Point, float]]:
-    """What the search over scores meets, in its order; nothing twice."""
+    """Yield the points of the search over scores in its order, none twice."""
     space = inner.space
     searcher = SEARCHERS[settings.proxy.search](inner, settings.seed)
     trials: list[Trial] = []
@@ -305,12 +308,14 @@ class Kept:
     key: str
 
     def read(self) -> Any:
+        """Return what was written under the same settings, None if there is nothing."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             told = json.loads(self.path.read_text(encoding="utf-8"))
             return told["found"] if told["settings"] == self.key else None
         return None
 
     def write(self, found: Any) -> None:
+        """Write all of it or nothing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".partial")
         draft.write_text(json.dumps({"settings": self.key, "found": found}) + "\n", encoding="utf-8")
@@ -337,6 +342,7 @@ class Table:
         self.scores = {row["key"]: float(row["score"]) for row in rows}
 
     def append(self, points: Sequence[Point], values: Sequence[float]) -> None:
+        """Add points and their scores."""
         with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             for point, value in zip(points, values, strict=True):
@@ -346,5 +352,5 @@ class Table:
 
 
 def score_key(settings: StudyFile) -> str:
-    """Changes with everything that a score depends on."""
+    """Return a key that changes with everything that a score depends on."""
     return key_of(settings, "seed", "task", "model", "data", "space", "training", "proxy")
