@@ -58,8 +58,8 @@ class Objective:
     """A metric to optimise.
 
     `bound`: worst value that a user accepts; `reference`: corner for the hypervolume; `own`: the metric, if it is one
-    of the study's own and not of `METRICS`. Both numbers are in the metric's own direction and unit. Everything behind this class is minimised; `loss` is the
-    one place where the direction is applied.
+    of the study's own and not of `METRICS`. Both numbers are in the metric's own direction and unit. Everything behind
+    this class is minimised; `loss` is the one place where the direction is applied.
     """
 
     name: str

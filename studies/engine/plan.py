@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from autopeft.studies.config.study_file import StudyFile
+if TYPE_CHECKING:
+    from autopeft.studies.config.study_file import StudyFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
