@@ -84,4 +84,4 @@ file-map:
 
 clean:
 	@rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	@find autopeft benchmarks evaluators kernels search_space searchers studies tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find autopeft benchmarks evaluators kernels search_space searchers studies testing tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone
@@ -13,6 +14,7 @@ from autopeft.search_space.metrics import QUALITIES, Metric, Own
 from autopeft.search_space.metrics.base import MetricSource
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.search_space.spaces.space import SearchSpace
+from autopeft.search_space.spelling import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,21 +33,19 @@ def _costs(*rows: tuple[str, str, MetricSource, str]) -> dict[str, Metric]:
     return {row[0]: Metric(name=row[0], unit=row[1], maximise=False, source=row[2], summary=row[3]) for row in rows}
 
 
-#: Quality metrics (registered in `metrics/`) and costs, by name.
-METRICS: dict[str, Metric] = {
-    **QUALITIES,
-    **_costs(
-        ("num_params", "parameters", "declared", "trainable parameters of the adapters, without the head"),
-        ("stored_bytes", "bytes", "declared", "size of the trained adapters on disk"),
-        ("flops_per_token", "operations", "declared", "what the adapters add to one forward pass"),
-        ("peak_memory_bytes", "bytes", "measured", "high-water mark of one training step"),
-        ("step_s", "seconds", "measured", "one training step"),
-        ("latency_s", "seconds", "measured", "one forward pass of a batch, adapters unmerged"),
-        ("merged_latency_s", "seconds", "measured", "one forward pass of a batch, mergeable adapters merged"),
-    ),
-}
+COSTS: dict[str, Metric] = _costs(
+    ("num_params", "parameters", "declared", "trainable parameters of the adapters, without the head"),
+    ("stored_bytes", "bytes", "declared", "size of the trained adapters on disk"),
+    ("flops_per_token", "operations", "declared", "what the adapters add to one forward pass"),
+    ("peak_memory_bytes", "bytes", "measured", "high-water mark of one training step"),
+    ("step_s", "seconds", "measured", "one training step"),
+    ("latency_s", "seconds", "measured", "one forward pass of a batch, adapters unmerged"),
+    ("merged_latency_s", "seconds", "measured", "one forward pass of a batch, mergeable adapters merged"),
+)
+#: Quality metrics of the registry, then costs, by name. A view: plug-ins load on demand.
+METRICS: Mapping[str, Metric] = ChainMap(COSTS, cast("MutableMapping[str, Metric]", QUALITIES))
 #: Costs that an architecture alone determines; each is a method of `Architecture`.
-DECLARED = tuple(name for name, metric in METRICS.items() if metric.source == "declared")
+DECLARED = tuple(name for name, metric in COSTS.items() if metric.source == "declared")
 
 
 def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, float]:
@@ -202,9 +202,43 @@ class Measurement:
         return cls(**data)
 
 
-#: Roles of trials: suggested by a searcher; a copy of another trial, not evaluated again; a baseline, whose name
-#: follows; the trial `of` with another seed; a control of the mixtures of the trial `of`, whose name follows.
-SEARCH, COPY, BASELINE, FINALIST, CONTROL = "search", "copy", "baseline:", "finalist", "control:"
+RoleKind = Literal["search", "copy", "baseline", "finalist", "control"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """The reason why a trial is in its study.
+
+    "search": a searcher asked for it. "copy": it repeats another trial without an evaluation. "baseline": it trains the
+    baseline `name`. "finalist": it trains the trial `of` with another seed. "control": it trains the trial `of` with
+    the control `name` in place of its mixtures.
+    """
+
+    kind: RoleKind
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RoleKind):
+            raise ValueError(f"unknown role {self.kind!r}{did_you_mean(self.kind, get_args(RoleKind))}")
+        if bool(self.name) != (self.kind in ("baseline", "control")):
+            raise ValueError(f"a role of the kind {self.kind!r} and the name {self.name!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Role:
+        """Return the role that `str` writes as `text`. Raises ValueError."""
+        kind, _, name = text.partition(":")
+        return cls(cast(RoleKind, kind), name)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}" if self.name else self.kind
+
+    @property
+    def label(self) -> str:
+        """The name of a baseline, which needs no further word; any other role in full."""
+        return self.name if self.kind == "baseline" else str(self)
+
+
+SEARCH, COPY, FINALIST = Role("search"), Role("copy"), Role("finalist")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,8 +246,7 @@ class Trial:
     """One evaluation of one candidate, as the ledger stores it."""
 
     number: int
-    #: `SEARCH`, `COPY`, `FINALIST`, or `BASELINE` or `CONTROL` followed by a name.
-    role: str
+    role: Role
     candidate: Candidate
     #: Values of the active genes, by name; empty for baselines.
     genes: Mapping[str, Any] = field(default_factory=dict)

@@ -5,14 +5,15 @@ A plug-in declares its class in its own `pyproject.toml`, under the name that st
     [project.entry-points."autopeft.searchers"]
     mine = "my_package.searcher:Mine"
 
-Groups: `autopeft.adapters`, `autopeft.routers`, `autopeft.searchers`, `autopeft.exporters`, `autopeft.tasks`.
+Groups: `autopeft.adapters`, `.routers`, `.metrics`, `.tasks`, `.evaluators`, `.searchers` and `.exporters`.
+docs/plugins.md has an example of each, and `autopeft.testing` the checks that a plug-in should pass.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -31,7 +32,8 @@ class Registry(MutableMapping[str, T]):
     that cannot be loaded or has the wrong type is left out with a PluginWarning.
 
     `base`: class of the entries. `attribute`: the attribute of an entry that holds its name. `own`: entries of this
-    package. `instances`: the entries are objects, and a plug-in declares their class.
+    package. `instances`: the entries are objects; a plug-in names an
+    object or its class.
     """
 
     def __init__(self, group: str, base: type, attribute: str, own: Iterable[T], *, instances: bool = False) -> None:
@@ -78,9 +80,12 @@ class Registry(MutableMapping[str, T]):
     def _load(self, entry: EntryPoint, taken: set[str]) -> T:
         if entry.name in taken:
             raise ValueError("an entry of this name exists already")
-        loaded = entry.load()
-        if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
+        loaded: Any = entry.load()
+        of_a_class = isinstance(loaded, type)
+        if not (issubclass(loaded, self._base) if of_a_class else self._instances and isinstance(loaded, self._base)):
             raise TypeError(f"it is not a subclass of {self._base.__name__}")
+        if of_a_class and self._instances:
+            loaded = loaded()
         if getattr(loaded, self._attribute, None) != entry.name:
             raise ValueError(f"its `{self._attribute}` must be the name of the entry point, {entry.name!r}")
-        return loaded() if self._instances else loaded  # type: ignore[return-value]
+        return cast(T, loaded)

@@ -17,7 +17,7 @@ import pytest
 from .support.file_map import PAGE, with_map
 
 ROOT = Path(__file__).resolve().parent.parent
-PORTIONS = ("benchmarks", "evaluators", "kernels", "search_space", "searchers", "studies")
+PORTIONS = ("benchmarks", "evaluators", "kernels", "search_space", "searchers", "studies", "testing")
 #: The folder of the regular package `autopeft`, beside those of its sub-packages.
 DOOR = "autopeft"
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())

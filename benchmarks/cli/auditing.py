@@ -40,7 +40,7 @@ def audit(
     from autopeft.benchmarks import proxy_audit as auditing
     from autopeft.benchmarks.race.table import SHIPPED, read
     from autopeft.evaluators.base import OutOfMemoryError
-    from autopeft.evaluators.training.train import TrainingFailedError
+    from autopeft.evaluators.training.record import TrainingFailedError
     from autopeft.searchers.scored.ranking import LEAST_RANKED
     from autopeft.studies.engine.check import check
     from autopeft.studies.engine.proxy_scores import NoScoresError

@@ -10,7 +10,7 @@ from random import Random
 
 from autopeft.benchmarks.race.base import RaceProblem
 from autopeft.benchmarks.race.races import ARMS
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.problem import SEARCH, Trial
 from autopeft.studies.reports import markdown
 
 #: Batches that are timed, each after random trials of its own.
@@ -76,7 +76,7 @@ def _batch_s(problem: RaceProblem, name: str, past: Sequence[Trial], seed: int, 
 
 def _trial(problem: RaceProblem, number: int, genes: Mapping[str, object], state: Mapping[str, object]) -> Trial:
     candidate = problem.problem.space.decode(dict(genes))  # type: ignore[arg-type]
-    return Trial(number=number, role="search", candidate=candidate, genes=genes, searcher_state=state)
+    return Trial(number=number, role=SEARCH, candidate=candidate, genes=genes, searcher_state=state)
 
 
 def to_markdown(problem: str, clocked: Sequence[Clocked]) -> str:

@@ -18,7 +18,7 @@ from random import Random
 from autopeft.benchmarks.race import table
 from autopeft.benchmarks.race.table import RUNGS, TableRow
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.search_space.architecture import Candidate, digest
 from autopeft.search_space.domains import BOOLEAN, Value
 from autopeft.search_space.problem import Fidelity
@@ -86,7 +86,7 @@ def missing(
 
 
 def collect(
-    evaluator: TrainEvaluator,
+    evaluator: TrainingEvaluator,
     path: Path,
     lacking: Sequence[Missing],
     ended: Callable[[], None] = lambda: None,

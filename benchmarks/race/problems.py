@@ -9,7 +9,7 @@ from random import Random
 
 from autopeft.benchmarks.race import surrogate, synthetic
 from autopeft.benchmarks.race.base import RaceProblem
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.problem import SEARCH, Trial
 
 #: Trials of a prior study, drawn at random.
 NUM_PRIOR = 60
@@ -23,7 +23,7 @@ def _after(attn: Sequence[float], mlp: Sequence[float]) -> RaceProblem:
     for number in range(NUM_PRIOR):
         genes = space.sample(rng)
         measurement = prior.measurement(prior.values(genes), 0, number)
-        trials.append(Trial(number=number, role="search", candidate=space.decode(genes), genes=genes, state="complete",
+        trials.append(Trial(number=number, role=SEARCH, candidate=space.decode(genes), genes=genes, state="complete",
                             measurement=measurement, violation=-1.0))  # fmt: skip
     return replace(now, problem=replace(now.problem, prior=tuple(trials)))
 

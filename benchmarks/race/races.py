@@ -20,9 +20,9 @@ from threadpoolctl import threadpool_limits
 from autopeft.benchmarks.race.base import RaceProblem
 from autopeft.benchmarks.race.gpsampler import GpSampler
 from autopeft.benchmarks.race.problems import PROBLEMS
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.problem import COPY, SEARCH, Trial
 from autopeft.searchers import SEARCHERS, Searcher
-from autopeft.studies.engine.study import MOST_REJECTIONS, ended_as
+from autopeft.studies.engine.study_loop import MOST_REJECTIONS, ended_as
 from autopeft.studies.storage import json_lines
 
 #: Every searcher that can race.
@@ -113,10 +113,10 @@ class _RunningRace:
             if first is trial:
                 self.ended[trial.number] = replace(trial, state="infeasible", violation=1.0)
             elif first.number in self.ended:
-                copy = replace(trial, role="copy", of=first.number)
+                copy = replace(trial, role=COPY, of=first.number)
                 self.ended[trial.number] = ended_as(copy, self.ended[first.number])
             else:
-                batch.append(replace(trial, role="copy", of=first.number))
+                batch.append(replace(trial, role=COPY, of=first.number))
         return batch
 
     def measure(self, batch: Sequence[Trial]) -> None:
@@ -141,7 +141,7 @@ class _RunningRace:
         genes = suggestions[0].genes
         trial = Trial(
             number=self.number,
-            role="search",
+            role=SEARCH,
             candidate=self.problem.problem.space.decode(genes),
             genes=genes,
             seed=self.race.seed,

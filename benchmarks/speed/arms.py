@@ -19,6 +19,7 @@ from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Outcome, Request, Select
 from autopeft.evaluators.costs.timing import Spread, now
 from autopeft.evaluators.data.splits import Splits
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.shared_layers import PrefixCache
 from autopeft.evaluators.training.train import TrainEvaluator
@@ -93,7 +94,7 @@ class Bench:
         )
 
     def timed(
-        self, evaluator: TrainEvaluator, requests: Sequence[Request], select: Select | None = None
+        self, evaluator: TrainingEvaluator, requests: Sequence[Request], select: Select | None = None
     ) -> tuple[list[Outcome], float]:
         """Return outcomes and seconds. Raises UserError where a candidate fails: then arms cannot be compared."""
         before = 0
@@ -122,7 +123,7 @@ def _loop(bench: Bench, requests: Sequence[Request]) -> Iterator[CandidateRun]:
         yield run
 
 
-def _evaluated(make: Callable[[Bench], TrainEvaluator]) -> Arm:
+def _evaluated(make: Callable[[Bench], TrainingEvaluator]) -> Arm:
     def arm(bench: Bench, requests: Sequence[Request]) -> Iterator[CandidateRun]:
         outcomes, seconds = bench.timed(make(bench), requests)
         for outcome in outcomes:

@@ -36,7 +36,7 @@ from autopeft.benchmarks.speed.ranking import (
 from autopeft.benchmarks.speed.report import EarlyRanking, HourRow, SpeedResult, conditions
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.costs.timing import Spread
-from autopeft.evaluators.training.train import steps_at
+from autopeft.evaluators.training.base import steps_at
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import Fidelity, Measurement
 from autopeft.studies.config.problem import problem_for

@@ -21,7 +21,7 @@ from autopeft.benchmarks.speed.trainer import order_trainer, trained_in_float32,
 from autopeft.evaluators.attachment.heads import head_sites
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.costs.timing import now
-from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.search_space.architecture import Candidate
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.exporters.peft_adapter import fill
@@ -51,7 +51,7 @@ class LoopRun(CandidateRun):
 class Loop:
     """The loop over candidates. `evaluator` provides model, task and rows; it trains nothing."""
 
-    def __init__(self, evaluator: TrainEvaluator, settings: StudyFile) -> None:
+    def __init__(self, evaluator: TrainingEvaluator, settings: StudyFile) -> None:
         self.evaluator = evaluator
         self.settings = settings
         self.head_sites = head_sites(evaluator.model, evaluator.backbone)

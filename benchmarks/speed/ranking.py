@@ -179,7 +179,7 @@ class LoopCosts:
 
 def spent_share(endings: Sequence[Ending], full_steps: Sequence[int], costs: LoopCosts, first: float) -> float:
     """Return the seconds of a pruned loop as a share of those of the loop that trains every candidate to its end."""
-    from autopeft.evaluators.training.train import steps_at
+    from autopeft.evaluators.training.base import steps_at
 
     pruned = whole = 0.0
     for ending, full in zip(endings, full_steps, strict=True):

@@ -20,11 +20,11 @@ from typing_extensions import override
 
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.base import EVALUATION_BATCH_SIZE, TrainingEvaluator
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.train import EVALUATION_BATCH_SIZE, TrainEvaluator
 
 
-def order_trainer(evaluator: TrainEvaluator, model: Any, request: Request, folder: str) -> OrderTrainer:
+def order_trainer(evaluator: TrainingEvaluator, model: Any, request: Request, folder: str) -> OrderTrainer:
     """Make a Trainer that trains `model` as `evaluator` would train the request's candidate.
 
     `model`: with the candidate's adapters, on the evaluator's device; parameters that require a gradient are trained.
@@ -71,7 +71,7 @@ def order_trainer(evaluator: TrainEvaluator, model: Any, request: Request, folde
 class OrderTrainer(Trainer):  # type: ignore[misc]  # transformers counts as untyped
     """Trainer with the task's loss and the study's order of the rows."""
 
-    evaluator: TrainEvaluator
+    evaluator: TrainingEvaluator
     request: Request
     #: Loss of each step, on the device: reading them would wait for it.
     losses: list[Tensor]

@@ -13,7 +13,7 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.base import Progress, Request
 from autopeft.evaluators.proxies.importance import Branch, Importance
 from autopeft.evaluators.proxies.zero_cost import BATCH_SIZE
-from autopeft.evaluators.training.train import TrainingFailedError
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.search_space.architecture import Architecture, Candidate
 
 #: Scale of a damped sub-layer's output: the response suppression factor in the code of the authors.

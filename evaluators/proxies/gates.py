@@ -39,9 +39,10 @@ from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.proxies.decisions import Decision, decisions_of
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.optimizer import decay_groups
 from autopeft.evaluators.training.packed import PackedEvaluator
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.train import TrainingFailedError, decay_groups
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.domains import Domain

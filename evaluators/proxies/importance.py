@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.zero_cost import ZeroCost
-from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Site
@@ -84,7 +84,7 @@ def _mean(importances: Mapping[Any, float]) -> float:
 
 
 @torch.no_grad()
-def residual_branches(evaluator: TrainEvaluator) -> list[Branch]:
+def residual_branches(evaluator: TrainingEvaluator) -> list[Branch]:
     """Return the branches of the attention and mlp sub-layers, traced with the forward pass of one example.
 
     - In a pre-norm layer (its attention reads the output of a norm of the layer), x is the input of that norm. In

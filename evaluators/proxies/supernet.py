@@ -29,9 +29,10 @@ from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.tasks import Batch, model_inputs
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.optimizer import decay_groups
 from autopeft.evaluators.training.packed import PackedEvaluator, repeated
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.train import TrainingFailedError, decay_groups
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training

@@ -11,6 +11,7 @@ POOLED_BATCHES = 16
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
+    """Return the number of steps of so many passes over the examples, at least one."""
     return max(1, math.ceil(round(math.ceil(num_examples / batch_size) * epochs, 6)))
 
 

@@ -7,6 +7,7 @@ are views of them: a step is a handful of operations however many adapters there
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class _Buffers:
         return squares.new_zeros(slots).index_add_(0, self.entry_of // 2, squares)
 
     def step(self, number: int, rates: Tensor, clipping: Tensor, decay: Tensor) -> None:
-        """The tables are [2 K]."""
+        """Make one step. `clipping` and `decay`: tables [2 K]."""
         self.gradients.mul_(self._spread(clipping))
         self.first.lerp_(self.gradients, 1.0 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(self.gradients, self.gradients, value=1.0 - BETAS[1])
@@ -101,3 +102,12 @@ class _Buffers:
     def _spread(self, table: Tensor) -> Tensor:
         """[2 K] to the lines: [L, 1]."""
         return table.index_select(0, self.entry_of)[:, None]
+
+
+def decay_groups(parameters: Sequence[tuple[nn.Parameter, bool]], training: Training) -> list[dict[str, Any]]:
+    """AdamW's groups of parameters: those with weight decay and those without, as far as there are any."""
+    groups = [
+        {"params": [p for p, decay in parameters if decay], "weight_decay": training.weight_decay},
+        {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -4,9 +4,9 @@ Notation: K slots, one per candidate of a pack; N examples of a minibatch, the s
 
 A pack is formed of candidates that stand at the same step of the same order of minibatches and, on a CPU, leave the
 same layers free. It trains until the first of them comes to a rung or to its end. Then all are taken off, and the next
-packs are formed of those that go on: no slot waits for another candidate. What a candidate is between two packs
-(`_Kept`) is its own tensors, its moments and its random streams, so the pack it is in changes nothing but the order of
-a few sums.
+packs are formed of those that go on: no slot waits for another candidate. Between two packs a candidate is its
+`SlotState`: its own tensors, its moments and its random streams, so the pack it is in changes nothing but the order
+of a few sums.
 """
 
 from __future__ import annotations
@@ -17,29 +17,26 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request, memory_errors
+from autopeft.evaluators.base import OnOutcome, Outcome, OutOfMemoryError, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_sizing import fitting_slots, keep_freed_memory
 from autopeft.evaluators.data.splits import Splits
-from autopeft.evaluators.tasks import Batch, model_inputs
+from autopeft.evaluators.tasks import Batch, Scored, model_inputs
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.base import EVALUATION_BATCH_SIZE, Options, TrainingEvaluator, steps_at
 from autopeft.evaluators.training.optimizer import PackedAdamW
+from autopeft.evaluators.training.record import Record, Scores, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
 from autopeft.evaluators.training.shared_layers import Activations, Prefix, PrefixCache, fingerprint, token_digest
-from autopeft.evaluators.training.train import (
-    EVALUATION_BATCH_SIZE,
-    Record,
-    Scores,
-    TrainEvaluator,
-    TrainingFailedError,
-    failure,
-    steps_at,
-)
+from autopeft.evaluators.training.slot_state import SlotState
+from autopeft.evaluators.training.train import train_alone
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
 from autopeft.search_space.training import Training
@@ -48,33 +45,12 @@ from autopeft.search_space.training import Training
 STEPS_BETWEEN_LOOKS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A slot without its pack: values and moments by name, and the states of its random streams."""
-
-    tensors: dict[str, dict[str, Tensor]]
-    streams: dict[str, Tensor]
-
-    @classmethod
-    def taken_off(cls, attachment: Attachment, optimizer: PackedAdamW, k: int) -> _Kept:
-        groups = optimizer.parts(k)
-        return cls(
-            {group: {name: view.clone() for name, view in views.items()} for group, views in groups.items()},
-            {name: stream.get_state() for name, stream in attachment.dropout_streams(k).items()},
-        )
-
-    def put_on(self, attachment: Attachment, optimizer: PackedAdamW, k: int) -> None:
-        for group, views in optimizer.parts(k).items():
-            for name, view in views.items():
-                view.copy_(self.tensors[group][name])
-        for name, stream in attachment.dropout_streams(k).items():
-            stream.set_state(self.streams[name])
-
-
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One candidate on its way. `stops`: step and share of each rung and of the end; `depth`: layers below its lowest
-    adapter; `kept`: what it is between two packs, None at its first step.
+    """One candidate on its way.
+
+    `stops`: step and share of each rung and of the end; `depth`: layers below its lowest adapter; `state`: its state
+    between two packs, None at its first step.
     """
 
     index: int
@@ -87,7 +63,7 @@ class _Run:
     #: Stops that lie behind.
     passed: int = 0
     step: int = 0
-    kept: _Kept | None = None
+    state: SlotState | None = None
     outcome: Outcome | None = None
 
     @property
@@ -110,8 +86,8 @@ class _Run:
         return self.request.seed, self.training.batch_size, self.step
 
 
-class PackedEvaluator(TrainEvaluator):
-    """Trains what `TrainEvaluator` trains, several candidates at a time.
+class PackedEvaluator(TrainingEvaluator):
+    """Trains several candidates at a time; they see what they see in `TrainEvaluator`.
 
     `pack`: candidates side by side, None for as many as the memory holds. `share_prefix`: the layers below the lowest
     adapter of a pack run once for all its slots. `cache`: keeps their results; None: they are computed at each step.
@@ -145,7 +121,31 @@ class PackedEvaluator(TrainEvaluator):
         if self.device.type == "cpu":
             keep_freed_memory()
 
-    def evaluate(self, requests, progress=None, *, ended=None, select=None):
+    @classmethod
+    @override
+    def of(
+        cls,
+        loaded: LoadedBackbone,
+        task: str,
+        splits: Splits,
+        max_length: int,
+        metrics: Sequence[Quality],
+        options: Options,
+    ) -> Self:
+        cache = None
+        if options.cache_bytes:
+            cache = PrefixCache(options.cache_bytes, options.cache_folder, options.cache_folder_bytes)
+        return cls(loaded, task, splits, max_length, metrics, pack=options.pack, cache=cache)
+
+    @override
+    def evaluate(
+        self,
+        requests: Sequence[Request],
+        progress: Progress | None = None,
+        *,
+        ended: OnOutcome | None = None,
+        select: Select | None = None,
+    ) -> list[Outcome]:
         if select is not None and len({request.fidelity for request in requests}) > 1:
             raise ValueError("candidates can be selected at their rungs only if they have the same ones")
         runs = [self._run(index, request) for index, request in enumerate(requests)]
@@ -158,14 +158,14 @@ class PackedEvaluator(TrainEvaluator):
 
         def end(run: _Run, outcome: Outcome) -> None:
             run.outcome = outcome
-            run.kept = None
+            run.state = None
             report()
             if ended is not None:
                 ended(run.index, outcome)
 
         for run in runs:
             if "full" in run.request.candidate.architecture.kinds or self.is_bare(run.request.candidate):
-                end(run, self._evaluate(run.request, report))
+                end(run, train_alone(self, run.request, report))
         while alive := [run for run in runs if run.outcome is None]:
             # Those that are behind come first: nobody passes a rung before all have reached it.
             share = min(run.share for run in alive)
@@ -178,7 +178,7 @@ class PackedEvaluator(TrainEvaluator):
             for run in reached:
                 if run.index not in going_on:
                     end(run, Outcome(measurement=run.record.measurement(run.request, self.name)))
-        return [run.outcome for run in runs]
+        return [run.outcome for run in runs if run.outcome is not None]
 
     def _run(self, index: int, request: Request) -> _Run:
         training = self.training(request.candidate)
@@ -214,7 +214,7 @@ class PackedEvaluator(TrainEvaluator):
         return a.order == b.order and (a.depth == b.depth or self.mixes_depths)
 
     def _most(self, runs: Sequence[_Run]) -> int:
-        """Slots of a pack of such candidates."""
+        """Return the number of slots of a pack of such candidates."""
         key = _memory_key(runs)
         if key not in self._fitting:
             self._fitting[key] = self.pack or fitting_slots(self, [run.request for run in runs])
@@ -255,8 +255,8 @@ class PackedEvaluator(TrainEvaluator):
         ) as attachment:
             optimizer = PackedAdamW(attachment, [run.training for run in pack])
             for k, run in enumerate(pack):
-                if run.kept is not None:
-                    run.kept.put_on(attachment, optimizer, k)
+                if run.state is not None:
+                    run.state.restore(attachment, optimizer, k)
             losses = self._steps_of(pack, attachment, optimizer, last, report)
             train_s = time.perf_counter() - begin
             step = first + len(losses)
@@ -264,13 +264,13 @@ class PackedEvaluator(TrainEvaluator):
             stopped = [k for k, run in enumerate(pack) if run.stop == step and k not in broken]
             scored = self._score(pack, stopped, attachment)
             going_on = [k for k, run in enumerate(pack) if step < run.num_steps and k not in broken]
-            kept = {k: _Kept.taken_off(attachment, optimizer, k) for k in going_on}
+            states = {k: SlotState.capture(attachment, optimizer, k) for k in going_on}
             weights = {k: attachment.state(k) for k in stopped if pack[k].request.keep_weights}
         wall_s = time.perf_counter() - begin
 
         ended: list[tuple[_Run, Outcome]] = []
         for k, run in enumerate(pack):
-            run.step, run.kept = step, kept.get(k)
+            run.step, run.state = step, states.get(k)
             run.record.losses += [column[k] for column in losses]
             run.record.train_s += train_s / len(pack)
             run.record.wall_s += wall_s / len(pack)
@@ -300,7 +300,7 @@ class PackedEvaluator(TrainEvaluator):
         last: int,
         report: Callable[[int], None],
     ) -> list[list[float]]:
-        """The steps up to `last`; the losses of the slots at each. Ends early where one is not a number."""
+        """Train up to step `last`; return the losses of the slots at each step. Ends early at one that is no number."""
         seed, batch_size, first = pack[0].order
         numbers = range(first + 1, last + 1)
         rates = torch.tensor(
@@ -329,7 +329,7 @@ class PackedEvaluator(TrainEvaluator):
     # Scores
 
     def _score(self, pack: Sequence[_Run], slots: Sequence[int], attachment: Attachment) -> dict[int, Scores]:
-        """Of the slots that have come to a stop."""
+        """Score the slots that have come to a stop."""
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
         found: dict[int, Scores] = {}
         if len(ending) < len(slots):
@@ -341,7 +341,8 @@ class PackedEvaluator(TrainEvaluator):
             found |= {k: scores[k] for k in ending}
         return found
 
-    def scores(self, attachment, split, indices):
+    @override
+    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
         slots, depth = attachment.num_slots, attachment.depth
         batch = self.batch(split, indices)
         attachment.routers.tokens.domains = batch.get("domains")
@@ -354,7 +355,7 @@ class PackedEvaluator(TrainEvaluator):
         return {name: column.view(slots, -1, *column.shape[1:]) for name, column in columns.items()}
 
     def _hidden(self, split: str, indices: Sequence[int], batch: Batch, depth: int) -> Tensor:
-        """What leaves the lowest `depth` layers for these examples: [N, T, D]."""
+        """Return the output of the lowest `depth` layers for these examples: [N, T, D]."""
         lengths = self.lengths[split]
         nbytes = (1 + sum(lengths)) * self.backbone.hidden_size * self._dtype.itemsize
         if self.cache is None or nbytes > self.cache.max_bytes:
@@ -373,7 +374,7 @@ class PackedEvaluator(TrainEvaluator):
         return self.prefix(model_inputs(batch), depth)
 
     def _all_rows(self, split: str, depth: int) -> Tensor:
-        """Of all examples, in batches that do not depend on who asks first."""
+        """Compute the rows of all examples, in batches that do not depend on who asks first."""
         lengths = self.lengths[split]
         rows = torch.zeros(1 + sum(lengths), self.backbone.hidden_size, dtype=self._dtype, device=self.device)
         activations = Activations(rows, lengths)
@@ -389,9 +390,7 @@ def repeated(tensor: Tensor, slots: int) -> Tensor:
 
 
 def _memory_key(runs: Sequence[_Run]) -> tuple[int, int, int]:
-    """What the memory of a pack depends on above all: rows, layers that keep their activations, and experts that may
-    keep theirs each.
-    """
+    """Return what decides on the memory of a pack: rows per step, layers below all adapters, rows of experts."""
     rows = max((spec.num_experts_total for run in runs for _, spec in run.request.candidate.architecture), default=1)
     return runs[0].training.batch_size, min(run.depth for run in runs), rows
 

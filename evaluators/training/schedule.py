@@ -8,7 +8,7 @@ from autopeft.search_space.training import Training
 
 
 def rate(step: int, steps: int, training: Training) -> float:
-    """The learning rate's factor at a step: linear warm-up, then the schedule down to zero."""
+    """Return the learning rate's factor at a step: linear warm-up, then the schedule down to zero."""
     warmup = math.ceil(round(steps * training.warmup, 6))
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def layer_paths(backbone: Backbone) -> list[str]:
-    """The module paths of the layers: what the paths of all sites of a layer have in common."""
+    """Return the module paths of the layers, which are the common part of the paths of their sites."""
     paths = []
     for layer in range(backbone.num_layers):
         inside = [site.module.replace(".", "/") for site in backbone.sites if site.layer == layer]
@@ -54,7 +54,7 @@ class Prefix:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor], depth: int) -> Tensor:
-        """What leaves the lowest `depth` layers (at least 1): [N, T, D]."""
+        """Compute the output of the lowest `depth` layers (at least 1): [N, T, D]."""
 
         def stop(module: nn.Module, args: tuple, output: Any) -> None:
             raise Reached(output)
@@ -70,7 +70,7 @@ class Prefix:
 
     @contextmanager
     def replaced(self, hidden: Tensor, depth: int) -> Iterator[None]:
-        """The lowest `depth` layers hand on `hidden` [B, T, D] and do nothing else."""
+        """Make the lowest `depth` layers return `hidden` [B, T, D] and compute nothing."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             return hidden
@@ -96,12 +96,12 @@ class Activations:
         return self.rows[self._index(examples)]
 
     def fill(self, examples: Sequence[int], hidden: Tensor) -> None:
-        """The inverse of `batch`; what stands in the padding is left out. hidden: [N, T, D]."""
+        """Invert `batch`; the padding is left out. hidden: [N, T, D]."""
         index = self._index(examples)
         self.rows[index[index > 0]] = hidden[index > 0]
 
     def _index(self, examples: Sequence[int]) -> Tensor:
-        """The rows of the examples' tokens: [N, T], 0 in the padding."""
+        """Return the rows of the examples' tokens: [N, T], 0 in the padding."""
         chosen = torch.tensor(examples)
         lengths = self._lengths[chosen][:, None]
         positions = torch.arange(int(lengths.max()))[None, :]
@@ -123,7 +123,7 @@ class PrefixCache:
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, key: str, compute: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """The tensor of `key`, from memory, disk or `compute`."""
+        """Return the tensor of `key`, from memory, disk or `compute`."""
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
@@ -174,8 +174,9 @@ class PrefixCache:
 
 
 def fingerprint(model: nn.Module, backbone: Backbone) -> str:
-    """Changes with every weight of the frozen part, with how it computes and where: a name and a revision say nothing
-    of a folder that was trained on.
+    """Compute a key that changes with every weight of the frozen part, and with how and where it computes.
+
+    A name and a revision would say nothing of a folder that was trained on.
     """
     hashed = hashlib.sha256()
     tensors: Iterable[tuple[str, Tensor]] = (*model.named_parameters(), *model.named_buffers())

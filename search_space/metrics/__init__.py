@@ -6,10 +6,24 @@ from autopeft.search_space.metrics.base import Columns, Metric, MetricError, Ove
 from autopeft.search_space.metrics.macro_f1 import MacroF1
 from autopeft.search_space.metrics.matthews import Matthews
 from autopeft.search_space.metrics.mean import ACCURACY, LOSS
-from autopeft.search_space.metrics.own import Own
+from autopeft.search_space.metrics.own import Own, place_of
+from autopeft.search_space.registry import Registry
 
-QUALITIES: dict[str, Quality] = {metric.name: metric for metric in (ACCURACY, LOSS, MacroF1(), Matthews())}
+QUALITIES: Registry[Quality] = Registry(
+    "autopeft.metrics", Quality, "name", (ACCURACY, LOSS, MacroF1(), Matthews()), instances=True
+)
 #: What every evaluation reports; the order is that of its values.
 ALWAYS: tuple[Quality, ...] = (LOSS, ACCURACY)
 
-__all__ = ["ALWAYS", "QUALITIES", "Columns", "Metric", "MetricError", "OverSet", "Own", "PerExample", "Quality"]
+__all__ = [
+    "ALWAYS",
+    "QUALITIES",
+    "Columns",
+    "Metric",
+    "MetricError",
+    "OverSet",
+    "Own",
+    "PerExample",
+    "Quality",
+    "place_of",
+]

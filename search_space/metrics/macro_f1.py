@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from autopeft.search_space.metrics.base import Indices
 
+if TYPE_CHECKING:
+    from autopeft.search_space.metrics.base import Indices
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MacroF1(OverSet):

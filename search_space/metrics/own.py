@@ -23,6 +23,8 @@ from autopeft.search_space.spelling import did_you_mean
 if TYPE_CHECKING:
     from autopeft.search_space.metrics.base import Indices
 
+#: The module of a notebook or an interactive session.
+SESSION = "__main__"
 _PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
@@ -54,6 +56,11 @@ class Own(OverSet):
         module_name, name = self.place.split(":")
         module = _module(module_name, folder)
         found = getattr(module, name, None)
+        if not callable(found) and module_name == SESSION:
+            raise MetricError(
+                f"the function {name} was defined in a notebook or a Python session and is not in this process:"
+                " define it again and go on from there with autopeft.Study, or put it into a module for a new study"
+            )
         if not callable(found):
             known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
             raise MetricError(f"the module {module_name} has no function {name!r}{did_you_mean(name, known)}")
@@ -73,6 +80,21 @@ class Own(OverSet):
             if not isinstance(found, str) and math.isfinite(value := float(found)):
                 return value
         raise MetricError(f"the metric {self.name} ({self.place}) returned {found!r:.80}, not a finite number")
+
+
+def place_of(function: Callable[[Any, Any], Any]) -> str:
+    """Return the module:function under which `Own.loaded` finds a function again.
+
+    A function of a notebook or session is found in its process alone. Raises MetricError for a function that no module
+    has under its name, as a lambda.
+    """
+    module_name, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    place = f"{module_name}:{name}"
+    if not _PLACE.fullmatch(place) or getattr(sys.modules.get(str(module_name)), name, None) is not function:
+        raise MetricError(
+            f"{function!r:.80} cannot be found again by a name: define it with def, outside of functions and classes"
+        )
+    return place
 
 
 def _module(name: str, folder: Path) -> ModuleType:

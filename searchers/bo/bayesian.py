@@ -29,7 +29,7 @@ class Bayesian(Searcher):
     """Gaussian processes of the measured objectives, and the expected hypervolume improvement under noise.
 
     Declared costs of an architecture (parameters, bytes, operations) are known before any trial and are not modelled.
-    Trials that were observed outside the search (`Problem.known`) are modelled like its own, and not proposed again.
+    Trials that were observed outside the search (`Problem.observed`) are modelled like its own, and not proposed again.
     The first points come from `initial.design`. While no process ranks left-out trials better than chance, NSGA-II
     proposes.
     """

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from optuna._hypervolume import compute_hypervolume
 
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import BASELINE, SEARCH, Objective, Trial
+from autopeft.search_space.problem import SEARCH, Objective, Role, Trial
 
 Floats = NDArray[np.float64]
 
@@ -33,15 +33,14 @@ class FrontRow:
     std_err: Mapping[str, float] = field(default_factory=dict)
     on_front: bool = False
     recommended: bool = False
-    #: See `Trial.role`.
-    role: str = SEARCH
+    role: Role = SEARCH
     #: The architecture in a line or two.
     summary: str = ""
 
     @property
     def is_baseline(self) -> bool:
         """Whether the candidate is a tuned baseline."""
-        return self.role.startswith(BASELINE)
+        return self.role.kind == "baseline"
 
 
 def losses(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:

@@ -11,14 +11,13 @@ from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.metrics import Metric
 from autopeft.search_space.problem import (
-    BASELINE,
-    CONTROL,
     COPY,
     FINALIST,
     METRICS,
     SEARCH,
     Measurement,
     Objective,
+    Role,
     Trial,
 )
 from autopeft.studies.analysis import pareto, recommendation, statistics
@@ -102,8 +101,8 @@ class Snapshot:
         """Return the matched baselines of mixtures, by the number of the mixture's trial and the baseline's name."""
         runs: dict[tuple[int, str], list[Trial]] = {}
         for trial in self.trials:
-            if trial.role.startswith(CONTROL) and trial.of is not None and trial.state == "complete":
-                runs.setdefault((trial.of, trial.role.removeprefix(CONTROL)), []).append(trial)
+            if trial.role.kind == "control" and trial.of is not None and trial.state == "complete":
+                runs.setdefault((trial.of, trial.role.name), []).append(trial)
         found: dict[int, dict[str, Entry]] = {}
         for (number, name), own in runs.items():
             found.setdefault(number, {})[name] = Entry(trial=own[0], repeats=tuple(own), metrics=self.metrics)
@@ -115,7 +114,7 @@ class Snapshot:
         best: dict[str, Entry] = {}
         for entry in self.entries():
             value = sign * entry.trial.values[self.quality]
-            key = f"trial {entry.trial.number}" if entry.trial.role == SEARCH else entry.trial.role
+            key = f"trial {entry.trial.number}" if entry.trial.role == SEARCH else str(entry.trial.role)
             if key not in best or value > sign * best[key].trial.values[self.quality]:
                 best[key] = entry
         return list(best.values())
@@ -157,7 +156,8 @@ class Snapshot:
     def _seed_sd(self, metric: str, split: str) -> SeedSd | None:
         matched = [entry for by_name in self.matched_baselines().values() for entry in by_name.values()]
         repeated = [entry for entry in [*self.entries(), *matched] if len(entry.repeats) > 1]
-        adapters = [entry for entry in repeated if entry.trial.role not in (BASELINE + "head", BASELINE + "full")]
+        untuned = (Role("baseline", "head"), Role("baseline", "full"))
+        adapters = [entry for entry in repeated if entry.trial.role not in untuned]
         scores = [entry.scores(metric, split) for entry in adapters or repeated]
         return statistics.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
 
@@ -181,9 +181,7 @@ class Snapshot:
         return [
             FrontRow(
                 trial=entry.trial.number,
-                label=f"trial {entry.trial.number}"
-                if entry.trial.role == SEARCH
-                else entry.trial.role.removeprefix(BASELINE),
+                label=f"trial {entry.trial.number}" if entry.trial.role == SEARCH else entry.trial.role.label,
                 values=value,
                 std_err=std_err,
                 on_front=member,

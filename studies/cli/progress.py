@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from autopeft.search_space.problem import BASELINE, FINALIST, SEARCH, Objective, Trial
+from autopeft.search_space.problem import FINALIST, SEARCH, Objective, Trial
 from autopeft.studies.analysis.diagnostics import diagnostics
 from autopeft.studies.analysis.snapshot import Snapshot, summary
 from autopeft.studies.cli.display import ProgressDisplay
@@ -153,4 +153,4 @@ class ProgressView(ProgressDisplay):
 def _name(trial: Trial) -> str:
     if trial.role == FINALIST:
         return f"trial {trial.of} again, seed {trial.seed}"
-    return f"trial {trial.number}" if trial.role == SEARCH else trial.role.removeprefix(BASELINE)
+    return f"trial {trial.number}" if trial.role == SEARCH else trial.role.label

@@ -118,11 +118,11 @@ def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = Fal
     """Estimate a study before it runs: size of the space, range of parameters, time, memory, export formats."""
     from autopeft.studies.config.loading import load_study
     from autopeft.studies.engine.check import check
-    from autopeft.studies.engine.cost_estimate import plan_study
+    from autopeft.studies.engine.cost_estimate import estimate_study
 
     settings = load_study(study, set_ or ())
     splits, _, _ = check(settings)
-    found = plan_study(settings, splits)
+    found = estimate_study(settings, splits)
     if as_json:
         print_json(found.to_dict())
         return

@@ -12,6 +12,7 @@ from autopeft.search_space.metrics import QUALITIES, MetricError, Own, Quality
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
+from autopeft.studies.config.settings import PACKED
 from autopeft.studies.config.source import Keys
 from autopeft.studies.config.study_file import StudyFile
 
@@ -28,6 +29,7 @@ _EMBEDDED = ("embedded", "embedded-domains")
 
 def problems_of(study: StudyFile) -> Iterator[Finding]:
     """Every problem that can be seen without the model and the data."""
+    yield from _evaluator_problems(study)
     yield from _search_problems(study)
     yield from _objective_problems(study)
     yield from _data_problems(study)
@@ -40,6 +42,27 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
     return f"unknown key{did_you_mean(name, known)}"
 
 
+def _evaluator_problems(study: StudyFile) -> Iterator[Finding]:
+    name = study.evaluation.evaluator
+    if name == PACKED:
+        return  # torch, which the registry imports, is needed for the others alone
+    from autopeft.evaluators.training.registry import EVALUATORS
+
+    if name not in EVALUATORS:
+        yield ("evaluation", "evaluator"), f"unknown evaluator {name!r}{did_you_mean(name, EVALUATORS)}"
+
+
+def _packs(study: StudyFile) -> bool:
+    """Whether the evaluator trains candidates side by side; True for an unknown one, which has its own message."""
+    name = study.evaluation.evaluator
+    if name == PACKED:
+        return True
+    from autopeft.evaluators.training.packed import PackedEvaluator
+    from autopeft.evaluators.training.registry import EVALUATORS
+
+    return name not in EVALUATORS or issubclass(EVALUATORS[name], PackedEvaluator)
+
+
 def _search_problems(study: StudyFile) -> Iterator[Finding]:
     # Imported here, like everything that is slow to import: `autopeft --help` must not wait for it.
     from autopeft.search_space.spaces.presets import BASELINES
@@ -50,7 +73,7 @@ def _search_problems(study: StudyFile) -> Iterator[Finding]:
         yield ("search", "searcher"), f"unknown searcher {searcher!r}{did_you_mean(searcher, SEARCHERS)}"
     if rungs != sorted(set(rungs)):
         yield ("search", "rungs"), "must ascend"
-    elif study.search.keep < 1.0 and study.evaluation.evaluator != "packed":
+    elif study.search.keep < 1.0 and not _packs(study):
         yield ("search", "keep"), "needs the evaluator packed: the others do not train candidates side by side"
     elif study.search.keep < 1.0 and not rungs:
         yield ("search", "keep"), "needs search.rungs: the shares of the steps at which candidates are compared"
@@ -87,7 +110,7 @@ def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
         yield ("proxy", "filter"), f"the policy {wish.policy} draws nothing that could be filtered"
     if wish.distil and not study.task_class.distils:
         yield ("proxy", "distil"), "works for classification alone, with one label per row"
-    if study.evaluation.evaluator != "packed" and searcher in SEARCHERS and searcher not in known:
+    if searcher in SEARCHERS and searcher not in known and not _packs(study):
         yield ("search", "searcher"), f"{searcher} needs the evaluator packed: it runs candidates side by side"
     if searcher == Proxied.name:
         from autopeft.evaluators.proxies import PROXIES, TRAINED

@@ -22,6 +22,7 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12, with one definition per adapter type, each with the fields of its own."""
     from autopeft.evaluators.tasks import TASKS
+    from autopeft.evaluators.training.registry import EVALUATORS
     from autopeft.search_space.spaces.presets import BASELINES, PRESETS
     from autopeft.searchers import SEARCHERS
 
@@ -30,6 +31,7 @@ def json_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     search = definitions["SearchSettings"]["properties"]
     _restrict(search["searcher"], SEARCHERS)
+    _restrict(definitions["EvaluationSettings"]["properties"]["evaluator"], EVALUATORS)
     _restrict(definitions["SpaceSettings"]["properties"]["preset"]["anyOf"][0], PRESETS)
     by_name = next(form for form in search["start"]["items"]["oneOf"] if form["type"] == "string")
     _restrict(by_name, BASELINES)

@@ -191,6 +191,8 @@ class SpaceSettings(Section):
     )
 
 
+#: The default evaluator, which has whatever a setting may need.
+PACKED = "packed"
 _DEFAULTS = Training()
 
 
@@ -303,8 +305,9 @@ class ProxySettings(Section):
 class EvaluationSettings(Section):
     """How candidates are trained. It changes how long a study takes and nothing that it finds, but for rounding."""
 
-    evaluator: Literal["packed", "train"] = Field(
-        default="packed", description="several candidates side by side on one backbone, or one after the other"
+    evaluator: str = Field(
+        default=PACKED,
+        description="packed: several candidates side by side on one backbone; train: one after the other",
     )
     pack: int | None = Field(default=None, ge=1, description="candidates side by side; null: by the memory there is")
     cache_bytes: int = Field(

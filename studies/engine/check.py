@@ -18,8 +18,9 @@ from autopeft.studies.engine.session import earlier_trials
 
 
 def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
-    """Read the data, try the metrics of the study's own on it, describe the model, lay the space over it. Raises
-    StudyFileError with every problem.
+    """Read the data, try the study's own metrics on it, describe the model, lay the space over it.
+
+    Raises StudyFileError with every problem.
     """
     problems: list[str] = []
     splits = backbone = space = None

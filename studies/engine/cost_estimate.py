@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.studies.config.problem import problem_for
-from autopeft.studies.config.settings import SearchSettings
 from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.plan import StudyPlan, plan_of
 from autopeft.studies.engine.session import evaluator_for
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.recipes.build import bare_recipe, recipe_head_sites
@@ -23,8 +23,10 @@ SAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """`time_s`: estimate for the whole study on this machine. `exportable`: share of sampled candidates that a target
+class CostEstimate:
+    """Size, costs and exports of a study.
+
+    `time_s`: estimate for the whole study on this machine. `exportable`: share of sampled candidates that a target
     holds, by its name; `reasons`: why not, one example each.
     """
 
@@ -42,9 +44,11 @@ class Plan:
     reasons: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
         return asdict(self)
 
     def lines(self) -> list[str]:
+        """Return the estimate as text, line by line."""
         size = "continuous" if self.cardinality is None else f"{self.cardinality:,} architectures"
         share = self.largest_params / self.backbone_params
         lines = [
@@ -63,13 +67,14 @@ class Plan:
         return lines
 
 
-def plan_study(settings: StudyFile, splits: Splits) -> Plan:
-    """Loads the model and measures a candidate of median size and the largest one; writes nothing."""
+def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
+    """Load the model and measure a candidate of median size and the largest one. Writes nothing."""
     from autopeft.evaluators.base import Request
     from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations, num_finals
 
     evaluator = evaluator_for(settings, splits)
-    space, backbone = problem_for(settings, evaluator.backbone).space, evaluator.backbone
+    problem, backbone, plan = problem_for(settings, evaluator.backbone), evaluator.backbone, plan_of(settings)
+    space = problem.space
     rng = Random(settings.seed)
     largest = space.decode(space.largest())
     drawn = [space.decode(space.sample(rng)) for _ in range(SAMPLES)]
@@ -80,20 +85,20 @@ def plan_study(settings: StudyFile, splits: Splits) -> Plan:
 
     measured = evaluator.costs(typical, frozenset({"step_s", "latency_s"})).values
     memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]
-    finals, searched = num_finals(settings, space), settings.search.trials
-    full_runs = len(list(baselines(settings, space))) + finals
-    num_steps = evaluator.num_steps(Request(candidate=typical)) * (searched * mean_share(settings.search) + full_runs)
+    finals, searched = num_finals(plan, space), problem.num_trials
+    full_runs = len(list(baselines(plan, space))) + finals
+    num_steps = evaluator.num_steps(Request(candidate=typical)) * (searched * mean_share(plan) + full_runs)
     batch_size = evaluator.training(typical).batch_size
     scored = len(splits.validation) * (searched + full_runs) + len(splits.test) * finals
     exportable, reasons = _exportable(settings, splits, samples, backbone)
-    return Plan(
+    return CostEstimate(
         study=settings.study,
         cardinality=space.cardinality,
         num_genes=len(space.genes),
         smallest_params=samples[0].architecture.num_params(backbone),
         largest_params=largest.architecture.num_params(backbone),
         backbone_params=backbone.num_params,
-        evaluations=num_evaluations(settings, space),
+        evaluations=num_evaluations(plan, problem),
         step_s=measured["step_s"],
         time_s=num_steps * measured["step_s"] + scored / batch_size * measured["latency_s"],
         peak_memory_bytes=memory,
@@ -102,10 +107,10 @@ def plan_study(settings: StudyFile, splits: Splits) -> Plan:
     )
 
 
-def mean_share(search: SearchSettings) -> float:
+def mean_share(plan: StudyPlan) -> float:
     """Share of the training steps that a candidate of the search gets on average, with what its rungs save."""
-    stops = (0.0, *search.rungs, search.share)
-    return sum((end - start) * search.keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
+    stops = (0.0, *plan.rungs, plan.share)
+    return sum((end - start) * plan.keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
 
 
 def _exportable(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.engine.study import weights_path
+from autopeft.studies.engine.study_loop import weights_path
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.exporters import EXPORTERS, Assessment
 from autopeft.studies.recipes.build import recipe_of
@@ -34,7 +34,7 @@ def export_trial(
     if target not in EXPORTERS:
         raise ConfigurationError(f"{target}: unknown target{did_you_mean(target, EXPORTERS)}")
     recipe = recipe_of(settings, ledger, snapshot, number)
-    weights = weights_path(settings, number)
+    weights = weights_path(settings.output_folder, number)
     state = load_file(weights) if weights.is_file() else None
     folder = folder or settings.output_folder / "exports" / f"trial-{number}-{target}"
     return folder, EXPORTERS[target].export(recipe, state, folder, allow_lossy=allow_lossy, force=force)

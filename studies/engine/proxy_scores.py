@@ -25,7 +25,7 @@ from autopeft.evaluators.costs.predictor import ADDITIVE, CostTable
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.proxies.gates import Gates
 from autopeft.evaluators.proxies.supernet import Supernet
-from autopeft.evaluators.training.train import TrainingFailedError
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import (
@@ -47,6 +47,7 @@ from autopeft.searchers.scored.policies import POLICIES, preferred
 from autopeft.studies.config.fingerprint import key_of
 from autopeft.studies.config.problem import space_for
 from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.watcher import Stage
 from autopeft.studies.tracking.mlflow_sync import SUBNETS
 
 if TYPE_CHECKING:
@@ -71,9 +72,6 @@ FORESEEN = (*DECLARED, *ADDITIVE)
 SCORE = Objective.of("loss")
 COLUMNS = ("key", "score", *DECLARED, "genes")
 
-#: Called with a sentence, what is done and what there is to do.
-Stage = Callable[[str, int, int], None]
-
 
 class NoScoresError(RuntimeError):
     """A proxy that cannot score the architectures of a space."""
@@ -90,16 +88,19 @@ class Point:
 
     @property
     def architecture(self) -> Architecture:
+        """The architecture of the candidate."""
         return self.candidate.architecture
 
     @property
     def key(self) -> str:
+        """The architecture's key."""
         return self.architecture.key
 
 
 def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[ScoredPoint, ...]:
-    """Candidates and their scores, less is better, for a searcher that starts from them. None if there can be no
-    scores: what fails here does not take the study with it.
+    """Return candidates and their scores, less is better, for a searcher that starts from them.
+
+    Empty if there can be no scores: a failure here does not end the study.
     """
     find = _proposed if settings.search.searcher == Gated.name else _scored
     try:
@@ -110,7 +111,7 @@ def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, st
 
 
 def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[ScoredPoint]:
-    """What gates with each of `PENALTIES` choose, every architecture once; its place in that order is its score."""
+    """Yield the choices of gates with each of `PENALTIES`, each once; its place in that order is its score."""
     space, kept = problem.space, Kept(settings.output_folder / PROPOSALS, key=score_key(settings))
     proposals: list[Assignment] | None = kept.read()
     if proposals is None:
@@ -155,7 +156,7 @@ def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, s
 
 
 def architectures_only(problem: Problem, num_trials: int) -> Problem:
-    """The problem without what is not known of an architecture: how it is trained, and costs that do not add up."""
+    """Return the problem without the training and without costs that do not add up over sites."""
     space = problem.space
     bare = SearchSpace(
         backbone=space.backbone,
@@ -175,7 +176,7 @@ def architectures_only(problem: Problem, num_trials: int) -> Problem:
 def _costs(
     settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, stage: Stage
 ) -> Callable[[Architecture], dict[str, float]]:
-    """What is known of an architecture's costs; a table of measurements if the study asks for more than is declared."""
+    """Return the function of an architecture's costs, with a table of measurements if declared costs are not enough."""
     backbone = inner.space.backbone
     wanted = {o.name for o in inner.objectives} | inner.limits.maxima.keys()
     if not (measured := wanted & set(ADDITIVE)):
@@ -194,7 +195,7 @@ def _costs(
 
 
 def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
-    """The training of a supernet: searched settings at their middle, and its own number of epochs if it has one."""
+    """Return the training of a supernet: searched settings at their middle, and its own number of epochs."""
     own = space.middle.training
     epochs = settings.proxy.epochs
     return Training(**own if epochs is None else {**own, "epochs": epochs})
@@ -203,7 +204,7 @@ def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
 def prepared(
     settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, folder: Path | None, stage: Stage
 ) -> Proxy:
-    """The study's proxy, fit to be asked for scores. Raises NoScoresError for a space that it cannot have."""
+    """Prepare the study's proxy. Raises NoScoresError for a space that it cannot score."""
     wish = settings.proxy
     if wish.score in PROXIES:
         return PROXIES[wish.score](evaluator, settings.seed)
@@ -218,7 +219,7 @@ def prepared(
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What shared weights or gates refuse of a space becomes NoScoresError."""
+    """Turn the refusal of a space by shared weights or gates into NoScoresError."""
     try:
         yield
     except ValueError as error:
@@ -267,7 +268,7 @@ def _searched(
     score: Callable[[Sequence[Point]], list[float]],
     costs: Callable[[Architecture], dict[str, float]],
 ) -> Iterator[tuple[Point, float]]:
-    """What the search over scores meets, in its order; nothing twice."""
+    """Yield the points of the search over scores in its order, none twice."""
     space = inner.space
     searcher = SEARCHERS[settings.proxy.search](inner, settings.seed)
     trials: list[Trial] = []
@@ -308,12 +309,14 @@ class Kept:
     key: str
 
     def read(self) -> Any:
+        """Return what was written under the same settings, None if there is nothing."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             told = json.loads(self.path.read_text(encoding="utf-8"))
             return told["found"] if told["settings"] == self.key else None
         return None
 
     def write(self, found: Any) -> None:
+        """Write all of it or nothing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(self.path, json.dumps({"settings": self.key, "found": found}) + "\n")
 
@@ -338,6 +341,7 @@ class Table:
         self.scores = {row["key"]: float(row["score"]) for row in rows}
 
     def append(self, points: Sequence[Point], values: Sequence[float]) -> None:
+        """Add points and their scores."""
         with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             for point, value in zip(points, values, strict=True):
@@ -347,5 +351,5 @@ class Table:
 
 
 def score_key(settings: StudyFile) -> str:
-    """Changes with everything that a score depends on."""
+    """Return a key that changes with everything that a score depends on."""
     return key_of(settings, "seed", "task", "model", "data", "space", "training", "proxy")

@@ -78,7 +78,7 @@ def retrain(
 
 
 def promises(recipe: Recipe) -> dict[str, Measured]:
-    """The metrics for which the recipe names an interval on the test split."""
+    """Return the metrics for which the recipe names an interval on the test split."""
     return {name: m for name, m in recipe.measured.items() if m.split == "test" and m.low is not None}
 
 

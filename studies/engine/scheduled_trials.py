@@ -1,6 +1,4 @@
-"""The evaluations of a study that no searcher proposes: baselines ahead of the search, finalists and what mixtures are
-compared with behind it.
-"""
+"""Evaluations that no searcher proposes: baselines before the search, finalists and controls after it."""
 
 from __future__ import annotations
 
@@ -9,90 +7,90 @@ from dataclasses import dataclass, replace
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import BASELINE, CONTROL, FINALIST, SEARCH, Trial
+from autopeft.search_space.problem import FINALIST, SEARCH, Problem, Role, Trial
 from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.search_space.spaces.presets import BASELINES
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.analysis import pareto
 from autopeft.studies.analysis.snapshot import Snapshot
-from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.plan import StudyPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """An evaluation that is still to be made."""
 
-    role: str
+    role: Role
     candidate: Candidate
     seed: int
     of: int | None = None
 
 
-def baselines(settings: StudyFile, space: SearchSpace) -> Iterator[Planned]:
-    """Every baseline at every learning rate; other training fields as in the study, searched ones at their middle."""
+def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
+    """Yield all baselines at all learning rates; other fields as in the study, searched ones at their middle."""
     middle = space.middle.training
-    for name in settings.baselines.names:
+    for name in plan.baselines:
         architecture = BASELINES[name](space.backbone)
         if not architecture and not (name == "head" and space.backbone.head_modules):
             continue  # a model without a head, or without what the baseline trains (biases): nothing to compare with
-        own = settings.baselines.full_learning_rates if name == "full" else settings.baselines.learning_rates
+        own = plan.full_learning_rates if name == "full" else plan.learning_rates
         for rate in own:
             candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
-            yield Planned(BASELINE + name, candidate, settings.seed)
+            yield Planned(Role("baseline", name), candidate, plan.seed)
 
 
-def contenders(settings: StudyFile, snapshot: Snapshot) -> list[Trial]:
-    """Members of the search's front, at most `finalists.most`, spread over its length; the best one is in."""
+def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
+    """Return members of the search's front, at most `most_finalists`, spread over its length; the best one is in."""
     trials = [t for t in snapshot.trials if t.role == SEARCH and t.state == "complete"]
     losses = pareto.losses(trials, snapshot.objectives)
     members = [t for t, member in zip(trials, non_dominated(losses), strict=True) if member]
     quality = snapshot.quality
     sign = -1 if snapshot.metrics[quality].maximise else 1
     members.sort(key=lambda t: sign * t.values[quality])
-    most = settings.finalists.most
+    most = plan.most_finalists
     if len(members) <= most:
         return members
     return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]
 
 
-def finalists(settings: StudyFile, snapshot: Snapshot) -> Iterator[Planned]:
-    """Fresh seeds for every contender and every baseline at its best learning rate, at full length and with the test
-    split, less those that there are.
+def finalists(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
+    """Yield fresh seeds for every contender and every baseline at its best learning rate, less those that there are.
+
+    Each is trained at full length and scored on the test split.
     """
     known = {(t.of, t.seed) for t in snapshot.trials if t.role == FINALIST}
-    tuned = [entry.trial for entry in snapshot.tuned() if entry.trial.role.startswith(BASELINE)]
-    for trial in [*tuned, *contenders(settings, snapshot)]:
-        for seed in _fresh_seeds(settings):
+    tuned = [entry.trial for entry in snapshot.tuned() if entry.trial.role.kind == "baseline"]
+    for trial in [*tuned, *contenders(plan, snapshot)]:
+        for seed in _fresh_seeds(plan):
             if (trial.number, seed) not in known:
                 yield Planned(FINALIST, trial.candidate, seed, of=trial.number)
 
 
-def comparisons(settings: StudyFile, snapshot: Snapshot) -> Iterator[Planned]:
-    """What every contender with mixtures is compared with, trained as it is and with the same seeds, less those that
-    there are.
-    """
+def comparisons(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
+    """Yield the controls of every contender with mixtures, with its training and seeds, less those that there are."""
     known = {(t.role, t.of, t.seed) for t in snapshot.trials}
-    for trial in contenders(settings, snapshot) if settings.finalists.controls else ():
+    for trial in contenders(plan, snapshot) if plan.controls else ():
         for name, architecture in controls(trial.candidate.architecture, snapshot.backbone).items():
             candidate = replace(trial.candidate, architecture=architecture)
-            for seed in _fresh_seeds(settings):
-                if (CONTROL + name, trial.number, seed) not in known:
-                    yield Planned(CONTROL + name, candidate, seed, of=trial.number)
+            for seed in _fresh_seeds(plan):
+                if (Role("control", name), trial.number, seed) not in known:
+                    yield Planned(Role("control", name), candidate, seed, of=trial.number)
 
 
-def _fresh_seeds(settings: StudyFile) -> range:
-    return range(settings.seed + 1, settings.seed + settings.finalists.seeds + 1)
+def _fresh_seeds(plan: StudyPlan) -> range:
+    return range(plan.seed + 1, plan.seed + plan.finalist_seeds + 1)
 
 
-def num_finals(settings: StudyFile, space: SearchSpace) -> int:
-    """Evaluations of the final front at most: contenders, what mixtures among them are compared with, and tuned
-    baselines, each with every fresh seed.
+def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
+    """Return the number of evaluations of the final front at most.
+
+    Contenders, the controls of mixtures among them, and tuned baselines, each with every fresh seed.
     """
     mixed = any("experts" in choice.fields for choice in space.adapters.values())
-    each = 1 + len(CONTROLS) * (mixed and settings.finalists.controls)
-    return (settings.finalists.most * each + len(settings.baselines.names)) * settings.finalists.seeds
+    each = 1 + len(CONTROLS) * (mixed and plan.controls)
+    return (plan.most_finalists * each + len(plan.baselines)) * plan.finalist_seeds
 
 
-def num_evaluations(settings: StudyFile, space: SearchSpace) -> int:
-    """Evaluations of the whole study at most."""
-    return len(list(baselines(settings, space))) + settings.search.trials + num_finals(settings, space)
+def num_evaluations(plan: StudyPlan, problem: Problem) -> int:
+    """Return the number of evaluations of the whole study at most."""
+    return len(list(baselines(plan, problem.space))) + problem.num_trials + num_finals(plan, problem.space)

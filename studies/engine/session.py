@@ -19,26 +19,29 @@ from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
+    from autopeft.evaluators.training.base import TrainingEvaluator
     from autopeft.evaluators.training.packed import PackedEvaluator
-    from autopeft.evaluators.training.train import TrainEvaluator
     from autopeft.search_space.problem import Problem, Trial
-    from autopeft.studies.engine.study import Study
+    from autopeft.searchers import Searcher
+    from autopeft.studies.engine.study_loop import Scores, StudyLoop
 
 LEAST_FREE_BYTES = 50_000_000
 PRIOR = ("search", "prior")
 
 
 def storage_url(settings: StudyFile) -> str:
+    """Return the Optuna storage of the ledger."""
     return settings.storage or f"sqlite:///{settings.output_folder / 'ledger.db'}"
 
 
 def torch_device(wish: str) -> str:
-    """ "cpu" or "cuda". Raises UnusableEnvironmentError when a GPU is asked for and there is none."""
+    """Return "cpu" or "cuda". Raises UnusableEnvironmentError when a GPU is asked for and there is none."""
     import torch
 
     if wish not in ("auto", "cpu", "cuda"):
@@ -50,7 +53,7 @@ def torch_device(wish: str) -> str:
 
 @contextmanager
 def inputs_checked() -> Iterator[None]:
-    """What is wrong with a model, with data or with the code of a metric becomes a ConfigurationError."""
+    """Turn errors of a model, of data or of the code of a metric into a ConfigurationError."""
     from autopeft.evaluators.errors import DataError, ModelError
     from autopeft.search_space.backbones.introspection import UnknownBackboneError
     from autopeft.search_space.metrics import MetricError
@@ -61,14 +64,19 @@ def inputs_checked() -> Iterator[None]:
         raise ConfigurationError(str(error)) from error
 
 
-def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
-    """The study's evaluator over its model and data, on its device. Raises ConfigurationError."""
+def evaluator_for(settings: StudyFile, splits: Splits) -> TrainingEvaluator:
+    """Build the study's evaluator over its model and data, on its device. Raises ConfigurationError."""
     from autopeft.evaluators.backbones import load_backbone
-    from autopeft.evaluators.training.packed import PackedEvaluator
-    from autopeft.evaluators.training.shared_layers import PrefixCache
-    from autopeft.evaluators.training.train import TrainEvaluator
+    from autopeft.evaluators.training.base import Options
+    from autopeft.evaluators.training.registry import EVALUATORS
 
-    wish = settings.evaluation
+    wanted = settings.evaluation
+    options = Options(
+        pack=wanted.pack,
+        cache_bytes=wanted.cache_bytes,
+        cache_folder=None if wanted.cache_folder is None else settings.folder / wanted.cache_folder,
+        cache_folder_bytes=wanted.cache_folder_bytes,
+    )
     with inputs_checked():
         metrics = settings.qualities()
         loaded = load_backbone(
@@ -80,17 +88,13 @@ def evaluator_for(settings: StudyFile, splits: Splits) -> TrainEvaluator:
             modules=settings.model.modules,
             device=torch_device(settings.device),
         )
-        if wish.evaluator == "train":
-            return TrainEvaluator(loaded, settings.task, splits, settings.data.max_length, metrics)
-        folder = None if wish.cache_folder is None else settings.folder / wish.cache_folder
-        cache = PrefixCache(wish.cache_bytes, folder, wish.cache_folder_bytes) if wish.cache_bytes else None
-        return PackedEvaluator(
-            loaded, settings.task, splits, settings.data.max_length, metrics, pack=wish.pack, cache=cache
+        return EVALUATORS[wanted.evaluator].of(
+            loaded, settings.task, splits, settings.data.max_length, metrics, options
         )
 
 
 def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator:
-    """The same for what needs candidates side by side. Raises ConfigurationError where the study has others."""
+    """Like `evaluator_for`, but requires the packed evaluator. Raises ConfigurationError."""
     from autopeft.evaluators.training.packed import PackedEvaluator
 
     evaluator = evaluator_for(settings, splits)
@@ -99,14 +103,30 @@ def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator
     return evaluator
 
 
+def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[type[Searcher], Scores | None]:
+    """Return the study's searcher and, if it starts from scored candidates, the function that scores them."""
+    from autopeft.searchers import SEARCHERS, FromScores
+
+    searcher = SEARCHERS[settings.search.searcher]
+    if not issubclass(searcher, FromScores):
+        return searcher, None
+    from autopeft.evaluators.training.packed import PackedEvaluator
+    from autopeft.studies.engine.proxy_scores import scored
+
+    assert isinstance(evaluator, PackedEvaluator)  # `checks.py` has seen to it
+    return searcher, lambda problem, stage: scored(settings, problem, evaluator, stage)
+
+
 @contextmanager
-def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[Study]:
-    """The study, held against a second process. Raises ConfigurationError (it exists, it does not, it changed, it is
-    under way) and UnusableEnvironmentError (the folder cannot be written, the ledger cannot be read).
+def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[StudyLoop]:
+    """Open a study and lock it against a second process.
+
+    Raises ConfigurationError (it exists, it does not, it changed, it is under way) and UnusableEnvironmentError (the
+    folder cannot be written, the ledger cannot be read).
     """
     from filelock import FileLock, Timeout
 
-    from autopeft.studies.engine.study import Study
+    from autopeft.studies.engine.study_loop import StudyLoop
 
     _check_folder(settings, resume)
     lock = FileLock(settings.output_folder / ".lock")
@@ -129,7 +149,8 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
 
             experiment = settings.tracking.experiment or settings.study
             tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
-        yield Study(settings, problem, evaluator, ledger, tracker)
+        searcher, scores = searcher_for(settings, evaluator)
+        yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores)
     finally:
         lock.release()
 
@@ -185,19 +206,19 @@ def was_started(settings: StudyFile) -> bool:
 
 
 def open_ledger(settings: StudyFile) -> Ledger:
-    """The ledger for reading, safe while the study runs. Raises ConfigurationError if it was never started."""
+    """Open the ledger for reading, safe while the study runs. Raises ConfigurationError if it was never started."""
     if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
         raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
     return Ledger.open(storage_url(settings), settings.study)
 
 
 def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
-    """The settings that the study was run with; the file may have changed since. Paths count from the file's folder."""
+    """Return the settings that the study was run with; the file may have changed. Paths count from its folder."""
     return study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
 
 
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
-    """The study as its ledger has it; neither data nor weights are loaded."""
+    """Return the study as its ledger has it; neither data nor weights are loaded."""
     return Snapshot(
         study=settings.study,
         study_id=ledger.study_id,
@@ -209,9 +230,10 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
 
 
 def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
-    """The complete trials of `search.prior`, of its search and its baselines, that lie in this space: with its genes,
-    and what they declare to cost counted for this backbone. Their copy, once this study was started. Raises
-    StudyFileError if there is none.
+    """Return the complete trials of `search.prior`, of its search and its baselines, that lie in this space.
+
+    They have the genes of this space, and their declared costs are those on this backbone. Once this study was started,
+    they come from its ledger's copy. Raises StudyFileError if there is none.
     """
     from autopeft.search_space.problem import COPY, declared_costs
 

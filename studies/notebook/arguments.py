@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autopeft.search_space.metrics import QUALITIES, MetricError, Own, Quality, place_of
+from autopeft.search_space.problem import METRICS
 from autopeft.studies.config.declaration import Finding
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.written import written_space, written_training
@@ -30,7 +32,7 @@ _ARGUMENTS = (
 
 
 def in_words_of_arguments(text: str) -> str:
-    """A message about a study file or a command, for one who called a function."""
+    """Rewrite a message about a study file or a command for the caller of a function."""
     for pattern, word in _ARGUMENTS:
         if word is None:  # line 3 of a table that was written is its row 2
             text = pattern.sub(lambda match: f"{match[1]}, row {int(match[2]) - 1}", text)
@@ -40,9 +42,17 @@ def in_words_of_arguments(text: str) -> str:
 
 
 def settings_of(
-    *, name: Any, model: Any, data: Any, space: Any, objectives: Any, trials: Any, others: Mapping[str, Any]
+    *,
+    name: Any,
+    model: Any,
+    data: Any,
+    space: Any,
+    objectives: Any,
+    metric: Any,
+    trials: Any,
+    others: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Tables]:
-    """The settings as plain data, and the files that they name. Raises StudyFileError for what no file can say."""
+    """Return the settings as plain data and the files they name. Raises StudyFileError for what no file can say."""
     named = [argument for argument in ("study", "name") if argument in others]
     problems: list[Finding] = [((argument,), "the name of the study is the argument `name`") for argument in named]
     settings: dict[str, Any] = {"study": name, "output": ".", **others}
@@ -50,7 +60,7 @@ def settings_of(
     settings["data"], tables = _data(data, problems)
     settings["space"] = written_space(space, problems)
     settings["training"] = written_training(others.get("training"), problems)
-    settings["objectives"] = objectives
+    settings["objectives"], settings["metrics"] = _objectives(objectives, metric, others.get("metrics"), problems)
     if trials is not None:
         search = others.get("search") or {}
         if isinstance(search, Mapping):
@@ -62,6 +72,45 @@ def settings_of(
     if problems:
         raise StudyFileError(f"{'.'.join(map(str, path))}: {what}" for path, what in problems)
     return settings, tables
+
+
+def _objectives(objectives: Any, metric: Any, own: Any, problems: list[Finding]) -> tuple[Any, Any]:
+    """Return the settings `objectives`, with `metric` first unless it is one of them, and `metrics`."""
+    if isinstance(own, Mapping):
+        own = {name: _place(value, ("metrics", str(name)), problems) for name, value in own.items()}
+    if metric is None:
+        return objectives, own
+    name = metric if isinstance(metric, str) else getattr(metric, "name", getattr(metric, "__name__", None))
+    if isinstance(metric, Quality) and not isinstance(metric, Own):
+        _register(metric, problems)
+    elif not isinstance(metric, (str, Own)) and not callable(metric):
+        problems.append((("metric",), f"must be a function, a metric or a name, got a {type(metric).__name__}"))
+    elif not isinstance(metric, str):
+        place = metric.place if isinstance(metric, Own) else _place(metric, ("metric",), problems)
+        own = {**(own or {}), str(name): place}
+    given = ["num_params"] if objectives is None else objectives
+    if isinstance(given, (list, tuple)):
+        named = [entry.get("name") if isinstance(entry, Mapping) else entry for entry in given]
+        objectives = list(given) if name in named else [name, *given]
+    return objectives, own
+
+
+def _place(function: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
+    """Return a function as its module:function; anything else as it is."""
+    try:
+        return place_of(function) if callable(function) else function
+    except MetricError as error:
+        problems.append((path, str(error)))
+        return None
+
+
+def _register(metric: Quality, problems: list[Finding]) -> None:
+    """Register a metric in this process. Another one that goes on with the study needs it, too, as from a plug-in."""
+    known = METRICS.get(metric.name)
+    if known is None or repr(known) == repr(metric):  # a cell that runs again defines its class anew
+        QUALITIES[metric.name] = metric
+    else:
+        problems.append((("metric",), f"{metric.name!r} is a metric already: take another name"))
 
 
 def _model(model: Any, problems: list[Finding]) -> Any:
@@ -107,7 +156,7 @@ def _data(data: Any, problems: list[Finding]) -> tuple[Any, Tables]:
 
 
 def _files_in(folder: Path) -> dict[str, str]:
-    """The file of each split, where there is exactly one."""
+    """Return the file of each split, where there is exactly one."""
     found = {}
     for split in SPLITS:
         files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
@@ -117,7 +166,7 @@ def _files_in(folder: Path) -> dict[str, str]:
 
 
 def _plain(value: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
-    """Texts, numbers, lists and mappings, as YAML can hold them."""
+    """Return texts, numbers, lists and mappings, as YAML can hold them."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry, (*path, str(key)), problems) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -127,14 +127,16 @@ class Result:
 
     @property
     def recommended(self) -> Member:
-        """The cheapest member of the front that the paired test cannot tell from the best. Raises UserError where
-        there is no front yet.
+        """The cheapest member of the front that the paired test cannot tell from the best.
+
+        Raises UserError if there is no front yet.
         """
         return self.pick("recommended")
 
     def pick(self, wish: str) -> Member:
-        """The candidate that `wish` names: recommended, best, trial:N, or a condition as num_params<=50000 (the best of
-        the front that meets it). Raises UserError.
+        """Return the candidate that `wish` names. Raises UserError.
+
+        recommended, best, trial:N, or a condition as num_params<=50000 (the best of the front that meets it).
         """
         from autopeft.studies.recipes.pick import pick
 
@@ -155,7 +157,7 @@ class Result:
         return table.astype({"of": "Int64"})  # with gaps, and whole
 
     def plot(self) -> Picture:
-        """The front as a matplotlib figure."""
+        """Draw the front as a matplotlib figure."""
         from autopeft.studies.reports.pictures import front_figure
 
         snapshot = self.snapshot

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import os
 
     from autopeft.evaluators.data.splits import Splits
-    from autopeft.studies.engine.study import Watcher
+    from autopeft.search_space.metrics import Quality
+    from autopeft.studies.engine.watcher import Watcher
 
 HEADER = (
     "# Written by autopeft.Study, which replaces it. `autopeft run --resume` and the other commands take it, too.\n"
@@ -45,9 +46,14 @@ class Study:
     embedded rows. Without test rows, half of a validation table is set aside.
     `space`: a preset's name, objects (`AdapterChoice`, `OneOf`, with `Choice`, `Int` and `Float` as values) or the
     settings of a study file.
-    `objectives`: two to four metrics. `trials`: candidates to try. `name`: of the study. `folder`: of everything that
-    it writes, `runs/<name>` if none is given. All other settings of a study file are keywords: `training`,
-    `constraints`, `search`, `baselines`, `finalists`, `seed`, `task` and so on.
+    `objectives`: two to four metrics. `metric`: the quality to search for: a name, a metric object, or a function of
+    two integer arrays, targets and predictions, that returns a number of which more is better. It goes first among the
+    objectives unless it is one of them (`{"name": "my_cost", "direction": "minimise"}` if less is better). A function
+    is recorded as `module:function`: another process finds it if it can import the module, and never finds one of a
+    notebook. An object is registered in this process; in others, a plug-in must have it.
+    `trials`: candidates to try. `name`: of the study. `folder`: of everything that it writes, `runs/<name>` if none is
+    given. All other settings of a study file are keywords: `training`, `constraints`, `search`, `baselines`,
+    `finalists`, `seed`, `task` and so on.
 
     Raises StudyFileError, a UserError, with every problem that can be seen without the model and the rows. Nothing is
     written before `run`.
@@ -61,6 +67,7 @@ class Study:
         objectives: Sequence[str | Mapping[str, Any]] | None = None,
         trials: int | None = None,
         *,
+        metric: str | Quality | Callable[[Any, Any], Any] | None = None,
         name: str = "study",
         folder: str | os.PathLike[str] | None = None,
         **settings: Any,
@@ -72,6 +79,7 @@ class Study:
                 data=data,
                 space=space,
                 objectives=objectives,
+                metric=metric,
                 trials=trials,
                 others=settings,
             )
@@ -81,7 +89,7 @@ class Study:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Study:
-        """The study of a study file, or of the `study.yaml` in a folder."""
+        """Load the study of a study file, or of the `study.yaml` in a folder."""
         study = cls.__new__(cls)
         study.settings = load_study(Path(path), environment={})
         study.folder = study.settings.folder
@@ -89,8 +97,9 @@ class Study:
         return study
 
     def check(self) -> None:
-        """Read the rows and the model's configuration, lay the space over it. Raises StudyFileError with every problem;
-        neither loads weights nor writes anything.
+        """Read the rows and the model's configuration, lay the space over it. Raises StudyFileError with every problem.
+
+        It neither loads weights nor writes anything.
         """
         self._checked()
 
@@ -125,7 +134,7 @@ class Study:
         return Result(self.settings, snapshot)
 
     def result(self) -> Result:
-        """What has been found so far; safe while the study runs. Raises ConfigurationError if it was never started."""
+        """Return the result so far; safe while the study runs. Raises ConfigurationError if it was never started."""
         from autopeft.studies.engine.session import open_ledger, read_snapshot, recorded_settings
 
         ledger = open_ledger(self.settings)
@@ -153,7 +162,7 @@ class Study:
         return splits
 
     def _check_folder(self) -> None:
-        """Raises ConfigurationError if the folder is another study's, or this one's with other rows."""
+        """Raise ConfigurationError if the folder is another study's, or this one's with other rows."""
         from autopeft.studies.engine.session import was_started
 
         if not self._mapping:
@@ -176,7 +185,7 @@ class Study:
             )
 
     def _write(self) -> None:
-        """The study file and the rows, once the study is known to be this one."""
+        """Write the study file and the rows, once the study is known to be this one."""
         if not self._mapping:
             return
         self.folder.mkdir(parents=True, exist_ok=True)  # the output may be elsewhere
@@ -193,7 +202,7 @@ class Study:
 
 
 def _shown(settings: StudyFile) -> dict[str, Any]:
-    """What two study files say, however they name the files beside them."""
+    """Return the settings in a form that two study files share, however they name the files beside them."""
     shown: dict[str, Any] = json.loads(settings.model_dump_json())
     shown["output"] = str(settings.output_folder)
     shown["model"]["id"] = settings.model_id

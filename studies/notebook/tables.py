@@ -25,13 +25,14 @@ class Tables:
     warnings: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
+        """Write the files into a folder."""
         for name, text in self.files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(path, text)
 
     def changed(self, folder: Path) -> list[str]:
-        """The splits whose file in `folder` has other rows."""
+        """Return the splits whose file in `folder` has other rows."""
         return [
             Path(name).stem
             for name, text in self.files.items()
@@ -40,12 +41,13 @@ class Tables:
 
 
 def is_table(value: Any) -> bool:
+    """Return whether it is a data frame, a data set or a sequence of rows."""
     rows = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     return rows or _is_frame(value) or _is_dataset(value)
 
 
 def tables_of(given: Mapping[str, Any], problems: list[Finding], *, hold_out: bool) -> tuple[Tables, dict[str, str]]:
-    """The files of tables by split, and the settings that name them.
+    """Return the files of tables by split, and the settings that name them.
 
     `hold_out`: a random half of the validation rows becomes the test split, as rows that candidates are chosen by
     cannot also say how good they are.

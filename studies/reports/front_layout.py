@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from autopeft.search_space.problem import Objective
+from autopeft.search_space.problem import FINALIST, Objective
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.reports.axes import LOG_UNITS, Axis, Label, place_labels
 
@@ -62,7 +62,7 @@ def _layers(rows: Sequence[FrontRow]) -> tuple[Layer, ...]:
         elif row.on_front:
             part = "front"
         else:
-            part = "finalist" if row.role == "finalist" else "other"
+            part = "finalist" if row.role == FINALIST else "other"
         parts.setdefault(part, []).append(row)
     styles: dict[str, dict[str, Any]] = {
         "other": {

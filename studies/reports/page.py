@@ -158,7 +158,7 @@ def _text_position(across: int, up: int) -> str:
 
 
 def _hover(row: FrontRow, picture: Composition) -> str:
-    lines = [f"<b>{escape(row.label)}</b>  trial {row.trial}, {escape(row.role)}"]
+    lines = [f"<b>{escape(row.label)}</b>  trial {row.trial}, {escape(str(row.role))}"]
     lines += [f"{axis.name}: {_number(row, axis)}" for axis in (picture.y, *picture.xs)]
     return "<br>".join([*lines, *escape(row.summary).splitlines()])
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from autopeft.evaluators.atomic import atomic_write
-from autopeft.search_space.problem import BASELINE, Objective, Trial
+from autopeft.search_space.problem import Objective, Trial
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.reports.axes import Axis, short
 from autopeft.studies.reports.front_layout import (
@@ -193,7 +193,7 @@ def curves_png(trials: Sequence[Trial], front: Sequence[int], path: str | PathLi
     }
     coloured = [number for number in front if number in curves]
     baselines = [
-        number for number, (trial, _) in curves.items() if number not in front and trial.role.startswith(BASELINE)
+        number for number, (trial, _) in curves.items() if number not in front and trial.role.kind == "baseline"
     ]
     named = len(coloured) + len(baselines)
     with matplotlib.rc_context(STYLE):
@@ -223,7 +223,7 @@ def curves_png(trials: Sequence[Trial], front: Sequence[int], path: str | PathLi
                 color=INK,
                 linestyle=DASHES[1 + position % (len(DASHES) - 1)],
                 linewidth=1.3,
-                label=curves[number][0].role.replace(":", " "),
+                label=str(curves[number][0].role).replace(":", " "),
                 zorder=3,
             )
         panel.set_xlabel("step")

@@ -92,7 +92,7 @@ def _write_csv(snapshot: Snapshot, path: Path) -> None:
         )
         for row in rows:
             writer.writerow(
-                [row.trial, row.label, row.role, row.on_front, row.recommended]
+                [row.trial, row.label, str(row.role), row.on_front, row.recommended]
                 + [row.values.get(name) for name in names]
                 + [row.std_err.get(name) for name in errors]
                 + [row.summary]

@@ -19,7 +19,7 @@ def trial_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
         member, measurement = members.get(trial.number), trial.measurement
         row: dict[str, Any] = {
             "trial": trial.number,
-            "role": trial.role,
+            "role": str(trial.role),
             "state": trial.state,
             "of": trial.of,
             "seed": trial.seed,

@@ -24,7 +24,7 @@ from optuna.trial import TrialState, create_trial
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
-from autopeft.search_space.problem import Measurement, Objective, Problem, Trial
+from autopeft.search_space.problem import Measurement, Objective, Problem, Role, Trial
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.config.fingerprint import differences
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
@@ -155,7 +155,7 @@ class Ledger:
         """Return every evaluation, ended or not, in order."""
         return [_read(frozen) for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
 
-    def begin(self, problem: Problem, role: str, candidate: Candidate, **fields: Any) -> Trial:
+    def begin(self, problem: Problem, role: Role, candidate: Candidate, **fields: Any) -> Trial:
         """Add a running trial; `fields` are further fields of `Trial`."""
         trial = Trial(number=len(self._study.get_trials(deepcopy=False)), role=role, candidate=candidate, **fields)
         domains = {gene.name: gene.domain for gene in problem.space.genes}
@@ -247,7 +247,7 @@ def _reason(error: BaseException) -> str:
 
 def _declared(trial: Trial) -> dict[str, Any]:
     return {
-        "role": trial.role,
+        "role": str(trial.role),
         "candidate": trial.candidate.to_dict(),
         "genes": dict(trial.genes),
         "seed": trial.seed,
@@ -282,7 +282,7 @@ def _declared_prior(trial: Trial) -> dict[str, Any]:
     assert trial.measurement is not None
     return {
         "number": trial.number,
-        "role": trial.role,
+        "role": str(trial.role),
         "candidate": trial.candidate.to_dict(),
         "genes": dict(trial.genes),
         "values": dict(trial.values),
@@ -293,6 +293,7 @@ def _declared_prior(trial: Trial) -> dict[str, Any]:
 def _read_prior(data: Mapping[str, Any]) -> Trial:
     declared = dict(data)
     measurement = Measurement(values=declared.pop("values"), std_err=declared.pop("std_err"))
+    declared["role"] = Role.parse(declared["role"])
     declared["candidate"] = Candidate.from_dict(declared["candidate"])
     return Trial(state="complete", measurement=measurement, **declared)
 
@@ -306,5 +307,6 @@ def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
         for name in PACKED:
             measurement[name] = _unpack(measurement[name])
         result["measurement"] = Measurement.from_dict(measurement)
+    declared["role"] = Role.parse(declared["role"])
     declared["candidate"] = Candidate.from_dict(declared["candidate"])
     return Trial(number=frozen.number, **declared, **result)

@@ -47,7 +47,7 @@ def run_name(trial: Trial, snapshot: Snapshot) -> str:
     if trial.of is not None:
         who += f" (trial {trial.of}, seed {trial.seed})"
     elif trial.role != SEARCH:
-        who += f" ({trial.role.replace(':', ' ')})"
+        who += f" ({str(trial.role).replace(':', ' ')})"
     return _cut(f"{who}: {summary(trial, snapshot.backbone)}", MAX_NAME)
 
 
@@ -57,7 +57,7 @@ def trial_params(trial: Trial, snapshot: Snapshot) -> dict[str, str]:
     values = {
         "architecture": summary(trial, snapshot.backbone),
         "kinds": ", ".join(architecture.kinds) or "none",
-        "role": trial.role,
+        "role": str(trial.role),
         "seed": trial.seed,
         **trial.genes,
         **{TRAINING + name: value for name, value in trial.candidate.training.items()},
@@ -123,7 +123,7 @@ def trial_tags(trial: Trial, snapshot: Snapshot, row: FrontRow | None) -> dict[s
         "autopeft.trial": text(trial.number),
         "autopeft.key": trial.candidate.key,
         "autopeft.state": trial.state,
-        "autopeft.role": trial.role,
+        "autopeft.role": str(trial.role),
         "autopeft.pareto": text(row is not None and row.on_front),
         "autopeft.recommended": text(row is not None and row.recommended),
     }

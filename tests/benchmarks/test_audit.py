@@ -21,8 +21,8 @@ from autopeft.searchers.scored.policies import POLICIES
 from autopeft.searchers.scored.ranking import rank_correlation, strata
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.proxy_scores import score_key
+from autopeft.testing.spaces import SMALL
 
-from ..support.spaces import SMALL
 from ..support.tiny_study import save_study
 from .test_race import run  # noqa: F401  (a fixture)
 

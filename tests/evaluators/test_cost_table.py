@@ -9,10 +9,9 @@ import pytest
 
 from autopeft.evaluators.base import Costs
 from autopeft.evaluators.costs.predictor import CostTable
-from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.search_space import AdapterChoice, Candidate, Choice, SearchSpace
-
-from ..support.spaces import SMALL
+from autopeft.testing.spaces import SMALL
 
 SPACE = SearchSpace(
     backbone=SMALL,
@@ -44,7 +43,7 @@ class Additive:
 
 
 def table_of(evaluator: Any, space: SearchSpace = SPACE, **options: Any) -> CostTable:
-    return CostTable(cast(TrainEvaluator, evaluator), space, ["latency_s"], {"batch_size": 4}, **options)
+    return CostTable(cast(TrainingEvaluator, evaluator), space, ["latency_s"], {"batch_size": 4}, **options)
 
 
 def test_costs_add_up_and_are_measured_once() -> None:

@@ -16,8 +16,8 @@ from autopeft.evaluators.training.shared_layers import PrefixCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpace
 from autopeft.search_space.adapters import Bottleneck, Dora, Lora, Mixture
+from autopeft.testing.models import tiny, tokens
 
-from ..support.conformance import tiny, tokens
 from .test_causal_lm import TRAIN, rows
 from .test_causal_lm import loaded as causal  # noqa: F401  (a fixture)
 from .test_packed import alone, at, compare, loaded, requests, together  # noqa: F401  (a fixture)

@@ -19,6 +19,7 @@ from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.training import packed
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.shared_layers import PrefixCache, fingerprint, layer_paths
+from autopeft.evaluators.training.slot_state import SlotState
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Full, Lora, Prefix
 from autopeft.search_space.architecture import Architecture, Candidate
@@ -369,10 +370,10 @@ def test_a_slot_is_taken_off_and_put_on_again(loaded: LoadedBackbone) -> None:
         losses = evaluator._steps_of(runs, attachment, optimizer, 4, lambda ahead: None)
         assert len(losses) == 4
         before = [{g: {n: v.clone() for n, v in d.items()} for g, d in optimizer.parts(k).items()} for k in range(4)]
-        kept = [packed._Kept.taken_off(attachment, optimizer, k) for k in range(4)]
+        kept = [SlotState.capture(attachment, optimizer, k) for k in range(4)]
     chosen = [runs[3], runs[0]]
     with attached(chosen) as attachment:
         optimizer = packed.PackedAdamW(attachment, [run.training for run in chosen])
         for k, run in enumerate(chosen):
-            kept[run.index].put_on(attachment, optimizer, k)
+            kept[run.index].restore(attachment, optimizer, k)
             torch.testing.assert_close(optimizer.parts(k), before[run.index], rtol=0, atol=0)

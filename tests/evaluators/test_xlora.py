@@ -31,10 +31,11 @@ from autopeft.searchers.bo.encoding import Encoding
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.exporters import EXPORTERS, Assessment
 from autopeft.studies.recipes.recipe import Recipe
+from autopeft.testing.models import FAMILIES, tiny, tokens
 
 from ..search_space.test_given import given_study, lora_in, mixture_of, placed
 from ..studies.test_study import run
-from ..support.conformance import FAMILIES, descend, tiny, tokens
+from ..support.conformance import descend
 from ..support.exported import CLASSIFIERS, make_recipe, save_model, trained
 from ..support.exported import logits as logits_of
 from .test_packed import alone, compare, loaded, requests, together  # noqa: F401  (a fixture)

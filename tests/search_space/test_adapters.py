@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.training.optimizer import PackedAdamW
@@ -31,8 +30,18 @@ from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.runtime import bank as bank_module
 from autopeft.search_space.runtime.bank import Bank, Call, stream
 from autopeft.search_space.training import Training
+from autopeft.testing.adapters import (
+    CHECKS,
+    Check,
+    assert_same,
+    assert_slots_equal_alone,
+    gradients,
+    noisy,
+    slots_in_a_pack,
+)
+from autopeft.testing.models import FAMILIES, tiny, tokens
 
-from ..support.conformance import FAMILIES, ROWS, Peft, Row, tiny, tokens
+from ..support.conformance import ROWS, Peft, Row
 
 torch.set_num_threads(1)
 
@@ -57,32 +66,8 @@ def placed(row: Row, spec: AdapterSpec, backbone: Backbone) -> Architecture:
     return architecture
 
 
-def noisy(attachment: Attachment, k: int = 0, seed: int = 0) -> dict[str, Tensor]:
-    """The trained tensors of slot k, away from their special values at the start; indices as they are."""
-    generator = torch.Generator().manual_seed(seed)
-    state = attachment.state(k)
-    return {
-        name: v + 0.1 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
-        for name, v in state.items()
-    }
-
-
 def head_of(attachment: Attachment) -> dict[str, Tensor]:
     return {name: value for name, value in attachment.state().items() if name.startswith("head.")}
-
-
-def gradients(attachment: Attachment, k: int = 0) -> dict[str, Tensor]:
-    """The gradients of slot k, named as its state. Overwrites the trained tensors."""
-    with torch.no_grad():
-        for parameter, _ in attachment.trainable():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    return attachment.state(k)
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
 def test_every_type_has_a_row() -> None:
@@ -95,160 +80,20 @@ def test_every_type_has_a_row() -> None:
 
 @every_family
 @every_case
-def test_starts_as_the_identity(row: Row, spec: AdapterSpec, family: str) -> None:
-    if not spec.identity_at_start:
-        pytest.skip(f"{row.kind} does not claim it")
-    model, backbone = tiny(family)
-    before = model(tokens()).logits
-    with Attachment(model, backbone, [placed(row, spec, backbone)], [1], pretrained_head=True) as attachment:
-        attachment.eval()
-        torch.testing.assert_close(model(tokens()).logits, before, atol=1e-5, rtol=0)
-
-
-@every_family
-@every_case
-def test_trained_values_change_the_output(row: Row, spec: AdapterSpec, family: str) -> None:
-    model, backbone = tiny(family)
-    before = model(tokens()).logits
-    with Attachment(model, backbone, [placed(row, spec, backbone)], [1], pretrained_head=True) as attachment:
-        attachment.load_state(noisy(attachment) | head_of(attachment))
-        attachment.eval()
-        assert (model(tokens()).logits - before).norm() > 1e-3 * before.norm()
-
-
-@every_family
-@every_case
-def test_parameter_count_is_the_formula(row: Row, spec: AdapterSpec, family: str) -> None:
-    model, backbone = tiny(family)
-    architecture = placed(row, spec, backbone)
-    with Attachment(model, backbone, [architecture], [1]) as attachment:
-        assert architecture.num_params(backbone) == attachment.num_adapter_params() > 0
-
-
-@pytest.mark.parametrize("family", ["bert", "llama-causal"])
-@every_case
-def test_flops_are_the_formula(row: Row, spec: AdapterSpec, family: str) -> None:
-    if isinstance(spec, Mixture):
-        pytest.skip("experts that a token is not sent to may run too: counted token by token in test_mixture.py")
-    model, backbone = tiny(family)
-    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
-    architecture = placed(row, spec, backbone)
-
-    def count(length: int) -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(tokens(2, length))
-        return counter.get_total_flops()
-
-    bare = count(9) - count(5)
-    with Attachment(model, backbone, [architecture], [1]) as attachment:
-        attachment.eval()
-        model(tokens(2, 5))  # imports the kernels: a counter knows the formulas that were registered before it
-        # The slope over tokens: work per step (DoRA's norms) and per example (BERT's head) falls out.
-        added = count(9) - count(5) - bare
-    assert added == architecture.flops_per_token(backbone) * 2 * (9 - 5)
-
-
-@every_family
-@every_case
-def test_merged_is_unmerged(row: Row, spec: AdapterSpec, family: str) -> None:
-    if not spec.mergeable:
-        pytest.skip(f"{row.kind} is not mergeable")
-    model, backbone = tiny(family)
-    with Attachment(model, backbone, [placed(row, spec, backbone)], [1]) as attachment:
-        attachment.load_state(noisy(attachment))
-        attachment.eval()
-        apart = model(tokens()).logits
-        weights = copy.deepcopy(model.state_dict())
-        with attachment.merged(), attachment.bare():
-            torch.testing.assert_close(model(tokens()).logits, apart, atol=1e-5, rtol=1e-5)
-        assert_same(model.state_dict(), weights, atol=0, rtol=0)
-        assert torch.equal(model(tokens()).logits, apart)
-
-
-@every_family
-@every_case
-@pytest.mark.parametrize("was_training", [False, True])
-def test_detach_restores_everything(row: Row, spec: AdapterSpec, family: str, was_training: bool) -> None:
-    model, backbone = tiny(family)
-    next(model.parameters()).requires_grad_(False)
-    logits = model(tokens()).logits
-    model.train(was_training)
-    weights = copy.deepcopy(model.state_dict())
-    flags = [p.requires_grad for p in model.parameters()]
-    implementation = model.config._attn_implementation
-    with Attachment(model, backbone, [placed(row, spec, backbone)], [1]) as attachment:
-        attachment.load_state(noisy(attachment))
-        model(tokens()).logits.square().sum().backward()
-    assert_same(model.state_dict(), weights, atol=0, rtol=0)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(p.grad is None for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert {m.training for m in model.modules()} == {was_training}
-    assert model.config._attn_implementation == implementation
-    assert torch.equal(model.eval()(tokens()).logits, logits)
-
-
-@every_family
-@every_case
-def test_state_round_trip(row: Row, spec: AdapterSpec, family: str) -> None:
-    model, backbone = tiny(family)
-    architecture = placed(row, spec, backbone)
-    with Attachment(model, backbone, [architecture], [1]) as attachment:
-        attachment.load_state(noisy(attachment))
-        attachment.eval()
-        state, logits = attachment.state(), model(tokens()).logits
-    with Attachment(model, backbone, [architecture], [2]) as attachment:
-        attachment.load_state(state)
-        attachment.eval()
-        assert_same(attachment.state(), state, atol=0, rtol=0)
-        assert torch.equal(model(tokens()).logits, logits)
-        with pytest.raises(KeyError):
-            attachment.load_state({})
-
-
-@every_case
-def test_dictionary_round_trip(row: Row, spec: AdapterSpec) -> None:
-    from autopeft.search_space.adapters import spec_from_dict
-
-    assert spec_from_dict(spec.to_dict()) == spec
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_it_passes_the_checks_of_plug_ins(check: Check, row: Row, spec: AdapterSpec, family: str) -> None:
+    placed(row, spec, tiny(family)[1])
+    check(spec, family, row.roles)
 
 
 # Slots
 
 
-def assert_slots_equal_alone(model: nn.Module, backbone: Backbone, architectures: list[Architecture]) -> None:
-    """Outputs and gradients of every slot of a pack, dropout on, against each candidate alone."""
-    seeds, inputs = [10 + k for k in range(len(architectures))], tokens()
-    alone = []
-    for seed, architecture in zip(seeds, architectures, strict=True):
-        with Attachment(model, backbone, [architecture], [seed]) as attachment:
-            state = noisy(attachment, seed=seed)
-            attachment.load_state(state)
-            attachment.train()
-            logits = model(inputs).logits
-            if state:  # without adapters and head there is nothing to train
-                logits.square().mean().backward()
-            alone.append((state, logits.detach(), gradients(attachment)))
-    with Attachment(model, backbone, architectures, seeds) as attachment:
-        for k, (state, _, _) in enumerate(alone):
-            attachment.load_state(state, k)
-        attachment.train()
-        packed = model(inputs.repeat(len(seeds), 1)).logits.unflatten(0, (len(seeds), -1))
-        packed.square().flatten(1).mean(1).sum().backward()
-        for k, (state, _, _) in enumerate(alone):
-            assert_same(attachment.state(k), state, atol=0, rtol=0)
-        for k, (_, logits, expected) in enumerate(alone):
-            torch.testing.assert_close(packed[k], logits, atol=1e-6, rtol=1e-5)
-            assert_same(gradients(attachment, k), expected, atol=1e-6, rtol=1e-5)
-
-
 @every_family
 @kinds(BANKED)
 def test_slot_alone_is_the_slot_in_a_pack(row: Row, family: str) -> None:
-    model, backbone = tiny(family)
-    whole = [placed(row, spec, backbone) for spec in row.specs]
-    half = Architecture.of({site.name: [row.specs[0]] for site in row.sites(backbone)[::2]})
-    assert_slots_equal_alone(model, backbone, [*whole, half, Architecture(), whole[0]])
+    placed(row, row.specs[0], tiny(family)[1])
+    slots_in_a_pack(row.specs, family, row.roles)
 
 
 @every_family

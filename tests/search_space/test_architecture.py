@@ -13,8 +13,7 @@ from autopeft.search_space import AdapterSpec, Architecture, Backbone, Candidate
 from autopeft.search_space.adapters import Bitfit, Bottleneck, Lora, Norm, Prefix
 from autopeft.search_space.architecture import canonical_json, digest
 from autopeft.search_space.spelling import did_you_mean
-
-from ..support.spaces import SMALL, encoder
+from autopeft.testing.spaces import SMALL, encoder
 
 specs = st.one_of(
     st.builds(Lora, rank=st.integers(1, 4), alpha=st.sampled_from((8, 16.0, 0.1))),

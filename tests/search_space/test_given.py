@@ -36,10 +36,10 @@ from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.problem import space_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.exporters.native import load
+from autopeft.testing.models import tiny, tokens
 
 from ..evaluators.test_causal_lm import rows
 from ..studies.test_study import run
-from ..support.conformance import tiny, tokens
 from ..support.tiny_models import byte_tokenizer, save, seeded
 from ..support.tiny_study import LABELS, save_study, write_rows
 
@@ -269,7 +269,7 @@ def test_where_there_is_nothing_given_there_is_no_mixture(tmp_path: Path, own: d
 def test_an_export_holds_the_given_loras(tmp_path: Path) -> None:
     path = given_study(tmp_path / "study", router="token", top_k=2)
     snapshot = run(load_study(path))
-    number = next(t.of for t in snapshot.trials if t.role == "finalist" and t.candidate.architecture)
+    number = next(t.of for t in snapshot.trials if t.role.kind == "finalist" and t.candidate.architecture)
     with pytest.raises(SystemExit) as exit_:
         main(["export", str(path), "--pick", f"trial:{number}", "--out", str(tmp_path / "out")])
     assert exit_.value.code == 0

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import METRICS, Fidelity, Measurement, Objective
-
-from ..support.spaces import encoder
+from autopeft.testing.spaces import encoder
 
 costs = st.dictionaries(st.sampled_from(sorted(METRICS)), st.just(0.0) | st.floats(1e-6, 1e12))
 

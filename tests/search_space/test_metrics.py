@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from autopeft.search_space.metrics import ALWAYS, QUALITIES, MetricError, OverSet, Own
+from autopeft.search_space.metrics import ALWAYS, QUALITIES, MetricError, OverSet, Own, Quality
 from autopeft.search_space.metrics.base import PREDICTION, PREDICTIONS, TARGET, TARGETS, standard_error
 from autopeft.search_space.problem import METRICS, Objective
 from autopeft.studies.analysis.statistics import estimate, paired_difference
+from autopeft.testing import check_metric
 
 SKLEARN = {
     "macro-f1": lambda targets, predictions: f1_score(targets, predictions, average="macro", zero_division=0),
@@ -192,6 +193,11 @@ def test_what_an_own_metric_may_not_return(tmp_path: Path, body, what) -> None:
     with pytest.raises(MetricError) as caught:
         found.contributions(columns([0, 1], [1, 0]))
     assert what in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", QUALITIES.values(), ids=lambda metric: metric.name)
+def test_it_passes_the_checks_of_plug_ins(metric: Quality) -> None:
+    check_metric(metric)
 
 
 def test_objectives_over_metrics_of_either_kind() -> None:

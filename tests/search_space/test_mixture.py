@@ -23,8 +23,9 @@ from autopeft.search_space.adapters import (
 )
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES
 from autopeft.search_space.runtime.bank import Bank
+from autopeft.testing.models import tiny, tokens
 
-from ..support.conformance import descend, tiny, tokens
+from ..support.conformance import descend
 from ..support.mixtures import (
     EXPERTS,
     LENGTH,

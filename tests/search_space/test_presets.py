@@ -8,8 +8,7 @@ import pytest
 
 from autopeft.search_space import BASELINES, PRESETS, Backbone, SearchSpace
 from autopeft.search_space.spaces.presets import MOLA, everywhere, linears, log2_sizes
-
-from ..support.spaces import encoder
+from autopeft.testing.spaces import encoder
 
 LLAMA_LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 GPT2_LINEARS = ("attn.qkv", "attn.o", "mlp.up", "mlp.down")

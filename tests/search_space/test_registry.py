@@ -78,6 +78,8 @@ def test_every_registry_takes_plugins(tmp_path: Path) -> None:
     module = (
         "from dataclasses import dataclass\n"
         "from autopeft.evaluators.tasks import Classification\n"
+        "from autopeft.evaluators.training.train import TrainEvaluator\n"
+        "from autopeft.search_space.metrics import PerExample\n"
         "from autopeft.search_space import ADAPTERS\n"
         "from autopeft.search_space.routers import Token\n"
         "from autopeft.searchers import SEARCHERS\n"
@@ -86,22 +88,38 @@ def test_every_registry_takes_plugins(tmp_path: Path) -> None:
         "class Searcher(SEARCHERS['random']):\n    name = 'mine'\n"
         "class Exporter(Native):\n    name = 'mine'\n"
         "class Task(Classification):\n    name = 'mine'\n"
+        "class Evaluator(TrainEvaluator):\n    name = 'mine'\n"
         "class Mine(Token):\n    name = 'mine'\n"
+        "SCORE = PerExample(name='mine', unit='', maximise=True, summary='a column')\n"
     )
-    kinds = {"adapters": "Spec", "searchers": "Searcher", "exporters": "Exporter", "tasks": "Task", "routers": "Mine"}
+    kinds = {
+        "adapters": "Spec",
+        "evaluators": "Evaluator",
+        "exporters": "Exporter",
+        "metrics": "SCORE",
+        "routers": "Mine",
+        "searchers": "Searcher",
+        "tasks": "Task",
+    }
     install(tmp_path, module, **{group: f"mine = plugged_module:{name}" for group, name in kinds.items()})
     code = (
         "from autopeft.evaluators.tasks import TASKS\n"
+        "from autopeft.evaluators.training.registry import EVALUATORS\n"
+        "from autopeft.search_space.metrics import QUALITIES\n"
+        "from autopeft.search_space.problem import METRICS, Objective\n"
         "from autopeft.search_space import ADAPTERS\n"
         "from autopeft.search_space.routers import ROUTERS\n"
         "from autopeft.searchers import SEARCHERS\n"
         "from autopeft.studies.config.loading import study_from_mapping\n"
         "from autopeft.studies.exporters import EXPORTERS\n"
-        "for registry in (ADAPTERS, ROUTERS, SEARCHERS, EXPORTERS, TASKS):\n"
+        "for registry in (ADAPTERS, SEARCHERS, EXPORTERS, TASKS, EVALUATORS, ROUTERS, QUALITIES):\n"
         "    assert 'mine' in registry and list(registry)[-1] == 'mine', registry\n"
-        "assert EXPORTERS['mine'].name == 'mine'\n"
+        "assert EXPORTERS['mine'].name == QUALITIES['mine'].name == 'mine'\n"
+        "assert list(METRICS)[-1] == 'merged_latency_s' and Objective.of('mine').is_quality\n"
         "space = {'adapters': {'mine': {'rank': [1, 2], 'experts': 2, 'router': 'mine'}}}\n"
-        "study_from_mapping({'study': 'any', 'space': space, 'search': {'searcher': 'mine'}})\n"
+        "study = {'study': 'any', 'space': space, 'search': {'searcher': 'mine'}}\n"
+        "study |= {'evaluation': {'evaluator': 'mine'}}\n"
+        "study_from_mapping({**study, 'objectives': ['mine', 'num_params']})\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(

@@ -23,8 +23,8 @@ from autopeft.search_space.sharing import SharedKey
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 from autopeft.searchers.bo.encoding import Encoding
+from autopeft.testing.models import tiny, tokens
 
-from ..support.conformance import tiny, tokens
 from ..support.tied import Tied, tied  # noqa: F401  (a fixture)
 from .test_adapters import assert_slots_equal_alone, noisy
 

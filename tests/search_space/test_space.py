@@ -18,8 +18,9 @@ from autopeft.search_space.declaration import OFF
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.search_space.spaces.location import locate
 from autopeft.searchers.enumerated import _points
+from autopeft.testing.spaces import SMALL, encoder
 
-from ..support.spaces import SMALL, encoder, spaces
+from ..support.spaces import spaces
 
 seeds = st.integers(0, 999)
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

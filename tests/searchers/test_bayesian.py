@@ -28,16 +28,17 @@ from autopeft.search_space import (
     Trial,
 )
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.problem import declared_costs
+from autopeft.search_space.problem import SEARCH, Role, declared_costs
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.bo.bayesian import Bayesian
 from autopeft.searchers.bo.encoding import Encoding
 from autopeft.searchers.bo.initial import num_initial
 from autopeft.searchers.bo.observations import LEAST_COURSES, Data, Observations
+from autopeft.testing.searchers import exact, run, stored
+from autopeft.testing.spaces import SMALL, encoder
 
-from ..support.spaces import SMALL, encoder
-from .test_searchers import deep_space, exact, front_of, hypervolume, plausible, run, stored
+from .test_searchers import deep_space, front_of, hypervolume, plausible
 
 RATE = Float(low=1e-4, high=1e-1, log=True)
 ACCURACY, PARAMS = Objective.of("accuracy"), Objective.of("num_params")
@@ -71,7 +72,7 @@ def ended(problem: Problem, number: int, genes: Assignment, suggested: Any = Non
     fields = {"state": "complete", "measurement": measurement, "violation": -1.0} | fields
     if fields["state"] in ("failed", "infeasible", "running"):
         fields |= {"measurement": None}
-    return Trial(number=number, role="search", candidate=candidate, genes=genes, searcher_state=suggested or {},
+    return Trial(number=number, role=SEARCH, candidate=candidate, genes=genes, searcher_state=suggested or {},
                  **fields)  # fmt: skip
 
 
@@ -607,12 +608,12 @@ def test_what_is_known_beside_the_search_is_modelled_and_not_asked_for() -> None
         values = {"accuracy": quality(genes), **declared_costs(candidate.architecture, space.backbone)}
         measurement = Measurement(values=values)
         known.append(
-            Trial(number=number, role="baseline:x", candidate=candidate, genes=genes, state="complete",
+            Trial(number=number, role=Role("baseline", "x"), candidate=candidate, genes=genes, state="complete",
                   measurement=measurement)
         )  # fmt: skip
     alone, told = (Bayesian(replace(problem, observed=trials), 0) for trials in ((), tuple(known)))
     for searcher in (alone, told):
-        searcher.update([replace(trial, role="search") for trial in known[:4]])
+        searcher.update([replace(trial, role=SEARCH) for trial in known[:4]])
     assert alone._fit().data.rows.shape[0] == 4  # type: ignore[union-attr]
     assert told._fit().data.rows.shape[0] == 10  # type: ignore[union-attr]
     keys = {trial.candidate.key for trial in known}

@@ -14,8 +14,9 @@ from autopeft.search_space import PRESETS, AdapterChoice, Choice, Float, Int, Se
 from autopeft.search_space.problem import declared_costs
 from autopeft.searchers.bo.acquisition_optimizer import TIE, Acquisition, keys_of, mutants, neighbours, propose
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
+from autopeft.testing.spaces import SMALL, encoder
 
-from ..support.spaces import SMALL, encoder, spaces
+from ..support.spaces import spaces
 
 RATE = Float(low=1e-4, high=1e-1, log=True)
 RANKS = Choice.of([0, 1, 2, 4, 8])

@@ -35,9 +35,10 @@ from autopeft.searchers.bo.encoding import Encoding
 from autopeft.searchers.bo.feasibility import feasible
 from autopeft.searchers.genetic import best_first, children, crossed, crowding, mutated, ranks, spread_first
 from autopeft.searchers.predictor import Predictor
+from autopeft.testing.searchers import ended, exact, problem_of, run
+from autopeft.testing.spaces import SMALL, mixed_space
 
-from ..support.spaces import SMALL, spaces
-from .test_searchers import ended, exact, mixed_space, problem_of, run
+from ..support.spaces import spaces
 
 NAMES = ["evolution", "linas"]
 both = pytest.mark.parametrize("name", NAMES)

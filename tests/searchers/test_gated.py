@@ -13,7 +13,7 @@ import pytest
 
 from autopeft.evaluators.proxies import TRAINED
 from autopeft.evaluators.proxies.gates import Gates
-from autopeft.evaluators.training.train import TrainingFailedError
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.search_space.problem import Problem, ScoredPoint, Trial, declared_costs
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS
@@ -25,11 +25,12 @@ from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine import proxy_scores
 from autopeft.studies.engine.proxy_scores import PENALTIES, PROPOSALS
+from autopeft.testing.searchers import ended, exact, problem_of
+from autopeft.testing.searchers import run as drive
+from autopeft.testing.spaces import mixed_space
 
 from ..studies.test_study import Quiet, facts, run
 from ..support.tiny_study import save_study
-from .test_searchers import ended, exact, mixed_space, problem_of
-from .test_searchers import run as drive
 
 #: For tiny studies: some of the penalties, and as many passes as it takes until adapters are of use. Where they are of
 #: none, gates with any penalty close all of them.
@@ -127,7 +128,7 @@ def proposals_of(settings: StudyFile) -> list[Assignment]:
 
 
 def of_gates(snapshot: Snapshot) -> list[Trial]:
-    own = [t for t in snapshot.trials if t.role in ("search", "copy")]
+    own = [t for t in snapshot.trials if t.role.kind in ("search", "copy")]
     return [t for t in own if t.searcher_state.get("diagnostics", {}).get("phase") == "gates"]
 
 
@@ -166,7 +167,7 @@ def test_a_study(finished: tuple[StudyFile, Snapshot]) -> None:
     assert len(sizes) == len(TRIED)
     assert sizes == sorted(sizes, reverse=True)
     assert [trial.genes for trial in of_gates(snapshot)] == proposals
-    searched = [trial for trial in snapshot.trials if trial.role in ("search", "copy")]
+    searched = [trial for trial in snapshot.trials if trial.role.kind in ("search", "copy")]
     assert searched[: len(proposals)] == of_gates(snapshot), "they come first"
     assert len([trial for trial in snapshot.search_trials if trial.state in ("complete", "pruned")]) == 10
     assert {trial.state for trial in of_gates(snapshot)} == {"complete"}, "no rung takes them off"

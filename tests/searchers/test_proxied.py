@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from autopeft.evaluators.proxies.supernet import Supernet
-from autopeft.evaluators.training.train import TrainingFailedError
+from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.problem import Measurement, Objective, Problem, ScoredPoint, Trial, declared_costs
+from autopeft.search_space.problem import SEARCH, Measurement, Objective, Problem, ScoredPoint, Trial, declared_costs
 from autopeft.searchers.scored.proxied import LEAST_AUDITED, Proxied
 from autopeft.studies.analysis.diagnostics import diagnostics
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -74,7 +74,7 @@ def driven(problem: Problem, count: int, failing: int = 0) -> list[Trial]:
         trials.append(
             Trial(
                 number=len(trials),
-                role="search",
+                role=SEARCH,
                 candidate=candidate,
                 genes=suggestion.genes,
                 state="complete" if len(trials) >= failing else "failed",

@@ -6,9 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from statistics import median
 from typing import Any
@@ -19,12 +18,10 @@ from hypothesis import strategies as st
 
 from autopeft.search_space import (
     AdapterChoice,
-    Candidate,
     Choice,
     Float,
     Int,
     Measurement,
-    Objective,
     OneOf,
     Problem,
     SearchSpace,
@@ -35,29 +32,10 @@ from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.searchers.enumerated import LARGEST_GRID, grid_values
 from autopeft.searchers.optuna_samplers import from_optuna, to_optuna
+from autopeft.testing.searchers import CHECKS, Check, ended, exact, problem_of, run
+from autopeft.testing.spaces import RANKS, RATE, SMALL, encoder, mixed_space
 
-from ..support.spaces import SMALL, encoder, spaces
-
-RANKS = Choice.of([0, 1, 2, 4, 8])
-RATE = Float(low=1e-4, high=1e-1, log=True)
-
-
-def mixed_space() -> SearchSpace:
-    """Every kind of gene, most of them conditional: an exclusive type, a layer gate, sizes with 0, real numbers."""
-    return SearchSpace(
-        backbone=SMALL,
-        adapters={
-            "lora": AdapterChoice(kind="lora", fields={"rank": RANKS, "alpha": Float(low=1.0, high=64.0, log=True)},
-                                  vary={"rank": "layer"}),
-            "beside": AdapterChoice(kind="bottleneck", fields={"size": Int(low=0, high=6), "dropout":
-                                    Float(low=0.0, high=0.3), "form": Choice(choices=("serial", "parallel"))}),
-            "prefix": AdapterChoice(kind="prefix", placement="stage", fields={"length": Int(low=1, high=9, log=True)}),
-        },
-        one_of=[OneOf(name="type", members=("lora", "beside"), optional=True)],
-        layer_gate=True,
-        stages=2,
-        training={"learning_rate": RATE, "schedule": Choice(choices=("linear", "cosine"))},
-    )  # fmt: skip
+from ..support.spaces import spaces
 
 
 def short_space() -> SearchSpace:
@@ -97,167 +75,13 @@ def test_every_searcher_has_a_row() -> None:
         assert searcher.summary
 
 
-# A study in miniature
-
-OBJECTIVES = (Objective.of("accuracy"), Objective.of("num_params"), Objective.of("loss"), Objective.of("latency_s"))
-
-
-def problem_of(space: SearchSpace, num_objectives: int = 2, num_trials: int = 24) -> Problem:
-    return Problem(space=space, objectives=OBJECTIVES[:num_objectives], num_trials=num_trials)
-
-
-def measured(space: SearchSpace, genes: Assignment) -> dict[str, float]:
-    """Made-up values that depend on the genes in a smooth way; no gene is irrelevant."""
-    unit, mask = space.encode(genes)
-    active = [u for u, on in zip(unit, mask, strict=True) if on]
-    num_params = space.decode(genes).architecture.num_params(space.backbone)
-    accuracy = 1 - sum((u - 0.6) ** 2 for u in active) / max(1, len(unit))
-    return {"accuracy": accuracy, "num_params": num_params, "loss": 1 - accuracy**2, "latency_s": len(active) / 100}
-
-
-def ended(problem: Problem, number: int, genes: Assignment, suggested: Any = None, **fields: Any) -> Trial:
-    values = measured(problem.space, genes)
-    fields = {"state": "complete", "measurement": Measurement(values=values), "violation": -1.0} | fields
-    return Trial(number=number, role="search", candidate=problem.space.decode(genes), genes=genes,
-                 searcher_state=suggested or {}, **fields)  # fmt: skip
-
-
-def run(
-    searcher: Searcher, num_trials: int, end: Callable[..., Trial] = ended, trials: Sequence[Trial] = ()
-) -> list[Trial]:
-    """Suggest, evaluate, tell, one by one."""
-    trials = list(trials)
-    while len(trials) < num_trials:
-        searcher.update(trials)
-        for suggestion in searcher.suggest():
-            assert searcher.problem.space.contains(suggestion.genes)
-            trials.append(end(searcher.problem, len(trials), suggestion.genes, suggestion.state))
-    return trials
-
-
-def stored(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials as they come back from the ledger."""
-    return [
-        replace(
-            trial,
-            genes=json.loads(json.dumps(trial.genes)),
-            searcher_state=json.loads(json.dumps(trial.searcher_state)),
-            candidate=Candidate.from_dict(json.loads(json.dumps(trial.candidate.to_dict()))),
-        )
-        for trial in trials
-    ]
-
-
-def exact(points: Sequence[Any]) -> list[str]:
-    return [json.dumps(point.genes) for point in points]
-
-
 # Conformance
 
 
 @every_searcher
-@pytest.mark.parametrize("num_objectives", [1, 2, 3, 4])
-def test_suggestions_are_contained(name: str, num_objectives: int) -> None:
-    num_trials = ROWS[name].num_trials
-    problem = problem_of(ROWS[name].space(), num_objectives, num_trials)
-    trials = run(SEARCHERS[name](problem, 0), num_trials)
-    assert len({t.candidate.key for t in trials}) > num_trials / 2
-
-
-@every_searcher
-def test_directions_can_be_mixed(name: str) -> None:
-    objectives = (Objective.of("accuracy", maximise=False, bound=0.95), Objective.of("num_params", maximise=True))
-    num_trials = ROWS[name].num_trials
-    problem = Problem(space=ROWS[name].space(), objectives=objectives, num_trials=num_trials)
-    assert len(run(SEARCHERS[name](problem, 0), num_trials)) == num_trials
-
-
-@every_searcher
-def test_replay(name: str) -> None:
-    """What comes next depends on the trials and the seed alone, also after the ledger and with a new object."""
-    num_trials = ROWS[name].num_trials
-    problem = problem_of(ROWS[name].space(), num_trials=num_trials)
-    searcher = SEARCHERS[name](problem, 7)
-    trials = run(searcher, num_trials)
-    for length in (0, 1, 3, num_trials // 2 - 1, num_trials - 1):
-        fresh = SEARCHERS[name](problem_of(ROWS[name].space(), num_trials=num_trials), 7)
-        for known in (trials, stored(trials)):
-            for asked in (fresh, searcher):
-                asked.update(known[:length])
-                (suggestion,) = asked.suggest()
-                assert exact([suggestion]) == exact([trials[length]])
-                assert dict(suggestion.state) == dict(trials[length].searcher_state)
-    assert exact(run(SEARCHERS[name](problem, 8), 5)) != exact(trials[:5]), "another seed, other points"
-
-
-@every_searcher
-def test_a_batch_is_what_one_by_one_with_pending_trials_gives(name: str) -> None:
-    problem = problem_of(ROWS[name].space(), num_trials=ROWS[name].num_trials)
-    searcher = SEARCHERS[name](problem, 3)
-    trials = run(searcher, ROWS[name].num_trials // 2 + 2)
-    searcher.update(trials)
-    batch = searcher.suggest(4)
-    assert len(batch) == 4
-    pending: list[Trial] = []
-    for suggestion in batch:
-        again = SEARCHERS[name](problem, 3)
-        again.update(trials, stored(pending))
-        (alone,) = again.suggest()
-        assert exact([alone]) == exact([suggestion])
-        fields = {"state": "running", "measurement": None, "violation": 0.0}
-        pending.append(ended(problem, len(trials) + len(pending), alone.genes, alone.state, **fields))
-    assert len(set(exact(batch))) >= 3, "points of a batch differ"
-
-
-@every_searcher
-def test_bad_trials_do_no_harm(name: str) -> None:
-    """Failed, infeasible and beyond a bound; with values that are no numbers; without any."""
-
-    def end(problem: Problem, number: int, genes: Assignment, suggested: Any) -> Trial:
-        values = measured(problem.space, genes)
-        kinds: list[dict[str, Any]] = [
-            {"state": "failed", "measurement": None, "violation": 0.0, "error": "the loss became nan"},
-            {"state": "infeasible", "measurement": None, "violation": 0.5, "error": "too large"},
-            {"violation": 0.25},
-            {"measurement": Measurement(values=values | {"accuracy": float("nan")})},
-            {"measurement": Measurement(values=values | {"accuracy": float("-inf")})},
-            {"measurement": None},
-            {},
-            {},
-        ]
-        return ended(problem, number, genes, suggested, **kinds[number % len(kinds)])
-
-    num_trials = ROWS[name].num_trials + 8
-    problem = problem_of(ROWS[name].space(), num_trials=ROWS[name].num_trials)
-    trials = run(SEARCHERS[name](problem, 0), num_trials, end)
-    assert len({t.candidate.key for t in trials}) > num_trials / 2
-
-
-@every_searcher
-@pytest.mark.parametrize("state", ["failed", "infeasible"])
-def test_a_study_without_any_value(name: str, state: Any) -> None:
-    def end(problem: Problem, number: int, genes: Assignment, suggested: Any) -> Trial:
-        fields = {"state": state, "measurement": None, "violation": 1.0 if state == "infeasible" else 0.0}
-        return ended(problem, number, genes, suggested, **fields)
-
-    assert len(run(SEARCHERS[name](problem_of(ROWS[name].space()), 0), 16, end)) == 16
-
-
-@every_searcher
-def test_trials_are_taken_in_the_order_of_their_numbers(name: str) -> None:
-    """Numbers have gaps, where baselines stand, and pending trials may be older than completed ones."""
-    problem = problem_of(ROWS[name].space())
-    searcher = SEARCHERS[name](problem, 1)
-    trials = [replace(t, number=3 + 2 * t.number) for t in run(searcher, 9)]
-    searcher.update(trials)
-    expected = exact(searcher.suggest(2))
-    waiting = replace(trials[4], state="running", measurement=None, violation=0.0)
-    searcher.update([*trials[:4], waiting, *trials[5:]])
-    among = exact(searcher.suggest(2))
-    searcher.update(trials[:4] + trials[5:], [waiting])
-    assert exact(searcher.suggest(2)) == among
-    searcher.update(trials)
-    assert exact(searcher.suggest(2)) == expected
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_it_passes_the_checks_of_plug_ins(check: Check, name: str) -> None:
+    check(SEARCHERS[name], ROWS[name].space(), ROWS[name].num_trials)
 
 
 @every_searcher
@@ -288,15 +112,6 @@ def test_genes_with_one_value(name: str) -> None:
             assert space.contains(suggestion.genes)
             trials.append(ended(problem, number, suggestion.genes, suggestion.state))
     assert {t.genes["lora.rank.on"] for t in trials} == {True, False}
-
-
-@every_searcher
-def test_no_warnings_and_no_output(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run(SEARCHERS[name](problem_of(ROWS[name].space()), 0), 12)
-    assert [str(warning.message) for warning in caught] == []
-    assert capfd.readouterr() == ("", "")
 
 
 def test_suggestions_do_not_depend_on_the_process() -> None:

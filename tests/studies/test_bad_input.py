@@ -118,7 +118,7 @@ def test_a_constraint_that_nothing_meets(cli, tmp_path: Path) -> None:
 
 
 def test_a_measured_constraint_that_nothing_meets(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autopeft.studies.engine.study.MOST_REJECTIONS", 3)
+    monkeypatch.setattr("autopeft.studies.engine.study_loop.MOST_REJECTIONS", 3)
     path = save_study(tmp_path, constraints={"peak_memory_bytes": 10}, **SHORT)
     code, _, errors = cli("run", path)
     assert code == 3

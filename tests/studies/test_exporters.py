@@ -42,6 +42,7 @@ from autopeft.studies.exporters import EXPORTERS, Assessment, ExportError, nativ
 from autopeft.studies.exporters import axolotl as axolotl_target
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipes.recipe import Averaged, Recipe
+from autopeft.testing import check_exporter
 
 from ..support.exported import CLASSIFIERS, MODELS, TEXTS, logits, make_recipe, save_model, trained
 
@@ -593,6 +594,12 @@ def test_axolotl_refuses_what_it_cannot_say(models: Folders) -> None:
 @pytest.fixture
 def simple(models: Folders) -> Recipe:
     return make_recipe("bert", models["bert"], {"layers.1.attn.q": Lora()})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_it_passes_the_checks_of_plug_ins(simple: Recipe, tmp_path: Path, target: str) -> None:
+    (tmp_path / "exports").mkdir()
+    check_exporter(EXPORTERS[target], simple, trained(simple)[0], tmp_path / "exports")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import Measurement, Objective, Trial
+from autopeft.search_space.problem import SEARCH, Measurement, Objective, Trial
 from autopeft.studies.analysis.pareto import hypervolume, hypervolume_by_trial, losses, reference_point
 
 # Few values, so that ties and duplicates are common.
@@ -87,7 +87,7 @@ def test_hypervolume_of_points_that_add_nothing():
 def trial(number, accuracy, num_params, state="complete", violation=-1.0):
     return Trial(
         number=number,
-        role="search",
+        role=SEARCH,
         candidate=Candidate(architecture=Architecture()),
         state=state,
         measurement=Measurement(values={"accuracy": accuracy, "num_params": num_params}),

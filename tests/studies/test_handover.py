@@ -41,7 +41,7 @@ def test_peft_gives_the_scores_of_the_study(study: Path, tmp_path: Path) -> None
     """The exported adapter, loaded by peft alone, has the accuracy that the study measured for these weights."""
     snapshot, _ = recommended(study)
     # On this toy the head alone may be as good, and peft has no format for that.
-    entry = next(entry for entry in snapshot.entries() if entry.trial.role == "search" and entry.repeats)
+    entry = next(entry for entry in snapshot.entries() if entry.trial.role.kind == "search" and entry.repeats)
     pick = f"trial:{entry.trial.number}"
     assert call("export", study, "--pick", pick, "--to", "peft", "--out", tmp_path / "peft") == 0
     run = entry.runs[0]

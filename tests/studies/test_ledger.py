@@ -9,7 +9,7 @@ import pytest
 
 from autopeft.search_space import Backbone, Choice, Float, Measurement, Objective, Problem, SearchSpace, Site
 from autopeft.search_space.declaration import AdapterChoice
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.problem import SEARCH, Role, Trial
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
 
@@ -55,7 +55,7 @@ def record(**fingerprint: object) -> StudyRecord:
 
 def begin(ledger: Ledger, problem: Problem, **fields: object) -> Trial:
     genes = problem.space.largest()
-    return ledger.begin(problem, "search", problem.space.decode(genes), genes=genes, **fields)
+    return ledger.begin(problem, SEARCH, problem.space.decode(genes), genes=genes, **fields)
 
 
 MEASUREMENT = Measurement(
@@ -73,7 +73,7 @@ MEASUREMENT = Measurement(
 def test_trials_of_an_earlier_study_come_back(problem: Problem, url: str) -> None:
     genes = problem.space.largest()
     small = Measurement(values=MEASUREMENT.values, std_err=MEASUREMENT.std_err)
-    trial = Trial(number=7, role="search", candidate=problem.space.decode(genes), genes=genes, state="complete",
+    trial = Trial(number=7, role=SEARCH, candidate=problem.space.decode(genes), genes=genes, state="complete",
                   measurement=small)  # fmt: skip
     whole = replace(trial, measurement=MEASUREMENT, searcher_state={"x": 1}, seed=3)
     Ledger.create(url, "toy", replace(record(), prior_trials=[whole]))
@@ -169,3 +169,14 @@ def test_a_storage_that_is_none() -> None:
         Ledger.names("nonsense")
     with pytest.raises(UnusableEnvironmentError, match="unable to open"):
         Ledger.names("sqlite:////no/such/folder/ledger.db")
+
+
+@pytest.mark.parametrize("text", ["search", "copy", "finalist", "baseline:lora-r8-qv", "control:mean"])
+def test_roles_are_written_as_before(text: str) -> None:
+    assert str(Role.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["serch", "baseline", "baseline:", "search:x"])
+def test_what_is_no_role(text: str) -> None:
+    with pytest.raises(ValueError, match="role"):
+        Role.parse(text)

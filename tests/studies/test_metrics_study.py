@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
 from autopeft.evaluators.attachment.attachment import Attachment
-from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.analysis.statistics import paired_difference
 from autopeft.studies.cli.app import main
@@ -25,7 +25,7 @@ from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot
-from autopeft.studies.engine.study import weights_path
+from autopeft.studies.engine.study_loop import weights_path
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.recipes.recipe import Recipe, RecipeError
 from autopeft.studies.reports.report import write_report
@@ -114,16 +114,16 @@ def test_every_trial_has_the_metric_with_its_error(ended) -> None:
 def test_values_are_those_of_the_trained_network(ended) -> None:
     """The weights that were kept, scored anew, against scikit-learn and by hand."""
     name, settings, snapshot = ended
-    trials = [trial for trial in snapshot.trials if trial.role == "finalist" and trial.seed == 1]
+    trials = [trial for trial in snapshot.trials if trial.role.kind == "finalist" and trial.seed == 1]
     splits, _, _ = check(settings)
     targets = [LABELS.index(row["label"]) for row in splits.test]
     predicted = set()
     with open_study(settings, splits, resume=True) as study:
         evaluator = study.evaluator
-        assert isinstance(evaluator, TrainEvaluator)
+        assert isinstance(evaluator, TrainingEvaluator)
         for trial in trials:
             with Attachment(evaluator.model, evaluator.backbone, [trial.candidate.architecture], [0]) as attachment:
-                attachment.load_state(load_file(weights_path(settings, trial.of)))
+                attachment.load_state(load_file(weights_path(settings.output_folder, trial.of)))
                 (columns,) = evaluator.columns(attachment, "test")
             assert columns["target"] == targets
             wrong = np.mean(np.array(targets) != columns["prediction"])

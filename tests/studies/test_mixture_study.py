@@ -28,8 +28,8 @@ from autopeft.studies.exporters.native import load
 from autopeft.studies.recipes.recipe import Recipe
 from autopeft.studies.reports.report import write_report
 from autopeft.studies.tracking.mlflow_payload import trial_metrics
+from autopeft.testing.spaces import SMALL
 
-from ..support.spaces import SMALL
 from ..support.tiny_study import LABELS, save_study, write_rows
 from .test_study import facts, run
 
@@ -61,7 +61,7 @@ def test_the_spread_between_seeds_is_pooled_over_all_adapters(finished: tuple[Pa
     compared = [entry for own in snapshot.matched_baselines().values() for entry in own.values()]
     assert compared
     left_out = ("baseline:head", "baseline:full")
-    entries = [entry for entry in [*snapshot.entries(), *compared] if entry.trial.role not in left_out]
+    entries = [entry for entry in [*snapshot.entries(), *compared] if str(entry.trial.role) not in left_out]
     found = snapshot.seed_sd()
     assert found is not None
     assert found.dof == sum(len(entry.repeats) - 1 for entry in entries if entry.repeats)
@@ -72,7 +72,7 @@ def test_every_finalist_with_mixtures_is_compared(finished: tuple[Path, Snapshot
     mixed = {
         trial.of
         for trial in snapshot.trials
-        if trial.role == "finalist" and any(isinstance(spec, Mixture) for _, spec in trial.candidate.architecture)
+        if trial.role.kind == "finalist" and any(isinstance(spec, Mixture) for _, spec in trial.candidate.architecture)
     }
     assert mixed, "no mixture came to the front: take another seed for this test"
     found = {verdict.trial: verdict for verdict in verdicts(snapshot)}
@@ -96,7 +96,7 @@ def test_every_finalist_with_mixtures_is_compared(finished: tuple[Path, Snapshot
 
 def test_controls_are_not_on_the_front(finished: tuple[Path, Snapshot]) -> None:
     _, snapshot = finished
-    own = {trial.number for trial in snapshot.trials if trial.role.startswith("control:")}
+    own = {trial.number for trial in snapshot.trials if trial.role.kind == "control"}
     assert own
     assert not own & {row.trial for row in snapshot.rows()}
 
@@ -212,7 +212,7 @@ def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.Captu
 
     save_domains("mail", "news")
     snapshot = run(load_study(path))
-    trial = next(trial for trial in snapshot.trials if trial.role == "search")
+    trial = next(trial for trial in snapshot.trials if trial.role.kind == "search")
     assert export(path, trial.number, "native", tmp_path / "out") == 0
     recipe = Recipe.load(tmp_path / "out" / "recipe.yaml")
     assert recipe.domains == ("mail", "news")
@@ -302,7 +302,7 @@ def test_what_the_routers_did_is_tracked(finished: tuple[Path, Snapshot]) -> Non
         assert 0.0 < metrics["routing/busiest_expert_share"] <= 1.0
         assert 0.0 <= metrics["routing/entropy"] <= 1.0
         assert metrics["routing/experts_per_token"] in (1.0, 2.0)
-    plain = next(t for t in snapshot.trials if t.role == "baseline:head" and t.measurement is not None)
+    plain = next(t for t in snapshot.trials if str(t.role) == "baseline:head" and t.measurement is not None)
     assert not any(metric.key.startswith("routing/") for metric in trial_metrics(plain, snapshot, 0))
 
 
@@ -362,4 +362,4 @@ def test_a_study_with_a_rank_for_each_expert(tmp_path: Path) -> None:
     assert all(trial.state == "complete" for trial in snapshot.search_trials)
     first = snapshot.search_trials[0]
     assert all(spec.to_dict()["ranks"] == [4, 2, 2, 2] for _, spec in first.candidate.architecture)
-    assert any(trial.role == "finalist" for trial in snapshot.trials)
+    assert any(trial.role.kind == "finalist" for trial in snapshot.trials)

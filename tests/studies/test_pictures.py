@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.problem import Measurement, Objective, Trial
+from autopeft.search_space.problem import FINALIST, SEARCH, Measurement, Objective, Role, Trial
 from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.reports.axes import Axis, Label, place_labels, short
 from autopeft.studies.reports.page import front_html
@@ -36,11 +36,11 @@ def row(trial, accuracy, num_params, **settings):
 ROWS = [
     row(0, 0.6512, 1_300, on_front=True),
     row(1, 0.7034, 48_200, on_front=True, recommended=True, summary="lora r=8 & more\nat </script>"),
-    row(2, 0.7111, 301_000, on_front=True, role="finalist"),
-    row(3, 0.6900, 305_000, role="finalist"),
+    row(2, 0.7111, 301_000, on_front=True, role=FINALIST),
+    row(3, 0.6900, 305_000, role=FINALIST),
     row(4, 0.0700, 99_000),
-    row(5, 0.6010, 0, label="head", role="baseline:head"),
-    row(6, 0.7205, 22_700_000, label="full", role="baseline:full"),
+    row(5, 0.6010, 0, label="head", role=Role("baseline", "head")),
+    row(6, 0.7205, 22_700_000, label="full", role=Role("baseline", "full")),
 ]
 
 
@@ -67,7 +67,7 @@ def test_front_html_is_one_page_with_everything_inside(tmp_path, count):
 
 
 def test_front_html_takes_missing_values(tmp_path):
-    rows = [*ROWS, FrontRow(trial=9, label="odd", values={"accuracy": nan}, role="baseline:odd")]
+    rows = [*ROWS, FrontRow(trial=9, label="odd", values={"accuracy": nan}, role=Role("baseline", "odd"))]
     front_html(rows, OBJECTIVES, tmp_path / "front.html", **SETTINGS)
     front_png(rows, OBJECTIVES, tmp_path / "front.png", **SETTINGS)
     assert "<td>odd</td>" in (tmp_path / "front.html").read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def test_curves_and_hypervolume(tmp_path):
     trials = [
         Trial(
             number=number,
-            role="baseline:full" if number == 3 else "search",
+            role=Role("baseline", "full") if number == 3 else SEARCH,
             candidate=Candidate(architecture=Architecture()),
             measurement=Measurement(values={}, losses=losses),
         )

@@ -13,23 +13,32 @@ from pathlib import Path
 
 import pytest
 
+from autopeft.evaluators.backbones import load_backbone
+from autopeft.evaluators.data.splits import DataSettings, load_splits
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.declaration import AdapterChoice
+from autopeft.search_space.domains import Choice
+from autopeft.search_space.problem import Objective, Problem, Trial
+from autopeft.search_space.spaces.space import SearchSpace
+from autopeft.searchers import SEARCHERS
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.cli.running import interruptible
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
+from autopeft.studies.engine.plan import StudyPlan, plan_of
 from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot, was_started
-from autopeft.studies.engine.study import weights_path
+from autopeft.studies.engine.study_loop import StudyLoop, weights_path
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.pick import pick
 from autopeft.studies.recipes.recipe import Recipe
+from autopeft.studies.storage.ledger import About, Ledger
 
-from ..support.tiny_study import save_study
+from ..support.tiny_study import LABELS, ROWS, save_data, save_model, save_study
 
 
 class Quiet:
@@ -88,18 +97,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFile, Snaps
 
 def test_phases(finished) -> None:
     settings, snapshot, watcher = finished
-    roles = [trial.role for trial in snapshot.trials]
-    searched = [t for t in snapshot.trials if t.role == "search" and t.state == "complete"]
+    roles = [str(trial.role) for trial in snapshot.trials]
+    searched = [t for t in snapshot.trials if t.role.kind == "search" and t.state == "complete"]
     assert roles[:2] == ["baseline:head", "baseline:lora-r8-qv"]
     assert len(searched) == settings.search.trials
-    finalists = [t for t in snapshot.trials if t.role == "finalist"]
+    finalists = [t for t in snapshot.trials if t.role.kind == "finalist"]
     assert roles[-len(finalists) :] == ["finalist"] * len(finalists), "the final front comes last"
     assert {t.seed for t in finalists} == {1, 2}
     assert all(t.measurement.test and t.measurement.test_per_example for t in finalists)
     assert not any(t.measurement.test for t in searched), "the search never sees the test split"
     trained = [t.number for t in snapshot.trials if t.state == "complete"]
     assert sorted(t.number for t in watcher.ended) == trained, "what is rejected needs no evaluation"
-    assert len(trained) <= num_evaluations(settings, problem_for(settings, snapshot.backbone).space)
+    assert len(trained) <= num_evaluations(plan_of(settings), problem_for(settings, snapshot.backbone))
     assert [t.number for t in snapshot.trials] == list(range(len(snapshot.trials)))
 
 
@@ -111,7 +120,7 @@ def test_empty_candidates_are_rejected_before_training(finished) -> None:
 
 def test_nothing_is_evaluated_twice(finished) -> None:
     _, snapshot, _ = finished
-    keys = [t.candidate.key for t in snapshot.trials if t.role == "search"]
+    keys = [t.candidate.key for t in snapshot.trials if t.role.kind == "search"]
     assert len(keys) == len(set(keys))
 
 
@@ -121,7 +130,7 @@ def test_front_and_recommendation(finished) -> None:
     members = [row for row in rows if row.on_front]
     assert members
     assert sum(row.recommended for row in rows) == 1
-    assert any(row.role == "baseline:head" for row in members), "nothing is cheaper than the head alone"
+    assert any(str(row.role) == "baseline:head" for row in members), "nothing is cheaper than the head alone"
     assert all(row.std_err["accuracy"] > 0 for row in members)
     assert all(snapshot.entry(row.trial).repeats for row in members), "fresh seeds alone decide"
     for row in members:
@@ -134,7 +143,7 @@ def test_front_and_recommendation(finished) -> None:
 
 def test_baselines_take_the_study_training(finished) -> None:
     settings, snapshot, _ = finished
-    planned = list(baselines(settings, problem_for(settings, snapshot.backbone).space))
+    planned = list(baselines(plan_of(settings), problem_for(settings, snapshot.backbone).space))
     assert [p.candidate.training["learning_rate"] for p in planned] == [1e-2, 1e-2]
     assert all(p.candidate.training["batch_size"] == 8 for p in planned)
 
@@ -169,13 +178,13 @@ def test_recipe_promises_what_was_measured(finished, tmp_path: Path) -> None:
     recipe.save(tmp_path / "recipe.yaml")
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     promised = recipe.measured["accuracy"]
-    tests = [t.measurement.test["accuracy"] for t in snapshot.trials if t.of == number and t.role == "finalist"]
+    tests = [t.measurement.test["accuracy"] for t in snapshot.trials if t.of == number and t.role.kind == "finalist"]
     assert promised.split == "test"
     assert promised.seeds == (1, 2)
     assert promised.low <= min(tests) <= max(tests) <= promised.high
     assert promised.value == pytest.approx(sum(tests) / 2)
     assert recipe.candidate.key == snapshot.entry(number).trial.candidate.key
-    assert weights_path(settings, number).is_file()
+    assert weights_path(settings.output_folder, number).is_file()
 
 
 def test_an_interrupted_study_ends_as_an_uninterrupted_one(finished, tmp_path: Path) -> None:
@@ -304,14 +313,14 @@ def test_measured_objectives(tmp_path: Path) -> None:
 
 
 def test_a_candidate_that_cannot_be_measured_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = TrainEvaluator.costs
+    costs = TrainingEvaluator.costs
 
     def breaking(self, candidate, measured=frozenset()):
         if measured and {spec.size for _, spec in candidate.architecture} == {2}:
             raise ValueError("no such kernel")
         return costs(self, candidate, measured)
 
-    monkeypatch.setattr(TrainEvaluator, "costs", breaking)
+    monkeypatch.setattr(TrainingEvaluator, "costs", breaking)
     changes = {
         "objectives": ["loss", "peak_memory_bytes"],
         "search": {"searcher": "grid", "trials": 3, "batch": 3},
@@ -393,3 +402,33 @@ def test_one_by_one_and_packed_find_the_same(finished, tmp_path: Path) -> None:
         assert (ours.candidate.key, ours.seed, ours.state) == (theirs.candidate.key, theirs.seed, theirs.state)
         if ours.measurement and theirs.measurement:
             assert ours.measurement.values == pytest.approx(theirs.measurement.values, rel=1e-4)
+
+
+def test_a_study_of_python_parts_alone(tmp_path: Path) -> None:
+    """Without a study file: a space, a problem, an evaluator, a searcher, a ledger and a plan."""
+    save_data(tmp_path)
+    loaded = load_backbone(str(save_model(tmp_path / "model")), task="classification", labels=LABELS)
+    files = {split: f"{split}.jsonl" for split in ROWS}
+    splits = load_splits(DataSettings(source="files", **files, folder=tmp_path), "classification")
+    adapters = {"lora": AdapterChoice(kind="lora", at=("attn.q",), fields={"rank": Choice.of([1, 2, 4])})}
+    space = SearchSpace(
+        backbone=loaded.backbone, adapters=adapters, training={"learning_rate": 1e-2, "batch_size": 8, "epochs": 1}
+    )
+    objectives = (Objective.of("accuracy"), Objective.of("num_params"))
+    about = About(
+        objectives=objectives, backbone=space.backbone, labels=splits.labels, domains=None, settings="", fingerprint={}
+    )
+    study = StudyLoop(
+        Problem(space=space, objectives=objectives, num_trials=2),
+        TrainEvaluator(loaded, "classification", splits, max_length=16),
+        SEARCHERS["random"],
+        Ledger.create(f"sqlite:///{tmp_path / 'ledger.db'}", "parts", about),
+        tracker=None,
+        plan=StudyPlan(study="parts", output_folder=tmp_path, baselines=("head",), learning_rates=(1e-2,)),
+    )
+    snapshot = study.run(Quiet())
+    assert [str(trial.role) for trial in snapshot.trials[:2]] == ["baseline:head", "search"]
+    assert len([trial for trial in snapshot.search_trials if trial.state == "complete"]) == 2
+    finalists = [trial for trial in snapshot.trials if trial.seed == 1]
+    assert len(finalists) == 2, "the baseline and the best candidate"
+    assert weights_path(tmp_path, next(row.trial for row in snapshot.rows() if row.recommended)).is_file()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from autopeft.evaluators.training.registry import EVALUATORS
 from autopeft.search_space.adapters import ADAPTERS
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Float, Int
@@ -279,6 +280,11 @@ WRONG = [
     ("search: {rungs: [0.5, 0.1]}", "6 search.rungs: must ascend"),
     ("search: {rungs: [0.1, 0.5], share: 0.5}", "6 search.rungs: must lie below search.share"),
     ("search: {searcher: tpee}", "6 search.searcher: unknown searcher 'tpee'; did you mean 'tpe'?"),
+    ("evaluation: {evaluator: packd}", "6 evaluation.evaluator: unknown evaluator 'packd'; did you mean 'packed'?"),
+    (
+        "evaluation: {evaluator: train}\nsearch: {searcher: proxy}",
+        "7 search.searcher: proxy needs the evaluator packed",
+    ),
     ("objectives: [accuracy]", "6 objectives: needs at least 2 entries, has 1"),
     (
         "objectives: [accuracy, loss, num_params, step_s, latency_s]",
@@ -612,6 +618,7 @@ def test_schema_lists_the_registries_and_describes_every_setting():
     definitions = schema["$defs"]
     assert {name.removeprefix("adapter.") for name in definitions if name.startswith("adapter.")} == set(ADAPTERS)
     assert definitions["SearchSettings"]["properties"]["searcher"]["enum"] == list(SEARCHERS)
+    assert definitions["EvaluationSettings"]["properties"]["evaluator"]["enum"] == list(EVALUATORS)
     assert definitions["ObjectiveSettings"]["properties"]["name"]["enum"] == list(METRICS)
     assert definitions["SpaceSettings"]["properties"]["preset"]["anyOf"][0]["enum"] == list(PRESETS)
     for name, section in [("", schema), *definitions.items()]:

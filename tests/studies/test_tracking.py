@@ -20,6 +20,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from autopeft.search_space.problem import COPY, FINALIST
 from autopeft.studies.tracking import mlflow_sync
 from autopeft.studies.tracking.mlflow_sync import Tracker, absolute_uri, ui_command
 
@@ -237,7 +238,7 @@ def test_a_pruned_trial_shows_its_rung_and_no_objectives(store: Store) -> None:
 def test_only_evaluations_that_are_over_have_a_run(store: Store) -> None:
     more = [
         trial(6, 0.0, 2, state="running", measurement=None),
-        trial(7, 0.5, 1, role="copy", of=1),
+        trial(7, 0.5, 1, role=COPY, of=1),
         trial(8, 0.0, 0, state="infeasible", measurement=None, error="no adapter is on"),
     ]
     store.tracker().sync(snapshot([*TRIALS, *more]))
@@ -257,7 +258,7 @@ def test_the_filter_finds_exactly_the_front(store: Store) -> None:
     assert store.front() == {1, 6}
 
     finalists = [
-        trial(7 + i, 0.9, 4, role="finalist", of=6, genes={}, seed=i + 1, measurement=replace(
+        trial(7 + i, 0.9, 4, role=FINALIST, of=6, genes={}, seed=i + 1, measurement=replace(
             better.measurement, test={"accuracy": 0.85}
         ))
         for i in range(2)

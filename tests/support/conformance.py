@@ -8,17 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-)
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.search_space.adapters import (
@@ -38,59 +27,7 @@ from autopeft.search_space.adapters import (
 )
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
-from autopeft.search_space.backbones.introspection import describe
-
-VOCABULARY = 61
-
-
-def _bert() -> nn.Module:
-    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
-    return BertForSequenceClassification(BertConfig(**shape, vocab_size=VOCABULARY, num_labels=3))
-
-
-def _llama_config() -> LlamaConfig:
-    # Two query heads share one key head, so that the widths of q and k differ.
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    shape = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 40, **heads}
-    return LlamaConfig(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0)
-
-
-def _gemma() -> nn.Module:
-    # Its norms store their scale minus one.
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
-    shape = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 40, **heads}
-    return GemmaForCausalLM(GemmaConfig(**shape, vocab_size=VOCABULARY, pad_token_id=0))
-
-
-def _gpt2() -> nn.Module:
-    shape = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    return GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0))
-
-
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "bert": _bert,
-    "llama": lambda: LlamaForSequenceClassification(_llama_config()),
-    "llama-causal": lambda: LlamaForCausalLM(_llama_config()),
-    "gpt2": _gpt2,
-    "gemma": _gemma,
-}
-
-
-def tiny(family: str) -> tuple[nn.Module, Backbone]:
-    """A random backbone in evaluation mode and its description. No weight has a special value: norms and
-    biases, which start as ones and zeros, are perturbed.
-    """
-    torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model, describe(model, id=f"tiny-{family}")
-
-
-def tokens(examples: int = 3, length: int = 5, seed: int = 0) -> Tensor:
-    """Token ids [examples, length] without padding (id 0)."""
-    return torch.randint(1, VOCABULARY, (examples, length), generator=torch.Generator().manual_seed(seed))
+from autopeft.testing.adapters import sites_of
 
 
 @torch.no_grad()
@@ -133,9 +70,7 @@ class Row:
 
     def sites(self, backbone: Backbone, roles: tuple[str, ...] = ()) -> list[Site]:
         """The sites of `roles` (default: the row's) that the type fits."""
-        spec = self.specs[0]
-        wanted = roles or self.roles or spec.default_roles
-        return [site for site in backbone.sites if site.role in wanted and spec.fits(site)]
+        return sites_of(self.specs[0], backbone, roles or self.roles)
 
     def place(self, spec: AdapterSpec, backbone: Backbone, roles: tuple[str, ...] = ()) -> Architecture:
         """`spec` at each of `sites`."""

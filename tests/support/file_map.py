@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- written by tests/support/file_map.py -->", "<!-- end of the file map -->"
 #: Folders of modules, from the command line down.
-FOLDERS = ("autopeft", "benchmarks", "studies", "searchers", "evaluators", "search_space", "kernels")
+FOLDERS = ("autopeft", "testing", "benchmarks", "studies", "searchers", "evaluators", "search_space", "kernels")
 
 
 def file_map() -> str:

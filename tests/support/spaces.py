@@ -1,54 +1,15 @@
-"""Backbones made by hand, and random declarations of spaces over a small one. No torch, no model."""
+"""Random declarations of spaces over a small backbone made by hand. No torch, no model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
 
-from autopeft.search_space import AdapterChoice, Backbone, Choice, Float, Int, OneOf, SearchSpace, Site
+from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, SearchSpace
 from autopeft.search_space.declaration import GRANULARITIES
 from autopeft.search_space.domains import Domain
-
-BERT_LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
-
-
-def encoder(
-    num_layers: int = 12,
-    hidden_size: int = 768,
-    inner_size: int = 3072,
-    linears: Sequence[str] = BERT_LINEARS,
-    bias: bool = True,
-) -> Backbone:
-    """A backbone with the sites of BERT: BERT-base unless told otherwise."""
-
-    def site(name: str, layer: int | None, role: str, sizes: tuple[int, int], **more: Any) -> Site:
-        more = {"bias": bias, **more}
-        return Site(name=name, layer=layer, role=role, module=name, input_module=name,
-                    in_features=sizes[0], out_features=sizes[1], **more)  # fmt: skip
-
-    width = (hidden_size, hidden_size)
-    wide = {
-        "mlp.up": (hidden_size, inner_size),
-        "mlp.gate": (hidden_size, inner_size),
-        "mlp.down": (inner_size, hidden_size),
-        "attn.qkv": (hidden_size, 3 * hidden_size),
-    }
-    heads = {"attention_module": "a", "num_key_value_heads": hidden_size // 8, "head_dim": 8, "bias": False}
-    sites = [site("embed", None, "embed", (100, hidden_size), bias=False), site("norm.embed", None, "norm", width)]
-    for layer in range(num_layers):
-        here = f"layers.{layer}"
-        sites += [site(f"{here}.{role}", layer, role, wide.get(role, width)) for role in linears]
-        sites += [site(f"{here}.attn", layer, "attn", width, **heads), site(f"{here}.mlp", layer, "mlp", width)]
-        sites += [site(f"{here}.norm.{i}", layer, "norm", width) for i in range(2)]
-    sites.append(site("backbone", None, "backbone", (1, 1), bias=False, num_params=108_310_272))
-    return Backbone(id="encoder", revision=None, family="Bert", sites=tuple(sites), hidden_size=hidden_size,
-                    num_layers=num_layers, num_params=108_310_272, head_modules=("classifier",),
-                    num_head_params=1538, causal=False)  # fmt: skip
-
-
-SMALL = encoder(num_layers=3, hidden_size=16, inner_size=24, linears=("attn.q", "attn.v", "mlp.up"))
+from autopeft.testing.spaces import SMALL
 
 granularities = st.sampled_from(GRANULARITIES)
 sizes = st.one_of(

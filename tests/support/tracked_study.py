@@ -17,7 +17,7 @@ from typing import Any
 from autopeft.search_space.adapters import Lora, Prefix
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
-from autopeft.search_space.problem import Measurement, Objective, Trial
+from autopeft.search_space.problem import SEARCH, Measurement, Objective, Role, Trial
 from autopeft.studies.analysis.snapshot import Snapshot
 
 OBJECTIVES = (Objective.of("accuracy"), Objective.of("num_params"))
@@ -91,13 +91,13 @@ def trial(number: int, accuracy: float, rank: int, **changes: Any) -> Trial:
         spread={"latency_s": 1e-4},
     )
     genes = {"lora.on": True, "lora.rank": rank, "training.learning_rate": 2e-3}
-    fields: dict[str, Any] = {"role": "search", "genes": genes, "state": "complete", "measurement": measurement}
+    fields: dict[str, Any] = {"role": SEARCH, "genes": genes, "state": "complete", "measurement": measurement}
     return Trial(number=number, candidate=made, **{**fields, **changes})
 
 
 #: Accuracy 0.5, 0.7, 0.6, 0.8 at ranks 1, 4, 8, 16: trial 3 is dominated by trial 2, and the baseline by trial 1.
 TRIALS = (
-    trial(0, 0.4, 2, role="baseline:lora-r2", genes={}),
+    trial(0, 0.4, 2, role=Role("baseline", "lora-r2"), genes={}),
     trial(1, 0.5, 1),
     trial(2, 0.7, 4),
     trial(3, 0.6, 8),

@@ -11,6 +11,7 @@ import torch
 from autopeft.benchmarks.gpu import models
 from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.evaluators.base import Outcome, Request
+from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
@@ -66,7 +67,12 @@ def measure(run: Run) -> Iterator[ResultRow]:
 
 
 def _compared(
-    kind: str, family: str, dtype: torch.dtype, pair: tuple[TrainEvaluator, TrainEvaluator], batch: int, steps: int
+    kind: str,
+    family: str,
+    dtype: torch.dtype,
+    pair: tuple[TrainingEvaluator, TrainingEvaluator],
+    batch: int,
+    steps: int,
 ) -> ResultRow:
     backbone = pair[0].backbone
     row: ResultRow = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
@@ -16,23 +16,24 @@ from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request, Select
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.problem import (
-    BASELINE,
-    CONTROL,
     COPY,
     FINALIST,
     METRICS,
     SEARCH,
     Fidelity,
     Problem,
+    RoleKind,
+    ScoredPoint,
     Trial,
 )
 from autopeft.search_space.spaces.location import locate
-from autopeft.searchers import SEARCHERS, FromScores, Searcher, Suggestion
+from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
 from autopeft.studies.analysis.snapshot import Snapshot
-from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.plan import StudyPlan
 from autopeft.studies.engine.scheduled_trials import Planned, baselines, comparisons, finalists, num_evaluations
+from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger
 
@@ -45,31 +46,33 @@ MOST_REJECTIONS = 200
 PROBES = 500
 
 
-class Watcher(Protocol):
-    """Whoever shows the progress of a study."""
-
-    def plan(self, evaluations: int, done: int) -> None: ...
-
-    def begin(self, trials: Sequence[Trial]) -> None: ...
-
-    def step(self, done: int, total: int) -> None: ...
-
-    def stage(self, name: str, done: int, total: int) -> None: ...
-
-    def end(self, trial: Trial, snapshot: Snapshot) -> None: ...
+#: From the problem to its scored candidates.
+Scores = Callable[[Problem, Stage], tuple[ScoredPoint, ...]]
 
 
-class Study:
-    """Runs a study to its end, from wherever its ledger stands."""
+class StudyLoop:
+    """Runs a study to its end, from wherever its ledger stands.
+
+    `scores`: computes the scored candidates that a searcher starts from, before the search.
+    """
 
     def __init__(
-        self, settings: StudyFile, problem: Problem, evaluator: Evaluator, ledger: Ledger, tracker: Tracker | None
+        self,
+        problem: Problem,
+        evaluator: Evaluator,
+        searcher: type[Searcher],
+        ledger: Ledger,
+        tracker: Tracker | None,
+        plan: StudyPlan,
+        scores: Scores | None = None,
     ) -> None:
-        self.settings = settings
         self.problem = problem
         self.evaluator = evaluator
+        self.searcher = searcher
         self.ledger = ledger
         self.tracker = tracker
+        self.plan = plan
+        self.scores = scores
         wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.maxima]
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
@@ -79,11 +82,13 @@ class Study:
 
     @property
     def backbone(self) -> Backbone:
+        """The frozen model's description."""
         return self.problem.space.backbone
 
     def snapshot(self) -> Snapshot:
+        """Return the study as it stands."""
         return Snapshot(
-            study=self.settings.study,
+            study=self.plan.study,
             study_id=self.ledger.study_id,
             settings=self.ledger.settings,
             objectives=self.problem.objectives,
@@ -97,20 +102,20 @@ class Study:
         Raises NoFeasibleCandidateError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
         """
         self._check_feasible()
-        watcher.plan(num_evaluations(self.settings, self.problem.space), len(self._counted()))
+        watcher.plan(num_evaluations(self.plan, self.problem), len(self._counted()))
         try:
             unfinished = self.ledger.unfinished(self.problem.objectives)
-            self._evaluate_planned(BASELINE, unfinished, self._baselines(), watcher)
+            self._evaluate_planned("baseline", unfinished, self._baselines(), watcher)
             self._search(unfinished, watcher)
             searched, done = self.snapshot(), len(self._counted())
-            finals = list(finalists(self.settings, searched))
-            controls = list(comparisons(self.settings, searched))
-            under_way = sum(t.role.startswith((FINALIST, CONTROL)) for t in unfinished)
+            finals = list(finalists(self.plan, searched))
+            controls = list(comparisons(self.plan, searched))
+            under_way = sum(t.role.kind in ("finalist", "control") for t in unfinished)
             watcher.plan(done + len(finals) + len(controls) + under_way, done)
-            self._evaluate_planned(FINALIST, unfinished, finals, watcher)
-            self._evaluate_planned(CONTROL, unfinished, controls, watcher)
+            self._evaluate_planned("finalist", unfinished, finals, watcher)
+            self._evaluate_planned("control", unfinished, controls, watcher)
         except OSError as error:
-            raise UnusableEnvironmentError(f"{self.settings.output_folder}: {error.strerror or error}") from error
+            raise UnusableEnvironmentError(f"{self.plan.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)
@@ -125,13 +130,14 @@ class Study:
 
     def _baselines(self) -> Iterator[Planned]:
         known = {(t.role, t.candidate.key) for t in self.trials.values()}
-        return (p for p in baselines(self.settings, self.problem.space) if (p.role, p.candidate.key) not in known)
+        return (p for p in baselines(self.plan, self.problem.space) if (p.role, p.candidate.key) not in known)
 
     # The search
 
     def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
-        problem = replace(self._scored(watcher), observed=tuple(self._known()))
-        searcher = SEARCHERS[self.settings.search.searcher](problem, self.settings.seed)
+        scored = () if self.scores is None else self.scores(self.problem, watcher.stage)
+        problem = replace(self.problem, scored=scored, observed=tuple(self._known()))
+        searcher = self.searcher(problem, self.plan.seed)
         pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
         # A batch is filled one by one, each suggestion knowing those before it: wherever a study was killed, it goes on
         # with the very batch that it had.
@@ -152,24 +158,14 @@ class Study:
     def _known(self) -> Iterator[Trial]:
         """Baselines that the search could have asked for, trained as long as its trials are."""
         for trial in self.trials.values():
-            if trial.role.startswith(BASELINE) and trial.state == "complete" and self.settings.search.share == 1.0:
+            if trial.role.kind == "baseline" and trial.state == "complete" and self.plan.share == 1.0:
                 within = trial.candidate.architecture and self.problem.limits.rejection(trial.values) is None
                 genes = locate(self.problem.space, trial.candidate) if within else None
                 if genes is not None:
                     yield replace(trial, genes=genes)
 
-    def _scored(self, watcher: Watcher) -> Problem:
-        """The problem, with scored candidates if the searcher starts from such."""
-        if not issubclass(SEARCHERS[self.settings.search.searcher], FromScores):
-            return self.problem
-        from autopeft.evaluators.training.packed import PackedEvaluator
-        from autopeft.studies.engine.proxy_scores import scored
-
-        assert isinstance(self.evaluator, PackedEvaluator)  # `checks.py` has seen to it
-        return replace(self.problem, scored=scored(self.settings, self.problem, self.evaluator, watcher.stage))
-
     def _fill(self, pending: Sequence[Trial], searcher: Searcher) -> list[Trial]:
-        """The next batch: the trials `pending` and new ones, until it is full or the search has what it may ask for.
+        """Return the next batch: the trials `pending` and new ones, until it is full or the search has all its trials.
 
         Copies of a candidate in the batch come on top; the infeasible and copies of what is known are ended at once.
         """
@@ -180,10 +176,10 @@ class Study:
 
         # Batches are blocks of the trials in their order. One that was killed when a part of it had ended is not filled
         # up again: its trials were chosen without what that part has shown.
-        size, admitted = self.settings.search.batch, num_admitted()
+        size, admitted = self.plan.batch, num_admitted()
         end = admitted if batch and admitted % size == 0 else (admitted // size + 1) * size
         while (
-            num_admitted() < min(end, self.settings.search.trials)
+            num_admitted() < min(end, self.problem.num_trials)
             and rejected < MOST_REJECTIONS
             and not self._out_of_time()
         ):
@@ -191,29 +187,29 @@ class Study:
             if suggestion is None:
                 break
             candidate = self.problem.space.decode(suggestion.genes)
-            twin = self._twin(candidate, batch)
+            duplicate = self._duplicate(candidate, batch)
             trial = self.ledger.begin(
                 self.problem,
-                SEARCH if twin is None else COPY,
+                SEARCH if duplicate is None else COPY,
                 candidate,
                 genes=suggestion.genes,
-                seed=self.settings.seed,
+                seed=self.plan.seed,
                 searcher_state=suggestion.state,
-                of=None if twin is None else twin.number,
+                of=None if duplicate is None else duplicate.number,
             )
             self.trials[trial.number] = trial
             objection = self._objection(candidate)
-            if twin is not None and twin.state != "running":
-                self._finish(ended_as(trial, twin))
-            elif twin is None and objection is not None:
+            if duplicate is not None and duplicate.state != "running":
+                self._finish(ended_as(trial, duplicate))
+            elif duplicate is None and objection is not None:
                 self._finish(replace(trial, state="infeasible", violation=objection[0], error=objection[1]))
             else:
                 batch.append(trial)
-            rejected = 0 if trial in batch and twin is None else rejected + 1
+            rejected = 0 if trial in batch and duplicate is None else rejected + 1
         return batch
 
     def _suggestion(self, searcher: Searcher, batch: Sequence[Trial]) -> Suggestion | None:
-        """The point to try next: what the file names to start with, then the searcher's; None where it has no more."""
+        """Return the point to try next: a start point, then the searcher's; None if it has no more."""
         known = [self.trials[number] for number in sorted(self.trials) if self.trials[number].role in (SEARCH, COPY)]
         # Each suggestion is a trial, whatever came of it, so the ledger tells how far a killed study had come.
         if len(known) < len(self.problem.start):
@@ -225,11 +221,11 @@ class Study:
         return sum(t.role == SEARCH and t.state in ("complete", "pruned", "failed") for t in self.trials.values())
 
     def _out_of_time(self) -> bool:
-        limit = self.settings.search.timeout_s
+        limit = self.plan.timeout_s
         return limit is not None and self.clock() - self.started > limit
 
-    def _twin(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
-        """A trial of the search with the same network and training; it is not evaluated again."""
+    def _duplicate(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
+        """Return a trial of the search with the same network and training, which is not evaluated again."""
         key = candidate.key
         known = (t for t in self.trials.values() if t.role == SEARCH and (t.state != "running" or t in batch))
         return next((t for t in known if t.candidate.key == key), None)
@@ -238,7 +234,7 @@ class Study:
         """Fail before the first training where no candidate can meet the limits."""
         if not self.problem.limits.maxima:
             return
-        space, rng = self.problem.space, Random(self.settings.seed)
+        space, rng = self.problem.space, Random(self.plan.seed)
         probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
         # The smallest that trains anything: where even that is too large, no number of draws would have helped.
         probes.append(space.decode(space.smallest()))
@@ -251,7 +247,7 @@ class Study:
     def _why_nothing(self) -> str:
         reasons = [t.error or "beyond a bound" for t in self.trials.values() if t.role == SEARCH]
         if not reasons and self._out_of_time():
-            limit = f"search.timeout_s, {self.settings.search.timeout_s:g} s,"
+            limit = f"search.timeout_s, {self.plan.timeout_s:g} s,"
             return f"{limit} was over before a candidate was trained; baselines and scores count, too"
         shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
         return f"none of {len(reasons)} candidates is feasible; the last ones:\n  {shown}"
@@ -259,16 +255,16 @@ class Study:
     # Evaluations
 
     def _evaluate_planned(
-        self, role: str, unfinished: Sequence[Trial], planned: Iterable[Planned], watcher: Watcher
+        self, kind: RoleKind, unfinished: Sequence[Trial], planned: Iterable[Planned], watcher: Watcher
     ) -> None:
-        """The evaluations of a role: those that were under way, and new ones."""
-        trials = [trial for trial in unfinished if trial.role.startswith(role)]
+        """Evaluate the trials of a kind of role that were under way, and those that are planned."""
+        trials = [trial for trial in unfinished if trial.role.kind == kind]
         trials += [self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of) for p in planned]
         self._evaluate_batch(trials, watcher)
 
     def _evaluate_batch(self, trials: Sequence[Trial], watcher: Watcher, halving: bool = False) -> None:
         """Evaluate trials side by side and record how they ended."""
-        from autopeft.evaluators.training.train import failure
+        from autopeft.evaluators.training.record import failure
 
         weighed: list[tuple[Trial, Costs]] = []
         for trial in trials:
@@ -300,8 +296,8 @@ class Study:
 
     def _selection(self, costs: Sequence[Costs]) -> Select | None:
         """Successive halving on the held-out loss and the costs among the objectives."""
-        keep = self.settings.search.keep
-        if keep == 1.0 or not self.settings.search.rungs:
+        keep = self.plan.keep
+        if keep == 1.0 or not self.plan.rungs:
             return None
         priced = [o for o in self.problem.objectives if not o.is_quality]
 
@@ -314,7 +310,7 @@ class Study:
         return select
 
     def _ended(self, trial: Trial, costs: Costs, outcome: Outcome) -> Trial:
-        """A trial with what came of it."""
+        """Return a trial with its outcome."""
         if outcome.measurement is None:
             state = outcome.failure or "failed"
             violation = 1.0 if state == "infeasible" else 0.0
@@ -328,8 +324,9 @@ class Study:
         return replace(trial, state="complete", measurement=measurement, violation=self.problem.violation(values))
 
     def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:
-        """The objection to a candidate of the search, if there is one, and its costs. Declared costs come first:
-        nothing is measured of a candidate that they rule out.
+        """Return the objection to a candidate of the search, if there is one, and its costs.
+
+        Declared costs come first: nothing is measured of a candidate that they rule out.
         """
         objection = self._objection(trial.candidate) if trial.role == SEARCH else None
         if objection is not None:
@@ -338,14 +335,14 @@ class Study:
         return (self.problem.limits.rejection(costs.values) if trial.role == SEARCH else None), costs
 
     def _request(self, trial: Trial) -> Request:
-        final = trial.role.startswith((FINALIST, CONTROL))
-        share = self.settings.search.share if trial.role == SEARCH else 1.0
+        final = trial.role.kind in ("finalist", "control")
+        share = self.plan.share if trial.role == SEARCH else 1.0
         return Request(
             candidate=trial.candidate,
             seed=trial.seed,
-            fidelity=Fidelity(share=share, rungs=() if final else self.settings.search.rungs),
+            fidelity=Fidelity(share=share, rungs=() if final else self.plan.rungs),
             test=final,
-            keep_weights=trial.role == FINALIST and trial.seed == self.settings.seed + 1,
+            keep_weights=trial.role == FINALIST and trial.seed == self.plan.seed + 1,
         )
 
     def _objection(self, candidate: Candidate) -> tuple[float, str] | None:
@@ -371,18 +368,18 @@ class Study:
     def _save_weights(self, trial: Trial, outcome: Outcome) -> None:
         if outcome.weights is None or trial.of is None:
             return
-        path = weights_path(self.settings, trial.of)
+        path = weights_path(self.plan.output_folder, trial.of)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             save_file(dict(outcome.weights), temporary)
 
 
-def ended_as(trial: Trial, twin: Trial) -> Trial:
-    """A copy with what came of the trial that it repeats."""
+def ended_as(trial: Trial, duplicate: Trial) -> Trial:
+    """Return a copy with the outcome of the trial that it repeats."""
     own = ("number", "role", "genes", "of", "searcher_state")
-    return replace(twin, **{name: getattr(trial, name) for name in own})
+    return replace(duplicate, **{name: getattr(trial, name) for name in own})
 
 
-def weights_path(settings: StudyFile, number: int) -> Path:
-    """Where the trained weights of a finalist are."""
-    return settings.output_folder / "weights" / f"trial-{number}.safetensors"
+def weights_path(output_folder: Path, number: int) -> Path:
+    """Return the file of the trained weights of a finalist."""
+    return output_folder / "weights" / f"trial-{number}.safetensors"

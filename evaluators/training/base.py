@@ -1,0 +1,212 @@
+"""What the evaluators that train share: the model with its rows, batches, costs and scores."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.backbones import LoadedBackbone
+from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
+from autopeft.evaluators.costs.measurement import measure
+from autopeft.evaluators.data.splits import SPLITS, Splits
+from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
+from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.record import Columns, Scores
+from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
+from autopeft.search_space.problem import declared_costs
+from autopeft.search_space.training import Training
+
+EVALUATION_BATCH_SIZE = 64
+#: Validation examples that are scored at a rung, about.
+RUNG_EXAMPLES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Settings of evaluators that change how fast they are and nothing that they find.
+
+    `pack`: candidates side by side, None for as many as the memory holds. `cache_bytes`: memory for the outputs of the
+    layers below all adapters, 0 for none; `cache_folder`: keeps them on disk, at most `cache_folder_bytes`.
+    """
+
+    pack: int | None = None
+    cache_bytes: int = 0
+    cache_folder: Path | None = None
+    cache_folder_bytes: int = 0
+
+
+class TrainingEvaluator(Attaching):
+    """Full or partial training by AdamW; see `Fidelity`.
+
+    The frozen backbone stays in evaluation mode (no dropout of its own); a candidate that trains the backbone itself
+    has the backbone's dropout. Minibatches depend on the seed and the batch size alone, so candidates of a seed see
+    the same ones. One of which nothing is trained (a router without parameters between LoRAs that are given) makes the
+    same steps without effect. `metrics`: the qualities to report. Raises DataError for rows that the model cannot read
+    and MetricError for metrics that the task has no columns for.
+    """
+
+    def __init__(
+        self, loaded: LoadedBackbone, task: str, splits: Splits, max_length: int, metrics: Sequence[Quality] = ALWAYS
+    ) -> None:
+        self.model = loaded.model
+        self.backbone = loaded.backbone
+        self.pretrained_head = loaded.pretrained_head
+        kind = TASKS[task].for_rows(splits.train)
+        self.task = kind(loaded.processor, max_length, splits.labels, splits.domains)
+        self.examples: dict[str, list[Example]] = {split: self.task.encode(getattr(splits, split)) for split in SPLITS}
+        self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
+        self.task.check(self.model, chain.from_iterable(self.examples.values()))
+        # Evenly over the file, whatever its order: enough to rank by the loss, few enough to cost little.
+        held_out = len(self.examples["validation"])
+        self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
+        self.device = next(self.model.parameters()).device
+        self.metrics = tuple(metrics)
+        for metric in self.metrics:
+            if not metric.computable(self.task.columns):
+                there = ", ".join(sorted(self.task.columns))
+                raise MetricError(f"{metric.name} cannot be computed: the task {task} yields {there} of each example")
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedBackbone,
+        task: str,
+        splits: Splits,
+        max_length: int,
+        metrics: Sequence[Quality],
+        options: Options,
+    ) -> Self:
+        """Return the evaluator with those of the options that it has. Raises DataError."""
+        return cls(loaded, task, splits, max_length, metrics)
+
+    @override
+    def attach(self, request: Request) -> Attachment:
+        return Attachment(
+            self.model,
+            self.backbone,
+            [request.candidate.architecture],
+            [request.seed],
+            pretrained_head=self.pretrained_head,
+        )
+
+    @override
+    def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
+        values = declared_costs(candidate.architecture, self.backbone)
+        if not measured:
+            return Costs(values=values)
+        with memory_errors(), self.attach(Request(candidate=candidate)) as attachment:
+            found = measure(attachment, self.task, self.typical_batch(candidate), measured)
+        return Costs(values={**values, **found.values}, spread=found.spread)
+
+    def typical_batch(self, candidate: Candidate) -> Batch:
+        """Return a training batch of median length, the same one for every candidate of a batch size."""
+        size = self.training(candidate).batch_size
+        batches = batching.ordered_batches(self.lengths["train"], size)
+        return self.batch("train", batches[len(batches) // 2])
+
+    @override
+    def longest_batch(self, candidate: Candidate) -> Batch:
+        order = sorted(range(len(self.lengths["train"])), key=lambda i: self.lengths["train"][i])
+        return self.batch("train", order[-self.training(candidate).batch_size :])
+
+    def is_bare(self, candidate: Candidate) -> bool:
+        """Return whether it is the frozen model and nothing else."""
+        return not candidate.architecture and not self.backbone.head_modules
+
+    @staticmethod
+    def training(candidate: Candidate) -> Training:
+        """Return the settings that a candidate is trained with."""
+        return Training(**candidate.training)
+
+    @override
+    def num_steps(self, request: Request) -> int:
+        return steps_at(request.fidelity.share, self.full_steps(self.training(request.candidate)))
+
+    def full_steps(self, training: Training) -> int:
+        """Return the number of steps of a run at full fidelity."""
+        return batching.num_steps(len(self.examples["train"]), training.batch_size, training.epochs)
+
+    def batch(self, split: str, indices: Sequence[int]) -> Batch:
+        """Return these examples of a split as one batch on the device."""
+        batch = self.task.collate([self.examples[split][i] for i in indices])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
+    @torch.no_grad()
+    def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
+        """Return, for every slot, the task's columns of these examples of a split (default: all), in their order.
+
+        A column [K, N, C] becomes lists of C numbers.
+        """
+        attachment.eval()
+        attachment.routers.watch()
+        chosen = range(len(self.examples[split])) if examples is None else examples
+        lengths = [self.lengths[split][i] for i in chosen]
+        widths: dict[str, int | None] = {}
+        found = torch.zeros(0)
+        for places in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
+            scored = self.scores(attachment, split, [chosen[place] for place in places])
+            if not widths:
+                widths = {name: column.shape[2] if column.dim() == 3 else None for name, column in scored.items()}
+                rows = sum(width or 1 for width in widths.values())
+                found = torch.zeros(rows, attachment.num_slots, len(chosen))
+            # A row [K, N] for each column, and of a column [K, N, C] one for each label.
+            parts = [column.movedim(2, 0) if column.dim() == 3 else column[None] for column in scored.values()]
+            # All at once: each way from a GPU waits for it. Indices of labels are whole in float32, too.
+            found[:, :, places] = torch.cat([part.float() for part in parts]).cpu()
+        attachment.train()
+        return [_by_name(of_slot, widths) for of_slot in found.unbind(1)]
+
+    def final_scores(self, attachment: Attachment, tested: Sequence[bool]) -> list[Scores]:
+        """Return the scores of every slot; slots that are `tested` have the test split and averaged experts, too."""
+        validation = self.columns(attachment, "validation")
+        found = [Scores(validation=own, routes=attachment.routers.routes(k)) for k, own in enumerate(validation)]
+        if any(tested):
+            test, averaged = self.columns(attachment, "test"), self._averaged(attachment)
+            for k in (k for k, wanted in enumerate(tested) if wanted):
+                found[k].test, found[k].averaged = test[k], averaged[k]
+        return found
+
+    def _averaged(self, attachment: Attachment) -> list[Columns]:
+        """Return the validation columns of every slot without its routers; nothing for a slot that has none."""
+        if not attachment.routers:
+            return [{}] * attachment.num_slots
+        with attachment.routers.averaged():
+            columns = self.columns(attachment, "validation")
+        return [
+            own if any(spec.routed_by for _, spec in architecture) else {}
+            for own, architecture in zip(columns, attachment.architectures, strict=True)
+        ]
+
+    @abstractmethod
+    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
+        """Return the task's columns of these examples of a split, each [K, N] or [K, N, C].
+
+        K slots, N examples, C labels.
+        """
+
+
+def _by_name(rows: Tensor, widths: Mapping[str, int | None]) -> Columns:
+    """Return the columns of a slot by name, from [rows, N]: a row each or, with a width C, C rows as lists of C."""
+    columns: Columns = {}
+    start = 0
+    for name, width in widths.items():
+        columns[name] = rows[start].tolist() if width is None else rows[start : start + width].T.tolist()
+        start += width or 1
+    return columns
+
+
+def steps_at(share: float, full: int) -> int:
+    """Return the number of steps of a share of the full run: rounded up, at least one."""
+    return max(1, math.ceil(round(share * full, 6)))  # 0.07 x 100 is a little more than 7 in binary

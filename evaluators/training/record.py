@@ -1,0 +1,108 @@
+"""The record of one candidate's training, the measurement that comes of it, and how a training fails."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request
+from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
+from autopeft.search_space.metrics.base import standard_error
+from autopeft.search_space.problem import Measurement
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingFailedError(RuntimeError):
+    """A candidate whose training went wrong for a reason of its own, as a diverged loss."""
+
+
+Columns = dict[str, list[Any]]
+
+
+@dataclass(slots=True)
+class Scores:
+    """Columns of a slot after its training, and of its mixtures `routes` and `averaged` (see `Measurement`)."""
+
+    validation: Columns = field(default_factory=dict)
+    test: Columns = field(default_factory=dict)
+    routes: dict[str, Any] = field(default_factory=dict)
+    averaged: Columns = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of a candidate's training so far. `metrics`: the qualities to report."""
+
+    metrics: tuple[Quality, ...] = ALWAYS
+    losses: list[float] = field(default_factory=list)
+    rungs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    scores: Scores = field(default_factory=Scores)
+    train_s: float = 0.0
+    wall_s: float = 0.0
+
+    def rung(self, share: float, columns: Columns) -> None:
+        """Record the values at a rung. Raises TrainingFailedError for a loss that is no number, and MetricError."""
+        self.rungs.append((share, self._values(finite(columns))))
+
+    def end(self, scores: Scores) -> None:
+        """Record the final scores. Raises TrainingFailedError for a loss that is not a number."""
+        for columns in (scores.validation, scores.test):
+            if columns:
+                finite(columns)
+        self.scores = scores
+
+    def measurement(self, request: Request, evaluator: str) -> Measurement:
+        """Return the measurement. Raises IndexError if the training ended before its first rung, and MetricError."""
+        scores = self.scores
+        # One that ended at a rung has that rung's values.
+        share, values = self.rungs[-1] if not scores.validation else (request.fidelity.share, {})
+        contributions = self._contributions(scores.validation)
+        return Measurement(
+            values=values or self._values(scores.validation),
+            std_err={metric.name: standard_error(column) for metric, column in contributions},
+            seed=request.seed,
+            share=share,
+            evaluator=evaluator,
+            wall_s=self.wall_s,
+            train_s=self.train_s,
+            losses=tuple(round(loss, 5) for loss in self.losses),
+            rungs=tuple(self.rungs),
+            per_example={metric.name: _rounded(column, metric.digits) for metric, column in contributions},
+            routes=scores.routes,
+            averaged=self._values(scores.averaged),
+            test=self._values(scores.test),
+            test_per_example={
+                metric.name: _rounded(column, metric.digits) for metric, column in self._contributions(scores.test)
+            },
+        )
+
+    def _values(self, columns: Columns) -> dict[str, float]:
+        return {metric.name: metric.value(columns) for metric in self.metrics} if columns else {}
+
+    def _contributions(self, columns: Columns) -> list[tuple[Quality, Sequence[float]]]:
+        return [(metric, metric.contributions(columns)) for metric in self.metrics] if columns else []
+
+
+def failure(request: Request, error: Exception) -> Outcome:
+    """Return the outcome of a candidate that broke: it must not take the others along."""
+    if isinstance(error, OutOfMemoryError):
+        return Outcome(failure="infeasible", reason=str(error))
+    if isinstance(error, TrainingFailedError | MetricError):
+        return Outcome(failure="failed", reason=str(error))
+    logger.debug("candidate %s", request.candidate.key, exc_info=error)
+    return Outcome(failure="failed", reason=f"{type(error).__name__}: {error}")
+
+
+def finite(columns: Columns) -> Columns:
+    """Return the columns. Raises TrainingFailedError for a loss that is not a number."""
+    if not all(map(math.isfinite, columns["loss"])):
+        raise TrainingFailedError("the held-out loss is not a number")
+    return columns
+
+
+def _rounded(column: Sequence[float], digits: int) -> tuple[float, ...]:
+    return tuple(round(x, digits) for x in column)

@@ -1,0 +1,56 @@
+"""How a study spends its evaluations, apart from what it searches and with which searcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autopeft.studies.config.study_file import StudyFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyPlan:
+    """What a study evaluates besides the trials that its problem allows, how long each trains, and where it writes.
+
+    `share`: share of the training steps that a candidate of the search gets. `rungs`: shares of the steps, ascending,
+    after each of which the share `keep` of a batch goes on. `controls`: whether finalists with mixtures are compared
+    with controls. Seeds: the search trains with `seed`, finalists with the `finalist_seeds` that follow it.
+    """
+
+    study: str
+    output_folder: Path
+    seed: int = 0
+    batch: int = 1
+    share: float = 1.0
+    rungs: tuple[float, ...] = ()
+    keep: float = 1.0
+    timeout_s: float | None = None
+    baselines: tuple[str, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+    full_learning_rates: tuple[float, ...] = ()
+    most_finalists: int = 1
+    finalist_seeds: int = 1
+    controls: bool = False
+
+
+def plan_of(settings: StudyFile) -> StudyPlan:
+    """Return the plan that a study file declares."""
+    search, baselines, finalists = settings.search, settings.baselines, settings.finalists
+    return StudyPlan(
+        study=settings.study,
+        output_folder=settings.output_folder,
+        seed=settings.seed,
+        batch=search.batch,
+        share=search.share,
+        rungs=search.rungs,
+        keep=search.keep,
+        timeout_s=search.timeout_s,
+        baselines=baselines.names,
+        learning_rates=baselines.learning_rates,
+        full_learning_rates=baselines.full_learning_rates,
+        most_finalists=finalists.most,
+        finalist_seeds=finalists.seeds,
+        controls=finalists.controls,
+    )
