@@ -167,10 +167,10 @@ def test_a_race_asks_as_a_study_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(done, waiting) for done, waiting, _ in Spy.seen] == [
         *((0, i) for i in range(4)), *((4, i) for i in range(4)), *((8, i) for i in range(2)),
     ]  # fmt: skip
-    course = races._Course(race("random"), problem)
-    while batch := course.fill():
-        course.measure(batch)
-    truth = [values["accuracy"] for values in course.truth]
+    running = races._RunningRace(race("random"), problem)
+    while batch := running.fill():
+        running.measure(batch)
+    truth = [values["accuracy"] for values in running.truth]
     measured = [Spy.seen[-1][2][number] for number in range(8)]
     assert not set(measured) & set(truth)
     assert max(abs(a - b) for a, b in zip(measured, truth, strict=False)) < 6 * synthetic.STD_ERR
