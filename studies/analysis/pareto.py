@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # Exact (WFG: While, Bradstreet and Barone 2012) for any number of objectives. Optuna keeps it in a private
-# module, but the public alternative, botorch's, imports torch. tests/studies/test_front.py compares it with
+# module, but the public alternative, botorch's, imports torch. tests/studies/analysis/test_pareto.py compares it with
 # inclusion-exclusion.
 from optuna._hypervolume import compute_hypervolume
 

@@ -24,7 +24,7 @@ from autopeft.studies.engine.proxy_scores import score_key
 from autopeft.testing.spaces import SMALL
 
 from ..support.tiny_study import save_study
-from .test_race import run  # noqa: F401  (a fixture)
+from .race.test_race import run  # noqa: F401  (a fixture)
 
 FINITE = st.floats(-10, 10, allow_nan=False)
 

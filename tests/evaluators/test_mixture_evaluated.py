@@ -18,9 +18,9 @@ from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpa
 from autopeft.search_space.adapters import Bottleneck, Dora, Lora, Mixture
 from autopeft.testing.models import tiny, tokens
 
-from .test_causal_lm import TRAIN, rows
-from .test_causal_lm import loaded as causal  # noqa: F401  (a fixture)
-from .test_packed import alone, at, compare, loaded, requests, together  # noqa: F401  (a fixture)
+from .tasks.test_causal_lm import TRAIN, rows
+from .tasks.test_causal_lm import loaded as causal  # noqa: F401  (a fixture)
+from .training.test_packed import alone, at, compare, loaded, requests, together  # noqa: F401  (a fixture)
 
 torch.set_num_threads(1)
 

@@ -26,7 +26,7 @@ from autopeft.searchers.bo.encoding import Encoding
 from autopeft.testing.models import tiny, tokens
 
 from ..support.tied import Tied, tied  # noqa: F401  (a fixture)
-from .test_adapters import assert_slots_equal_alone, noisy
+from .adapters.test_adapters import assert_slots_equal_alone, noisy
 
 pytestmark = pytest.mark.usefixtures("tied")
 every_family = pytest.mark.parametrize("family", ["bert", "llama-causal", "gpt2"])

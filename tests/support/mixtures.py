@@ -23,8 +23,8 @@ from autopeft.search_space.routers import ROUTERS, Router
 from autopeft.search_space.routers.mixing import Values
 from autopeft.search_space.runtime.bank import Bank, Call
 from autopeft.search_space.runtime.tokens import Tokens
+from autopeft.testing.models import tiny, tokens
 
-from .conformance import tiny, tokens
 from .router_conformance import gates_of, softmax
 from .spaces import SMALL
 

@@ -20,7 +20,7 @@ from autopeft.kernels import linear_cross_entropy as module
 from autopeft.kernels import slot_products
 from autopeft.kernels.linear_cross_entropy import linear_cross_entropy_reference
 
-from ...kernels.test_linear_cross_entropy import draw, given_logits, poisoned  # noqa: F401
+from ..test_linear_cross_entropy import draw, given_logits, poisoned  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -19,8 +19,8 @@ from autopeft.kernels.mixture_lora import (
     mixture_lora_reference,
 )
 
-from ...kernels.test_kernels import Draw
-from ...kernels.test_mixture_lora import choices, masks
+from ..test_kernels import Draw
+from ..test_mixture_lora import choices, masks
 from .test_packed_lora import TOLERANCE, TYPES, T, assert_close, poisoned, strided  # noqa: F401
 
 D_IN, D_OUT = 67, 35

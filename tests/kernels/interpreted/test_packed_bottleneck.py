@@ -13,7 +13,7 @@ import torch
 
 from autopeft.kernels.packed_bottleneck import ACTIVATIONS, packed_bottleneck, packed_bottleneck_reference
 
-from ...kernels.test_kernels import Draw, mask_of
+from ..test_kernels import Draw, mask_of
 from .test_packed_lora import RANKS, TOLERANCE, TYPES, T, assert_close, poisoned, strided  # noqa: F401
 
 D_Z, D = 35, 67

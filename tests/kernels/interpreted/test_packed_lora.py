@@ -25,7 +25,7 @@ from autopeft.kernels.packed_lora import (
 )
 from autopeft.kernels.tiles import Tiles
 
-from ...kernels.test_kernels import Draw, mask_of, root_mean_square_ratio
+from ..test_kernels import Draw, mask_of, root_mean_square_ratio
 
 torch.set_num_threads(1)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
