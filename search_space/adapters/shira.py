@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Shira(AdapterSpec):
     """(W + scale * S) x + b, where S: [D_out, D_in] is sparse.
 
-    S may be nonzero at `rank` * (D_in + D_out) random places, as many as a LoRA of that rank has parameters. The values at
-    these places start at zero and are trained; they are stored with the indices of the places.
+    S may be nonzero at `rank` * (D_in + D_out) random places, as many as a LoRA of that rank has parameters. The values
+    at these places start at zero and are trained; they are stored with the indices of the places.
 
     A smaller adapter that reads the bank of a larger one has the first places of the larger one. The forward pass makes
     S dense, so an adapter that is not merged costs as much as W.
