@@ -1,39 +1,43 @@
-"""What an adapter's forward function sees beside its parameters and the activations.
+"""Protocols of the run-time context that a forward function receives beside parameters and activations.
 
-A protocol: `runtime/bank.py` has what stands behind it at run time.
+`runtime/bank.py` and `runtime/router_state.py` implement them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+#: Tensors by name: the parameters of an adapter and, for a mixture, of its router.
+Values: TypeAlias = Mapping[str, "Tensor"]
+
 
 class RouterState(Protocol):
-    """What a router reads beside the activations, and what it leaves. Notation: K slots, E experts."""
+    """State of a router between and during forward passes. Notation: K slots, E experts."""
 
     #: [K, E] with 1 for the experts that a slot's router chooses from.
     owned_experts: Tensor
-    #: The minibatch and the gates of leaders, as `runtime/tokens.py` has them.
+    #: The minibatch and the gates of leaders (`runtime/tokens.py`).
     tokens: Any
-    #: Whether the router is not asked, and all experts are weighted alike.
+    #: Whether all experts get equal gates and the router is not evaluated.
     averaged: bool
-    #: What the router did in the last forward pass (a `Routing`); None: nothing to report.
+    #: `Routing` of the last forward pass; None: the router reported none.
     last: Any
-    #: The same of every forward pass; None: nobody watches.
+    #: `Routing` of every forward pass in evaluation mode; None: recording is off.
     seen: list[Any] | None
-    #: Values that a router computes once, by names of its own, from parameters that are not trained.
+    #: Values that a router computes once from frozen parameters, by names that it chooses.
     cached: dict[str, Tensor]
 
 
 class Call(Protocol):
-    """Notation: K slots, M tokens of one slot, E experts, R the size of the largest slot."""
+    """Context of one forward call. Notation: K slots, M tokens per slot, E experts, R the size of the largest slot."""
 
     #: Per-slot numbers of `AdapterSpec.constants`, each [K, ...].
     constants: dict[str, Tensor]
-    #: [K, R] with 1 where a slot owns that part of the size, or None if all slots own all of it.
+    #: [K, R] with 1 for the part of the size that a slot owns; None: every slot owns all of it.
     mask: Tensor | None
 
     @property
@@ -50,7 +54,7 @@ class Call(Protocol):
 
     @property
     def drops(self) -> bool:
-        """Whether some slot has dropout in this pass."""
+        """Whether any slot applies dropout in this pass."""
 
     def max_over_slots(self, name: str) -> float:
         """Return the largest value of a field over the slots."""
@@ -59,10 +63,10 @@ class Call(Protocol):
         """Return the smallest value of a field over the slots."""
 
     def dropout(self, x: Tensor) -> Tensor:
-        """Apply dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
+        """Return x: [K, ...] after dropout, with the probability and the random stream of each slot."""
 
     def noisy(self, x: Tensor, name: str) -> Tensor:
-        """Return x: [K, ..., E], in training with normal noise of the standard deviation in the field `name`."""
+        """Return x: [K, ..., E]; in training, add normal noise with the standard deviation in the field `name`."""
 
     def of_experts(self, count: int) -> Call:
-        """Return the same call for `count` experts of each slot, one after the other."""
+        """Return the call for a batch of K * count rows, in which the `count` experts of a slot are consecutive."""

@@ -11,18 +11,18 @@ from typing import Literal
 class Parameter:
     """One tensor of an adapter at one site, without the bank dimension.
 
-    `init` names a rule of `init.py`, or is what all values start as. `decay`: whether weight decay applies (vectors and
-    identity-centred scales are left out, as usual). `per_expert`: the first axis counts the experts of a mixture, each
-    of which is drawn by itself. `rows`: or it has so many places of each expert, one expert after the other.
-
-    `trainable`: if not, it stays as it is at the start: `given`: folders that the values are read from; `key`: the seed
-    that it is drawn from, whatever the slot's. The recipe has that seed, so these values are not stored; all others
-    are, for what was trained means nothing without them. `indices`: whole numbers, of which no type counts the size
-    among its parameters.
-
-    `scope`: with "shape", all sites of as many features in and out share it, with "model" all sites, as far as adapters
-    of its kind sit there. It then exists once, as large as the largest that one of them declares; each reads the prefix
-    that it declares itself.
+    - `init`: a rule of `runtime/init.py`, or the initial value of all elements.
+    - `decay`: whether weight decay applies. Vectors and scales around the identity are exempt, as usual.
+    - `per_expert`: the first axis enumerates the experts of a mixture; the values of each are drawn independently.
+    - `rows`: alternatively, the number of rows of each expert along the first axis, in the order of the experts.
+    - `trainable`: whether training changes the values. The next three fields require that it is False.
+    - `given`: folders of pretrained LoRAs that the values are read from.
+    - `key`: the seed that the values are drawn from, independent of the slot's seed. The recipe contains this seed, so
+      the values are not stored. All other frozen values are, because the trained ones are useless without them.
+    - `indices`: the values are integers; they do not count as parameters.
+    - `scope`: "site", or "shape" if all sites with the same input and output features share the tensor, or "model" if
+      all sites share it, among the sites with adapters of this kind. A shared tensor exists once, in the largest shape
+      that a site declares; each site reads the prefix of the shape that it declares.
     """
 
     shape: tuple[int, ...]
@@ -38,9 +38,9 @@ class Parameter:
 
     def __post_init__(self) -> None:
         if self.trainable and (self.given or self.key is not None or self.indices):
-            raise ValueError("values that are given, drawn from a key, or indices are not trained")
+            raise ValueError("values that are read from folders (given), drawn from a key, or indices are not trained")
         if self.scope != "site" and (self.given or self.indices or self.per_expert or self.rows):
-            raise ValueError("sites share no values that are given, indices, or experts'")
+            raise ValueError("a shared tensor cannot be read from folders (given), indices, or per expert")
 
     @property
     def count(self) -> int:
@@ -49,5 +49,5 @@ class Parameter:
 
     @property
     def stored(self) -> bool:
-        """Whether the values are written to disk: those that are drawn from a key are not."""
+        """Whether the values are written to disk; values drawn from a key are not."""
         return self.key is None

@@ -1,8 +1,8 @@
-"""The adapter types, one file each. The CLI, the schema and the tables derive from the registry `ADAPTERS`.
+"""Adapter types, one file each. The CLI, the schema and the tables derive from the registry `ADAPTERS`.
 
-Its order is also the order in which several adapters at one module act: DoRA needs the backbone's own output,
-what adds to it follows, and what scales the sum comes last. Merging follows the same order. A `Mixture` is
-none of them: it has experts of any of these types that can be one.
+The order of the registry is also the order in which several adapters act at one module: DoRA comes first because it
+needs the backbone's own output, types that add to the output follow, and types that scale the sum come last. Merging
+follows the same order. `Mixture` is not in the registry: it combines experts of any type that can be an expert.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
 
 
 def spec_from_dict(data: dict[str, Any]) -> AdapterSpec:
-    """The inverse of `AdapterSpec.to_dict`. Raises ValueError for an unknown kind, field or value."""
+    """Return the adapter that `AdapterSpec.to_dict` wrote. Raises ValueError for an unknown kind, field or value."""
     fields = dict(data)
     kind = fields.pop("kind", None)
     if kind == Mixture.kind:

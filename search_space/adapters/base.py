@@ -1,17 +1,18 @@
-"""What an adapter type declares: its fields, its parameters, its costs and its one forward function.
+"""Interface of an adapter type: fields, parameters, costs and forward functions.
 
-Notation: K slots, M tokens of one slot's examples (examples x tokens), D_in and D_out features, R the elastic
-size (LoRA's rank, a bottleneck's width, a prefix's length).
+Notation: K slots, S of them served, M tokens of one slot (examples x tokens), D_in and D_out features, E experts, R the
+elastic size (LoRA's rank, a bottleneck's width, a prefix's length). At a norm, D_in = D_out.
 
-A type is written *slot-batched*: every tensor it sees leads with the slot dimension K. The same function then
-serves a single candidate (K = 1), a pack of candidates (K banks), and a weight-sharing supernet (one bank, K
-masks). Torch is imported inside the functions that need it, so that declaring a space stays free of it.
+Forward functions are *slot-batched*: every tensor has the slot dimension K first. The same function then serves a
+single candidate (K = 1), a pack of candidates (K banks), and a weight-sharing supernet (one bank, K masks). Torch is
+imported inside the functions that need it, so that declaring a space does not import it. The tests check the shapes
+in the docstrings of `AdapterSpec` at every call of every type (tests/support/shapes.py).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,12 +22,12 @@ from autopeft.search_space.parameter import Parameter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
+    from autopeft.search_space.call import Call, Values
     from autopeft.search_space.routers.base import Router
 
-#: Of a number on disk: float32, or int32 for those that are indices.
+#: Size of a value on disk: float32, or int32 for indices.
 NUMBER_BITS = 32
-#: Methods that do what `apply` does together with something else, faster than one after the other.
+#: Methods that compute `apply` together with the frozen linear or the weighting of experts, faster than in sequence.
 FUSED_METHODS = ("apply_linear", "mix", "mix_linear")
 
 
@@ -41,47 +42,47 @@ class AdapterSpec(ABC):
     default_roles: ClassVar[tuple[str, ...]]
     #: The field that says how large it is; None for types without a size.
     size_field: ClassVar[str | None] = None
-    #: Fields that may differ between the slots of one bank (they are numbers at run time, not structure).
+    #: Fields that may differ between the slots of one bank, because they are numbers at run time, not structure.
     per_slot_fields: ClassVar[tuple[str, ...]] = ()
-    #: Whether `merge` folds it into the backbone's weights exactly.
+    #: Whether `merge` folds the adapter into the backbone's weights exactly.
     mergeable: ClassVar[bool] = False
     #: Whether several of this type may sit at one site.
     repeatable: ClassVar[bool] = True
-    #: Whether it computes the backbone's function before the first step, for every setting of its fields.
+    #: Whether the adapted model equals the backbone before the first step, for all values of the fields.
     identity_at_start: ClassVar[bool] = True
-    #: Whether it can be an expert of a mixture: it changes activations, and nothing else.
+    #: Whether it can be an expert of a mixture, which requires that it changes nothing but activations.
     can_be_expert: ClassVar[bool] = True
     #: Where in the paper the mechanism is defined.
     source: ClassVar[str]
-    #: One line for `--help` and the tables of the documentation.
+    #: One line for `--help` and for tables in the documentation.
     summary: ClassVar[str]
 
     @abstractmethod
     def parameters(self, site: Site) -> dict[str, Parameter]:
-        """Return the tensors at `site` by name; the first has floating-point values of the site's own."""
+        """Return the tensors at `site` by name; the first is a floating-point tensor of scope "site"."""
 
     @abstractmethod
     def flops_per_token(self, site: Site) -> int:
-        """Return the operations of the matrix products of one forward pass, per token; a multiply-add is two."""
+        """Return the FLOPs of the matrix products of one forward pass, per token; a multiply-add counts as two."""
 
     def fits(self, site: Site) -> bool:
-        """Return whether the type can sit at `site`, which has one of its roles."""
+        """Return whether the adapter can sit at `site`, whose role is one of `roles`."""
         return True
 
     def own_parameters(self, site: Site) -> dict[str, Parameter]:
-        """Return the tensors of the site alone: `Architecture` counts those that sites share."""
+        """Return the tensors of scope "site"; `Architecture` counts the shared ones."""
         return {name: parameter for name, parameter in self.parameters(site).items() if parameter.scope == "site"}
 
     def num_params(self, site: Site) -> int:
-        """Return the number of trained parameters of the site's own."""
+        """Return the number of trainable parameters of scope "site"."""
         return sum(parameter.count for parameter in self.own_parameters(site).values() if parameter.trainable)
 
     def total_params(self, site: Site) -> int:
-        """Return the number of parameters of the site's own, the frozen ones too."""
+        """Return the number of parameters of scope "site", trainable and frozen."""
         return sum(parameter.count for parameter in self.own_parameters(site).values() if not parameter.indices)
 
     def stored_bits(self, site: Site) -> int:
-        """Return the bits that the adapter takes on disk, without what it shares."""
+        """Return the size of the adapter on disk in bits, without shared tensors."""
         return NUMBER_BITS * sum(
             parameter.count for parameter in self.own_parameters(site).values() if parameter.stored
         )
@@ -93,7 +94,7 @@ class AdapterSpec(ABC):
 
     @property
     def label(self) -> str:
-        """A word or two for tables and reports."""
+        """Short name for tables and reports."""
         return self.kind if self.size is None else f"{self.kind} {self.size}"
 
     @property
@@ -103,97 +104,99 @@ class AdapterSpec(ABC):
 
     @property
     def num_experts(self) -> int:
-        """Experts that the router of a mixture chooses from; 0 for a plain adapter."""
+        """Number of experts that the router of a mixture chooses from; 0 for a plain adapter."""
         return 0
 
     @property
     def num_experts_total(self) -> int:
-        """Routed plus shared experts; 1 for a plain adapter."""
+        """Number of routed plus shared experts; 1 for a plain adapter."""
         return 1
 
     @property
     def first_pass(self) -> bool:
-        """Whether it reads what the model without adapters makes of a text, which takes a forward pass of its own."""
+        """Whether it reads hidden states of the model without adapters, which takes an additional forward pass."""
         return False
 
     @property
     def plain(self) -> AdapterSpec:
-        """The adapter itself, or the one that each expert of a mixture is."""
+        """The adapter itself, or the adapter of each expert of a mixture."""
         return self
 
     def canonical(self) -> AdapterSpec:
-        """Return the same network and training, with fields that make no difference at their defaults."""
+        """Return an equivalent adapter, in which the fields without effect have their defaults."""
         return self
 
     @property
     def averaged(self) -> AdapterSpec:
-        """The adapter itself, or the mixture with all experts weighted alike."""
+        """The adapter itself, or the mixture with equal gates for all experts."""
         return self
 
     @property
     def standalone(self) -> AdapterSpec:
-        """The adapter itself, or a mixture that costs as much where it does not need the site that it follows."""
+        """The adapter itself, or for a mixture with a leader one of equal cost without a leader."""
         return self
 
     def active_params(self, site: Site) -> int:
-        """Return the number of parameters active per token: of a mixture the router's and those of active experts."""
+        """Return the number of parameters active per token; for a mixture, of the router and the active experts."""
         return self.total_params(site)
 
     def structure(self) -> tuple[Any, ...]:
-        """Return what slots must agree on to share one bank: everything but the size and the per-slot fields."""
+        """Return the values on which slots of one bank must agree: all but the size and the per-slot fields."""
         apart = {self.size_field, *self.per_slot_fields}
         return (self.kind, *(getattr(self, f.name) for f in fields(self) if f.name not in apart))
 
     def implements(self, method: str, site: Site) -> bool:
-        """Return whether the type has a `method` of its own at `site`; without one it needs no hook there.
+        """Return whether the type overrides `method` for `site`; if it does not, the site needs no hook for it.
 
-        One of `FUSED_METHODS` that was written for the `apply` of a parent does not count where the type has another
-        `apply`.
+        A method of `FUSED_METHODS` that a parent defines does not count if the type overrides the parent's `apply`,
+        because the fused method contains the parent's.
         """
         owner = _owner(type(self), method)
         outdated = method in FUSED_METHODS and not issubclass(owner, _owner(type(self), "apply"))
         return owner is not AdapterSpec and not outdated
 
     def constants(self, site: Site) -> dict[str, Any]:
-        """Return numbers, or tuples of them, that the forward function reads per slot (a scale), by name."""
+        """Return the numbers, or tuples of numbers, that forward functions read per slot (a scale), by name."""
         return {}
 
-    def apply_input(self, p: Mapping[str, Tensor], x: Tensor, call: Call) -> Tensor:
-        """Return the site's input as changed by this adapter. x: [K, M, D_in]. Default: x."""
+    def apply_input(self, p: Values, x: Tensor, call: Call) -> Tensor:
+        """Return the site's input with the change by this adapter; the default is x.
+
+        x: [K, M, D_in]. Returns [K, M, D_in].
+        """
         return x
 
-    def apply(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """Return the site's output as changed by this adapter. x: [K, M, D_in], y: [K, M, D_out]. Default: y."""
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        """Return the site's output with the change by this adapter; the default is y.
+
+        x: [K, M, D_in], y: [K, M, D_out]. Returns [K, M, D_out].
+        """
         return y
 
     def apply_linear(
-        self,
-        p: Mapping[str, Tensor],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        call: Call,
-        slots: Tensor | None,
+        self, p: Values, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, slots: Tensor | None
     ) -> Tensor | None:
-        """Return the output of a frozen linear with this adapter, computed in one: [K, M, D_out].
+        """Return the output of a frozen linear with `apply` on it, in one fused computation.
 
-        weight: [D_out, D_in] and bias: [D_out] act on x: [K, M, D_in], and what `apply` does on the served `slots`: [S]
-        (None: all). p and `call` are those of the S slots. Default, and where it cannot: None, and the two run one
-        after the other.
+        x: [K, M, D_in], weight: [D_out, D_in], bias: [D_out], slots: [S]. Returns [K, M, D_out].
+
+        The adapter acts on the S served slots alone (None: all K), whose parameters and context are `p` and `call`. The
+        result None, which is the default, means that the fused computation is not possible: the linear and `apply` then
+        run in sequence.
         """
         return None
 
-    def mix(self, p: Mapping[str, Tensor], gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """Return what E experts of this type, weighted by gates [K, M, E], add to y: [K, M, D_out].
+    def mix(self, p: Values, gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        """Return the sum, weighted by the gates, of the changes that E experts of this type make to y.
 
-        p: [K, E, ...] each, x: [K, M, D_in]. Types that do not implement it have every expert run on every token
-        (`mixing.one_by_one`).
+        gates: [K, M, E], x: [K, M, D_in], y: [K, M, D_out]. Returns [K, M, D_out]. Each tensor of `p` has the shape
+        [K, E, ...]. For types without this method, every expert runs on every token (`mixing.one_by_one`).
         """
         raise TypeError(f"adapters of kind {self.kind!r} are mixed one by one")
 
     def mix_linear(
         self,
-        p: Mapping[str, Tensor],
+        p: Values,
         gates: Tensor,
         x: Tensor,
         weight: Tensor,
@@ -201,18 +204,26 @@ class AdapterSpec(ABC):
         call: Call,
         slots: Tensor | None,
     ) -> Tensor:
-        """Return the output of a frozen linear with what `mix` adds, computed in one; see `apply_linear`.
+        """Return the output of a frozen linear plus `mix`, in one fused computation; see `apply_linear`.
 
-        gates: [S, M, E]. It is not called in a step with dropout.
+        gates: [S, M, E], x: [K, M, D_in], weight: [D_out, D_in], bias: [D_out], slots: [S]. Returns [K, M, D_out]. This
+        method is not called in a step with dropout.
         """
         raise TypeError(f"adapters of kind {self.kind!r} do not run with a linear")
 
-    def extend_attention(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
-        """Return keys and values that every query may attend to, each [K, L, D_kv]. Default: none are added."""
+    def extend_attention(self, p: Values, call: Call) -> tuple[Tensor, Tensor]:
+        """Return L additional keys and values that every query attends to.
+
+        Returns keys and values, each [K, L, D_kv]. Types without this method add none.
+        """
         raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")
 
-    def merge(self, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return weight [D_out, D_in] (a norm's: [D]) and bias [D_out] with the adapter of one slot folded in."""
+    def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias of a module with the adapter of one slot folded in.
+
+        weight: [D_out, ...], bias: [D_out]. Returns [D_out, ...] and [D_out]. The weight of a linear has the shape
+        [D_out, D_in], the weight of a norm the shape [D_out].
+        """
         raise TypeError(f"an adapter of kind {self.kind!r} cannot be merged into the weights")
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,7 +232,7 @@ class AdapterSpec(ABC):
 
 
 def _owner(kind: type[AdapterSpec], method: str) -> type:
-    """Return the class that `kind` has a method from."""
+    """Return the class that defines `method` for `kind`."""
     return next(owner for owner in kind.__mro__ if method in vars(owner))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters.base import (
     AdapterSpec,
@@ -11,7 +13,13 @@ from autopeft.search_space.adapters.base import (
     check_one_of,
     check_probability,
 )
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.call import Call, Values
 
 FORMS = ("serial", "parallel")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "none")
@@ -23,17 +31,17 @@ INITS = {"zero": ("kaiming", "zeros"), "houlsby": ("houlsby", "houlsby"), "kaimi
 class Bottleneck(AdapterSpec):
     """y + scale * (W_up act(W_down z + b_down) + b_up), with z = y (serial) or z = x (parallel).
 
-    W_down: [R, D], W_up: [D, R]. y leaves the sub-layer's last linear, ahead of the residual sum; x enters
-    its first. Published adapters are settings of it:
+    W_down: [R, D], W_up: [D, R]. y is the output of the sub-layer's last linear, before the residual sum; x is the
+    input of its first linear. Published adapters are special cases:
 
     - Houlsby et al. 2019 (section 2.1): serial at attn and mlp, init "houlsby" (both projections normal with
-      standard deviation 0.01, cut at two of them), nearly the identity.
-    - Pfeiffer et al. 2021 (AdapterFusion): serial at mlp alone; theirs reads y after a residual sum and norm.
+      standard deviation 0.01, truncated at two standard deviations), nearly the identity.
+    - Pfeiffer et al. 2021 (AdapterFusion): serial at mlp alone; in the paper it reads y after a residual sum and norm.
     - AdapterTune: serial, init "zero" (W_up zero), exactly the identity at the start.
     - He et al. 2022 (section 4.6): parallel at mlp, init "zero", scale 4; with a prefix at attn, MAM.
     - HeBA: init "kaiming", so that both projections have a gradient from the first step; not the identity.
 
-    Activation "silu" is swish. Dropout falls on the update, as in the Adapters library.
+    The activation "silu" is swish. Dropout applies to the update, as in the Adapters library.
     """
 
     kind: ClassVar[str] = "bottleneck"
@@ -60,11 +68,12 @@ class Bottleneck(AdapterSpec):
         check_at_least("scale", self.scale, 0.0)
         check_probability("dropout", self.dropout)
 
-    def width(self, site):
-        """Features that the down-projection reads."""
+    def width(self, site: Site) -> int:
+        """Return the number of input features of the down-projection."""
         return site.out_features if self.form == "serial" else site.in_features
 
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         down, up = INITS[self.init]
         return {
             "down": Parameter(shape=(self.size, self.width(site)), init=down),
@@ -73,13 +82,16 @@ class Bottleneck(AdapterSpec):
             "up_bias": Parameter(shape=(site.out_features,), decay=False),
         }
 
-    def flops_per_token(self, site):
+    @override
+    def flops_per_token(self, site: Site) -> int:
         return 2 * self.size * (self.width(site) + site.out_features)
 
-    def constants(self, site):
+    @override
+    def constants(self, site: Site) -> dict[str, Any]:
         return {"scale": self.scale}
 
-    def apply(self, p, x, y, call):
+    @override
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
         from autopeft.kernels.packed_bottleneck import packed_bottleneck
 
         z = y if self.form == "serial" else x
@@ -89,10 +101,11 @@ class Bottleneck(AdapterSpec):
             return y + call.dropout(packed_bottleneck(z, None, *rest))
         return packed_bottleneck(z, y, *rest)
 
-    def mix(self, p, gates, x, y, call):
+    @override
+    def mix(self, p: Values, gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
         import torch.nn.functional as F
 
-        # All experts are one bottleneck of E * R units: z is read once, and what a gate closes is a block of units.
+        # All experts form one bottleneck of E * R units: z is read once, and a gate scales a block of R units.
         z = y if self.form == "serial" else x
         hidden = z @ p["down"].flatten(1, 2).mT + p["down_bias"].flatten(1)[:, None]
         if self.activation != "none":

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.call import Call, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dora(Lora):
-    """y = m * V x / |V| + b with V = W + scale * B A and |V| the norm of each of its rows.
+    """y = m * V x / |V| + b, where V = W + scale * B A and |V|: [D_out] are the norms of the rows of V.
 
-    A: [R, D_in] random, B: [D_out, R] zero, m: [D_out] the row norms of W at the start, which is the
-    identity. |V| is a constant to the gradient (section 4.3). The fields are LoRA's. With g = m / |V| and x'
-    the x after dropout, y = W x + b + (g - 1) W x' + g * scale * B A x', as in the authors' code.
+    At the start, A: [R, D_in] is random, B: [D_out, R] is zero and m: [D_out] are the row norms of W, which is the
+    identity. The gradient treats |V| as a constant (section 4.3). The fields are those of LoRA. With g = m / |V| and x'
+    the input after dropout, y = W x + b + (g - 1) W x' + g * scale * B A x', as in the authors' code.
     """
 
     kind: ClassVar[str] = "dora"
@@ -23,34 +31,41 @@ class Dora(Lora):
     source: ClassVar[str] = "Liu et al. 2024, DoRA, equations 5 and 11"
     summary: ClassVar[str] = "low-rank update of a weight's direction, and its magnitude"
 
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         magnitude = Parameter(shape=(site.out_features,), init="row_norm", decay=False)
         return {**Lora.parameters(self, site), "m": magnitude}
 
-    def apply(self, p, x, y, call):
+    @override
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
         import torch.nn.functional as F
 
         from autopeft.kernels.packed_lora import packed_lora
         from autopeft.search_space.backbones.linear import weight_of
 
-        weight, scale = weight_of(call.base).to(x.dtype), call.constants["scale"]
+        base: Any = call.base
+        weight, scale = weight_of(base).to(x.dtype), call.constants["scale"]
         dropped = call.dropout(x)
         if dropped is not x:
             frozen = F.linear(dropped, weight)
         else:
-            frozen = y if call.base.bias is None else y - call.base.bias.detach()
+            frozen = y if base.bias is None else y - base.bias.detach()
         factor = (p["m"] / _row_norms(weight, p["A"], p["B"], scale, call.mask))[:, None, :]
         return y + (factor - 1.0) * frozen + factor * packed_lora(dropped, p["A"], p["B"], scale, call.mask)
 
-    def merge(self, p, weight, bias):
+    @override
+    def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         direction = weight + self.scale * (p["B"] @ p["A"])
         return (p["m"] / direction.norm(dim=1))[:, None] * direction, bias
 
 
-def _row_norms(weight, a, b, scale, mask):
-    """Row norms of W + scale * B A as a constant: [K, D_out].
+def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the row norms of W + scale * B A, without gradients.
 
-    |w + d|^2 = |w|^2 + 2 w.d + |d|^2 with d = scale * B A, so that no [K, D_out, D_in] is ever made.
+    weight: [D_out, D_in], a: [K, R, D_in], b: [K, D_out, R], scale: [K], mask: [K, R]. Returns [K, D_out].
+
+    Each row is computed by |w + d|^2 = |w|^2 + 2 w.d + |d|^2 with d = scale * B A, which avoids a tensor of the shape
+    [K, D_out, D_in].
     """
     import torch
 

@@ -1,19 +1,22 @@
-"""Full fine-tuning, the baseline that trains the backbone itself."""
+"""Full fine-tuning: the baseline that trains the backbone itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Full(AdapterSpec):
-    """Every parameter of the backbone but the head's is trained in place; the start is the identity.
+    """Training in place of all parameters of the backbone except the head's; the start is the identity.
 
-    It has no bank: the attachment trains the model's own tensors and puts the old values back on detach.
+    There is no bank: the attachment trains the model's own tensors and restores the original values on detach.
     """
 
     kind: ClassVar[str] = "full"
@@ -25,8 +28,10 @@ class Full(AdapterSpec):
     source: ClassVar[str] = "Devlin et al. 2019, BERT, section 3.2"
     summary: ClassVar[str] = "training of the whole backbone"
 
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         return {"all": Parameter(shape=(site.num_params,))}
 
-    def flops_per_token(self, site):
+    @override
+    def flops_per_token(self, site: Site) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""LoRAs that were trained elsewhere, as the experts of a mixture: what is in their folders, and where it belongs.
+"""Pretrained LoRAs as the experts of a mixture: contents of their folders and assignment to sites.
 
 Notation: E folders, R the largest rank among them.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-#: Settings of peft with which a LoRA is more than scale * B A at linears.
+#: Settings of peft that make a LoRA more than scale * B A at linears.
 _OTHERS = (
     "use_dora",
     "lora_bias",
@@ -35,18 +35,20 @@ _OTHERS = (
     "fan_in_fan_out",
     "layer_replication",
 )
-#: Ways to start that take a part out of the model's weights, to which the LoRA does not belong then.
+#: Initialisations that subtract a part from the model's weights, so that the LoRA does not fit the original weights.
 _TAKING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class GivenError(ValueError):
-    """A folder whose LoRA cannot be an expert."""
+    """A folder does not contain a LoRA that can be an expert."""
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A folder as peft's `save_pretrained` writes it. `shapes`: (R, D_in, D_out) by the path of the module, `keys`: of
-    the tensors by path and name, `others`: of tensors that are no LoRA's.
+    """A folder that peft's `save_pretrained` wrote.
+
+    `shapes`: (R, D_in, D_out) by the path of the module; `keys`: keys of the tensors by path and name ("A", "B");
+    `others`: keys of tensors that do not belong to a LoRA.
     """
 
     folder: Path
@@ -57,20 +59,28 @@ class Given:
 
     @property
     def rank(self) -> int:
+        """Largest rank in the folder."""
         return max(rank for rank, _, _ in self.shapes.values())
 
     def at(self, site: Site) -> str | None:
-        """The path under which the folder has a LoRA for a site. The model may be wrapped in another on either side."""
+        """Return the path of the LoRA for `site`; None if there is none.
+
+        The module path may have a prefix on either side, because each model may be wrapped in another one.
+        """
         return next((path for path in self.shapes if _same(path, site.module)), None)
 
     def beyond(self, backbone: Backbone) -> list[str]:
-        """What no expert at a linear of this model would have. A task head is none of it: studies train their own."""
+        """Return the names of modules and tensors that no expert at a linear of `backbone` can contain.
+
+        Task heads do not count, because studies train their own.
+        """
         linears = [site.module for site in backbone.sites if site.role in LINEAR_ROLES]
         apart = [path for path in self.shapes if not any(_same(path, module) for module in linears)]
         heads = [f".{head}." for head in backbone.head_modules]
         return [name for name in (*apart, *self.others) if not any(head in f".{name}." for head in heads)]
 
     def scale(self, path: str) -> float:
+        """Return the factor of B A at the module `path`."""
         rank = self.shapes[path][0]
         alpha = _of_pattern(self.config.get("alpha_pattern") or {}, path, self.config["lora_alpha"])
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -78,7 +88,10 @@ class Given:
 
 @lru_cache(maxsize=64)
 def read(folder: str) -> Given:
-    """Raises GivenError: it cannot be read, or is no LoRA that can be an expert."""
+    """Return the contents of a folder without its values.
+
+    Raises GivenError if the folder cannot be read or does not contain a LoRA that can be an expert.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(folder)
@@ -88,7 +101,7 @@ def read(folder: str) -> Given:
         names: dict[tuple[str, str], str] = {}
         others: list[str] = []
         with safe_open(path / WEIGHTS, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (no mapping)
+            for key in tensors.keys():  # noqa: SIM118  (not a mapping)
                 if match := _KEY.fullmatch(key):
                     found.setdefault(match["module"], {})[match["factor"]] = tuple(tensors.get_slice(key).get_shape())
                     names[match["module"], match["factor"]] = key
@@ -104,8 +117,8 @@ def read(folder: str) -> Given:
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_TAKING):
         raise GivenError(
-            f"{folder}: init_lora_weights: {start}: this LoRA is for what that start has left of the model's weights; "
-            "save it with path_initial_model_for_weight_conversion"
+            f"{folder}: init_lora_weights: {start}: this LoRA fits the model without the part that this initialisation "
+            "subtracts; save it with path_initial_model_for_weight_conversion"
         )
     shapes = {module: (*own["A"], own["B"][0]) for module, own in found.items() if len(own) == 2}
     if not shapes:
@@ -114,18 +127,23 @@ def read(folder: str) -> Given:
 
 
 def sites_of(folders: Sequence[str], backbone: Backbone) -> list[Site]:
-    """Those that any of them has a LoRA for. Raises GivenError for one that has more than that."""
+    """Return the sites for which any of the folders has a LoRA.
+
+    Raises GivenError for a folder that contains anything else.
+    """
     library = [read(folder) for folder in folders]
     found = [site for site in backbone.sites if site.role in LINEAR_ROLES and any(one.at(site) for one in library)]
     for one in library if found else ():
         if beyond := one.beyond(backbone):
-            raise GivenError(f"{one.folder}: {', '.join(beyond[:4])}: no linear that a LoRA can be given for here")
+            raise GivenError(f"{one.folder}: {', '.join(beyond[:4])}: no linear of this model for an expert")
     return found
 
 
 def stacked(folders: Sequence[str], site: Site, name: str, rank: int) -> Tensor:
-    """A: [E, R, D_in] or B: [E, D_out, R] of a site, by `name`; B with the LoRA's own scale, 0 where there is none.
-    Raises GivenError for another shape.
+    """Return A: [E, R, D_in] or B: [E, D_out, R] (`name`) of the experts at `site`.
+
+    B includes the scale of each LoRA. A folder without a LoRA for the site contributes zeros. Raises GivenError for a
+    LoRA of another shape.
     """
     import torch
     from safetensors import safe_open
@@ -156,7 +174,7 @@ def _same(path: str, module: str) -> bool:
 
 
 def _of_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """As peft looks a module's value up."""
+    """Return the value for the module `path` by peft's rule: the first pattern that matches, or the default."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", path):
             return value

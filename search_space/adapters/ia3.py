@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.call import Call, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ia3(AdapterSpec):
     """y = l * (W x + b) at attention projections, y = W (l * x) + b at `mlp.down`.
 
-    l is one at the start, which is the identity.
-    `output` or `input`: l as [D_out] or [D_in]. At a fused `attn.qkv` the queries are scaled too, as in peft.
+    l is one at the start, which is the identity. The parameter is called `output`: [D_out] at attention projections
+    and `input`: [D_in] at `mlp.down`. At a fused `attn.qkv` the queries are scaled too, as in peft.
     """
 
     kind: ClassVar[str] = "ia3"
@@ -24,27 +32,34 @@ class Ia3(AdapterSpec):
     source: ClassVar[str] = "Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning, section 3.3"
     summary: ClassVar[str] = "scales of keys, values and inner activations"
 
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         if site.role == "mlp.down":
             return {"input": Parameter(shape=(site.in_features,), init="ones", decay=False)}
         return {"output": Parameter(shape=(site.out_features,), init="ones", decay=False)}
 
-    def flops_per_token(self, site):
+    @override
+    def flops_per_token(self, site: Site) -> int:
         return 0
 
-    def implements(self, method, site):
+    @override
+    def implements(self, method: str, site: Site) -> bool:
         return method in (("apply_input",) if site.role == "mlp.down" else ("apply", "mix"))
 
-    def apply_input(self, p, x, call):
+    @override
+    def apply_input(self, p: Values, x: Tensor, call: Call) -> Tensor:
         return x * p["input"][:, None, :] if "input" in p else x
 
-    def apply(self, p, x, y, call):
+    @override
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
         return y * p["output"][:, None, :] if "output" in p else y
 
-    def mix(self, p, gates, x, y, call):
+    @override
+    def mix(self, p: Values, gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
         return y * (gates @ (p["output"] - 1.0))
 
-    def merge(self, p, weight, bias):
+    @override
+    def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if "input" in p:
             return weight * p["input"], bias
         return weight * p["output"][:, None], None if bias is None else bias * p["output"]

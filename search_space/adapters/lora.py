@@ -1,10 +1,12 @@
-"""LoRA: a low-rank update beside a linear layer."""
+"""LoRA: a low-rank update parallel to a linear layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters.base import (
     AdapterSpec,
@@ -12,13 +14,13 @@ from autopeft.search_space.adapters.base import (
     check_one_of,
     check_probability,
 )
-from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
 from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
+    from autopeft.search_space.call import Call, Values
 
 INITS = ("kaiming", "gaussian", "orthogonal")
 
@@ -27,9 +29,9 @@ INITS = ("kaiming", "gaussian", "orthogonal")
 class Lora(AdapterSpec):
     """y + scale * B A x, with A: [R, D_in] random and B: [D_out, R] zero at the start.
 
-    `scaling`: "alpha" divides alpha by the rank (Hu et al. 2021, section 4.1), "rslora" by its root
-    (Kalajdzievski 2023, theorem 3.2). `init`: "kaiming" is uniform with a = sqrt(5) as in the reference code,
-    "gaussian" has standard deviation 1/R, "orthogonal" has orthonormal rows.
+    `scaling`: "alpha" divides alpha by the rank (Hu et al. 2021, section 4.1), "rslora" by the square root of the rank
+    (Kalajdzievski 2023, theorem 3.2). `init` is the distribution of A: "kaiming" is uniform with a = sqrt(5), as in the
+    reference code, "gaussian" has standard deviation 1/R, "orthogonal" has orthonormal rows.
     """
 
     kind: ClassVar[str] = "lora"
@@ -55,47 +57,67 @@ class Lora(AdapterSpec):
 
     @property
     def scale(self) -> float:
+        """Factor of B A x that follows from `alpha`, `rank` and `scaling`."""
         return self.alpha / (sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         return {
             "A": Parameter(shape=(self.rank, site.in_features), init=self.init),
             "B": Parameter(shape=(site.out_features, self.rank)),
         }
 
-    def flops_per_token(self, site):
+    @override
+    def flops_per_token(self, site: Site) -> int:
         return 2 * self.rank * (site.in_features + site.out_features)
 
-    def constants(self, site):
+    @override
+    def constants(self, site: Site) -> dict[str, Any]:
         return {"scale": self.scale}
 
-    def apply(self, p, x, y, call):
+    @override
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
         from autopeft.kernels.packed_lora import packed_lora
 
         return y + packed_lora(call.dropout(x), p["A"], p["B"], call.constants["scale"], call.mask)
 
-    def apply_linear(self, p, x, weight, bias, call, slots):
+    @override
+    def apply_linear(
+        self, p: Values, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, slots: Tensor | None
+    ) -> Tensor | None:
         from autopeft.kernels.packed_lora import packed_lora_linear
 
         if call.drops:
             return None
         return packed_lora_linear(x, weight, bias, p["A"], p["B"], call.constants["scale"], call.mask, slots)
 
-    def mix(self, p, gates, x, y, call):
+    @override
+    def mix(self, p: Values, gates: Tensor, x: Tensor, y: Tensor, call: Call) -> Tensor:
         from autopeft.kernels.mixture_lora import mixture_lora
 
         return mixture_lora(call.dropout(x), p["A"], p["B"], gates, *_of_mixture(call, gates))
 
-    def mix_linear(self, p, gates, x, weight, bias, call, slots):
+    @override
+    def mix_linear(
+        self,
+        p: Values,
+        gates: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: Call,
+        slots: Tensor | None,
+    ) -> Tensor:
         from autopeft.kernels.mixture_lora import mixture_lora_linear
 
         return mixture_lora_linear(x, weight, bias, p["A"], p["B"], gates, *_of_mixture(call, gates), slots)
 
-    def merge(self, p, weight, bias):
+    @override
+    def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (p["B"] @ p["A"]), bias
 
 
 def _of_mixture(call: Call, gates: Tensor) -> tuple[Tensor, Tensor | None, int]:
-    """Scale [K], mask [K, E, R] and the most gates of a token that are not 0, for gates [K, M, E]."""
+    """Return the scale [K], the mask [K, E, R] and the largest number of nonzero gates per token. gates: [K, M, E]."""
     mask = None if call.mask is None else call.mask[:, None].expand(-1, gates.shape[-1], -1)
     return call.constants["scale"], mask, int(call.max_over_slots("num_active"))

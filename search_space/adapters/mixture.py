@@ -1,8 +1,7 @@
-"""Mixtures: several experts of one adapter type at a site, and a router that says how much each of them adds."""
+"""Mixtures: several experts of one adapter type at a site, weighted by a router."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,31 +16,40 @@ from autopeft.search_space.routers import ROUTERS, Follow, Router, Token, Unifor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
+    from autopeft.search_space.call import Call, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture(AdapterSpec):
-    """y + sum over e of g_e(x) * delta_e(x): delta_e is what expert e alone adds, g: E gates that a router sets.
+    """y + sum over e of g_e(x) * delta_e(x), where delta_e is the change by expert e and g: [E] the gates of a router.
 
-    With a rank of 1 for each expert, ranks and experts are one axis (SMoRA). `shared_experts` of them have the gate 1
-    for every token (Dai et al. 2024, DeepSeekMoE, section 3.2). `ranks`: of each LoRA, the shared ones first, where
-    they differ (Pirchert et al. 2026, FlexMoRE); `expert` has the largest. `given`: folders of LoRAs of the same model,
-    one for each expert, which are then not trained. `router` names one of `ROUTERS`, whose classes say how each of them
-    weighs the experts; most do by z = W_r x, W_r: [E, D_in]. `leader`: the site whose gates a router that follows has.
+    - `router`: a name in `ROUTERS`, whose classes define the gates; most compute them from z = W_r x, W_r: [E, D_in].
+    - `shared_experts`: number of additional experts that have the gate 1 for every token (Dai et al. 2024, DeepSeekMoE,
+      section 3.2).
+    - `ranks`: rank of each LoRA, shared experts first, if the ranks differ (Pirchert et al. 2026, FlexMoRE); `expert`
+      has the largest rank.
+    - `given`: folders of pretrained LoRAs of the same model, one per expert; the experts are then frozen.
+    - `leader`: the site whose gates the router "follow" uses.
+    - `balance`, `z_loss`: weights of two terms that are added to the loss of a minibatch, both over all tokens except
+      padding: E * sum of f_e P_e, with f the fractions of the tokens and P the mean probabilities (Fedus et al. 2022,
+      Switch Transformers, equation 4), and the mean of logsumexp(z)^2 (Zoph et al. 2022, ST-MoE, equation 5).
+    - `router_noise`: standard deviation of normal noise that is added to z in training.
 
-    Added to the loss of a minibatch, over all its tokens but padding: `balance` * E * sum of f_e P_e, f the shares of
-    the tokens and P the mean probabilities (Fedus et al. 2022, Switch Transformers, equation 4); `z_loss` * mean of
-    logsumexp(z)^2 (Zoph et al. 2022, ST-MoE, equation 5). `router_noise`: standard deviation of what is added to z in
-    training. No expert has a capacity, so no token is dropped.
+    If each expert has rank 1, ranks and experts are the same axis (SMoRA). Experts have no capacity limit, so no token
+    is dropped.
     """
 
     kind: ClassVar[str] = "mixture"
-    roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "attn", "mlp", "norm")  # as far as the experts take them
+    roles: ClassVar[tuple[str, ...]] = (
+        *LINEAR_ROLES,
+        "attn",
+        "mlp",
+        "norm",
+    )  # the roles of the expert limit them further
     default_roles: ClassVar[tuple[str, ...]] = Lora.default_roles
     per_slot_fields: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "router_noise", "balance", "z_loss")
     can_be_expert: ClassVar[bool] = False
-    identity_at_start: ClassVar[bool] = False  # only if its experts are
+    identity_at_start: ClassVar[bool] = False  # only if the experts are
     source: ClassVar[str] = "Gao et al. 2024, Higher Layers Need More LoRA Experts (MoLA), section 3"
     summary: ClassVar[str] = "experts of one type and a router"
 
@@ -71,9 +79,9 @@ class Mixture(AdapterSpec):
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         check_at_least("tasks", self.tasks, 1)
         check_at_least("heads", self.heads, 1)
-        object.__setattr__(self, "given", tuple(self.given))  # a list, where it was read from a file
+        object.__setattr__(self, "given", tuple(self.given))  # a file has a list
         if self.given and (type(self.expert) is not Lora or len(self.given) != self.experts or self.shared_experts):
-            raise ValueError("given LoRAs are the experts, all of them, and no others")
+            raise ValueError("given: the experts are LoRAs, one per folder, without shared experts")
         for problem in self.routed_by.problems(self):
             raise ValueError(problem)
         object.__setattr__(self, "ranks", tuple(self.ranks))
@@ -84,7 +92,7 @@ class Mixture(AdapterSpec):
 
     def _check_ranks(self) -> None:
         if type(self.expert) is not Lora or self.given or self.routed_by.mixes_parameters:
-            raise ValueError("ranks are for LoRAs that are trained, and not mixed into one")
+            raise ValueError("ranks are for LoRAs that are trained and not mixed into one LoRA")
         if len(self.ranks) != self.num_experts_total:
             raise ValueError(f"{len(self.ranks)} ranks for {self.num_experts_total} experts")
         for rank in self.ranks:
@@ -151,12 +159,12 @@ class Mixture(AdapterSpec):
 
     @property
     def leader_site(self) -> str:
-        """The site of `leader`, without the number."""
+        """Name of the site in `leader`, without the number of the mixture."""
         return self.leader.partition("#")[0]
 
     @property
     def each(self) -> tuple[AdapterSpec, ...]:
-        """The experts one by one, the shared ones first."""
+        """One adapter per expert, shared experts first."""
         if not self.ranks:
             return (self.expert,) * self.num_experts_total
         assert isinstance(self.expert, Lora)
@@ -164,9 +172,10 @@ class Mixture(AdapterSpec):
 
     @property
     def num_active(self) -> int:
-        """Largest number of experts that a token meets, with the shared ones.
+        """Largest number of nonzero gates per token, including shared experts.
 
-        Where ranks differ, the sum of the ranks of the largest that it can be sent to: each rank has a gate.
+        Without `ranks`, this is the number of experts. With `ranks`, each rank has a gate, and this is the sum of the
+        ranks of the shared experts and of the largest routed experts that a token can be sent to.
         """
         chosen = self.routed_by.num_chosen(self)
         if not self.ranks:
@@ -175,7 +184,7 @@ class Mixture(AdapterSpec):
 
     @property
     def gated(self) -> AdapterSpec:
-        """What has a gate: an expert or, where ranks differ, a rank of one."""
+        """The adapter that one gate weights: an expert or, with `ranks`, a LoRA of rank 1."""
         return replace(self.expert, rank=1) if isinstance(self.expert, Lora) and self.ranks else self.expert
 
     @override
@@ -186,7 +195,7 @@ class Mixture(AdapterSpec):
 
     @override
     def structure(self) -> tuple[Any, ...]:
-        # The type of the experts comes first: it says when the mixture acts among the adapters of a module.
+        # The type of the experts comes first: it determines the order among the adapters of a module.
         return (
             *self.expert.structure(),
             self.kind,
@@ -202,7 +211,7 @@ class Mixture(AdapterSpec):
     @override
     def parameters(self, site: Site) -> dict[str, Parameter]:
         own = self.expert.parameters(site)
-        if self.ranks:  # those of one LoRA, which has the ranks of all
+        if self.ranks:  # one LoRA with the sum of the ranks
             total = sum(self.ranks)
             a = replace(own["A"], shape=(total, site.in_features), rows=self.ranks)
             b = replace(own["B"], shape=(site.out_features, total))
@@ -226,16 +235,17 @@ class Mixture(AdapterSpec):
 
     @override
     def flops_per_token(self, site: Site) -> int:
-        """Return the operations of the router and of the experts that a token is sent to, at most.
+        """Return an upper bound of the FLOPs per token of the router and the experts that a token is sent to.
 
-        Where ranks differ, they are those of the largest. A mixture may compute more where that is faster.
+        With `ranks`, the bound assumes the experts of the largest ranks. The implementation may compute more than these
+        experts if that is faster.
         """
         return self.routed_by.flops_per_token(self, site)
 
     @override
     def constants(self, site: Site) -> dict[str, Any]:
         own = {**self.expert.constants(site), **{name: float(getattr(self, name)) for name in self.per_slot_fields}}
-        if self.ranks:  # each expert has a scale of its own, which is put into its gate
+        if self.ranks:  # the gate of each expert includes its scale
             own |= {"scale": 1.0, "scales": tuple(expert.constants(site)["scale"] for expert in self.each)}
         return own
 
@@ -246,22 +256,16 @@ class Mixture(AdapterSpec):
         return method in ("apply_input", "apply") and self.expert.implements(method, site)
 
     @override
-    def apply_input(self, p: Mapping[str, Tensor], x: Tensor, call: Call) -> Tensor:
+    def apply_input(self, p: Values, x: Tensor, call: Call) -> Tensor:
         return x + self.routed_by.mix(self, p, x, None, call)
 
     @override
-    def apply(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
         return y + self.routed_by.mix(self, p, x, y, call)
 
     @override
     def apply_linear(
-        self,
-        p: Mapping[str, Tensor],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        call: Call,
-        slots: Tensor | None,
+        self, p: Values, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, slots: Tensor | None
     ) -> Tensor | None:
         from autopeft.search_space.routers.mixing import expert_values, rank_by_rank
 
@@ -274,13 +278,13 @@ class Mixture(AdapterSpec):
     @override
     def to_dict(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranks"}
-        ranks = {"ranks": list(self.ranks)} if self.ranks else {}  # they came later: keys of before stay what they were
+        ranks = {"ranks": list(self.ranks)} if self.ranks else {}  # a later field: older keys must not change
         return {"kind": self.kind, **own, "expert": self.expert.to_dict(), "given": list(self.given), **ranks}
 
 
-#: What a mixture adds to the fields of its experts' type.
+#: Fields of a mixture that a study may set in addition to the fields of the experts.
 MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in ("expert", "given", "leader", "ranks"))
-#: Those that make a difference to some routers; see `Router.uses`.
+#: Fields that have an effect with some routers only; see `Router.uses`.
 USED_BY_SOME = ("top_k", "top_p", "tasks", "heads", "leader", "router_noise", "balance", "z_loss")
-#: Those that a site reads of the mixture that it follows.
+#: Fields that a following site reads from its leader.
 ROUTER_FIELDS = ("router", *(name for name in USED_BY_SOME if name not in Follow.uses))

@@ -1,20 +1,28 @@
-"""Norm tuning: training the scales and biases of the normalisation layers."""
+"""Norm tuning: training of the scales and biases of the normalisation layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.call import Call, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm(AdapterSpec):
-    """y + weight * n(x) + bias: changes, each [D], of the norm's own scale and bias; n(x) has neither.
+    """y + weight * n(x) + bias, where n(x) is the normalised input without scale and bias.
 
-    As changes they are zero at the start (the identity), and norms that store their scale minus one (Gemma's)
-    need no rule of their own. Norms without a bias have no `bias`.
+    `weight` and `bias`, each [D], are changes of the norm's own scale and bias. Changes start at zero (the identity),
+    and norms that store their scale minus one (Gemma's) need no special case. `bias` exists only for norms with a bias.
     """
 
     kind: ClassVar[str] = "norm"
@@ -24,23 +32,27 @@ class Norm(AdapterSpec):
     source: ClassVar[str] = "Zhao et al. 2023, Tuning LayerNorm in Attention, section 3"
     summary: ClassVar[str] = "training of the normalisation layers"
 
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         vector = Parameter(shape=(site.out_features,), decay=False)
         return {"weight": vector, "bias": vector} if site.bias else {"weight": vector}
 
-    def flops_per_token(self, site):
+    @override
+    def flops_per_token(self, site: Site) -> int:
         return 0
 
-    def apply(self, p, x, y, call):
+    @override
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
         change = p["weight"][:, None, :] * _normalised(call.base, x)
         return y + change + p["bias"][:, None, :] if "bias" in p else y + change
 
-    def merge(self, p, weight, bias):
+    @override
+    def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + p["weight"], None if bias is None else bias + p["bias"]
 
 
-def _normalised(norm, x):
-    """What `norm` multiplies with its weight. Raises ValueError for a norm with an unknown formula."""
+def _normalised(norm: Any, x: Tensor) -> Tensor:
+    """Return x: [K, M, D] as `norm` normalises it before its scale. Raises ValueError for an unknown type of norm."""
     import torch.nn.functional as F
     from torch import nn
 

@@ -1,18 +1,28 @@
-"""SSF: a trained scale and shift of features."""
+"""SSF: a trained scale and shift of each output feature."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters.base import AdapterSpec
-from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
 from autopeft.search_space.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.call import Call, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ssf(AdapterSpec):
-    """scale * y + shift, both [D_out]. One and zero at the start: the identity (the paper adds noise)."""
+    """scale * y + shift, where scale and shift are each [D_out].
+
+    They start at one and zero, which is the identity (the paper adds noise).
+    """
 
     kind: ClassVar[str] = "ssf"
     roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "norm")
@@ -21,23 +31,28 @@ class Ssf(AdapterSpec):
     source: ClassVar[str] = "Lian et al. 2022, Scaling & Shifting Your Features, equations 3 and 4"
     summary: ClassVar[str] = "scale and shift of a layer's output"
 
-    def fits(self, site):
-        # A linear can be given a bias when it is merged; an RMSNorm has no place for the shift.
+    @override
+    def fits(self, site: Site) -> bool:
+        # Merging can add a bias to a linear; an RMSNorm has no parameter for the shift.
         return site.role != "norm" or site.bias
 
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         return {
             "scale": Parameter(shape=(site.out_features,), init="ones", decay=False),
             "shift": Parameter(shape=(site.out_features,), decay=False),
         }
 
-    def flops_per_token(self, site):
+    @override
+    def flops_per_token(self, site: Site) -> int:
         return 0
 
-    def apply(self, p, x, y, call):
+    @override
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
         return y * p["scale"][:, None, :] + p["shift"][:, None, :]
 
-    def merge(self, p, weight, bias):
+    @override
+    def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # weight: [D_out, D_in], or [D] at a norm.
         scaled = weight * (p["scale"][:, None] if weight.dim() == 2 else p["scale"])
         return scaled, p["shift"] if bias is None else bias * p["scale"] + p["shift"]

@@ -1,23 +1,29 @@
-"""VeRA: a low-rank update of random matrices that all sites share, and vectors that scale it at each of them."""
+"""VeRA: a low-rank update by random matrices that all sites share, scaled by trained vectors of each site."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
 
 from autopeft.search_space.adapters.base import AdapterSpec, check_at_least, check_probability
-from autopeft.search_space.backbones.backbone import LINEAR_ROLES
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
 from autopeft.search_space.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.search_space.call import Call, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vera(AdapterSpec):
-    """y + b * B (d * A x) with random A: [R, D_in] and B: [D_out, R], which stay as they are; d: [R] starts as
-    `d_initial`, b: [D_out] as zeros.
+    """y + b * B (d * A x), where A: [R, D_in] and B: [D_out, R] are random and frozen.
 
-    There is one A and one B for the model, as large as its largest site needs; the others read the first rows and
-    columns, as in peft. They follow from `projection_key`, not from a slot's seed: they are the same for all slots, and
-    no part of what is stored.
+    The vectors are trained: d: [R] starts at `d_initial`, b: [D_out] at zero. The model has one A and one B, in the
+    size of its largest site; other sites read the first rows and columns, as in peft. A and B are drawn from
+    `projection_key`, not from a slot's seed: all slots have the same ones, and they are not stored.
     """
 
     kind: ClassVar[str] = "vera"
@@ -26,7 +32,7 @@ class Vera(AdapterSpec):
     size_field: ClassVar[str | None] = "rank"
     per_slot_fields: ClassVar[tuple[str, ...]] = ("dropout", "d_initial")
     mergeable: ClassVar[bool] = True
-    repeatable: ClassVar[bool] = False  # a second one would be a copy: nothing of it is random but what they share
+    repeatable: ClassVar[bool] = False  # a second one would be a copy, because all random values are shared
     can_be_expert: ClassVar[bool] = False  # for the same reason
     source: ClassVar[str] = "Kopiczko et al. 2024, VeRA, section 3.1"
     summary: ClassVar[str] = "scales of a random low-rank update that all sites share"
@@ -41,7 +47,8 @@ class Vera(AdapterSpec):
         check_probability("dropout", self.dropout)
         check_at_least("projection_key", self.projection_key, 0)
 
-    def parameters(self, site):
+    @override
+    def parameters(self, site: Site) -> dict[str, Parameter]:
         def shared(*shape: int) -> Parameter:
             return Parameter(shape=shape, init="he", trainable=False, scope="model", key=self.projection_key)
 
@@ -52,14 +59,17 @@ class Vera(AdapterSpec):
             "B": shared(site.out_features, self.rank),
         }
 
-    def flops_per_token(self, site):
+    @override
+    def flops_per_token(self, site: Site) -> int:
         return 2 * self.rank * (site.in_features + site.out_features)
 
-    def apply(self, p, x, y, call):
-        # Where slots differ in size, A and B are zero beyond a slot's own, or a supernet's, which the mask cuts.
+    @override
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        # If slots differ in size, A and B beyond a slot's own size are zero, or the supernet's, which the mask removes.
         d = p["d"] if call.mask is None else p["d"] * call.mask
         inner = call.dropout(x) @ p["A"].mT * d[:, None]
         return y + inner @ p["B"].mT * p["b"][:, None]
 
-    def merge(self, p, weight, bias):
+    @override
+    def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + (p["b"][:, None] * p["B"]) @ (p["d"][:, None] * p["A"]), bias

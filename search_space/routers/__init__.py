@@ -1,4 +1,4 @@
-"""The routers of mixtures, one file each. `Mixture` and the checks of a space derive from the registry `ROUTERS`."""
+"""Routers of mixtures, one file each. `Mixture` and the checks of a space derive from the registry `ROUTERS`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Given LoRAs by the directions that they respond to most."""
+"""Routing between pretrained LoRAs by the directions to which they respond most."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from autopeft.search_space.routers.base import Router
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import RoutedSpec
 
 
 class Arrow(Router):
-    """As "token", with z_e = |v_e x|, v_e the first right singular vector of the expert's B A.
+    """Like "token", with z_e = |v_e x|, where v_e is the first right singular vector of the expert's B A.
 
-    The LoRAs are given, and nothing is trained.
+    The LoRAs are pretrained, and nothing is trained.
     """
 
     name: ClassVar[str] = "arrow"
     source: ClassVar[str] = "Ostapenko et al. 2024, Towards Modular LLMs, section 4.2"
-    summary: ClassVar[str] = "between given LoRAs, by their singular vectors"
+    summary: ClassVar[str] = "between pretrained LoRAs, by their singular vectors"
     uses: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "router_noise")
     between_given: ClassVar[bool] = True
 
@@ -35,19 +35,19 @@ class Arrow(Router):
     @override
     def logits(self, mixture: RoutedSpec, p: Values, x: Tensor, call: Call) -> Tensor:
         cached: dict[str, Tensor] = call.router.cached
-        if "arrows" not in cached:  # the LoRAs stay as they are
+        if "arrows" not in cached:  # the LoRAs are frozen
             cached["arrows"] = arrows(p["A"], p["B"])
         return (cached["arrows"].to(x.dtype) @ x.mT).abs()
 
 
 def arrows(a: Tensor, b: Tensor) -> Tensor:
-    """Return the first right singular vector of each B A: [..., D_in] from a: [..., R, D_in], b: [..., D_out, R].
+    """Return the first right singular vector of each B A, or zero if B A = 0.
 
-    It is zero for a LoRA that does nothing.
+    a: [..., R, D_in], b: [..., D_out, R]. Returns [..., D_in].
     """
     import torch
 
-    # B A = B L Q with Q orthonormal rows: the vectors of the small B L, brought back by Q.
+    # B A = B L Q, where Q has orthonormal rows: Q maps the singular vectors of the small B L to those of B A.
     q, lower = torch.linalg.qr(a.mT.float())
     _, size, right = torch.linalg.svd(b.float() @ lower.mT, full_matrices=False)
     first = (right[..., :1, :] @ q.mT).squeeze(-2)

@@ -1,11 +1,12 @@
-"""The arithmetic that routers share: who is chosen, with which gates, and what the experts add together.
+"""Arithmetic that routers share: the choice of experts, the gates and the weighted sum of the experts.
 
-Notation: K slots, N texts of T tokens, M = N * T, E experts that a router chooses from, S shared ones.
+Notation: K slots, N texts of T tokens, M = N * T, E routed experts, S shared experts, C decisions (one per token, C =
+M, or one per text, C = N).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,41 +14,39 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from autopeft.search_space.call import Call
-
-Values = Mapping[str, Tensor]
+    from autopeft.search_space.call import Call, Values
 
 
 class RoutedSpec(Protocol):
-    """What routers read of a mixture."""
+    """Fields of a mixture that routers read."""
 
     @property
     def expert(self) -> Any:
-        """The adapter that each expert is; where ranks differ, the one of the largest rank."""
+        """The adapter of each expert; with `ranks`, the one of the largest rank."""
 
     @property
     def gated(self) -> Any:
-        """The adapter that has a gate: an expert or, where ranks differ, one rank of it."""
+        """The adapter that one gate weights: an expert or, with `ranks`, a LoRA of rank 1."""
 
     @property
     def experts(self) -> int:
-        """Number of experts that the router chooses from."""
+        """Number of routed experts."""
 
     @property
     def shared_experts(self) -> int:
-        """Number of experts that always have the gate 1."""
+        """Number of experts with the gate 1 for every token."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each expert where they differ, the shared ones first."""
+        """Rank of each expert, shared experts first; empty if the ranks are equal."""
 
     @property
     def num_active(self) -> int:
-        """Number of gates of a token that are not 0, at most."""
+        """Largest number of nonzero gates per token."""
 
     @property
     def top_k(self) -> int:
-        """Number of experts that a token is sent to, at most."""
+        """Largest number of routed experts per token."""
 
     @property
     def tasks(self) -> int:
@@ -55,16 +54,16 @@ class RoutedSpec(Protocol):
 
     @property
     def heads(self) -> int:
-        """Number of blocks of the features that are mixed apart."""
+        """Number of blocks of the features that are mixed with separate weights."""
 
 
 @dataclass(slots=True)
 class Routing:
-    """What a router did in one forward pass.
+    """Summary of the decisions of a router in one forward pass.
 
-    `penalty`: [K], to be added to the slots' losses. Without gradients: `load`: [K, E] shares of what was sent out,
-    `entropy`: [K] mean entropy of the probabilities as a share of the largest that there is (where the bank is
-    watched), `active`: [K] experts that a token met, `count`: tokens (or texts) that were routed.
+    `penalty`: [K], terms that are added to the losses of the slots. Without gradients: `load`: [K, E] fractions of the
+    assignments per expert, `entropy`: [K] mean entropy of the probabilities relative to its maximum (0 unless recording
+    is on), `active`: [K] mean number of experts per token, `count`: number of routed tokens (or texts).
     """
 
     penalty: Tensor
@@ -76,12 +75,12 @@ class Routing:
 
 @dataclass(slots=True)
 class Decision:
-    """A router's choice in one forward pass.
+    """Decisions of a router in one forward pass.
 
-    `logits`, `probabilities`: [K, E, M]. `sent`: [K, E, M] bool, the experts that each token goes to. `owned`: [K, E]
-    with 1 for the experts that a slot has, `count`: [K] how many. `weights`: [M] with 0 for padding, None: all tokens
-    count; `total`: number of tokens that count. `arrived`: [K, 1] number of pairs of a token and an expert, `load`:
-    [K, E] shares of them.
+    `logits`, `probabilities`: [K, E, C]. `sent`: [K, E, C] bool, the experts that each token (or text) is sent to.
+    `owned`: [K, E] with 1 for the experts that a slot has; `count`: [K], their number. `weights`: [C] with 0 for
+    padding, None: all tokens count; `total`: number of tokens that count. `arrived`: [K, 1], number of pairs of a token
+    and an expert; `load`: [K, E], fractions of these pairs per expert.
     """
 
     logits: Tensor
@@ -98,7 +97,11 @@ class Decision:
     def of(
         cls, logits: Tensor, probabilities: Tensor, sent: Tensor, owned: Tensor, counted: tuple[Tensor, Tensor] | None
     ) -> Decision:
-        """Return the decision with its counts. counted: [M] with 0 for padding, and the number of tokens."""
+        """Return the decision with its counts.
+
+        logits, probabilities, sent: [K, E, C], owned: [K, E]. counted: [C] with 0 for padding, and the number of
+        tokens.
+        """
         count = owned.sum(-1)
         weights, total = (None, count.new_tensor(logits.shape[2])) if counted is None else counted
         found = _summed(sent.to(logits), weights)
@@ -106,12 +109,12 @@ class Decision:
         return cls(logits, probabilities, sent, owned, count, weights, total, arrived, found / arrived)
 
     def over_tokens(self, values: Tensor) -> Tensor:
-        """Return the sum over the tokens that count: [K, E, M] to [K, E]."""
+        """Return the sum over the tokens that count. values: [K, E, C]. Returns [K, E]."""
         return _summed(values, self.weights)
 
     @torch.no_grad()
     def routing(self, penalty: Tensor, shared_experts: int, watched: bool) -> Routing:
-        """Return what is reported of the pass; without the entropy, which takes time, where nobody looks at it."""
+        """Return the summary of the pass; the entropy, which takes time, is computed only if `watched`."""
         entropy = torch.zeros_like(self.count)
         if watched:
             surprise = self.probabilities * self.probabilities.clamp(min=1e-9).log()
@@ -129,21 +132,21 @@ def _summed(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def equal_gates(tokens: int, call: Call) -> Tensor:
-    """Return 1/E for each of the experts that a slot has: [K, tokens, E]."""
+    """Return equal gates [K, tokens, E] for the experts that a slot has, and 0 for the others."""
     owned = call.router.owned_experts
     gates: Tensor = (owned / owned.sum(-1, keepdim=True))[:, None].expand(-1, tokens, -1)
     return gates
 
 
 def with_shared(gates: Tensor, shared_experts: int) -> Tensor:
-    """Return gates [K, M, E] with those of the shared experts before them: [K, M, S + E]."""
+    """Return gates [K, M, S + E]: 1 for each shared expert, followed by gates: [K, M, E]."""
     if not shared_experts:
         return gates
     return torch.cat([gates.new_ones(*gates.shape[:2], shared_experts), gates], -1)
 
 
 def owned_only(values: Tensor, call: Call) -> Tensor:
-    """Return values [K, E, M], minus infinity for experts that a slot does not have."""
+    """Return values: [K, E, C], with minus infinity for experts that a slot does not have."""
     if call.min_over_slots("experts") == call.max_over_slots("experts"):
         return values
     return values.masked_fill(call.router.owned_experts[..., None] == 0, float("-inf"))
@@ -155,7 +158,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def product(w: Tensor, x: Tensor) -> Tensor:
-    """Return w x^T: [K, E, D] and [K, M, D] to [K, E, M]."""
+    """Return w x^T. w: [K, E, D], x: [K, M, D]. Returns [K, E, M]."""
     found: Tensor = _Product.apply(w, x)  # type: ignore[no-untyped-call]
     return found
 
@@ -163,7 +166,7 @@ def product(w: Tensor, x: Tensor) -> Tensor:
 class _Product(torch.autograd.Function):
     """w x^T with gradients in the layouts of w and x.
 
-    A product of torch hands transposed gradients on, and what is added to these takes longer than the product.
+    A product of torch returns transposed gradients, and adding other gradients to them takes longer than the product.
     """
 
     @staticmethod
@@ -178,7 +181,11 @@ class _Product(torch.autograd.Function):
 
 
 def chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
-    """Return [K, E, M] bool: the `top_k` first in `order`, of these as few as reach `top_p` together."""
+    """Return the experts that each token is sent to: [K, E, C] bool.
+
+    These are the `top_k` experts that are largest in order: [K, E, C] and, of these, the smallest number whose
+    probabilities: [K, E, C] sum to `top_p`.
+    """
     most = min(order.shape[1], int(call.max_over_slots("top_k")))
     _, places = order.topk(most, 1)
     found = torch.zeros_like(order, dtype=torch.bool)
@@ -188,7 +195,7 @@ def chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
     keep = (rank < call.constants["top_k"][:, None, None]).expand_as(places)
     if call.min_over_slots("top_p") < 1.0:
         ahead, top_p = probabilities.gather(1, places), call.constants["top_p"][:, None, None]
-        # 1 is no limit: a sum of float32 reaches it ahead of what is improbable.
+        # 1 means no limit: a sum in float32 can reach 1 before the improbable experts.
         keep = keep & ((ahead.cumsum(1) - ahead < top_p) | (top_p == 1.0))
     return found.scatter_(1, places, keep)
 
@@ -197,9 +204,10 @@ def chosen(order: Tensor, probabilities: Tensor, call: Call) -> Tensor:
 
 
 def weighted(spec: RoutedSpec, p: Values, gates: Tensor, x: Tensor, y: Tensor | None, call: Call) -> Tensor:
-    """Return what experts, weighted by gates [K, M, S + E], add to y: [K, M, D_out], or to x: [K, M, D_in] without y.
+    """Return the sum, weighted by the gates, of the experts' changes to y or, if y is None, to x.
 
-    p: values of the experts, [K, S + E, ...] each.
+    p: values of the experts, each [K, S + E, ...]. gates: [K, M, S + E], x: [K, M, D_in], y: [K, M, D_out]. Returns
+    [K, M, D_out], where D_out = D_in if y is None.
     """
     if y is None:
         return one_by_one(spec.expert.apply_input, p, gates, (x,), call)
@@ -211,9 +219,10 @@ def weighted(spec: RoutedSpec, p: Values, gates: Tensor, x: Tensor, y: Tensor | 
 
 
 def one_by_one(act: Callable[..., Tensor], p: Values, gates: Tensor, tensors: tuple[Tensor, ...], call: Call) -> Tensor:
-    """Return the weighted sum of what each expert changes, from every expert on every token: slow, but for every type.
+    """Return the weighted sum of the experts' changes by running every expert on every token.
 
-    `act` changes the last of `tensors`, each [K, M, ...]. p: [K, S + E, ...], gates: [K, M, S + E].
+    This is slow, but works for every adapter type. `act` changes the last of `tensors`, each [K, M, ...]. p: [K, S + E,
+    ...], gates: [K, M, S + E].
     """
     count = gates.shape[-1]
     wide = [tensor.repeat_interleave(count, 0) for tensor in tensors]
@@ -222,9 +231,10 @@ def one_by_one(act: Callable[..., Tensor], p: Values, gates: Tensor, tensors: tu
 
 
 def rank_by_rank(spec: RoutedSpec, p: Values, gates: Tensor, call: Call) -> tuple[Values, Tensor]:
-    """Return LoRAs of different ranks and their gates [K, M, S + E] as LoRAs of rank 1, one for each of the ranks.
+    """Return LoRAs of different ranks as LoRAs of rank 1, one for each rank of each expert, with their gates.
 
-    Each has its expert's gate, with the scale in it. Mixtures without `ranks` stay as they are.
+    gates: [K, M, S + E]. The gate of each LoRA of rank 1 is the gate of its expert times the expert's scale. For
+    mixtures without `ranks`, p and gates are returned unchanged.
     """
     if not spec.ranks:
         return p, gates
@@ -234,10 +244,10 @@ def rank_by_rank(spec: RoutedSpec, p: Values, gates: Tensor, call: Call) -> tupl
 
 
 def expert_values(p: Values) -> dict[str, Tensor]:
-    """Return the values of the experts alone."""
+    """Return the tensors of `p` that belong to experts, not to the router."""
     return {name: value for name, value in p.items() if not name.startswith("router")}
 
 
 def flat(p: Values) -> dict[str, Tensor]:
-    """Return values [K, S + E, ...] as [K * (S + E), ...]."""
+    """Return values [K, S + E, ...] in the shape [K * (S + E), ...]."""
     return {name: value.flatten(0, 1) for name, value in p.items()}

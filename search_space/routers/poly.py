@@ -1,4 +1,4 @@
-"""One LoRA for every domain of the data, mixed from the matrices of the experts."""
+"""One LoRA for each domain of the data, mixed from the matrices of the experts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from autopeft.search_space.routers.base import Router, one_row_each
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import RoutedSpec
 
 
 class Poly(Router):
-    """LoRAs' A and B themselves are mixed for each of the `tasks`, which are the data's domains.
+    """Weighted sums of the experts' matrices A and B for each of the `tasks`, which are the domains of the data.
 
-    The shares are sigmoids of W_r: [E, tasks, heads], scaled to sum to 1 over the experts. With several `heads`, blocks
-    of x and y have shares of their own. One head: Ponti et al. 2022, Polytropon, section 3.
+    The weights are sigmoids of W_r: [E, tasks, heads], scaled to sum to 1 over the experts. With several `heads`, each
+    block of the features of x and y has its own weights. One head is Ponti et al. 2022, Polytropon, section 3.
     """
 
     name: ClassVar[str] = "poly"
     source: ClassVar[str] = "Caccia et al. 2023, Multi-Head Adapter Routing, section 3.1"
-    summary: ClassVar[str] = "matrices of LoRAs mixed for every domain"
+    summary: ClassVar[str] = "matrices of LoRAs mixed for each domain"
     uses: ClassVar[tuple[str, ...]] = ("tasks", "heads")
     has_gates: ClassVar[bool] = False
     can_lead: ClassVar[bool] = False
@@ -42,7 +42,7 @@ class Poly(Router):
 
     @override
     def num_chosen(self, mixture: RoutedSpec) -> int:
-        return 1  # the one that they are mixed into
+        return 1  # the LoRA that the experts are mixed into
 
     @override
     def mix(self, mixture: RoutedSpec, p: Values, x: Tensor, y: Tensor | None, call: Call) -> Tensor:
@@ -56,12 +56,12 @@ class Poly(Router):
         share = share / share.sum(1, keepdim=True)
 
         def blended(w: Tensor) -> Tensor:
-            """Return w: [K, E, R, D] as [K, tasks, R, D], each block of D with the shares of its head."""
+            """Return the weighted sums of w: [K, E, R, D] over the experts, [K, tasks, R, D]."""
             blocks = torch.unflatten(w, -1, (mixture.heads, -1))
             return torch.einsum("keth,kerhd->ktrhd", share, blocks).flatten(-2)
 
         a, b = blended(p["A"]), blended(p["B"].mT).mT
-        # The kernel takes the tasks for experts, of which each token has one.
+        # For the kernel, each task is an expert, and each token has one of them.
         texts = one_hot(call.router.tokens.domains_of(mixture.tasks), mixture.tasks).to(x)
         gates = texts.repeat_interleave(call.router.tokens.length, 0).expand(len(x), -1, -1)
         mask = None if call.mask is None else call.mask[:, None].expand(-1, mixture.tasks, -1)

@@ -1,4 +1,4 @@
-"""One choice of experts for a whole text, from the mean of its tokens."""
+"""One choice of experts per text, from the mean of its tokens."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from autopeft.search_space.routers.base import Router, one_row_each
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import RoutedSpec
 
 
 class Sequence(Router):
-    """As "token", with z = W_r times the mean of x over the text, padding left out."""
+    """Like "token", with z = W_r times the mean of x over the text without padding."""
 
     name: ClassVar[str] = "sequence"
     source: ClassVar[str] = "Fedus et al. 2022, Switch Transformers, section 2.1, for the mean of a text"
-    summary: ClassVar[str] = "softmax over the experts for every text"
+    summary: ClassVar[str] = "softmax over the experts for each text"
     uses: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "router_noise", "balance", "z_loss")
     per_text: ClassVar[bool] = True
     reads_ahead: ClassVar[bool] = True

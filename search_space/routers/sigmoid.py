@@ -1,4 +1,4 @@
-"""Sigmoids of the experts for every token, balanced by a bias."""
+"""Sigmoids of the experts for each token, balanced by a bias."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from autopeft.search_space.routers.base import Router, one_bias_each, one_row_ea
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import Decision, RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import Decision, RoutedSpec
 
 
 class Sigmoid(Router):
     """sigmoid(z) with z = W_r x, scaled to sum to 1 over the `top_k` experts with the largest sigmoid(z) + b.
 
-    b follows the load, not the loss.
+    b is updated from the load of the experts, not from the loss of the task.
     """
 
     name: ClassVar[str] = "sigmoid"
     source: ClassVar[str] = "Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, section 3"
-    summary: ClassVar[str] = "sigmoids for every token, balanced by a bias"
+    summary: ClassVar[str] = "sigmoids for each token, balanced by a bias"
     uses: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "router_noise", "balance", "z_loss")
 
     @override

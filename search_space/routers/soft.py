@@ -1,4 +1,4 @@
-"""Experts that see means of a text's tokens."""
+"""Experts that act on weighted means of the tokens of a text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from autopeft.search_space.routers.base import Router, one_row_each
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import RoutedSpec
 
 
 class Soft(Router):
-    """Every expert sees one mean of the tokens, weighted by a softmax of its z = W_r x over the text.
+    """Each expert acts on one mean of the tokens, weighted by a softmax of its z = W_r x over the text.
 
-    Every token gets the outputs of all experts, weighted by a softmax of z over them.
+    Each token receives the outputs of all experts, weighted by a softmax of z over the experts.
     """
 
     name: ClassVar[str] = "soft"
     source: ClassVar[str] = "Puigcerver et al. 2023, Soft MoE, section 2.1"
-    summary: ClassVar[str] = "experts of weighted means of a text"
+    summary: ClassVar[str] = "experts on weighted means of the tokens of a text"
     uses: ClassVar[tuple[str, ...]] = ("router_noise",)
     reads_ahead: ClassVar[bool] = True
     has_gates: ClassVar[bool] = False
@@ -37,7 +37,7 @@ class Soft(Router):
 
     @override
     def flops_per_token(self, mixture: RoutedSpec, site: Site) -> int:
-        # z and the means, and what the tokens get back; each expert runs once for a text, which counts as none.
+        # z, the means and their redistribution to the tokens; an expert runs once per text, which counts as zero.
         return 2 * mixture.experts * (2 * site.in_features + site.out_features)
 
     @override
@@ -58,7 +58,7 @@ class Soft(Router):
         seen = [torch.einsum("knte,kntd->kend", dispatch, tokens.by_text(t)) for t in (x, y) if t is not None]
         act = mixture.expert.apply_input if y is None else mixture.expert.apply
         count = owned.shape[-1]
-        if mixture.ranks:  # of LoRAs, which are no tensor [K, E, ...]: what an expert sees is sent to it alone
+        if mixture.ranks:  # the LoRAs are no tensor [K, E, ...]: gates send each mean to its expert alone
             alone = torch.eye(count).to(x).repeat_interleave(texts.shape[1], 0).expand(len(x), -1, -1)
             added = weighted(mixture, own, alone, seen[0].flatten(1, 2), seen[-1].flatten(1, 2), call)
             change = torch.unflatten(added, 1, (count, -1))

@@ -1,4 +1,4 @@
-"""One choice of experts for every domain of the data."""
+"""One choice of experts for each domain of the data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from autopeft.search_space.routers.base import Router, one_row_each
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import RoutedSpec
 
 
 class Task(Router):
-    """As "token", with z from a column of W_r: [E, tasks] for each of the `tasks`, which are the data's domains.
+    """Like "token", with z a column of W_r: [E, tasks]; the `tasks` are the domains of the data.
 
-    As in Polytropon, but for the softmax, and with outputs mixed rather than parameters.
+    Unlike Polytropon, it uses a softmax and mixes outputs instead of parameters.
     """
 
     name: ClassVar[str] = "task"
     source: ClassVar[str] = "Ponti et al. 2022, Polytropon, section 3"
-    summary: ClassVar[str] = "softmax over the experts for every domain"
+    summary: ClassVar[str] = "softmax over the experts for each domain"
     uses: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "tasks", "router_noise")
     per_text: ClassVar[bool] = True
 

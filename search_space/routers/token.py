@@ -1,4 +1,4 @@
-"""A softmax over the experts for every token."""
+"""A softmax over the experts for each token."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from autopeft.search_space.routers.base import Router, one_row_each
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import RoutedSpec
 
 
 class Token(Router):
     """softmax(z) of the largest `top_k`, scaled to sum to 1, with z = W_r x, W_r: [E, D_in].
 
-    Of these as few as reach the probability `top_p` together (Huang et al. 2024, Harder Tasks Need More Experts,
-    section 2.2). One expert alone keeps its probability, from which the router learns (Fedus et al. 2022, Switch
-    Transformers, section 2.1). Between LoRAs that are given it is MeteoRA.
+    With `top_p` below 1, a token uses the smallest number of these experts whose probabilities sum to `top_p` (Huang et
+    al. 2024, Harder Tasks Need More Experts, section 2.2). A single expert has its probability as its gate, so that the
+    router has a gradient (Fedus et al. 2022, Switch Transformers, section 2.1). With pretrained LoRAs, this is MeteoRA.
     """
 
     name: ClassVar[str] = "token"
     source: ClassVar[str] = "Fedus et al. 2022, Switch Transformers, section 2.1"
-    summary: ClassVar[str] = "softmax over the experts for every token"
+    summary: ClassVar[str] = "softmax over the experts for each token"
     uses: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "router_noise", "balance", "z_loss")
 
     @override

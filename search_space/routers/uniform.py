@@ -1,4 +1,4 @@
-"""All experts weighted alike."""
+"""Equal gates for all experts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from autopeft.search_space.routers.base import Router
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import RoutedSpec
 
 
 class Uniform(Router):
-    """1/E for each of the experts, for comparison: what is left without a router."""
+    """Gates of 1/E: the baseline without a router."""
 
     name: ClassVar[str] = "uniform"
-    source: ClassVar[str] = "Caccia et al. 2023, Multi-Head Adapter Routing (MHR-mu), but trained so from the start"
-    summary: ClassVar[str] = "all experts weighted alike, for comparison"
+    source: ClassVar[str] = (
+        "Caccia et al. 2023, Multi-Head Adapter Routing (MHR-mu), but with equal gates from the start"
+    )
+    summary: ClassVar[str] = "equal gates for all experts, as a baseline"
     constant: ClassVar[bool] = True
 
     @override

@@ -1,4 +1,4 @@
-"""Given LoRAs by the last hidden states of a first pass."""
+"""Routing between pretrained LoRAs by the last hidden states of a first pass."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from autopeft.search_space.routers.base import Router, one_bias_each, one_row_ea
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Call
-    from autopeft.search_space.routers.mixing import RoutedSpec, Values
+    from autopeft.search_space.call import Call, Values
+    from autopeft.search_space.routers.mixing import RoutedSpec
 
 
 class XLora(Router):
-    """softmax(z) over all experts with z = W_r h + b, W_r: [E, H], between LoRAs that are given.
+    """softmax(z) over all experts, which are pretrained LoRAs, with z = W_r h + b, W_r: [E, H].
 
-    h is the last hidden state of the token in a first pass through the model without adapters. In peft's terms a
-    classifier of depth 1 with layerwise scalings.
+    h is the last hidden state of the token in a first pass through the model without adapters. In peft's terms, this is
+    a classifier of depth 1 with layerwise scalings.
     """
 
     name: ClassVar[str] = "xlora"
     source: ClassVar[str] = "Buehler and Buehler 2024, X-LoRA"
-    summary: ClassVar[str] = "between given LoRAs, by the hidden states of a first pass"
+    summary: ClassVar[str] = "between pretrained LoRAs, by the hidden states of a first pass"
     uses: ClassVar[tuple[str, ...]] = ("router_noise",)
     between_given: ClassVar[bool] = True
     first_pass: ClassVar[bool] = True

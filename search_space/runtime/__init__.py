@@ -1,1 +1,1 @@
-"""What adapters are at run time: the only part of a space that imports torch."""
+"""Adapters at run time: the only part of a search space that imports torch."""

@@ -1,4 +1,4 @@
-"""The one module that holds the parameters of every adapter type: banks, slots and size masks.
+"""The module that holds the parameters of adapters of every type: banks, slots and size masks.
 
 Notation: N banks, K slots (each reads one bank), M tokens per slot, R the size of the largest slot.
 """
@@ -24,14 +24,14 @@ from autopeft.search_space.sharing import key_of, largest
 
 @dataclass(slots=True)
 class Call:
-    """What an adapter's forward function sees beside its parameters and the activations."""
+    """Run-time context of the forward functions of a bank; see `call.Call`."""
 
     bank: Bank
     #: Per-slot numbers of `AdapterSpec.constants`, each [K, ...].
     constants: dict[str, Tensor]
-    #: [K, R] with 1 where a slot owns that part of the size, or None if all slots own all of it.
+    #: [K, R] with 1 for the part of the size that a slot owns; None: every slot owns all of it.
     mask: Tensor | None
-    #: Rows of the batch that belong to one slot: the experts of a mixture that run side by side.
+    #: Number of consecutive rows of the batch per slot: the experts of a mixture.
     experts: int = 1
 
     @property
@@ -41,7 +41,7 @@ class Call:
 
     @property
     def router(self) -> RouterState:
-        """The state of the bank's router."""
+        """The state of the bank's router. Raises AssertionError for a bank of plain adapters."""
         assert self.bank.router is not None
         return self.bank.router
 
@@ -54,15 +54,15 @@ class Call:
         return float(min(getattr(spec, name) for spec in self.bank.specs))
 
     def of_experts(self, count: int) -> Call:
-        """Return the same call for `count` experts of each slot, one after the other."""
+        """Return the call for a batch of K * count rows, in which the `count` experts of a slot are consecutive."""
         constants = {name: value.repeat_interleave(count) for name, value in self.constants.items()}
         mask = None if self.mask is None else self.mask.repeat_interleave(count, 0)
         return Call(bank=self.bank, constants=constants, mask=mask, experts=count)
 
     def noisy(self, x: Tensor, name: str) -> Tensor:
-        """Return x: [K, ..., E], in training with normal noise of the standard deviation in the field `name`.
+        """Return x: [K, ..., E]; in training, add normal noise with the standard deviation in the field `name`.
 
-        The noise comes from each slot's own stream; a slot reads its own experts of x.
+        The noise of each slot comes from the slot's own random stream and covers only the experts of the slot.
         """
         if not self.bank.training or not self.max_over_slots(name):
             return x
@@ -76,16 +76,16 @@ class Call:
 
     @property
     def rates(self) -> list[float]:
-        """Each slot's probability of dropout."""
+        """Dropout probability of each slot."""
         return [getattr(spec.plain, "dropout", 0.0) for spec in self.bank.specs]
 
     @property
     def drops(self) -> bool:
-        """Whether some slot has dropout in this pass."""
+        """Whether any slot applies dropout in this pass."""
         return self.bank.training and any(self.rates)
 
     def dropout(self, x: Tensor) -> Tensor:
-        """Apply dropout with each slot's own probability, drawn from each slot's own stream. x: [K, ...]."""
+        """Return x: [K, ...] after dropout, with the probability and the random stream of each slot."""
         if not self.drops:
             return x
         keep = torch.unflatten(torch.ones_like(x), 0, (-1, self.experts))
@@ -101,19 +101,22 @@ class Call:
 class Bank(nn.Module):
     """Parameters of one adapter type at one site for K slots, and their forward pass.
 
-    `specs`: one per slot, of one structure (`AdapterSpec.structure`); sizes and per-slot fields may differ.
-    `seeds`: one per slot; a slot's initial values and dropout depend on its seed and the site alone, so a
-    slot alone equals the slot in a pack. `bank_of_slot`: which bank a slot reads (default: its own); slots
-    that share a bank read nested prefixes of it, which is a weight-sharing supernet. `of`: another bank of the
-    same structure, at least as large, whose parameters are read in place of own ones. `draw`: have initial values;
-    without them `load_slot` has to follow. `pools`: the tensors that its site shares with others, of which the bank of
-    slot k reads the row of `pool_slots[k]` (default: k); without them the bank shares with none. Raises ValueError when
-    structures differ, and for a type that cannot sit at `site`.
+    - `specs`: one per slot, all of the same structure (`AdapterSpec.structure`); sizes and per-slot fields may differ.
+    - `seeds`: one per slot. The initial values and the dropout of a slot depend only on its seed and the site, so a
+      slot trained alone equals the slot in a pack.
+    - `bank_of_slot`: the bank that each slot reads (default: its own). Slots that share a bank read nested prefixes of
+      it, which is a weight-sharing supernet.
+    - `of`: another bank of the same structure, at least as large, whose parameters this bank reads instead of its own.
+    - `draw`: draw initial values; without them, `load_slot` must follow.
+    - `pools`: the tensors that the site shares with other sites; bank n reads the row of slot `pool_slots[n]` (default:
+      n). Without pools, the bank shares nothing with other sites.
+
+    Raises ValueError if the structures differ, and for an adapter that cannot sit at `site`.
     """
 
-    #: Which bank each slot reads [K], or None if each reads its own.
+    #: [K], the bank that each slot reads; None: each reads its own.
     bank_index: Tensor | None
-    #: See `Call`.
+    #: See `Call.mask`.
     mask: Tensor | None
     values: nn.ParameterDict
 
@@ -131,7 +134,7 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         if len({spec.structure() for spec in specs}) != 1:
-            raise ValueError(f"slots of one bank agree in structure, not {[s.structure() for s in specs]}")
+            raise ValueError(f"slots of one bank must have the same structure, not {[s.structure() for s in specs]}")
         for spec in specs:
             if site.role not in spec.roles or not spec.fits(site):
                 raise ValueError(f"an adapter of kind {spec.kind!r} cannot sit at {site.name!r}")
@@ -145,11 +148,11 @@ class Bank(nn.Module):
         self.dropout_streams = [stream(seed, site.name, specs[0].kind, "dropout", device=device) for seed in seeds]
 
         declared = [spec.parameters(site) for spec in self.specs]
-        #: Of the largest slot, by name.
+        #: Shape of each tensor in the largest slot, by name.
         self.shapes = {name: largest([own[name].shape for own in declared]) for name in declared[0]}
         self._declared = declared[0]
         shared = {n: key_of(p, n, site, specs[0].kind) for n, p in declared[0].items() if p.scope != "site"}
-        #: Of each bank the row of a tensor that is shared, by name.
+        #: Row of each bank in each shared tensor, by name.
         self.rows: Mapping[str, Sequence[int]] = {} if of is None else of.rows
         if of is None and shared:
             banks = range(max(self.bank_of_slot) + 1)
@@ -171,7 +174,7 @@ class Bank(nn.Module):
             read = [rows[bank] for bank in self.bank_of_slot]
             whole = read == list(range(len(self.values[name])))
             self.register_buffer(f"rows_{name}", None if whole else torch.tensor(read))
-        #: Numbers of its slots in the attachment.
+        #: Numbers of the bank's slots in the attachment.
         self.slots_served = list(range(len(self.specs)))
         #: The state of the router; None for a bank of plain adapters.
         self.router = None if self.specs[0].routed_by is None else RouterState(self.specs)
@@ -185,7 +188,7 @@ class Bank(nn.Module):
         self.constant_names = tuple(constants[0])
 
     def _make_room(self, of: Bank | None) -> None:
-        """Zeros before values are drawn or loaded, each [N, ...]."""
+        """Allocate tensors of zeros, each [N, ...], before values are drawn or loaded."""
         for name, shape in self.shapes.items():
             declared = self._declared[name]
             if declared.indices:
@@ -197,9 +200,9 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def _draw(self, seeds: Sequence[int | str], every: bool) -> None:
-        """`every`: also what follows from the seeds."""
+        """Draw initial values; without `every`, only the values that are drawn from a key."""
         tensors = self.tensors()
-        # The largest slot of a bank fills it; the smaller ones read prefixes of what it has drawn.
+        # The largest slot of a bank is drawn last and overwrites all of it; smaller slots read prefixes of its values.
         for k in sorted(range(len(self.specs)), key=lambda k: self.specs[k].num_params(self.site)):
             for name, declared in self.specs[k].own_parameters(self.site).items():
                 if every or declared.key is not None:
@@ -208,14 +211,17 @@ class Bank(nn.Module):
                     tensors[name][self.bank_of_slot[k]][tuple(slice(n) for n in own.shape)] = own
 
     def tensors(self) -> dict[str, Tensor]:
-        """Values and indices, each [N, ...] (what is shared: the rows of all who share it), in the declared order."""
+        """Return values and indices by name, each [N, ...], in the declared order.
+
+        A shared tensor has the rows of all slots that share it.
+        """
         indices = {name: getattr(self, f"indices_{name}") for name, p in self._declared.items() if p.indices}
         return {name: indices[name] if name in indices else self.values[name] for name in self.shapes}
 
     def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
         if declared.given:
             return stacked(declared.given, self.site, name, self.specs[0].size or 0)
-        # An expert's values do not depend on how many there are, or on the others' ranks.
+        # The values of an expert do not depend on the number of experts or on the ranks of the others.
         if declared.rows:
             parts = [replace(declared, shape=(rows, *declared.shape[1:])) for rows in declared.rows]
             return torch.cat([initialise(part, stream(*words, e), self.base[0]) for e, part in enumerate(parts)])
@@ -225,7 +231,7 @@ class Bank(nn.Module):
         return torch.stack([initialise(one, stream(*words, e), self.base[0]) for e in range(declared.shape[0])])
 
     def slots(self) -> dict[str, Tensor]:
-        """Parameters as the slots read them, each [K, ...], in the size of the largest slot."""
+        """Return the parameters that the slots read, by name, each [K, ...] in the size of the largest slot."""
         read = self.tensors()
         if self.bank_index is None and not self.rows:
             return read
@@ -236,16 +242,16 @@ class Bank(nn.Module):
             value = read[name][(slice(None), *(slice(n) for n in shape))]
             if index is None:
                 read[name] = value
-            elif len(value) == 1:  # no copy for each slot
+            elif len(value) == 1:  # avoids a copy per slot
                 read[name] = value.expand(len(self.specs), *shape)
             else:
                 read[name] = value.index_select(0, index)
         return read
 
     def of_slot(self, k: int, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return the parameters of slot k in its own size, without the slot dimension; views of the bank's.
+        """Return views of the parameters of slot k in its own size, without the slot dimension.
 
-        With `values`: the same parts of other tensors in the shape of the parameters, such as an optimiser's moments.
+        With `values`, the views are of other tensors in the shapes of the parameters, such as an optimiser's moments.
         """
         own: Mapping[str, Tensor] = self.tensors() if values is None else values
         shapes = {name: parameter.shape for name, parameter in self.specs[k].parameters(self.site).items()}
@@ -255,18 +261,21 @@ class Bank(nn.Module):
 
     @property
     def stored(self) -> list[str]:
-        """What of the site's own belongs to a state."""
+        """Names of the tensors of scope "site" that a stored state contains."""
         return [name for name in self.shapes if self._declared[name].stored and name not in self.rows]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Yield names and values [N, ...] of what is trained of the site's own, and whether weight decay applies."""
+        """Yield name, values [N, ...] and whether weight decay applies, for each trained tensor of scope "site"."""
         for name, value in self.values.items():
             if self._declared[name].trainable and name not in self.rows:
                 yield name, value, self._declared[name].decay
 
     @torch.no_grad()
     def load_slot(self, k: int, values: dict[str, Tensor]) -> None:
-        """Load what `of_slot` returns. Raises KeyError for a missing name of `stored`, ValueError for another shape."""
+        """Load the values of slot k, in the form that `of_slot` returns.
+
+        Raises KeyError if a name of `stored` is missing, and ValueError for a tensor of another shape.
+        """
         stored = self.stored
         for name, own in self.of_slot(k).items():
             if name not in values and name not in stored:
@@ -278,26 +287,29 @@ class Bank(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the parameters, in which the adapters compute."""
+        """Dtype of the parameters, in which the adapters compute."""
         first: Tensor = next(iter(self.values.values()))
         return first.dtype
 
     @property
     def call(self) -> Call:
-        """What the forward functions see of the bank."""
+        """Context that the forward functions receive."""
         constants = {name: getattr(self, f"constant_{name}") for name in self.constant_names}
         return Call(bank=self, constants=constants, mask=self.mask)
 
-    # The adapters keep their own precision on a backbone of a lower one.
+    # Adapters compute in their own dtype, also on a backbone of lower precision.
 
     def apply_input(self, x: Tensor) -> Tensor:
-        """x: [K, M, D_in] to the same shape."""
+        """Return the site's input with the change by the adapters. x: [K, M, D_in]. Returns [K, M, D_in]."""
         changed = self.specs[0].apply_input(self.slots(), x.to(self.dtype), self.call).to(x.dtype)
         self._note()
         return changed
 
     def apply_linear(self, x: Tensor, slots: Tensor | None) -> Tensor | None:
-        """x: [K, M, D_in] of all slots of a pack, of which the bank serves `slots`; see `AdapterSpec.apply_linear`."""
+        """Return the output of the site's linear with the adapters on it; see `AdapterSpec.apply_linear`.
+
+        x: [K, M, D_in] of all slots of a pack, of which the bank serves slots: [S]. Returns [K, M, D_out].
+        """
         base: Any = self.base[0]
         changed = self.specs[0].apply_linear(self.slots(), x, base.weight, base.bias, self.call, slots)
         if changed is not None:
@@ -305,7 +317,10 @@ class Bank(nn.Module):
         return changed
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: [K, M, D_in], y: [K, M, D_out]; returns the adapted y."""
+        """Return the site's output with the change by the adapters.
+
+        x: [K, M, D_in], y: [K, M, D_out]. Returns [K, M, D_out].
+        """
         changed = self.specs[0].apply(self.slots(), x.to(self.dtype), y.to(self.dtype), self.call).to(y.dtype)
         self._note()
         return changed

@@ -1,4 +1,4 @@
-"""A tensor that the adapters of several sites share, for all slots of an attachment."""
+"""Tensors that the adapters of several sites share, for all slots of an attachment."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from autopeft.search_space.sharing import SharedKey, largest, shared_tensors
 
 
 class Pool:
-    """`declared`: of the slots that have it, each with the tensor in its own size; `seeds`: one per slot.
+    """One shared tensor: `value`: [U, ...], of which each slot reads one row.
 
-    A slot has a row of `value`: [U, ...]. Rows that are drawn from a key and in one size are the same, so there is one
-    of them, whatever the number of slots. `draw`: have initial values also where they follow from the slots' seeds.
+    `declared`: the tensor in the size of each slot that has it, by slot; `seeds`: one per slot. Slots whose values are
+    drawn from a key in the same size have equal values and read the same row, so U may be smaller than the number of
+    slots. `draw`: also draw values that depend on the seeds of the slots; otherwise these are zero.
     """
 
     def __init__(
@@ -33,12 +34,12 @@ class Pool:
         self.key = key
         self.trainable, self.decay, self.stored = first.trainable, first.decay, first.stored
         rows: dict[object, int] = {}
-        #: By slot.
+        #: Row of `value` by slot.
         self.row_of = {
             slot: rows.setdefault(slot if key.key is None else parameter.shape, len(rows))
             for slot, parameter in declared.items()
         }
-        #: Of rows of their own.
+        #: Slots that have the tensor.
         self.slots = list(declared)
         value = torch.zeros(len(rows), *largest([parameter.shape for parameter in declared.values()]))
         for slot, parameter in declared.items():
@@ -49,7 +50,7 @@ class Pool:
         self.value = nn.Parameter(value.to(device), requires_grad=first.trainable)
 
     def part(self, slot: int, shape: tuple[int, ...], value: Tensor | None = None) -> Tensor:
-        """Of the slot's row the prefix of this shape, a view; of another tensor like `value`, if there is one."""
+        """Return a view of the prefix of this shape in the slot's row of `value` (default: the pool's own)."""
         whole = self.value if value is None else value
         return whole[self.row_of[slot]][tuple(slice(n) for n in shape)]
 
@@ -63,7 +64,7 @@ def pools_of(
     device: torch.device,
     draw: bool = True,
 ) -> Pools:
-    """What is shared by the adapters of each slot."""
+    """Return the shared tensors of the adapters of all slots. `slots`: sites and adapters of each slot."""
     declared: dict[SharedKey, dict[int, Parameter]] = {}
     for slot, placed in enumerate(slots):
         for key, parameter in shared_tensors(placed).items():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RouterState(nn.Module):
-    """What the router of a bank with the mixtures `specs` reads beside the activations, and what it leaves."""
+    """State of the router of a bank whose slots have the mixtures `specs`; see `call.RouterState`."""
 
     #: [K, E] with 1 for the experts that a slot's router chooses from.
     owned_experts: Tensor
@@ -28,18 +28,18 @@ class RouterState(nn.Module):
         self.register_buffer("owned_experts", owned)
         #: The minibatch.
         self.tokens = Tokens()
-        #: Which of its slot's mixtures at the site each one is, from 1.
+        #: Number of each mixture among the mixtures of its slot at the site, from 1.
         self.numbers = [1] * len(specs)
-        #: Whether the router is not asked, and all experts are weighted alike.
+        #: Whether all experts get equal gates and the router is not evaluated.
         self.averaged = False
-        #: What the router did in the last forward pass; None: nothing to report.
+        #: Summary of the last forward pass; None: the router reported none.
         self.last: Routing | None = None
-        #: The same of every forward pass in evaluation mode; None: nobody watches.
+        #: Summaries of all forward passes in evaluation mode; None: recording is off.
         self.seen: list[Routing] | None = None
-        #: Values that a router computes once, by names of its own, from parameters that are not trained.
+        #: Values that a router computes once from frozen parameters, by names that it chooses.
         self.cached: dict[str, Tensor] = {}
 
     def note(self) -> None:
-        """Add the last forward pass to `seen`, if it is watched."""
+        """Append the summary of the last forward pass to `seen` if recording is on."""
         if self.seen is not None and self.last is not None and not self.training:
             self.seen.append(self.last)

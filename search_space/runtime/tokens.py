@@ -1,4 +1,4 @@
-"""The minibatch as routers read it, and the gates that leaders hand on to the mixtures that follow them."""
+"""The minibatch that routers read, and the gates that leaders pass to their followers."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Tokens:
-    """The minibatch as routers read it, the same for all slots: N texts of T tokens.
+    """The minibatch that routers read, the same for all slots: N texts of T tokens (`length`).
 
-    `mask`: [N, T], False for padding; None: there is none. `domains`: [N] the domain of each text, None: not known.
+    `mask`: [N, T], False for padding; None: no padding. `domains`: [N], the domain of each text; None: unknown.
     """
 
     length: int = 1
     mask: Tensor | None = None
     domains: Tensor | None = None
-    #: Runs the model without adapters on the minibatch, for its last hidden states [N, T, H]; None: nobody may ask.
+    #: Returns the last hidden states [N, T, H] of the model without adapters on the minibatch; None: not available.
     first_pass: Callable[[], Tensor] | None = None
-    #: What routers have decided in this forward pass, by leader and slot: [M, E] each.
+    #: Gates of this forward pass by leader and slot, each [M, E].
     _gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _counted: tuple[Tensor, Tensor] | None = None
 
     def begin(self, length: int, mask: Tensor | None, first_pass: Callable[[], Tensor] | None = None) -> None:
-        """Begin a forward pass. However many routers ask for the first pass, it runs once."""
+        """Begin a forward pass. `first_pass` runs at most once, for any number of routers that read it."""
         self.length, self.mask = length, mask
         self.first_pass = first_pass and cache(first_pass)
         self._counted = None
         self._gates.clear()
 
     def end(self) -> None:
-        """End a step, whose graph must not outlive it."""
+        """End a step and release tensors that refer to its autograd graph."""
         self.first_pass = None
         self._gates.clear()
 
@@ -46,12 +46,12 @@ class Tokens:
         return self.first_pass()
 
     def lead(self, bank: Any, gates: Tensor) -> None:
-        """Keep gates [K, M, E] for mixtures that follow."""
+        """Store gates: [K, M, E] for followers."""
         for slot, number, own in zip(bank.slots_served, bank.router.numbers, gates, strict=True):
             self._gates[bank.site.name, slot] = self._gates[f"{bank.site.name}#{number}", slot] = own
 
     def gates_of(self, leaders: Sequence[str], bank: Any, experts: int) -> Tensor:
-        """Return the gates [K, M, experts] of each slot's leader. Raises ValueError where one has not run."""
+        """Return the gates [K, M, experts] of each slot's leader. Raises ValueError for a leader that has not run."""
         try:
             found = [self._gates[key][:, :experts] for key in zip(leaders, bank.slots_served, strict=True)]
         except KeyError as error:
@@ -61,18 +61,18 @@ class Tokens:
         return torch.stack([F.pad(gates, (0, experts - gates.shape[1])) for gates in found])
 
     def counted(self) -> tuple[Tensor, Tensor] | None:
-        """Return [N * T] with 0 for padding and 1 for tokens, and their number; None: there is no padding."""
+        """Return [N * T] with 0 for padding and 1 for tokens, and the number of tokens; None: no padding."""
         if self._counted is None and self.mask is not None:
             own = self.mask.flatten().float()
             self._counted = own, own.sum().clamp(min=1)
         return self._counted
 
     def by_text(self, x: Tensor) -> Tensor:
-        """Return x: [K, N * T, D] as [K, N, T, D]."""
+        """Return x: [K, N * T, D] in the shape [K, N, T, D]."""
         return torch.unflatten(x, 1, (-1, self.length))
 
     def domains_of(self, tasks: int) -> Tensor:
-        """Return the domain of each text: [N]. Raises ValueError where they are not known, or more than `tasks`."""
+        """Return the domain of each text, [N]. Raises ValueError if they are unknown or not below `tasks`."""
         if self.domains is None:
             raise ValueError("a router by task needs rows with a domain: say which column it is in (data.domain)")
         if int(self.domains.max()) >= tasks:

@@ -19,8 +19,8 @@ from autopeft.search_space.adapters import (
     Mixture,
 )
 from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.call import Values
 from autopeft.search_space.routers import ROUTERS, Router
-from autopeft.search_space.routers.mixing import Values
 from autopeft.search_space.runtime.bank import Bank, Call
 from autopeft.search_space.runtime.tokens import Tokens
 from autopeft.testing.models import tiny, tokens

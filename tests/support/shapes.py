@@ -1,8 +1,8 @@
 """Executes the shapes that docstrings declare: jaxtyping and beartype check them at every call of a test.
 
-A docstring says `x: [K, T, D_in]` of an argument and `Returns [K, T, D_out]` of the result, or `returns losses and
-correct, each [M]`. A letter stands for one size throughout a call. Letters of a sum (`S + E`) that stand nowhere alone
-leave that size open.
+A docstring says `x: [K, T, D_in]` of an argument and `Returns [K, T, D_out]` of the result; of several results it says
+`returns losses and correct, each [M]` or `Returns [K, M] and [M]`. A letter stands for one size throughout a call. The
+letters of a sum (`S + E`) leave that size open unless each of them is also an axis by itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ from typing import Any
 
 from autopeft.search_space.adapters import ADAPTERS
 from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.adapters.mixture import Mixture
+from autopeft.search_space.routers import ROUTERS, Router
 
 SHAPE = r"\[([A-Za-z0-9_.,+* ()]+)\]"
 ROOT = Path(__file__).resolve().parents[2]
+#: Classes whose docstrings declare the shapes of their subclasses' methods, and these subclasses.
+DECLARED_BY: dict[type, list[type]] = {
+    AdapterSpec: [Mixture, Head, *ADAPTERS.values()],
+    Router: [type(router) for router in ROUTERS.values()],
+}
 
 
 def argument_shapes(function: Callable[..., Any], doc: str) -> dict[str, str]:
@@ -31,10 +38,10 @@ def argument_shapes(function: Callable[..., Any], doc: str) -> dict[str, str]:
     return {name: shape for name, shape in re.findall(rf"(\w+):? {SHAPE}", doc) if name in tensors}
 
 
-def result_shape(doc: str) -> tuple[str, bool] | None:
-    """The shape of the result, and whether it is that of each of several tensors; None where the docstring has none."""
-    found = re.search(rf"[Rr]eturns?(?: [^.\[\]:;]*?(each))? ?{SHAPE}", doc)
-    return None if found is None else (found[2], bool(found[1]))
+def result_shapes(doc: str) -> tuple[list[str], bool]:
+    """Return the declared shapes of the results, and whether there is one for each of several tensors."""
+    found = re.search(rf"[Rr]eturns?(?: [^.\[\]:;]*?(each))? ?{SHAPE}(?: and {SHAPE})?", doc)
+    return ([], False) if found is None else ([shape for shape in found.groups()[1:] if shape], bool(found[1]))
 
 
 def tensor_arguments(function: Callable[..., Any]) -> list[str]:
@@ -59,9 +66,13 @@ def hints_of(function: Callable[..., Any], doc: str) -> dict[str, Any]:
         return Shaped[Tensor, " ".join(checkable(axis.strip()) for axis in shape.split(","))]
 
     hints: dict[str, Any] = {name: typed(shape) | None for name, shape in shapes.items()}
-    if result := result_shape(doc):
-        shape, several = result
-        hints["return"] = tuple[typed(shape), ...] if several else typed(shape) | None
+    results, several = result_shapes(doc)
+    if several:
+        hints["return"] = tuple[typed(results[0]), ...]
+    elif len(results) > 1:
+        hints["return"] = tuple[tuple(typed(shape) | None for shape in results)]
+    elif results:
+        hints["return"] = typed(results[0]) | None
     return hints
 
 
@@ -99,22 +110,28 @@ def kernel_functions() -> Iterator[tuple[ModuleType, str, Callable[..., Any], st
                 yield module, name, value, next((doc for doc in docs if argument_shapes(value, doc)), "")
 
 
-def adapter_methods() -> dict[str, Callable[..., Any]]:
-    """Methods of `AdapterSpec` whose docstrings declare shapes, by name."""
-    methods = {name: value for name, value in vars(AdapterSpec).items() if inspect.isfunction(value)}
-    return {name: value for name, value in methods.items() if hints_of(value, inspect.getdoc(value) or "")}
+def tensor_methods(owner: type) -> dict[str, Callable[..., Any]]:
+    """Return the methods of a class that take or return tensors, by name."""
+    methods = {name: inspect.unwrap(value) for name, value in vars(owner).items() if inspect.isfunction(value)}
+    return {name: value for name, value in methods.items() if tensor_arguments(value) or returns_tensors(value)}
+
+
+def returns_tensors(function: Callable[..., Any]) -> bool:
+    """Return whether the annotation of the result names tensors."""
+    return "Tensor" in str(inspect.signature(function).return_annotation)
 
 
 def install() -> None:
-    """Check shapes from here on, whoever calls. The adapter types have those of the methods that they override."""
+    """Check shapes at every later call. Overriding methods have the shapes of the methods that they override."""
     for module, name, function, doc in list(kernel_functions()):
         replacement = checked(function, hints_of(function, doc))
         setattr(module, name, replacement)
         for other in [value for known_as, value in sys.modules.items() if known_as.startswith("autopeft.")]:
             for known_as in [known_as for known_as, value in vars(other).items() if value is function]:
                 setattr(other, known_as, replacement)
-    for name, declared in adapter_methods().items():
-        hints = hints_of(declared, inspect.getdoc(declared) or "")
-        for kind in (AdapterSpec, Mixture, *ADAPTERS.values()):
-            if name in vars(kind):
-                setattr(kind, name, checked(vars(kind)[name], hints))
+    for owner, kinds in DECLARED_BY.items():
+        for name, declared in tensor_methods(owner).items():
+            hints = hints_of(declared, inspect.getdoc(declared) or "")
+            for kind in (owner, *kinds):
+                if name in vars(kind):
+                    setattr(kind, name, checked(vars(kind)[name], hints))

@@ -372,7 +372,7 @@ def test_slots_of_one_bank_agree_in_structure() -> None:
     model, backbone = tiny("bert")
     site = backbone.site("layers.0.attn.q")
     base = model.get_submodule(site.module)
-    with pytest.raises(ValueError, match="agree in structure"):
+    with pytest.raises(ValueError, match="same structure"):
         Bank(site, [Lora(), Dora()], base, [1, 2])
     with pytest.raises(ValueError, match="shape"):
         Bank(site, [Lora(rank=2)], base, [1]).load_slot(0, Bank(site, [Lora(rank=3)], base, [1]).of_slot(0))

@@ -171,7 +171,7 @@ def test_what_cannot_be_given(tmp_path: Path) -> None:
     lora_in(tmp_path / "lora", model, 1, ["query"], r=2)
     assert {site.role for site in sites_of([str(tmp_path / "lora")], backbone)} == {"attn.q"}
     for fields in ({"experts": 2}, {"shared_experts": 1, "experts": 1}):
-        with pytest.raises(ValueError, match="all of them"):
+        with pytest.raises(ValueError, match="one per folder"):
             Mixture(given=(str(tmp_path / "lora"),), **fields)
     assert not Mixture(router="arrow").fits(backbone.site("layers.0.attn.q"))
 

@@ -21,12 +21,12 @@ from autopeft.search_space import AdapterChoice, Candidate, Choice, SearchSpace
 from autopeft.search_space.adapters import Lora, Mixture, Norm, spec_from_dict
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, USED_BY_SOME
 from autopeft.search_space.backbones.backbone import Site
-from autopeft.search_space.call import Call
+from autopeft.search_space.call import Call, Values
 from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.routers import ROUTERS, Router
 from autopeft.search_space.routers.base import one_row_each
-from autopeft.search_space.routers.mixing import RoutedSpec, Values, product
+from autopeft.search_space.routers.mixing import RoutedSpec, product
 from autopeft.search_space.runtime.bank import Bank
 from autopeft.search_space.spaces.controls import controls
 from autopeft.search_space.spaces.location import locate
