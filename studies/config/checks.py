@@ -168,6 +168,8 @@ def _computable(task: type[Task]) -> list[str]:
 def _needs(metric: Quality, task: type[Task]) -> str:
     """Why a metric cannot be computed for a task, or for a variant of it."""
     able = _able(metric)
+    if not able:
+        return "cannot be computed: no task has the columns that it needs"
     if task.name not in able:
         return f"needs the task {' or '.join(able)}"
     return f"cannot be computed of these data ({task.problem_type}): there are {', '.join(_computable(task))}"

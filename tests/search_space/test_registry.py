@@ -87,7 +87,7 @@ def test_every_registry_takes_plugins(tmp_path: Path) -> None:
         "@dataclass(frozen=True)\nclass Spec(ADAPTERS['lora']):\n    kind = 'mine'\n"
         "class Searcher(SEARCHERS['random']):\n    name = 'mine'\n"
         "class Exporter(Native):\n    name = 'mine'\n"
-        "class Task(Classification):\n    name = 'mine'\n"
+        "class Task(Classification):\n    name = 'mine'\n    columns = Classification.columns | {'mine'}\n"
         "class Evaluator(TrainEvaluator):\n    name = 'mine'\n"
         "class Mine(Token):\n    name = 'mine'\n"
         "SCORE = PerExample(name='mine', unit='', maximise=True, summary='a column')\n"
@@ -118,7 +118,7 @@ def test_every_registry_takes_plugins(tmp_path: Path) -> None:
         "assert list(METRICS)[-1] == 'merged_latency_s' and Objective.of('mine').is_quality\n"
         "space = {'adapters': {'mine': {'rank': [1, 2], 'experts': 2, 'router': 'mine'}}}\n"
         "study = {'study': 'any', 'space': space, 'search': {'searcher': 'mine'}}\n"
-        "study |= {'evaluation': {'evaluator': 'mine'}}\n"
+        "study |= {'task': 'mine', 'evaluation': {'evaluator': 'mine'}}\n"
         "study_from_mapping({**study, 'objectives': ['mine', 'num_params']})\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -158,8 +158,9 @@ def test_a_mutant_differs_in_an_active_gene(space: SearchSpace, seed: int) -> No
     changed = (mutated(encoding, rows, rng) != rows) & active
     can = np.array([levels is None or len(levels) > 1 for levels in encoding.levels], dtype=bool)
     if can.all() and len(can):
-        # A step in a range of real numbers may be too short for the digits that are kept.
-        assert changed.any(axis=1).mean() > 0.9
+        # A step in a range of real numbers may be too short for the digits that are stored.
+        real = any(levels is None for levels in encoding.levels)
+        assert changed.any(axis=1).mean() >= (0.8 if real else 1.0)
         assert changed.sum() < 3 * len(rows)
     assert not (mutated(encoding, rows, rng) != rows)[~active].any()
 
