@@ -12,12 +12,6 @@ from autopeft.search_space.metrics.base import PREDICTIONS, TARGETS, OverSet
 if TYPE_CHECKING:
     from autopeft.search_space.metrics.base import Indices
 
-if TYPE_CHECKING:
-    from autopeft.search_space.metrics.base import Indices
-
-if TYPE_CHECKING:
-    from autopeft.search_space.metrics.base import Indices
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MacroF1(OverSet):

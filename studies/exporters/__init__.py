@@ -1,4 +1,4 @@
-"""Exporters of recipes to the formats of other tools, one file each. The CLI and the documentation list `EXPORTERS`."""
+"""Exporters of recipes to the formats of other tools, one file each. A test compares the names with the CLI's help."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Member:
     ) -> Path:
         """Write it in the format of another tool, with its trained weights and its recipe; returns the folder.
 
-        `to`: native, peft, trl-script, axolotl or merged. Raises UserError: the format cannot hold it, or loses
+        `to`: a name of `EXPORTERS`, such as native, peft or merged. Raises UserError: the format cannot hold it, or loses
         something and `allow_lossy` is not set; there are no weights (only the finalists keep theirs); the folder is
         in use and `force`, which replaces an earlier export, is not set.
         """

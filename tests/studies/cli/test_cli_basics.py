@@ -75,6 +75,13 @@ def test_every_command_has_help():
         assert runner.invoke(cli.app, [command.__name__, "--help"]).exit_code == 0
 
 
+def test_the_help_of_export_names_every_format():
+    from autopeft.studies.exporters import EXPORTERS
+
+    text = runner.invoke(cli.app, ["export", "--help"]).stdout
+    assert all(name in text for name in EXPORTERS)
+
+
 @pytest.mark.parametrize("arguments", [["--nonsense"], ["serach"], ["validate"], ["validate", "a", "b"]])
 def test_usage_errors(run, arguments):
     code, out, err = run(*arguments)

@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from autopeft.evaluators.attachment.attachment import Attachment
-from autopeft.evaluators.tasks import model_inputs
+from autopeft.evaluators.tasks import TASKS, model_inputs
 from autopeft.evaluators.tasks.classification import Classification, MultiLabel
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.fingerprint import fingerprint
@@ -177,7 +177,7 @@ def test_old_files_are_what_they_were(tmp_path: Path) -> None:
     dump = fingerprint(load_study(save_study(tmp_path / "study")))
     assert "text_pair" not in dump["data"]
     assert "labels" not in dump["data"]
-    assert json_schema()["properties"]["task"]["enum"] == ["classification", "causal-lm"]
+    assert json_schema()["properties"]["task"]["enum"] == list(TASKS)
 
 
 @pytest.mark.parametrize(
