@@ -15,7 +15,7 @@ from autopeft.studies.config import settings
 from autopeft.studies.config.source import Keys, Source
 
 if TYPE_CHECKING:
-    from autopeft.evaluators.rows import DataSettings
+    from autopeft.evaluators.rows import DataConfig
     from autopeft.evaluators.tasks import Task
 
 FILE_NAME = "study.yaml"
@@ -89,12 +89,12 @@ class StudyFile(settings.Section):
         beside = self.folder / Path(self.model.id).expanduser()
         return str(beside) if beside.is_dir() or self.model.id.startswith((".", "~")) else self.model.id
 
-    def data_settings(self) -> DataSettings:
+    def data_settings(self) -> DataConfig:
         """What `load_splits` wants; a hub's splits have their usual names unless the file says otherwise."""
-        from autopeft.evaluators.rows import DataSettings
+        from autopeft.evaluators.rows import DataConfig
 
         set_here = {key: value for key, value in dict(self.data).items() if value is not None}
-        return DataSettings(**set_here, folder=self.folder)
+        return DataConfig(**set_here, folder=self.folder)
 
     @property
     def task_class(self) -> type[Task]:

@@ -124,12 +124,12 @@ class RecipeData(DataSettings):
         """The file of a split, for the source "files"."""
         return Path(self.folder) / Path(getattr(self, split)).expanduser()
 
-    def for_loading(self) -> rows.DataSettings:
+    def for_loading(self) -> rows.DataConfig:
         """What `load_splits` takes."""
-        from autopeft.evaluators.rows import DataSettings
+        from autopeft.evaluators.rows import DataConfig
 
         given = {name: value for name, value in self if value is not None}
-        return DataSettings(**{**given, "folder": Path(self.folder)})
+        return DataConfig(**{**given, "folder": Path(self.folder)})
 
 
 class Measured(_Part):

@@ -26,7 +26,7 @@ from autopeft.evaluators.backbones import LoadedBackbone, load_backbone, load_pr
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError
-from autopeft.evaluators.rows import DataSettings, Row, text_of
+from autopeft.evaluators.rows import DataConfig, Row, text_of
 from autopeft.evaluators.tasks import TASKS, Example, Scored, Task, model_inputs
 from autopeft.evaluators.tasks.classification import Classification, MultiLabel
 from autopeft.evaluators.tasks.text import TextTask
@@ -67,7 +67,7 @@ def test_every_task_has_a_row() -> None:
 @pytest.mark.parametrize("case", CONFORMANCE)
 def test_a_task_does_what_it_says(case: str, tmp_path: Path) -> None:
     kind, columns, raw = CONFORMANCE[case]
-    data = DataSettings(**columns)
+    data = DataConfig(**columns)
     assert TASKS[kind.name].for_data(data) is kind
     row = kind.row(raw, data)
     assert TASKS[kind.name].for_rows([row]) is kind
@@ -138,7 +138,9 @@ def test_a_model_that_does_not_know_the_segments(tmp_path: Path) -> None:
     for name, model in models.items():
         loaded = load_backbone(save(model, tmp_path / name, tokenizer), task="classification", labels=("other", "same"))
         splits = Splits([row], [row], [row], ("other", "same"))
-        with pytest.raises(DataError, match="marks a second text by token_type_ids 1, which the model does not know"):
+        with pytest.raises(
+            DataError, match="marks a second text by token_type_ids 1, which the model does not support"
+        ):
             TrainEvaluator(loaded, "classification", splits, 16)
         loaded.processor.model_input_names = ["input_ids", "attention_mask"]
         TrainEvaluator(loaded, "classification", splits, 16)
@@ -190,7 +192,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     save_rows(folder)
     files = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
-    splits = load_splits(DataSettings(source="files", folder=folder, **files, **columns), "classification")
+    splits = load_splits(DataConfig(source="files", folder=folder, **files, **columns), "classification")
     loaded = load_backbone(str(save_model(folder / "model")), task="classification", labels=splits.labels)
     return replace(loaded, pretrained_head=False), splits
 
@@ -234,7 +236,9 @@ def test_metrics_without_their_columns_are_refused(prepared: tuple[LoadedBackbon
     if "labels" not in splits.train[0]:
         TrainEvaluator(loaded, "classification", splits, 16, metrics)
         return
-    with pytest.raises(MetricError, match="matthews cannot be computed: the task classification yields accuracy"):
+    with pytest.raises(
+        MetricError, match="matthews cannot be computed: the task classification only has the columns accuracy"
+    ):
         TrainEvaluator(loaded, "classification", splits, 16, metrics)
 
 
@@ -250,13 +254,13 @@ class Regression(TextTask):
 
     @override
     @classmethod
-    def problems(cls, data: DataSettings, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
         if data.source != "files":
             yield ("data", "source"), "name files with numbers"
 
     @override
     @classmethod
-    def row(cls, row: Row, data: DataSettings) -> Row:
+    def row(cls, row: Row, data: DataConfig) -> Row:
         if not isinstance(row.get(data.label), (int, float)):
             raise ValueError(f"field {data.label!r} is not a number")
         return {"text": text_of(row, data.text), "number": float(row[data.label])}

@@ -598,7 +598,7 @@ def test_training_settings_are_the_fields_of_training():
 def test_data_settings_are_those_of_the_loader():
     from autopeft.evaluators.data import splits
 
-    loader = {f.name: f.default for f in dataclasses.fields(splits.DataSettings)}
+    loader = {f.name: f.default for f in dataclasses.fields(splits.DataConfig)}
     ours = {name: field.default for name, field in DataSettings.model_fields.items()}
     assert ours.keys() == loader.keys() - {"folder"}
     assert {name: default for name, default in ours.items() if name not in ("train", "validation", "test")} == {
