@@ -1,6 +1,6 @@
 """The sections of a study file. Their descriptions become the JSON schema.
 
-What a section alone cannot know (registered names, settings that do not go together) is in `checks.py`.
+Checks across sections (registered names, settings that do not go together) are in `checks.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 
 Positive = Annotated[float, Field(gt=0)]
-#: Names end up in the names of genes, where dots separate.
+#: Names become parts of the names of genes, where dots are separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -45,6 +45,8 @@ TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 class Section(BaseModel):
+    """Base of the sections: strict types and no unknown keys."""
+
     # Strict: a trial count of "40" or of 40.5 is a mistake, not a number to convert.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -52,7 +54,7 @@ class Section(BaseModel):
 class Range(Section):
     """Every number from low to high."""
 
-    # Both types, so that whole numbers stay whole; float first, so that a wrong type reads "a number".
+    # Both types keep whole numbers whole; float comes first, so that a message about a wrong type says "a number".
     low: float | int = Field(description="smallest value")
     high: float | int = Field(description="largest value")
     log: bool = Field(default=False, description="spread over orders of magnitude")
@@ -135,11 +137,12 @@ class DataSettings(Section):
     )
 
     @model_serializer(mode="wrap")
-    def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Some settings came later: without them, studies, scores and recipes of before stay what they were."""
-        return {name: value for name, value in told(self).items() if name not in _LATER or value is not None}
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later additions that are not set, so that older studies, scores and recipes keep their keys."""
+        return {name: value for name, value in default(self).items() if name not in _LATER or value is not None}
 
 
+#: Settings that were added after the first version of the file.
 _LATER = ("domain", "text_pair", "labels")
 
 
@@ -191,7 +194,7 @@ class SpaceSettings(Section):
     )
 
 
-#: The default evaluator, which has whatever a setting may need.
+#: The default evaluator, which supports every setting.
 PACKED = "packed"
 _DEFAULTS = Training()
 

@@ -244,7 +244,7 @@ def test_halving(loaded: LoadedBackbone) -> None:
 def test_halving_needs_one_fidelity(loaded: LoadedBackbone) -> None:
     wanted = requests(mixed(loaded))
     wanted[0] = replace(wanted[0], fidelity=Fidelity(share=0.5))
-    with pytest.raises(ValueError, match="the same ones"):
+    with pytest.raises(ValueError, match="the same fidelity"):
         together(loaded).evaluate(wanted, select=lambda rung, found: [])
     with pytest.raises(ValueError, match="no selection"):
         alone(loaded).evaluate(wanted, select=lambda rung, found: [])
@@ -350,7 +350,7 @@ def test_a_broken_file_costs_its_computation(tmp_path: Path, caplog: pytest.LogC
     ActivationCache(1000, tmp_path).get("a", lambda: torch.ones(3), device)
     (tmp_path / "a.safetensors").write_bytes(b"half a file")
     assert ActivationCache(1000, tmp_path).get("a", lambda: torch.zeros(3), device).tolist() == [0.0] * 3
-    assert "computed again" in caplog.text
+    assert "computing them again" in caplog.text
     assert ActivationCache(1000, tmp_path).get("a", lambda: torch.ones(3), device).tolist() == [0.0] * 3
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

@@ -287,7 +287,7 @@ def test_an_export_holds_the_given_loras(tmp_path: Path) -> None:
         ({"rank": 4}, "follows from the LoRAs"),
         ({"experts": 2}, "follows from the LoRAs"),
         ({"given": ["nowhere"]}, "cannot be read"),
-        ({"kind": "ia3"}, "only LoRAs"),
+        ({"kind": "ia3"}, "only kind lora"),
     ],
 )
 def test_what_a_study_says_of_bad_ones(tmp_path: Path, lora: dict[str, Any], problem: str) -> None:

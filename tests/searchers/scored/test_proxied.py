@@ -318,9 +318,9 @@ def test_half_a_line_of_the_table_is_dropped(tmp_path: Path, finished: tuple[Pat
         ({"score": "snipp"}, "unknown score 'snipp'; did you mean 'snip'"),
         ({"policy": "sandwhich"}, "unknown policy 'sandwhich'; did you mean 'sandwich'"),
         ({"search": "proxy"}, "unknown searcher 'proxy'"),
-        ({"policy": "uniform", "distil": True}, "needs the largest subnet at every step"),
+        ({"policy": "uniform", "distil": True}, "needs the largest subnet in every step"),
         ({"filter": "size"}, "unknown proxy 'size'"),
-        ({"policy": "sorted", "filter": "snip"}, "the policy sorted draws nothing that could be filtered"),
+        ({"policy": "sorted", "filter": "snip"}, "proxy.policy sorted draws no random subnets to filter"),
     ],
 )
 def test_bad_settings(tmp_path: Path, proxy: dict[str, Any], wrong: str) -> None:

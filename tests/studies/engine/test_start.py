@@ -198,7 +198,7 @@ def test_problems_have_their_lines(tmp_path: Path) -> None:
         f"study.yaml:{line(words)}" for words in ("rnak", "houlsby", "rank: 9", "trainin.", "- head", "rank: 0")
     ]
     assert "search.start.0.lora.rnak: unknown gene or setting; did you mean 'lora.rank'?" in found[0]
-    assert "search.start.1: the baseline 'houlsby' does not lie in this space" in found[1]
+    assert "search.start.1: the baseline 'houlsby' is not in this space" in found[1]
     assert "search.start.2.trainin.epochs" in found[3]
     assert "no adapter is on" in found[4]
     assert "no adapter" in found[5]

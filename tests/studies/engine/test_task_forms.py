@@ -185,13 +185,13 @@ def test_old_files_are_what_they_were(tmp_path: Path) -> None:
     [
         (
             {"data": {"labels": "tags"}, "objectives": ["matthews", "num_params"]},
-            "objectives.0: matthews cannot be computed of these data (multi_label_classification): there are accuracy,"
+            "objectives.0: matthews cannot be computed for multi_label_classification: choose among accuracy,"
             " loss, macro-f1",
         ),
         ({"data": {"labels": "tags", "label": "topic"}}, "data.label: cannot be combined with data.labels"),
         (
             {"data": {"labels": "tags"}, "proxy": {"distil": True, "policy": "sandwich"}},
-            "proxy.distil: works for classification alone, with one label per row",
+            "proxy.distil: is only possible for classification with one label per row",
         ),
         ({"task": "causal-lm", "data": {"labels": "tags", "source": "x/y"}}, "data.labels: is only for classification"),
         ({"task": "causal-lm", "data": {"text_pair": "b", "source": "x/y"}}, "data.text_pair: is only for classification"),
