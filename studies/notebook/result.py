@@ -64,8 +64,8 @@ class Member:
         """Write the candidate in the format of another tool, with its weights and its recipe; return the folder.
 
         `to`: native, peft, trl-script, axolotl or merged. Raises UserError if the format does not support the
-        candidate, or loses something without `allow_lossy`; if there are no weights (only finalists have saved weights); or if the
-        folder exists without `force`, which replaces an earlier export.
+        candidate, or loses something without `allow_lossy`; if there are no weights (only finalists have saved
+        weights); or if the folder exists without `force`, which replaces an earlier export.
         """
         from autopeft.studies.engine.exporting import export_trial
         from autopeft.studies.engine.session import open_ledger

@@ -42,8 +42,8 @@ class Study:
 
     `model`: a hub id, a folder, or "embedded", a small English encoder.
     `data`: a folder with one file each for train, validation and test; a mapping of these splits to tables (data
-    frames, data sets, lists of dicts) that may also name the columns; the settings of a study file; or None for the embedded
-    rows. Without test rows, half of a validation table is set aside for the test.
+    frames, data sets, lists of dicts) that may also name the columns; the settings of a study file; or None for the
+    embedded rows. Without test rows, half of a validation table is set aside for the test.
     `space`: the name of a preset, objects (`AdapterChoice`, `OneOf`, with `Choice`, `Int` and `Float` as values), or
     the settings of a study file.
     `objectives`: two to four metrics. `metric`: the quality to optimise: a name, a metric object, or a function of two
@@ -53,8 +53,8 @@ class Study:
     module, which is impossible for a function of a notebook. A metric object is registered in this process; other
     processes need it from a plug-in.
     `trials`: number of candidates to try. `name`: name of the study. `folder`: folder of all its files, `runs/<name>`
-    by default. All other settings of a study file are keyword arguments: `training`, `constraints`, `search`, `baselines`,
-    `finalists`, `seed`, `task` and so on.
+    by default. All other settings of a study file are keyword arguments: `training`, `constraints`, `search`,
+    `baselines`, `finalists`, `seed`, `task` and so on.
 
     Raises StudyFileError, a UserError, with every problem that can be found without the model and the rows. Only `run`
     writes files.

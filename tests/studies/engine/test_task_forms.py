@@ -194,7 +194,10 @@ def test_old_files_are_what_they_were(tmp_path: Path) -> None:
             "proxy.distil: is only possible for classification with one label per row",
         ),
         ({"task": "causal-lm", "data": {"labels": "tags", "source": "x/y"}}, "data.labels: is only for classification"),
-        ({"task": "causal-lm", "data": {"text_pair": "b", "source": "x/y"}}, "data.text_pair: is only for classification"),
+        (
+            {"task": "causal-lm", "data": {"text_pair": "b", "source": "x/y"}},
+            "data.text_pair: is only for classification",
+        ),
     ],
 )
 def test_what_a_file_can_say_wrong(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:

@@ -249,7 +249,9 @@ def problems(**arguments: Any) -> tuple[str, ...]:
 
 def test_errors_name_the_argument() -> None:
     assert problems(trials=0) == ("trials: must be greater than or equal to 1",)
-    assert problems(trials=3, search={"trials": 3}) == ("trials: is set twice: in `search` and as the argument `trials`",)
+    assert problems(trials=3, search={"trials": 3}) == (
+        "trials: is set twice: in `search` and as the argument `trials`",
+    )
     (text,) = problems(name="no name")
     assert text.startswith("name: ")
     assert problems(objectives=["accuracy", "num_parms"]) == (
