@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from transformers import (
@@ -38,6 +37,8 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.metrics import QUALITIES, MetricError
 from autopeft.search_space.spaces.presets import everywhere
 from autopeft.studies.config.loading import load_study
+from autopeft.testing import check_task
+from autopeft.testing.models import tiny
 
 from ...studies.engine.test_study import run
 from ...support.tiny_models import save, seeded
@@ -46,17 +47,24 @@ from ...support.tiny_study import FORMS, LABELS, PAIR, SEVERAL, save_model, save
 torch.set_num_threads(1)
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-SINGLE_ROW = {"text": "w1 hot w2", "label": "hot"}
-PAIR_ROW = {"premise": "w1 hot w2", "hypothesis": "cold w3", "relation": "hot"}
-SEVERAL_ROW = {"text": "w1 hot cold", "tags": ["hot", "cold"]}
-CAUSAL_ROW = {"prompt": "w1 hot", "completion": " w2"}
-#: The class, its data settings, and a row as a file has it. A task, and each of its variants, has one of these.
-CONFORMANCE: dict[str, tuple[type[Task], dict[str, str], Row]] = {
-    "one label": (Classification, {}, SINGLE_ROW),
-    "pair": (Classification, PAIR, PAIR_ROW),
-    "several labels": (MultiLabel, SEVERAL, SEVERAL_ROW),
-    "pair with several labels": (MultiLabel, {"text_pair": "other", **SEVERAL}, {**SEVERAL_ROW, "other": "w4"}),
-    "causal": (TASKS["causal-lm"], {}, CAUSAL_ROW),
+SINGLE: list[Row] = [{"text": "w1 hot w2", "label": "hot"}, {"text": "w3 w4 cold w5", "label": "cold"}]
+PAIRS: list[Row] = [
+    {"premise": "w1 hot w2", "hypothesis": "cold w3", "relation": "hot"},
+    {"premise": "w4", "hypothesis": "w5", "relation": "warm"},
+]
+TAGGED: list[Row] = [{"text": "w1 hot cold", "tags": ["hot", "cold"]}, {"text": "w2", "tags": []}]
+CAUSAL: list[Row] = [{"prompt": "w1 hot", "completion": " w2"}, {"prompt": "w3", "completion": " w4 w5 w6"}]
+#: The class, its data settings, and rows of a file. Each task and each of its variants has an entry.
+CONFORMANCE: dict[str, tuple[type[Task], dict[str, str], list[Row]]] = {
+    "one label": (Classification, {}, SINGLE),
+    "pair": (Classification, PAIR, PAIRS),
+    "several labels": (MultiLabel, SEVERAL, TAGGED),
+    "pair with several labels": (
+        MultiLabel,
+        {"text_pair": "other", **SEVERAL},
+        [{**row, "other": "w4"} for row in TAGGED],
+    ),
+    "causal": (TASKS["causal-lm"], {}, CAUSAL),
 }
 
 
@@ -69,22 +77,9 @@ def test_a_task_does_what_it_says(case: str, tmp_path: Path) -> None:
     kind, columns, raw = CONFORMANCE[case]
     data = DataConfig(**columns)
     assert TASKS[kind.name].for_data(data) is kind
-    row = kind.row(raw, data)
-    assert TASKS[kind.name].for_rows([row]) is kind
-    assert kind.has_labels == bool(kind.labels_of(row))
     assert kind.has_labels == (kind.problem_type is not None)
-    assert hasattr(transformers, kind.auto_class)
     task = kind(load_processor(str(save_model(tmp_path)), kind.name), 16, LABELS if kind.has_labels else None)
-    examples = task.encode([row, row])
-    batch = task.collate(examples)
-    assert batch["input_ids"].shape == (2, task.length(examples[0]))
-    width = len(task.labels) or 40  # outputs: labels or words
-    logits = torch.randn(2, width) if kind.has_labels else torch.randn(*batch["targets"].shape, width)
-    found = task.score(logits.requires_grad_(), batch["targets"])
-    assert set(found) == kind.columns
-    assert all(len(column) == 2 for column in found.values())
-    assert found["loss"].requires_grad
-    assert not found["accuracy"].requires_grad
+    check_task(task, [kind.row(row, data) for row in raw], tiny("bert" if kind.has_labels else "llama-causal")[0])
 
 
 # Pairs
