@@ -25,8 +25,8 @@ class StudyFile(settings.Section):
     """The settings of one study."""
 
     study: settings.Name = Field(description="name of the study: letters, digits, - and _")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="the same seed gives the same study")
-    task: settings.TaskName = Field(default="classification", description="what is learnt")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="random seed; the same seed gives the same study")
+    task: settings.TaskName = Field(default="classification", description="learning task")
     model: settings.ModelSettings = settings.ModelSettings()
     data: settings.DataSettings = settings.DataSettings()
     space: settings.SpaceSettings = settings.SpaceSettings()
@@ -37,7 +37,7 @@ class StudyFile(settings.Section):
     )
     metrics: dict[settings.Name, str] | None = Field(
         default=None,
-        description="metrics of your own by name: the module:function that computes each, the module beside this file",
+        description="your own metrics by name, each a module:function in a module next to this file",
     )
     constraints: settings.ConstraintSettings = settings.ConstraintSettings()
     search: settings.SearchSettings = settings.SearchSettings()

@@ -58,7 +58,7 @@ DECLARED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown role": ({"space": lora(at=["attn.qq"], rank=[1, 2])}, ("'attn.qq'", "did you mean 'attn.q'")),
     "a site that the model does not have": (
         {"space": lora(at=["mlp.gate"], rank=[1, 2])},
-        ("no site 'mlp.gate'", "mlp.up"),
+        ("no site with role 'mlp.gate'", "mlp.up"),
     ),
     "rank 0 everywhere": ({"space": lora(rank=[0])}, ("0 is the only size",)),
     "rank 0": ({"space": lora(rank=0)}, ("0 is the only size",)),

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.tasks import model_inputs
 from autopeft.evaluators.tasks.classification import Classification, MultiLabel
+from autopeft.search_space.problem import Role
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.loading import load_study
@@ -59,7 +60,7 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def exported(ended: tuple[str, StudyFile, Snapshot], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exports of the LoRA baseline, in a folder for each format."""
     _, settings, snapshot = ended
-    number = next(trial.number for trial in snapshot.trials if trial.role == "baseline:lora-r8-qv")
+    number = next(trial.number for trial in snapshot.trials if trial.role == Role("baseline", "lora-r8-qv"))
     folder = tmp_path_factory.mktemp("exported")
     for target in ("native", "peft", "merged", "trl-script"):
         words = ["export", str(settings.path), "--to", target, "--out", str(folder / target)]

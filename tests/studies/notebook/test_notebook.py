@@ -269,7 +269,7 @@ def test_errors_name_the_argument() -> None:
     (text,) = problems(data={"train": [{"text": "a", "label": "b"}]})
     assert text == "data.validation: is missing: candidates are compared on these rows"
     (text,) = problems(data={"train": [1], "validation": [{"text": "a", "label": "b"}]})
-    assert text.startswith("data.train.0: must be a row")
+    assert text.startswith("data.train.0: must be a mapping")
     assert problems(seed=object())[0].startswith("seed: cannot be written to a study file: <object")
 
 

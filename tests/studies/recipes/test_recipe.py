@@ -148,7 +148,7 @@ def test_all_problems_come_at_once(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     newer = f"schema_version: {SCHEMA_VERSION + 1}\nunheard_of: 1"
     path = edited(recipe, tmp_path / "recipe.yaml", f"schema_version: {SCHEMA_VERSION}", newer)
-    with pytest.raises(RecipeError, match="newer than this autopeft reads") as caught:
+    with pytest.raises(RecipeError, match="newer than this autopeft supports") as caught:
         Recipe.load(path)
     assert "unheard_of" not in str(caught.value)
 
