@@ -1,6 +1,6 @@
-"""The public interface: the names that a notebook needs, each imported when it is first used.
+"""The public interface: names for notebooks, each imported at its first use.
 
-The packages are beside this folder in a checkout, and inside it in an installed wheel.
+The packages are next to this folder in a checkout, and inside it in an installed wheel.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 
 _HERE = os.path.dirname(os.path.realpath(__file__))
 if not os.path.isdir(os.path.join(_HERE, "studies")):
-    # The finder of an editable install finds every listed package except the namespace package `kernels`.
+    # The finder of an editable install finds every listed package but not the namespace package `kernels`.
     __path__.append(os.path.dirname(_HERE))
 
 

@@ -26,7 +26,7 @@ from autopeft.searchers.scored.ranking import LEAST_RANKED, PICKED, RankCorrelat
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.settings import ProxySettings
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.engine.proxy_scores import architectures_only, prepared, score_key
+from autopeft.studies.engine.proxy_scores import architectures_only, build_proxy, score_key
 from autopeft.studies.reports.markdown import table
 from autopeft.studies.storage import json_lines
 
@@ -133,7 +133,7 @@ def score(
     architectures = list(dict.fromkeys(reference.candidate.architecture for reference in found))
     begin = time.perf_counter()
     with memory_errors():
-        proxy = prepared(settings, inner, evaluator, None, lambda name, done, total: None)
+        proxy = build_proxy(settings, inner, evaluator, None, lambda name, done, total: None)
         ready = time.perf_counter()
         scores = proxy.scores(architectures)
     return ArmScores(

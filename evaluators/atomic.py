@@ -15,10 +15,10 @@ from uuid import uuid4
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file name beside `path`; rename that file to `path` when the block ends.
 
-    A reader sees the old file or the new one, never a part; of concurrent writers, the last to finish wins. After an
-    exception in the block, KeyboardInterrupt included, `path` is as it was and the temporary file is removed. As with
-    `open(path, "w")`, a link is followed and permissions come from the existing file or else from the umask. The data
-    is not forced to the disk: a loss of power can leave a damaged file.
+    A reader sees the old file or the new one, never a part; among concurrent writers, the last to finish wins. After
+    an exception in the block, including KeyboardInterrupt, `path` is unchanged and the temporary file is removed. As
+    with `open(path, "w")`, links are followed, and permissions come from the existing file or else from the umask. The
+    data is not flushed to the disk: a power failure can leave a damaged file.
     """
     target = Path(os.path.realpath(path))
     temporary = _beside(target)
@@ -26,7 +26,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.touch()
         mode = (target if target.exists() else temporary).stat().st_mode
         yield temporary
-        temporary.chmod(S_IMODE(mode))  # safetensors makes files that only their owner can read
+        temporary.chmod(S_IMODE(mode))  # safetensors creates files that only their owner can read
         os.replace(temporary, target)
     except OSError as error:
         if error.filename == str(temporary):
@@ -44,10 +44,10 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; put it in the place of `folder` when the block ends.
+    """Yield an empty temporary folder beside `folder`; replace `folder` by it when the block ends.
 
-    After an exception `folder` is as it was and the temporary folder is removed. Between two renames there is a moment
-    without `folder`, because a rename cannot replace a folder that has files.
+    After an exception, `folder` is unchanged and the temporary folder is removed. Between two renames, `folder` does
+    not exist for a moment, because a rename cannot replace a folder that contains files.
     """
     temporary = _beside(folder)
     temporary.mkdir()
@@ -69,5 +69,5 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    # In the same folder, so in the same file system; hidden, so that no pattern for results matches it.
+    # The same folder is the same file system; a hidden name matches no pattern for results.
     return path.with_name(f".{path.name}.{uuid4().hex}")

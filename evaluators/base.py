@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One candidate to evaluate. `test`: also score the test split. `keep_weights`: return the trained tensors."""
+    """A candidate to evaluate. `test`: also score the test split. `keep_weights`: return the trained tensors."""
 
     candidate: Candidate
     seed: int = 0
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A measurement, or why there is none: training failed, or the candidate is infeasible on this machine."""
+    """A measurement, or the reason for its absence: a failed training, or an infeasible candidate on this machine."""
 
     measurement: Measurement | None = None
     failure: Literal["failed", "infeasible"] | None = None
@@ -43,7 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Costs of a candidate by metric name, and the spread (interquartile range) of the measured ones."""
+    """Costs of a candidate by metric name, and the interquartile range (`spread`) of the measured ones."""
 
     values: Mapping[str, float]
     spread: Mapping[str, float] = field(default_factory=dict)
@@ -55,37 +55,37 @@ class OutOfMemoryError(RuntimeError):
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn every exception by which torch reports a lack of memory into OutOfMemoryError."""
+    """Turn every out-of-memory exception of torch into OutOfMemoryError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"out of memory: {str(error).split(chr(10))[0]}") from error
     except RuntimeError as error:
-        # Neither torch's CPU allocator nor CUDA's libraries have an exception class of their own.
+        # Neither torch's CPU allocator nor CUDA's libraries have exception classes of their own.
         if not any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")):
             raise
         raise OutOfMemoryError(f"out of memory: {str(error).split(chr(10))[0]}") from error
 
 
-#: Called with the steps done and the total steps, summed over the requests.
+#: Called with the number of completed steps and of all steps, summed over the requests.
 Progress = Callable[[int, int], None]
 #: Called with the index of a request and its outcome.
 OnOutcome = Callable[[int, Outcome], None]
-#: Called at a rung with its share of the steps and, for every candidate that reached it, the index of its request and
+#: Called at a rung with its share of the steps and, for each candidate that reached it, the index of its request and
 #: its held-out metrics by name; returns the indices of the requests that continue.
 Select = Callable[[float, Sequence[tuple[int, Mapping[str, float]]]], Collection[int]]
 
 
 class Evaluator(ABC):
-    """Measures candidates. It knows architectures and data, but no search strategy."""
+    """Measures candidates. An evaluator depends on architectures and data, and not on the search strategy."""
 
     name: str
 
     @abstractmethod
     def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
-        """Return the costs of an untrained candidate: the declared metrics, and the measured ones named in `measured`.
+        """Return the costs of an untrained candidate: the declared metrics and the measured metrics in `measured`.
 
-        Raises OutOfMemoryError if there is too little memory to measure.
+        Raises OutOfMemoryError if the measurement does not fit into the memory.
         """
 
     @abstractmethod
@@ -103,8 +103,8 @@ class Evaluator(ABC):
     ) -> list[Outcome]:
         """Return one outcome per request, in order. A candidate that fails is an outcome, not an exception.
 
-        With `select`, all requests have the same fidelity, and a candidate that it drops at a rung stops there: its
-        measurement has the share and values of that rung. `ended` is called as soon as an outcome is final.
+        With `select`, all requests must have the same fidelity. A candidate that `select` drops at a rung stops there,
+        and its measurement has the share and values of that rung. `ended` is called as soon as an outcome is final.
         """
 
 

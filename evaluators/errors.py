@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded, with the reason in words."""
+    """A model that cannot be loaded; the message says why."""
 
 
 class DataError(ValueError):
-    """Everything wrong with the data, one line each."""
+    """All problems with the data, one line each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)

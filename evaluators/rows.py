@@ -1,4 +1,4 @@
-"""Rows of a data set: where they are, what their columns are called, and how one field is read and checked."""
+"""Rows of a data set: their source, the names of their columns, and the reading and checking of single fields."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataSettings:
-    """Where the rows are and what their fields are called.
+class DataConfig:
+    """The source of the rows and the names of their fields.
 
-    `source`: "embedded", "embedded-domains", "files" or a data set of the hub.
-    `train`, `validation`, `test`: files (JSONL, CSV, Parquet; relative to `folder`), or names of the hub's splits.
-    `text_pair`: the field of a second text that is read together with the first, if there is one.
-    `labels`: the field of a list of labels, in place of `label`; it makes the rows multi-label. A setting and not a
-    guess by the rows: a single row that holds a list by mistake must be an error and not another loss.
-    `domain`: the field that says which data set or task a row comes from, if the rows are of several.
-    `max_train_rows`: train on so many rows, drawn at random (the same ones every time) with every label and every
-    domain among them.
+    `source`: "embedded", "embedded-domains", "files" or the id of a hub data set.
+    `train`, `validation`, `test`: files (JSONL, CSV, Parquet; relative to `folder`) or split names on the hub.
+    `text_pair`: the field of a second text that is read together with the first, or None.
+    `labels`: the field of a list of labels, in place of `label`; it makes the rows multi-label. This is a setting and
+    not inferred from the rows, because a list in a single row by mistake must raise an error and not change the loss.
+    `domain`: the field with the data set or task of a row, for rows from several.
+    `max_train_rows`: the size of a random training subset, which is always the same and includes every label and every
+    domain.
     """
 
     source: str = EMBEDDED
@@ -48,24 +48,24 @@ class DataSettings:
 
     @property
     def domain_field(self) -> str | None:
-        """`domain`, or the one that the embedded data with domains has of its own."""
+        """`domain`, or the domain field of the embedded data with domains."""
         return self.domain or ("domain" if self.source == EMBEDDED_DOMAINS else None)
 
 
 def field_names(row: Row) -> str:
-    """Return the names of a row's fields, as a message lists them."""
+    """Return the names of a row's fields as a text for messages."""
     return ", ".join(map(repr, row)) or "none"
 
 
 def value_of(row: Row, name: str) -> Any:
-    """Return the value of a field. Raises ValueError where the row has none."""
+    """Return the value of a field. Raises ValueError if the row lacks the field."""
     if name not in row:
         raise ValueError(f"no field {name!r}; this row has {field_names(row)}")
     return row[name]
 
 
 def text_of(row: Row, name: str) -> str:
-    """Return the text in a field. Raises ValueError for anything else, and for blanks."""
+    """Return the text in a field. Raises ValueError for other types and for blank texts."""
     value = value_of(row, name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"field {name!r} is not a text: {value!r:.40}")
@@ -73,7 +73,7 @@ def text_of(row: Row, name: str) -> str:
 
 
 def name_of(row: Row, name: str, what: str) -> str:
-    """Return the name of a label or a domain (`what`) in a field. Raises ValueError."""
+    """Return the name of a label or domain in a field. `what` names its kind in errors. Raises ValueError."""
     found = _as_name(value := value_of(row, name))
     if found is None:
         raise ValueError(f"field {name!r} is not a {what}: {value!r:.40}")
@@ -81,7 +81,7 @@ def name_of(row: Row, name: str, what: str) -> str:
 
 
 def names_of(row: Row, name: str, what: str) -> list[str]:
-    """Return the names in the list of a field, each once; the list may be empty. Raises ValueError."""
+    """Return the distinct names in the list of a field, which may be empty. Raises ValueError."""
     values = value_of(row, name)
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"field {name!r} is not a list of {what}s: {values!r:.40}")
@@ -92,9 +92,10 @@ def names_of(row: Row, name: str, what: str) -> list[str]:
 
 
 def named_classes(feature: Any, value: Any) -> Any:
-    """Return a value by the names of its classes, where `feature`, a column's type in `datasets`, numbers classes.
+    """Replace class numbers by class names if `feature`, a column's type in `datasets`, numbers its classes.
 
-    A number becomes a name or, if it is -1 ("not given"), None; a list of numbers a list of names. Other values stay.
+    A number becomes a name, or None if it is -1 (missing); a list of numbers becomes a list of names. Other values are
+    returned unchanged.
     """
     if hasattr(feature, "int2str"):
         return None if value in (None, -1) else feature.int2str(value)
@@ -107,5 +108,5 @@ def named_classes(feature: Any, value: Any) -> Any:
 def _as_name(value: Any) -> str | None:
     if not isinstance(value, (str, int, float)) or value != value or not str(value).strip():
         return None
-    # A column of whole numbers becomes one of floats where a value is missing.
+    # A column of whole numbers becomes a column of floats if a value is missing.
     return str(int(value) if isinstance(value, float) and math.isfinite(value) and value == int(value) else value)

@@ -1,11 +1,11 @@
-"""Checks for plug-ins: of adapters, metrics, tasks, searchers and exporters, by the suites of autopeft's own tests.
+"""Checks for plug-ins of adapters, metrics, tasks, searchers and exporters, which autopeft's own tests use too.
 
     from autopeft.testing import check_adapter
 
     def test_my_adapter():
         check_adapter(MyAdapter(rank=2), MyAdapter(rank=5))
 
-Each raises AssertionError, which says what is wrong.
+Each check raises AssertionError with a message about the claim that fails.
 """
 
 from __future__ import annotations

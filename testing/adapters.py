@@ -1,4 +1,4 @@
-"""Checks of an adapter type: its declared numbers, its start, its merging, its slots, and that it leaves no trace."""
+"""Checks of an adapter type: declared costs, initial values, merging, slots in a pack, and complete removal."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from autopeft.testing.models import tiny, tokens
 
 #: Families of `models.FAMILIES`: an encoder, a decoder with shared key heads, and one with fused projections.
 FAMILIES = ("bert", "llama-causal", "gpt2")
-Check = Callable[[AdapterSpec, str, Sequence[str]], None]
+AdapterCheck = Callable[[AdapterSpec, str, Sequence[str]], None]
 
 
 def check_adapter(*specs: AdapterSpec, roles: Sequence[str] = (), families: Sequence[str] = FAMILIES) -> None:
-    """Check an adapter type with these settings, of different sizes where the type has a size.
+    """Check an adapter type with these settings, which should have different sizes if the type has a size.
 
-    `roles`: where the checks place it (default: the type's own). Raises AssertionError, which names the first check
-    that fails, the settings and the family of the backbone.
+    `roles`: roles of the sites in the checks (default: the type's own). Raises AssertionError, which names the first
+    check that fails, the settings and the family of the backbone.
     """
     kinds = sorted({spec.kind for spec in specs})
-    assert len(kinds) == 1, f"settings of one adapter type, got {kinds}"
+    assert len(kinds) == 1, f"all settings must be of one adapter type, got {kinds}"
     fitting = [family for family in families if placed(specs[0], tiny(family)[1], roles)]
     assert fitting, f"{kinds[0]} fits no site of {', '.join(families)} with the roles {roles or specs[0].default_roles}"
     for family in fitting:
@@ -44,7 +44,7 @@ def check_adapter(*specs: AdapterSpec, roles: Sequence[str] = (), families: Sequ
 
 
 def starts_as_the_identity(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) -> None:
-    """Check that the logits are those of the bare model before training, where the type claims it."""
+    """Check that the untrained adapter does not change the logits, if the type declares it."""
     if not spec.identity_at_start:
         return
     model, backbone = tiny(family)
@@ -61,7 +61,7 @@ def starts_as_the_identity(spec: AdapterSpec, family: str, roles: Sequence[str] 
 
 
 def trained_values_change_the_output(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) -> None:
-    """Check that the adapter acts once its values are not those of the start."""
+    """Check that the adapter has an effect after its values have changed."""
     model, backbone = tiny(family)
     before = model(tokens()).logits
     with Attachment(model, backbone, [placed(spec, backbone, roles)], [1], pretrained_head=True) as attachment:
@@ -73,7 +73,7 @@ def trained_values_change_the_output(spec: AdapterSpec, family: str, roles: Sequ
 
 
 def parameters_are_the_formula(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) -> None:
-    """Check `num_params` against the parameters that an optimiser gets."""
+    """Check that `num_params` equals the number of parameters that an optimiser gets."""
     model, backbone = tiny(family)
     architecture = placed(spec, backbone, roles)
     with Attachment(model, backbone, [architecture], [1]) as attachment:
@@ -82,11 +82,11 @@ def parameters_are_the_formula(spec: AdapterSpec, family: str, roles: Sequence[s
 
 
 def flops_are_the_formula(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) -> None:
-    """Check `flops_per_token` against torch's counter: the slope over tokens, without work per step and example."""
+    """Check that `flops_per_token` equals the slope of torch's FLOP counter over the number of tokens."""
     if family == "gpt2" or isinstance(spec, Mixture):
-        return  # the counter does not know Conv1D; experts to which a token is not sent may run, too
+        return  # the counter ignores Conv1D, and experts may run for tokens that are not routed to them
     model, backbone = tiny(family)
-    model.set_attn_implementation("eager")  # type: ignore[operator]  # the counter does not know the fused attention
+    model.set_attn_implementation("eager")  # type: ignore[operator]  # the counter ignores the fused attention
     architecture = placed(spec, backbone, roles)
 
     def count(length: int) -> int:
@@ -98,14 +98,14 @@ def flops_are_the_formula(spec: AdapterSpec, family: str, roles: Sequence[str] =
     bare = count(9) - count(5)
     with Attachment(model, backbone, [architecture], [1]) as attachment:
         attachment.eval()
-        model(tokens(2, 5))  # imports the kernels: a counter knows the formulas that were registered before it
+        model(tokens(2, 5))  # imports the kernels, because a counter uses only formulas that were registered before it
         added = count(9) - count(5) - bare
     declared, found = architecture.flops_per_token(backbone), added / (2 * (9 - 5))
     assert declared == found, f"flops_per_token says {declared}, and {found:g} are counted"
 
 
 def merged_is_unmerged(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) -> None:
-    """Check that merged weights give the same logits, where the type is mergeable, and that they can be restored."""
+    """Check for a mergeable type that merged weights give the same logits and can be restored."""
     if not spec.mergeable:
         return
     model, backbone = tiny(family)
@@ -117,11 +117,11 @@ def merged_is_unmerged(spec: AdapterSpec, family: str, roles: Sequence[str] = ()
         with attachment.merged(), attachment.bare():
             torch.testing.assert_close(model(tokens()).logits, apart, atol=1e-5, rtol=1e-5)
         assert_same(model.state_dict(), weights, atol=0, rtol=0)
-        assert torch.equal(model(tokens()).logits, apart), "merging and its undoing change the logits"
+        assert torch.equal(model(tokens()).logits, apart), "merging and restoring change the logits"
 
 
 def detaching_restores_the_model(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) -> None:
-    """Check that weights, flags, gradients, hooks, modes and logits are as before the attachment."""
+    """Check that detaching restores weights, flags, gradients, hooks, modes and logits."""
     for was_training in (False, True):
         model, backbone = tiny(family)
         next(model.parameters()).requires_grad_(False)
@@ -134,16 +134,16 @@ def detaching_restores_the_model(spec: AdapterSpec, family: str, roles: Sequence
             attachment.load_state(noisy(attachment))
             model(tokens()).logits.square().sum().backward()
         assert_same(model.state_dict(), weights, atol=0, rtol=0)
-        assert [p.requires_grad for p in model.parameters()] == flags, "requires_grad is another"
+        assert [p.requires_grad for p in model.parameters()] == flags, "requires_grad has changed"
         assert all(p.grad is None for p in model.parameters()), "the backbone has gradients"
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "hooks are left"
-        assert {m.training for m in model.modules()} == {was_training}, "the training mode is another"
+        assert {m.training for m in model.modules()} == {was_training}, "the training mode has changed"
         assert model.config._attn_implementation == implementation  # type: ignore[union-attr]
-        assert torch.equal(model.eval()(tokens()).logits, logits), "the logits are others"
+        assert torch.equal(model.eval()(tokens()).logits, logits), "the logits have changed"
 
 
 def state_round_trip(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) -> None:
-    """Check that trained tensors give the same logits in another attachment, and that none may be missing."""
+    """Check that the trained tensors give the same logits in another attachment, and that all are required."""
     model, backbone = tiny(family)
     architecture = placed(spec, backbone, roles)
     with Attachment(model, backbone, [architecture], [1]) as attachment:
@@ -154,7 +154,7 @@ def state_round_trip(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) 
         attachment.load_state(state)
         attachment.eval()
         assert_same(attachment.state(), state, atol=0, rtol=0)
-        assert torch.equal(model(tokens()).logits, logits), "the logits hang on more than the state"
+        assert torch.equal(model(tokens()).logits, logits), "the logits depend on more than the state"
         try:
             attachment.load_state({})
         except KeyError:
@@ -163,12 +163,12 @@ def state_round_trip(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) 
 
 
 def dictionary_round_trip(spec: AdapterSpec, family: str = "", roles: Sequence[str] = ()) -> None:
-    """Check that ledgers and recipes give the settings back."""
-    assert spec.kind in (*ADAPTERS, Mixture.kind), f"{spec.kind!r} is no registered adapter: install its entry point"
-    assert spec_from_dict(spec.to_dict()) == spec, "to_dict and spec_from_dict give another setting"
+    """Check that the settings survive a round trip through their dictionary, as in ledgers and recipes."""
+    assert spec.kind in (*ADAPTERS, Mixture.kind), f"{spec.kind!r} is not a registered adapter: install its entry point"
+    assert spec_from_dict(spec.to_dict()) == spec, "spec_from_dict of to_dict differs from the settings"
 
 
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[AdapterCheck, ...] = (
     dictionary_round_trip,
     parameters_are_the_formula,
     starts_as_the_identity,
@@ -181,18 +181,18 @@ CHECKS: tuple[Check, ...] = (
 
 
 def slots_in_a_pack(specs: Sequence[AdapterSpec], family: str, roles: Sequence[str] = ()) -> None:
-    """Check that each candidate of a pack, of all sizes and at fewer sites too, is what it is alone."""
+    """Check that each candidate of a pack, with all sizes and numbers of sites, equals the candidate alone."""
     model, backbone = tiny(family)
     sites = sites_of(specs[0], backbone, roles)
     if any(site.role == "backbone" for site in sites):
-        return  # a candidate that trains the backbone itself is alone in its pack
+        return  # a candidate that trains the backbone itself has a pack of its own
     whole = [placed(spec, backbone, roles) for spec in specs]
     half = Architecture.of({site.name: [specs[0]] for site in sites[::2]})
     assert_slots_equal_alone(model, backbone, [*whole, half, Architecture(), whole[0]])
 
 
 def assert_slots_equal_alone(model: nn.Module, backbone: Backbone, architectures: Sequence[Architecture]) -> None:
-    """Check outputs and gradients of every slot of a pack, dropout on, against each candidate alone."""
+    """Check that outputs and gradients of every slot of a pack, with dropout, equal those of each candidate alone."""
     seeds, inputs = [10 + k for k in range(len(architectures))], tokens()
     alone = []
     for seed, architecture in zip(seeds, architectures, strict=True):
@@ -218,7 +218,7 @@ def assert_slots_equal_alone(model: nn.Module, backbone: Backbone, architectures
 
 
 def sites_of(spec: AdapterSpec, backbone: Backbone, roles: Sequence[str] = ()) -> list[Site]:
-    """Return the sites of `roles` (default: the type's own) that the type fits."""
+    """Return the sites of `roles` (default: the type's own) that suit the type."""
     wanted = roles or spec.default_roles
     return [site for site in backbone.sites if site.role in wanted and spec.fits(site)]
 
@@ -229,7 +229,7 @@ def placed(spec: AdapterSpec, backbone: Backbone, roles: Sequence[str] = ()) -> 
 
 
 def noisy(attachment: Attachment, k: int = 0, seed: int = 0) -> dict[str, Tensor]:
-    """Return the trained tensors of slot k, away from their special values at the start; indices as they are."""
+    """Return the trained tensors of slot k with noise, so that none has a special value; indices are unchanged."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: v + 0.1 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
@@ -238,7 +238,7 @@ def noisy(attachment: Attachment, k: int = 0, seed: int = 0) -> dict[str, Tensor
 
 
 def gradients(attachment: Attachment, k: int = 0) -> dict[str, Tensor]:
-    """Return the gradients of slot k, named as its state. Overwrites the trained tensors."""
+    """Return the gradients of slot k by the names of its state. Overwrites the trained tensors."""
     with torch.no_grad():
         for parameter, _ in attachment.trainable():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -246,7 +246,7 @@ def gradients(attachment: Attachment, k: int = 0) -> dict[str, Tensor]:
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, atol: float, rtol: float) -> None:
-    """Check two mappings of tensors by name."""
+    """Check that two mappings of tensors are equal within the tolerances."""
     assert ours.keys() == theirs.keys(), f"names differ: {sorted(ours.keys() ^ theirs.keys())}"
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=rtol, msg=lambda m: f"{name}: {m}")  # noqa: B023

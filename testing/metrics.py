@@ -1,4 +1,4 @@
-"""Checks of a metric of quality: its value, its contributions and their standard error."""
+"""Checks of a quality metric: its value, its contributions and their standard error."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ import numpy as np
 from autopeft.search_space.metrics import Columns, OverSet, Quality
 from autopeft.search_space.metrics.base import PREDICTION, TARGET, standard_error
 
-#: Targets and predictions of sets at the edge: all right, all wrong, one class alone, classes that never meet.
-EDGES: Mapping[str, tuple[list[int], list[int]]] = {
+#: Targets and predictions of degenerate sets.
+DEGENERATE: Mapping[str, tuple[list[int], list[int]]] = {
     "all correct": ([0, 1, 2, 1], [0, 1, 2, 1]),
-    "all wrong": ([0, 1, 0], [1, 0, 1]),
-    "one class": ([1, 1, 1], [1, 1, 1]),
-    "one prediction": ([0, 1, 2], [1, 1, 1]),
-    "classes that never meet": ([0, 0, 1], [2, 3, 3]),
+    "all wrong": ([0, 0, 1, 1], [1, 1, 0, 0]),
+    "one class": ([3, 3, 3], [3, 3, 3]),
+    "one target class": ([1, 1, 1, 1], [1, 0, 1, 2]),
+    "one predicted class": ([0, 1, 2, 1], [2, 2, 2, 2]),
+    "a class is never predicted": ([0, 1, 2, 2, 1, 0], [0, 1, 1, 0, 1, 0]),
+    "a class is only predicted": ([0, 1, 1, 0], [0, 1, 2, 2]),
+    "disjoint classes": ([0, 0, 1], [2, 3, 3]),
 }
 
 
 def check_metric(metric: Quality) -> None:
     """Check the values of a metric and the contributions that its errors come from.
 
-    It is a finite number within its bound for every set, the mean of its contributions, and does not depend on the
-    order of the examples; the standard error of a metric over a set is the jackknife's.
-    Raises AssertionError, which names the first claim that fails.
+    The value of every set is finite, within the metric's bound, the mean of the contributions, and independent of the
+    order of the examples. The standard error of a metric over a set is that of the jackknife. Raises AssertionError,
+    which names the first claim that fails.
     """
     assert metric.name, "a metric needs a name"
     assert metric.summary, f"{metric.name}: a metric needs a summary"
-    sets = {name: np.array(pair) for name, pair in EDGES.items()}
+    sets = {name: np.array(pair) for name, pair in DEGENERATE.items()}
     rng = np.random.default_rng(0)
-    for count in (20, 60):
-        targets = rng.integers(3, size=count)
-        sets[f"{count} draws"] = np.array([targets, np.where(rng.random(count) < 0.6, targets, rng.integers(3))])
+    for count in (2, 5, 20, 60):
+        for num_classes in (2, 3, 5):
+            targets, guesses = rng.integers(num_classes, size=(2, count))
+            drawn = np.array([targets, np.where(rng.random(count) < 0.5, targets, guesses)])
+            sets[f"{count} examples of {num_classes} classes"] = drawn
     for name, (targets, predictions) in sets.items():
         words = f"{metric.name}, {name}"
         columns = _columns(metric, targets, predictions)
@@ -42,34 +47,38 @@ def check_metric(metric: Quality) -> None:
         if metric.bound is not None:
             beyond = value - metric.bound if metric.maximise else metric.bound - value
             assert beyond <= 1e-12, f"{words}: {value} lies beyond the bound {metric.bound}"
-        assert found.shape == targets.shape, f"{words}: {found.size} contributions of {targets.size} examples"
-        assert math.isclose(found.mean(), value, abs_tol=1e-9), f"{words}: the mean of the contributions is not {value}"
+        assert found.shape == targets.shape, f"{words}: {found.size} contributions for {targets.size} examples"
+        assert math.isclose(found.mean(), value, abs_tol=1e-12), (
+            f"{words}: the mean of the contributions is not {value}"
+        )
         order = rng.permutation(len(targets))
         shuffled = metric.value(_columns(metric, targets[order], predictions[order]))
-        assert math.isclose(shuffled, value, abs_tol=1e-9), f"{words}: the order of the examples matters"
+        assert math.isclose(shuffled, value, abs_tol=1e-12), f"{words}: the order of the examples matters"
         if isinstance(metric, OverSet):
             expected = _jackknife(metric, targets, predictions)
             error = standard_error(found.tolist())
-            assert math.isclose(error, expected, abs_tol=1e-9), (
+            assert math.isclose(error, expected, abs_tol=1e-12), (
                 f"{words}: the standard error is {error}, the jackknife's {expected}"
             )
     one = _columns(metric, np.array([1]), np.array([0]))
-    assert list(metric.contributions(one)) == [metric.value(one)], f"{metric.name}: one example is its own contribution"
+    assert list(metric.contributions(one)) == [metric.value(one)], (
+        f"{metric.name}: the contribution of a single example is not the value"
+    )
 
 
 def _columns(metric: Quality, targets: np.ndarray, predictions: np.ndarray) -> Columns:
-    """Return columns of a classification task, and one of the metric's own name with hits."""
+    """Return columns of a classification task, and a column of hits under the metric's own name."""
     columns = {
         TARGET: targets.astype(float).tolist(),
         PREDICTION: predictions.astype(float).tolist(),
         metric.name: (targets == predictions).astype(float).tolist(),
     }
-    assert metric.computable(columns), f"{metric.name}: it is not computable from {', '.join(columns)}"
+    assert metric.computable(columns), f"{metric.name}: it cannot be computed from {', '.join(columns)}"
     return columns
 
 
 def _jackknife(metric: OverSet, targets: np.ndarray, predictions: np.ndarray) -> float:
-    """Compute the jackknife's standard error (Efron and Stein 1981), with one example left out after the other."""
+    """Compute the jackknife's standard error (Efron and Stein 1981) by leaving out each example in turn."""
     n = len(targets)
     without = np.array([metric.of(np.delete(targets, i), np.delete(predictions, i)) for i in range(n)])
     return float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))

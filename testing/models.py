@@ -1,4 +1,4 @@
-"""Tiny random backbones of several families, on which the checks run in seconds on a CPU."""
+"""Tiny random backbones of several families for fast checks on a CPU."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def _bert() -> nn.Module:
 
 
 def _llama_config() -> LlamaConfig:
-    # Two query heads share one key head, so that the widths of q and k differ.
+    # Two query heads share a key head, so that the widths of q and k differ.
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 40, **heads}
     return LlamaConfig(**shape, vocab_size=VOCABULARY, num_labels=3, pad_token_id=0)
 
 
 def _gemma() -> nn.Module:
-    # Its norms store their scale minus one.
+    # Gemma's norms store their scale minus one.
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 40, **heads}
     model: nn.Module = GemmaForCausalLM(GemmaConfig(**shape, vocab_size=VOCABULARY, pad_token_id=0))

@@ -1,4 +1,4 @@
-"""Checks of a searcher: it stays in the space, replays from the trials and the seed, and bears trials that failed."""
+"""Checks of a searcher: points inside the space, replay from trials and seed, and robustness to failed trials."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def check_searcher(name: str, space: SearchSpace | None = None, num_trials: int 
 
     Raises AssertionError, which names the first check that fails.
     """
-    assert name in SEARCHERS, f"{name!r} is no registered searcher: install its entry point"
+    assert name in SEARCHERS, f"{name!r} is not a registered searcher: install its entry point"
     kind = SEARCHERS[name]
-    assert kind.name == name, f"its name is {kind.name!r}"
-    assert kind.summary, "it has no summary"
+    assert kind.name == name, f"its attribute name is {kind.name!r}, but it is registered as {name!r}"
+    assert kind.summary, "a searcher needs a summary"
     for check in CHECKS:
         try:
             check(kind, space or mixed_space(), num_trials)
@@ -36,7 +36,7 @@ def check_searcher(name: str, space: SearchSpace | None = None, num_trials: int 
 
 
 def suggestions_are_contained(kind: type[Searcher], space: SearchSpace, num_trials: int) -> None:
-    """Check, with one to four objectives, that suggestions lie in the space and do not repeat each other too often."""
+    """Check for one to four objectives that suggestions lie in the space and rarely repeat each other."""
     for num_objectives in range(1, len(OBJECTIVES) + 1):
         trials = run(kind(problem_of(space, num_objectives, num_trials), 0), num_trials)
         assert len({t.candidate.key for t in trials}) > num_trials / 2, (
@@ -45,33 +45,33 @@ def suggestions_are_contained(kind: type[Searcher], space: SearchSpace, num_tria
 
 
 def directions_can_be_mixed(kind: type[Searcher], space: SearchSpace, num_trials: int) -> None:
-    """Check objectives against their usual direction, one with a bound."""
+    """Check a search with objectives against their usual direction, one of them with a bound."""
     objectives = (Objective.of("accuracy", maximise=False, bound=0.95), Objective.of("num_params", maximise=True))
     problem = Problem(space=space, objectives=objectives, num_trials=num_trials)
     assert len(run(kind(problem, 0), num_trials)) == num_trials
 
 
 def trials_and_seed_alone_decide(kind: type[Searcher], space: SearchSpace, num_trials: int) -> None:
-    """Check that what comes next depends on the trials and the seed alone, also after the ledger and in a new object.
+    """Check that the next suggestion depends only on trials and seed, also for a new object and stored trials.
 
-    A study that was interrupted then goes on as if it had not been.
+    A study that was interrupted then continues as without the interruption.
     """
     problem = problem_of(space, num_trials=num_trials)
     searcher = kind(problem, 7)
     trials = run(searcher, num_trials)
     for length in (0, 1, 3, num_trials // 2 - 1, num_trials - 1):
         fresh = kind(problem, 7)
-        for known in (trials, stored(trials)):
-            for asked in (fresh, searcher):
-                asked.update(known[:length])
-                (suggestion,) = asked.suggest()
+        for given in (trials, stored(trials)):
+            for tested in (fresh, searcher):
+                tested.update(given[:length])
+                (suggestion,) = tested.suggest()
                 assert exact([suggestion]) == exact([trials[length]]), f"another suggestion after {length} trials"
                 assert dict(suggestion.state) == dict(trials[length].searcher_state), f"another state after {length}"
-    assert exact(run(kind(problem, 8), 5)) != exact(trials[:5]), "another seed has the same suggestions"
+    assert exact(run(kind(problem, 8), 5)) != exact(trials[:5]), "another seed gives the same suggestions"
 
 
 def a_batch_is_one_by_one_with_pending_trials(kind: type[Searcher], space: SearchSpace, num_trials: int) -> None:
-    """Check that a batch holds what single suggestions give that know those before them as pending."""
+    """Check that a batch equals single suggestions, each with the earlier ones as pending trials."""
     problem = problem_of(space, num_trials=num_trials)
     searcher = kind(problem, 3)
     trials = run(searcher, num_trials // 2 + 2)
@@ -83,14 +83,14 @@ def a_batch_is_one_by_one_with_pending_trials(kind: type[Searcher], space: Searc
         again = kind(problem, 3)
         again.update(trials, stored(pending))
         (alone,) = again.suggest()
-        assert exact([alone]) == exact([suggestion]), "one by one, another suggestion"
+        assert exact([alone]) == exact([suggestion]), "single suggestions differ from the batch"
         fields: dict[str, Any] = {"state": "running", "measurement": None, "violation": 0.0}
         pending.append(ended(problem, len(trials) + len(pending), alone.genes, alone.state, **fields))
-    assert len(set(exact(batch))) >= 3, "points of a batch are the same"
+    assert len(set(exact(batch))) >= 3, "the points of a batch repeat each other"
 
 
 def bad_trials_do_no_harm(kind: type[Searcher], space: SearchSpace, num_trials: int) -> None:
-    """Check trials that failed, are infeasible or beyond a bound; with values that are no numbers; without any."""
+    """Check a search with failed and infeasible trials, values beyond a bound, and non-finite or missing values."""
 
     def end(problem: Problem, number: int, genes: Assignment, suggested: Any) -> Trial:
         values = measured(problem.space, genes)
@@ -111,7 +111,7 @@ def bad_trials_do_no_harm(kind: type[Searcher], space: SearchSpace, num_trials: 
 
 
 def a_study_without_any_value(kind: type[Searcher], space: SearchSpace, num_trials: int) -> None:
-    """Check that the search goes on where all trials fail or are infeasible."""
+    """Check that the search continues if all trials fail or are infeasible."""
     states: tuple[TrialState, ...] = ("failed", "infeasible")
     for state in states:
 
@@ -129,7 +129,7 @@ def a_study_without_any_value(kind: type[Searcher], space: SearchSpace, num_tria
 
 
 def trials_are_taken_in_the_order_of_their_numbers(kind: type[Searcher], space: SearchSpace, num_trials: int) -> None:
-    """Check numbers with gaps, where baselines stand, and pending trials that are older than completed ones."""
+    """Check trial numbers with gaps, as baselines leave them, and pending trials older than completed ones."""
     problem = problem_of(space)
     searcher = kind(problem, 1)
     trials = [replace(t, number=3 + 2 * t.number) for t in run(searcher, 9)]
@@ -154,8 +154,8 @@ def no_warnings_and_no_output(kind: type[Searcher], space: SearchSpace, num_tria
     assert printed.getvalue() == ""
 
 
-Check = Callable[[type[Searcher], SearchSpace, int], None]
-CHECKS: tuple[Check, ...] = (
+SearcherCheck = Callable[[type[Searcher], SearchSpace, int], None]
+CHECKS: tuple[SearcherCheck, ...] = (
     suggestions_are_contained,
     directions_can_be_mixed,
     trials_and_seed_alone_decide,
@@ -173,7 +173,7 @@ def problem_of(space: SearchSpace, num_objectives: int = 2, num_trials: int = 24
 
 
 def measured(space: SearchSpace, genes: Assignment) -> dict[str, float]:
-    """Return made-up values that depend on the genes in a smooth way; no gene is irrelevant."""
+    """Return artificial values that depend smoothly on all genes."""
     unit, mask = space.encode(genes)
     active = [u for u, on in zip(unit, mask, strict=True) if on]
     num_params = space.decode(genes).architecture.num_params(space.backbone)
@@ -182,7 +182,7 @@ def measured(space: SearchSpace, genes: Assignment) -> dict[str, float]:
 
 
 def ended(problem: Problem, number: int, genes: Assignment, suggested: Any = None, **fields: Any) -> Trial:
-    """Return a complete trial with made-up values."""
+    """Return a complete trial with artificial values."""
     values = measured(problem.space, genes)
     fields = {"state": "complete", "measurement": Measurement(values=values), "violation": -1.0, **fields}
     return Trial(number=number, role=SEARCH, candidate=problem.space.decode(genes), genes=genes,
@@ -192,7 +192,7 @@ def ended(problem: Problem, number: int, genes: Assignment, suggested: Any = Non
 def run(
     searcher: Searcher, num_trials: int, end: Callable[..., Trial] = ended, trials: Sequence[Trial] = ()
 ) -> list[Trial]:
-    """Suggest, evaluate and update, one by one, until there are `num_trials`."""
+    """Suggest, evaluate and update, one trial at a time, until there are `num_trials`."""
     trials = list(trials)
     while len(trials) < num_trials:
         searcher.update(trials)
@@ -203,7 +203,7 @@ def run(
 
 
 def stored(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials as they come back from the ledger."""
+    """Return the trials after a round trip through the ledger."""
     return [
         replace(
             trial,
@@ -216,5 +216,5 @@ def stored(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def exact(points: Sequence[Any]) -> list[str]:
-    """Return the genes of points or trials as text, to compare them exactly."""
+    """Return the genes of points or trials as texts, for exact comparisons."""
     return [json.dumps(point.genes) for point in points]

@@ -1,4 +1,4 @@
-"""A backbone made by hand, and a space over it with every kind of gene. No torch, no model."""
+"""A handmade backbone and a space over it with every kind of gene, without torch and without a model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ RATE = Float(low=1e-4, high=1e-1, log=True)
 def mixed_space() -> SearchSpace:
     """Return a space with every kind of gene, most of them conditional.
 
-    An exclusive type, a layer gate, sizes with 0, real numbers.
+    It has an exclusive group, a layer gate, sizes that include 0, and real numbers.
     """
     return SearchSpace(
         backbone=SMALL,

@@ -21,7 +21,7 @@ from autopeft.evaluators.costs.timing import Spread, now
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import evaluator_for
@@ -80,7 +80,7 @@ class Bench:
         """Device of the model."""
         return self.single.device
 
-    def packed(self, share_prefix: bool) -> PackedEvaluator:
+    def packed(self, share_lower_layers: bool) -> PackedEvaluator:
         """Return a packed evaluator with a cold cache."""
         single = self.single
         return PackedEvaluator(
@@ -89,8 +89,8 @@ class Bench:
             self.splits,
             self.settings.data.max_length,
             pack=self.pack,
-            share_prefix=share_prefix,
-            cache=PrefixCache(CACHE_BYTES) if share_prefix else None,
+            share_lower_layers=share_lower_layers,
+            cache=ActivationCache(CACHE_BYTES) if share_lower_layers else None,
         )
 
     def timed(
@@ -143,8 +143,8 @@ REFERENCE = "single"
 ARMS: dict[str, Arm] = {
     "loop": _loop,
     REFERENCE: _evaluated(lambda bench: bench.single),
-    "packed": _evaluated(lambda bench: bench.packed(share_prefix=False)),
-    "packed+prefix": _evaluated(lambda bench: bench.packed(share_prefix=True)),
+    "packed": _evaluated(lambda bench: bench.packed(share_lower_layers=False)),
+    "packed+prefix": _evaluated(lambda bench: bench.packed(share_lower_layers=True)),
 }
 
 
@@ -176,7 +176,7 @@ def compare(
     names = list(ARMS)
     runs: dict[str, list[list[CandidateRun]]] = {name: [] for name in names}
     peaks: dict[str, int] = {}
-    bench.packed(share_prefix=False)  # so that its settings of the process hold from the first arm on
+    bench.packed(share_lower_layers=False)  # so that its settings of the process hold from the first arm on
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:

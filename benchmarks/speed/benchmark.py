@@ -76,7 +76,7 @@ def run_bench(
     tables = [first, *(compare(bench, title, requests, rounds)[0] for title, requests in placed)]
     watch.stage(f"overhead of {SLOTS} x rank {RANK}")
     training = bench.single.training(drawn[0].candidate)
-    overhead = measure_overhead(bench.packed(share_prefix=False), training, settings.seed)
+    overhead = measure_overhead(bench.packed(share_lower_layers=False), training, settings.seed)
     loops = [run for found in runs["loop"] for run in found if isinstance(run, LoopRun)]
     return SpeedResult(
         conditions=before,
@@ -192,7 +192,7 @@ def _ranking(
 
 
 def _measured(bench: Bench, requests: Sequence[Request], select: Any = None) -> list[Measurement]:
-    outcomes, _ = bench.timed(bench.packed(share_prefix=True), requests, select)
+    outcomes, _ = bench.timed(bench.packed(share_lower_layers=True), requests, select)
     return [outcome.measurement for outcome in outcomes if outcome.measurement is not None]
 
 
@@ -229,7 +229,7 @@ def _halving(
         bench.watch.stage(f"halving, round {number + 1} of {rounds}")
         (control,) = bench.loop.prepare(requests[:1])
         bench.watch.advance(len(control.losses))
-        outcomes, taken = bench.timed(bench.packed(share_prefix=True), halving, select)
+        outcomes, taken = bench.timed(bench.packed(share_lower_layers=True), halving, select)
         seconds.append(taken * usual / control.seconds)
     found = [outcome.measurement for outcome in outcomes if outcome.measurement is not None]
     return [Ending(share=m.share, loss=m.values["loss"], accuracy=m.values["accuracy"]) for m in found], seconds

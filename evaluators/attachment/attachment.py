@@ -1,9 +1,9 @@
-"""The host: attaches the adapters of K slots to one frozen backbone, and takes them off again.
+"""Attachment of the adapters of K slots to one frozen backbone, and their removal.
 
-Notation: K slots, the batch is [K * N, tokens, D] with the N examples of a slot next to each other.
-Everything hangs on module hooks, on forward functions of single instances (a linear and its LoRA in one operation) and,
-for attention prefixes, on transformers' attention interface. The backbone's own modules and parameters are never
-replaced: detaching restores them bit for bit.
+Notation: K slots; the batch is [K * N, tokens, D], with the N examples of a slot next to each other.
+Adapters act through module hooks, through forward functions of single instances (a linear and its LoRA in one
+operation) and, for attention prefixes, through transformers' attention interface. The backbone's own modules and
+parameters are never replaced: detaching restores them bit for bit.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
-from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, acts, on_slots, registered
+from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, as_modules, implements, on_slots
 from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.head import Head
@@ -29,22 +30,21 @@ from autopeft.search_space.runtime.pool import Pool, Pools, pools_of
 if TYPE_CHECKING:
     from autopeft.evaluators.attachment.shared_weights import SharedWeights
 
-#: At one module, linears and norms are adapted before the sub-layer that ends there.
+#: At a module that ends a sub-layer, adapters of the linear or norm act before adapters of the sub-layer.
 SUBLAYER_ROLES = ("attn", "mlp")
-#: Slots whose adapters at a site share a structure, their adapters, how many alike came before, and for each slot the
-#: number of its adapter, from 1, among those with which it must not share a random stream.
+#: Slots whose adapters at a site share a structure; their adapters; the number of earlier adapters of this structure at
+#: the site; and for each slot the number of its adapter, from 1, among adapters that need separate random streams.
 Group = tuple[list[int], list[AdapterSpec], int, list[int]]
 
 
 class Attachment(nn.Module):
-    """The adapters (and task heads) of K slots on one model. Use as a context manager, or call `detach`.
+    """The adapters and task heads of K slots on one model. Use it as a context manager, or call `detach`.
 
-    `architectures` and `seeds`: one per slot. `pretrained_head`: start from the head's weights in the model
-    and not from new ones. `shared`: the slots read its weights, of the banks `bank_of_slot` (default: its first), and
-    have none of their own. `draw`: have initial values; without them `load_state` has to follow. Raises ValueError
-    for a candidate that trains the backbone in a pack of more than one, for a site that the backbone lacks, for an
-    adapter that cannot sit where it is placed, and for a router that looks ahead in a causal model; the model is then
-    unchanged.
+    `architectures` and `seeds`: one per slot. `pretrained_head`: start from the model's head weights instead of new
+    ones. `shared`: the slots read these weights, from the banks `bank_of_slot` (default: the first), and have none of
+    their own. `draw`: draw initial values; otherwise `load_state` must follow. Raises ValueError for a candidate that
+    trains the backbone in a pack of more than one, for a site that the backbone lacks, for an adapter at an unsuitable
+    site, and for a router that reads later tokens in a causal model; the model is then unchanged.
     """
 
     def __init__(
@@ -64,20 +64,20 @@ class Attachment(nn.Module):
         self.backbone = backbone
         self.architectures = tuple(architectures)
         self.num_slots = len(architectures)
-        #: Layers below the lowest adapter of all slots: what they compute is the same for every slot.
+        #: Number of layers below the lowest adapter of all slots; their outputs are the same for every slot.
         self.depth = min(architecture.lowest_layer(backbone) for architecture in architectures)
-        self.banks = registered([])
-        self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all of them
+        self.banks = as_modules([])
+        self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all
         self._handles: list[Any] = []
         self._inputs: dict[str, Tensor] = {}
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
         banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
         for architecture in self.architectures:
             check_routers(architecture, backbone)
-        #: What sites share, and by which number each slot is known there.
+        #: Tensors that sites share; `_pool_slots` has the index of each slot in them.
         self.pools: Pools
         if shared is None:
-            # What cannot sit where it is placed, its bank refuses.
+            # Adapters at unsuitable sites are left out here; their banks raise the error.
             fitting = [
                 [(site, spec) for site, spec in one.placed(backbone) if site.role in spec.roles and spec.fits(site)]
                 for one in self.architectures
@@ -126,19 +126,19 @@ class Attachment(nn.Module):
     # Building
 
     def _groups(self, site: Site) -> Iterator[Group]:
-        """In the order in which they act; see `ADAPTERS`."""
+        """Yield groups in the order in which they act; see `ADAPTERS`."""
         groups: dict[tuple[Any, ...], Group] = {}
         for k, architecture in enumerate(self.architectures):
             seen: dict[tuple[Any, ...], int] = {}
             mixtures = 0
             for spec in dict(architecture.adapters).get(site.name, ()):
-                # Two adapters of one structure at one site are two groups, with random streams of their own. So are
-                # all mixtures, whose routers and experts would begin alike otherwise.
+                # Two adapters of one structure at one site form two groups with separate random streams. So do all
+                # mixtures, because their routers and experts would otherwise start with the same values.
                 structure = spec.structure()
                 nth = seen[structure] = seen.get(structure, -1) + 1
                 mixtures += spec.routed_by is not None
                 if nth and not spec.repeatable:
-                    raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: there can be one")
+                    raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: only one is allowed")
                 slots, specs, _, numbers = groups.setdefault((structure, nth), ([], [], nth, []))
                 slots.append(k)
                 specs.append(spec)
@@ -154,7 +154,7 @@ class Attachment(nn.Module):
 
     def _train_backbone(self, model: nn.Module) -> None:
         if self.num_slots != 1:
-            raise ValueError("a candidate that trains the backbone cannot share it with others")
+            raise ValueError("a candidate that trains the backbone cannot share it with other candidates")
         head = {p for name in self.backbone.head_modules for p in model.get_submodule(name).parameters()}
         for parameter in model.parameters():
             if parameter not in head:
@@ -162,8 +162,8 @@ class Attachment(nn.Module):
 
     def _hook(self, model: nn.Module) -> None:
         served: list[Served] = list(zip(self.banks, self._slots_of, strict=True))
-        # The prefixes first: their installation refuses some models, before anything has changed.
-        prefixes = [(bank, slots) for bank, slots in served if acts(bank, "extend_attention")]
+        # Prefixes come first: their installation rejects some models, and nothing has changed before it.
+        prefixes = [(bank, slots) for bank, slots in served if implements(bank, "extend_attention")]
         if prefixes:
             from autopeft.evaluators.attachment.attention import install
 
@@ -175,28 +175,28 @@ class Attachment(nn.Module):
             points.setdefault(bank.site.module, []).append((bank, slots))
         taps: set[str] = set()
         for path, here in points.items():
-            # Sorting is stable: within a class the canonical order of `_groups` stands.
+            # Sorting is stable: within a class, the order of `_groups` remains.
             here.sort(key=lambda pair: pair[0].site.role in SUBLAYER_ROLES)
             module = model.get_submodule(path)
-            inputs = [pair for pair in here if acts(pair[0], "apply_input")]
+            inputs = [pair for pair in here if implements(pair[0], "apply_input")]
             if inputs:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(inputs)))
-            outputs = [pair for pair in here if acts(pair[0], "apply")]
+            outputs = [pair for pair in here if implements(pair[0], "apply")]
             if outputs and self._fuses(outputs[0][0], module):
                 self._handles.append(ForwardReplacement(module, self._linear(module, *outputs.pop(0))))
             if outputs:
                 self._handles.append(module.register_forward_hook(self._output_hook(outputs)))
             taps |= {bank.site.input_module for bank, _ in outputs} - {path}
         for path in taps:
-            # Prepended: a sub-layer's x is taken before an adapter at the tapped linear changes its input.
+            # Prepended: the input of a sub-layer is read before an adapter at the tapped linear changes it.
             handle = model.get_submodule(path).register_forward_pre_hook(self._tap(path), prepend=True)
             self._handles.append(handle)
 
     @staticmethod
     def _fuses(bank: Bank, module: nn.Module) -> bool:
-        """Whether the first adapter that acts on the output of `module` may run with it in one operation."""
+        """Return whether `bank`, the first to act on the output of `module`, can run with it in one operation."""
         plain = type(module) is nn.Linear and bank.site.module == bank.site.input_module
-        return plain and acts(bank, "apply_linear") and "forward" not in vars(module)
+        return plain and implements(bank, "apply_linear") and "forward" not in vars(module)
 
     def _linear(self, module: nn.Module, bank: Bank, slots: Tensor | None) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
@@ -232,45 +232,51 @@ class Attachment(nn.Module):
                 x = self._by_slot(self._inputs[bank.site.input_module] if tapped else args[0])
                 y = on_slots(slots, y, bank, x, y)
             for bank, _ in here:
-                if bank.site.input_module != bank.site.module:  # the graph of a step must not outlive it
+                if bank.site.input_module != bank.site.module:  # the graph of a step must not outlive the step
                     self._inputs.pop(bank.site.input_module, None)
             return y.reshape(output.shape)
 
         return hook
 
     def _by_slot(self, tensor: Tensor) -> Tensor:
-        """[K * N, ..., D] to [K, M, D]."""
+        """Reshape [K * N, ..., D] to [K, M, D]."""
         return tensor.reshape(self.num_slots, -1, tensor.shape[-1])
 
     # Use
 
     def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
-        """Every trained tensor and whether weight decay applies to it."""
+        """Yield every trained tensor and whether weight decay applies to it."""
         yield from ((value, decay) for bank in self.banks for _, value, decay in bank.trained())
         yield from ((pool.value, pool.decay) for pool in self.pools.values() if pool.trainable)
         yield from ((parameter, parameter.dim() > 1) for parameter, _ in self._trained)
 
     def num_adapter_params(self) -> int:
-        """Parameters that the optimiser really holds, without the heads. Equals the formula for one slot."""
+        """Return the number of trained parameters without the heads; for one slot, it equals `num_params`."""
         own = sum(v.numel() for bank in self.banks if bank.site.role != "head" for _, v, _ in bank.trained())
         shared = sum(pool.value.numel() for pool in self.pools.values() if pool.trainable)
         return own + shared + sum(parameter.numel() for parameter, _ in self._trained)
 
     @property
     def trains_backbone(self) -> bool:
+        """Whether the candidate trains the backbone itself."""
         return bool(self._trained)
 
+    @override
     def train(self, mode: bool = True) -> Attachment:
-        """Training mode of the adapters. The frozen backbone stays in evaluation mode (its activations can
-        then be shared and cached); one that is trained itself follows `mode`.
+        """Set the training mode of the adapters.
+
+        A frozen backbone stays in evaluation mode, so that its activations can be shared and cached; a backbone that is
+        trained itself follows `mode`.
         """
         super().train(mode)
         self.model[0].train(mode and self.trains_backbone)
         return self
 
     def state(self, k: int = 0) -> dict[str, Tensor]:
-        """The tensors of slot k on the CPU, as `site/kind/name`; a second of that name gets `#2`. What sites share is
-        there once, as `shared.scope/kind/name`; what is frozen and drawn from a key is not: that is in the adapters.
+        """Return copies of the tensors of slot k on the CPU, by `site/kind/name`.
+
+        A second adapter of the same name gets `#2`. Tensors that sites share occur once, as `shared.scope/kind/name`.
+        Frozen tensors that are drawn from a key are left out, because the adapter's settings determine them.
         """
         tensors = {
             f"{key}/{name}": value
@@ -286,14 +292,14 @@ class Attachment(nn.Module):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], k: int = 0) -> None:
-        """The inverse of `state`. Raises KeyError for a missing tensor, ValueError for another shape."""
+        """Load the tensors of `state` into slot k. Raises KeyError (missing tensor), ValueError (wrong shape)."""
         for key, bank, j in banks_of(self.banks, k):
             bank.load_slot(j, {name: state[f"{key}/{name}"] for name in bank.stored})
         for pool, slot, shape in self._pools_of(k):
             if pool.stored:
                 value = state[pool.key.path]
                 if value.shape != shape:
-                    raise ValueError(f"{pool.key.path}: shape {tuple(value.shape)}, not {shape}")
+                    raise ValueError(f"{pool.key.path}: shape {tuple(value.shape)}, expected {shape}")
                 pool.part(slot, shape).copy_(value)
         if self._trained:
             names = {p: name for name, p in self.model[0].named_parameters()}
@@ -301,7 +307,7 @@ class Attachment(nn.Module):
                 parameter.copy_(state[f"backbone/full/{names[parameter]}"])
 
     def parts(self, k: int, of: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-        """Slot k's views of tensors that are kept per trained parameter of the banks, by the names of `state`."""
+        """Return slot k's views of `of`, a tensor per trained parameter of the banks, by the names of `state`."""
         own = {
             f"{key}/{name}": part
             for key, bank, j in banks_of(self.banks, k)
@@ -314,19 +320,19 @@ class Attachment(nn.Module):
         }
 
     def _pools_of(self, k: int) -> Iterator[tuple[Pool, int, tuple[int, ...]]]:
-        """What the sites of slot k share, its number there, and its size."""
+        """Yield the pools that the sites of slot k share, the slot's index in each, and the shape of its part."""
         if self.pools:
             for key, parameter in self.architectures[k].shared(self.backbone).items():
                 yield self.pools[key], self._pool_slots[k], parameter.shape
 
     def dropout_streams(self, k: int) -> dict[str, torch.Generator]:
-        """Slot k's random streams, by the first words of the names of `state`."""
+        """Return slot k's random streams by `site/kind`, as in the names of `state`."""
         return {key: bank.dropout_streams[j] for key, bank, j in banks_of(self.banks, k)}
 
     def slots_of_rows(self) -> Iterator[tuple[nn.Parameter, bool, list[int]]]:
-        """Every tensor of the banks, whether weight decay applies to it, and the slot of each of its rows.
+        """Yield every tensor of the banks, whether weight decay applies to it, and the slot of each of its rows.
 
-        Only where no two slots share a bank.
+        It requires that no two slots share a bank.
         """
         for bank in self.banks:
             yield from ((value, decay, bank.slots_served) for _, value, decay in bank.trained())
@@ -334,30 +340,31 @@ class Attachment(nn.Module):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """The adapters of a single slot folded into the backbone's weights; undone bit for bit at the end.
+        """Merge the adapters of a single slot into the backbone's weights; undo it bit for bit when the block ends.
 
-        An adapter that cannot be merged keeps its hook, and so do those that act after it at the same module, and all
-        beside a router that asks the bare model. Raises ValueError for more than one slot.
+        An adapter that cannot be merged keeps its hook, and so do all adapters that act after it at the same module.
+        With a router that runs the bare model first, all adapters keep their hooks. Raises ValueError for more than one
+        slot.
         """
         if self.num_slots != 1:
             raise ValueError("only a single slot can be merged into the backbone")
         model = self.model[0]
         saved: list[tuple[nn.Module, Tensor, Tensor | None]] = []
-        kept: list[Bank] = []
+        unmerged: list[Bank] = []
         banks, slots_of = self.banks, self._slots_of
         self._unhook()
         try:
             for bank in banks:
-                stays = self.routers.bare is not None or any(bank.site.module == one.site.module for one in kept)
+                stays = self.routers.bare is not None or any(bank.site.module == one.site.module for one in unmerged)
                 if stays or not bank.specs[0].mergeable:
-                    kept.append(bank)
+                    unmerged.append(bank)
                     continue
                 module = model.get_submodule(bank.site.module)
                 weight, bias = weight_of(module), getattr(module, "bias", None)
                 saved.append((module, weight.clone(), None if bias is None else bias.detach().clone()))
                 with torch.no_grad():
                     set_weight(module, *bank.specs[0].merge(bank.of_slot(0), weight, bias))
-            self.banks, self._slots_of = registered(kept), [None] * len(kept)
+            self.banks, self._slots_of = as_modules(unmerged), [None] * len(unmerged)
             self._hook(model)
             yield
         finally:
@@ -369,7 +376,7 @@ class Attachment(nn.Module):
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Hooks off: the model as its weights are, without what is not merged into them."""
+        """Remove the hooks within the block: the model computes by its weights alone, merged adapters included."""
         self._unhook()
         try:
             yield
@@ -384,7 +391,7 @@ class Attachment(nn.Module):
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Take everything off and put the backbone's flags, modes and trained values back."""
+        """Remove all adapters; restore the backbone's `requires_grad` flags, training mode and trained values."""
         self._unhook()
         for parameter, value in self._trained:
             parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""The task head: its linear layers as sites, and the banks that take their place."""
+"""The task head: its linear layers as sites, and the banks that replace them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autopeft.search_space.runtime.bank import Bank
 
 
 def head_sites(model: nn.Module, backbone: Backbone) -> tuple[Site, ...]:
-    """The linear layers of the task head. Raises ValueError for a head with other trainable parts."""
+    """Return the linear layers of the task head as sites. Raises ValueError for other trainable modules."""
     sites = []
     for head in backbone.head_modules:
         for name, module in model.get_submodule(head).named_modules(prefix=head):
@@ -31,12 +31,12 @@ def head_sites(model: nn.Module, backbone: Backbone) -> tuple[Site, ...]:
                     )
                 )
             elif any(True for _ in module.parameters(recurse=False)):
-                raise ValueError(f"the task head has a {type(module).__name__} at {name!r}, not only Linears")
+                raise ValueError(f"unsupported task head: {name!r} is a {type(module).__name__}, not a Linear")
     return tuple(sites)
 
 
 def head_bank(site: Site, model: nn.Module, seeds: Sequence[int | str], pretrained: bool) -> Bank:
-    """A bank of its own per seed for a linear of the task head: new ones, or copies of what the model has there."""
+    """Return a bank for a linear of the task head, with a slot per seed: new weights, or copies of the model's."""
     base = cast(nn.Linear, model.get_submodule(site.module))
     bank = Bank(site, [Head()] * len(seeds), base, seeds)
     if pretrained:

@@ -1,4 +1,4 @@
-"""How banks hang on modules: a forward function of one instance, and what changes some slots of a pack alone."""
+"""Tools to connect banks to modules: forward functions of single instances, and changes to some slots of a pack."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ Served = tuple[Bank, Tensor | None]
 
 
 class ForwardReplacement:
-    """Another forward function for one module, put on the instance; without it, its class's own is found again."""
+    """A forward function for one module instance in place of its class's; `remove` restores the latter."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._module = module
         module.forward = forward
 
     def remove(self) -> None:
+        """Restore the forward function of the class."""
         del self._module.forward
 
 
 def on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`whole` with the parts of `slots` replaced by what `change` makes of their parts of `tensors`."""
+    """Return `whole` [K, ...] with the rows of `slots` replaced by `change` of the same rows of `tensors`."""
     if slots is None:
         return change(*tensors)
     return whole.index_copy(0, slots, change(*(tensor.index_select(0, slots) for tensor in tensors)))
 
 
-def acts(bank: Bank, method: str) -> bool:
-    """Whether the bank's adapters do something of their own by `method` at its site."""
+def implements(bank: Bank, method: str) -> bool:
+    """Return whether the bank's adapters implement `method` at its site."""
     return bank.specs[0].implements(method, bank.site)
 
 
-def registered(banks: list[Bank]) -> list[Bank]:
-    """As modules of the attachment: mypy does not know what a ModuleList holds."""
+def as_modules(banks: list[Bank]) -> list[Bank]:
+    """Return the banks as a ModuleList, typed as a list, because mypy does not know the type of its entries."""
     return cast(list[Bank], nn.ModuleList(banks))

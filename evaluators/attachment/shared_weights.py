@@ -1,4 +1,4 @@
-"""The weights of a supernet: one set of adapters, each at its largest, that all architectures of a space read from."""
+"""The weights of a supernet: one set of adapters of maximal size, from which all architectures of a space read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from autopeft.search_space.spaces.space import SearchSpace
 
 
 class SharedWeights(nn.Module):
-    """M sets of banks: for every site, structure and repetition (see `Attachment`) a bank of M times the largest size.
+    """M sets of banks: for every site, structure and repetition (see `Attachment`), a bank of M slots of maximal size.
 
-    An architecture reads of each bank the prefix that its own size has. What a structure does not comprise (alpha,
-    dropout) is each slot's own. Raises ValueError for a space with an adapter that cannot be shared.
+    An architecture reads the leading part of each bank that has its own size. Settings that are not part of a structure
+    (alpha, dropout) belong to each slot. Raises ValueError for a space with an adapter that cannot be shared.
     """
 
     def __init__(
@@ -41,23 +41,21 @@ class SharedWeights(nn.Module):
         mixed: dict[str, set[str]] = {}  # adapters with experts, by site
         for place in space.placements:
             if place.site.role == "backbone":
-                raise ValueError(f"a supernet has no weights for {place.adapter!r}: it trains the backbone itself")
+                raise ValueError(f"a supernet cannot share {place.adapter!r}: it trains the backbone itself")
             if place.ranks:
-                raise ValueError(
-                    f"a supernet has no weights for {place.adapter!r}: its experts have ranks of their own"
-                )
+                raise ValueError(f"a supernet cannot share {place.adapter!r}: its experts have different ranks")
             for spec in _largest(place, domains):
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
                 if spec.routed_by:
                     mixed.setdefault(place.site.name, set()).add(place.adapter)
         several = {name: count() for name, adapters in mixed.items() if len(adapters) > 1}
         placed = [(sites[name], _enveloping(specs)) for (name, _), specs in largest.items()]
-        #: What sites share, by the number of the set.
+        #: Tensors that sites share, with a slot per set.
         self.pools = pools_of([placed] * num_banks, seeds, next(model.parameters()).device)
         for (name, structure), specs in largest.items():
             spec, site = _enveloping(specs), sites[name]
-            for nth in range(len(specs)):  # any of them may be the n-th of its structure at the site
-                # Mixtures side by side would begin alike, whatever their structures.
+            for nth in range(len(specs)):  # each may be the n-th of its structure at the site
+                # Without numbers, mixtures at one site would start with the same values, whatever their structures.
                 number = next(several[name]) if spec.routed_by and name in several else nth
                 named = [f"{word}#{number}" if number else word for word in seeds]
                 bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named, pools=self.pools)
@@ -72,20 +70,22 @@ class SharedWeights(nn.Module):
         self._order.append(bank)
 
     def bank(self, site: Site, structure: tuple[Any, ...], nth: int = 0) -> Bank:
-        """Raises ValueError for an adapter that the space does not have."""
+        """Return the bank of a site and structure. Raises ValueError for an adapter that is not in the space."""
         try:
             return self._banks[site.name, structure, nth]
         except KeyError:
-            raise ValueError(f"the supernet's space has no {structure[0]!r} like this at {site.name!r}") from None
+            raise ValueError(
+                f"the supernet's space has no {structure[0]!r} of this structure at {site.name!r}"
+            ) from None
 
     def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
-        """Every tensor [M, ...] and whether weight decay applies to it."""
+        """Yield every tensor [M, ...] and whether weight decay applies to it."""
         yield from ((value, decay) for bank in self._banks.values() for _, value, decay in bank.trained())
         yield from ((pool.value, pool.decay) for pool in self.pools.values() if pool.trainable)
 
 
 def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:
-    """The adapter at a place at its largest, once in every structure that it may have there."""
+    """Yield the largest adapter at a place, once for each structure that it may have there."""
     names: list[str] = []
     choices: list[Sequence[Any]] = []
     if place.experts is not None:
@@ -100,7 +100,7 @@ def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[Adapte
 
 
 def _enveloping(specs: Sequence[AdapterSpec]) -> AdapterSpec:
-    """Of one structure: as large as any of them, in their size and in the number of experts."""
+    """Return the adapter of this structure with the largest size and number of experts among `specs`."""
     largest = max((spec.plain for spec in specs), key=lambda spec: spec.size or 0)
     mixtures = [spec for spec in specs if isinstance(spec, Mixture)]
     if not mixtures:
@@ -116,5 +116,7 @@ def _values(kind: type[AdapterSpec], field: str, domain: Domain) -> Sequence[Any
     if isinstance(domain, Choice):
         return domain.choices
     if isinstance(domain, Float):
-        raise ValueError(f"a supernet needs {kind.kind}'s {field} from a list: each value has weights of its own")
+        raise ValueError(
+            f"a supernet needs a list of values for {field} of {kind.kind}: each value has separate weights"
+        )
     return range(domain.low, domain.high + 1, domain.step)

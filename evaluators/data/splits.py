@@ -1,4 +1,4 @@
-"""Rows of a data set and their checks: every problem is found before a model is loaded."""
+"""Loading and checking of the rows of a data set; all problems are found before a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from autopeft.evaluators.errors import DataError
-from autopeft.evaluators.rows import EMBEDDED_IN, FILES, DataSettings, Row, name_of, named_classes
+from autopeft.evaluators.rows import EMBEDDED_IN, FILES, DataConfig, Row, name_of, named_classes
 from autopeft.evaluators.tasks import TASKS, Task
 
 SPLITS = ("train", "validation", "test")
@@ -21,10 +21,10 @@ MOST_PROBLEMS_PER_FILE = 5
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows with the canonical fields of their task; `labels` for classification and `domains` where the rows have
-    them, both sorted (numbers by their value).
+    """Rows with the canonical fields of their task.
 
-    `warnings`: what is legal but worth knowing (texts that stand in two splits).
+    `labels` (for classification) and `domains` (if the rows have them) are sorted, numbers by value. `warnings`: texts
+    about permitted but questionable rows, such as inputs in two splits.
     """
 
     train: list[Row]
@@ -35,8 +35,8 @@ class Splits:
     domains: tuple[str, ...] | None = None
 
 
-def load_splits(data: DataSettings, task: str) -> Splits:
-    """All three splits, checked. Raises DataError with every problem."""
+def load_splits(data: DataConfig, task: str) -> Splits:
+    """Load and check all three splits. Raises DataError with every problem."""
     kind = TASKS[task].for_data(data)
     problems: list[str] = []
     rows: dict[str, list[Row]] = {}
@@ -53,9 +53,9 @@ def load_splits(data: DataSettings, task: str) -> Splits:
             problems.append(f"{name}: the {split} split is empty")
         problems += [f"{name}{place}: {what}" for place, what in wrong[:MOST_PROBLEMS_PER_FILE]]
         if len(wrong) > MOST_PROBLEMS_PER_FILE:
-            problems.append(f"{name}: {len(wrong) - MOST_PROBLEMS_PER_FILE} more rows like these")
+            problems.append(f"{name}: {len(wrong) - MOST_PROBLEMS_PER_FILE} more rows with problems")
     labels = domains = None
-    if rows.get("train"):  # not next to rows that are left out
+    if rows.get("train"):  # without rows, these checks would report follow-up problems
         if kind.has_labels:
             labels = _values(rows["train"], kind.labels_of)
             problems += _unseen(rows, "label", kind.labels_of, labels, data)
@@ -73,7 +73,7 @@ def load_splits(data: DataSettings, task: str) -> Splits:
     return Splits(rows["train"], rows["validation"], rows["test"], labels, warnings, domains)
 
 
-#: The names that a row has of one kind: labels, any number of them, or its domain.
+#: Returns the names of one kind in a row: its labels or its domain.
 NamesOf = Callable[[Row], Sequence[str]]
 
 
@@ -86,33 +86,33 @@ def _values(rows: list[Row], names_of: NamesOf) -> tuple[str, ...]:
 
 
 def _natural(value: str) -> tuple[bool, int, str]:
-    """Numbers by value, before names by letter."""
+    """Return a sorting key: numbers by value, before names in alphabetical order."""
     number = value.removeprefix("-").isdecimal()
     return not number, int(value) if number else 0, value
 
 
 def _unseen(
-    rows: dict[str, list[Row]], what: str, names_of: NamesOf, known: tuple[str, ...], data: DataSettings
+    rows: dict[str, list[Row]], what: str, names_of: NamesOf, trained: tuple[str, ...], data: DataConfig
 ) -> Iterator[str]:
     for split in rows:
-        unseen = [name for name in _values(rows[split], names_of) if name not in known]
+        unseen = [name for name in _values(rows[split], names_of) if name not in trained]
         if unseen:
             yield (
                 f"{getattr(data, split)}: {what}s {', '.join(map(repr, unseen[:5]))} do not occur in the training"
-                f" split, which has {', '.join(map(repr, known[:20]))}"
+                f" split, which has {', '.join(map(repr, trained[:20]))}"
             )
 
 
-def _too_few(data: DataSettings, labels: Sequence[str], domains: Sequence[str]) -> Iterator[str]:
+def _too_few(data: DataConfig, labels: Sequence[str], domains: Sequence[str]) -> Iterator[str]:
     if data.max_train_rows is not None and data.max_train_rows < len(labels) + len(domains):
         named = [f"{len(values)} {what}" for values, what in ((labels, "labels"), (domains, "domains")) if values]
         yield f"max_train_rows {data.max_train_rows} is less than one row for each of the {' and '.join(named)}"
 
 
 def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[Row]:
-    """So many rows at random, in the order of the file: a file sorted by label has few labels at its beginning.
+    """Return `count` random rows in the order of the file, with at least one of each label and each domain.
 
-    One row of each label and one of each domain are in.
+    The first rows would not do, because a file that is sorted by label starts with few labels.
     """
     order = list(range(len(rows)))
     Random("max_train_rows").shuffle(order)
@@ -124,25 +124,26 @@ def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[Row]:
     return [rows[i] for i in sorted(list(chosen)[:count])]
 
 
-# Reading. A row comes with the place to name in a message (":12" for line 12); what cannot be read as one, as text.
+# Reading
 
-Found = Iterator[tuple[str, Row | str]]
+#: Pairs of a place for messages (":12" for line 12) and a row, or a text that says why the row cannot be read.
+PlacedRows = Iterator[tuple[str, Row | str]]
 
 
-def _read(data: DataSettings, name: str, split: str) -> Found:
+def _read(data: DataConfig, name: str, split: str) -> PlacedRows:
     if data.source in EMBEDDED_IN:
         with (files(EMBEDDED_IN[data.source]) / f"{split}.jsonl").open(encoding="utf-8") as lines:
             yield from _jsonl(lines)
     elif data.source == FILES:
         path = Path(data.folder) / Path(name).expanduser()
         if not path.is_file():
-            raise ValueError("there is no such file")
+            raise ValueError("no such file")
         yield from _file(path)
     else:
         yield from _hub(data, name)
 
 
-def _file(path: Path) -> Found:
+def _file(path: Path) -> PlacedRows:
     try:
         if path.suffix in (".jsonl", ".json"):
             with path.open(encoding="utf-8-sig") as lines:
@@ -153,55 +154,55 @@ def _file(path: Path) -> Found:
         elif path.suffix == ".parquet":
             yield from _parquet(path)
         else:
-            raise ValueError(f"files of type {path.suffix!r} are not read: use .jsonl, .csv or .parquet")
+            raise ValueError(f"files of type {path.suffix!r} are not supported: use .jsonl, .csv or .parquet")
     except UnicodeDecodeError as error:
-        raise ValueError(f"this is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _jsonl(lines: Iterable[str]) -> Found:
-    # Lines as a file has them: str.splitlines would also cut at characters that JSON allows inside a text.
+def _jsonl(lines: Iterable[str]) -> PlacedRows:
+    # Lines of the file: str.splitlines would also split at characters that JSON allows inside a text.
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            row = f"this is not JSON: {error.msg}"
+            row = f"not valid JSON: {error.msg}"
         else:
-            row = row if isinstance(row, dict) else "this is not a JSON object"
+            row = row if isinstance(row, dict) else "not a JSON object"
         yield f":{number}", row
 
 
-def _csv(lines: Iterable[str]) -> Found:
+def _csv(lines: Iterable[str]) -> PlacedRows:
     csv.field_size_limit(2**31 - 1)  # a text may be long
     reader = csv.DictReader(lines, strict=True)
-    end = 1  # of the row before; a row may take several lines
+    end = 1  # last line of the previous row; a row may take several lines
     try:
         for row in reader:
             yield f":{end + 1}", "more values than the header has names" if None in row else row
             end = reader.line_num
     except csv.Error as error:
-        yield f":{end + 1}", f"this is not CSV: {error}"
+        yield f":{end + 1}", f"not valid CSV: {error}"
 
 
-def _parquet(path: Path) -> Found:
+def _parquet(path: Path) -> PlacedRows:
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
     try:
         rows = read_table(path).to_pylist()
     except ArrowException as error:
-        raise ValueError(f"this is not a Parquet file: {_first_line(error)}") from error
+        raise ValueError(f"not a Parquet file: {_first_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         yield f":{number}", row
 
 
-def _hub(data: DataSettings, name: str) -> Found:
+def _hub(data: DataConfig, name: str) -> PlacedRows:
     from datasets import load_dataset
 
     try:
         rows = load_dataset(data.source, split=name, revision=data.revision)
-    except Exception as error:  # the hub's client raises many kinds: connection, not found, gated, bad split
+    except Exception as error:  # the hub's client has many exceptions: connection, not found, gated, bad split
         raise ValueError(f"{data.source} could not be loaded: {_first_line(error)}") from error
     fields = [field for field in (data.label, data.labels, data.domain_field) if field and field in rows.features]
     for place, row in enumerate(rows):
@@ -215,8 +216,8 @@ def _first_line(error: Exception) -> str:
 # Checking
 
 
-def _canonical(found: Found, data: DataSettings, task: type[Task]) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Rows with canonical field names, and pairs of place and problem."""
+def _canonical(found: PlacedRows, data: DataConfig, task: type[Task]) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Return rows with canonical field names, and pairs of place and problem."""
     rows, wrong = [], []
     for place, row in found:
         try:
@@ -233,10 +234,10 @@ def _canonical(found: Found, data: DataSettings, task: type[Task]) -> tuple[list
 
 
 def _leaks(rows: dict[str, list[Row]], task: type[Task]) -> Iterator[str]:
-    """Inputs that stand in two splits flatter every candidate."""
+    """Yield a warning for each pair of splits with common inputs, which make all scores too good."""
     inputs = {split: {json.dumps(task.input_of(row)) for row in rows[split]} for split in SPLITS}
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
         both = len(inputs[first] & inputs[second])
         if both:
-            what = "1 input stands" if both == 1 else f"{both} inputs stand"
-            yield f"{what} in both {first} and {second}: the scores will be too good"
+            inputs_occur = "1 input occurs" if both == 1 else f"{both} inputs occur"
+            yield f"{inputs_occur} in both {first} and {second}: the scores will be too optimistic"

@@ -264,7 +264,7 @@ class Supernet(Proxy):
 
     def _best_depth(self, subnets: Sequence[tuple[Architecture, int]]) -> int:
         """Return the number of lower layers to share between subnets that minimises the total number of layer runs."""
-        layers = self.evaluator.backbone.num_layers if self.evaluator.prefix is not None else 0
+        layers = self.evaluator.backbone.num_layers if self.evaluator.lower_layers is not None else 0
 
         def cost(depth: int) -> int:
             families = {(self._part(architecture, depth, lower=True), bank) for architecture, bank in subnets}
@@ -284,7 +284,7 @@ class Supernet(Proxy):
 
     def _below(self, parents: Sequence[tuple[Architecture, int]], batch: Batch, depth: int) -> Tensor | None:
         """Return the output of the lowest `depth` layers of each parent, [parents, N, T, D]; None if none is shared."""
-        prefix = self.evaluator.prefix
+        prefix = self.evaluator.lower_layers
         if prefix is None or not depth:
             return None
         with self.attach([part for part, _ in parents], [bank for _, bank in parents]) as attachment:
@@ -296,7 +296,7 @@ class Supernet(Proxy):
 
     def _above(self, batch: Batch, hidden: Tensor | None, depth: int, slots: int) -> Tensor:
         """Return losses [slots, N], computed from the output of the lowest `depth` layers if there is one."""
-        prefix = self.evaluator.prefix
+        prefix = self.evaluator.lower_layers
         with nullcontext() if hidden is None or prefix is None else prefix.replaced(hidden, depth):
             packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
             losses = self.evaluator.task.scores(self.evaluator.model, packed)["loss"]

@@ -1,4 +1,4 @@
-"""Tasks by name; add a new one here."""
+"""The registry of tasks by name; add a new task here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A task: how rows become tensors, how logits become losses and columns for metrics, and what others must know of it.
+"""The interface of tasks: from rows to tensors, and from logits to losses and the columns that metrics read.
 
-Others are the study file, the loader of models and the exporters. Nothing here imports torch before it is used: study
-files are read without it.
+The class of a task also has the facts that study files, the loader of models and exporters need. Modules of tasks
+import torch only where they use it, because study files are read without it.
 
 Notation: N examples, T tokens (padded), C labels, V vocabulary.
 """
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from autopeft.evaluators.rows import DataSettings, Row
+from autopeft.evaluators.rows import DataConfig, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 Example = Mapping[str, Any]
 Batch = dict[str, "Tensor"]
-#: By name, [N] each, or [N, C] with a number per label: see `search_space/metrics/base.py`. `loss` is the one that is
-#: differentiated.
+#: Columns by name, each [N], or [N, C] with a number per label: see `search_space/metrics/base.py`. Training minimises
+#: the mean of `loss`.
 Scored = dict[str, "Tensor"]
+#: The target of tokens without a loss.
 IGNORED = -100
-#: The part of a batch that the model does not read.
+#: Tensors of a batch that the model does not read.
 BESIDE_THE_MODEL = ("targets", "domains")
 
 
@@ -37,18 +38,18 @@ def model_inputs(batch: Batch) -> Batch:
 
 
 class Task(ABC):
-    """One kind of thing to learn. Its class says what can be known without a model; an object prepares rows and scores.
+    """A learning task. The class has the facts that need no model; an object encodes rows and computes scores.
 
-    A subclass in a file of its own, registered in `TASKS` or by the entry point group `autopeft.tasks`, is all that a
-    new task takes. `encode` once, `collate` per batch; `score` on the logits of the transformers model.
+    A new task is a subclass in its own file, registered in `TASKS` or by the entry point group `autopeft.tasks`.
+    `encode` runs once, `collate` per batch, and `score` on the logits of the transformers model.
 
-    `processor`: what `load_processor` returned. `labels`, `domains`: as `load_splits` found them.
+    `processor`: the return value of `load_processor`. `labels`, `domains`: as in `Splits`.
     """
 
     name: ClassVar[str]
     #: The auto class of transformers that loads the model.
     auto_class: ClassVar[str]
-    #: What `load_processor` loads, in words.
+    #: The kind of processor that `load_processor` loads, for messages.
     processor_name: ClassVar[str]
     #: The `task_type` of peft's configurations.
     peft_task_type: ClassVar[str]
@@ -58,9 +59,9 @@ class Task(ABC):
     has_labels: ClassVar[bool] = False
     #: `problem_type` of transformers' configurations, where labels have one.
     problem_type: ClassVar[str | None] = None
-    #: Whether the softmax of the logits, [N, C], is a distribution over the labels: one model can teach another then.
+    #: Whether the softmax of the logits [N, C] is a distribution over the labels, as distillation requires.
     distils: ClassVar[bool] = False
-    #: The trainer of other libraries that trains the same on the same rows; None: exports of a way to train refuse.
+    #: The trainer of other libraries for the same loss on the same rows. None: training scripts cannot be exported.
     trainer: ClassVar[Literal["Trainer", "SFTTrainer"] | None] = None
 
     def __init__(
@@ -75,113 +76,113 @@ class Task(ABC):
         self.labels = tuple(labels or ())
         self.domains = tuple(domains or ())
 
-    # Variants: one name, and settings of the data that make another loss or other columns of it
+    # Variants: classes of one name, chosen by the data settings, with another loss or other columns
 
     @classmethod
-    def for_data(cls, data: DataSettings) -> type[Task]:
-        """Return the class for these settings of the data: this one, unless the task has variants."""
+    def for_data(cls, data: DataConfig) -> type[Task]:
+        """Return the class for these data settings: this class, unless the task has variants."""
         return cls
 
     @classmethod
     def for_rows(cls, rows: Sequence[Row]) -> type[Task]:
-        """Return the class for rows that `row` of one of the variants has made."""
+        """Return the class for rows that `row` of one of the variants returned."""
         return cls
 
     # Study files and rows
 
     @classmethod
-    def problems(cls, data: DataSettings, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Yield keys of a study file and what is wrong there for this task, as far as the settings show it."""
+    def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Yield problems of the settings for this task: the key in the study file, and a message."""
         yield from ()
 
     @classmethod
     @abstractmethod
-    def row(cls, row: Row, data: DataSettings) -> Row:
-        """Return the row with the task's own field names and nothing else. Raises ValueError."""
+    def row(cls, row: Row, data: DataConfig) -> Row:
+        """Return the row with the task's own field names, without other fields. Raises ValueError."""
 
     @classmethod
     @abstractmethod
     def input_of(cls, row: Row) -> Any:
-        """Return the part of a row of `row` that the model sees, as JSON: it should not stand in two splits."""
+        """Return the part of a row that the model sees, as JSON; two splits should not share it."""
 
     @classmethod
     def labels_of(cls, row: Row) -> Sequence[str]:
-        """Return the labels of a row of `row`, any number of them."""
+        """Return the labels of a row, in any number."""
         return ()
 
     @classmethod
     def label_problem(cls, labels: Sequence[str]) -> str | None:
-        """Return why there is nothing to learn from training rows with these labels, or None."""
+        """Return the reason why training rows with only these labels cannot be learnt from, or None."""
         return None
 
     @classmethod
     def truth(cls, rows: Sequence[Row], labels: Sequence[str]) -> NDArray[np.int64] | None:
-        """Return the targets of rows as functions over a set take them (see `OverSet`), or None if there are none."""
+        """Return the targets of rows in the form of `OverSet.of`, or None for a task without such targets."""
         return None
 
-    # The model and what prepares its inputs
+    # The model and its processor
 
     @classmethod
     @abstractmethod
     def load_processor(cls, model_id: str, folder: str, revision: str | None) -> Any:
-        """Return what turns rows into inputs: a tokenizer, an image processor. Raises ModelError where there is none.
+        """Load the processor of the model's inputs, such as a tokenizer. Raises ModelError if the model has none.
 
-        `folder`: where the model that the user calls `model_id` is, a folder or an id of the hub.
+        `model_id`: the user's name of the model, for messages. `folder`: its folder or hub id.
         """
 
     @classmethod
     def model_settings(cls, labels: Sequence[str] | None) -> dict[str, Any]:
-        """Return the settings of the model's configuration that follow from the labels."""
+        """Return the entries of the model's configuration that follow from the labels."""
         return {}
 
     @classmethod
     def same_outputs(cls, config: Any, labels: Sequence[str] | None) -> bool:
-        """Whether the outputs of a checkpoint with this configuration are those of the task already."""
+        """Return whether a checkpoint with this configuration already has the outputs of the task."""
         return True
 
     @classmethod  # noqa: B027
     def check_model(cls, model: nn.Module, backbone: Backbone) -> None:
-        """Raise ModelError for a model that cannot learn the task."""
+        """Raise ModelError for a model that is unsuitable for the task."""
 
     @classmethod  # noqa: B027
     def configure(cls, model: Any, processor: Any) -> None:
-        """Tell a loaded model what it must know of the processor."""
+        """Set the entries of a loaded model's configuration that follow from the processor."""
 
     def check(self, model: Any, examples: Iterable[Example]) -> None:  # noqa: B027
-        """Raise DataError for examples that the model cannot read, before every candidate fails on them."""
+        """Raise DataError for examples that the model cannot read, before all candidates fail on them."""
 
     # Examples and scores
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """Return model inputs and targets, not padded, and `domain` of each row."""
+        """Return an example per row: unpadded model inputs, targets, and `domain` if there are domains."""
 
     def domain(self, row: Row) -> dict[str, int]:
-        """Return the part of an example that says which domain it is of; nothing where there are none."""
+        """Return the entry `domain` of a row's example, an index; empty if there are no domains."""
         return {"domain": self.domains.index(row["domain"])} if self.domains else {}
 
     @abstractmethod
     def length(self, example: Example) -> int:
-        """Return the positions that an example takes in the model's layers."""
+        """Return the number of positions of an example in the model's layers."""
 
     @abstractmethod
     def inputs(self, examples: Sequence[Example]) -> Batch:
-        """Return the padded inputs of the model, [N, ...] each."""
+        """Return the padded inputs of the model, each [N, ...]."""
 
     @abstractmethod
     def targets(self, examples: Sequence[Example], width: int) -> Tensor:
-        """Return the values that `score` compares with: [N], [N, C] or, for the tokens of examples, [N, width]."""
+        """Return the targets for `score`: [N], [N, C] or, for targets per token, [N, width]."""
 
     @abstractmethod
     def score(self, logits: Tensor, targets: Tensor) -> Scored:
-        """Return the `columns` of each example: `loss`, differentiable, `accuracy`, and those of metrics over a set."""
+        """Return the `columns`, among them a differentiable `loss` and `accuracy`, each [N] or [N, C]."""
 
     def scores(self, model: nn.Module, batch: Batch) -> Scored:
-        """Return the columns of a collated batch: the forward pass and `score`."""
+        """Run the model on a collated batch and return its columns."""
         return self.score(model(**model_inputs(batch)).logits, batch["targets"])
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the padded `inputs`, the `targets`, and where there are domains, `domains` [N]."""
+        """Return a batch: the padded `inputs`, the `targets`, and `domains` [N] if there are domains."""
         import torch
 
         width = max(map(self.length, examples))

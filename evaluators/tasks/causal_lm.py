@@ -1,4 +1,4 @@
-"""Causal language modelling, with the loss on the completion only where a row has a prompt.
+"""Causal language modelling; in rows with a prompt, only the completion has a loss.
 
 Notation: N examples, T tokens (padded), V vocabulary.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from autopeft.evaluators.errors import DataError, ModelError
-from autopeft.evaluators.rows import EMBEDDED_IN, DataSettings, Row, field_names, text_of
+from autopeft.evaluators.rows import EMBEDDED_IN, DataConfig, Row, field_names, text_of
 from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Scored
 from autopeft.evaluators.tasks.text import TextTask
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM(TextTask):
-    """The scores of an example are means over its predicted tokens: cross-entropy, and share of correct ones."""
+    """Next-token prediction; scores of an example are means over its predicted tokens: cross-entropy and accuracy."""
 
     name = "causal-lm"
     auto_class = "AutoModelForCausalLM"
@@ -31,19 +31,19 @@ class CausalLM(TextTask):
 
     @override
     @classmethod
-    def problems(cls, data: DataSettings, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
         if data.source in EMBEDDED_IN:
-            yield ("data", "source"), "the embedded data is for classification: name data of yours"
+            yield ("data", "source"), "the embedded data is for classification: set data.source to your own data"
         if model_id == "embedded":
-            yield ("model", "id"), "the embedded model is an encoder: name a causal language model"
+            yield ("model", "id"), "the embedded model is an encoder: set model.id to a causal language model"
         for name in ("text_pair", "labels"):
             if getattr(data, name) is not None:
-                yield ("data", name), "is for classification"
+                yield ("data", name), "is only for classification"
 
     @override
     @classmethod
-    def row(cls, row: Row, data: DataSettings) -> Row:
-        """Prompt + completion (loss on the completion), messages, or text (loss on everything), as TRL has them."""
+    def row(cls, row: Row, data: DataConfig) -> Row:
+        """Return a row in TRL's formats: prompt and completion (loss on the completion), messages, or text."""
         if "messages" in row:
             return {"messages": _messages(row["messages"])}
         if data.prompt in row or data.completion in row:
@@ -51,8 +51,8 @@ class CausalLM(TextTask):
         if data.text in row:
             return {"text": text_of(row, data.text)}
         raise ValueError(
-            f"neither {data.prompt!r} and {data.completion!r}, nor 'messages', nor {data.text!r} among its fields:"
-            f" {field_names(row)}"
+            f"a row needs the fields {data.prompt!r} and {data.completion!r}, or 'messages', or {data.text!r}; this"
+            f" row has {field_names(row)}"
         )
 
     @override
@@ -67,7 +67,7 @@ class CausalLM(TextTask):
             module = site.attention_module
             if module and getattr(model.get_submodule(module), "is_causal", True) is False:
                 raise ModelError(
-                    f"{backbone.id}: an encoder, which sees the tokens that it should predict; {cls.name} needs a"
+                    f"{backbone.id}: this model is an encoder, whose tokens attend to later ones; {cls.name} needs a"
                     " decoder"
                 )
 
@@ -77,16 +77,18 @@ class CausalLM(TextTask):
 
     def _encode(self, row: Row) -> Example:
         prompt, completion = self._chat(row["messages"]) if "messages" in row else self._plain(row)
-        # A long prompt loses its beginning: the completion is what the loss is about.
-        kept = min(len(prompt), max(self.max_length - len(completion), 0))
-        prompt = prompt[len(prompt) - kept :]
-        labels = [*[IGNORED] * kept, *completion][: self.max_length]
-        if all(label == IGNORED for label in labels[1:]):  # the first token has nothing to be predicted from
-            raise DataError([f"max_length {self.max_length} leaves nothing to predict in the row {row!r:.80}"])
+        # A long prompt is cut at its beginning, because the completion has the loss.
+        num_prompt = min(len(prompt), max(self.max_length - len(completion), 0))
+        prompt = prompt[len(prompt) - num_prompt :]
+        labels = [*[IGNORED] * num_prompt, *completion][: self.max_length]
+        if all(label == IGNORED for label in labels[1:]):  # no token precedes the first one
+            raise DataError(
+                [f"max_length {self.max_length} is too short: no token is left to predict in the row {row!r:.80}"]
+            )
         return {"input_ids": [*prompt, *completion][: self.max_length], "labels": labels, **self.domain(row)}
 
     def _plain(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Tokens of the prompt and of the completion, or none and those of the text; the end of text is learnt."""
+        """Return the tokens of prompt and completion, or none and the tokens of the text; the end of text is learnt."""
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
         if "text" in row:
@@ -94,25 +96,27 @@ class CausalLM(TextTask):
         prompt, whole = self._open(row["prompt"]), self._open(row["prompt"] + row["completion"])
         if whole[: len(prompt)] == prompt:
             return prompt, [*whole[len(prompt) :], *end]
-        # A token would reach over the seam, which nobody who continues the prompt can produce.
+        # A token would span the boundary, but a generation that continues the prompt cannot produce it.
         return prompt, [*self.tokenizer(row["completion"], add_special_tokens=False)["input_ids"], *end]
 
     def _open(self, text: str) -> list[int]:
-        """Tokens of a text that may go on: with the special ones of the beginning, without an end."""
+        """Return the tokens of a text that may continue: with special tokens at the beginning, none at the end."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:
-        """Return the tokens before the last message and those of the last message, which is the completion.
+        """Return the tokens before the last message and the tokens of the last message, the completion.
 
-        The template has every special token, those of the end too.
+        The template supplies all special tokens, also at the end.
         """
         if self.tokenizer.chat_template is None:
             raise DataError(["rows with 'messages' need a chat template, and the model's tokenizer has none"])
         prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
         if not whole.startswith(prompt):
-            raise DataError(["the model's chat template changes what stands before the last message"])
+            raise DataError(
+                ["the model's chat template changes the text before the last message, so it cannot be split off"]
+            )
         prompt_ids, completion_ids = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt) :])
         )
@@ -129,14 +133,14 @@ class CausalLM(TextTask):
 
     @override
     def score(self, logits: Tensor, targets: Tensor) -> Scored:
-        """logits: [N, T, V], targets: [N, T]."""
+        """Return the columns [N] from logits [N, T, V] and targets [N, T]."""
         from autopeft.evaluators.tasks.output_layer import from_logits
 
         return from_logits(logits, targets)
 
     @override
     def scores(self, model: nn.Module, batch: Batch) -> Scored:
-        """Without logits of all tokens, where nothing happens between the output layer and the loss."""
+        """Compute the columns without the logits of all tokens if the output layer is plain; see `output_layer.py`."""
         from autopeft.evaluators.tasks.output_layer import from_hidden_states
 
         return from_hidden_states(model, batch) or super().scores(model, batch)
@@ -150,5 +154,5 @@ def _messages(value: Any) -> list[dict[str, str]]:
         if not all(isinstance(text, str) for text in message.values()):
             raise ValueError(f"message {number}: 'role' and 'content' must be texts")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError("'messages' must end with a message of the role 'assistant', after what it answers")
+        raise ValueError("'messages' must end with a message of the role 'assistant' that answers an earlier message")
     return messages

@@ -1,4 +1,4 @@
-"""Classification of a text, or of a pair of texts: into one of several labels, or with any number of labels.
+"""Classification of texts or pairs of texts, with one label or any number of labels per row.
 
 Notation: N examples, C labels.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from autopeft.evaluators.rows import DataSettings, Row, name_of, names_of, text_of
+from autopeft.evaluators.rows import DataConfig, Row, name_of, names_of, text_of
 from autopeft.evaluators.tasks.base import Example, Scored, Task
 from autopeft.evaluators.tasks.text import TextTask
 from autopeft.search_space.metrics.base import PREDICTION, PREDICTIONS, TARGET, TARGETS
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Classification(TextTask):
-    """One label per row: the loss is the cross-entropy of the softmax. `data.labels` makes it `MultiLabel`."""
+    """One label per row, with the cross-entropy of the softmax as loss. `data.labels` selects `MultiLabel`."""
 
     name = "classification"
     auto_class = "AutoModelForSequenceClassification"
@@ -35,7 +35,7 @@ class Classification(TextTask):
 
     @override
     @classmethod
-    def for_data(cls, data: DataSettings) -> type[Task]:
+    def for_data(cls, data: DataConfig) -> type[Task]:
         return MultiLabel if data.labels is not None else cls
 
     @override
@@ -45,7 +45,7 @@ class Classification(TextTask):
 
     @override
     @classmethod
-    def row(cls, row: Row, data: DataSettings) -> Row:
+    def row(cls, row: Row, data: DataConfig) -> Row:
         return {**_texts(row, data), "label": name_of(row, data.label, "label")}
 
     @override
@@ -61,12 +61,12 @@ class Classification(TextTask):
     @override
     @classmethod
     def label_problem(cls, labels: Sequence[str]) -> str | None:
-        return f"only one label, {labels[0]!r}: there is nothing to classify" if len(labels) < 2 else None
+        return f"all rows have the label {labels[0]!r}: classification needs at least two" if len(labels) < 2 else None
 
     @override
     @classmethod
     def truth(cls, rows: Sequence[Row], labels: Sequence[str]) -> NDArray[np.int64] | None:
-        """Return indices of labels, [N]."""
+        """Return the indices of labels, [N]."""
         import numpy as np
 
         return np.array([labels.index(row["label"]) for row in rows])
@@ -84,14 +84,14 @@ class Classification(TextTask):
     @override
     @classmethod
     def same_outputs(cls, config: Any, labels: Sequence[str] | None) -> bool:
-        """Whether the outputs of a checkpoint's head mean `labels`, in this order; numbers mean positions."""
+        """Return whether a checkpoint's outputs are `labels` in this order; numeric labels are positions."""
         names = [str(name) for _, name in sorted(config.id2label.items())]
         unnamed = names == [f"LABEL_{i}" for i in range(len(names))]
         return unnamed or labels is None or all(label.isdecimal() for label in labels) or names == list(labels)
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        # Of a pair, the longer text loses its end, token by token (the tokenizer's "longest_first").
+        # In a pair, the longer text is cut at its end, token by token (the tokenizer's "longest_first").
         pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
         encoded = self.tokenizer([row["text"] for row in rows], pairs, truncation=True, max_length=self.max_length)
         examples: list[dict[str, Any]] = [
@@ -100,7 +100,7 @@ class Classification(TextTask):
         ]
         if pairs is not None:
             for example, types in zip(examples, encoded.get("token_type_ids", ()), strict=False):
-                if any(types):  # models with types take 0 where none are given
+                if any(types):  # models with token types use 0 by default
                     example["token_type_ids"] = types
         return list(examples)
 
@@ -115,7 +115,7 @@ class Classification(TextTask):
 
     @override
     def score(self, logits: Tensor, targets: Tensor) -> Scored:
-        """logits: [N, C], targets: [N]."""
+        """Return the columns [N] from logits [N, C] and targets [N], indices of labels."""
         from torch.nn.functional import cross_entropy
 
         losses = cross_entropy(logits.float(), targets, reduction="none")
@@ -125,10 +125,10 @@ class Classification(TextTask):
 
 
 class MultiLabel(Classification):
-    """Any number of labels per row: the loss is the mean over labels of the binary cross-entropy of their sigmoids.
+    """Any number of labels per row; the loss is the mean over labels of the sigmoid's binary cross-entropy.
 
-    That is transformers' problem_type "multi_label_classification". A label is predicted where its logit is positive,
-    and `accuracy` counts rows whose predicted set of labels is exactly theirs (scikit-learn's `accuracy_score`).
+    This is transformers' problem_type "multi_label_classification". A label is predicted if its logit is positive, and
+    `accuracy` is the share of rows whose predicted set of labels is exactly right (scikit-learn's `accuracy_score`).
     """
 
     columns = frozenset({"loss", "accuracy", TARGETS, PREDICTIONS})
@@ -137,13 +137,16 @@ class MultiLabel(Classification):
 
     @override
     @classmethod
-    def problems(cls, data: DataSettings, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
-        if data.label != DataSettings().label:
-            yield ("data", "label"), f"there is data.labels too, {data.labels!r}: rows have one label or a list of them"
+    def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+        if data.label != DataConfig().label:
+            yield (
+                ("data", "label"),
+                f"cannot be combined with data.labels ({data.labels!r}): rows have one label or a list of labels",
+            )
 
     @override
     @classmethod
-    def row(cls, row: Row, data: DataSettings) -> Row:
+    def row(cls, row: Row, data: DataConfig) -> Row:
         assert data.labels is not None
         return {**_texts(row, data), "labels": names_of(row, data.labels, "label")}
 
@@ -155,12 +158,12 @@ class MultiLabel(Classification):
     @override
     @classmethod
     def label_problem(cls, labels: Sequence[str]) -> str | None:
-        return None if labels else "no row has a label: there is nothing to classify"
+        return None if labels else "no row has a label: multi-label classification needs at least one"
 
     @override
     @classmethod
     def truth(cls, rows: Sequence[Row], labels: Sequence[str]) -> NDArray[np.int64] | None:
-        """Return 1 for the labels of each row and 0 for the others, [N, C]."""
+        """Return indicators [N, C]: 1 for the labels of each row, 0 for other labels."""
         import numpy as np
 
         return np.array([[int(label in row["labels"]) for label in labels] for row in rows])
@@ -182,7 +185,7 @@ class MultiLabel(Classification):
 
     @override
     def score(self, logits: Tensor, targets: Tensor) -> Scored:
-        """logits: [N, C], targets: [N, C] of 0 and 1."""
+        """Return columns [N] and [N, C] from logits [N, C] and targets [N, C] of 0 and 1."""
         from torch.nn.functional import binary_cross_entropy_with_logits
 
         losses = binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(-1)
@@ -191,6 +194,6 @@ class MultiLabel(Classification):
         return {"loss": losses, "accuracy": accuracies, TARGETS: targets, PREDICTIONS: predictions}
 
 
-def _texts(row: Row, data: DataSettings) -> Row:
+def _texts(row: Row, data: DataConfig) -> Row:
     pair = {} if data.text_pair is None else {"text_pair": text_of(row, data.text_pair)}
     return {"text": text_of(row, data.text), **pair}

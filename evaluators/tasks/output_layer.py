@@ -1,4 +1,4 @@
-"""The scores of language models: from logits, or from hidden states where the output layer is plain.
+"""The scores of language models: from logits, or from hidden states if the output layer is plain.
 
 Notation: N examples, T tokens (padded), D features, V vocabulary, M predicted tokens.
 """
@@ -19,11 +19,11 @@ from autopeft.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def from_logits(logits: Tensor, targets: Tensor) -> Scored:
-    """Return means over each example's predicted tokens, [N] each: cross-entropy, and the share of correct ones.
+    """Return means over each example's predicted tokens, each [N]: the cross-entropy and the accuracy.
 
     logits: [N, T, V], targets: [N, T].
     """
-    # Only what is predicted: the logits of prompts and padding are most of them, and not worth a softmax.
+    # Only predicted tokens: most logits belong to prompts and padding, and need no softmax.
     predicted, wanted, counted = _predicted(logits, targets)
     predicted = predicted.float()
     losses = cross_entropy(predicted, wanted, reduction="none")
@@ -32,7 +32,7 @@ def from_logits(logits: Tensor, targets: Tensor) -> Scored:
 
 
 def from_hidden_states(model: Any, batch: Batch) -> Scored | None:
-    """Return the same without logits of all tokens; None for a model that changes the output of its output layer."""
+    """Compute the result of `from_logits` without logits of all tokens; None if the output layer is not plain."""
     layer = model.get_output_embeddings()
     if not (_is_frozen_linear(layer) and _ends_in_output_layer(model)):
         return None
@@ -43,20 +43,20 @@ def from_hidden_states(model: Any, batch: Batch) -> Scored | None:
 
 
 def _predicted(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return predicting states ([M, ...] of [N, T, ...]), the tokens to predict [M] and their places [N, T - 1]."""
+    """Return predicting states ([M, ...] of [N, T, ...]), the tokens to predict [M] and their mask [N, T - 1]."""
     wanted = targets[:, 1:]
     counted = wanted != IGNORED
     return states[:, :-1][counted], wanted[counted], counted
 
 
 def _means(values: Tensor, counted: Tensor) -> Tensor:
-    """Means of each example's values: [M] to [N]; 0 without any."""
+    """Return the mean [N] of each example's values among `values` [M], 0 for an example without values."""
     spread = torch.zeros(counted.shape, device=values.device).masked_scatter(counted, values)
     return spread.sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 def _is_frozen_linear(layer: nn.Module | None) -> bool:
-    """Whether a module's weight and bias are all there is to it: no adapter at it, no gradient for it."""
+    """Return whether a module is a plain `nn.Linear` without hooks and without gradients."""
     return (
         type(layer) is nn.Linear
         and not layer._forward_hooks
@@ -66,7 +66,7 @@ def _is_frozen_linear(layer: nn.Module | None) -> bool:
 
 
 class _Probe(nn.Module):
-    """Stands for a base model and returns the same hidden states whatever the input."""
+    """A substitute for a base model that returns the same hidden states for every input."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -80,24 +80,23 @@ class _Probe(nn.Module):
 
 class _ProbeOutput(BaseModelOutputWithPast):  # type: ignore[misc]
     def __getattr__(self, name: str) -> None:
-        """None for what only some models return, as the logits of routers."""
+        """Return None for outputs of only some models, such as the logits of routers."""
 
 
-#: By model: whether its logits are its output layer's.
+#: For each model, whether its logits are the plain output of its output layer.
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def _ends_in_output_layer(model: Any) -> bool:
-    """Return whether the logits are the output layer's of the last hidden state.
+    """Return whether the logits are the output layer applied to the last hidden state, without further operations.
 
-    They are not where they are scaled or capped, or where something is added to the input of the layers.
-    Tried out on a shell of the model with a probe in place of the layers, so that no adapter is called and no
-    dropout drawn, whatever is attached.
+    Some models scale or cap the logits, or change the inputs of the layers. The test runs a shallow copy of the model
+    with a probe in place of the layers, so it calls no adapter and draws no dropout.
     """
     if model not in _plain:
         layer = model.get_output_embeddings()
-        # Large, so that a soft cap shows in any precision.
+        # Large values, so that a soft cap has an effect in any precision.
         hidden = 100 * torch.randn(1, 2, layer.in_features, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(layer.weight)
         probe = _Probe(hidden)
@@ -107,6 +106,6 @@ def _ends_in_output_layer(model: Any) -> bool:
         try:
             logits = type(model).forward(shell, input_ids=ids).logits
             _plain[model] = probe.tensors == 1 and torch.equal(logits.float(), layer(hidden).float())
-        except Exception:  # a model that wants more of its base than hidden states: by its own logits, then
+        except Exception:  # the model needs more outputs of its base than hidden states: use its own logits
             _plain[model] = False
     return _plain[model]

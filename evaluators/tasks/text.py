@@ -1,4 +1,4 @@
-"""What the tasks over texts share: a tokenizer prepares their rows, and examples are rows of token ids."""
+"""The common base of tasks over texts: a tokenizer encodes the rows, and examples are rows of token ids."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from autopeft.evaluators.tasks.base import Batch, Example, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Inputs that an example may have beside `input_ids`, with one number per token and 0 where it says nothing.
+#: Optional inputs of an example besides `input_ids`, with one number per token and 0 as the default.
 _PER_TOKEN = ("token_type_ids",)
 
 
 class TextTask(Task):
-    """A task whose examples have `input_ids`, and `token_type_ids` where the tokenizer tells two texts apart so."""
+    """A task whose examples have `input_ids`, and `token_type_ids` if the tokenizer marks the second text by them."""
 
     processor_name = "tokenizer"
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The processor."""
+        """The processor under its usual name."""
         return self.processor
 
     @override
@@ -35,18 +35,18 @@ class TextTask(Task):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
-        # Where there are no files, transformers makes one of the right class that knows no words.
+        # Without tokenizer files, transformers creates a tokenizer of the right class with an empty vocabulary.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise ModelError(f"{model_id}: there is no tokenizer beside the model")
+            raise ModelError(f"{model_id}: the model has no tokenizer files")
         if tokenizer.pad_token is None:
-            # Padding is masked out everywhere, so that any token will do.
+            # Padding is masked everywhere, so any token will do.
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
 
     @override
     @classmethod
     def configure(cls, model: Any, processor: Any) -> None:
-        # Where a classifier looks for the last token of a row, it must know what our batches are padded with.
+        # Classifiers that read the last token of a row need the padding token of the batches.
         model.config.pad_token_id = processor.pad_token_id
 
     @override
@@ -54,22 +54,24 @@ class TextTask(Task):
         examples = list(examples)
         lengths = [self.length(example) for example in examples]
         if not min(lengths):
-            raise DataError(["a row has no tokens: the model's tokenizer knows none of its characters"])
-        longest, most = max(lengths), max_tokens(model)
-        if longest > most:
-            raise DataError([f"max_length: a row has {longest} tokens, and the model takes {most} at most"])
-        known = model.get_input_embeddings().num_embeddings
+            raise DataError(["a row has no tokens: its characters are not in the vocabulary of the model's tokenizer"])
+        longest, limit = max(lengths), max_tokens(model)
+        if longest > limit:
+            raise DataError([f"max_length: a row has {longest} tokens, and the model takes at most {limit}"])
+        num_embeddings = model.get_input_embeddings().num_embeddings
         ids = (token for example in examples for token in example["input_ids"])
-        if max(self.tokenizer.pad_token_id, max(ids)) >= known:
-            raise DataError([f"the tokenizer has tokens beyond the {known} that the model has embeddings for"])
+        if max(self.tokenizer.pad_token_id, max(ids)) >= num_embeddings:
+            raise DataError(
+                [f"the tokenizer does not match: it has token ids beyond the model's {num_embeddings} embeddings"]
+            )
         types = max((max(example["token_type_ids"]) for example in examples if "token_type_ids" in example), default=0)
-        # Without a count (or with 0) a model that takes types has no embeddings for them that could be too few.
+        # Without a count (or with 0), a model that takes types has no embeddings for them, so none can be missing.
         count = getattr(model.config, "type_vocab_size", None)
         takes = "token_type_ids" in inspect.signature(model.forward).parameters
         if types and (not takes or (count and types >= count)):
             raise DataError(
-                [f"the tokenizer marks a second text by token_type_ids {types}, which the model does not know: set the"
-                 " tokenizer's model_input_names to input_ids and attention_mask"]
+                [f"the tokenizer marks a second text by token_type_ids {types}, which the model does not support: set"
+                 " the tokenizer's model_input_names to input_ids and attention_mask"]
             )  # fmt: skip
 
     @override
@@ -78,7 +80,7 @@ class TextTask(Task):
 
     @override
     def inputs(self, examples: Sequence[Example]) -> Batch:
-        """input_ids and attention_mask [N, T], padded on the right, and token_type_ids where an example has them."""
+        """Return input_ids and attention_mask [N, T], padded on the right, and token_type_ids if examples have them."""
         import torch
 
         width = max(map(self.length, examples))
@@ -96,11 +98,11 @@ class TextTask(Task):
 
 
 def max_tokens(model: Any) -> int:
-    """Return the tokens of the longest row that has positions."""
+    """Return the largest number of tokens per row that the model has positions for."""
     from torch import nn
 
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from the one after the padding's.
+            # RoBERTa counts positions from the one after that of the padding.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)

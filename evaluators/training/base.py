@@ -1,4 +1,4 @@
-"""What the evaluators that train share: the model with its rows, batches, costs and scores."""
+"""The common base of the evaluators that train: the model with its rows, batches, costs and scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,23 +21,24 @@ from autopeft.evaluators.costs.measurement import measure
 from autopeft.evaluators.data.splits import SPLITS, Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
 from autopeft.evaluators.training import batching
-from autopeft.evaluators.training.record import Columns, Scores
+from autopeft.evaluators.training.record import Scores
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
+from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, Quality
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.training import Training
 
 EVALUATION_BATCH_SIZE = 64
-#: Validation examples that are scored at a rung, about.
+#: Approximate number of validation examples that are scored at a rung.
 RUNG_EXAMPLES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Settings of evaluators that change how fast they are and nothing that they find.
+class EvaluatorOptions:
+    """Settings of evaluators that change their speed and not their results.
 
-    `pack`: candidates side by side, None for as many as the memory holds. `cache_bytes`: memory for the outputs of the
-    layers below all adapters, 0 for none; `cache_folder`: keeps them on disk, at most `cache_folder_bytes`.
+    `pack`: candidates per pack, None for as many as fit into the memory. `cache_bytes`: memory for cached outputs of
+    the layers below all adapters, 0 for no cache. `cache_folder`: folder for the same on disk, limited to
+    `cache_folder_bytes`.
     """
 
     pack: int | None = None
@@ -49,11 +50,13 @@ class Options:
 class TrainingEvaluator(Attaching):
     """Full or partial training by AdamW; see `Fidelity`.
 
-    The frozen backbone stays in evaluation mode (no dropout of its own); a candidate that trains the backbone itself
-    has the backbone's dropout. Minibatches depend on the seed and the batch size alone, so candidates of a seed see
-    the same ones. One of which nothing is trained (a router without parameters between LoRAs that are given) makes the
-    same steps without effect. `metrics`: the qualities to report. Raises DataError for rows that the model cannot read
-    and MetricError for metrics that the task has no columns for.
+    The frozen backbone stays in evaluation mode, without its own dropout; a candidate that trains the backbone itself
+    uses the backbone's dropout. Minibatches depend only on the seed and the batch size, so candidates with the same
+    seed and batch size see the same ones. A candidate without trained tensors (a router without parameters over
+    pretrained LoRAs) makes the same steps without effect.
+
+    `metrics`: the qualities to report. Raises DataError for rows that the model cannot read and MetricError for metrics
+    whose columns the task does not compute.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class TrainingEvaluator(Attaching):
         self.examples: dict[str, list[Example]] = {split: self.task.encode(getattr(splits, split)) for split in SPLITS}
         self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
         self.task.check(self.model, chain.from_iterable(self.examples.values()))
-        # Evenly over the file, whatever its order: enough to rank by the loss, few enough to cost little.
+        # Evenly spread over the file, whatever its order: enough to rank by the loss, few enough to be cheap.
         held_out = len(self.examples["validation"])
         self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
         self.device = next(self.model.parameters()).device
@@ -75,7 +78,7 @@ class TrainingEvaluator(Attaching):
         for metric in self.metrics:
             if not metric.computable(self.task.columns):
                 there = ", ".join(sorted(self.task.columns))
-                raise MetricError(f"{metric.name} cannot be computed: the task {task} yields {there} of each example")
+                raise MetricError(f"{metric.name} cannot be computed: the task {task} only has the columns {there}")
 
     @classmethod
     def of(
@@ -85,9 +88,9 @@ class TrainingEvaluator(Attaching):
         splits: Splits,
         max_length: int,
         metrics: Sequence[Quality],
-        options: Options,
+        options: EvaluatorOptions,
     ) -> Self:
-        """Return the evaluator with those of the options that it has. Raises DataError."""
+        """Build the evaluator with the options that it supports. Raises DataError and MetricError."""
         return cls(loaded, task, splits, max_length, metrics)
 
     @override
@@ -110,7 +113,7 @@ class TrainingEvaluator(Attaching):
         return Costs(values={**values, **found.values}, spread=found.spread)
 
     def typical_batch(self, candidate: Candidate) -> Batch:
-        """Return a training batch of median length, the same one for every candidate of a batch size."""
+        """Return a training batch of median length; it depends only on the candidate's batch size."""
         size = self.training(candidate).batch_size
         batches = batching.ordered_batches(self.lengths["train"], size)
         return self.batch("train", batches[len(batches) // 2])
@@ -121,12 +124,12 @@ class TrainingEvaluator(Attaching):
         return self.batch("train", order[-self.training(candidate).batch_size :])
 
     def is_bare(self, candidate: Candidate) -> bool:
-        """Return whether it is the frozen model and nothing else."""
+        """Return whether the candidate is the frozen model without adapters and without a task head."""
         return not candidate.architecture and not self.backbone.head_modules
 
     @staticmethod
     def training(candidate: Candidate) -> Training:
-        """Return the settings that a candidate is trained with."""
+        """Return the training settings of a candidate."""
         return Training(**candidate.training)
 
     @override
@@ -142,12 +145,12 @@ class TrainingEvaluator(Attaching):
         batch = self.task.collate([self.examples[split][i] for i in indices])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    # Not inference_mode: what a model keeps from one call to the next must be fit for the training that goes on.
+    # Not inference_mode: tensors that a model caches between calls must work in the training that follows.
     @torch.no_grad()
     def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
-        """Return, for every slot, the task's columns of these examples of a split (default: all), in their order.
+        """Return, for every slot, the task's columns over these examples of a split (default: all), in their order.
 
-        A column [K, N, C] becomes lists of C numbers.
+        An entry of a column [K, N, C] is a list of C numbers.
         """
         attachment.eval()
         attachment.routers.watch()
@@ -161,15 +164,15 @@ class TrainingEvaluator(Attaching):
                 widths = {name: column.shape[2] if column.dim() == 3 else None for name, column in scored.items()}
                 rows = sum(width or 1 for width in widths.values())
                 found = torch.zeros(rows, attachment.num_slots, len(chosen))
-            # A row [K, N] for each column, and of a column [K, N, C] one for each label.
+            # One row [K, N] per column, or one per label for a column [K, N, C].
             parts = [column.movedim(2, 0) if column.dim() == 3 else column[None] for column in scored.values()]
-            # All at once: each way from a GPU waits for it. Indices of labels are whole in float32, too.
+            # One transfer, because each transfer from a GPU waits for it. Label indices are exact in float32.
             found[:, :, places] = torch.cat([part.float() for part in parts]).cpu()
         attachment.train()
         return [_by_name(of_slot, widths) for of_slot in found.unbind(1)]
 
     def final_scores(self, attachment: Attachment, tested: Sequence[bool]) -> list[Scores]:
-        """Return the scores of every slot; slots that are `tested` have the test split and averaged experts, too."""
+        """Return the scores of every slot; `tested` slots also on the test split and with averaged experts."""
         validation = self.columns(attachment, "validation")
         found = [Scores(validation=own, routes=attachment.routers.routes(k)) for k, own in enumerate(validation)]
         if any(tested):
@@ -179,7 +182,7 @@ class TrainingEvaluator(Attaching):
         return found
 
     def _averaged(self, attachment: Attachment) -> list[Columns]:
-        """Return the validation columns of every slot without its routers; nothing for a slot that has none."""
+        """Return every slot's validation columns with equally weighted experts; empty for slots without routers."""
         if not attachment.routers:
             return [{}] * attachment.num_slots
         with attachment.routers.averaged():
@@ -191,15 +194,15 @@ class TrainingEvaluator(Attaching):
 
     @abstractmethod
     def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
-        """Return the task's columns of these examples of a split, each [K, N] or [K, N, C].
+        """Return the task's columns over these examples of a split, each [K, N] or [K, N, C].
 
         K slots, N examples, C labels.
         """
 
 
 def _by_name(rows: Tensor, widths: Mapping[str, int | None]) -> Columns:
-    """Return the columns of a slot by name, from [rows, N]: a row each or, with a width C, C rows as lists of C."""
-    columns: Columns = {}
+    """Return a slot's columns by name from [rows, N]: one row per column, or C rows for a column of width C."""
+    columns: dict[str, list[Any]] = {}
     start = 0
     for name, width in widths.items():
         columns[name] = rows[start].tolist() if width is None else rows[start : start + width].T.tolist()
@@ -208,5 +211,5 @@ def _by_name(rows: Tensor, widths: Mapping[str, int | None]) -> Columns:
 
 
 def steps_at(share: float, full: int) -> int:
-    """Return the number of steps of a share of the full run: rounded up, at least one."""
+    """Return the number of steps in a share of the full run, rounded up and at least 1."""
     return max(1, math.ceil(round(share * full, 6)))  # 0.07 x 100 is a little more than 7 in binary

@@ -1,4 +1,4 @@
-"""The order in which examples are seen: the same for every candidate of a seed, so that comparisons are paired."""
+"""The order of training examples: the same for all candidates with one seed, so that comparisons are paired."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterator, Sequence
 from random import Random
 
-# Examples of similar length share a batch; pooling this many batches keeps the order random enough.
+# Examples of similar length share a batch; sorting within pools of this many batches keeps the order random enough.
 POOLED_BATCHES = 16
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
-    """Return the number of steps of so many passes over the examples, at least one."""
+    """Return the number of steps of `epochs` passes over the examples, at least 1."""
     return max(1, math.ceil(round(math.ceil(num_examples / batch_size) * epochs, 6)))
 
 
 def epoch(lengths: Sequence[int], batch_size: int, rng: Random) -> list[list[int]]:
-    """Every index once, in shuffled batches of examples of similar length."""
+    """Return every index once, in shuffled batches of examples of similar length."""
     order = list(range(len(lengths)))
     rng.shuffle(order)
     pool = batch_size * POOLED_BATCHES
@@ -29,7 +29,7 @@ def epoch(lengths: Sequence[int], batch_size: int, rng: Random) -> list[list[int
 
 
 def training_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Epoch after epoch without end, from a stream of its own per seed and epoch."""
+    """Yield the batches of epoch after epoch without end; each epoch has its own random stream per seed."""
     number = 0
     while True:
         yield from epoch(lengths, batch_size, Random(f"order/{seed}/{number}"))
@@ -37,6 +37,6 @@ def training_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iter
 
 
 def ordered_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """All indices by length: little padding where the order does not matter."""
+    """Return all indices in batches sorted by length, with little padding, for uses where the order does not matter."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,7 +1,7 @@
-"""AdamW of all slots of a pack in one pass, each slot with its own rate, decay and clipping.
+"""AdamW over all slots of a pack in one pass, each slot with its own learning rate, weight decay and clipping.
 
-Notation: K slots. Values, gradients and moments lie in four buffers [L, W] of L lines of W elements, and the parameters
-are views of them: a step is a handful of operations however many adapters there are.
+Notation: K slots. Values, gradients and moments are stored in four buffers [L, W] of L lines of W elements, and the
+parameters are views of them: a step takes a few operations, whatever the number of adapters.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from autopeft.search_space.training import Training
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-#: Elements of a line where a slot's part of a parameter has whole lines: a number for each of these costs a fifth of
-#: the time that one for each element takes.
+#: Elements per line for parameters whose parts per slot consist of whole lines: spreading settings over lines takes a
+#: fifth of the time of spreading them over elements.
 WIDTH = 64
 
 
 class PackedAdamW:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) over the banks of an attachment; the numbers are torch's AdamW's.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) over the banks of an attachment, with the numbers of torch's AdamW.
 
-    Takes the parameters' storage over: they and their gradients become views of the buffers.
+    It takes over the parameters' storage: they and their gradients become views of the buffers.
     """
 
     def __init__(self, attachment: Attachment, trainings: Sequence[Training]) -> None:
@@ -36,39 +36,39 @@ class PackedAdamW:
         self._buffers = [_Buffers(rows, width) for width, rows in by_width.items()]
         device = next(attachment.model[0].parameters()).device
         self._decay = torch.tensor([w for t in trainings for w in (t.weight_decay, 0.0)], device=device)
-        # No clipping is a bound that nothing reaches.
+        # An infinite norm means no clipping.
         self._max_norm = torch.tensor([t.max_grad_norm or float("inf") for t in trainings], device=device)
 
     @property
     def idle(self) -> bool:
-        """Nothing is trained: there is no step to make."""
+        """Whether there are no trained parameters, so that steps have no effect."""
         return not self._buffers
 
     def step(self, number: int, rates: Tensor) -> None:
-        """Update all slots by their gradients and forget these. `number` counts from 1; `rates`: [K] learning rates."""
+        """Update all slots and reset their gradients. `number` counts steps from 1; `rates`: [K] learning rates."""
         squares = torch.stack([buffers.squares(len(rates)) for buffers in self._buffers]).sum(0)
         clipping = (self._max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         for buffers in self._buffers:
             buffers.step(number, rates.repeat_interleave(2), clipping.repeat_interleave(2), self._decay)
 
     def parts(self, k: int) -> dict[str, dict[str, Tensor]]:
-        """All there is of slot k, views of values and moments by the names of `Attachment.state`."""
-        kept = {
+        """Return views of slot k's values and moments, by group and by the names of `Attachment.state`."""
+        groups = {
             name: {parameter: views[name] for buffers in self._buffers for parameter, views in buffers.views.items()}
             for name in ("values", "first", "second")
         }
-        return {name: self._attachment.parts(k, tensors) for name, tensors in kept.items()}
+        return {name: self._attachment.parts(k, tensors) for name, tensors in groups.items()}
 
 
 class _Buffers:
-    """Of parameters whose rows have whole lines of `width`. `rows`: of `Attachment.slots_of_rows`."""
+    """Buffers of parameters whose rows consist of whole lines of `width`. `rows`: from `Attachment.slots_of_rows`."""
 
     def __init__(self, rows: Sequence[tuple[nn.Parameter, bool, list[int]]], width: int) -> None:
         sizes = [parameter.numel() // width for parameter, _, _ in rows]
         device = rows[0][0].device
         self.values, self.gradients, self.first, self.second = torch.zeros(4, sum(sizes), width, device=device)
         self.views: dict[nn.Parameter, dict[str, Tensor]] = {}
-        # Line to entry of the tables [2 K] of rates and decays: a slot's decayed elements, then those without decay.
+        # For each line, its entry in the tables [2 K] of rates and decays: per slot, an entry with decay, one without.
         entries = []
         buffers = {name: getattr(self, name).split(sizes) for name in ("values", "gradients", "first", "second")}
         for i, (parameter, decay, slots) in enumerate(rows):
@@ -81,8 +81,8 @@ class _Buffers:
         self.entry_of = torch.cat(entries).to(device)
 
     def squares(self, slots: int) -> Tensor:
-        """[K]: the squared norm of what is here of each slot's gradient."""
-        squares = torch.linalg.vector_norm(self.gradients, dim=1).square()
+        """Return the squared norm [K] of each slot's gradients in these buffers."""
+        squares: Tensor = torch.linalg.vector_norm(self.gradients, dim=1).square()
         return squares.new_zeros(slots).index_add_(0, self.entry_of // 2, squares)
 
     def step(self, number: int, rates: Tensor, clipping: Tensor, decay: Tensor) -> None:
@@ -91,8 +91,8 @@ class _Buffers:
         self.first.lerp_(self.gradients, 1.0 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(self.gradients, self.gradients, value=1.0 - BETAS[1])
         self.values.mul_(self._spread(1.0 - rates * decay))
-        # rate * m / (sqrt(v) + epsilon) with both moments corrected, all but m in the divisor: a rate of 0 makes that
-        # infinite, and the update 0.
+        # rate * m / (sqrt(v) + epsilon) with both moments bias-corrected and all factors except m in the divisor. A
+        # rate of 0 makes the divisor infinite and the update 0.
         correction = (1.0 - BETAS[1] ** number) ** 0.5
         divisor = self.second.sqrt().add_(EPSILON * correction)
         divisor.mul_(self._spread((1.0 - BETAS[0] ** number) / (correction * rates)))
@@ -100,12 +100,12 @@ class _Buffers:
         self.gradients.zero_()
 
     def _spread(self, table: Tensor) -> Tensor:
-        """[2 K] to the lines: [L, 1]."""
+        """Return the entries of a table [2 K] for each line: [L, 1]."""
         return table.index_select(0, self.entry_of)[:, None]
 
 
 def decay_groups(parameters: Sequence[tuple[nn.Parameter, bool]], training: Training) -> list[dict[str, Any]]:
-    """AdamW's groups of parameters: those with weight decay and those without, as far as there are any."""
+    """Return the non-empty parameter groups of AdamW: with and without weight decay."""
     groups = [
         {"params": [p for p, decay in parameters if decay], "weight_decay": training.weight_decay},
         {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},

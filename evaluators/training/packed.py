@@ -2,11 +2,11 @@
 
 Notation: K slots, one per candidate of a pack; N examples of a minibatch, the same for every slot.
 
-A pack is formed of candidates that stand at the same step of the same order of minibatches and, on a CPU, leave the
-same layers free. It trains until the first of them comes to a rung or to its end. Then all are taken off, and the next
-packs are formed of those that go on: no slot waits for another candidate. Between two packs a candidate is its
-`SlotState`: its own tensors, its moments and its random streams, so the pack it is in changes nothing but the order
-of a few sums.
+A pack consists of candidates at the same step of the same order of minibatches and, on a CPU, with the same number of
+layers below their lowest adapters. It trains until the first of them reaches a rung or its end. Then all candidates are
+detached, and the remaining ones form the next packs: no slot waits for another candidate. Between two packs, a
+candidate is represented by its `SlotState`: its tensors, moments and random streams. So the choice of packs changes
+results only by the order of a few sums.
 """
 
 from __future__ import annotations
@@ -30,27 +30,33 @@ from autopeft.evaluators.costs.pack_sizing import fitting_slots, keep_freed_memo
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import Batch, Scored, model_inputs
 from autopeft.evaluators.training import batching
-from autopeft.evaluators.training.base import EVALUATION_BATCH_SIZE, Options, TrainingEvaluator, steps_at
+from autopeft.evaluators.training.base import EVALUATION_BATCH_SIZE, EvaluatorOptions, TrainingEvaluator, steps_at
 from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.evaluators.training.record import Record, Scores, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.shared_layers import Activations, Prefix, PrefixCache, fingerprint, token_digest
+from autopeft.evaluators.training.shared_layers import (
+    ActivationCache,
+    Activations,
+    LowerLayers,
+    fingerprint,
+    token_digest,
+)
 from autopeft.evaluators.training.slot_state import SlotState
 from autopeft.evaluators.training.train import train_alone
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
 from autopeft.search_space.training import Training
 
-#: On a GPU, losses are looked at once in so many steps: each look waits for the device.
-STEPS_BETWEEN_LOOKS = 16
+#: Steps between checks of the losses on a GPU, because each check waits for the device.
+STEPS_BETWEEN_CHECKS = 16
 
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One candidate on its way.
+    """A candidate in training.
 
-    `stops`: step and share of each rung and of the end; `depth`: layers below its lowest adapter; `state`: its state
-    between two packs, None at its first step.
+    `stops`: step and share of each rung and of the end. `depth`: number of layers below its lowest adapter. `state`:
+    its state between two packs, None before the first step.
     """
 
     index: int
@@ -60,7 +66,7 @@ class _Run:
     depth: int
     stops: tuple[tuple[int, float], ...]
     record: Record
-    #: Stops that lie behind.
+    #: Number of stops that were reached.
     passed: int = 0
     step: int = 0
     state: SlotState | None = None
@@ -78,20 +84,21 @@ class _Run:
 
     @property
     def num_steps(self) -> int:
+        """The number of steps to the end."""
         return self.stops[-1][0]
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Runs with the same one see the same minibatches from here on."""
+        """Key of the minibatches that follow: they are the same for runs with the same key."""
         return self.request.seed, self.training.batch_size, self.step
 
 
 class PackedEvaluator(TrainingEvaluator):
-    """Trains several candidates at a time; they see what they see in `TrainEvaluator`.
+    """Trains several candidates at a time, on the same minibatches as `TrainEvaluator`.
 
-    `pack`: candidates side by side, None for as many as the memory holds. `share_prefix`: the layers below the lowest
-    adapter of a pack run once for all its slots. `cache`: keeps their results; None: they are computed at each step.
-    Candidates that train the backbone itself are trained alone, and to their end.
+    `pack`: candidates per pack, None for as many as fit into the memory. `share_lower_layers`: run the layers below the
+    lowest adapter of a pack once for all slots. `cache`: cache of their outputs; None: they are computed at each step.
+    Candidates that train the backbone itself are trained alone, without stops at rungs.
     """
 
     name = "packed"
@@ -105,18 +112,18 @@ class PackedEvaluator(TrainingEvaluator):
         metrics: Sequence[Quality] = ALWAYS,
         *,
         pack: int | None = None,
-        share_prefix: bool = True,
-        cache: PrefixCache | None = None,
+        share_lower_layers: bool = True,
+        cache: ActivationCache | None = None,
     ) -> None:
         super().__init__(loaded, task, splits, max_length, metrics)
         self.pack = pack
         self.cache = cache
-        self.prefix = Prefix(self.model, self.backbone) if share_prefix else None
-        self._model_key = fingerprint(self.model, self.backbone) if share_prefix and cache is not None else ""
+        self.lower_layers = LowerLayers(self.model, self.backbone) if share_lower_layers else None
+        self._model_key = fingerprint(self.model, self.backbone) if share_lower_layers and cache is not None else ""
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
         self._fitting: dict[tuple[int, int, int], int] = {}
-        # One candidate keeps a CPU busy: there a pack is worth what it shares, and a full one is no end in itself.
+        # One candidate keeps a CPU busy, so on a CPU only the shared layers make a pack worthwhile.
         self.mixes_depths = self.device.type != "cpu"
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -130,11 +137,11 @@ class PackedEvaluator(TrainingEvaluator):
         splits: Splits,
         max_length: int,
         metrics: Sequence[Quality],
-        options: Options,
+        options: EvaluatorOptions,
     ) -> Self:
         cache = None
         if options.cache_bytes:
-            cache = PrefixCache(options.cache_bytes, options.cache_folder, options.cache_folder_bytes)
+            cache = ActivationCache(options.cache_bytes, options.cache_folder, options.cache_folder_bytes)
         return cls(loaded, task, splits, max_length, metrics, pack=options.pack, cache=cache)
 
     @override
@@ -147,7 +154,7 @@ class PackedEvaluator(TrainingEvaluator):
         select: Select | None = None,
     ) -> list[Outcome]:
         if select is not None and len({request.fidelity for request in requests}) > 1:
-            raise ValueError("candidates can be selected at their rungs only if they have the same ones")
+            raise ValueError("selection at rungs requires that all candidates have the same fidelity")
         runs = [self._run(index, request) for index, request in enumerate(requests)]
         total = sum(run.num_steps for run in runs)
 
@@ -167,7 +174,7 @@ class PackedEvaluator(TrainingEvaluator):
             if "full" in run.request.candidate.architecture.kinds or self.is_bare(run.request.candidate):
                 end(run, train_alone(self, run.request, report))
         while alive := [run for run in runs if run.outcome is None]:
-            # Those that are behind come first: nobody passes a rung before all have reached it.
+            # The least trained come first: no candidate passes a rung before all have reached it.
             share = min(run.share for run in alive)
             here = [run for run in alive if run.share == share]
             self._train_to(share, here, report, end)
@@ -190,7 +197,7 @@ class PackedEvaluator(TrainingEvaluator):
             training=training,
             full=full,
             record=Record(self.metrics),
-            depth=request.candidate.architecture.lowest_layer(self.backbone) if self.prefix else 0,
+            depth=request.candidate.architecture.lowest_layer(self.backbone) if self.lower_layers else 0,
             stops=(*(stop for stop in rungs if stop[0] < end), (end, request.fidelity.share)),
         )
 
@@ -199,22 +206,22 @@ class PackedEvaluator(TrainingEvaluator):
     def _train_to(
         self, share: float, runs: Sequence[_Run], report: Callable[[int], None], end: Callable[[_Run, Outcome], None]
     ) -> None:
-        """Train until each of `runs` has passed its stop at `share`, or failed."""
-        # Candidates with the same lower layers in common go together: they share the most.
+        """Train until each of `runs` has passed its stop at `share` or has failed."""
+        # Candidates with the same depth go together, because they share the most layers.
         waiting = sorted(runs, key=lambda run: (-run.depth, run.index))
         while waiting:
             alike = [run for run in waiting if self._fit_together(run, waiting[0])]
             pack = alike[: self._most(alike)]
             self._train_pack(pack, report, end)
             rest = [run for run in waiting if run not in pack]
-            # At the front: with others of their kind they fill the next pack.
+            # They go to the front, to fill the next pack with similar candidates.
             waiting = [run for run in pack if run.outcome is None and run.share == share] + rest
 
     def _fit_together(self, a: _Run, b: _Run) -> bool:
         return a.order == b.order and (a.depth == b.depth or self.mixes_depths)
 
     def _most(self, runs: Sequence[_Run]) -> int:
-        """Return the number of slots of a pack of such candidates."""
+        """Return the largest number of slots in a pack of such candidates."""
         key = _memory_key(runs)
         if key not in self._fitting:
             self._fitting[key] = self.pack or fitting_slots(self, [run.request for run in runs])
@@ -223,7 +230,7 @@ class PackedEvaluator(TrainingEvaluator):
     def _train_pack(
         self, pack: Sequence[_Run], report: Callable[[int], None], end: Callable[[_Run, Outcome], None]
     ) -> None:
-        """Like `_train_slots`, but what goes wrong ends the candidate alone that is the cause."""
+        """Like `_train_slots`, but an error ends only the candidate that causes it."""
         try:
             with memory_errors():
                 ended = self._train_slots(pack, report)
@@ -231,7 +238,7 @@ class PackedEvaluator(TrainingEvaluator):
             if len(pack) == 1:
                 ended = [(pack[0], failure(pack[0].request, error))]
             else:
-                # The runs are as they were before. Memory: from now on in smaller packs. Otherwise find the one.
+                # The runs are unchanged. After a lack of memory, use smaller packs; otherwise train one by one.
                 size = 1
                 if isinstance(error, OutOfMemoryError):
                     size = self._fitting[_memory_key(pack)] = len(pack) // 2
@@ -242,9 +249,9 @@ class PackedEvaluator(TrainingEvaluator):
             end(run, outcome)
 
     def _train_slots(self, pack: Sequence[_Run], report: Callable[[int], None]) -> list[tuple[_Run, Outcome]]:
-        """Train a pack to the first stop of its runs, or to the step at which the loss of one is not a number.
+        """Train a pack to the first stop of its runs, or to the step at which a loss is not finite.
 
-        Returns the runs that have ended. Nothing is changed in the runs before all has gone well.
+        Return the runs that ended. An exception leaves the runs unchanged.
         """
         begin = time.perf_counter()
         first, last = pack[0].step, min(run.stop for run in pack)
@@ -300,7 +307,7 @@ class PackedEvaluator(TrainingEvaluator):
         last: int,
         report: Callable[[int], None],
     ) -> list[list[float]]:
-        """Train up to step `last`; return the losses of the slots at each step. Ends early at one that is no number."""
+        """Train up to step `last` or to a loss that is not finite; return the losses of the slots at each step."""
         seed, batch_size, first = pack[0].order
         numbers = range(first + 1, last + 1)
         rates = torch.tensor(
@@ -308,28 +315,28 @@ class PackedEvaluator(TrainingEvaluator):
             device=self.device,
         )
         order = batching.training_batches(self.lengths["train"], batch_size, seed)
-        looks = 1 if self.device.type == "cpu" else STEPS_BETWEEN_LOOKS
+        interval = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
         losses: list[list[float]] = []
-        unseen: list[Tensor] = []
+        unchecked: list[Tensor] = []
         for number, indices, now in zip(numbers, islice(order, first, None), rates, strict=False):
             loss = self.scores(attachment, "train", indices)["loss"].mean(1)
             penalised = attachment.routers.penalised(loss).sum()
             if not optimizer.idle:
                 penalised.backward()
                 optimizer.step(number, now)
-            unseen.append(loss.detach())
-            if len(unseen) == looks or number == last:
-                losses += torch.stack(unseen).tolist()
-                unseen.clear()
+            unchecked.append(loss.detach())
+            if len(unchecked) == interval or number == last:
+                losses += torch.stack(unchecked).tolist()
+                unchecked.clear()
                 report((number - first) * len(pack))
-                if any(map(_not_finite, losses[-looks:])):
+                if any(map(_not_finite, losses[-interval:])):
                     break
         return losses
 
     # Scores
 
     def _score(self, pack: Sequence[_Run], slots: Sequence[int], attachment: Attachment) -> dict[int, Scores]:
-        """Score the slots that have come to a stop."""
+        """Return the scores of the slots that reached a stop."""
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
         found: dict[int, Scores] = {}
         if len(ending) < len(slots):
@@ -347,8 +354,8 @@ class PackedEvaluator(TrainingEvaluator):
         batch = self.batch(split, indices)
         attachment.routers.tokens.domains = batch.get("domains")
         lower: AbstractContextManager[None] = nullcontext()
-        if self.prefix is not None and depth:
-            lower = self.prefix.replaced(repeated(self._hidden(split, indices, batch, depth), slots), depth)
+        if self.lower_layers is not None and depth:
+            lower = self.lower_layers.replaced(repeated(self._hidden(split, indices, batch, depth), slots), depth)
         with lower:
             packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
             columns = self.task.scores(self.model, packed)
@@ -359,7 +366,7 @@ class PackedEvaluator(TrainingEvaluator):
         lengths = self.lengths[split]
         nbytes = (1 + sum(lengths)) * self.backbone.hidden_size * self._dtype.itemsize
         if self.cache is None or nbytes > self.cache.max_bytes:
-            return self._lower_layers(batch, depth)
+            return self._run_lower_layers(batch, depth)
         key = digest([self._model_key, self._token_key(split), depth])
         rows = self.cache.get(key, lambda: self._all_rows(split, depth), self.device)
         return Activations(rows, lengths).batch(indices)
@@ -369,28 +376,28 @@ class PackedEvaluator(TrainingEvaluator):
             self._token_keys[split] = token_digest(self.examples[split])
         return self._token_keys[split]
 
-    def _lower_layers(self, batch: Batch, depth: int) -> Tensor:
-        assert self.prefix is not None
-        return self.prefix(model_inputs(batch), depth)
+    def _run_lower_layers(self, batch: Batch, depth: int) -> Tensor:
+        assert self.lower_layers is not None
+        return self.lower_layers(model_inputs(batch), depth)
 
     def _all_rows(self, split: str, depth: int) -> Tensor:
-        """Compute the rows of all examples, in batches that do not depend on who asks first."""
+        """Compute the rows of all examples, in batches that do not depend on the first request."""
         lengths = self.lengths[split]
         rows = torch.zeros(1 + sum(lengths), self.backbone.hidden_size, dtype=self._dtype, device=self.device)
         activations = Activations(rows, lengths)
         for indices in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
             batch = self.batch(split, indices)
-            activations.fill(indices, self._lower_layers(batch, depth))
+            activations.fill(indices, self._run_lower_layers(batch, depth))
         return rows
 
 
 def repeated(tensor: Tensor, slots: int) -> Tensor:
-    """[N, ...] to [K * N, ...], the examples of a slot next to each other."""
+    """Repeat [N, ...] to [K * N, ...], with the examples of a slot next to each other."""
     return tensor.repeat(slots, *[1] * (tensor.dim() - 1))
 
 
 def _memory_key(runs: Sequence[_Run]) -> tuple[int, int, int]:
-    """Return what decides on the memory of a pack: rows per step, layers below all adapters, rows of experts."""
+    """Return the factors of a pack's memory: rows per step, layers below all adapters, experts per row."""
     rows = max((spec.num_experts_total for run in runs for _, spec in run.request.candidate.architecture), default=1)
     return runs[0].training.batch_size, min(run.depth for run in runs), rows
 

@@ -1,4 +1,4 @@
-"""The record of one candidate's training, the measurement that comes of it, and how a training fails."""
+"""The record of one candidate's training, the resulting measurement, and failures of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request
-from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
+from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, Quality
 from autopeft.search_space.metrics.base import standard_error
 from autopeft.search_space.problem import Measurement
 
@@ -17,15 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingFailedError(RuntimeError):
-    """A candidate whose training went wrong for a reason of its own, as a diverged loss."""
-
-
-Columns = dict[str, list[Any]]
+    """A training that failed because of the candidate itself, such as a diverged loss."""
 
 
 @dataclass(slots=True)
 class Scores:
-    """Columns of a slot after its training, and of its mixtures `routes` and `averaged` (see `Measurement`)."""
+    """Columns of a slot after its training; `routes` and `averaged` of its mixtures are as in `Measurement`."""
 
     validation: Columns = field(default_factory=dict)
     test: Columns = field(default_factory=dict)
@@ -35,7 +32,7 @@ class Scores:
 
 @dataclass(slots=True)
 class Record:
-    """What is known of a candidate's training so far. `metrics`: the qualities to report."""
+    """The results of a candidate's training so far. `metrics`: the qualities to report."""
 
     metrics: tuple[Quality, ...] = ALWAYS
     losses: list[float] = field(default_factory=list)
@@ -45,20 +42,20 @@ class Record:
     wall_s: float = 0.0
 
     def rung(self, share: float, columns: Columns) -> None:
-        """Record the values at a rung. Raises TrainingFailedError for a loss that is no number, and MetricError."""
+        """Record the values at a rung. Raises TrainingFailedError for a loss that is not finite, and MetricError."""
         self.rungs.append((share, self._values(finite(columns))))
 
     def end(self, scores: Scores) -> None:
-        """Record the final scores. Raises TrainingFailedError for a loss that is not a number."""
+        """Record the final scores. Raises TrainingFailedError for a loss that is not finite."""
         for columns in (scores.validation, scores.test):
             if columns:
                 finite(columns)
         self.scores = scores
 
     def measurement(self, request: Request, evaluator: str) -> Measurement:
-        """Return the measurement. Raises IndexError if the training ended before its first rung, and MetricError."""
+        """Return the measurement. Raises IndexError if training ended before the first rung, and MetricError."""
         scores = self.scores
-        # One that ended at a rung has that rung's values.
+        # A candidate that ended at a rung has the values of that rung.
         share, values = self.rungs[-1] if not scores.validation else (request.fidelity.share, {})
         contributions = self._contributions(scores.validation)
         return Measurement(
@@ -88,7 +85,7 @@ class Record:
 
 
 def failure(request: Request, error: Exception) -> Outcome:
-    """Return the outcome of a candidate that broke: it must not take the others along."""
+    """Turn an exception into the outcome of its candidate, so that other candidates continue."""
     if isinstance(error, OutOfMemoryError):
         return Outcome(failure="infeasible", reason=str(error))
     if isinstance(error, TrainingFailedError | MetricError):
@@ -98,7 +95,7 @@ def failure(request: Request, error: Exception) -> Outcome:
 
 
 def finite(columns: Columns) -> Columns:
-    """Return the columns. Raises TrainingFailedError for a loss that is not a number."""
+    """Return the columns unchanged. Raises TrainingFailedError for a loss that is not finite."""
     if not all(map(math.isfinite, columns["loss"])):
         raise TrainingFailedError("the held-out loss is not a number")
     return columns

@@ -1,4 +1,4 @@
-"""The evaluators that train, by the name that a study file gives as `evaluation.evaluator`."""
+"""The training evaluators by their name in study files, `evaluation.evaluator`."""
 
 from __future__ import annotations
 

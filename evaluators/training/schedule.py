@@ -1,4 +1,4 @@
-"""The learning rate of a step: warm-up and schedule."""
+"""The learning-rate schedule with its warm-up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from autopeft.search_space.training import Training
 
 
 def rate(step: int, steps: int, training: Training) -> float:
-    """Return the learning rate's factor at a step: linear warm-up, then the schedule down to zero."""
+    """Return the factor of the learning rate at a step: linear warm-up, then the schedule.
+
+    The schedules linear and cosine fall to 0 at the end. `step` counts from 0 to `steps` - 1.
+    """
     warmup = math.ceil(round(steps * training.warmup, 6))
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -1,7 +1,7 @@
-"""The layers below the lowest adapter: run once for all slots, and remembered across epochs, trials and studies.
+"""The layers below the lowest adapter: run once for all slots, and cached across epochs, trials and studies.
 
-Notation: N examples of T tokens, D features, `depth` layers below the lowest adapter of a pack. What leaves them does
-not depend on any adapter and needs no gradient. They are in evaluation mode: an example gives the same at each visit.
+Notation: N examples of T tokens, D features, `depth` layers below the lowest adapter of a pack. Their outputs depend on
+no adapter and need no gradient. The layers are in evaluation mode, so an example has the same output in every epoch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autopeft.evaluators.atomic import atomic_write
-from autopeft.evaluators.attachment.attachment import ForwardReplacement
+from autopeft.evaluators.attachment.hooks import ForwardReplacement
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.backbones.backbone import Backbone
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def layer_paths(backbone: Backbone) -> list[str]:
-    """Return the module paths of the layers, which are the common part of the paths of their sites."""
+    """Return the module paths of the layers: the common parts of the paths of their sites."""
     paths = []
     for layer in range(backbone.num_layers):
         inside = [site.module.replace(".", "/") for site in backbone.sites if site.layer == layer]
@@ -39,13 +39,13 @@ def layer_paths(backbone: Backbone) -> list[str]:
 
 
 class Reached(Exception):  # noqa: N818 - control flow
-    """Ends a forward pass where its result is known. `output`: what the layer returned."""
+    """Stops a forward pass after a layer. `output`: the return value of that layer."""
 
     def __init__(self, output: Any) -> None:
         self.output = output
 
 
-class Prefix:
+class LowerLayers:
     """The lower layers of a model."""
 
     def __init__(self, model: nn.Module, backbone: Backbone) -> None:
@@ -54,9 +54,9 @@ class Prefix:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor], depth: int) -> Tensor:
-        """Compute the output of the lowest `depth` layers (at least 1): [N, T, D]."""
+        """Compute the output [N, T, D] of the lowest `depth` layers, at least 1."""
 
-        def stop(module: nn.Module, args: tuple, output: Any) -> None:
+        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             raise Reached(output)
 
         handle = self.layers[depth - 1].register_forward_hook(stop)
@@ -66,7 +66,7 @@ class Prefix:
             return reached.output if isinstance(reached.output, Tensor) else reached.output[0]
         finally:
             handle.remove()
-        raise AssertionError("a forward pass that left out its own layers")
+        raise AssertionError("the forward pass did not reach its own layers")
 
     @contextmanager
     def replaced(self, hidden: Tensor, depth: int) -> Iterator[None]:
@@ -84,7 +84,7 @@ class Prefix:
 
 
 class Activations:
-    """What leaves the prefix for every example of a split: [1 + all tokens, D], the first row for the padding."""
+    """Outputs of the lower layers for all examples of a split: [1 + all tokens, D]; the first row is the padding."""
 
     def __init__(self, rows: Tensor, lengths: Sequence[int]) -> None:
         self.rows = rows
@@ -92,11 +92,11 @@ class Activations:
         self._starts = 1 + torch.cumsum(self._lengths, 0) - self._lengths
 
     def batch(self, examples: Sequence[int]) -> Tensor:
-        """[N, T, D], padded to the longest with zeros."""
+        """Return the outputs of these examples [N, T, D], padded with zeros."""
         return self.rows[self._index(examples)]
 
     def fill(self, examples: Sequence[int], hidden: Tensor) -> None:
-        """Invert `batch`; the padding is left out. hidden: [N, T, D]."""
+        """Store the outputs `hidden` [N, T, D] of these examples, without the padding."""
         index = self._index(examples)
         self.rows[index[index > 0]] = hidden[index > 0]
 
@@ -109,31 +109,31 @@ class Activations:
         return index.to(self.rows.device)
 
 
-class PrefixCache:
-    """Activations by key: the most recently used ones in memory, and in files under `folder` if there is one.
+class ActivationCache:
+    """Activations by key: the most recently used ones in memory, and all of them as files if there is a `folder`.
 
-    `max_bytes` limits the memory, `max_disk_bytes` the folder. A file that cannot be read or written costs its
-    computation again and nothing else.
+    `max_bytes` limits the memory, `max_disk_bytes` the folder. If a file cannot be read or written, its tensor is
+    computed again.
     """
 
     def __init__(self, max_bytes: int, folder: Path | None = None, max_disk_bytes: int = 10**10) -> None:
         self.max_bytes = max_bytes
         self.folder = folder
         self.max_disk_bytes = max_disk_bytes
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._in_memory: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, key: str, compute: Callable[[], Tensor], device: torch.device) -> Tensor:
         """Return the tensor of `key`, from memory, disk or `compute`."""
-        if key in self._known:
-            self._known.move_to_end(key)
-            return self._known[key]
+        if key in self._in_memory:
+            self._in_memory.move_to_end(key)
+            return self._in_memory[key]
         found = self._read(key, device)
         if found is None:
             found = compute()
             self._write(key, found)
-        self._known[key] = found
-        while sum(tensor.nbytes for tensor in self._known.values()) > self.max_bytes and len(self._known) > 1:
-            self._known.popitem(last=False)
+        self._in_memory[key] = found
+        while sum(tensor.nbytes for tensor in self._in_memory.values()) > self.max_bytes and len(self._in_memory) > 1:
+            self._in_memory.popitem(last=False)
         return found
 
     def _read(self, key: str, device: torch.device) -> Tensor | None:
@@ -142,10 +142,10 @@ class PrefixCache:
             return None
         try:
             found = load_file(path, device=str(device))["rows"]
-            path.touch()  # the oldest files go first
+            path.touch()  # the least recently used files are deleted first
             return found
         except (OSError, SafetensorError, KeyError) as error:
-            logger.warning("%s is computed again: %s", path, error)
+            logger.warning("cannot read the cached activations %s, computing them again: %s", path, error)
             return None
 
     def _write(self, key: str, tensor: Tensor) -> None:
@@ -158,7 +158,7 @@ class PrefixCache:
             with atomic_write(path) as temporary:
                 save_file({"rows": tensor}, temporary)
         except (OSError, SafetensorError) as error:
-            logger.warning("%s cannot be kept: %s", path, error)
+            logger.warning("cannot write the cached activations %s: %s", path, error)
 
     def _make_room(self, folder: Path, nbytes: int) -> None:
         files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
@@ -174,9 +174,9 @@ class PrefixCache:
 
 
 def fingerprint(model: nn.Module, backbone: Backbone) -> str:
-    """Compute a key that changes with every weight of the frozen part, and with how and where it computes.
+    """Compute a key of the frozen weights, the configuration, the device type and the versions of the libraries.
 
-    A name and a revision would say nothing of a folder that was trained on.
+    A name and a revision would not suffice, because the weights in a local folder can change.
     """
     hashed = hashlib.sha256()
     tensors: Iterable[tuple[str, Tensor]] = (*model.named_parameters(), *model.named_buffers())
@@ -192,7 +192,7 @@ def fingerprint(model: nn.Module, backbone: Backbone) -> str:
 
 
 def token_digest(examples: Sequence[Mapping[str, Any]]) -> str:
-    """Of encoded examples: their tokens say all there is of data, tokenisation and length limit."""
+    """Compute a key of encoded examples; their tokens reflect the data, the tokenizer and the length limit."""
     hashed = hashlib.sha256()
     for example in examples:
         hashed.update(torch.tensor(example["input_ids"], dtype=torch.int64).numpy().data)

@@ -13,7 +13,7 @@ from autopeft.evaluators.training.optimizer import PackedAdamW
 
 @dataclass(frozen=True, slots=True)
 class SlotState:
-    """A slot's values and moments, by group and name, and the states of its random streams."""
+    """A slot's values and moments by group and name, and the states of its random streams."""
 
     tensors: dict[str, dict[str, Tensor]]
     streams: dict[str, Tensor]

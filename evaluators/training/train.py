@@ -1,4 +1,4 @@
-"""The `train` evaluator: trains one candidate after the other on the frozen backbone and scores it."""
+"""The `train` evaluator: it trains and scores one candidate after the other on the frozen backbone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autopeft.search_space.training import Training
 
 
 class TrainEvaluator(TrainingEvaluator):
-    """Trains one candidate after the other by torch's AdamW: the reference for the faster ones."""
+    """Trains one candidate after the other by torch's AdamW; the reference for faster evaluators."""
 
     name = "train"
 
@@ -37,7 +37,9 @@ class TrainEvaluator(TrainingEvaluator):
         select: Select | None = None,
     ) -> list[Outcome]:
         if select is not None:
-            raise ValueError(f"the {self.name!r} evaluator trains one candidate after the other: there is no selection")
+            raise ValueError(
+                f"the {self.name!r} evaluator supports no selection: it trains one candidate after the other"
+            )
         total = sum(self.num_steps(request) for request in requests)
         done = 0
         outcomes: list[Outcome] = []
@@ -61,7 +63,7 @@ class TrainEvaluator(TrainingEvaluator):
 
 
 def train_alone(evaluator: TrainingEvaluator, request: Request, report: Callable[[int], None]) -> Outcome:
-    """Train and score one candidate; its failure is an outcome. `report`: called with the number of each step."""
+    """Train and score one candidate; a failure becomes its outcome. `report` is called with each step number."""
     try:
         if evaluator.is_bare(request.candidate):
             raise TrainingFailedError("nothing to train: no adapter is on and the model has no task head")
@@ -102,7 +104,7 @@ def _steps(
 ) -> Iterator[tuple[int, float, float]]:
     """Train the first `steps` of `full` steps; yield step number, seconds and loss.
 
-    Raises TrainingFailedError when the loss is not a number. Leaves the attachment in training mode between steps.
+    The attachment is in training mode between steps. Raises TrainingFailedError if a loss is not finite.
     """
     parameters = list(attachment.trainable())
     groups = decay_groups(parameters, training)
@@ -110,7 +112,7 @@ def _steps(
     order = batching.training_batches(evaluator.lengths["train"], training.batch_size, request.seed)
     attachment.train()
     with torch.random.fork_rng(devices=[evaluator.device] if evaluator.device.type == "cuda" else []):
-        torch.manual_seed(request.seed)  # a backbone that is trained itself draws its dropout here
+        torch.manual_seed(request.seed)  # the dropout of a backbone that is trained itself
         for step in range(1, steps + 1):
             start = time.perf_counter()
             loss = evaluator.scores(attachment, "train", next(order))["loss"].mean(1)

@@ -105,7 +105,7 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
 
 def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: SearchSpace) -> dict[str, Any]:
     from autopeft.studies.config.problem import problem_for
-    from autopeft.studies.engine.session import earlier_trials
+    from autopeft.studies.engine.session import prior_trials
 
     roles = [site.role for site in backbone.sites]
     return {
@@ -123,7 +123,7 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
         "domains": list(splits.domains or ()),
         "space": {"genes": [gene.name for gene in space.genes], "cardinality": space.cardinality},
         "objectives": [objective.name for objective in settings.objectives],
-        "earlier_trials": len(earlier_trials(settings, problem_for(settings, backbone))),
+        "earlier_trials": len(prior_trials(settings, problem_for(settings, backbone))),
         "warnings": list(splits.warnings),
     }
 

@@ -35,7 +35,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe from scratch; write the adapter and its test scores."""
-    from autopeft.studies.engine.retraining import kept
+    from autopeft.studies.engine.retraining import promises_met
     from autopeft.studies.exporters import EXPORTERS
     from autopeft.studies.recipes.recipe import Recipe
 
@@ -45,7 +45,7 @@ def train(
         raise ConfigurationError(f"{folder} is not empty (--force replaces an earlier run)")
     run = _retrain(loaded, [loaded.seed if seed is None else seed], device, trust_code)[0]
     EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
-    metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": kept(loaded, [run])}
+    metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": promises_met(loaded, [run])}
     atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if as_json:
         print_json(metrics)
@@ -62,14 +62,14 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe with new seeds; exit with 1 if the mean test score is worse than the promised interval."""
-    from autopeft.studies.engine.retraining import fresh_seeds, kept, promises
+    from autopeft.studies.engine.retraining import fresh_seeds, promises, promises_met
     from autopeft.studies.recipes.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     if not promises(loaded):
         raise UserError(f"{recipe}: has no promised interval: its study trained no candidate with more than one seed")
     runs = _retrain(loaded, fresh_seeds(loaded, seeds), device, trust_code)
-    verdicts = kept(loaded, runs)
+    verdicts = promises_met(loaded, runs)
     if as_json:
         found = [{"seed": run.seed, "test": run.test} for run in runs]
         print_json({"kept": verdicts, "promised": _promised(loaded), "runs": found})
@@ -107,11 +107,11 @@ def _promised(recipe: Recipe) -> dict[str, list[float | None]]:
 
 def _print(recipe: Recipe, runs: list[Retrained]) -> None:
     """Print a line per run, and the mean of the runs beside the promised interval."""
-    from autopeft.studies.engine.retraining import kept
+    from autopeft.studies.engine.retraining import promises_met
 
     for run in runs:
         typer.echo(f"seed {run.seed}: " + ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items()))
-    verdicts = kept(recipe, runs)
+    verdicts = promises_met(recipe, runs)
     for name, (low, high) in _promised(recipe).items():
         mean = sum(run.test[name] for run in runs) / len(runs)
         verdict = "as promised" if verdicts[name] else "WORSE THAN PROMISED"

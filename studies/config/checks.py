@@ -1,4 +1,4 @@
-"""What is wrong with a study file whatever its model: unknown names, settings that do not fit."""
+"""Checks of a study file that need no model: unknown names and settings that do not go together."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
 from autopeft.studies.config.settings import PACKED
-from autopeft.studies.config.source import Keys
+from autopeft.studies.config.source import PlacedProblem
 from autopeft.studies.config.study_file import StudyFile
 
 if TYPE_CHECKING:
     from autopeft.evaluators.tasks import Task
 
-Finding = tuple[Keys, str]
-#: Genes of these names mean something else: "layers.3.on", "training.learning_rate".
+#: Genes with these first words have another meaning: "layers.3.on", "training.learning_rate".
 _RESERVED = ("layers", "training")
 _OUTSIDE_LAYERS = ("embed", "backbone", "head")
 _SPLITS = ("train", "validation", "test")
 _EMBEDDED = ("embedded", "embedded-domains")
 
 
-def problems_of(study: StudyFile) -> Iterator[Finding]:
-    """Every problem that can be seen without the model and the data."""
+def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
+    """Yield every problem that can be found without the model and the data."""
     yield from _evaluator_problems(study)
     yield from _search_problems(study)
     yield from _objective_problems(study)
@@ -38,14 +37,14 @@ def problems_of(study: StudyFile) -> Iterator[Finding]:
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """Return the text for a key that a section does not have."""
+    """Return the message for a key that a section does not have."""
     return f"unknown key{did_you_mean(name, known)}"
 
 
-def _evaluator_problems(study: StudyFile) -> Iterator[Finding]:
+def _evaluator_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     name = study.evaluation.evaluator
     if name == PACKED:
-        return  # torch, which the registry imports, is needed for the others alone
+        return  # the registry imports torch, so look up only other names
     from autopeft.evaluators.training.registry import EVALUATORS
 
     if name not in EVALUATORS:
@@ -53,7 +52,7 @@ def _evaluator_problems(study: StudyFile) -> Iterator[Finding]:
 
 
 def _packs(study: StudyFile) -> bool:
-    """Whether the evaluator trains candidates side by side; True for an unknown one, which has its own message."""
+    """Return whether the evaluator trains candidates in packs; True for an unknown one, which has its own message."""
     name = study.evaluation.evaluator
     if name == PACKED:
         return True
@@ -63,8 +62,8 @@ def _packs(study: StudyFile) -> bool:
     return name not in EVALUATORS or issubclass(EVALUATORS[name], PackedEvaluator)
 
 
-def _search_problems(study: StudyFile) -> Iterator[Finding]:
-    # Imported here, like everything that is slow to import: `autopeft --help` must not wait for it.
+def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
+    # Slow imports are local, so that `autopeft --help` does not wait for them.
     from autopeft.search_space.spaces.presets import BASELINES
     from autopeft.searchers import SEARCHERS
 
@@ -72,13 +71,13 @@ def _search_problems(study: StudyFile) -> Iterator[Finding]:
     if searcher not in SEARCHERS:
         yield ("search", "searcher"), f"unknown searcher {searcher!r}{did_you_mean(searcher, SEARCHERS)}"
     if rungs != sorted(set(rungs)):
-        yield ("search", "rungs"), "must ascend"
+        yield ("search", "rungs"), "must be in ascending order, without repetitions"
     elif study.search.keep < 1.0 and not _packs(study):
-        yield ("search", "keep"), "needs the evaluator packed: the others do not train candidates side by side"
+        yield ("search", "keep"), "needs evaluation.evaluator: packed, which trains candidates side by side"
     elif study.search.keep < 1.0 and not rungs:
-        yield ("search", "keep"), "needs search.rungs: the shares of the steps at which candidates are compared"
+        yield ("search", "keep"), "needs search.rungs, the shares of the steps at which candidates are compared"
     elif rungs and rungs[-1] >= study.search.share:
-        yield ("search", "rungs"), f"must lie below search.share, which is {study.search.share}"
+        yield ("search", "rungs"), f"must be below search.share, which is {study.search.share}"
     if study.search.initial is not None and study.search.initial > study.search.trials:
         yield ("search", "initial"), f"must not be above search.trials, which is {study.search.trials}"
     if len(study.search.start) > study.search.trials:
@@ -92,36 +91,36 @@ def _search_problems(study: StudyFile) -> Iterator[Finding]:
             yield ("baselines", "names", i), f"unknown baseline {name!r}{did_you_mean(name, BASELINES)}"
 
 
-def _proxy_problems(study: StudyFile) -> Iterator[Finding]:
+def _proxy_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     from autopeft.searchers import SEARCHERS, FromScores
     from autopeft.searchers.scored.policies import POLICIES
     from autopeft.searchers.scored.proxied import Proxied
 
-    wish, searcher = study.proxy, study.search.searcher
-    known = [name for name, kind in SEARCHERS.items() if not issubclass(kind, FromScores)]
-    if wish.search not in known:
-        yield ("proxy", "search"), f"unknown searcher {wish.search!r}{did_you_mean(wish.search, known)}"
-    if wish.policy not in POLICIES:
-        yield ("proxy", "policy"), f"unknown policy {wish.policy!r}{did_you_mean(wish.policy, POLICIES)}"
-    elif wish.distil and not POLICIES[wish.policy].has_teacher:
+    proxy, searcher = study.proxy, study.search.searcher
+    plain = [name for name, kind in SEARCHERS.items() if not issubclass(kind, FromScores)]
+    if proxy.search not in plain:
+        yield ("proxy", "search"), f"unknown searcher {proxy.search!r}{did_you_mean(proxy.search, plain)}"
+    if proxy.policy not in POLICIES:
+        yield ("proxy", "policy"), f"unknown policy {proxy.policy!r}{did_you_mean(proxy.policy, POLICIES)}"
+    elif proxy.distil and not POLICIES[proxy.policy].has_teacher:
         able = " or ".join(name for name, policy in POLICIES.items() if policy.has_teacher)
-        yield ("proxy", "distil"), f"needs the largest subnet at every step: set proxy.policy to {able}"
-    elif wish.filter is not None and not POLICIES[wish.policy].draws:
-        yield ("proxy", "filter"), f"the policy {wish.policy} draws nothing that could be filtered"
-    if wish.distil and not study.task_class.distils:
-        yield ("proxy", "distil"), "works for classification alone, with one label per row"
-    if searcher in SEARCHERS and searcher not in known and not _packs(study):
-        yield ("search", "searcher"), f"{searcher} needs the evaluator packed: it runs candidates side by side"
+        yield ("proxy", "distil"), f"needs the largest subnet in every step: set proxy.policy to {able}"
+    elif proxy.filter is not None and not POLICIES[proxy.policy].draws:
+        yield ("proxy", "filter"), f"has no effect: proxy.policy {proxy.policy} draws no random subnets to filter"
+    if proxy.distil and not study.task_class.distils:
+        yield ("proxy", "distil"), "is only possible for classification with one label per row"
+    if searcher in SEARCHERS and searcher not in plain and not _packs(study):
+        yield ("search", "searcher"), f"{searcher} needs evaluation.evaluator: packed"
     if searcher == Proxied.name:
         from autopeft.evaluators.proxies import PROXIES, TRAINED
 
-        if wish.score not in (known := [*TRAINED, *PROXIES]):
-            yield ("proxy", "score"), f"unknown score {wish.score!r}{did_you_mean(wish.score, known)}"
-        if wish.filter is not None and wish.filter not in PROXIES:
-            yield ("proxy", "filter"), f"unknown proxy {wish.filter!r}{did_you_mean(wish.filter, PROXIES)}"
+        if proxy.score not in (scores := [*TRAINED, *PROXIES]):
+            yield ("proxy", "score"), f"unknown score {proxy.score!r}{did_you_mean(proxy.score, scores)}"
+        if proxy.filter is not None and proxy.filter not in PROXIES:
+            yield ("proxy", "filter"), f"unknown proxy {proxy.filter!r}{did_you_mean(proxy.filter, PROXIES)}"
 
 
-def _objective_problems(study: StudyFile) -> Iterator[Finding]:
+def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     own, task = study.metrics or {}, study.task_class
     names = [objective.name for objective in study.objectives]
     for i, objective in enumerate(study.objectives):
@@ -129,85 +128,85 @@ def _objective_problems(study: StudyFile) -> Iterator[Finding]:
         if name not in METRICS and name not in own:
             yield ("objectives", i), f"unknown metric {name!r}{did_you_mean(name, (*METRICS, *own))}"
         elif name in names[:i]:
-            yield ("objectives", i), f"{name!r} stands twice"
+            yield ("objectives", i), f"{name!r} occurs twice"
         elif name in QUALITIES:
             metric = QUALITIES[name]
             if not metric.computable(task.columns):
                 yield ("objectives", i), f"{name} {_needs(metric, task)}"
-            wish, best = objective.bound, metric.bound
-            if wish is not None and best is not None and (wish > best if metric.maximise else wish < best):
-                yield ("objectives", i, "bound"), f"no candidate can meet it: the best {name} is {best:g}"
+            bound, best = objective.bound, metric.bound
+            if bound is not None and best is not None and (bound > best if metric.maximise else bound < best):
+                yield ("objectives", i, "bound"), f"no candidate can reach it: the best possible {name} is {best:g}"
     if all(name in METRICS and name not in QUALITIES for name in names):
         quality = " or ".join(_computable(task))
-        yield ("objectives",), f"one must be {quality}: by cost alone, no adapter at all is the best"
+        yield ("objectives",), f"one must be {quality}: if only costs count, no adapter at all is the best choice"
     for name, place in own.items():
         if name in METRICS:
-            yield ("metrics", name), f"{name!r} is a metric already: take another name"
+            yield ("metrics", name), f"{name!r} is already a metric: choose another name"
         try:
             metric = Own.declared(name, place)
         except MetricError as error:
             yield ("metrics", name), str(error)
             continue
         if not metric.computable(task.columns):
-            what = f"metrics of your own are for {' or '.join(_able(metric))}: they are of targets and predictions"
+            what = f"your own metrics need targets and predictions, which only {' or '.join(_able(metric))} has"
             yield ("metrics", name), what
 
 
 def _able(metric: Quality) -> list[str]:
-    """The tasks for which a metric can be computed."""
+    """Return the tasks for which a metric can be computed."""
     from autopeft.evaluators.tasks import TASKS
 
     return [name for name, task in TASKS.items() if metric.computable(task.columns)]
 
 
 def _computable(task: type[Task]) -> list[str]:
-    """The metrics of quality that can be computed for a task."""
+    """Return the quality metrics that can be computed for a task."""
     return [name for name, metric in QUALITIES.items() if metric.computable(task.columns)]
 
 
 def _needs(metric: Quality, task: type[Task]) -> str:
-    """Why a metric cannot be computed for a task, or for a variant of it."""
+    """Return why a metric cannot be computed for a task or a variant of it."""
     able = _able(metric)
     if not able:
         return "cannot be computed: no task has the columns that it needs"
     if task.name not in able:
         return f"needs the task {' or '.join(able)}"
-    return f"cannot be computed of these data ({task.problem_type}): there are {', '.join(_computable(task))}"
+    return f"cannot be computed for {task.problem_type}: choose among {', '.join(_computable(task))}"
 
 
-def _data_problems(study: StudyFile) -> Iterator[Finding]:
+def _data_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     for split in _SPLITS:
         name = getattr(study.data, split)
         if study.data.source == "files" and name is None:
-            yield ("data", split), "is missing: name a file"
+            yield ("data", split), "is missing: give a file"
         if study.data.source in _EMBEDDED and name is not None:
-            yield ("data", split), "the embedded data has its own; for yours, set data.source to files"
+            yield ("data", split), "the embedded data has its own; to use your files, set data.source to files"
     yield from study.task_class.problems(study.data_settings(), study.model.id)
 
 
-def _name_problems(study: StudyFile) -> Iterator[Finding]:
-    """Names become the beginnings of genes, so they must not meet."""
+def _name_problems(study: StudyFile) -> Iterator[PlacedProblem]:
+    """Yield conflicts between names, which become the first words of genes."""
     space = study.space
     for section in ("adapters", "one_of"):
         for name in getattr(space, section):
             if name in _RESERVED:
-                yield ("space", section, name), f"{name!r} has a meaning of its own here: take another name"
+                yield ("space", section, name), f"{name!r} is a reserved name: choose another name"
     for name in space.one_of.keys() & space.adapters.keys():
-        yield ("space", "one_of", name), "an adapter has this name too"
+        yield ("space", "one_of", name), "an adapter also has this name"
     group_of: dict[str, str] = {}
     for name, group in space.one_of.items():
         for i, member in enumerate(group.members):
             if member in group_of:
-                what = f"{member!r} is a member of {group_of[member]!r} already"
+                what = f"{member!r} is already a member of {group_of[member]!r}"
                 yield ("space", "one_of", name, "members", i), what
             group_of[member] = name
 
 
-def _space_problems(study: StudyFile) -> Iterator[Finding]:
-    """The space, tried on a model that has every site."""
+def _space_problems(study: StudyFile) -> Iterator[PlacedProblem]:
+    """Yield problems of the space, which is built over a model that has every kind of site."""
     model = _model_with_everything(max(12, study.space.stages or 0))
     declared = declare(study, model)
-    # Which layers there are is for the real model to say.
+    # Only the real model has the number of layers.
     adapters = declared.arguments["adapters"]
     declared.arguments["adapters"] = {name: replace(choice, layers=None) for name, choice in adapters.items()}
     try:
@@ -216,7 +215,7 @@ def _space_problems(study: StudyFile) -> Iterator[Finding]:
         yield from error.problems
         return
     if not space.genes:
-        yield ("space",), "nothing to search: every field has one value"
+        yield ("space",), "nothing to search: every field has a single value"
 
 
 def _model_with_everything(num_layers: int) -> Backbone:

@@ -1,6 +1,6 @@
 """From the settings of a study file to a search space over one backbone.
 
-Problems are pairs of the path in the file and what is wrong there; `study_file.py` adds the lines.
+Problems are pairs of a path in the file and a message; `source.py` adds the lines.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 from autopeft.studies.config.settings import AdapterSettings, Range
+from autopeft.studies.config.source import PlacedProblem
 
 if TYPE_CHECKING:
     from autopeft.studies.config.study_file import StudyFile
 
-#: The path of the offending key in the file, and what is wrong there.
-Finding = tuple[tuple[str | int, ...], str]
 PRESET = ("space", "preset")
-#: Groups of layers where neither the file nor its preset says how many.
+#: The number of stages if neither the file nor its preset sets it.
 STAGES = 4
 
 
 @dataclass(slots=True)
 class Declaration:
-    """Arguments of `SearchSpace` as far as they could be read, and the problems found on the way."""
+    """The readable arguments of `SearchSpace`, and the problems of the other settings."""
 
     arguments: dict[str, Any]
-    problems: list[Finding] = field(default_factory=list)
+    problems: list[PlacedProblem] = field(default_factory=list)
 
     def space(self, backbone: Backbone) -> SearchSpace:
-        """Raises SpaceError with all problems."""
+        """Build the space. Raises SpaceError with all problems."""
         problems = list(self.problems)
         try:
             space = SearchSpace(backbone=backbone, **self.arguments)
         except SpaceError as error:
             broken_preset = PRESET in dict(problems)
             for path, what in error.problems:
-                # Nobody knows what a broken preset would have brought: only its adapters' own problems count.
+                # The contents of a broken preset are unknown, so only problems inside single adapters are real.
                 if not broken_preset or (path[0] == "adapters" and len(path) > 1):
                     problems.append((path if path[0] == "training" else ("space", *path), what))
         if problems:
@@ -55,7 +54,7 @@ class Declaration:
 
 
 def declare(study: StudyFile, backbone: Backbone) -> Declaration:
-    """The space that the file describes over `backbone`; what the file says replaces what its preset says."""
+    """Read the space of a study file over `backbone`; settings of the file replace those of its preset."""
     settings = study.space
     declared = Declaration({})
     preset = _preset(study, backbone, declared.problems)
@@ -79,7 +78,7 @@ def declare(study: StudyFile, backbone: Backbone) -> Declaration:
     return declared
 
 
-def _preset(study: StudyFile, backbone: Backbone, problems: list[Finding]) -> Mapping[str, Any]:
+def _preset(study: StudyFile, backbone: Backbone, problems: list[PlacedProblem]) -> Mapping[str, Any]:
     from autopeft.search_space.spaces.presets import PRESETS
 
     name = study.space.preset
@@ -95,7 +94,7 @@ def _preset(study: StudyFile, backbone: Backbone, problems: list[Finding]) -> Ma
         return {}
 
 
-def _adapter(name: str, settings: AdapterSettings, problems: list[Finding]) -> AdapterChoice:
+def _adapter(name: str, settings: AdapterSettings, problems: list[PlacedProblem]) -> AdapterChoice:
     path = ("space", "adapters", name)
     kind = settings.kind or name
     owners: list[type] = [ADAPTERS[kind], Mixture] if kind in ADAPTERS else []
@@ -112,9 +111,9 @@ def _adapter(name: str, settings: AdapterSettings, problems: list[Finding]) -> A
     )
 
 
-#: A backbone that stands for all of them, while the model is not loaded.
+#: The id of a substitute backbone for checks without the model.
 ANY_MODEL = "any"
-#: What follows from LoRAs that are given.
+#: Fields that follow from pretrained LoRAs.
 OF_GIVEN = ("experts", "shared_experts", "rank", "alpha", "scaling", "init")
 
 
@@ -124,17 +123,17 @@ def _given(
     name: str,
     settings: AdapterSettings,
     choice: AdapterChoice,
-    problems: list[Finding],
+    problems: list[PlacedProblem],
 ) -> AdapterChoice:
-    """A choice with the LoRAs that the file names as its experts, at the sites that they have."""
+    """Return the choice with the pretrained LoRAs of the file as its experts, at the sites of these LoRAs."""
     path = ("space", "adapters", name)
     if not settings.given:
         return choice
     if choice.kind != "lora":
-        problems.append(((*path, "given"), f"only LoRAs can be given, not a {choice.kind}"))
+        problems.append(((*path, "given"), f"only kind lora can have pretrained experts, not {choice.kind}"))
         return choice
     problems += [
-        ((*path, key), "this follows from the LoRAs that are given") for key in OF_GIVEN if key in choice.fields
+        ((*path, key), "cannot be set: the LoRAs in `given` set it") for key in OF_GIVEN if key in choice.fields
     ]
     given = tuple(str((folder / Path(one).expanduser()).resolve()) for one in settings.given)
     try:
@@ -144,18 +143,18 @@ def _given(
         problems.append(((*path, "given"), str(error)))
         return choice
     at = choice.at or tuple(dict.fromkeys(site.role for site in sites))
-    # Elsewhere a router would be trained between experts that do nothing.
+    # At other sites, a router would be trained over experts without effect.
     names = None if backbone.id == ANY_MODEL else frozenset(site.name for site in sites)
     own = {key: value for key, value in choice.fields.items() if key not in OF_GIVEN}
-    # Their scale is in their values: alpha over the rank is 1.
+    # Their scale is part of their values, so alpha over the rank is 1.
     fields = {**own, "experts": len(given), "rank": rank, "alpha": float(rank)}
     return replace(choice, at=at, sites=names, fields=fields, given=given)
 
 
 def _settings(
-    owners: Sequence[type], settings: Mapping[str, Any], path: tuple[str, ...], problems: list[Finding]
+    owners: Sequence[type], settings: Mapping[str, Any], path: tuple[str, ...], problems: list[PlacedProblem]
 ) -> Iterator[tuple[str, Domain | Value]]:
-    """Pairs of field and domain or value, without those that are wrong."""
+    """Yield pairs of field and domain or value for valid settings; add problems for the others."""
     hints = {name: hint for owner in reversed(owners) for name, hint in get_type_hints(owner).items()}
     for key, setting in settings.items():
         try:
@@ -165,7 +164,7 @@ def _settings(
 
 
 def scalar_type(hint: Any) -> type | None:
-    """bool, int, float or str where a field is one of them (or None); else None: nothing is known."""
+    """Return bool, int, float or str if a field has this type (or it and None); None for other types."""
     types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return next((t for t in types if t in (bool, int, float, str)), None)
 
@@ -174,10 +173,11 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def domain(setting: Any, expected: type | None) -> Domain | Value:
-    """A setting as the space wants it. Raises ValueError.
+    """Return a setting as a domain or value of the space. Raises ValueError.
 
-    A range is one of whole numbers if its field is whole or, where that is not known, if both its ends are.
-    Numbers take the field's type: 16 and 16.0 would be two keys of one network.
+    `expected`: the type of its field, None if unknown. A range has whole numbers if its field has or, for an unknown
+    type, if both ends are whole. Numbers are converted to the field's type, because 16 and 16.0 would give two keys to
+    one network.
     """
     if isinstance(setting, Range):
         whole = isinstance(setting.low, int) and isinstance(setting.high, int)
@@ -186,7 +186,7 @@ def domain(setting: Any, expected: type | None) -> Domain | Value:
         if whole and expected is not float:
             return Int(low=int(setting.low), high=int(setting.high), step=setting.step or 1, log=setting.log)
         if setting.step is not None:
-            raise ValueError("step is for whole numbers; list the values instead")
+            raise ValueError("step is only for whole numbers; list the values instead")
         return Float(low=float(setting.low), high=float(setting.high), log=setting.log)
     if isinstance(setting, tuple):
         return Choice.of([_value(value, expected) for value in setting])

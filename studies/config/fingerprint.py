@@ -1,4 +1,4 @@
-"""What two studies, or two starts of one, must have in common."""
+"""Fingerprints of settings: trials can be compared only under the same fingerprint."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LASTING = ("seed", "task", "model", "data", "space", "training", "objectives", 
 
 
 def fingerprint(study: StudyFile) -> dict[str, Any]:
-    """What trials must share to be compared: it may not change between `run` and `run --resume`."""
+    """Return the settings on which trials depend; they must not change between `run` and `run --resume`."""
     from autopeft.searchers import SEARCHERS, FromScores
 
     dump = study.model_dump(mode="json")
     search = {key: dump["search"][key] for key in ("searcher", "share", "rungs", "keep", "batch")}
-    # These came later: where they are not set, a study of before goes on.
+    # Later additions are left out if they are not set, so that older studies can be resumed.
     search |= {key: dump["search"][key] for key in ("initial", "surrogate", "start", "prior") if dump["search"][key]}
     scores = study.proxy.model_dump(mode="json", exclude_defaults=True)
     starts_from_scores = issubclass(SEARCHERS[study.search.searcher], FromScores)
@@ -28,12 +28,12 @@ def fingerprint(study: StudyFile) -> dict[str, Any]:
 
 
 def key_of(study: StudyFile, *fields: str) -> str:
-    """Of what these fields say other than by default: results with one key were found under the same settings."""
+    """Return a key of the non-default values of these fields; results with one key have the same settings."""
     return digest(study.model_dump(mode="json", include=set(fields), exclude_defaults=True))
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """What two fingerprints do not share, one readable line for each setting."""
+    """Return the differences between two fingerprints, one readable line for each setting."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
         for name in dict.fromkeys((*old, *new)):

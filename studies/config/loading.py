@@ -1,4 +1,4 @@
-"""Reading a study file: every setting of a study, read and checked as a whole.
+"""Reading and checking of a study file as a whole.
 
 Precedence: defaults < file < environment (`AUTOPEFT__SEARCH__TRIALS=5`) < `--set search.trials=5`.
 """
@@ -21,7 +21,7 @@ from autopeft.studies.config.study_file import FILE_NAME, StudyFile
 def load_study(
     path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ
 ) -> StudyFile:
-    """Read and check a study file, or the `study.yaml` of a folder. Raises StudyFileError: every problem."""
+    """Read and check a study file, or the `study.yaml` of a folder. Raises StudyFileError with every problem."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     overrides = tuple(overrides)
@@ -31,8 +31,8 @@ def load_study(
 
 
 def study_from_mapping(data: Mapping[str, Any], folder: str | Path = ".") -> StudyFile:
-    """The same for settings that are data already; relative paths count from `folder`."""
-    # By way of JSON: a copy of our own, with lists for tuples.
+    """Check settings in the form of data; relative paths count from `folder`. Raises StudyFileError."""
+    # A round trip through JSON makes a copy, with lists for tuples.
     return _checked(Source("", json.loads(json.dumps(dict(data)))), Path(folder) / FILE_NAME)
 
 
@@ -42,11 +42,11 @@ def _checked(source: Source, path: Path) -> StudyFile:
     try:
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise StudyFileError([f"{source.name}: a text has half of a surrogate pair (\\ud800 to \\udfff)"]) from None
+        raise StudyFileError([f"{source.name}: a text has an unpaired surrogate (\\ud800 to \\udfff)"]) from None
     study, found, removed = _salvaged(data)
-    study._file = path  # some settings name files beside it
+    study._file = path  # some settings are paths relative to it
     for keys, what in checks.problems_of(study):
-        # Next to an entry that was removed, it may come of the removal.
+        # A problem next to a removed entry may be a consequence of the removal.
         if not any(keys[: len(gone)] == gone or gone[: len(keys)] == keys for gone in removed):
             found.append((keys, what))
     found.sort(key=lambda problem: source.line(problem[0]))
@@ -58,9 +58,9 @@ def _checked(source: Source, path: Path) -> StudyFile:
 
 
 def _salvaged(data: dict[str, Any]) -> tuple[StudyFile, list[tuple[Keys, str]], list[Keys]]:
-    """The settings, the problems with their form, and the entries taken out until the rest could be read.
+    """Return the settings, the problems of their form, and the entries that were removed to make the rest readable.
 
-    So the rest can be checked as well: all problems are to come at once.
+    So the rest can be checked too, and the user sees all problems at once.
     """
     problems: list[tuple[Keys, str]] = []
     removed: list[Keys] = []
@@ -77,7 +77,7 @@ def _salvaged(data: dict[str, Any]) -> tuple[StudyFile, list[tuple[Keys, str]], 
         data.setdefault("study", "unnamed")
 
 
-# What pydantic finds, in the words of the file
+# Errors of pydantic in terms of the study file
 
 _WORDS = {
     "missing": "is missing",
@@ -92,7 +92,7 @@ _WORDS = {
 
 
 def _found(error: ValidationError, data: Any) -> Iterator[tuple[Keys, str, Keys]]:
-    """Path, problem, and the entry without which the problem would be gone."""
+    """Yield path, problem, and the entry whose removal solves the problem."""
     seen = set()
     for entry in error.errors(include_url=False):
         location, kind, context = entry["loc"], entry["type"], entry.get("ctx", {})
@@ -103,22 +103,22 @@ def _found(error: ValidationError, data: Any) -> Iterator[tuple[Keys, str, Keys]
         elif kind == "extra_forbidden":
             what = checks.unknown_key(str(location[-1]), _section(location[:-1]).model_fields)
         elif kind == "too_short":
-            given = len(_entry(data, path))  # pydantic counts the valid ones only
+            given = len(_entry(data, path))  # pydantic counts only valid entries
             if given >= context["min_length"]:
                 continue
             what = f"needs at least {context['min_length']} entries, has {given}"
         elif kind == "too_long":
             what = f"may have {context['max_length']} entries, has {context['actual_length']}"
-        # A union reports a problem once for each of its members.
+        # pydantic reports a problem of a union once per member.
         if path not in seen:
             seen.add(path)
-            # Without one entry a list would be another list: it goes as a whole.
+            # A list is removed as a whole, because a list without one entry has another meaning.
             numbers = [i for i, key in enumerate(culprit) if isinstance(key, int)]
             yield path, what, culprit[: numbers[0]] if numbers else culprit
 
 
 def _path(location: Keys, data: Any) -> Keys:
-    """The keys among `location`, which holds the members of unions too."""
+    """Return the keys in `location`, without the names of union members."""
     path: list[str | int] = []
     for key in location:
         here = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int)
@@ -135,7 +135,7 @@ def _entry(data: Any, path: Keys) -> Any:
 
 
 def _section(location: Keys) -> type[BaseModel]:
-    """The section at `location`; names and positions of entries stay in the section of the entries."""
+    """Return the section at `location`; names and positions of entries belong to the section of the entries."""
     section: type[BaseModel] = StudyFile
     for key in location:
         if key == settings.Range.__name__:

@@ -17,13 +17,13 @@ from autopeft.studies.config.study_file import StudyFile
 
 
 def space_for(study: StudyFile, backbone: Backbone) -> SearchSpace:
-    """The space over `backbone`. Raises StudyFileError, as for the file itself."""
+    """Build the study's space over `backbone`. Raises StudyFileError."""
     with _rendered(study):
         return declare(study, backbone).space(backbone)
 
 
 def problem_for(study: StudyFile, backbone: Backbone) -> Problem:
-    """What a searcher works on, but for the trials of an earlier study. Raises StudyFileError."""
+    """Build the problem for a searcher, without the trials of a prior study. Raises StudyFileError."""
     space = space_for(study, backbone)
     limits = Limits.of(study.constraints.model_dump(exclude_none=True), backbone)
     with _rendered(study):
@@ -41,7 +41,7 @@ def problem_for(study: StudyFile, backbone: Backbone) -> Problem:
 
 @contextmanager
 def _rendered(study: StudyFile) -> Iterator[None]:
-    """A SpaceError becomes a StudyFileError, its problems in the order of the file."""
+    """Turn a SpaceError into a StudyFileError with the problems in the order of the file."""
     try:
         yield
     except SpaceError as error:

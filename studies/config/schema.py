@@ -1,4 +1,4 @@
-"""The JSON schema of the study file: editors complete and check with it. Names come from the registries."""
+"""The JSON schema of the study file, for completion and checks in editors. Names come from the registries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 def json_schema() -> dict[str, Any]:
-    """Draft 2020-12, with one definition per adapter type, each with the fields of its own."""
+    """Return the schema (draft 2020-12), with a definition per adapter type that has the fields of this type."""
     from autopeft.evaluators.tasks import TASKS
     from autopeft.evaluators.training.registry import EVALUATORS
     from autopeft.search_space.spaces.presets import BASELINES, PRESETS
@@ -38,7 +38,7 @@ def json_schema() -> dict[str, Any]:
     _restrict(definitions["BaselineSettings"]["properties"]["names"]["items"], BASELINES)
     definitions["AnyObjectiveSettings"] = deepcopy(definitions["ObjectiveSettings"])
     _restrict(definitions["ObjectiveSettings"]["properties"]["name"], METRICS)
-    # A study that has metrics of its own may name them; which they are, a schema cannot know.
+    # A study with its own metrics may name them, and a schema cannot know their names.
     known = {"anyOf": [{"type": "string", "enum": list(METRICS)}, {"$ref": "#/$defs/ObjectiveSettings"}]}
     any_objective = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/AnyObjectiveSettings"}]}
     del schema["properties"]["objectives"]["items"]
@@ -51,19 +51,19 @@ def json_schema() -> dict[str, Any]:
     adapters = definitions["SpaceSettings"]["properties"]["adapters"]
     definitions["adapter"] = {"anyOf": [_with_kind(kind) for kind in ADAPTERS]}
     named = {"$ref": "#/$defs/adapter"}
-    # An entry is of the type that it is named after, unless it says another.
+    # The name of an entry is its adapter type, unless `kind` is set.
     adapters["properties"] = {
         kind: {"if": {"required": ["kind"]}, "then": named, "else": {"$ref": f"#/$defs/adapter.{kind}"}}
         for kind in ADAPTERS
     }
     adapters["additionalProperties"] = named
-    (pattern,) = adapters.pop("patternProperties")  # it stands for the settings that were taken apart
+    (pattern,) = adapters.pop("patternProperties")  # the general section, which `_adapter` has split by type
     adapters["propertyNames"] = {"pattern": pattern}
     return {"$schema": DIALECT, **schema, "title": "autopeft study file"}
 
 
 def _restrict(text: dict[str, Any], names: Iterable[str]) -> None:
-    """Only registered names are valid; an empty list is no valid schema."""
+    """Allow registered names only; an empty list is not a valid schema."""
     if names := list(names):
         text["enum"] = names
 
@@ -103,7 +103,7 @@ def _adapter(spec: type[AdapterSpec], common: dict[str, Any]) -> dict[str, Any]:
 
 
 def _field(hint: Any, default: Any) -> dict[str, Any]:
-    """A value, a list of values, or a range where numbers are."""
+    """Return the schema of a field: a value, a list of values, or a range of numbers."""
     scalar = scalar_type(hint)
     value = {"type": _TYPES[scalar]} if scalar else {"type": ["number", "string", "boolean"]}
     forms: list[dict[str, Any]] = [value, {"type": "array", "items": value, "minItems": 1}]

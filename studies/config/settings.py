@@ -1,6 +1,6 @@
 """The sections of a study file. Their descriptions become the JSON schema.
 
-What a section alone cannot know (registered names, settings that do not go together) is in `checks.py`.
+Checks across sections (registered names, settings that do not go together) are in `checks.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 
 Positive = Annotated[float, Field(gt=0)]
-#: Names end up in the names of genes, where dots separate.
+#: Names become parts of the names of genes, where dots are separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -45,6 +45,8 @@ TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 class Section(BaseModel):
+    """Base of the sections: strict types and no unknown keys."""
+
     # Strict: a trial count of "40" or of 40.5 is a mistake, not a number to convert.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -52,7 +54,7 @@ class Section(BaseModel):
 class Range(Section):
     """Every number from low to high."""
 
-    # Both types, so that whole numbers stay whole; float first, so that a wrong type reads "a number".
+    # Both types keep whole numbers whole; float comes first, so that a message about a wrong type says "a number".
     low: float | int = Field(description="smallest value")
     high: float | int = Field(description="largest value")
     log: bool = Field(default=False, description="spread over orders of magnitude")
@@ -90,12 +92,12 @@ class ModelSettings(Section):
     revision: str | None = Field(default=None, description="commit or tag on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="type of its weights")
     modules: dict[str, str] | None = Field(
-        default=None, description="paths of its modules by role, for a family that is not recognised"
+        default=None, description="paths of its modules by role, for a model family that is not recognised"
     )
 
 
 class DataSettings(Section):
-    """Rows to train on and to choose by. Test rows are seen by the final front only."""
+    """Rows for training, selection and test. Only finalists are scored on the test rows."""
 
     source: str = Field(
         default="embedded",
@@ -105,64 +107,67 @@ class DataSettings(Section):
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
     train: str | None = Field(default=None, description="file (.jsonl, .csv, .parquet) or, on the hub, split")
-    validation: str | None = Field(default=None, description="the same, for the rows that candidates are compared on")
+    validation: str | None = Field(default=None, description="the same, for rows on which candidates are compared")
     test: str | None = Field(default=None, description="the same, for the final front")
     text: str = Field(default="text", description="column of the text")
     text_pair: str | None = Field(
         default=None,
         min_length=1,
-        description="column of a second text, read together with the first: pairs of sentences; null: there is none",
+        description="column of a second text that is read together with the first, for pairs; null: none",
     )
     label: str = Field(default="label", description="column of the class")
     labels: str | None = Field(
         default=None,
         min_length=1,
-        description="column of a list of classes, any number of them, in place of label; null: each row has one",
+        description="column of a list with any number of classes, in place of label; null: each row has one class",
     )
     domain: str | None = Field(
         default=None,
         min_length=1,
-        description="column of the data set or task that a row is of; null: there are no domains, but for"
-        " embedded-domains, which has its own",
+        description="column with the data set or task of a row; null: none, except that embedded-domains has its own",
     )
     prompt: str = Field(default="prompt", description="column of the prompt (causal-lm)")
     completion: str = Field(default="completion", description="column of the text to learn (causal-lm)")
-    max_length: int = Field(default=64, ge=1, description="longest row in tokens; the rest is cut")
+    max_length: int = Field(default=64, ge=1, description="largest number of tokens per row; longer rows are cut")
     max_train_rows: int | None = Field(
         default=None,
         ge=1,
-        description="train on a fixed random subset of so many rows, with every label and domain; null: on all",
+        description="size of a fixed random training subset with every label and domain; null: all rows",
     )
 
     @model_serializer(mode="wrap")
-    def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Some settings came later: without them, studies, scores and recipes of before stay what they were."""
-        return {name: value for name, value in told(self).items() if name not in _LATER or value is not None}
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later additions that are not set, so that older studies, scores and recipes keep their keys."""
+        return {name: value for name, value in default(self).items() if name not in _LATER or value is not None}
 
 
+#: Settings that were added after the first version of the file.
 _LATER = ("domain", "text_pair", "labels")
 
 
 class AdapterSettings(Section):
-    """One adapter type in the space. Any field of its kind may stand here too, as a value, list or range."""
+    """One adapter type in the space. It takes the fields of its kind as well, each a value, list or range."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Setting] = Field(init=False)
 
     kind: str | None = Field(default=None, description="adapter type; default: the name of this entry")
-    at: tuple[str, ...] = Field(default=(), description="roles of the sites it may take; default: the type's own")
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, description="those layers only")
+    at: tuple[str, ...] = Field(default=(), description="roles of its possible sites; default: those of the type")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, description="restrict it to these layers"
+    )
     placement: Granularity | None = Field(
-        default=None, description="search where it is on, at this granularity; null: always on"
+        default=None, description="search for the places where it is on, at this granularity; null: always on"
     )
     vary: dict[str, Variation] = Field(
-        default={}, description="fields chosen per stage, layer or site, not once; the rank of LoRAs per expert"
+        default={},
+        description="granularity of fields that are chosen per stage, layer or site; the rank of LoRAs also per expert",
     )
     given: tuple[str, ...] = Field(
-        default=(), description="folders of LoRAs, as peft writes them, that are the experts and are not trained"
+        default=(), description="folders of pretrained LoRAs in peft's format, which become frozen experts"
     )
     router_per: Literal["site", "layer"] = Field(
-        default="site", description="of experts: a router at each site, or one that the sites of a layer share"
+        default="site", description="for mixtures: one router per site, or one that all sites of a layer share"
     )
 
     @property
@@ -176,22 +181,24 @@ class OneOfSettings(Section):
 
     members: tuple[str, ...] = Field(min_length=1, description="names of adapters of this space")
     per: Granularity = Field(default="model", description="how often the choice is made")
-    optional: bool = Field(default=False, description="none of them is a choice too")
+    optional: bool = Field(default=False, description="allow that none of them is present")
 
 
 class SpaceSettings(Section):
-    """Which adapters, of what size, where. A preset and adapters of the file's own may be combined."""
+    """Adapters with their possible sizes and places. A preset can be combined with your own adapters."""
 
     preset: str | None = Field(default=None, description="a published space to start from")
     adapters: dict[Name, AdapterSettings] = Field(default={}, description="adapters by name")
     one_of: dict[Name, OneOfSettings] = Field(default={}, description="groups that exclude each other, by name")
     layer_gate: bool | None = Field(default=None, description="one on/off bit per layer that all adapters share")
     stages: int | None = Field(
-        default=None, ge=1, description="equal groups of layers for 'stage'; default: the preset's, or 4"
+        default=None,
+        ge=1,
+        description="number of equal groups of layers for the granularity stage; default: as in the preset, or 4",
     )
 
 
-#: The default evaluator, which has whatever a setting may need.
+#: The default evaluator, which supports every setting.
 PACKED = "packed"
 _DEFAULTS = Training()
 
@@ -199,21 +206,25 @@ _DEFAULTS = Training()
 class TrainingSettings(Section):
     """How each candidate is trained. Search the learning rate: the best one depends on the adapter's size."""
 
-    learning_rate: Setting = Field(default=Range(low=5e-4, high=1e-2, log=True), description="peak rate of AdamW")
+    learning_rate: Setting = Field(
+        default=Range(low=5e-4, high=1e-2, log=True), description="peak learning rate of AdamW"
+    )
     weight_decay: Setting = Field(default=_DEFAULTS.weight_decay, description="decoupled weight decay")
     epochs: Setting = Field(default=_DEFAULTS.epochs, description="passes over the training rows")
     batch_size: Setting = Field(default=_DEFAULTS.batch_size, description="rows per step")
-    warmup: Setting = Field(default=_DEFAULTS.warmup, description="share of the steps with a rising rate")
+    warmup: Setting = Field(default=_DEFAULTS.warmup, description="share of the steps with a rising learning rate")
     schedule: Setting = Field(default=_DEFAULTS.schedule, description="linear, cosine or constant")
     max_grad_norm: Setting = Field(default=_DEFAULTS.max_grad_norm, description="clip of the gradient norm; 0: none")
 
 
 class ObjectiveSettings(Section):
-    """One thing that counts; a bare name will do."""
+    """An objective: a mapping, or just the name of a metric."""
 
     name: str = Field(description="a metric")
-    bound: float | None = Field(default=None, description="worst value that you accept")
-    reference: float | None = Field(default=None, description="corner for the hypervolume; default: from the trials")
+    bound: float | None = Field(default=None, description="worst acceptable value")
+    reference: float | None = Field(
+        default=None, description="reference value for the hypervolume; default: from the trials"
+    )
     direction: Literal["maximise", "minimise"] | None = Field(default=None, description="default: the metric's own")
 
     @model_validator(mode="before")
@@ -223,7 +234,7 @@ class ObjectiveSettings(Section):
 
 
 class ConstraintSettings(Section):
-    """Upper limits. A candidate that must break one is rejected before it is trained."""
+    """Upper limits. A candidate that exceeds a limit is rejected before its training."""
 
     num_params: Positive | None = Field(default=None, description="trainable parameters, without the head")
     trainable_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
@@ -249,26 +260,28 @@ Start = Annotated[
 
 
 class SearchSettings(Section):
-    """The search itself."""
+    """The search."""
 
-    searcher: str = Field(default="bo", description="what proposes the candidates")
-    trials: int = Field(default=40, ge=1, description="candidates to try")
-    share: Share = Field(default=1.0, description="share of the training steps that a candidate gets")
+    searcher: str = Field(default="bo", description="algorithm that proposes the candidates")
+    trials: int = Field(default=40, ge=1, description="number of candidates to evaluate")
+    share: Share = Field(default=1.0, description="share of the training steps for each candidate")
     rungs: tuple[Share, ...] = Field(
-        default=(), description="shares of the steps at which the loss on held-out examples is taken, ascending"
+        default=(), description="ascending shares of the steps at which the loss on held-out examples is measured"
     )
     keep: Share = Field(
-        default=1.0, description="share of a batch that goes on at each rung, by the ranks of loss and costs; 1: all"
+        default=1.0, description="share of a batch that continues after each rung, by ranks of loss and costs; 1: all"
     )
-    batch: int = Field(default=8, ge=1, description="candidates that are proposed, and compared at the rungs, at once")
+    batch: int = Field(
+        default=8, ge=1, description="number of candidates that are proposed together and compared at the rungs"
+    )
     initial: int | None = Field(
         default=None,
         ge=1,
-        description="points to spread over the space before a model is trusted; null: the searcher's own",
+        description="number of space-filling points before the searcher uses its model; null: the searcher's default",
     )
     surrogate: SurrogateKind | None = Field(
         default=None,
-        description="smooth: every gene may matter a little; sparse: few matter; null: the searcher's choice",
+        description="smooth: every gene may matter a little; sparse: few genes matter; null: the searcher's choice",
     )
     start: tuple[Start, ...] = Field(
         default=(),
@@ -277,69 +290,75 @@ class SearchSettings(Section):
     prior: str | None = Field(
         default=None,
         min_length=1,
-        description="an earlier study on a related task, its file or folder: its trials guide the first proposals",
+        description="file or folder of an earlier study on a related task, whose trials guide the first proposals",
     )
-    timeout_s: Positive | None = Field(default=None, description="stop after so many seconds")
+    timeout_s: Positive | None = Field(default=None, description="time limit in seconds")
 
 
 class ProxySettings(Section):
-    """What the searcher `proxy` scores candidates by before it trains any of them."""
+    """How the searcher `proxy` scores candidates before it trains any of them."""
 
     score: str = Field(
         default="supernet",
-        description="supernet: held-out loss with shared weights; gates: trained with them; or an untrained proxy",
+        description="supernet: held-out loss with shared weights; gates: trained gates; or an untrained proxy",
     )
     subnets: int = Field(default=2000, ge=1, description="candidates to score")
-    search: str = Field(default="evolution", description="the searcher that chooses what to score")
-    policy: str = Field(default="fair", description="which subnets of the supernet train at a step")
+    search: str = Field(default="evolution", description="searcher that proposes the candidates to score")
+    policy: str = Field(default="fair", description="selection of the subnets that train in each step")
     epochs: Positive | None = Field(
         default=None,
-        description="passes of the proxy's own training over the training rows; null: as many as a candidate has",
+        description="passes over the training rows to train the proxy itself; null: as for a candidate",
     )
-    distil: bool = Field(default=False, description="the largest subnet teaches the others of its step")
+    distil: bool = Field(default=False, description="distil from the largest subnet to the others in each step")
     filter: str | None = Field(
-        default=None, description="an untrained proxy that chooses which subnets are trained; null: all of them"
+        default=None, description="untrained proxy that selects the subnets to train; null: all subnets"
     )
 
 
 class EvaluationSettings(Section):
-    """How candidates are trained. It changes how long a study takes and nothing that it finds, but for rounding."""
+    """How candidates are trained. It changes the duration of a study but not its results, except for rounding."""
 
     evaluator: str = Field(
         default=PACKED,
         description="packed: several candidates side by side on one backbone; train: one after the other",
     )
-    pack: int | None = Field(default=None, ge=1, description="candidates side by side; null: by the memory there is")
-    cache_bytes: int = Field(
-        default=10**9, ge=0, description="memory for what the layers below all adapters compute; 0: compute it again"
+    pack: int | None = Field(
+        default=None, ge=1, description="candidates per pack; null: as many as fit into the memory"
     )
-    cache_folder: str | None = Field(default=None, description="keeps the same on disk, from study to study")
-    cache_folder_bytes: int = Field(default=10**10, ge=0, description="limit of that folder; the oldest go first")
+    cache_bytes: int = Field(
+        default=10**9, ge=0, description="memory to cache the outputs of the layers below all adapters; 0: no cache"
+    )
+    cache_folder: str | None = Field(default=None, description="folder to cache them on disk across studies")
+    cache_folder_bytes: int = Field(
+        default=10**10, ge=0, description="size limit of this folder; the least recently used go first"
+    )
 
 
 class BaselineSettings(Section):
-    """What the front is shown against, tuned over the learning rate."""
+    """Baselines for comparison with the front, each tuned over the learning rate."""
 
-    names: tuple[str, ...] = Field(default=("head", "lora-r8-qv", "full"), description="fixed set-ups to train as well")
+    names: tuple[str, ...] = Field(default=("head", "lora-r8-qv", "full"), description="baselines to train")
     learning_rates: tuple[Positive, ...] = Field(
-        default=(5e-4, 2e-3, 5e-3), min_length=1, description="rates tried for each"
+        default=(5e-4, 2e-3, 5e-3), min_length=1, description="learning rates to try for each"
     )
     full_learning_rates: tuple[Positive, ...] = Field(
-        default=(5e-5, 2e-4), min_length=1, description="rates tried for full fine-tuning"
+        default=(5e-5, 2e-4), min_length=1, description="learning rates to try for full fine-tuning"
     )
 
 
 class FinalistSettings(Section):
-    """Candidates of the front that are trained again, for error bars."""
+    """Members of the front that are trained again with several seeds, for error bars."""
 
     seeds: int = Field(default=3, ge=1, description="seeds per finalist")
-    most: int = Field(default=6, ge=1, description="finalists at most")
-    controls: bool = Field(default=True, description="train what a mixture of experts is to be compared with, too")
+    most: int = Field(default=6, ge=1, description="largest number of finalists")
+    controls: bool = Field(default=True, description="also train the matched baselines of mixtures of experts")
 
 
 class TrackingSettings(Section):
-    """The MLflow report."""
+    """Tracking by MLflow."""
 
-    enabled: bool = Field(default=True, description="write one")
-    uri: str | None = Field(default=None, description="MLflow server; default: mlflow.db in the output folder")
-    experiment: str | None = Field(default=None, description="its experiment; default: the name of the study")
+    enabled: bool = Field(default=True, description="log the study to MLflow")
+    uri: str | None = Field(
+        default=None, description="URI of the MLflow server; default: mlflow.db in the output folder"
+    )
+    experiment: str | None = Field(default=None, description="MLflow experiment; default: the name of the study")

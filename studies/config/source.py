@@ -1,4 +1,4 @@
-"""Where the settings of a study come from (YAML, environment, `--set`) and where each of them stands."""
+"""The sources of a study's settings (YAML, environment, `--set`) and the position of each setting."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from autopeft.studies.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "AUTOPEFT__"
+#: The path of a setting.
 Keys = tuple[str | int, ...]
+#: The path of a setting and a message.
+PlacedProblem = tuple[Keys, str]
 
 
 class StudyFileError(ConfigurationError):
-    """Everything wrong with a study file, one line for each problem: `file:line key: what`."""
+    """All problems of a study file, one line each: `file:line key: message`."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -26,9 +29,9 @@ class StudyFileError(ConfigurationError):
 
 
 class Source:
-    """The settings as plain data, and the place of each: a line of the file, a variable or an option.
+    """The settings as plain data, and the position of each: a line of the file, a variable or an option.
 
-    `data` is what `file` < environment < `--set` make together; `problems` are those found on the way.
+    `data`: the settings of file, environment and `--set` together; later ones win. `problems`: problems of reading.
     """
 
     def __init__(self, name: str, document: Any) -> None:
@@ -40,10 +43,10 @@ class Source:
         if isinstance(document, Mapping):
             self.data = _plain(document)
         elif document is not None:
-            self.problems.append(f"{name}:1 a study file is a mapping of keys to values")
+            self.problems.append(f"{name}:1 a study file must be a mapping of keys to values")
 
     def override(self, key: str, text: str, origin: str) -> None:
-        """Set the value at a dotted `key`; `text` is YAML. Case and hyphens of names do not count."""
+        """Set the value at a dotted `key`; `text` is YAML. Case and hyphens of names are ignored."""
         try:
             value = _plain(YAML(typ="safe", pure=True).load(text))
         except YAMLError as error:
@@ -73,14 +76,14 @@ class Source:
         self._overrides[(*path, step)] = origin
 
     def render(self, path: Keys, what: str) -> str:
-        """The problem `what` at `path` as one line."""
+        """Return the problem `what` at `path` as one line."""
         key = ".".join(map(str, path))
         for length in range(len(path), 0, -1):
             origin = self._overrides.get(path[:length])
             if origin is not None:
                 return f"{origin}: {what}" if length == len(path) else f"{origin}: {key}: {what}"
         line, found = self._find(path)
-        if not found:  # an override may have made it on the way to a key of its own
+        if not found:  # an override of a deeper key may have created the entry
             for made, origin in self._overrides.items():
                 if made[: len(path)] == path:
                     return f"{origin}: {key}: {what}"
@@ -88,34 +91,34 @@ class Source:
         return f"{where} {key}: {what}".lstrip()
 
     def line(self, path: Keys) -> int:
-        """The line of the last key of `path` that the file has; 0 without a file."""
+        """Return the line of the last key of `path` that the file has, 0 without a file."""
         return self._find(path)[0] or 0
 
     def _find(self, path: Keys) -> tuple[int | None, bool]:
-        """The line of the last key of `path` that the file has, and whether that is the whole path."""
+        """Return the line of the last key of `path` that the file has, and whether the file has the whole path."""
         node: Any = self._document
         line = 1 if hasattr(node, "lc") else None
         for key in path:
             try:
-                # Keys of the data are text, whatever YAML made of them.
+                # Keys of the data are text, whatever their type in YAML.
                 in_list = isinstance(node, list)
                 here = key if in_list else next(k for k in node if str(k) == str(key))
                 line = (node.lc.item if in_list else node.lc.key)(here)[0] + 1
                 node = node[here]
-            # absent, a scalar, or from a merge key, which has no line
+            # absent, below a scalar, or from a merge key, which has no line
             except (KeyError, IndexError, StopIteration, TypeError, AttributeError):
                 return line, False
         return line, True
 
 
 def read(path: Path, overrides: Iterable[str], environment: Mapping[str, str]) -> Source:
-    """Read the file and lay the environment and the overrides ("a.b=3") over it. Raises StudyFileError."""
+    """Read the file and apply the environment and the overrides ("a.b=3"). Raises StudyFileError."""
     try:
         document = YAML(pure=True).load(StringIO(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise StudyFileError([f"{path}: no such file; `autopeft init NAME` writes one"]) from None
     except UnicodeDecodeError:
-        raise StudyFileError([f"{path}: not a text in UTF-8"]) from None
+        raise StudyFileError([f"{path}: not UTF-8 text"]) from None
     except OSError as error:
         raise StudyFileError([f"{path}: {error.strerror}"]) from None
     except YAMLError as error:
@@ -139,7 +142,7 @@ def read(path: Path, overrides: Iterable[str], environment: Mapping[str, str]) -
 def _step(node: Any, word: str) -> str | int:
     if isinstance(node, list):
         return int(word) if word.isdecimal() else word
-    # Environment variables have neither lower case nor hyphens.
+    # Names of environment variables have no lower case and no hyphens.
     alike = (key for key in node if key.lower().replace("-", "_") == word.lower().replace("-", "_"))
     return word if word in node else next(alike, word)
 
@@ -150,14 +153,14 @@ def _reason(error: YAMLError) -> str:
 
 
 def _plain(node: Any) -> Any:
-    """Dicts, lists and scalars without the comments and formats that ruamel.yaml keeps with them."""
+    """Return dicts, lists and scalars without the comments and formats of ruamel.yaml."""
     if isinstance(node, Mapping):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
         return [_plain(value) for value in node]
-    if isinstance(node, ScalarBoolean):  # an anchored one: a whole number to Python
+    if isinstance(node, ScalarBoolean):  # a boolean with an anchor, a subclass of int
         return bool(node)
     if node is None or isinstance(node, bool):
         return node
-    # Dates and values with a tag are text here.
+    # Dates and tagged values become text.
     return next((plain(node) for plain in (int, float) if isinstance(node, plain)), str(node))

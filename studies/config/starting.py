@@ -1,4 +1,4 @@
-"""Configurations that a study is told to evaluate first: from what its file says to the genes of its space."""
+"""Start configurations of a study: from the entries of `search.start` to genes of its space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def start_points(study: StudyFile, space: SearchSpace, limits: Limits) -> tuple[Assignment, ...]:
-    """The genes of every entry of `search.start`. Raises SpaceError with all that is wrong with them."""
+    """Return the genes of every entry of `search.start`. Raises SpaceError with all problems."""
     points, problems = [], []
     for i, entry in enumerate(study.search.start):
         try:
@@ -36,31 +36,32 @@ def start_points(study: StudyFile, space: SearchSpace, limits: Limits) -> tuple[
 
 
 def _baseline(space: SearchSpace, name: str) -> Assignment:
-    """A fixed set-up as a point of the space, its training in the middle."""
+    """Return a baseline as a point of the space, with training settings in the middle of their ranges."""
     point = locate(space, Candidate(architecture=BASELINES[name](space.backbone)))
     if point is None:
-        raise SpaceError([((), f"the baseline {name!r} does not lie in this space: no genes give its architecture")])
+        raise SpaceError([((), f"the baseline {name!r} is not in this space: no genes give its architecture")])
     return point
 
 
 def _check_worth(space: SearchSpace, point: Assignment, limits: Limits) -> None:
-    """What the search would refuse is told before it starts."""
+    """Raise SpaceError for a point that the search would reject."""
     architecture = space.decode(point).architecture
     if not architecture:
         raise SpaceError([((), "no adapter is on: that is the baseline `head`")])
-    objection = limits.rejection(declared_costs(architecture, space.backbone))
-    if objection is not None:
-        raise SpaceError([((), objection[1])])
+    rejection = limits.rejection(declared_costs(architecture, space.backbone))
+    if rejection is not None:
+        raise SpaceError([((), rejection[1])])
 
 
 def assignment_of(space: SearchSpace, given: Mapping[str, Value]) -> Assignment:
-    """The point of the space that has the `given` values. Raises SpaceError.
+    """Return the point of the space that has the `given` values. Raises SpaceError.
 
-    A key is the name of a gene or its beginning, from the setting on: "lora.rank" is the rank in every stage,
-    "lora.rank.stages.0" that of one; the longer key wins. A size of 0 is "off". What is not given: an adapter that no
-    key names is off where it can be, one that is named is on everywhere, or only where keys say so if one says "on";
-    layers are on; a group takes the member that is named, or one with which nothing is on; everything else takes the
-    middle.
+    A key is the name of a gene or a leading part of it that includes the setting: "lora.rank" is the rank in every
+    stage, "lora.rank.stages.0" the rank in one stage; the longer key wins. A size of 0 means "off".
+
+    Defaults: an adapter without keys is off if possible; an adapter with keys is on everywhere, or only where a key
+    switches it on if there is such a key; layers are on; a group takes the member with keys, or else "off", or else a
+    member that can be off; all other genes take the middle of their domain.
     """
     domains = {gene.name: gene.domain for gene in space.genes}
     genes_of: dict[str, list[Gene]] = {key: [] for key in given}
@@ -71,12 +72,12 @@ def assignment_of(space: SearchSpace, given: Mapping[str, Value]) -> Assignment:
             value = given[key]
             genes_of[key].append(gene)
             if gene.size is not None and not f"{key}.".startswith(f"{gene.setting}.on."):
-                # "Is it on", answered by a size.
+                # A size also answers whether the adapter is on.
                 if value is not False and (value == 0 or domains[gene.size].contains(value)):
                     values[gene.name] = value != 0
                     accepted.add(key)
             elif gene.domain.contains(value):
-                values[gene.name] = _of(gene.domain, value)
+                values[gene.name] = _in_domain(gene.domain, value)
                 accepted.add(key)
     problems = [((key,), what) for key, what in _key_problems(space, given, genes_of, accepted)]
     if problems:
@@ -95,8 +96,8 @@ def assignment_of(space: SearchSpace, given: Mapping[str, Value]) -> Assignment:
             return True
         assert isinstance(gene.domain, Choice)
         choices = gene.domain.choices
-        quiet = [OFF, *(other.adapter for other in space.genes if other.size is not None)]
-        return next((member for member in (*named, *quiet) if member in choices), choices[0])
+        can_be_off = [OFF, *(other.adapter for other in space.genes if other.size is not None)]
+        return next((member for member in (*named, *can_be_off) if member in choices), choices[0])
 
     point = space.complete(values, fill)
     idle = [key for key, value in given.items() if genes_of[key] and not _is_off(value)
@@ -107,7 +108,7 @@ def assignment_of(space: SearchSpace, given: Mapping[str, Value]) -> Assignment:
 
 
 def _keys(gene: Gene) -> Iterator[str]:
-    """The keys that set a gene, the longest first."""
+    """Yield the keys that set a gene, the longest first."""
     for name, last in ((gene.name, gene.setting + (".on" if gene.size else "")), (gene.size, gene.setting)):
         while name is not None:
             yield name
@@ -118,8 +119,8 @@ def _is_off(value: Value) -> bool:
     return value is False or value == OFF or (isinstance(value, int) and value == 0)
 
 
-def _of(domain: Domain, value: Value) -> Value:
-    """`value` as the domain itself would give it: 16 and 16.0 are one number."""
+def _in_domain(domain: Domain, value: Value) -> Value:
+    """Return `value` with the type that the domain itself uses: 16 and 16.0 are one number."""
     if isinstance(domain, Choice):
         return domain.choices[domain.index(value)]
     return float(value) if isinstance(domain, Float) else value
@@ -128,7 +129,7 @@ def _of(domain: Domain, value: Value) -> Value:
 def _key_problems(
     space: SearchSpace, given: Mapping[str, Value], genes_of: Mapping[str, list[Gene]], accepted: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """Keys that mean nothing here, and values that lie outside."""
+    """Yield unknown keys and values outside the space, each with a message."""
     for key, value in given.items():
         owner, _, setting = key.partition(".")
         declared: Mapping[str, Domain | Value] = space.training if owner + "." == TRAINING else {}

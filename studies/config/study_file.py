@@ -1,4 +1,4 @@
-"""The settings of one study, as data: `loading.py` reads and checks them, `problem.py` makes a problem of them."""
+"""The settings of one study as data; `loading.py` reads and checks them, `problem.py` builds the problem."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autopeft.studies.config import settings
 from autopeft.studies.config.source import Keys, Source
 
 if TYPE_CHECKING:
-    from autopeft.evaluators.rows import DataSettings
+    from autopeft.evaluators.rows import DataConfig
     from autopeft.evaluators.tasks import Task
 
 FILE_NAME = "study.yaml"
@@ -25,8 +25,8 @@ class StudyFile(settings.Section):
     """The settings of one study."""
 
     study: settings.Name = Field(description="name of the study: letters, digits, - and _")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="the same seed gives the same study")
-    task: settings.TaskName = Field(default="classification", description="what is learnt")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="random seed; the same seed gives the same study")
+    task: settings.TaskName = Field(default="classification", description="learning task")
     model: settings.ModelSettings = settings.ModelSettings()
     data: settings.DataSettings = settings.DataSettings()
     space: settings.SpaceSettings = settings.SpaceSettings()
@@ -37,7 +37,7 @@ class StudyFile(settings.Section):
     )
     metrics: dict[settings.Name, str] | None = Field(
         default=None,
-        description="metrics of your own by name: the module:function that computes each, the module beside this file",
+        description="your own metrics by name, each a module:function in a module next to this file",
     )
     constraints: settings.ConstraintSettings = settings.ConstraintSettings()
     search: settings.SearchSettings = settings.SearchSettings()
@@ -67,7 +67,7 @@ class StudyFile(settings.Section):
 
     @property
     def words(self) -> str:
-        """What names this study on a command line: the file, and what was set there in place of what it says."""
+        """The study on a command line: its file, and the `--set` options that it was loaded with."""
         return shlex.join([str(self.path), *(word for each in self._overrides for word in ("--set", each))])
 
     @property
@@ -77,46 +77,50 @@ class StudyFile(settings.Section):
 
     @property
     def output_folder(self) -> Path:
+        """The folder of all results, absolute."""
         return Path(os.path.normpath(self.folder / Path(self.output or f"runs/{self.study}").expanduser()))
 
     @property
     def tracking_uri(self) -> str:
+        """The URI of the MLflow server or database."""
         return self.tracking.uri or f"sqlite:///{self.output_folder / 'mlflow.db'}"
 
     @property
     def model_id(self) -> str:
-        """`model.id`, with a folder beside the file made absolute."""
+        """`model.id`; a folder relative to the file becomes absolute."""
         beside = self.folder / Path(self.model.id).expanduser()
         return str(beside) if beside.is_dir() or self.model.id.startswith((".", "~")) else self.model.id
 
-    def data_settings(self) -> DataSettings:
-        """What `load_splits` wants; a hub's splits have their usual names unless the file says otherwise."""
-        from autopeft.evaluators.rows import DataSettings
+    def data_settings(self) -> DataConfig:
+        """Return the argument of `load_splits`; splits on the hub have their usual names by default."""
+        from autopeft.evaluators.rows import DataConfig
 
         set_here = {key: value for key, value in dict(self.data).items() if value is not None}
-        return DataSettings(**set_here, folder=self.folder)
+        return DataConfig(**set_here, folder=self.folder)
 
     @property
     def task_class(self) -> type[Task]:
-        """The task, in the variant that the data's settings ask for."""
+        """The class of the task, in the variant for the data settings."""
         from autopeft.evaluators.tasks import TASKS
 
         return TASKS[self.task].for_data(self.data_settings())
 
     def own_metrics(self) -> dict[str, Own]:
-        """The study's own metrics by name, their code not loaded; more is better unless an objective says otherwise.
-        Raises MetricError.
+        """Return the study's own metrics by name, without loading their code. Raises MetricError.
+
+        More is better unless an objective has the direction minimise.
         """
         minimised = {o.name for o in self.objectives if o.direction == "minimise"}
         return {name: Own.declared(name, place, name not in minimised) for name, place in (self.metrics or {}).items()}
 
     def qualities(self) -> tuple[Quality, ...]:
-        """What is found of every candidate, with the code of the study's own. Raises MetricError."""
+        """Return the quality metrics of every candidate, with the code of own metrics loaded. Raises MetricError."""
         wanted = [QUALITIES[o.name] for o in self.objectives if o.name in QUALITIES]
         own = [metric.loaded(self.folder) for metric in self.own_metrics().values()]
         return tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
 
     def objectives_list(self) -> tuple[Objective, ...]:
+        """Return the objectives. Raises MetricError."""
         own = self.own_metrics()
         return tuple(
             Objective.of(
@@ -130,9 +134,9 @@ class StudyFile(settings.Section):
         )
 
     def render(self, path: Keys, what: str) -> str:
-        """The problem `what` with the setting at `path`, as `file:line key: what`."""
+        """Return the problem `what` of the setting at `path` as `file:line key: what`."""
         return self._source.render(path, what)
 
     def line(self, path: Keys) -> int:
-        """The line of the setting at `path`."""
+        """Return the line of the setting at `path`."""
         return self._source.line(path)

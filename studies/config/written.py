@@ -1,6 +1,6 @@
-"""A space of Python objects as a study file says it: the inverse of `declaration.py`.
+"""From a space of Python objects to the settings of a study file: the inverse of `declaration.py`.
 
-What a file cannot say is a problem, at the path that it would have there.
+An object without equivalent in a file is a problem, at the path that it would have there.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from autopeft.search_space.adapters import ADAPTERS, Mixture
 from autopeft.search_space.declaration import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Float, Int
 from autopeft.search_space.training import Training
-from autopeft.studies.config.declaration import Finding, domain, scalar_type
+from autopeft.studies.config.declaration import domain, scalar_type
 from autopeft.studies.config.settings import AdapterSettings, OneOfSettings, Range, SpaceSettings
+from autopeft.studies.config.source import PlacedProblem
 
 DOMAINS = (Float, Int, Choice)
 _OWN = ("kind", "at", "layers", "placement", "vary", "given", "router_per")
 
 
-def written_space(space: Any, problems: list[Finding]) -> Any:
-    """The section `space`: from a preset's name, objects of `autopeft.search_space`, or a mapping with such in it.
+def space_section(space: Any, problems: list[PlacedProblem]) -> Any:
+    """Return the section `space` for a preset's name, objects of `autopeft.search_space`, or a mapping with objects.
 
     Objects are one `AdapterChoice`, a list of `AdapterChoice` and `OneOf` (an adapter's name is its kind), or a mapping
-    of names to `AdapterChoice`. What is none of these comes back as it is, for the check of the file to refuse.
+    of names to `AdapterChoice`. Other values are returned unchanged, and the check of the file rejects them.
     """
     if isinstance(space, str):
         return {"preset": space}
@@ -47,25 +48,25 @@ def written_space(space: Any, problems: list[Finding]) -> Any:
     return {key: value for key, value in section.items() if value != {}}
 
 
-def written_training(training: Any, problems: list[Finding]) -> Any:
-    """The section `training`, with domains among its values."""
+def training_section(training: Any, problems: list[PlacedProblem]) -> Any:
+    """Return the section `training` for a mapping whose values may be domains."""
     if not isinstance(training, Mapping):
         return training
     return _fields(training, _types(Training), ("training",), problems)
 
 
-def _named(entries: Any, section: str, problems: list[Finding]) -> Any:
-    """Adapters or groups by name, as settings."""
+def _named(entries: Any, section: str, problems: list[PlacedProblem]) -> Any:
+    """Return adapters or groups by name, as settings."""
     if isinstance(entries, Sequence) and not isinstance(entries, str):
         found: dict[str, Any] = {}
         for entry in entries:
             name = entry.name if isinstance(entry, OneOf) else getattr(entry, "kind", None)
             if not isinstance(name, str):
                 problems.append(
-                    (("space", section), f"must be a mapping of names to settings, or objects: {entry!r:.60}")
+                    (("space", section), f"must be a mapping of names to settings, or objects, got {entry!r:.60}")
                 )
             elif name in found:
-                what = f"two entries are called {name!r}: give a mapping of names to them"
+                what = f"two entries have the name {name!r}: use a mapping with distinct names"
                 problems.append((("space", section, name), what))
             else:
                 found[name] = entry
@@ -77,12 +78,12 @@ def _named(entries: Any, section: str, problems: list[Finding]) -> Any:
     }
 
 
-def _entry(name: str, entry: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
+def _entry(name: str, entry: Any, path: tuple[str, ...], problems: list[PlacedProblem]) -> Any:
     if isinstance(entry, AdapterChoice):
         return _adapter(name, entry, path, problems)
     if isinstance(entry, OneOf):
         if entry.name != name:
-            problems.append((path, f"this group is called {entry.name!r}"))
+            problems.append((path, f"the name of this group is {entry.name!r}: use it as the key"))
         return _changed(OneOfSettings, members=list(entry.members), per=entry.per, optional=entry.optional)
     if isinstance(entry, Mapping):
         kind = entry.get("kind", name)
@@ -92,11 +93,11 @@ def _entry(name: str, entry: Any, path: tuple[str, ...], problems: list[Finding]
     return entry
 
 
-def _adapter(name: str, choice: AdapterChoice, path: tuple[str, ...], problems: list[Finding]) -> dict[str, Any]:
+def _adapter(name: str, choice: AdapterChoice, path: tuple[str, ...], problems: list[PlacedProblem]) -> dict[str, Any]:
     if choice.sites is not None:
-        problems.append(((*path, "sites"), "a study names no single sites: use `at` and `layers`"))
+        problems.append(((*path, "sites"), "is not possible in a study: use `at` and `layers`"))
     problems += [
-        ((*path, key), "is no field of an adapter, but of AdapterChoice itself")
+        ((*path, key), "is not a field of an adapter: pass it to AdapterChoice itself")
         for key in choice.fields.keys() & {*_OWN}
     ]
     own = _changed(
@@ -113,7 +114,7 @@ def _adapter(name: str, choice: AdapterChoice, path: tuple[str, ...], problems: 
 
 
 def _changed(section: type, **values: Any) -> dict[str, Any]:
-    """What differs from the section's defaults; `members` has none."""
+    """Return the values that differ from the section's defaults."""
     defaults = {name: field.default for name, field in section.model_fields.items()}  # type: ignore[attr-defined]
     return {
         key: value
@@ -131,38 +132,38 @@ def _field_types(kind: Any) -> dict[str, type | None]:
 
 
 def _fields(
-    values: Mapping[Any, Any], types: Mapping[str, type | None], path: tuple[str, ...], problems: list[Finding]
+    values: Mapping[Any, Any], types: Mapping[str, type | None], path: tuple[str, ...], problems: list[PlacedProblem]
 ) -> dict[str, Any]:
     found = {}
     for key, value in values.items():
         try:
-            found[str(key)] = written(value, types.get(str(key)))
+            found[str(key)] = setting_of(value, types.get(str(key)))
         except ValueError as error:
             problems.append(((*path, str(key)), str(error)))
     return found
 
 
-def written(value: Any, expected: type | None = None) -> Any:
-    """A domain as data that `domain` reads back as the same one; what is none as it is. Raises ValueError.
+def setting_of(value: Any, expected: type | None = None) -> Any:
+    """Return a domain as data that `domain` reads back as an equal domain; other values are returned unchanged.
 
-    `expected`: the type of its field, as for `domain`.
+    `expected`: the type of its field, as for `domain`. Raises ValueError if no data gives an equal domain.
     """
     if not isinstance(value, DOMAINS):
         return value
     data, setting = _data(value)
     try:
         read_back = domain(setting, expected)
-    except ValueError:  # of the wrong type for its field, which the check of the file says in its own words
+    except ValueError:  # the wrong type for its field, which the check of the file reports
         return data
     if read_back == value:
         return data
     if isinstance(value, Choice):
-        raise ValueError(f"numbers are ordered in a study, words are not: write Choice.of({_listed(value.choices)})")
-    raise ValueError(f"this field takes any number between: write Float(low={value.low}, high={value.high})")
+        raise ValueError(f"in a study, numbers are ordered and words are not: use Choice.of({_listed(value.choices)})")
+    raise ValueError(f"this field takes real numbers: use Float(low={value.low}, high={value.high})")
 
 
 def _data(value: Float | Int | Choice) -> tuple[Any, Range | tuple[Any, ...]]:
-    """The data, and the setting that a study file makes of it."""
+    """Return the data, and its setting after a study file is read."""
     if isinstance(value, Choice):
         return list(value.choices), value.choices
     data: dict[str, Any] = {"low": value.low, "high": value.high}

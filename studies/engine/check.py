@@ -1,4 +1,4 @@
-"""The check of a study before anything is trained: its data, its metrics, its model, and its space over both."""
+"""The check of a study before any training: its data, metrics, model and space."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from autopeft.searchers import SEARCHERS
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.engine.session import earlier_trials
+from autopeft.studies.engine.session import prior_trials
 
 
 def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
-    """Read the data, try the study's own metrics on it, describe the model, lay the space over it.
+    """Read the data, test the study's own metrics on it, describe the model, and build the space.
 
     Raises StudyFileError with every problem.
     """
@@ -51,7 +51,7 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
                     settings.render(path, what) for path, what in domain_problems(space.adapters, splits.domains)
                 ]
             SEARCHERS[settings.search.searcher](problem, settings.seed)
-            earlier_trials(settings, problem)
+            prior_trials(settings, problem)
         except StudyFileError as error:
             problems += error.problems
         except ValueError as error:
@@ -65,7 +65,7 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
 
 
 def _try(metric: Own, settings: StudyFile, splits: Splits | None) -> None:
-    """On predictions of which some are right. Raises MetricError."""
+    """Compute a metric on partly correct predictions. Raises MetricError."""
     import numpy as np
 
     targets = None if splits is None else settings.task_class.truth(splits.validation, splits.labels or ())

@@ -1,4 +1,4 @@
-"""What a study would cost and give, from its declaration and a few measured steps."""
+"""An estimate of the costs and exports of a study, from its declaration and a few measured steps."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SAMPLES = 100
 class CostEstimate:
     """Size, costs and exports of a study.
 
-    `time_s`: estimate for the whole study on this machine. `exportable`: share of sampled candidates that a target
-    holds, by its name; `reasons`: why not, one example each.
+    `time_s`: estimated time of the whole study on this machine. `exportable`: share of sampled candidates that each
+    export target supports. `reasons`: one example per target of what it does not support.
     """
 
     study: str
@@ -53,13 +53,13 @@ class CostEstimate:
         share = self.largest_params / self.backbone_params
         lines = [
             f"{self.study}",
-            f"  space        {size}, {self.num_genes} genes (with those of the training)",
+            f"  space        {size}, {self.num_genes} genes (including training settings)",
             f"  parameters   {self.smallest_params:,} to {self.largest_params:,}"
             f" (the largest: {share:.2%} of the backbone)",
             f"  evaluations  at most {self.evaluations}",
-            f"  time         about {_duration(self.time_s)}: {self.step_s:.3f} s a step, measured here",
+            f"  time         about {_duration(self.time_s)}: {self.step_s:.3f} s per step, measured on this machine",
             f"  memory       about {self.peak_memory_bytes / 1e9:.2f} GB in a training step of the largest candidate",
-            "  exportable   share of the space that a format can hold",
+            "  exportable   share of the space that a format supports",
         ]
         for name, held in self.exportable.items():
             why = f"   e.g. {self.reasons[name]}" if name in self.reasons else ""
@@ -68,7 +68,7 @@ class CostEstimate:
 
 
 def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
-    """Load the model and measure a candidate of median size and the largest one. Writes nothing."""
+    """Load the model, and measure a candidate of median size and the largest one. Writes no files."""
     from autopeft.evaluators.base import Request
     from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations, num_finals
 
@@ -108,7 +108,7 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
 
 
 def mean_share(plan: StudyPlan) -> float:
-    """Share of the training steps that a candidate of the search gets on average, with what its rungs save."""
+    """Return the mean share of the training steps that a candidate of the search gets, given the rungs."""
     stops = (0.0, *plan.rungs, plan.share)
     return sum((end - start) * plan.keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
 
@@ -116,7 +116,7 @@ def mean_share(plan: StudyPlan) -> float:
 def _exportable(
     settings: StudyFile, splits: Splits, samples: list[Candidate], backbone: Backbone
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """For each format, the share of the samples that it holds exactly or nearly, and one thing that stands against."""
+    """Return for each format the share of samples that it supports, at least approximately, and one obstacle."""
     held = dict.fromkeys(EXPORTERS, 0)
     reasons: dict[str, str] = {}
     sites = recipe_head_sites(settings, splits.labels, backbone)

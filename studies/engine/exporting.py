@@ -1,4 +1,4 @@
-"""From a complete trial of a study to a folder in the format of another tool."""
+"""Exports of complete trials to folders in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def export_trial(
     allow_lossy: bool = False,
     force: bool = False,
 ) -> tuple[Path, Assessment]:
-    """Write trial `number` with its trained weights and its recipe; returns the folder and what the format loses.
+    """Write trial `number` with its weights and its recipe; return the folder and the format's assessment.
 
-    The default folder is in the output folder. Raises ConfigurationError for an unknown target, and ExportError.
+    The default folder is inside the output folder. Raises ConfigurationError for an unknown target, and ExportError.
     """
     if target not in EXPORTERS:
         raise ConfigurationError(f"{target}: unknown target{did_you_mean(target, EXPORTERS)}")

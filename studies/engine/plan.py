@@ -1,4 +1,4 @@
-"""How a study spends its evaluations, apart from what it searches and with which searcher."""
+"""The plan of a study's evaluations, apart from its space and its searcher."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyPlan:
-    """What a study evaluates besides the trials that its problem allows, how long each trains, and where it writes.
+    """Evaluations besides the trials of the problem, the length of each training, and the output folder.
 
-    `share`: share of the training steps that a candidate of the search gets. `rungs`: shares of the steps, ascending,
-    after each of which the share `keep` of a batch goes on. `controls`: whether finalists with mixtures are compared
-    with controls. Seeds: the search trains with `seed`, finalists with the `finalist_seeds` that follow it.
+    `share`: share of the training steps that a candidate of the search gets. `rungs`: ascending shares of the steps;
+    after each, the share `keep` of a batch continues. `controls`: whether finalists with mixtures are compared with
+    matched baselines. Seeds: the search trains with `seed`, finalists with the next `finalist_seeds` seeds.
     """
 
     study: str

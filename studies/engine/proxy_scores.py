@@ -1,10 +1,9 @@
-"""Scores candidates before any of them is trained: what the searchers `proxy` and `gates` start from.
+"""Scores of candidates before any of them is trained, for the searchers `proxy` and `gates`.
 
 `proxy`: a supernet is trained, or a proxy without training prepared, and a search over thousands of architectures asks
 for its scores, batch by batch. `gates`: gates are trained under several penalties, and each proposes an architecture.
-All of it is replayable: the supernet goes on from its checkpoint, a search that is run again finds the scores that it
-had in `subnets.csv`, costs that were measured for it stand in `costs.json`, and what the gates have proposed in
-`gates.json`.
+An interrupted study can be replayed: the supernet resumes from its checkpoint, a repeated search finds its earlier
+scores in `subnets.csv` and its measured costs in `costs.json`, and the proposals of the gates are in `gates.json`.
 """
 
 from __future__ import annotations
@@ -56,30 +55,30 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 
-#: Of the gates, on the share of the largest architecture's parameters that is on.
+#: The penalty of gates that score architectures, on the share of the largest architecture's parameters that is on.
 PENALTY = 0.1
-#: Of those that propose: from next to none to one that leaves little on.
+#: The penalties of gates that propose architectures: from almost none to one that switches most adapters off.
 PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 #: The supernet's checkpoint, in the study's folder.
 CHECKPOINT = "supernet.pt"
-#: What the gates have proposed, and costs that were measured, there as well.
+#: The proposals of the gates and the measured costs, in the same folder.
 PROPOSALS, COSTS = "gates.json", "costs.json"
-#: Candidates that the search over scores asks for at once.
+#: Candidates per batch of the search over scores.
 BATCH = 64
-#: Metrics that are known of an architecture without training it.
-FORESEEN = (*DECLARED, *ADDITIVE)
-#: What stands for quality in that search.
+#: Metrics of an architecture that need no training.
+UNTRAINED_METRICS = (*DECLARED, *ADDITIVE)
+#: The objective that replaces quality in the search over scores.
 SCORE = Objective.of("loss")
 COLUMNS = ("key", "score", *DECLARED, "genes")
 
 
 class NoScoresError(RuntimeError):
-    """A proxy that cannot score the architectures of a space."""
+    """The proxy cannot score the architectures of this space."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """An architecture on its way to a score. `state`: what the search wants back with it."""
+    """An architecture to score. `state`: data that its searcher needs back with the score."""
 
     genes: Assignment
     candidate: Candidate
@@ -97,23 +96,25 @@ class Point:
         return self.architecture.key
 
 
-def scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> tuple[ScoredPoint, ...]:
-    """Return candidates and their scores, less is better, for a searcher that starts from them.
+def score_candidates(
+    settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage
+) -> tuple[ScoredPoint, ...]:
+    """Return candidates and their scores (lower is better) for a searcher that starts from them.
 
-    Empty if there can be no scores: a failure here does not end the study.
+    Empty if scoring fails, because the study can continue without scores.
     """
     find = _proposed if settings.search.searcher == Gated.name else _scored
     try:
         return tuple(find(settings, problem, evaluator, stage))
     except (TrainingFailedError, OutOfMemoryError, NoScoresError) as error:
-        LOGGER.warning("no candidate has a score, so the search goes without: %s", error)
+        LOGGER.warning("the candidates could not be scored, so the search continues without scores: %s", error)
         return ()
 
 
 def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[ScoredPoint]:
-    """Yield the choices of gates with each of `PENALTIES`, each once; its place in that order is its score."""
-    space, kept = problem.space, Kept(settings.output_folder / PROPOSALS, key=score_key(settings))
-    proposals: list[Assignment] | None = kept.read()
+    """Yield the distinct choices of gates over `PENALTIES`; the score of each is its position in this order."""
+    space, saved = problem.space, SavedResult(settings.output_folder / PROPOSALS, key=score_key(settings))
+    proposals: list[Assignment] | None = saved.read()
     if proposals is None:
         training = middle_training(settings, space)
         with memory_errors(), _refusals():
@@ -123,7 +124,7 @@ def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator,
                 evaluator.full_steps(training),
                 lambda done, total: stage(f"training gates with {len(PENALTIES)} penalties", done, total),
             )
-        kept.write(proposals)
+        saved.write(proposals)
     for place, genes in enumerate(proposals):
         costs = declared_costs(space.decode(genes).architecture, space.backbone)
         yield ScoredPoint(genes=genes, score=float(place), costs=costs)
@@ -132,21 +133,21 @@ def _proposed(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator,
 def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, stage: Stage) -> Iterator[ScoredPoint]:
     inner = architectures_only(problem, settings.proxy.subnets)
     folder = settings.output_folder
-    table = Table(folder / SUBNETS, key=score_key(settings))
+    table = ScoreTable(folder / SUBNETS, key=score_key(settings))
     proxy: Proxy | None = None
     words, met = f"scoring by {settings.proxy.score}", 0
 
     def score(points: Sequence[Point]) -> list[float]:
         nonlocal proxy
-        lacking = [point for point in points if point.key not in table.scores]
-        if lacking:
+        missing = [point for point in points if point.key not in table.scores]
+        if missing:
             with memory_errors():
-                proxy = proxy or prepared(settings, inner, evaluator, folder, stage)
+                proxy = proxy or build_proxy(settings, inner, evaluator, folder, stage)
                 values = proxy.scores(
-                    [point.architecture for point in lacking],
-                    lambda done, total: stage(words, met + done * len(lacking) // total, inner.num_trials),
+                    [point.architecture for point in missing],
+                    lambda done, total: stage(words, met + done * len(missing) // total, inner.num_trials),
                 )
-            table.append(lacking, values)
+            table.append(missing, values)
         return [table.scores[point.key] for point in points]
 
     costs = _costs(settings, inner, evaluator, stage)
@@ -156,7 +157,7 @@ def _scored(settings: StudyFile, problem: Problem, evaluator: PackedEvaluator, s
 
 
 def architectures_only(problem: Problem, num_trials: int) -> Problem:
-    """Return the problem without the training and without costs that do not add up over sites."""
+    """Return the problem without training settings and without costs that are not sums over sites."""
     space = problem.space
     bare = SearchSpace(
         backbone=space.backbone,
@@ -167,50 +168,50 @@ def architectures_only(problem: Problem, num_trials: int) -> Problem:
     )
     return Problem(
         space=bare,
-        objectives=(SCORE, *(o for o in problem.objectives if o.name in FORESEEN)),
+        objectives=(SCORE, *(o for o in problem.objectives if o.name in UNTRAINED_METRICS)),
         num_trials=num_trials,
-        limits=Limits({name: most for name, most in problem.limits.maxima.items() if name in FORESEEN}),
+        limits=Limits({name: limit for name, limit in problem.limits.maxima.items() if name in UNTRAINED_METRICS}),
     )
 
 
 def _costs(
     settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, stage: Stage
 ) -> Callable[[Architecture], dict[str, float]]:
-    """Return the function of an architecture's costs, with a table of measurements if declared costs are not enough."""
+    """Return a function of an architecture's costs, with a table of measurements if measured costs count."""
     backbone = inner.space.backbone
     wanted = {o.name for o in inner.objectives} | inner.limits.maxima.keys()
     if not (measured := wanted & set(ADDITIVE)):
         return lambda architecture: declared_costs(architecture, backbone)
     space = space_for(settings, backbone)
     training = space.middle.training
-    # A study that goes on has to find the costs that it had: by others, other candidates would have been scored.
-    kept = Kept(settings.output_folder / COSTS, key=score_key(settings))
+    # A resumed study needs its earlier costs: with other costs, other candidates would be scored.
+    saved = SavedResult(settings.output_folder / COSTS, key=score_key(settings))
 
-    def keep(known: Mapping[str, Mapping[str, float]]) -> None:
-        kept.write(known)
-        stage("measuring what adapters add to the costs", len(known), len(known))
+    def save(measurements: Mapping[str, Mapping[str, float]]) -> None:
+        saved.write(measurements)
+        stage("measuring the costs of adapters", len(measurements), len(measurements))
 
-    table = CostTable(evaluator, inner.space, measured, training, measured=kept.read() or {}, save=keep)
+    table = CostTable(evaluator, inner.space, measured, training, measured=saved.read() or {}, save=save)
     return lambda architecture: {**declared_costs(architecture, backbone), **table.costs(architecture)}
 
 
 def middle_training(settings: StudyFile, space: SearchSpace) -> Training:
-    """Return the training of a supernet: searched settings at their middle, and its own number of epochs."""
+    """Return the training settings of a supernet: ranges at their middle, and its own number of epochs."""
     own = space.middle.training
     epochs = settings.proxy.epochs
     return Training(**own if epochs is None else {**own, "epochs": epochs})
 
 
-def prepared(
+def build_proxy(
     settings: StudyFile, inner: Problem, evaluator: PackedEvaluator, folder: Path | None, stage: Stage
 ) -> Proxy:
-    """Prepare the study's proxy. Raises NoScoresError for a space that it cannot score."""
-    wish = settings.proxy
-    if wish.score in PROXIES:
-        return PROXIES[wish.score](evaluator, settings.seed)
+    """Build and train the study's proxy. Raises NoScoresError for a space that it cannot score."""
+    score = settings.proxy.score
+    if score in PROXIES:
+        return PROXIES[score](evaluator, settings.seed)
     training = middle_training(settings, space_for(settings, evaluator.backbone))
     with _refusals():
-        if wish.score == Gates.name:
+        if score == Gates.name:
             gates = Gates(evaluator, inner.space, training, settings.seed, PENALTY)
             gates.train(evaluator.full_steps(training), lambda done, total: stage("training the gates", done, total))
             return gates
@@ -219,7 +220,7 @@ def prepared(
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn the refusal of a space by shared weights or gates into NoScoresError."""
+    """Turn the errors of shared weights and gates about an unsuitable space into NoScoresError."""
     try:
         yield
     except ValueError as error:
@@ -234,15 +235,15 @@ def _supernet(
     folder: Path | None,
     stage: Stage,
 ) -> Supernet:
-    wish, pool = settings.proxy, None
-    if wish.filter is not None:
-        words, chooser = f"choosing what to train by {wish.filter}", PROXIES[wish.filter](evaluator, settings.seed)
+    own, pool = settings.proxy, None
+    if own.filter is not None:
+        words, chooser = f"selecting subnets by {own.filter}", PROXIES[own.filter](evaluator, settings.seed)
         pool = preferred(
             inner.space,
             settings.seed,
             lambda drawn: chooser.scores(drawn, lambda done, total: stage(words, done, total)),
         )
-    policy = POLICIES[wish.policy](inner.space, settings.seed, pool)
+    policy = POLICIES[own.policy](inner.space, settings.seed, pool)
     supernet = Supernet(
         evaluator,
         inner.space,
@@ -250,7 +251,7 @@ def _supernet(
         settings.seed,
         num_banks=policy.num_banks,
         bank_of=policy.bank_of,
-        distil=wish.distil,
+        distil=own.distil,
     )
     supernet.train(
         policy.subnets,
@@ -268,22 +269,22 @@ def _searched(
     score: Callable[[Sequence[Point]], list[float]],
     costs: Callable[[Architecture], dict[str, float]],
 ) -> Iterator[tuple[Point, float]]:
-    """Yield the points of the search over scores in its order, none twice."""
+    """Yield the distinct points of the search over scores with their scores, in its order."""
     space = inner.space
     searcher = SEARCHERS[settings.proxy.search](inner, settings.seed)
     trials: list[Trial] = []
-    known: set[str] = set()
-    while len(known) < inner.num_trials:
+    seen: set[str] = set()
+    while len(seen) < inner.num_trials:
         searcher.update(trials)
         fresh: dict[str, Point] = {}
-        for suggestion in searcher.suggest(min(BATCH, inner.num_trials - len(known))):
+        for suggestion in searcher.suggest(min(BATCH, inner.num_trials - len(seen))):
             candidate = space.decode(suggestion.genes)
             point = Point(suggestion.genes, candidate, costs(candidate.architecture), suggestion.state)
-            if candidate.architecture and point.key not in known:
+            if candidate.architecture and point.key not in seen:
                 fresh[point.key] = point
         if not fresh:
             return  # the space is exhausted
-        known |= fresh.keys()
+        seen |= fresh.keys()
         for point, value in zip(fresh.values(), score(list(fresh.values())), strict=True):
             ok = math.isfinite(value)
             trials.append(
@@ -302,35 +303,35 @@ def _searched(
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What a study has found ahead of its trials, as JSON. That of other settings (`key`) does not count."""
+class SavedResult:
+    """A result from before the trials, as a JSON file; results of other settings (`key`) are ignored."""
 
     path: Path
     key: str
 
     def read(self) -> Any:
-        """Return what was written under the same settings, None if there is nothing."""
+        """Return the result of the same settings, None if there is none."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(self.path.read_text(encoding="utf-8"))
-            return told["found"] if told["settings"] == self.key else None
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return content["found"] if content["settings"] == self.key else None
         return None
 
     def write(self, found: Any) -> None:
-        """Write all of it or nothing."""
+        """Write the result atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(self.path, json.dumps({"settings": self.key, "found": found}) + "\n")
 
 
-class Table:
-    """Scores by the keys of architectures, as a CSV that grows. Those of other settings (`key`) are dropped."""
+class ScoreTable:
+    """Scores by the keys of architectures, in a growing CSV file; scores of other settings (`key`) are dropped."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        beside = Kept(path.with_suffix(".json"), key)
+        beside = SavedResult(path.with_suffix(".json"), key)
         rows: list[dict[str, str]] = []
         if beside.read() is not None:
             with suppress(OSError, ValueError), path.open(encoding="utf-8", newline="") as file:
-                # A study that was killed may have left half a line.
+                # A killed study may have left an incomplete line.
                 rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in COLUMNS)]
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -351,5 +352,5 @@ class Table:
 
 
 def score_key(settings: StudyFile) -> str:
-    """Return a key that changes with everything that a score depends on."""
+    """Return a key of all settings that scores depend on."""
     return key_of(settings, "seed", "task", "model", "data", "space", "training", "proxy")

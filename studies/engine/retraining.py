@@ -1,4 +1,4 @@
-"""Training from a recipe, away from its study: with its own seed, and with others to check what it promises."""
+"""Training from a recipe without its study, with its own seed or with new seeds to verify its promises."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
 from autopeft.studies.recipes.recipe import Measured, Recipe
 
-#: Studies keep the scores of each example with four decimals. Where no seed makes a difference, as between LoRAs that
-#: are given, the promised interval has no other width.
+#: Tolerance of promises: studies store scores per example with four decimals. If the seed makes no difference, as with
+#: pretrained LoRAs, the promised interval has no other width.
 ROUNDING = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retrained:
-    """One training run from a recipe. `test`: scores on the test split."""
+    """A training run from a recipe. `test`: scores on the test split."""
 
     seed: int
     test: dict[str, float]
@@ -34,10 +34,10 @@ def retrain(
     *,
     trust_code: bool = False,
 ) -> list[Retrained]:
-    """Full training runs with these seeds, scored on the test split. `trust_code`: run the recipe's own metrics.
+    """Train a recipe with each of these seeds and score it on the test split.
 
-    Raises ConfigurationError for a model or data that is not what the recipe says and for code that is not trusted, and
-    UserError if a run fails.
+    `trust_code`: permit the code of the recipe's own metrics. Raises ConfigurationError for a model or data that
+    differs from the recipe and for code without permission, and UserError if a run fails.
     """
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.data.splits import load_splits
@@ -46,18 +46,18 @@ def retrain(
     if recipe.metrics and not trust_code:
         named = ", ".join(f"{name} ({own.function})" for name, own in recipe.metrics.items())
         raise ConfigurationError(
-            f"the recipe has metrics of its own, {named}: code from {recipe.data.folder} or an installed "
-            "package. Read it, and run it with --trust-code"
+            f"the recipe has user-defined metrics, {named}, whose code is in {recipe.data.folder} or an installed "
+            "package. Read the code, then permit it with --trust-code"
         )
     with inputs_checked():
         own = [metric.declared(name).loaded(Path(recipe.data.folder)) for name, metric in recipe.metrics.items()]
         wanted = [QUALITIES[name] for name in recipe.measured if name in QUALITIES]
         metrics = tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
         splits = load_splits(recipe.data.for_loading(), recipe.task)
-        for what in ("labels", "domains"):  # outputs and routers know them by their places
+        for what in ("labels", "domains"):  # outputs and routers identify them by their positions
             wanted, found = getattr(recipe, what), getattr(splits, what)
             if wanted is not None and found != wanted:
-                raise ConfigurationError(f"the data has the {what} {found}, the recipe {wanted}")
+                raise ConfigurationError(f"the data has the {what} {found}, but the recipe has {wanted}")
         loaded = load_backbone(
             recipe.backbone.id,
             task=recipe.task,
@@ -78,15 +78,15 @@ def retrain(
 
 
 def promises(recipe: Recipe) -> dict[str, Measured]:
-    """Return the metrics for which the recipe names an interval on the test split."""
+    """Return the metrics for which the recipe promises an interval on the test split."""
     return {name: m for name, m in recipe.measured.items() if m.split == "test" and m.low is not None}
 
 
-def kept(recipe: Recipe, runs: Sequence[Retrained]) -> dict[str, bool]:
-    """Per promised metric, whether the mean score of the runs lies in the interval or beyond its good end.
+def promises_met(recipe: Recipe, runs: Sequence[Retrained]) -> dict[str, bool]:
+    """Return for each promised metric whether the mean score of the runs lies in the interval or on its better side.
 
-    The interval is that of one run; the mean of several varies less, so the promise is broken by chance in at most
-    one of twenty verifications, however many seeds they take.
+    The interval covers a single run, and the mean of several runs varies less. So a verification fails by chance with a
+    probability of at most 5 %, whatever the number of seeds.
     """
     verdicts = {}
     for name, promised in promises(recipe).items():
@@ -99,7 +99,7 @@ def kept(recipe: Recipe, runs: Sequence[Retrained]) -> dict[str, bool]:
 
 
 def fresh_seeds(recipe: Recipe, count: int) -> list[int]:
-    """Seeds that the study has not used."""
+    """Return `count` seeds that the study has not used."""
     used = {seed for m in recipe.measured.values() for seed in m.seeds} | {recipe.seed}
     start = max(used) + 1
     return list(range(start, start + count))

@@ -1,4 +1,4 @@
-"""Evaluations that no searcher proposes: baselines before the search, finalists and controls after it."""
+"""Scheduled evaluations besides the search: baselines before it, finalists and matched baselines after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autopeft.studies.engine.plan import StudyPlan
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """An evaluation that is still to be made."""
+    """A future evaluation. `of`: the number of the trial that it repeats or accompanies."""
 
     role: Role
     candidate: Candidate
@@ -27,12 +27,12 @@ class Planned:
 
 
 def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
-    """Yield all baselines at all learning rates; other fields as in the study, searched ones at their middle."""
+    """Yield all baselines at all learning rates; other training settings as in the study, ranges at their middle."""
     middle = space.middle.training
     for name in plan.baselines:
         architecture = BASELINES[name](space.backbone)
         if not architecture and not (name == "head" and space.backbone.head_modules):
-            continue  # a model without a head, or without what the baseline trains (biases): nothing to compare with
+            continue  # the model lacks a head, or the parameters that the baseline trains, such as biases
         own = plan.full_learning_rates if name == "full" else plan.learning_rates
         for rate in own:
             candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
@@ -40,40 +40,40 @@ def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
 
 
 def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
-    """Return members of the search's front, at most `most_finalists`, spread over its length; the best one is in."""
+    """Return at most `most_finalists` members of the search's front, spread over it and including the best."""
     trials = [t for t in snapshot.trials if t.role == SEARCH and t.state == "complete"]
     losses = pareto.losses(trials, snapshot.objectives)
     members = [t for t, member in zip(trials, non_dominated(losses), strict=True) if member]
     quality = snapshot.quality
     sign = -1 if snapshot.metrics[quality].maximise else 1
     members.sort(key=lambda t: sign * t.values[quality])
-    most = plan.most_finalists
-    if len(members) <= most:
+    limit = plan.most_finalists
+    if len(members) <= limit:
         return members
-    return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]
+    return [members[round(i * (len(members) - 1) / max(1, limit - 1))] for i in range(limit)]
 
 
 def finalists(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
-    """Yield fresh seeds for every contender and every baseline at its best learning rate, less those that there are.
+    """Yield the missing runs with fresh seeds of every contender and of every baseline at its best learning rate.
 
     Each is trained at full length and scored on the test split.
     """
-    known = {(t.of, t.seed) for t in snapshot.trials if t.role == FINALIST}
+    existing = {(t.of, t.seed) for t in snapshot.trials if t.role == FINALIST}
     tuned = [entry.trial for entry in snapshot.tuned() if entry.trial.role.kind == "baseline"]
     for trial in [*tuned, *contenders(plan, snapshot)]:
         for seed in _fresh_seeds(plan):
-            if (trial.number, seed) not in known:
+            if (trial.number, seed) not in existing:
                 yield Planned(FINALIST, trial.candidate, seed, of=trial.number)
 
 
 def comparisons(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
-    """Yield the controls of every contender with mixtures, with its training and seeds, less those that there are."""
-    known = {(t.role, t.of, t.seed) for t in snapshot.trials}
+    """Yield the missing matched baselines of every contender with mixtures, with its training and seeds."""
+    existing = {(t.role, t.of, t.seed) for t in snapshot.trials}
     for trial in contenders(plan, snapshot) if plan.controls else ():
         for name, architecture in controls(trial.candidate.architecture, snapshot.backbone).items():
             candidate = replace(trial.candidate, architecture=architecture)
             for seed in _fresh_seeds(plan):
-                if (Role("control", name), trial.number, seed) not in known:
+                if (Role("control", name), trial.number, seed) not in existing:
                     yield Planned(Role("control", name), candidate, seed, of=trial.number)
 
 
@@ -82,9 +82,9 @@ def _fresh_seeds(plan: StudyPlan) -> range:
 
 
 def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
-    """Return the number of evaluations of the final front at most.
+    """Return the largest number of evaluations for the final front.
 
-    Contenders, the controls of mixtures among them, and tuned baselines, each with every fresh seed.
+    They are contenders, matched baselines of mixtures, and tuned baselines, each with every fresh seed.
     """
     mixed = any("experts" in choice.fields for choice in space.adapters.values())
     each = 1 + len(CONTROLS) * (mixed and plan.controls)
@@ -92,5 +92,5 @@ def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
 
 
 def num_evaluations(plan: StudyPlan, problem: Problem) -> int:
-    """Return the number of evaluations of the whole study at most."""
+    """Return the largest number of evaluations of the whole study."""
     return len(list(baselines(plan, problem.space))) + problem.num_trials + num_finals(plan, problem.space)

@@ -1,4 +1,4 @@
-"""Opens a study for work: folder, lock, data, model, ledger and tracking, from its file."""
+"""Sessions: from a study file to folder, lock, model, ledger and tracking."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from autopeft.evaluators.training.packed import PackedEvaluator
     from autopeft.search_space.problem import Problem, Trial
     from autopeft.searchers import Searcher
-    from autopeft.studies.engine.study_loop import Scores, StudyLoop
+    from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
 
 LEAST_FREE_BYTES = 50_000_000
 PRIOR = ("search", "prior")
@@ -40,20 +40,20 @@ def storage_url(settings: StudyFile) -> str:
     return settings.storage or f"sqlite:///{settings.output_folder / 'ledger.db'}"
 
 
-def torch_device(wish: str) -> str:
-    """Return "cpu" or "cuda". Raises UnusableEnvironmentError when a GPU is asked for and there is none."""
+def torch_device(requested: str) -> str:
+    """Return "cpu" or "cuda". Raises UnusableEnvironmentError if a GPU is requested and there is none."""
     import torch
 
-    if wish not in ("auto", "cpu", "cuda"):
-        raise ConfigurationError(f"device {wish!r}: use auto, cpu or cuda")
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise UnusableEnvironmentError("device: cuda was asked for, and torch sees no GPU here")
-    return "cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu"
+    if requested not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(f"device {requested!r}: use auto, cpu or cuda")
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise UnusableEnvironmentError("device: cuda was requested, but torch finds no GPU on this machine")
+    return "cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
 def inputs_checked() -> Iterator[None]:
-    """Turn errors of a model, of data or of the code of a metric into a ConfigurationError."""
+    """Turn errors of models, data and metrics into a ConfigurationError."""
     from autopeft.evaluators.errors import DataError, ModelError
     from autopeft.search_space.backbones.introspection import UnknownBackboneError
     from autopeft.search_space.metrics import MetricError
@@ -67,11 +67,11 @@ def inputs_checked() -> Iterator[None]:
 def evaluator_for(settings: StudyFile, splits: Splits) -> TrainingEvaluator:
     """Build the study's evaluator over its model and data, on its device. Raises ConfigurationError."""
     from autopeft.evaluators.backbones import load_backbone
-    from autopeft.evaluators.training.base import Options
+    from autopeft.evaluators.training.base import EvaluatorOptions
     from autopeft.evaluators.training.registry import EVALUATORS
 
     wanted = settings.evaluation
-    options = Options(
+    options = EvaluatorOptions(
         pack=wanted.pack,
         cache_bytes=wanted.cache_bytes,
         cache_folder=None if wanted.cache_folder is None else settings.folder / wanted.cache_folder,
@@ -99,30 +99,30 @@ def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator
 
     evaluator = evaluator_for(settings, splits)
     if not isinstance(evaluator, PackedEvaluator):
-        raise ConfigurationError("evaluation.evaluator: this needs packed")
+        raise ConfigurationError(f"evaluation.evaluator: must be packed here, got {settings.evaluation.evaluator}")
     return evaluator
 
 
-def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[type[Searcher], Scores | None]:
-    """Return the study's searcher and, if it starts from scored candidates, the function that scores them."""
+def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[type[Searcher], ScoreFunction | None]:
+    """Return the study's searcher, and the function that scores candidates if the searcher needs scores."""
     from autopeft.searchers import SEARCHERS, FromScores
 
     searcher = SEARCHERS[settings.search.searcher]
     if not issubclass(searcher, FromScores):
         return searcher, None
     from autopeft.evaluators.training.packed import PackedEvaluator
-    from autopeft.studies.engine.proxy_scores import scored
+    from autopeft.studies.engine.proxy_scores import score_candidates
 
-    assert isinstance(evaluator, PackedEvaluator)  # `checks.py` has seen to it
-    return searcher, lambda problem, stage: scored(settings, problem, evaluator, stage)
+    assert isinstance(evaluator, PackedEvaluator)  # `checks.py` ensures it
+    return searcher, lambda problem, stage: score_candidates(settings, problem, evaluator, stage)
 
 
 @contextmanager
 def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[StudyLoop]:
     """Open a study and lock it against a second process.
 
-    Raises ConfigurationError (it exists, it does not, it changed, it is under way) and UnusableEnvironmentError (the
-    folder cannot be written, the ledger cannot be read).
+    Raises ConfigurationError if it exists (or does not, with `resume`), has changed or is running, and
+    UnusableEnvironmentError if the folder cannot be written or the ledger cannot be read.
     """
     from filelock import FileLock, Timeout
 
@@ -142,7 +142,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits)
-        problem = replace(problem, prior=ledger.prior_trials)  # the copy, at once and after an interruption
+        problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         tracker = None
         if settings.tracking.enabled:
             from autopeft.studies.tracking.mlflow_sync import Tracker
@@ -156,14 +156,16 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
 
 
 def _check_new(settings: StudyFile) -> None:
-    """Before anything slow is loaded."""
+    """Raise ConfigurationError if the output folder has a study; this check comes before slow imports."""
     others = Ledger.names(storage_url(settings))
     if settings.study in others:
         raise ConfigurationError(
-            f"{settings.output_folder} already holds the study {settings.study!r}: `autopeft resume` goes on with it"
+            f"{settings.output_folder} already holds the study {settings.study!r}: `autopeft resume` continues it"
         )
     if others and settings.storage is None:
-        raise ConfigurationError(f"{settings.output_folder} holds another study, {others[0]!r}: set another output")
+        raise ConfigurationError(
+            f"{settings.output_folder} holds another study, {others[0]!r}: set output to another folder"
+        )
 
 
 def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger:
@@ -176,7 +178,7 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger
         domains=splits.domains,
         settings=text.getvalue(),
         fingerprint=fingerprint(settings),
-        prior_trials=earlier_trials(settings, problem),
+        prior_trials=prior_trials(settings, problem),
     )
     return Ledger.create(storage_url(settings), settings.study, record)
 
@@ -184,7 +186,7 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger
 def _check_folder(settings: StudyFile, resume: bool) -> None:
     folder = settings.output_folder
     if resume and not folder.is_dir():
-        raise ConfigurationError(f"{folder}: there is nothing to resume; `autopeft run` starts the study")
+        raise ConfigurationError(f"{folder}: there is no study to resume; `autopeft run` starts it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
@@ -195,30 +197,31 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
         raise UnusableEnvironmentError(f"{folder}: cannot be written: {error.strerror}") from error
     free = status.f_bavail * status.f_frsize
     if free < LEAST_FREE_BYTES:
-        raise UnusableEnvironmentError(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs more")
+        needed = f"a study needs at least {LEAST_FREE_BYTES / 1e6:.0f} MB"
+        raise UnusableEnvironmentError(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; {needed}")
 
 
 def was_started(settings: StudyFile) -> bool:
-    """Whether there is a ledger of this study; Raises UnusableEnvironmentError if it cannot be read."""
+    """Return whether this study has a ledger. Raises UnusableEnvironmentError if it cannot be read."""
     if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
         return False
     return settings.study in Ledger.names(storage_url(settings))
 
 
 def open_ledger(settings: StudyFile) -> Ledger:
-    """Open the ledger for reading, safe while the study runs. Raises ConfigurationError if it was never started."""
+    """Open the ledger for reading, also while the study runs. Raises ConfigurationError if it was never started."""
     if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
         raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
     return Ledger.open(storage_url(settings), settings.study)
 
 
 def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
-    """Return the settings that the study was run with; the file may have changed. Paths count from its folder."""
+    """Return the settings with which the study was started; the file may have changed since."""
     return study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
 
 
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
-    """Return the study as its ledger has it; neither data nor weights are loaded."""
+    """Return the state of the study in its ledger; neither data nor weights are loaded."""
     return Snapshot(
         study=settings.study,
         study_id=ledger.study_id,
@@ -229,11 +232,11 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
     )
 
 
-def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
-    """Return the complete trials of `search.prior`, of its search and its baselines, that lie in this space.
+def prior_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
+    """Return the complete trials of `search.prior`, from its search and its baselines, that lie in this space.
 
-    They have the genes of this space, and their declared costs are those on this backbone. Once this study was started,
-    they come from its ledger's copy. Raises StudyFileError if there is none.
+    They have genes of this space and declared costs on this backbone. After this study was started, they come from the
+    copy in its ledger. Raises StudyFileError if there is no such trial.
     """
     from autopeft.search_space.problem import COPY, declared_costs
 
@@ -243,7 +246,7 @@ def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
         return open_ledger(settings).prior_trials
     path = settings.folder / Path(settings.search.prior).expanduser()
     try:
-        other = load_study(path, environment={})  # the variables are for this study
+        other = load_study(path, environment={})  # environment variables belong to this study
         trials = [
             trial
             for trial in open_ledger(other).trials()
@@ -263,6 +266,6 @@ def earlier_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
         if wanted <= measurement.values.keys():
             found.append(replace(trial, candidate=candidate, genes=genes, measurement=measurement))
     if not found:
-        what = f"{path}: of its {len(trials)} complete trials none lies in this space with a value of every objective"
+        what = f"{path}: none of its {len(trials)} complete trials is in this space and has a value of every objective"
         raise StudyFileError([settings.render(PRIOR, what)])
     return tuple(found)

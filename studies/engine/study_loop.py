@@ -1,4 +1,4 @@
-"""A study: baselines, the search, and the final front, evaluation by evaluation; the ledger remembers all of it."""
+"""The loop of a study: baselines, the search, and the final front, with all evaluations in the ledger."""
 
 from __future__ import annotations
 
@@ -40,20 +40,19 @@ from autopeft.studies.storage.ledger import Ledger
 if TYPE_CHECKING:
     from autopeft.studies.tracking.mlflow_sync import Tracker
 
-#: So many proposals in a row that needed no evaluation end the search: the space is exhausted or infeasible.
+#: Consecutive proposals without an evaluation that end the search, because the space is exhausted or infeasible.
 MOST_REJECTIONS = 200
-#: Random candidates that are tried against the limits before a study starts.
+#: Random candidates that are compared with the limits before a study starts.
 PROBES = 500
 
-
-#: From the problem to its scored candidates.
-Scores = Callable[[Problem, Stage], tuple[ScoredPoint, ...]]
+#: Computes the scored candidates of a problem.
+ScoreFunction = Callable[[Problem, Stage], tuple[ScoredPoint, ...]]
 
 
 class StudyLoop:
-    """Runs a study to its end, from wherever its ledger stands.
+    """Runs or resumes a study, starting from the trials in its ledger.
 
-    `scores`: computes the scored candidates that a searcher starts from, before the search.
+    `scores`: computes the scored candidates for a searcher that starts from them.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class StudyLoop:
         ledger: Ledger,
         tracker: Tracker | None,
         plan: StudyPlan,
-        scores: Scores | None = None,
+        scores: ScoreFunction | None = None,
     ) -> None:
         self.problem = problem
         self.evaluator = evaluator
@@ -76,7 +75,7 @@ class StudyLoop:
         wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.maxima]
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
-        #: Seconds, for the study's timeout.
+        #: Returns seconds, for the study's timeout.
         self.clock: Callable[[], float] = time.monotonic
         self.started = self.clock()
 
@@ -86,7 +85,7 @@ class StudyLoop:
         return self.problem.space.backbone
 
     def snapshot(self) -> Snapshot:
-        """Return the study as it stands."""
+        """Return the current state of the study."""
         return Snapshot(
             study=self.plan.study,
             study_id=self.ledger.study_id,
@@ -97,7 +96,7 @@ class StudyLoop:
         )
 
     def run(self, watcher: Watcher) -> Snapshot:
-        """Evaluate what is left.
+        """Make all remaining evaluations and return the final state.
 
         Raises NoFeasibleCandidateError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
         """
@@ -136,14 +135,14 @@ class StudyLoop:
 
     def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
         scored = () if self.scores is None else self.scores(self.problem, watcher.stage)
-        problem = replace(self.problem, scored=scored, observed=tuple(self._known()))
+        problem = replace(self.problem, scored=scored, observed=tuple(self._prior_baselines()))
         searcher = self.searcher(problem, self.plan.seed)
         pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
-        # A batch is filled one by one, each suggestion knowing those before it: wherever a study was killed, it goes on
-        # with the very batch that it had.
+        # A batch is filled one by one, and each suggestion depends on the earlier ones. So a killed study resumes with
+        # the same batch, wherever it stopped.
         while batch := self._fill(pending, searcher):
             searched = [trial for trial in batch if trial.role == SEARCH]
-            # Those that are to be trained whole come first, and no rung takes them off.
+            # Trials that must be trained to the end come first, and rungs do not stop them.
             for whole in (True, False):
                 part = [trial for trial in searched if bool(trial.searcher_state.get(WHOLE)) is whole]
                 if part:
@@ -155,8 +154,8 @@ class StudyLoop:
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
             raise NoFeasibleCandidateError(self._why_nothing())
 
-    def _known(self) -> Iterator[Trial]:
-        """Baselines that the search could have asked for, trained as long as its trials are."""
+    def _prior_baselines(self) -> Iterator[Trial]:
+        """Yield complete baselines that are points of the space and were trained as long as the search's trials."""
         for trial in self.trials.values():
             if trial.role.kind == "baseline" and trial.state == "complete" and self.plan.share == 1.0:
                 within = trial.candidate.architecture and self.problem.limits.rejection(trial.values) is None
@@ -167,15 +166,15 @@ class StudyLoop:
     def _fill(self, pending: Sequence[Trial], searcher: Searcher) -> list[Trial]:
         """Return the next batch: the trials `pending` and new ones, until it is full or the search has all its trials.
 
-        Copies of a candidate in the batch come on top; the infeasible and copies of what is known are ended at once.
+        Copies of a candidate in the batch do not count. Infeasible trials and copies of ended trials end at once.
         """
         batch, rejected = list(pending), 0
 
         def num_admitted() -> int:
             return self._num_searched() + sum(trial.role == SEARCH for trial in batch)
 
-        # Batches are blocks of the trials in their order. One that was killed when a part of it had ended is not filled
-        # up again: its trials were chosen without what that part has shown.
+        # Batches are consecutive blocks of trials. A batch that was interrupted after some of its trials had ended is
+        # not filled up again: its trials were chosen without the results of that part.
         size, admitted = self.plan.batch, num_admitted()
         end = admitted if batch and admitted % size == 0 else (admitted // size + 1) * size
         while (
@@ -198,23 +197,23 @@ class StudyLoop:
                 of=None if duplicate is None else duplicate.number,
             )
             self.trials[trial.number] = trial
-            objection = self._objection(candidate)
+            rejection = self._rejection(candidate)
             if duplicate is not None and duplicate.state != "running":
                 self._finish(ended_as(trial, duplicate))
-            elif duplicate is None and objection is not None:
-                self._finish(replace(trial, state="infeasible", violation=objection[0], error=objection[1]))
+            elif duplicate is None and rejection is not None:
+                self._finish(replace(trial, state="infeasible", violation=rejection[0], error=rejection[1]))
             else:
                 batch.append(trial)
             rejected = 0 if trial in batch and duplicate is None else rejected + 1
         return batch
 
     def _suggestion(self, searcher: Searcher, batch: Sequence[Trial]) -> Suggestion | None:
-        """Return the point to try next: a start point, then the searcher's; None if it has no more."""
-        known = [self.trials[number] for number in sorted(self.trials) if self.trials[number].role in (SEARCH, COPY)]
-        # Each suggestion is a trial, whatever came of it, so the ledger tells how far a killed study had come.
-        if len(known) < len(self.problem.start):
-            return Suggestion(genes=self.problem.start[len(known)])
-        searcher.update([trial for trial in known if trial.state != "running"], batch)
+        """Return the next point: start points first, then the searcher's suggestions; None if there are no more."""
+        suggested = [self.trials[n] for n in sorted(self.trials) if self.trials[n].role in (SEARCH, COPY)]
+        # Each suggestion is a trial, whatever its outcome, so the ledger has the number of suggestions so far.
+        if len(suggested) < len(self.problem.start):
+            return Suggestion(genes=self.problem.start[len(suggested)])
+        searcher.update([trial for trial in suggested if trial.state != "running"], batch)
         return next(iter(searcher.suggest(1)), None)
 
     def _num_searched(self) -> int:
@@ -227,58 +226,58 @@ class StudyLoop:
     def _duplicate(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
         """Return a trial of the search with the same network and training, which is not evaluated again."""
         key = candidate.key
-        known = (t for t in self.trials.values() if t.role == SEARCH and (t.state != "running" or t in batch))
-        return next((t for t in known if t.candidate.key == key), None)
+        searched = (t for t in self.trials.values() if t.role == SEARCH and (t.state != "running" or t in batch))
+        return next((t for t in searched if t.candidate.key == key), None)
 
     def _check_feasible(self) -> None:
-        """Fail before the first training where no candidate can meet the limits."""
+        """Raise NoFeasibleCandidateError before the first training if no candidate can meet the limits."""
         if not self.problem.limits.maxima:
             return
         space, rng = self.problem.space, Random(self.plan.seed)
         probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
-        # The smallest that trains anything: where even that is too large, no number of draws would have helped.
+        # The smallest non-empty candidate: if it is too large, no number of draws would help.
         probes.append(space.decode(space.smallest()))
-        objections = [(candidate, self._objection(candidate)) for candidate in probes]
-        if any(objection is None for _, objection in objections):
+        rejections = [(candidate, self._rejection(candidate)) for candidate in probes]
+        if any(rejection is None for _, rejection in rejections):
             return
-        _, reason = min((o for c, o in objections if o and c.architecture), default=(1.0, "every one is empty"))
+        _, reason = min((o for c, o in rejections if o and c.architecture), default=(1.0, "all of them are empty"))
         raise NoFeasibleCandidateError(f"no candidate meets the constraints; the closest of {PROBES} draws: {reason}")
 
     def _why_nothing(self) -> str:
-        reasons = [t.error or "beyond a bound" for t in self.trials.values() if t.role == SEARCH]
+        reasons = [t.error or "a value exceeds an objective's bound" for t in self.trials.values() if t.role == SEARCH]
         if not reasons and self._out_of_time():
             limit = f"search.timeout_s, {self.plan.timeout_s:g} s,"
-            return f"{limit} was over before a candidate was trained; baselines and scores count, too"
+            return f"{limit} ran out before a candidate was trained; baselines and scores take time, too"
         shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
-        return f"none of {len(reasons)} candidates is feasible; the last ones:\n  {shown}"
+        return f"none of {len(reasons)} candidates is feasible; reasons of the last ones:\n  {shown}"
 
     # Evaluations
 
     def _evaluate_planned(
         self, kind: RoleKind, unfinished: Sequence[Trial], planned: Iterable[Planned], watcher: Watcher
     ) -> None:
-        """Evaluate the trials of a kind of role that were under way, and those that are planned."""
+        """Evaluate unfinished trials with a role of this kind, and the planned ones."""
         trials = [trial for trial in unfinished if trial.role.kind == kind]
         trials += [self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of) for p in planned]
         self._evaluate_batch(trials, watcher)
 
     def _evaluate_batch(self, trials: Sequence[Trial], watcher: Watcher, halving: bool = False) -> None:
-        """Evaluate trials side by side and record how they ended."""
+        """Evaluate trials side by side and record their outcomes."""
         from autopeft.evaluators.training.record import failure
 
         weighed: list[tuple[Trial, Costs]] = []
         for trial in trials:
             self.trials[trial.number] = trial
-            watcher.begin([trial])  # some costs are measured, which takes a while
+            watcher.begin([trial])  # measuring costs takes a while
             try:
-                objection, costs = self._weigh(trial)
-            except Exception as error:  # that it cannot be measured ends this trial alone
+                rejection, costs = self._weigh(trial)
+            except Exception as error:  # a failed measurement ends only this trial
                 self._end([self._ended(trial, Costs(values={}), failure(self._request(trial), error))], watcher)
                 continue
-            if objection is None:
+            if rejection is None:
                 weighed.append((trial, costs))
             else:
-                self._end([replace(trial, state="infeasible", violation=objection[0], error=objection[1])], watcher)
+                self._end([replace(trial, state="infeasible", violation=rejection[0], error=rejection[1])], watcher)
         requests = [self._request(trial) for trial, _ in weighed]
         select = self._selection([costs for _, costs in weighed]) if halving else None
         watcher.begin([trial for trial, _ in weighed])
@@ -286,8 +285,8 @@ class StudyLoop:
         def ended(index: int, outcome: Outcome) -> None:
             self._end([self._ended(*weighed[index], outcome)], watcher)
 
-        # Who goes on at a rung hangs on the whole batch. Its trials are recorded together, so that a study that is
-        # killed has either all of them or none.
+        # The selection at a rung depends on the whole batch. So its trials are recorded together, and a killed study
+        # has either all of them or none.
         if select is None:
             self.evaluator.evaluate(requests, watcher.step, ended=ended)
         elif requests:
@@ -295,7 +294,7 @@ class StudyLoop:
             self._end([self._ended(*pair, o) for pair, o in zip(weighed, outcomes, strict=True)], watcher)
 
     def _selection(self, costs: Sequence[Costs]) -> Select | None:
-        """Successive halving on the held-out loss and the costs among the objectives."""
+        """Return the selection of successive halving, by the held-out loss and the costs among the objectives."""
         keep = self.plan.keep
         if keep == 1.0 or not self.plan.rungs:
             return None
@@ -324,13 +323,13 @@ class StudyLoop:
         return replace(trial, state="complete", measurement=measurement, violation=self.problem.violation(values))
 
     def _weigh(self, trial: Trial) -> tuple[tuple[float, str] | None, Costs]:
-        """Return the objection to a candidate of the search, if there is one, and its costs.
+        """Return the rejection of a candidate of the search, if there is one, and its costs.
 
-        Declared costs come first: nothing is measured of a candidate that they rule out.
+        Declared costs come first: a candidate that they rule out is not measured.
         """
-        objection = self._objection(trial.candidate) if trial.role == SEARCH else None
-        if objection is not None:
-            return objection, Costs(values={})
+        rejection = self._rejection(trial.candidate) if trial.role == SEARCH else None
+        if rejection is not None:
+            return rejection, Costs(values={})
         costs = self.evaluator.costs(trial.candidate, self.measured)
         return (self.problem.limits.rejection(costs.values) if trial.role == SEARCH else None), costs
 
@@ -345,8 +344,8 @@ class StudyLoop:
             keep_weights=trial.role == FINALIST and trial.seed == self.plan.seed + 1,
         )
 
-    def _objection(self, candidate: Candidate) -> tuple[float, str] | None:
-        """Why a candidate is not worth training by what it declares: the size of the violation and the reason."""
+    def _rejection(self, candidate: Candidate) -> tuple[float, str] | None:
+        """Return the violation and the reason if a candidate's declared costs rule it out, else None."""
         if not candidate.architecture:
             return 1.0, "no adapter is on: that is the baseline `head`"
         return self.problem.limits.rejection(self.evaluator.costs(candidate).values)

@@ -1,4 +1,4 @@
-"""What shows the progress of a study: the calls that it gets."""
+"""The interface of progress displays."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Protocol
 from autopeft.search_space.problem import Trial
 from autopeft.studies.analysis.snapshot import Snapshot
 
-#: Called with a sentence, the number of steps done and their total.
+#: Called with a description of the work, the number of completed steps and their total.
 Stage = Callable[[str, int, int], None]
 
 
 class Watcher(Protocol):
-    """Whoever shows the progress of a study."""
+    """An observer that shows the progress of a study."""
 
     def plan(self, evaluations: int, done: int) -> None:
-        """Take the number of evaluations at most, and how many are done."""
+        """Receive the largest number of evaluations, and the number of completed ones."""
 
     def begin(self, trials: Sequence[Trial]) -> None:
-        """Take the trials that are under way now."""
+        """Receive the trials that are running now."""
 
     def step(self, done: int, total: int) -> None:
-        """Take the training steps done and in total, summed over the trials under way."""
+        """Receive the completed and the total training steps, summed over the running trials."""
 
     def stage(self, name: str, done: int, total: int) -> None:
-        """Take the progress of work that is no trial."""
+        """Receive the progress of work besides trials."""
 
     def end(self, trial: Trial, snapshot: Snapshot) -> None:
-        """Take a trial that ended, and the study with it."""
+        """Receive a trial that ended, and the study including it."""

@@ -1,4 +1,4 @@
-"""Studies from Python, as notebooks want them: the same settings, engine and files as those of a study file."""
+"""Studies in Python, for notebooks, with the settings, engine and files of study files."""
 
 from autopeft.studies.notebook.result import Member, Result
 from autopeft.studies.notebook.study import Study

@@ -1,4 +1,4 @@
-"""The arguments of `Study` as the settings of a study file, and the file's errors in the words of the arguments.
+"""From the arguments of `Study` to the settings of a study file, and errors in terms of the arguments.
 
 Relative paths count from the working directory, as everywhere in Python; in the settings they are absolute.
 """
@@ -13,13 +13,12 @@ from typing import Any
 
 from autopeft.search_space.metrics import QUALITIES, MetricError, Own, Quality, place_of
 from autopeft.search_space.problem import METRICS
-from autopeft.studies.config.declaration import Finding
-from autopeft.studies.config.source import StudyFileError
-from autopeft.studies.config.written import written_space, written_training
+from autopeft.studies.config.source import PlacedProblem, StudyFileError
+from autopeft.studies.config.written import space_section, training_section
 from autopeft.studies.notebook.tables import SPLITS, Tables, is_table, tables_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-#: Settings of the file and the arguments that have them, and the options of commands and what they are here.
+#: Settings and command-line options in messages, and the arguments that replace them; None: see `in_argument_terms`.
 _ARGUMENTS = (
     (re.compile(r"^study(?= |:)"), "name"),
     (re.compile(r"^search\.trials(?= |:)"), "trials"),
@@ -31,10 +30,10 @@ _ARGUMENTS = (
 )
 
 
-def in_words_of_arguments(text: str) -> str:
-    """Rewrite a message about a study file or a command for the caller of a function."""
+def in_argument_terms(text: str) -> str:
+    """Rewrite a message about a study file or a command in terms of arguments."""
     for pattern, word in _ARGUMENTS:
-        if word is None:  # line 3 of a table that was written is its row 2
+        if word is None:  # line 3 of a table's file is row 2 of the table
             text = pattern.sub(lambda match: f"{match[1]}, row {int(match[2]) - 1}", text)
         else:
             text = pattern.sub(word, text)
@@ -52,20 +51,22 @@ def settings_of(
     trials: Any,
     others: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Tables]:
-    """Return the settings as plain data and the files they name. Raises StudyFileError for what no file can say."""
+    """Return settings as plain data, and the files of tables. Raises StudyFileError for objects unfit for a file."""
     named = [argument for argument in ("study", "name") if argument in others]
-    problems: list[Finding] = [((argument,), "the name of the study is the argument `name`") for argument in named]
+    problems: list[PlacedProblem] = [
+        ((argument,), "use the argument `name` for the name of the study") for argument in named
+    ]
     settings: dict[str, Any] = {"study": name, "output": ".", **others}
     settings["model"] = _model(model, problems)
     settings["data"], tables = _data(data, problems)
-    settings["space"] = written_space(space, problems)
-    settings["training"] = written_training(others.get("training"), problems)
+    settings["space"] = space_section(space, problems)
+    settings["training"] = training_section(others.get("training"), problems)
     settings["objectives"], settings["metrics"] = _objectives(objectives, metric, others.get("metrics"), problems)
     if trials is not None:
         search = others.get("search") or {}
         if isinstance(search, Mapping):
             if "trials" in search:
-                problems.append((("search", "trials"), "stands in `search` and as an argument of its own"))
+                problems.append((("search", "trials"), "is set twice: in `search` and as the argument `trials`"))
             settings["search"] = {**search, "trials": trials}
     settings = {key: _plain(value, (key,), problems) for key, value in settings.items() if value is not None}
     _make_absolute(settings, tables)
@@ -74,8 +75,8 @@ def settings_of(
     return settings, tables
 
 
-def _objectives(objectives: Any, metric: Any, own: Any, problems: list[Finding]) -> tuple[Any, Any]:
-    """Return the settings `objectives`, with `metric` first unless it is one of them, and `metrics`."""
+def _objectives(objectives: Any, metric: Any, own: Any, problems: list[PlacedProblem]) -> tuple[Any, Any]:
+    """Return the settings `objectives` (with `metric` first unless it is among them) and `metrics`."""
     if isinstance(own, Mapping):
         own = {name: _place(value, ("metrics", str(name)), problems) for name, value in own.items()}
     if metric is None:
@@ -95,8 +96,8 @@ def _objectives(objectives: Any, metric: Any, own: Any, problems: list[Finding])
     return objectives, own
 
 
-def _place(function: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
-    """Return a function as its module:function; anything else as it is."""
+def _place(function: Any, path: tuple[str, ...], problems: list[PlacedProblem]) -> Any:
+    """Return the module:function of a function; other values unchanged."""
     try:
         return place_of(function) if callable(function) else function
     except MetricError as error:
@@ -104,30 +105,29 @@ def _place(function: Any, path: tuple[str, ...], problems: list[Finding]) -> Any
         return None
 
 
-def _register(metric: Quality, problems: list[Finding]) -> None:
-    """Register a metric in this process. Another one that goes on with the study needs it, too, as from a plug-in."""
-    known = METRICS.get(metric.name)
-    if known is None or repr(known) == repr(metric):  # a cell that runs again defines its class anew
+def _register(metric: Quality, problems: list[PlacedProblem]) -> None:
+    """Register a metric in this process; other processes need it from a plug-in to resume the study."""
+    registered = METRICS.get(metric.name)
+    if registered is None or repr(registered) == repr(metric):  # a cell that runs again redefines its class
         QUALITIES[metric.name] = metric
     else:
-        problems.append((("metric",), f"{metric.name!r} is a metric already: take another name"))
+        problems.append((("metric",), f"{metric.name!r} is already a metric: choose another name"))
 
 
-def _model(model: Any, problems: list[Finding]) -> Any:
+def _model(model: Any, problems: list[PlacedProblem]) -> Any:
     if isinstance(model, (str, os.PathLike)):
         return {"id": os.fspath(model)}
     if model is None or isinstance(model, Mapping):
         return model
     what = (
-        f"must be an id or a folder, got a {type(model).__name__}: a study is resumed, and its recipes load, in other"
-        " processes, which see no objects of this one; write it with save_pretrained, with its tokenizer, and"
-        " give the folder"
+        f"must be a hub id or a folder, got a {type(model).__name__}: other processes must be able to load the model to"
+        " resume the study or to use its recipes; save it and its tokenizer with save_pretrained, and pass the folder"
     )
     problems.append((("model",), what))
     return None
 
 
-def _data(data: Any, problems: list[Finding]) -> tuple[Any, Tables]:
+def _data(data: Any, problems: list[PlacedProblem]) -> tuple[Any, Tables]:
     nothing = Tables({})
     if data is None:
         return None, nothing
@@ -142,13 +142,13 @@ def _data(data: Any, problems: list[Finding]) -> tuple[Any, Tables]:
         if not given:
             return data, nothing
         if data.get("source", "files") != "files":
-            problems.append((("data", "source"), "tables have none: leave it out"))
+            problems.append((("data", "source"), "cannot be combined with tables: leave it out"))
         if "validation" not in data:
-            problems.append((("data", "validation"), "is missing: rows to compare candidates on"))
+            problems.append((("data", "validation"), "is missing: candidates are compared on these rows"))
         tables, names = tables_of(given, problems, hold_out="test" not in data)
         return {"source": "files", **data, **names}, tables
     if is_table(data):
-        what = "one table alone: name its parts, {'train': ..., 'validation': ..., 'test': ...}"
+        what = "a single table has no splits: pass {'train': ..., 'validation': ..., 'test': ...}"
     else:
         what = f"must be a folder, tables by split or the settings of a study file, got a {type(data).__name__}"
     problems.append((("data",), what))
@@ -156,7 +156,7 @@ def _data(data: Any, problems: list[Finding]) -> tuple[Any, Tables]:
 
 
 def _files_in(folder: Path) -> dict[str, str]:
-    """Return the file of each split, where there is exactly one."""
+    """Return the file of each split for which the folder has exactly one file."""
     found = {}
     for split in SPLITS:
         files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
@@ -165,8 +165,8 @@ def _files_in(folder: Path) -> dict[str, str]:
     return found
 
 
-def _plain(value: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
-    """Return texts, numbers, lists and mappings, as YAML can hold them."""
+def _plain(value: Any, path: tuple[str, ...], problems: list[PlacedProblem]) -> Any:
+    """Return the value as texts, numbers, lists and mappings, which YAML can represent."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry, (*path, str(key)), problems) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -175,11 +175,11 @@ def _plain(value: Any, path: tuple[str, ...], problems: list[Finding]) -> Any:
         ]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy's
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a NumPy number
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    problems.append((path, f"cannot stand in a study file: {value!r:.60}"))
+    problems.append((path, f"cannot be written to a study file: {value!r:.60}"))
     return None
 
 
@@ -191,7 +191,7 @@ def _make_absolute(settings: dict[str, Any], tables: Tables) -> None:
             model["id"] = _absolute(model["id"])
     if isinstance(data, dict) and data.get("source") == "files":
         for split in SPLITS:
-            # Those of tables are in the study's folder.
+            # The files of tables are in the study's folder.
             if isinstance(data.get(split), str) and data[split] not in tables.files:
                 data[split] = _absolute(data[split])
     for section, key in (("search", "prior"), ("evaluation", "cache_folder")):

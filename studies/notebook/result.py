@@ -1,4 +1,4 @@
-"""What a study found, as Python objects."""
+"""The results of a study as Python objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autopeft.studies.errors import UserError
-from autopeft.studies.notebook.arguments import in_words_of_arguments
+from autopeft.studies.notebook.arguments import in_argument_terms
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def own_words() -> Iterator[None]:
-    """Errors that name options of commands name arguments in their place."""
+def errors_in_argument_terms() -> Iterator[None]:
+    """Rewrite errors that name command-line options in terms of arguments."""
     try:
         yield
     except UserError as error:
-        error.args = (in_words_of_arguments(str(error)),)
+        error.args = (in_argument_terms(str(error)),)
         raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A candidate that was evaluated: what it is, and what was measured over all its evaluations.
+    """An evaluated candidate with the results of all its evaluations.
 
-    `values` and `std_err` are by metric.
+    `values` and `std_err`: means and standard errors by metric.
     """
 
     trial: int
@@ -61,17 +61,17 @@ class Member:
         allow_lossy: bool = False,
         force: bool = False,
     ) -> Path:
-        """Write it in the format of another tool, with its trained weights and its recipe; returns the folder.
+        """Write the candidate in the format of another tool, with its weights and its recipe; return the folder.
 
-        `to`: a name of `EXPORTERS`, such as native, peft or merged. Raises UserError: the format cannot hold it, or loses
-        something and `allow_lossy` is not set; there are no weights (only the finalists keep theirs); the folder is
-        in use and `force`, which replaces an earlier export, is not set.
+        `to`: a name of `EXPORTERS`, such as native, peft or merged. Raises UserError if the format does not support
+        the candidate, or loses something without `allow_lossy`; if there are no weights (only finalists have saved
+        weights); or if the folder exists without `force`, which replaces an earlier export.
         """
         from autopeft.studies.engine.exporting import export_trial
         from autopeft.studies.engine.session import open_ledger
 
         result = self._result
-        with own_words():
+        with errors_in_argument_terms():
             written, fit = export_trial(
                 result.settings,
                 open_ledger(result.settings),
@@ -88,7 +88,7 @@ class Member:
 
 
 class Result:
-    """A study at one moment. `snapshot` has the trials as the reports see them."""
+    """The state of a study at one moment. `snapshot`: its trials in the form that reports use."""
 
     def __init__(self, settings: StudyFile, snapshot: Snapshot) -> None:
         self.settings = settings
@@ -96,7 +96,7 @@ class Result:
 
     @cached_property
     def candidates(self) -> tuple[Member, ...]:
-        """Every complete candidate, and of each baseline the one with the best learning rate; best quality first."""
+        """All complete candidates, and each baseline with its best learning rate; the best quality comes first."""
         snapshot = self.snapshot
         trials: dict[int, Trial] = {trial.number: trial for trial in snapshot.trials}
         quality = snapshot.objectives_by_name.get(snapshot.quality)
@@ -127,34 +127,36 @@ class Result:
 
     @property
     def recommended(self) -> Member:
-        """The cheapest member of the front that the paired test cannot tell from the best.
+        """The cheapest member of the front whose quality a paired test does not distinguish from the best.
 
         Raises UserError if there is no front yet.
         """
         return self.pick("recommended")
 
-    def pick(self, wish: str) -> Member:
-        """Return the candidate that `wish` names. Raises UserError.
+    def pick(self, choice: str) -> Member:
+        """Return a candidate by `choice`: recommended, best, trial:N, or a condition such as num_params<=50000.
 
-        recommended, best, trial:N, or a condition as num_params<=50000 (the best of the front that meets it).
+        A condition selects the best member of the front that meets it. Raises UserError.
         """
         from autopeft.studies.recipes.pick import pick
 
-        with own_words():
-            number = pick(self.snapshot, wish)
+        with errors_in_argument_terms():
+            number = pick(self.snapshot, choice)
         for member in self.candidates:
             if member.trial == number:
                 return member
-        raise UserError(f"{wish}: another learning rate of this baseline was better; that one is among `candidates`")
+        raise UserError(
+            f"{choice}: another learning rate of this baseline was better, and only that trial is in `candidates`"
+        )
 
     def to_pandas(self) -> DataFrame:
-        """One row for each trial: status, values with standard errors, genes."""
+        """Return a data frame with a row per trial: status, values with standard errors, genes."""
         import pandas
 
         from autopeft.studies.reports.table import trial_rows
 
         table = pandas.DataFrame(trial_rows(self.snapshot)).set_index("trial")
-        return table.astype({"of": "Int64"})  # with gaps, and whole
+        return table.astype({"of": "Int64"})  # whole numbers with missing values
 
     def plot(self) -> Picture:
         """Draw the front as a matplotlib figure."""

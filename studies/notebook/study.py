@@ -1,4 +1,4 @@
-"""A study that is declared in Python, and run by the engine of all studies."""
+"""A study that is declared in Python and run by the same engine as study files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import FILE_NAME, StudyFile
 from autopeft.studies.errors import ConfigurationError
-from autopeft.studies.notebook.arguments import in_words_of_arguments, settings_of
-from autopeft.studies.notebook.result import Result, own_words
+from autopeft.studies.notebook.arguments import in_argument_terms, settings_of
+from autopeft.studies.notebook.result import Result, errors_in_argument_terms
 from autopeft.studies.notebook.tables import Tables
 
 if TYPE_CHECKING:
@@ -38,25 +38,26 @@ HEADER = (
 
 
 class Study:
-    """A search over adapters for one model and one data set; the same as a study file, declared in Python.
+    """A search over adapters for one model and one data set: a study file, declared in Python.
 
-    `model`: an id of the hub, a folder, or "embedded", a small English encoder.
-    `data`: a folder with a file each of train, validation and test rows; a mapping of these to tables (data frames,
-    data sets, lists of dicts), with the names of columns beside them; the settings of a study file; or None for the
-    embedded rows. Without test rows, half of a validation table is set aside.
-    `space`: a preset's name, objects (`AdapterChoice`, `OneOf`, with `Choice`, `Int` and `Float` as values) or the
-    settings of a study file.
-    `objectives`: two to four metrics. `metric`: the quality to search for: a name, a metric object, or a function of
-    two integer arrays, targets and predictions, that returns a number of which more is better. It goes first among the
-    objectives unless it is one of them (`{"name": "my_cost", "direction": "minimise"}` if less is better). A function
-    is recorded as `module:function`: another process finds it if it can import the module, and never finds one of a
-    notebook. An object is registered in this process; in others, a plug-in must have it.
-    `trials`: candidates to try. `name`: of the study. `folder`: of everything that it writes, `runs/<name>` if none is
-    given. All other settings of a study file are keywords: `training`, `constraints`, `search`, `baselines`,
-    `finalists`, `seed`, `task` and so on.
+    `model`: a hub id, a folder, or "embedded", a small English encoder.
+    `data`: a folder with one file each for train, validation and test; a mapping of these splits to tables (data
+    frames, data sets, lists of dicts) that may also name the columns; the settings of a study file; or None for the
+    embedded rows. Without test rows, half of a validation table is set aside for the test.
+    `space`: the name of a preset, objects (`AdapterChoice`, `OneOf`, with `Choice`, `Int` and `Float` as values), or
+    the settings of a study file.
+    `objectives`: two to four metrics. `metric`: the quality to optimise: a name, a metric object, or a function of two
+    integer arrays, targets and predictions, that returns a number. Larger is better, unless it is among the objectives
+    with another direction: `{"name": "my_cost", "direction": "minimise"}`. It becomes the first objective unless it is
+    already one. A function is recorded as `module:function`, so other processes find it only if they can import its
+    module, which is impossible for a function of a notebook. A metric object is registered in this process; other
+    processes need it from a plug-in.
+    `trials`: number of candidates to try. `name`: name of the study. `folder`: folder of all its files, `runs/<name>`
+    by default. All other settings of a study file are keyword arguments: `training`, `constraints`, `search`,
+    `baselines`, `finalists`, `seed`, `task` and so on.
 
-    Raises StudyFileError, a UserError, with every problem that can be seen without the model and the rows. Nothing is
-    written before `run`.
+    Raises StudyFileError, a UserError, with every problem that can be found without the model and the rows. Only `run`
+    writes files.
     """
 
     def __init__(
@@ -97,17 +98,17 @@ class Study:
         return study
 
     def check(self) -> None:
-        """Read the rows and the model's configuration, lay the space over it. Raises StudyFileError with every problem.
+        """Check the rows, the model's configuration and the space. Raises StudyFileError with every problem.
 
-        It neither loads weights nor writes anything.
+        It neither loads weights nor writes files.
         """
         self._checked()
 
     def run(self, progress: bool | Watcher = True) -> Result:
-        """Run the study to its end, from wherever it stands: after an interruption, or with more trials than before.
+        """Run the study, or resume it after an interruption or with more trials than before.
 
-        An interrupt ends it at its next step; nothing is lost. `progress`: lines and a bar, nothing, or an object that
-        is told of every step. Raises UserError.
+        An interrupt stops it at the next step, without loss. `progress`: True shows lines and a bar, False nothing; a
+        `Watcher` is called at every step. Raises UserError.
         """
         from rich.console import Console
 
@@ -115,10 +116,10 @@ class Study:
         from autopeft.studies.engine.session import open_study, was_started
         from autopeft.studies.reports.report import write_report
 
-        with own_words():
+        with errors_in_argument_terms():
             self._check_folder()
             splits = self._checked()
-            # Python hands signals to the main thread alone; elsewhere an interrupt is somebody else's.
+            # Python delivers signals only to the main thread.
             signals = (signal.SIGINT,) if threading.current_thread() is threading.main_thread() else ()
             with (
                 stopping_between_steps(*signals) as stop_if_asked,
@@ -134,7 +135,7 @@ class Study:
         return Result(self.settings, snapshot)
 
     def result(self) -> Result:
-        """Return the result so far; safe while the study runs. Raises ConfigurationError if it was never started."""
+        """Return the results so far; safe while the study runs. Raises ConfigurationError if it was never started."""
         from autopeft.studies.engine.session import open_ledger, read_snapshot, recorded_settings
 
         ledger = open_ledger(self.settings)
@@ -151,18 +152,18 @@ class Study:
 
         with _arguments_named():
             if self._tables.files:
-                # Tables are rows of files for everything behind this; bad ones are to leave nothing behind.
+                # All checks read files; tables with problems must not leave files behind.
                 with TemporaryDirectory() as draft:
                     self._tables.write(Path(draft))
                     splits, _, _ = check(study_from_mapping(self._mapping, draft))
             else:
                 splits, _, _ = check(self.settings)
         for warning in (*self._tables.warnings, *splits.warnings):
-            warnings.warn(in_words_of_arguments(warning), stacklevel=3)
+            warnings.warn(in_argument_terms(warning), stacklevel=3)
         return splits
 
     def _check_folder(self) -> None:
-        """Raise ConfigurationError if the folder is another study's, or this one's with other rows."""
+        """Raise ConfigurationError if the folder has another study, or this study with other rows."""
         from autopeft.studies.engine.session import was_started
 
         if not self._mapping:
@@ -173,26 +174,26 @@ class Study:
             differ = differences(_shown(other), _shown(self.settings))
             if differ:
                 raise ConfigurationError(
-                    f"{file} says something else; take another folder, or Study.load for that study:\n  "
+                    f"{file} is another study; choose another folder, or open that study by Study.load:\n  "
                     + "\n  ".join(differ)
                 )
-            self.settings = other  # the same, in the names that its trials were started with
+            self.settings = other  # equal settings, with the file names that its trials were started with
         changed = self._tables.changed(self.folder)
         if changed and was_started(self.settings):
             raise ConfigurationError(
-                f"data: the rows of {' and '.join(changed)} are not those that the study in {self.folder} was started"
-                " with, and its trials cannot be compared with new ones: take another folder"
+                f"data: the rows of {' and '.join(changed)} have changed since the study in {self.folder} was started,"
+                " so new trials could not be compared with its trials: choose another folder"
             )
 
     def _write(self) -> None:
-        """Write the study file and the rows, once the study is known to be this one."""
+        """Write the study file and the rows; `_check_folder` must come first."""
         if not self._mapping:
             return
         self.folder.mkdir(parents=True, exist_ok=True)  # the output may be elsewhere
         self._tables.write(self.folder)
         file = self.folder / FILE_NAME
         if file.is_file() and not file.read_text(encoding="utf-8").startswith(HEADER):
-            return  # a file of somebody's own, which says the same
+            return  # a file of the user, with equal settings
         text = io.StringIO()
         text.write(HEADER)
         yaml = YAML()
@@ -202,7 +203,7 @@ class Study:
 
 
 def _shown(settings: StudyFile) -> dict[str, Any]:
-    """Return the settings in a form that two study files share, however they name the files beside them."""
+    """Return the settings with absolute paths, so that equal studies have equal forms."""
     shown: dict[str, Any] = json.loads(settings.model_dump_json())
     shown["output"] = str(settings.output_folder)
     shown["model"]["id"] = settings.model_id
@@ -217,4 +218,4 @@ def _arguments_named() -> Iterator[None]:
     try:
         yield
     except StudyFileError as error:
-        raise StudyFileError(in_words_of_arguments(problem) for problem in error.problems) from None
+        raise StudyFileError(in_argument_terms(problem) for problem in error.problems) from None

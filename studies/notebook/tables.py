@@ -1,4 +1,4 @@
-"""Rows that are in memory: data frames, data sets and lists of dicts become files of the study."""
+"""Tables in memory (data frames, data sets, lists of dicts) as files of the study."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.evaluators.rows import named_classes
-from autopeft.studies.config.declaration import Finding
+from autopeft.studies.config.source import PlacedProblem
 
 SPLITS = ("train", "validation", "test")
 FOLDER = "data"
@@ -19,7 +19,7 @@ FOLDER = "data"
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The files by their names, relative to the study's folder."""
+    """The contents of files by name, relative to the study's folder."""
 
     files: Mapping[str, str]
     warnings: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Tables:
             atomic_write_text(path, text)
 
     def changed(self, folder: Path) -> list[str]:
-        """Return the splits whose file in `folder` has other rows."""
+        """Return the splits whose existing file in `folder` has other rows."""
         return [
             Path(name).stem
             for name, text in self.files.items()
@@ -41,16 +41,18 @@ class Tables:
 
 
 def is_table(value: Any) -> bool:
-    """Return whether it is a data frame, a data set or a sequence of rows."""
+    """Return whether a value is a data frame, a data set or a sequence of rows."""
     rows = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     return rows or _is_frame(value) or _is_dataset(value)
 
 
-def tables_of(given: Mapping[str, Any], problems: list[Finding], *, hold_out: bool) -> tuple[Tables, dict[str, str]]:
+def tables_of(
+    given: Mapping[str, Any], problems: list[PlacedProblem], *, hold_out: bool
+) -> tuple[Tables, dict[str, str]]:
     """Return the files of tables by split, and the settings that name them.
 
-    `hold_out`: a random half of the validation rows becomes the test split, as rows that candidates are chosen by
-    cannot also say how good they are.
+    `hold_out`: a random half of the validation rows becomes the test split, because scores on the rows that select
+    candidates are biased.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for split, table in given.items():
@@ -60,7 +62,7 @@ def tables_of(given: Mapping[str, Any], problems: list[Finding], *, hold_out: bo
                 rows[split].append(_without_missing(row))
             else:
                 problems.append(
-                    (("data", split, position), f"must be a row as a mapping of columns to values, got {row!r:.40}")
+                    (("data", split, position), f"must be a mapping of column names to values, got {row!r:.40}")
                 )
                 break
     warnings = []
@@ -72,7 +74,7 @@ def tables_of(given: Mapping[str, Any], problems: list[Finding], *, hold_out: bo
         rows["test"] = [row for i, row in enumerate(whole) if i in held_out]
         rows["validation"] = [row for i, row in enumerate(whole) if i not in held_out]
         warnings.append(
-            f"data: there are no test rows, so {len(held_out)} of the validation rows were set aside for it"
+            f"data: there are no test rows, so {len(held_out)} of the validation rows were set aside for the test"
         )
     files = {}
     for split, found in rows.items():
@@ -87,7 +89,7 @@ def _rows(table: Any) -> Iterator[Any]:
     if _is_frame(table):
         yield from table.to_dict("records")
         return
-    # Numbers that stand for names, as a data set of the hub has them.
+    # Data sets of the hub have class numbers in place of names.
     features = table.features if _is_dataset(table) else {}
     for row in table:
         if features and isinstance(row, Mapping):
@@ -108,7 +110,7 @@ def _without_missing(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _is_missing(value: Any) -> bool:
-    # NaN and pandas' NA and NaT: what is not itself, or does not say whether it is.
+    # NaN and pandas' NaT are not equal to themselves; the comparison of pandas' NA has no truth value.
     if value is None or isinstance(value, (str, list, tuple, dict)):
         return value is None
     try:

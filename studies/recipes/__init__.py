@@ -1,1 +1,1 @@
-"""Recipes: one configuration as a file, and how to pick one from a study."""
+"""Recipes: single configurations as files, and their selection from a study."""

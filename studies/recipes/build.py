@@ -1,4 +1,4 @@
-"""From a trial of a finished study to its recipe, and what is promised of it."""
+"""From a trial of a finished study to its recipe with its promises."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNKNOWN = "unknown"
 
 
 def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: int) -> Recipe:
-    """The recipe of a complete trial. Promises are made for candidates that were trained with several seeds."""
+    """Return the recipe of a complete trial, with promises if it was trained with several seeds."""
     entry = snapshot.entry(number)
     backbone, labels = snapshot.backbone, ledger.labels
     sites = recipe_head_sites(settings, labels, backbone)
@@ -44,7 +44,7 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
 
 
 def recipe_head_sites(settings: StudyFile, labels: Sequence[str] | None, backbone: Backbone) -> tuple[Site, ...]:
-    """The linears of the task head, from the model's configuration."""
+    """Return the linears of the task head, from the model's configuration."""
     from autopeft.evaluators.attachment.heads import head_sites
     from autopeft.evaluators.backbones import skeleton
 
@@ -61,7 +61,7 @@ def bare_recipe(
     trial: int = -1,
     **fields: Any,
 ) -> Recipe:
-    """The recipe of a candidate of the study that need not have been trained."""
+    """Return the recipe of any candidate of the study, trained or not."""
     return Recipe.of(
         backbone=backbone,
         candidate=candidate,
@@ -82,13 +82,13 @@ def bare_recipe(
 
 
 def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
-    """Costs and qualities as they were measured; the main quality on the test split with its promise, if it has one."""
+    """Return measured costs and qualities; the main quality on the test split with its promise, if it has one."""
     assert entry.trial.measurement is not None
     values, std_err = snapshot.values_of(entry, snapshot.seed_sd())
     seeds = tuple(run.seed for run in entry.runs)
     found = {}
     for name, value in values.items():
-        # Promised is what the study is about: of many intervals, one would fail by chance.
+        # Only the main quality has a promise: among many intervals, some would fail by chance.
         promise = snapshot.promise(entry, name) if name == snapshot.quality else None
         if promise is not None:
             found[name] = Measured(

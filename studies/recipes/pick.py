@@ -1,4 +1,4 @@
-"""Which trial of a study a user means: recommended, best, a number, or a condition."""
+"""Selection of a trial by the user: recommended, best, a number, or a condition."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ _COMPARE = {"<=": le, ">=": ge, "<": lt, ">": gt}
 _CONDITION = re.compile(r"([\w-]+?)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
 
 
-def pick(snapshot: Snapshot, wish: str) -> int:
-    """The trial that `wish` names: recommended, best, trial:N, or a condition as num_params<=50000 (the best of the
-    front that meets it). Raises ConfigurationError for a wish that makes no sense and NoFeasibleCandidateError.
+def pick(snapshot: Snapshot, choice: str) -> int:
+    """Return the number of a trial by `choice`: recommended, best, trial:N, or a condition such as num_params<=50000.
+
+    A condition selects the best member of the front that meets it. Raises ConfigurationError for an invalid choice, and
+    NoFeasibleCandidateError if no member of the front qualifies.
     """
     rows = [row for row in snapshot.rows() if row.on_front]
     quality = snapshot.objectives_by_name[snapshot.quality]
-    if wish.startswith("trial:"):
-        number = wish.removeprefix("trial:")
+    if choice.startswith("trial:"):
+        number = choice.removeprefix("trial:")
         complete = [entry.trial.number for entry in snapshot.entries()]
         if not number.isdigit() or int(number) not in complete:
-            raise ConfigurationError(f"{wish}: no complete trial has that number; {_known(complete)}")
+            raise ConfigurationError(f"{choice}: no complete trial has that number; {_shown(complete)}")
         return int(number)
-    if wish == "recommended":
+    if choice == "recommended":
         rows = [row for row in rows if row.recommended]
-    elif wish != "best":
-        condition = _CONDITION.fullmatch(wish.strip())
+    elif choice != "best":
+        condition = _CONDITION.fullmatch(choice.strip())
         if condition is None:
             raise ConfigurationError(
-                f"--pick {wish}: use recommended, best, trial:N, or a condition as num_params<=50000"
+                f"--pick {choice}: use recommended, best, trial:N, or a condition such as num_params<=50000"
             )
         name, sign, number = condition.groups()
         if any(name not in row.values for row in rows):
-            raise ConfigurationError(f"--pick {wish}: {name} was not measured in this study")
+            raise ConfigurationError(f"--pick {choice}: {name} was not measured in this study")
         rows = [row for row in rows if _COMPARE[sign](row.values[name], float(number))]
     if not rows:
-        raise NoFeasibleCandidateError(f"--pick {wish}: no member of the front qualifies")
+        raise NoFeasibleCandidateError(f"--pick {choice}: no member of the front qualifies")
     return min(rows, key=lambda row: quality.loss(row.values[quality.name])).trial
 
 
-def _known(numbers: list[int]) -> str:
-    return f"complete are {', '.join(map(str, numbers[:20]))}" if numbers else "none is complete yet"
+def _shown(numbers: list[int]) -> str:
+    return f"complete trials are {', '.join(map(str, numbers[:20]))}" if numbers else "no trial is complete yet"

@@ -1,7 +1,7 @@
-"""The recipe: what a study found, how to train it again, and what it promises, in YAML that people can read.
+"""The recipe: a configuration from a study, with everything to train it again and its promises, in readable YAML.
 
-Everything needed to rebuild the network stands in the file (module paths included), so that a recipe of a
-model whose modules were named by hand loads without naming them again.
+The file has all data needed to rebuild the network, including module paths, so that a recipe loads without the settings
+`model.modules` of its study.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _COMMENTS = {
 
 
 class RecipeError(ConfigurationError):
-    """Everything wrong with a recipe, one line each, as `file:line key: problem`."""
+    """All problems of a recipe, one line each: `file:line key: message`."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -72,12 +72,12 @@ def _spec(value: Any) -> AdapterSpec:
     if isinstance(value, AdapterSpec):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError("an adapter is a mapping with its kind and its fields")
+        raise ValueError("an adapter must be a mapping with its kind and its fields")
     return spec_from_dict(dict(value))
 
 
 def _declared(cls: type) -> Any:
-    """A validator that builds the dataclass `cls` from a mapping and says which fields are unknown."""
+    """Return a validator that builds the dataclass `cls` from a mapping and reports unknown fields."""
 
     def build(value: Any) -> Any:
         if isinstance(value, cls):
@@ -101,10 +101,14 @@ def _without_defaults(site: Site) -> dict[str, Any]:
 
 
 class _Part(BaseModel):
+    """Base of the parts of a recipe."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RecipeBackbone(_Part):
+    """The frozen model, as in `Backbone`."""
+
     id: str
     revision: str | None = None
     family: str
@@ -116,24 +120,24 @@ class RecipeBackbone(_Part):
 
 
 class RecipeData(DataSettings):
-    """The data section of the study file; `folder` is what names of files are relative to."""
+    """The data section of the study file; names of files are relative to `folder`."""
 
     folder: str = "."
 
     def path(self, split: str) -> Path:
-        """The file of a split, for the source "files"."""
+        """Return the file of a split, for the source "files"."""
         return Path(self.folder) / Path(getattr(self, split)).expanduser()
 
-    def for_loading(self) -> rows.DataSettings:
-        """What `load_splits` takes."""
-        from autopeft.evaluators.rows import DataSettings
+    def for_loading(self) -> rows.DataConfig:
+        """Return the argument of `load_splits`."""
+        from autopeft.evaluators.rows import DataConfig
 
         given = {name: value for name, value in self if value is not None}
-        return DataSettings(**{**given, "folder": Path(self.folder)})
+        return DataConfig(**{**given, "folder": Path(self.folder)})
 
 
 class Measured(_Part):
-    """`low` and `high`: the promised interval for one more run with another seed, if there is one."""
+    """A measured value. `low` and `high`: the promised interval for one run with a new seed, or None."""
 
     value: float
     std_err: float | None = None
@@ -144,9 +148,7 @@ class Measured(_Part):
 
 
 class Averaged(_Part):
-    """A validation score with all experts of every mixture weighted alike after the training, and as `routed`: means
-    over the same trainings.
-    """
+    """Validation scores, as means over the same runs: `value` with equal gates, `routed` with the routers."""
 
     value: float
     routed: float
@@ -154,20 +156,21 @@ class Averaged(_Part):
 
 
 class OwnMetric(_Part):
-    """A metric that the study's user has written: module:function, in the folder of the data or installed. It is code:
-    nothing runs it that was not told to.
+    """A user-defined metric: module:function, in the folder of the data or installed.
+
+    Its code runs only with the explicit consent of the user.
     """
 
     function: str
     direction: Literal["maximise", "minimise"] = "maximise"
 
     def declared(self, name: str) -> Own:
-        """Its code not loaded. Raises MetricError."""
+        """Return the metric without loading its code. Raises MetricError."""
         return Own.declared(name, self.function, self.direction == "maximise")
 
 
 class Provenance(_Part):
-    """`packages`: versions by name. `created`: ISO 8601."""
+    """The origin of a recipe. `packages`: versions by name. `created`: time in ISO 8601."""
 
     study: str
     trial: int
@@ -180,6 +183,8 @@ Spec = Annotated[AdapterSpec, PlainValidator(_spec), PlainSerializer(lambda spec
 
 
 class Recipe(_Part):
+    """A configuration with everything to rebuild, train and verify it."""
+
     schema_version: Literal[1] = 1
     backbone: RecipeBackbone
     task: TaskName
@@ -204,7 +209,7 @@ class Recipe(_Part):
             if site is None:
                 problems.append(f"architecture: {name} is not among the sites{did_you_mean(name, self.sites)}")
             elif site.role not in spec.roles or not spec.fits(site):
-                problems.append(f"architecture: {name} {spec.kind}: cannot sit at this site ({site.role})")
+                problems.append(f"architecture: {name} {spec.kind}: cannot be attached to this site ({site.role})")
         if problems:
             raise ValueError("; ".join(problems))
         if self.task_class.has_labels and not self.labels:
@@ -217,12 +222,12 @@ class Recipe(_Part):
         return self
 
     @model_serializer(mode="wrap")
-    def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Own metrics came later: where there are none, recipes are what they were before."""
-        return {name: value for name, value in told(self).items() if name != "metrics" or value}
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out empty `metrics`, a later addition, so that older recipes stay equal."""
+        return {name: value for name, value in default(self).items() if name != "metrics" or value}
 
     def maximises(self, name: str) -> bool:
-        """Whether more of a metric is better. Raises KeyError for one that nobody knows, and MetricError."""
+        """Return whether more of a metric is better. Raises KeyError for an unknown metric, and MetricError."""
         return self.metrics[name].declared(name).maximise if name in self.metrics else METRICS[name].maximise
 
     @classmethod
@@ -235,9 +240,9 @@ class Recipe(_Part):
         dtype: Dtype = "float32",
         **rest: Any,
     ) -> Recipe:
-        """The recipe of a candidate; `rest`: the other fields. Raises ValueError (pydantic's, for most)."""
+        """Build the recipe of a candidate. `rest`: the other fields. Raises ValueError, mostly from pydantic."""
         chosen = dict(candidate.architecture.adapters)
-        # The backbone's order, which is that of the layers and that in which adapters are attached.
+        # The backbone's order is the order of the layers and of the attachment.
         used = [site for site in backbone.sites if site.name in chosen]
         names = ("id", "revision", "family", "hidden_size", "num_layers", "num_params", "causal")
         return cls(
@@ -251,26 +256,29 @@ class Recipe(_Part):
 
     @property
     def task_class(self) -> type[Task]:
-        """The task, in the variant that the data's settings ask for."""
+        """The class of the task, in the variant for the data settings."""
         from autopeft.evaluators.tasks import TASKS
 
         return TASKS[self.task].for_data(self.data.for_loading())
 
     @property
     def adapters(self) -> Architecture:
+        """The architecture."""
         return Architecture.of(self.architecture)
 
     @property
     def candidate(self) -> Candidate:
+        """The architecture with its training settings."""
         return Candidate(architecture=self.adapters, training=asdict(self.training))
 
     @property
     def head_sites(self) -> tuple[Site, ...]:
+        """The linears of the task head."""
         return tuple(site for site in self.sites.values() if site.role == "head")
 
     @property
     def host(self) -> Backbone:
-        """The backbone with those sites that this recipe adapts: all that attaching it needs."""
+        """The backbone with only the adapted sites, which are sufficient to attach the adapters."""
         heads = self.head_sites
         return Backbone(
             **self.backbone.model_dump(exclude={"dtype"}),
@@ -285,10 +293,11 @@ class Recipe(_Part):
         return self.adapters.num_params(self.host)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as JSON-compatible data."""
         return self.model_dump(mode="json")
 
     def save(self, path: str | Path) -> None:
-        """Write it, whole or not at all. Raises OSError."""
+        """Write the recipe atomically. Raises OSError."""
         path = Path(path)
         data = CommentedMap(self.to_dict())
         data.yaml_set_start_comment(_HEADER)
@@ -308,17 +317,17 @@ class Recipe(_Part):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read it. Raises RecipeError with everything that is wrong in it."""
+        """Read a recipe. Raises RecipeError with all problems."""
         path = Path(path)
         if not path.is_file():
-            raise RecipeError([f"{path}: there is no such recipe"])
+            raise RecipeError([f"{path}: no such file"])
         try:
             source = read(path, (), {})
         except StudyFileError as error:
             raise RecipeError(error.problems) from None
         version = source.data.get("schema_version", SCHEMA_VERSION)
         if isinstance(version, int) and version > SCHEMA_VERSION:
-            what = f"{version} is newer than this autopeft reads ({SCHEMA_VERSION}): upgrade autopeft"
+            what = f"version {version} is newer than this autopeft supports ({SCHEMA_VERSION}): upgrade autopeft"
             raise RecipeError([source.render(("schema_version",), what)])
         try:
             return cls.model_validate(source.data)

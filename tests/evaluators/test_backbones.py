@@ -109,9 +109,9 @@ def test_local_folder(tmp_path, monkeypatch):
 
 def test_missing_folders(tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no config.json in this folder")
+    refused(tmp_path / "empty", "this folder has no config.json")
     for name in (f"{tmp_path}/none", "./none", "~/no/such/folder", "a/b/c", "~nobody/x"):
-        refused(name, "there is no such folder")
+        refused(name, "no such folder")
 
 
 def test_hub_without_network():
@@ -156,7 +156,7 @@ def test_no_tokenizer(tmp_path):
     bert(tmp_path)
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
-    refused(tmp_path, "there is no tokenizer beside the model", describing=False)
+    refused(tmp_path, "the model has no tokenizer files", describing=False)
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "unknown"])
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     for name, change in {"deep": {"num_hidden_layers": 3}, "wide": {"intermediate_size": 44}}.items():
         shutil.copytree(folder, tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(config | change))
-        refused(tmp_path / name, "its checkpoint lacks weights", "bert.encoder.layer", describing=False)
+        refused(tmp_path / name, "the checkpoint lacks weights", "bert.encoder.layer", describing=False)
 
 
 # Descriptions

@@ -12,7 +12,7 @@ from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpace
 from autopeft.search_space.adapters import Bottleneck, Dora, Lora, Mixture
@@ -39,7 +39,7 @@ def candidates(backbone: LoadedBackbone, lowest: int = 1) -> list[Architecture]:
 def test_packs_are_what_each_is_alone(loaded: LoadedBackbone) -> None:  # noqa: F811
     wanted = requests([*candidates(loaded), at(loaded, Lora(rank=2), 1)])
     expected = alone(loaded).evaluate(wanted)
-    for settings in ({"share_prefix": False}, {"pack": 2}, {"cache": PrefixCache(10**7)}, {}):
+    for settings in ({"share_lower_layers": False}, {"pack": 2}, {"cache": ActivationCache(10**7)}, {}):
         compare(together(loaded, **settings).evaluate(wanted), expected)
 
 
@@ -51,7 +51,7 @@ def test_packs_of_a_causal_model_too(causal: LoadedBackbone, tmp_path: Path) -> 
     assert found is not None
     assert found.routes
     assert found.averaged
-    for settings in ({"share_prefix": False}, {"pack": 1}, {"cache": PrefixCache(10**7)}, {"pack": 2}):
+    for settings in ({"share_lower_layers": False}, {"pack": 1}, {"cache": ActivationCache(10**7)}, {"pack": 2}):
         evaluator = PackedEvaluator(causal, "causal-lm", splits, 32, **settings)  # type: ignore[arg-type]
         outcomes = evaluator.evaluate(wanted)
         compare(outcomes, expected)

@@ -32,7 +32,7 @@ from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.searchers.enumerated import LARGEST_GRID, grid_values
 from autopeft.searchers.optuna_samplers import from_optuna, to_optuna
-from autopeft.testing.searchers import CHECKS, Check, ended, exact, problem_of, run
+from autopeft.testing.searchers import CHECKS, SearcherCheck, ended, exact, problem_of, run
 from autopeft.testing.spaces import RANKS, RATE, SMALL, encoder, mixed_space
 
 from ..support.spaces import spaces
@@ -80,7 +80,7 @@ def test_every_searcher_has_a_row() -> None:
 
 @every_searcher
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_it_passes_the_checks_of_plug_ins(check: Check, name: str) -> None:
+def test_it_passes_the_checks_of_plug_ins(check: SearcherCheck, name: str) -> None:
     check(SEARCHERS[name], ROWS[name].space(), ROWS[name].num_trials)
 
 

@@ -28,6 +28,7 @@ from ..support.tiny_models import word_tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
 MODULE = "\n\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+TASK_ROWS = [{"text": "W1 w2", "label": "a"}, {"text": "w3 w4 w5", "label": "b"}]
 REGISTRIES: tuple[Registry[Any], ...] = (ADAPTERS, QUALITIES, TASKS, EVALUATORS, SEARCHERS, EXPORTERS)
 
 
@@ -63,8 +64,7 @@ def test_the_examples_pass(tmp_path: Path) -> None:
     recipe = make_recipe("bert", save_model("bert", tmp_path / "model"), {"layers.1.attn.q": Lora()})
     (tmp_path / "exports").mkdir()
     check_exporter(EXPORTERS["card"], recipe, trained(recipe)[0], tmp_path / "exports")
-    rows = [{"text": "W1 w2", "label": "a"}, {"text": "w3 w4 w5", "label": "b"}]
-    check_task(TASKS["lower-case"](word_tokenizer(), 8, ["a", "b"]), rows, tiny("bert")[0])
+    check_task(TASKS["lower-case"](word_tokenizer(), 8, ["a", "b", "c"]), TASK_ROWS, tiny("bert")[0])
     assert EVALUATORS["logged"].name == "logged"
 
 
@@ -107,12 +107,23 @@ def test_what_is_wrong_with_a_searcher_is_said(message: str) -> None:
         check_searcher("drawn")
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_every_task_passes(name: str) -> None:
-    classes = name == "classification"
-    rows = [
-        {"text": "w1 w2", "label": "a", "prompt": "w1", "completion": " w2 w3"},
-        {"text": "w3 w4 w5", "label": "b", "prompt": "w4 w5 w6", "completion": " w7"},
-    ]
-    task = TASKS[name](word_tokenizer(), 12, ["a", "b"] if classes else None)
-    check_task(task, rows, tiny("bert" if classes else "llama-causal")[0])
+LOWER_CASE = '    name = "lower-case"\n'
+
+
+@pytest.mark.usefixtures("plugged")
+@pytest.mark.parametrize(
+    ("plugged", "message"),
+    [
+        ((LOWER_CASE, f'{LOWER_CASE}    columns = frozenset({{"loss"}})\n'), r"declares \['loss'\], returns"),
+        ((LOWER_CASE, f"{LOWER_CASE}    has_labels = False\n"), "has_labels is False, but labels_of says True"),
+        (
+            (LOWER_CASE, f'{LOWER_CASE}\n    def collate(self, examples):\n        batch = super().collate(examples)\n'
+             '        return batch | {"input_ids": batch["input_ids"].roll(1, 0)}\n'),
+            "loss of row 0 depends on the rest of its batch",
+        ),
+    ],
+    indirect=["plugged"],
+)  # fmt: skip
+def test_what_is_wrong_with_a_task_is_said(message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_task(TASKS["lower-case"](word_tokenizer(), 8, ["a", "b", "c"]), TASK_ROWS, tiny("bert")[0])

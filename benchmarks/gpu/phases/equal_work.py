@@ -68,7 +68,7 @@ def measure(run: Run) -> Iterator[ResultRow]:
             models.causal_splits(regime.rows * regime.steps, regime.words),
             max_length=regime.words,
             pack=slots,
-            share_prefix=False,
+            share_lower_layers=False,
         )
         architecture = attention_lora(loaded.backbone, RANK)
         requests = [

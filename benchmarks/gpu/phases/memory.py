@@ -37,7 +37,7 @@ def measure(run: Run) -> Iterator[ResultRow]:
                 if not run.has_time(f"{name}, {kind}, {slots} slots", 5.0):
                     continue
                 evaluator = PackedEvaluator(
-                    loaded, "causal-lm", splits, max_length=words, pack=slots, share_prefix=False
+                    loaded, "causal-lm", splits, max_length=words, pack=slots, share_lower_layers=False
                 )
                 training = {"learning_rate": 1e-3, "batch_size": rows, "epochs": 1}
                 request = Request(candidate=Candidate(architecture=architecture, training=training))

@@ -42,7 +42,7 @@ def measure(run: Run) -> Iterator[ResultRow]:
                 "causal-lm",
                 models.causal_splits(rows, words),
                 max_length=words,
-                share_prefix=False,
+                share_lower_layers=False,
             )
             training = Training(learning_rate=1e-3, batch_size=rows, epochs=1)
             found.append(measure_overhead(evaluator, training, seed=0, repeats=repeats))

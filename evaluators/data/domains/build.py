@@ -1,4 +1,4 @@
-"""Build the data set `domains`: four kinds of text from the Python standard library, each with a question of its own.
+"""Build the data set `domains`: four kinds of text from the Python standard library, each with its own question.
 
     python -m autopeft.evaluators.data.domains.build [FOLDER]
 
@@ -34,12 +34,12 @@ from autopeft.evaluators.data.topics.build import (
 
 __all__ = ["BUILT_WITH", "DOMAINS", "build", "to_jsonl"]
 
-SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}  # of what there is, as far as whole modules allow
-MAX_ROWS = {"train": 1200, "validation": 320, "test": 320}  # of a domain
-MAX_PER_MODULE = 45  # of a domain and label: a few modules (turtle, argparse) would outweigh whole chapters
+SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}  # shares, as far as whole modules allow
+MAX_ROWS = {"train": 1200, "validation": 320, "test": 320}  # per domain
+MAX_PER_MODULE = 45  # per domain and label, or a few modules (turtle, argparse) would outweigh whole chapters
 NAMES_PER_TEXT = 4
 
-# The 16 topics of the data set `topics`, joined to 8: with whole modules in a split, small ones would have too few.
+# The 16 topics of the data set `topics`, joined to 8: splits take whole modules, and small topics have too few.
 CHAPTERS = {
     "data and numbers": ("data types", "numbers and mathematics"),
     "text and formats": ("text processing", "markup and file formats"),
@@ -58,14 +58,16 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BUILT_IN = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)}
 
 
-class Row(NamedTuple):
+class DomainRow(NamedTuple):
+    """A text, its label and its domain, as the files have them."""
+
     text: str
     label: str
     domain: str
 
 
-class Found(NamedTuple):
-    """A text, not yet selected. `module`: the path of the file that it is from, the same on every system."""
+class UnselectedText(NamedTuple):
+    """A text before the selection. `module`: the path of its file, the same on every system."""
 
     text: str
     label: str
@@ -75,17 +77,17 @@ class Found(NamedTuple):
 Reader = Callable[[bytes, str], Iterator[tuple[str, str]]]
 
 
-# What is read: texts and labels of a module's source, given its chapter
+# Readers: from a module's source and its chapter to texts and labels
 
 
 def documentation(source: bytes, chapter: str) -> Iterator[tuple[str, str]]:
-    """Docstrings, and what their module is about."""
+    """Yield docstrings and the chapter of their module."""
     for docstring in docstrings(source):
         yield clean(docstring), chapter
 
 
 def code(source: bytes, chapter: str) -> Iterator[tuple[str, str]]:
-    """Functions and methods without docstrings and comments, and what their module is about."""
+    """Yield functions and methods without docstrings and comments, and the chapter of their module."""
     for node in scopes(ast.parse(source)):
         if isinstance(node, FUNCTIONS):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
@@ -95,7 +97,7 @@ def code(source: bytes, chapter: str) -> Iterator[tuple[str, str]]:
 
 
 def names(source: bytes, chapter: str) -> Iterator[tuple[str, str]]:
-    """A few names of one kind that are neighbours in a module, in words, and which kind it is."""
+    """Yield a few neighbouring names of one kind in a module, as words, and their kind."""
     of_kind: defaultdict[str, list[str]] = defaultdict(list)
     for node in ast.walk(ast.parse(source)):
         for kind, name in named(node):
@@ -107,7 +109,7 @@ def names(source: bytes, chapter: str) -> Iterator[tuple[str, str]]:
 
 
 def errors(source: bytes, chapter: str) -> Iterator[tuple[str, str]]:
-    """Messages of built-in exceptions that are raised, and the exception's class."""
+    """Yield messages of built-in exceptions that are raised, and the exception's class."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             name = ast.unparse(node.exc.func)
@@ -116,7 +118,7 @@ def errors(source: bytes, chapter: str) -> Iterator[tuple[str, str]]:
                 yield " ".join(message(node.exc.args[0]).split()[:MAX_WORDS]), label
 
 
-#: Each with the fewest different words that its texts may have.
+#: The reader of each domain, and the smallest number of distinct words in its texts.
 DOMAINS: dict[str, tuple[Reader, int]] = {
     "documentation": (documentation, 5),
     "code": (code, 8),
@@ -126,7 +128,7 @@ DOMAINS: dict[str, tuple[Reader, int]] = {
 
 
 def scopes(node: ast.AST) -> Iterator[ast.AST]:
-    """A module's functions and classes and what is in them, but not what is in functions."""
+    """Yield the nodes of a module and of its classes, without the contents of functions."""
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, FUNCTIONS):
@@ -134,7 +136,7 @@ def scopes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def named(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Pairs of kind and name that a node defines."""
+    """Yield pairs of kind and name that a node defines."""
     if isinstance(node, ast.ClassDef):
         yield "classes", node.name
     elif isinstance(node, FUNCTIONS):
@@ -148,13 +150,13 @@ def named(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def in_words(name: str) -> str:
-    """`_HTTPServer` and `http_server` to "http server"; nothing of the name's form is left to tell its kind."""
+    """Return "http server" for `_HTTPServer` and `http_server`: the form of a name must not reveal its kind."""
     parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return " ".join(parts).lower()
 
 
 def message(node: ast.expr) -> str:
-    """The text of an exception's first argument, with %s for what is filled in."""
+    """Return the text of an exception's first argument, with %s for inserted values."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else "%s"
     if isinstance(node, ast.JoinedStr):
@@ -171,9 +173,9 @@ def message(node: ast.expr) -> str:
 # Selection
 
 
-def read(root: Path) -> dict[str, list[Found]]:
-    """All texts below `root` by domain, of modules that have a topic, those of a module in its order."""
-    found: dict[str, list[Found]] = {domain: [] for domain in DOMAINS}
+def read(root: Path) -> dict[str, list[UnselectedText]]:
+    """Return all texts below `root` by domain, from modules that have a topic, in the order of the sources."""
+    found: dict[str, list[UnselectedText]] = {domain: [] for domain in DOMAINS}
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         relative = path.relative_to(root)
         parts = relative.with_suffix("").parts
@@ -183,42 +185,43 @@ def read(root: Path) -> dict[str, list[Found]]:
         source = path.read_bytes()
         for domain, (reader, fewest) in DOMAINS.items():
             texts = dict.fromkeys(reader(source, CHAPTER_OF[topic]))
-            rows = (Found(text, label, relative.as_posix()) for text, label in texts)
+            rows = (UnselectedText(text, label, relative.as_posix()) for text, label in texts)
             found[domain] += [row for row in rows if len(words(row.text)) >= fewest]
     return found
 
 
-def select(rows: Iterable[Found]) -> list[Found]:
-    """One of near duplicates, none if their labels differ; MAX_PER_MODULE of a module and label."""
+def select(rows: Iterable[UnselectedText]) -> list[UnselectedText]:
+    """Select one of near duplicates, or none if their labels differ; MAX_PER_MODULE per module and label."""
     rows = sorted(rows, key=rank)
-    kept: Counter[tuple[str, str]] = Counter()
+    num_selected: Counter[tuple[str, str]] = Counter()
     selected = []
     for group in near_duplicates([row.text for row in rows]):
         row = rows[group[0]]
-        if len({rows[index].label for index in group}) == 1 and kept[row.module, row.label] < MAX_PER_MODULE:
-            kept[row.module, row.label] += 1
+        if len({rows[index].label for index in group}) == 1 and num_selected[row.module, row.label] < MAX_PER_MODULE:
+            num_selected[row.module, row.label] += 1
             selected.append(row)
     return selected
 
 
 def rank(row: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Sorting key that shuffles: the hash of the text, and the row itself where one text has several."""
+    """Return a sorting key that shuffles: the hash of the text; the row itself decides between equal texts."""
     return hash_of(row[0]), row
 
 
 def hash_of(text: str) -> str:
+    """Return the SHA-256 hash of a text in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def split_of_modules(found: dict[str, list[Found]]) -> dict[str, str]:
-    """The split of every module, the same in all domains: it goes where most rows of its chapter are still wanted."""
+def split_of_modules(found: dict[str, list[UnselectedText]]) -> dict[str, str]:
+    """Assign every module to the split that still needs most rows of its chapter; the same for all domains."""
     size: Counter[str] = Counter()
     for rows in found.values():  # a domain with few rows counts as much as one with many
         for module, count in Counter(row.module for row in rows).items():
             size[module] += count * 1_000_000 // len(rows)
     taken: defaultdict[str, Counter[str]] = defaultdict(Counter)
     splits: dict[str, str] = {}
-    # Large ones first, so that small ones can even out; equal ones by hash.
+    # Large modules come first, so that small ones can balance the splits; ties are broken by hash.
     for module in sorted(size, key=lambda module: (-size[module], hash_of(module))):
         own = taken[CHAPTER_OF[LABELS[Path(module).with_suffix("").parts[0]]]]
         splits[module] = min(SPLITS, key=lambda name: (own[name] + size[module]) / SPLITS[name])
@@ -226,23 +229,27 @@ def split_of_modules(found: dict[str, list[Found]]) -> dict[str, str]:
     return splits
 
 
-def build(library: Path) -> dict[str, list[Row]]:
+def build(library: Path) -> dict[str, list[DomainRow]]:
+    """Return the rows of each split from the sources of a standard library."""
     found = {domain: select(rows) for domain, rows in read(library).items()}
     split_of = split_of_modules(found)
-    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    splits: dict[str, list[DomainRow]] = {name: [] for name in SPLITS}
     for domain, rows in found.items():
         for split, most in MAX_ROWS.items():
-            by_label: defaultdict[str, list[Found]] = defaultdict(list)
+            by_label: defaultdict[str, list[UnselectedText]] = defaultdict(list)
             for row in sorted(rows, key=rank):
                 if split_of[row.module] == split:
                     by_label[row.label].append(row)
-            # The same number of each label, so that a guess is right as often as there are labels.
+            # Each label has the same number of rows, so that a guess has the accuracy 1 / number of labels.
             count = min(most // len(by_label), *map(len, by_label.values()))
-            splits[split] += [Row(row.text, row.label, domain) for own in by_label.values() for row in own[:count]]
+            splits[split] += [
+                DomainRow(row.text, row.label, domain) for own in by_label.values() for row in own[:count]
+            ]
     return {name: sorted(rows, key=rank) for name, rows in splits.items()}
 
 
 def main(folder: Path) -> None:
+    """Build the data set from this Python's library, write it and print the counts."""
     splits = build(Path(sysconfig.get_path("stdlib")))
     write(folder, splits)
     counts = {name: Counter((row.domain, row.label) for row in rows) for name, rows in splits.items()}

@@ -1,1 +1,1 @@
-"""The embedded data set: which part of the Python standard library does a docstring document?"""
+"""The embedded data set: docstrings, labelled with the part of the Python standard library that they document."""

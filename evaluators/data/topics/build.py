@@ -21,11 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-BUILT_WITH = "3.11.7"  # the Python whose library the committed files come from; others have other docstrings
+BUILT_WITH = "3.11.7"  # the Python version of the committed files; docstrings differ between versions
 
 MIN_WORDS, MAX_WORDS = 5, 60
 NEAR_DUPLICATE = 0.8  # Jaccard index of the sets of words
-MAX_PER_LABEL = 450  # some packages (tkinter, distutils) would outweigh whole chapters
+MAX_PER_LABEL = 450  # without a limit, some packages (tkinter, distutils) would outweigh whole chapters
 SPLITS = {"train": 0.64, "validation": 0.17, "test": 0.19}
 
 # The chapters of the library reference, joined or cut to similar size. A name stands for its submodules too.
@@ -79,19 +79,21 @@ DOCTEST = re.compile(r"^[ \t]*>>>.*(\n[ \t]*\S.*)*", re.MULTILINE)  # a prompt a
 RULE = re.compile(r"([^\w\s])\1{2,}")  # underlines of headings
 
 
-class Row(NamedTuple):
+class TopicRow(NamedTuple):
+    """A cleaned or raw docstring and the topic of its module."""
+
     text: str
     label: str
 
 
-def documented(root: Path) -> Iterator[Row]:
+def documented(root: Path) -> Iterator[TopicRow]:
     """Yield every raw docstring below `root` whose module has a topic, in the order of the file names."""
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         parts = path.relative_to(root).with_suffix("").parts
         label = LABELS.get(parts[0])
         if label is None or FOREIGN_FOLDERS.intersection(parts):
             continue
-        yield from (Row(docstring, label) for docstring in docstrings(path.read_bytes()))
+        yield from (TopicRow(docstring, label) for docstring in docstrings(path.read_bytes()))
 
 
 def docstrings(source: bytes) -> Iterator[str]:
@@ -102,7 +104,7 @@ def docstrings(source: bytes) -> Iterator[str]:
 
 
 def clean(docstring: str) -> str:
-    """Keep the prose: no leading signature, doctest or underline, single spaces, at most MAX_WORDS words."""
+    """Return the prose without leading signature, doctests and underlines, cut to MAX_WORDS words."""
     text = DOCTEST.sub(" ", docstring.strip())
     if signature := SIGNATURE.match(text):
         text = text[signature.end() :]
@@ -110,7 +112,7 @@ def clean(docstring: str) -> str:
 
 
 def words(text: str) -> frozenset[str]:
-    """The set of words by which texts are compared: case, punctuation and digits do not count."""
+    """Return the set of words by which texts are compared, without case, punctuation and digits."""
     return frozenset(re.findall(r"[^\W\d_]+", text.lower()))
 
 
@@ -125,7 +127,7 @@ def near_duplicates(texts: list[str]) -> list[list[int]]:
             index = parent[index]
         return index
 
-    # Sets that overlap so much must share one of their few rarest words, so only those are looked up.
+    # Sets with this overlap share one of their few rarest words, so only these words are looked up.
     with_rare_word: defaultdict[str, list[int]] = defaultdict(list)
     for index, members in enumerate(sets):
         rarest_first = sorted(members, key=lambda word: (frequency[word], word))
@@ -141,31 +143,31 @@ def near_duplicates(texts: list[str]) -> list[list[int]]:
     return list(groups.values())
 
 
-def select(rows: Iterable[Row]) -> list[Row]:
-    """Clean the rows; keep one of near duplicates, none if their labels differ, MAX_PER_LABEL of a label."""
-    rows = sorted({Row(clean(row.text), row.label) for row in rows}, key=rank)
+def select(rows: Iterable[TopicRow]) -> list[TopicRow]:
+    """Clean and select rows: one of near duplicates, or none if their labels differ; MAX_PER_LABEL per label."""
+    rows = sorted({TopicRow(clean(row.text), row.label) for row in rows}, key=rank)
     rows = [row for row in rows if len(words(row.text)) >= MIN_WORDS]
-    kept: Counter[str] = Counter()
+    num_selected: Counter[str] = Counter()
     selected = []
     for group in near_duplicates([row.text for row in rows]):
         row = rows[group[0]]
-        if len({rows[index].label for index in group}) == 1 and kept[row.label] < MAX_PER_LABEL:
-            kept[row.label] += 1
+        if len({rows[index].label for index in group}) == 1 and num_selected[row.label] < MAX_PER_LABEL:
+            num_selected[row.label] += 1
             selected.append(row)
     return selected
 
 
-def rank(row: Row) -> tuple[str, Row]:
-    """Sorting key that shuffles: the hash of the text, and the row itself where one text has two labels."""
+def rank(row: TopicRow) -> tuple[str, TopicRow]:
+    """Return a sorting key that shuffles: the hash of the text; the row itself decides between equal texts."""
     return hashlib.sha256(row.text.encode()).hexdigest(), row
 
 
-def split(rows: list[Row]) -> dict[str, list[Row]]:
-    """Cut the rows of every label by the shares in SPLITS; the rows come shuffled."""
+def split(rows: list[TopicRow]) -> dict[str, list[TopicRow]]:
+    """Split the rows of every label by the shares in SPLITS; the rows must be shuffled."""
     by_label = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)
-    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    splits: dict[str, list[TopicRow]] = {name: [] for name in SPLITS}
     for members in by_label.values():
         start, share = 0, 0.0
         for name, part in SPLITS.items():
@@ -176,20 +178,24 @@ def split(rows: list[Row]) -> dict[str, list[Row]]:
     return {name: sorted(members, key=rank) for name, members in splits.items()}
 
 
-def build(library: Path) -> dict[str, list[Row]]:
+def build(library: Path) -> dict[str, list[TopicRow]]:
+    """Return the rows of each split from the sources of a standard library."""
     return split(select(documented(library)))
 
 
 def to_jsonl(rows: Iterable[NamedTuple]) -> str:
+    """Return rows as JSON, one per line."""
     return "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
 
 
 def write(folder: Path, splits: Mapping[str, Iterable[NamedTuple]]) -> None:
+    """Write a JSONL file per split."""
     for name, rows in splits.items():
         (folder / f"{name}.jsonl").write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
 
 
 def main(folder: Path) -> None:
+    """Build the data set from this Python's library, write it and print the counts."""
     splits = build(Path(sysconfig.get_path("stdlib")))
     write(folder, splits)
     counts = {name: Counter(row.label for row in rows) for name, rows in splits.items()}

@@ -167,7 +167,7 @@ def test_the_overhead_for_a_language_model_in_bfloat16(tmp_path: Path) -> None:
     folder = save(seeded(LlamaForCausalLM, config), tmp_path, tokenizer)
     loaded = load_backbone(folder, task="causal-lm", dtype="bfloat16")
     rows = [{"text": text} for text in texts]
-    evaluator = PackedEvaluator(loaded, "causal-lm", Splits(rows, rows, rows, None), 16, share_prefix=False)
+    evaluator = PackedEvaluator(loaded, "causal-lm", Splits(rows, rows, rows, None), 16, share_lower_layers=False)
     found = measure_overhead(evaluator, Training(batch_size=2), 0, repeats=2)
     assert found.tokens % (2 * found.slots) == 0
     assert found.rho.median > 0

@@ -392,7 +392,7 @@ def test_an_attention_of_its_own_is_refused_before_anything_changes() -> None:
     own = HandMade()
     own.query, own.config = model.get_submodule(path).query, model.config
     model.set_submodule(path, own)
-    with pytest.raises(ValueError, match=r"encoder\.layer\.1.*HandMade does not look its attention function up"):
+    with pytest.raises(ValueError, match=r"encoder\.layer\.1.*HandMade does not use transformers"):
         install(model, _banks(model, backbone), 1)
     assert model.config._attn_implementation == "sdpa"
     assert not any(hasattr(module, "autopeft_prefixes") for module in model.modules())

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpace, SpaceError
 from autopeft.search_space.adapters import Bottleneck, Lora, Mixture, Prefix
 from autopeft.search_space.backbones.backbone import Backbone, Site
@@ -336,7 +336,12 @@ def test_packs_are_what_each_is_alone(loaded: LoadedBackbone, tmp_path: Path) ->
     ]
     wanted = requests(made)
     expected = alone(loaded).evaluate(wanted)
-    for settings in ({"share_prefix": False}, {"pack": 1}, {"cache": PrefixCache(10**7)}, {"mixes_depths": False}):
+    for settings in (
+        {"share_lower_layers": False},
+        {"pack": 1},
+        {"cache": ActivationCache(10**7)},
+        {"mixes_depths": False},
+    ):
         compare(together(loaded, **settings).evaluate(wanted), expected)
 
 

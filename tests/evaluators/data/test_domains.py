@@ -22,10 +22,10 @@ from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.data.topics.build import near_duplicates, words
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.proxies.supernet import Supernet
-from autopeft.evaluators.rows import DataSettings
+from autopeft.evaluators.rows import DataConfig
 from autopeft.evaluators.tasks import model_inputs
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate
@@ -106,13 +106,13 @@ def test_no_text_of_a_domain_has_a_near_duplicate_in_any_split():
 
 
 def test_the_files_are_loaded_with_their_domains():
-    splits = load_splits(DataSettings(source="embedded-domains", max_train_rows=50), "classification")
+    splits = load_splits(DataConfig(source="embedded-domains", max_train_rows=50), "classification")
     assert splits.domains == tuple(sorted(EXPECTED)) == tuple(sorted({row["domain"] for row in splits.train}))
     assert set(splits.labels or ()) == TOPICAL | set(build.KINDS) | set(build.EXCEPTIONS)
     assert splits.warnings == ()
     assert len(splits.train) == 50
     assert len(splits.validation) == len(committed("validation"))
-    by_label = load_splits(DataSettings(source="embedded-domains", domain="label"), "classification")
+    by_label = load_splits(DataConfig(source="embedded-domains", domain="label"), "classification")
     assert by_label.domains == by_label.labels
 
 
@@ -153,7 +153,9 @@ def test_what_is_read_of_a_module():
 def test_a_module_is_in_one_split_of_all_domains():
     found = {
         domain: [
-            build.Found(f"{domain} {module} {i}", "-", f"email/m{module}.py") for module in range(20) for i in range(9)
+            build.UnselectedText(f"{domain} {module} {i}", "-", f"email/m{module}.py")
+            for module in range(20)
+            for i in range(9)
         ]
         for domain in build.DOMAINS
     }
@@ -163,10 +165,14 @@ def test_a_module_is_in_one_split_of_all_domains():
 
 
 def test_near_duplicates_and_the_many_texts_of_one_module_are_left_out():
-    found = [build.Found("the same words in another order", "a", "x.py")]
-    found += [build.Found("in another order the same words", "a", "y.py")]
-    found += [build.Found("words of two labels here", label, "x.py") for label in "ab"]
-    found += [build.Found(f"{one * 2} {one * 3} {other * 4}", "a", "x.py") for one in ascii_lowercase for other in "yz"]
+    found = [build.UnselectedText("the same words in another order", "a", "x.py")]
+    found += [build.UnselectedText("in another order the same words", "a", "y.py")]
+    found += [build.UnselectedText("words of two labels here", label, "x.py") for label in "ab"]
+    found += [
+        build.UnselectedText(f"{one * 2} {one * 3} {other * 4}", "a", "x.py")
+        for one in ascii_lowercase
+        for other in "yz"
+    ]
     selected = build.select(found)
     assert selected == build.select(reversed(found))
     assert sum(row.text.startswith(("the same", "in another")) for row in selected) == 1
@@ -255,7 +261,7 @@ def test_trainings_are_what_they_are_without_domains(given, cached):
     loaded, task, splits = given
 
     def outcomes(splits: Splits) -> list[Any]:
-        cache = PrefixCache(10**8) if cached else None
+        cache = ActivationCache(10**8) if cached else None
         packed = PackedEvaluator(loaded, task, splits, 32, pack=2, cache=cache)
         found = packed.evaluate(requests(loaded))
         if not cached:
@@ -267,7 +273,7 @@ def test_trainings_are_what_they_are_without_domains(given, cached):
 
 def test_domains_are_repeated_for_every_slot(given, monkeypatch):
     loaded, task, splits = given
-    ours = PackedEvaluator(loaded, task, with_domains(splits), 32, cache=PrefixCache(10**8))
+    ours = PackedEvaluator(loaded, task, with_domains(splits), 32, cache=ActivationCache(10**8))
     seen: list[dict[str, torch.Tensor]] = []
     score = ours.task.scores
 

@@ -13,7 +13,7 @@ import pytest
 
 from autopeft.evaluators.data.splits import load_splits
 from autopeft.evaluators.errors import DataError
-from autopeft.evaluators.rows import DataSettings
+from autopeft.evaluators.rows import DataConfig
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(6)]
 FILES = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, task: str = "classification", **settings: Any) -> Any:
-    return load_splits(DataSettings(source="files", folder=folder, **{**FILES, **settings}), task)
+    return load_splits(DataConfig(source="files", folder=folder, **{**FILES, **settings}), task)
 
 
 def problems(folder: Path, task: str = "classification", **settings: Any) -> list[str]:
@@ -51,7 +51,7 @@ def test_good_rows(folder):
 
 
 def test_embedded_rows():
-    splits = load_splits(DataSettings(), "classification")
+    splits = load_splits(DataConfig(), "classification")
     assert len(splits.labels) == 16
     assert splits.warnings == ()
     assert len(splits.train) > 3000
@@ -60,7 +60,7 @@ def test_embedded_rows():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "train.jsonl: there is no such file"),
+        (None, "train.jsonl: no such file"),
         ("", "train.jsonl: the train split is empty"),
         ("\n  \n", "train.jsonl: the train split is empty"),
         ('{"text": "x", "label": "a"}\n{"label": "b"}\n',
@@ -68,9 +68,9 @@ def test_embedded_rows():
         ('{"text": "x"}\n', "train.jsonl:1: no field 'label'; this row has 'text'"),
         ('\n{"text": null, "label": "a"}\n', "train.jsonl:2: no field 'text'; this row has 'label'"),
         ("{}\n", "train.jsonl:1: no field 'text'; this row has none"),
-        ('{"text": "x", "label": "a"}\n{"text": "y", \n', "train.jsonl:2: this is not JSON: "),
-        ("[1, 2]\n", "train.jsonl:1: this is not a JSON object"),
-        ('"words"\n', "train.jsonl:1: this is not a JSON object"),
+        ('{"text": "x", "label": "a"}\n{"text": "y", \n', "train.jsonl:2: not valid JSON: "),
+        ("[1, 2]\n", "train.jsonl:1: not a JSON object"),
+        ('"words"\n', "train.jsonl:1: not a JSON object"),
         ('{"text": 5, "label": "a"}\n', "train.jsonl:1: field 'text' is not a text: 5"),
         ('{"text": "  ", "label": "a"}\n', "train.jsonl:1: field 'text' is not a text: '  '"),
         ('{"text": "x", "label": ["a"]}\n', "train.jsonl:1: field 'label' is not a label: ['a']"),
@@ -89,13 +89,13 @@ def test_bad_training_file(folder, content, expected):
 def test_unknown_suffix_and_encoding(folder):
     (folder / "train.txt").write_text("x")
     assert problems(folder, train="train.txt") == [
-        "train.txt: files of type '.txt' are not read: use .jsonl, .csv or .parquet"
+        "train.txt: files of type '.txt' are not supported: use .jsonl, .csv or .parquet"
     ]
     (folder / "train.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
-    assert problems(folder) == ["train.jsonl: this is not UTF-8 text: invalid continuation byte at byte 10"]
+    assert problems(folder) == ["train.jsonl: not UTF-8 text: invalid continuation byte at byte 10"]
     (folder / "train.parquet").write_bytes(b"nothing of the kind")
     (problem,) = problems(folder, train="train.parquet")
-    assert problem.startswith("train.parquet: this is not a Parquet file: ")
+    assert problem.startswith("train.parquet: not a Parquet file: ")
 
 
 def test_all_problems_come_at_once(folder):
@@ -104,8 +104,8 @@ def test_all_problems_come_at_once(folder):
     jsonl(folder / "test.jsonl", [{"text": "x", "label": "zebra"}, {"label": "a"}])
     assert problems(folder) == [
         *(f"train.jsonl:{i}: no field 'label'; this row has 'text'" for i in range(1, 6)),
-        "train.jsonl: 2 more rows like these",
-        "validation.jsonl: there is no such file",
+        "train.jsonl: 2 more rows with problems",
+        "validation.jsonl: no such file",
         "test.jsonl:2: no field 'text'; this row has 'label'",
     ]
 
@@ -126,7 +126,7 @@ def test_pairs(folder):
     jsonl(folder / "test.jsonl", [{"text": "a 1", "other": "b 1", "label": "a"}])
     splits = load(folder, text_pair="other")
     assert splits.train[0] == {"text": "a 0", "text_pair": "b 0", "label": "a"}
-    assert splits.warnings == ("1 input stands in both train and test: the scores will be too good",), "as a pair"
+    assert splits.warnings == ("1 input occurs in both train and test: the scores will be too optimistic",), "as a pair"
     jsonl(folder / "test.jsonl", [{"text": "x", "label": "a"}, {"text": "x", "other": " ", "label": "a"}])
     assert problems(folder, text_pair="other") == [
         "test.jsonl:1: no field 'other'; this row has 'text', 'label'",
@@ -160,7 +160,9 @@ def test_several_labels(folder):
     ]
     for file in FILES.values():
         jsonl(folder / file, [{"text": file, "tags": []}])
-    assert problems(folder, labels="tags") == ["train.jsonl: no row has a label: there is nothing to classify"]
+    assert problems(folder, labels="tags") == [
+        "train.jsonl: no row has a label: multi-label classification needs at least one"
+    ]
 
 
 def test_several_labels_of_the_hub(monkeypatch):
@@ -171,14 +173,14 @@ def test_several_labels_of_the_hub(monkeypatch):
         return datasets.Dataset.from_dict({"text": [split, f"{split} 2"], "tags": [[1, 0], []]}, features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    splits = load_splits(DataSettings(source="org/data", labels="tags"), "classification")
+    splits = load_splits(DataConfig(source="org/data", labels="tags"), "classification")
     assert splits.train == [{"text": "train", "labels": ["good", "bad"]}, {"text": "train 2", "labels": []}]
 
 
 def test_one_label_only(folder):
     for file in FILES.values():
         jsonl(folder / file, [{"text": "x", "label": "a"}])
-    assert problems(folder) == ["train.jsonl: only one label, 'a': there is nothing to classify"]
+    assert problems(folder) == ["train.jsonl: all rows have the label 'a': classification needs at least two"]
 
 
 ODD = [
@@ -220,7 +222,7 @@ def test_lines_of_csv(folder):
     (folder / "train.csv").write_text("")
     assert problems(folder, train="train.csv") == ["train.csv: the train split is empty"]
     (folder / "train.csv").write_text('text,label\n"never closed,a\n')
-    assert problems(folder, train="train.csv") == ["train.csv:2: this is not CSV: unexpected end of data"]
+    assert problems(folder, train="train.csv") == ["train.csv:2: not valid CSV: unexpected end of data"]
 
 
 def test_csv_with_a_byte_order_mark_and_long_texts(folder):
@@ -316,7 +318,7 @@ def test_domains_that_are_missing_or_none(mixed):
         "train.jsonl:3: field 'source' is not a domain: ' '",
         "train.jsonl:4: field 'source' is not a domain: ['news']",
         *(f"test.jsonl:{i}: no field 'source'; this row has 'text', 'label'" for i in range(1, 6)),
-        "test.jsonl: 1 more rows like these",
+        "test.jsonl: 1 more rows with problems",
     ]
 
 
@@ -376,7 +378,10 @@ def test_causal_rows(folder):
         ({"completion": "a", "text": "b"}, "no field 'prompt'"),
         ({"prompt": "a", "completion": ""}, "no field 'completion'"),
         ({"prompt": "a", "completion": 4}, "field 'completion' is not a text: 4"),
-        ({"words": "a"}, "neither 'prompt' and 'completion', nor 'messages', nor 'text' among its fields: 'words'"),
+        (
+            {"words": "a"},
+            "a row needs the fields 'prompt' and 'completion', or 'messages', or 'text'; this row has 'words'",
+        ),
         ({"messages": "a"}, "'messages' must be a list of objects"),
         ({"messages": ["a", "b"]}, "'messages' must be a list of objects"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "'messages' must end with a message of the role"),
@@ -399,8 +404,8 @@ def test_inputs_in_two_splits_are_named(folder):
     jsonl(folder / "validation.jsonl", [{"text": "new", "label": "a"}, *shared])
     jsonl(folder / "test.jsonl", [{"text": "new", "label": "b"}])
     assert load(folder).warnings == (
-        "2 inputs stand in both train and validation: the scores will be too good",
-        "1 input stands in both validation and test: the scores will be too good",
+        "2 inputs occur in both train and validation: the scores will be too optimistic",
+        "1 input occurs in both validation and test: the scores will be too optimistic",
     )
 
 
@@ -412,7 +417,7 @@ def test_leaks_of_chats_are_sought_in_what_is_answered(folder):
     jsonl(folder / "train.jsonl", chat("yes"))
     jsonl(folder / "validation.jsonl", chat("no"))
     (warning,) = load(folder, "causal-lm").warnings
-    assert warning.startswith("1 input stands in both train and validation")
+    assert warning.startswith("1 input occurs in both train and validation")
 
 
 # The hub
@@ -433,10 +438,10 @@ def test_rows_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = {"source": "org/data", "revision": "abc", "text": "sentence", "validation": "dev"}
     with pytest.raises(DataError) as error:
-        load_splits(DataSettings(**settings), "classification")
+        load_splits(DataConfig(**settings), "classification")
     assert error.value.problems == ("test[1]: no field 'label'; this row has 'sentence'",)  # -1: not told
 
-    splits = load_splits(DataSettings(**settings, test="other"), "classification")
+    splits = load_splits(DataConfig(**settings, test="other"), "classification")
     assert splits.train == [{"text": "train 0", "label": "good"}, {"text": "train 1", "label": "bad"}]
     assert splits.labels == ("bad", "good")
     assert asked[-1] == ("org/data", {"split": "other", "revision": "abc"})
@@ -453,9 +458,9 @@ def test_named_domains_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings: dict[str, Any] = {"source": "org/data", "domain": "origin"}
     with pytest.raises(DataError) as error:
-        load_splits(DataSettings(**settings), "classification")
+        load_splits(DataConfig(**settings), "classification")
     assert error.value.problems == ("test[1]: no field 'origin'; this row has 'text', 'label'",)
-    splits = load_splits(DataSettings(**settings, test="other"), "classification")
+    splits = load_splits(DataConfig(**settings, test="other"), "classification")
     assert splits.train[0] == {"text": "train", "label": "bad", "domain": "b"}
     assert splits.domains == ("a", "b")
 
@@ -467,7 +472,7 @@ def test_failure_of_the_hub(monkeypatch, message):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError) as error:
-        load_splits(DataSettings(source="org/data", train="train"), "classification")
+        load_splits(DataConfig(source="org/data", train="train"), "classification")
     reason = message.split("\n")[0] or "ConnectionError"
     assert error.value.problems[0] == f"train: org/data could not be loaded: {reason}"
     assert len(error.value.problems) == 3

@@ -39,7 +39,7 @@ from autopeft.evaluators.proxies.saliency import JITTER
 from autopeft.evaluators.proxies.similarity import Similarity
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Full, Ia3, Lora, Norm, Prefix
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Site
@@ -221,7 +221,7 @@ def test_alone_and_in_a_pack(evaluator: PackedEvaluator) -> None:
     assert proxy.scores(architectures) == pytest.approx(alone, rel=1e-4)
     assert proxy.scores(architectures[::-1])[::-1] == pytest.approx(alone, rel=1e-4)
     evaluator.pack, evaluator.mixes_depths = None, False
-    evaluator.cache, evaluator._model_key = PrefixCache(10**7), "key"
+    evaluator.cache, evaluator._model_key = ActivationCache(10**7), "key"
     try:
         assert proxy.scores(architectures) == pytest.approx(alone, rel=1e-4)
     finally:

@@ -154,7 +154,7 @@ def test_long_completions_lose_their_end(tokenizer):
 
 
 def test_rows_in_which_nothing_is_left(tokenizer):
-    with pytest.raises(DataError, match="max_length 1 leaves nothing to predict in the row"):
+    with pytest.raises(DataError, match="max_length 1 is too short: no token is left to predict in the row"):
         encoded(tokenizer, {"prompt": "a", "completion": "b"}, max_length=1)
 
 
@@ -175,7 +175,7 @@ def test_chat_templates_that_cannot_be_used(tokenizer):
     with pytest.raises(DataError, match="need a chat template"):
         encoded(tokenizer, row)
     tokenizer.chat_template = "{{ messages|length }}: {{ messages[-1].content }}"
-    with pytest.raises(DataError, match="chat template changes what stands before the last message"):
+    with pytest.raises(DataError, match="chat template changes the text before the last message"):
         encoded(tokenizer, row)
 
 

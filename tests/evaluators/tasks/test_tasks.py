@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +25,7 @@ from autopeft.evaluators.backbones import LoadedBackbone, load_backbone, load_pr
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError
-from autopeft.evaluators.rows import DataSettings, Row, text_of
+from autopeft.evaluators.rows import DataConfig, Row, text_of
 from autopeft.evaluators.tasks import TASKS, Example, Scored, Task, model_inputs
 from autopeft.evaluators.tasks.classification import Classification, MultiLabel
 from autopeft.evaluators.tasks.text import TextTask
@@ -38,6 +37,8 @@ from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.metrics import QUALITIES, MetricError
 from autopeft.search_space.spaces.presets import everywhere
 from autopeft.studies.config.loading import load_study
+from autopeft.testing import check_task
+from autopeft.testing.models import tiny
 
 from ...studies.engine.test_study import run
 from ...support.tiny_models import save, seeded
@@ -46,17 +47,24 @@ from ...support.tiny_study import FORMS, LABELS, PAIR, SEVERAL, save_model, save
 torch.set_num_threads(1)
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-SINGLE_ROW = {"text": "w1 hot w2", "label": "hot"}
-PAIR_ROW = {"premise": "w1 hot w2", "hypothesis": "cold w3", "relation": "hot"}
-SEVERAL_ROW = {"text": "w1 hot cold", "tags": ["hot", "cold"]}
-CAUSAL_ROW = {"prompt": "w1 hot", "completion": " w2"}
-#: The class, its data settings, and a row as a file has it. A task, and each of its variants, has one of these.
-CONFORMANCE: dict[str, tuple[type[Task], dict[str, str], Row]] = {
-    "one label": (Classification, {}, SINGLE_ROW),
-    "pair": (Classification, PAIR, PAIR_ROW),
-    "several labels": (MultiLabel, SEVERAL, SEVERAL_ROW),
-    "pair with several labels": (MultiLabel, {"text_pair": "other", **SEVERAL}, {**SEVERAL_ROW, "other": "w4"}),
-    "causal": (TASKS["causal-lm"], {}, CAUSAL_ROW),
+SINGLE: list[Row] = [{"text": "w1 hot w2", "label": "hot"}, {"text": "w3 w4 cold w5", "label": "cold"}]
+PAIRS: list[Row] = [
+    {"premise": "w1 hot w2", "hypothesis": "cold w3", "relation": "hot"},
+    {"premise": "w4", "hypothesis": "w5", "relation": "warm"},
+]
+TAGGED: list[Row] = [{"text": "w1 hot cold", "tags": ["hot", "cold"]}, {"text": "w2", "tags": []}]
+CAUSAL: list[Row] = [{"prompt": "w1 hot", "completion": " w2"}, {"prompt": "w3", "completion": " w4 w5 w6"}]
+#: The class, its data settings, and rows of a file. Each task and each of its variants has an entry.
+CONFORMANCE: dict[str, tuple[type[Task], dict[str, str], list[Row]]] = {
+    "one label": (Classification, {}, SINGLE),
+    "pair": (Classification, PAIR, PAIRS),
+    "several labels": (MultiLabel, SEVERAL, TAGGED),
+    "pair with several labels": (
+        MultiLabel,
+        {"text_pair": "other", **SEVERAL},
+        [{**row, "other": "w4"} for row in TAGGED],
+    ),
+    "causal": (TASKS["causal-lm"], {}, CAUSAL),
 }
 
 
@@ -67,24 +75,11 @@ def test_every_task_has_a_row() -> None:
 @pytest.mark.parametrize("case", CONFORMANCE)
 def test_a_task_does_what_it_says(case: str, tmp_path: Path) -> None:
     kind, columns, raw = CONFORMANCE[case]
-    data = DataSettings(**columns)
+    data = DataConfig(**columns)
     assert TASKS[kind.name].for_data(data) is kind
-    row = kind.row(raw, data)
-    assert TASKS[kind.name].for_rows([row]) is kind
-    assert kind.has_labels == bool(kind.labels_of(row))
     assert kind.has_labels == (kind.problem_type is not None)
-    assert hasattr(transformers, kind.auto_class)
     task = kind(load_processor(str(save_model(tmp_path)), kind.name), 16, LABELS if kind.has_labels else None)
-    examples = task.encode([row, row])
-    batch = task.collate(examples)
-    assert batch["input_ids"].shape == (2, task.length(examples[0]))
-    width = len(task.labels) or 40  # outputs: labels or words
-    logits = torch.randn(2, width) if kind.has_labels else torch.randn(*batch["targets"].shape, width)
-    found = task.score(logits.requires_grad_(), batch["targets"])
-    assert set(found) == kind.columns
-    assert all(len(column) == 2 for column in found.values())
-    assert found["loss"].requires_grad
-    assert not found["accuracy"].requires_grad
+    check_task(task, [kind.row(row, data) for row in raw], tiny("bert" if kind.has_labels else "llama-causal")[0])
 
 
 # Pairs
@@ -138,7 +133,9 @@ def test_a_model_that_does_not_know_the_segments(tmp_path: Path) -> None:
     for name, model in models.items():
         loaded = load_backbone(save(model, tmp_path / name, tokenizer), task="classification", labels=("other", "same"))
         splits = Splits([row], [row], [row], ("other", "same"))
-        with pytest.raises(DataError, match="marks a second text by token_type_ids 1, which the model does not know"):
+        with pytest.raises(
+            DataError, match="marks a second text by token_type_ids 1, which the model does not support"
+        ):
             TrainEvaluator(loaded, "classification", splits, 16)
         loaded.processor.model_input_names = ["input_ids", "attention_mask"]
         TrainEvaluator(loaded, "classification", splits, 16)
@@ -190,7 +187,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     save_rows(folder)
     files = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
-    splits = load_splits(DataSettings(source="files", folder=folder, **files, **columns), "classification")
+    splits = load_splits(DataConfig(source="files", folder=folder, **files, **columns), "classification")
     loaded = load_backbone(str(save_model(folder / "model")), task="classification", labels=splits.labels)
     return replace(loaded, pretrained_head=False), splits
 
@@ -234,7 +231,9 @@ def test_metrics_without_their_columns_are_refused(prepared: tuple[LoadedBackbon
     if "labels" not in splits.train[0]:
         TrainEvaluator(loaded, "classification", splits, 16, metrics)
         return
-    with pytest.raises(MetricError, match="matthews cannot be computed: the task classification yields accuracy"):
+    with pytest.raises(
+        MetricError, match="matthews cannot be computed: the task classification only has the columns accuracy"
+    ):
         TrainEvaluator(loaded, "classification", splits, 16, metrics)
 
 
@@ -250,13 +249,13 @@ class Regression(TextTask):
 
     @override
     @classmethod
-    def problems(cls, data: DataSettings, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
         if data.source != "files":
             yield ("data", "source"), "name files with numbers"
 
     @override
     @classmethod
-    def row(cls, row: Row, data: DataSettings) -> Row:
+    def row(cls, row: Row, data: DataConfig) -> Row:
         if not isinstance(row.get(data.label), (int, float)):
             raise ValueError(f"field {data.label!r} is not a number")
         return {"text": text_of(row, data.text), "number": float(row[data.label])}

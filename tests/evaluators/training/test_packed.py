@@ -18,7 +18,7 @@ from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.training import packed
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import PrefixCache, fingerprint, layer_paths
+from autopeft.evaluators.training.shared_layers import ActivationCache, fingerprint, layer_paths
 from autopeft.evaluators.training.slot_state import SlotState
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Full, Lora, Prefix
@@ -102,15 +102,17 @@ def compare(found: Sequence[Outcome], expected: Sequence[Outcome], tolerance: fl
 
 
 @pytest.mark.parametrize("kind", [row.kind for row in conformance.ROWS if row.kind != "full"])
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_a_candidate_in_a_pack_is_the_candidate_alone(loaded: LoadedBackbone, kind: str, share_prefix: bool) -> None:
+@pytest.mark.parametrize("share_lower_layers", [True, False])
+def test_a_candidate_in_a_pack_is_the_candidate_alone(
+    loaded: LoadedBackbone, kind: str, share_lower_layers: bool
+) -> None:
     """20 steps with dropout, own rates, decay, clipping and schedules; sizes, sites and depths differ."""
     row = next(row for row in conformance.ROWS if row.kind == kind)
     own = [at(loaded, spec, k % 3, row.roles) for k, spec in enumerate(row.specs)]
     if not any(own):
         pytest.skip(f"{loaded.backbone.family} has no site for {kind}")
     wanted = requests([*own, at(loaded, Lora(rank=2, dropout=0.3), 0)])
-    found = together(loaded, pack=8, share_prefix=share_prefix).evaluate(wanted)
+    found = together(loaded, pack=8, share_lower_layers=share_lower_layers).evaluate(wanted)
     assert all(len(o.measurement.losses) == 20 for o in found if o.measurement)
     compare(found, alone(loaded).evaluate(wanted))
 
@@ -119,7 +121,7 @@ def test_every_pack_size_and_cache(loaded: LoadedBackbone, tmp_path: Path) -> No
     """Packs of 3 and 1 with rungs on the way, from no cache, a small one, memory and disk."""
     wanted = requests(mixed(loaded), fidelity=Fidelity(rungs=(0.3, 0.6)), test=True, keep_weights=True)
     expected = alone(loaded).evaluate(wanted)
-    for cache in (None, PrefixCache(1000), PrefixCache(10**7, tmp_path), PrefixCache(10**7, tmp_path)):
+    for cache in (None, ActivationCache(1000), ActivationCache(10**7, tmp_path), ActivationCache(10**7, tmp_path)):
         found = together(loaded, pack=3, cache=cache).evaluate(wanted)
         compare(found, expected)
         for ours, theirs in zip(found, expected, strict=True):
@@ -242,7 +244,7 @@ def test_halving(loaded: LoadedBackbone) -> None:
 def test_halving_needs_one_fidelity(loaded: LoadedBackbone) -> None:
     wanted = requests(mixed(loaded))
     wanted[0] = replace(wanted[0], fidelity=Fidelity(share=0.5))
-    with pytest.raises(ValueError, match="the same ones"):
+    with pytest.raises(ValueError, match="the same fidelity"):
         together(loaded).evaluate(wanted, select=lambda rung, found: [])
     with pytest.raises(ValueError, match="no selection"):
         alone(loaded).evaluate(wanted, select=lambda rung, found: [])
@@ -279,7 +281,7 @@ def test_a_backbone_of_a_lower_precision(tmp_path: Path) -> None:
     folder = save(MODELS["llama"](), tmp_path, word_tokenizer())
     loaded = load_backbone(folder, task="classification", labels=LABELS, dtype="bfloat16")
     wanted = requests(mixed(loaded))
-    evaluator = together(loaded, pack=4, cache=PrefixCache(10**7))
+    evaluator = together(loaded, pack=4, cache=ActivationCache(10**7))
     with evaluator.attach(wanted[0]) as attachment:
         assert {p.dtype for p, _ in attachment.trainable()} == {torch.float32}
     compare(evaluator.evaluate(wanted), alone(loaded).evaluate(wanted), tolerance=2e-2)
@@ -302,7 +304,7 @@ def test_lower_layers_run_once(loaded: LoadedBackbone, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(layer_class, "forward", counting)
     wanted = requests([at(loaded, Lora(rank=2), 2)] * 4)
-    cache = PrefixCache(10**7)
+    cache = ActivationCache(10**7)
     expected = {None: 160 + 50, cache: 80 + 50}
     for where, lower in expected.items():
         counted[:] = [0] * LAYERS
@@ -314,7 +316,7 @@ def test_lower_layers_run_once(loaded: LoadedBackbone, monkeypatch: pytest.Monke
 
 
 def test_the_cache_knows_a_changed_model_and_changed_data(loaded: LoadedBackbone) -> None:
-    evaluator = together(loaded, cache=PrefixCache(10**7))
+    evaluator = together(loaded, cache=ActivationCache(10**7))
     key = evaluator._model_key
     parameter = next(p for n, p in loaded.model.named_parameters() if "layer" in n)
     with torch.no_grad():
@@ -323,13 +325,13 @@ def test_the_cache_knows_a_changed_model_and_changed_data(loaded: LoadedBackbone
         parameter.view(-1)[0] -= 1e-3
     tokens = {evaluator._token_key(split) for split in ("train", "validation", "test")}
     assert len(tokens) == 3
-    shorter = PackedEvaluator(loaded, "classification", SPLITS, max_length=5, cache=PrefixCache(10**7))
+    shorter = PackedEvaluator(loaded, "classification", SPLITS, max_length=5, cache=ActivationCache(10**7))
     assert shorter._token_key("train") not in tokens
 
 
 def test_the_cache_holds_its_limits(tmp_path: Path) -> None:
     device = torch.device("cpu")
-    cache = PrefixCache(1000, tmp_path, max_disk_bytes=1200)
+    cache = ActivationCache(1000, tmp_path, max_disk_bytes=1200)
     made: list[str] = []
 
     def get(key: str) -> torch.Tensor:
@@ -339,21 +341,21 @@ def test_the_cache_holds_its_limits(tmp_path: Path) -> None:
         assert get(key).tolist() == [float(ord(key))] * 100
     # Two of 400 bytes in memory; files of some 500 bytes, of which two fit as well.
     assert made[:3] == ["a", "b", "c"]
-    assert sum(tensor.nbytes for tensor in cache._known.values()) <= 1000
+    assert sum(tensor.nbytes for tensor in cache._in_memory.values()) <= 1000
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) <= 1200
 
 
 def test_a_broken_file_costs_its_computation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cpu")
-    PrefixCache(1000, tmp_path).get("a", lambda: torch.ones(3), device)
+    ActivationCache(1000, tmp_path).get("a", lambda: torch.ones(3), device)
     (tmp_path / "a.safetensors").write_bytes(b"half a file")
-    assert PrefixCache(1000, tmp_path).get("a", lambda: torch.zeros(3), device).tolist() == [0.0] * 3
-    assert "computed again" in caplog.text
-    assert PrefixCache(1000, tmp_path).get("a", lambda: torch.ones(3), device).tolist() == [0.0] * 3
+    assert ActivationCache(1000, tmp_path).get("a", lambda: torch.zeros(3), device).tolist() == [0.0] * 3
+    assert "computing them again" in caplog.text
+    assert ActivationCache(1000, tmp_path).get("a", lambda: torch.ones(3), device).tolist() == [0.0] * 3
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    assert PrefixCache(1000, blocked / "sub").get("a", lambda: torch.ones(3), device).tolist() == [1.0] * 3
-    assert "cannot be kept" in caplog.text
+    assert ActivationCache(1000, blocked / "sub").get("a", lambda: torch.ones(3), device).tolist() == [1.0] * 3
+    assert "cannot write the cached activations" in caplog.text
 
 
 def test_a_slot_is_taken_off_and_put_on_again(loaded: LoadedBackbone) -> None:

@@ -482,7 +482,7 @@ def test_nothing_to_train(tmp_path):
 def test_rows_longer_than_the_model_takes(tmp_path):
     text = " ".join("abcdefghijkl")
     assert causal(tmp_path, "a b c", positions=8)
-    with pytest.raises(DataError, match="a row has 14 tokens, and the model takes 8 at most"):
+    with pytest.raises(DataError, match="a row has 14 tokens, and the model takes at most 8"):
         causal(tmp_path, text, positions=8)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = RobertaConfig(**shape, vocab_size=40, max_position_embeddings=20, pad_token_id=1)
@@ -494,7 +494,7 @@ def test_rows_longer_than_the_model_takes(tmp_path):
 
 
 def test_tokens_without_embeddings(tmp_path):
-    with pytest.raises(DataError, match="tokens beyond the 100 that the model has embeddings for"):
+    with pytest.raises(DataError, match="beyond the model's 100 embeddings"):
         causal(tmp_path, "a b c", vocabulary=100)
 
 

@@ -32,7 +32,7 @@ from autopeft.search_space.runtime.bank import Bank, Call, stream
 from autopeft.search_space.training import Training
 from autopeft.testing.adapters import (
     CHECKS,
-    Check,
+    AdapterCheck,
     assert_same,
     assert_slots_equal_alone,
     gradients,
@@ -81,7 +81,7 @@ def test_every_type_has_a_row() -> None:
 @every_family
 @every_case
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_it_passes_the_checks_of_plug_ins(check: Check, row: Row, spec: AdapterSpec, family: str) -> None:
+def test_it_passes_the_checks_of_plug_ins(check: AdapterCheck, row: Row, spec: AdapterSpec, family: str) -> None:
     placed(row, spec, tiny(family)[1])
     check(spec, family, row.roles)
 

@@ -20,7 +20,7 @@ from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import PrefixCache
+from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import Architecture
 from autopeft.search_space.adapters import Lora, Mixture, spec_from_dict
@@ -287,7 +287,7 @@ def test_an_export_holds_the_given_loras(tmp_path: Path) -> None:
         ({"rank": 4}, "follows from the LoRAs"),
         ({"experts": 2}, "follows from the LoRAs"),
         ({"given": ["nowhere"]}, "cannot be read"),
-        ({"kind": "ia3"}, "only LoRAs"),
+        ({"kind": "ia3"}, "only kind lora"),
     ],
 )
 def test_what_a_study_says_of_bad_ones(tmp_path: Path, lora: dict[str, Any], problem: str) -> None:
@@ -336,7 +336,7 @@ def test_what_is_not_trained_is_scored_like_any_other(tmp_path: Path) -> None:
         assert found.measurement is not None, found.reason
         assert len(found.measurement.losses) == 6
         assert found.measurement.averaged.keys() == ({"loss", "accuracy"} if k < 2 else set())
-    packed = [PackedEvaluator(*data, **own) for own in ({}, {"pack": 1, "cache": PrefixCache(10**7)})]
+    packed = [PackedEvaluator(*data, **own) for own in ({}, {"pack": 1, "cache": ActivationCache(10**7)})]
     for evaluator, part in ((packed[0], [0, 1, 2]), (packed[0], [0, 1]), (packed[1], [0, 1, 2])):
         for k, ours in zip(part, evaluator.evaluate([wanted[k] for k in part]), strict=True):
             theirs = expected[k].measurement

@@ -257,7 +257,7 @@ def test_a_causal_model_is_not_told_what_comes() -> None:
     model, backbone = tiny("llama-causal")
     spec = Mixture(expert=Lora(), router="sequence")
     architecture = Architecture.of({site.name: [spec] for site in backbone.sites if site.role == "attn.q"})
-    with pytest.raises(ValueError, match="looks ahead"):
+    with pytest.raises(ValueError, match="reads later tokens"):
         Attachment(model, backbone, [architecture], [0])
 
 

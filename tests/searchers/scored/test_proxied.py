@@ -23,7 +23,7 @@ from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.source import StudyFileError
-from autopeft.studies.engine.proxy_scores import Table
+from autopeft.studies.engine.proxy_scores import ScoreTable
 from autopeft.studies.errors import NoFeasibleCandidateError
 from autopeft.studies.tracking.mlflow_sync import _Runs
 
@@ -279,7 +279,7 @@ def test_other_scores_and_searches(tmp_path: Path, proxy: dict[str, Any]) -> Non
 def test_no_time_is_left_for_trials(tmp_path: Path) -> None:
     search = {"searcher": "proxy", "trials": 12, "batch": 4, "timeout_s": 0.01}
     settings = load_study(proxy_study(tmp_path), [f"search={json.dumps(search)}"])
-    with pytest.raises(NoFeasibleCandidateError, match=r"timeout_s, 0\.01 s, was over before a candidate was trained"):
+    with pytest.raises(NoFeasibleCandidateError, match=r"timeout_s, 0\.01 s, ran out before a candidate was trained"):
         run(settings)
 
 
@@ -305,8 +305,8 @@ def test_half_a_line_of_the_table_is_dropped(tmp_path: Path, finished: tuple[Pat
     key = json.loads((tmp_path / "subnets.json").read_text())["settings"]
     text = (tmp_path / "subnets.csv").read_text()
     (tmp_path / "subnets.csv").write_text(text[: text.rindex(",") + 3])
-    assert len(Table(tmp_path / "subnets.csv", key).scores) in (SUBNETS - 1, SUBNETS)
-    assert not Table(tmp_path / "subnets.csv", "another").scores
+    assert len(ScoreTable(tmp_path / "subnets.csv", key).scores) in (SUBNETS - 1, SUBNETS)
+    assert not ScoreTable(tmp_path / "subnets.csv", "another").scores
 
 
 @pytest.mark.parametrize(
@@ -315,9 +315,9 @@ def test_half_a_line_of_the_table_is_dropped(tmp_path: Path, finished: tuple[Pat
         ({"score": "snipp"}, "unknown score 'snipp'; did you mean 'snip'"),
         ({"policy": "sandwhich"}, "unknown policy 'sandwhich'; did you mean 'sandwich'"),
         ({"search": "proxy"}, "unknown searcher 'proxy'"),
-        ({"policy": "uniform", "distil": True}, "needs the largest subnet at every step"),
+        ({"policy": "uniform", "distil": True}, "needs the largest subnet in every step"),
         ({"filter": "size"}, "unknown proxy 'size'"),
-        ({"policy": "sorted", "filter": "snip"}, "the policy sorted draws nothing that could be filtered"),
+        ({"policy": "sorted", "filter": "snip"}, "proxy.policy sorted draws no random subnets to filter"),
     ],
 )
 def test_bad_settings(tmp_path: Path, proxy: dict[str, Any], wrong: str) -> None:

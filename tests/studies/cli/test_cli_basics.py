@@ -221,7 +221,7 @@ def test_validate_reports_data_model_and_space_at_once(study, run):
 def test_validate_reports_a_model_that_is_not_there(study, run):
     code, _, err = run("validate", study, "--set", "model.id=./nowhere")
     assert code == 2
-    assert err == f"--set model.id: {study.parent}/nowhere: there is no such folder\n"
+    assert err == f"--set model.id: {study.parent}/nowhere: no such folder\n"
 
 
 def test_validate_refuses_a_grid_that_is_too_large(study, run):

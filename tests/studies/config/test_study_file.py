@@ -277,20 +277,20 @@ WRONG = [
     ("search: {trials: 2.5}", "6 search.trials: must be a whole number"),
     ("search: {share: 1.5}", "6 search.share: must be less than or equal to 1"),
     ("search: {timeout_s: .inf}", "6 search.timeout_s: must be a finite number"),
-    ("search: {rungs: [0.5, 0.1]}", "6 search.rungs: must ascend"),
-    ("search: {rungs: [0.1, 0.5], share: 0.5}", "6 search.rungs: must lie below search.share"),
+    ("search: {rungs: [0.5, 0.1]}", "6 search.rungs: must be in ascending order"),
+    ("search: {rungs: [0.1, 0.5], share: 0.5}", "6 search.rungs: must be below search.share"),
     ("search: {searcher: tpee}", "6 search.searcher: unknown searcher 'tpee'; did you mean 'tpe'?"),
     ("evaluation: {evaluator: packd}", "6 evaluation.evaluator: unknown evaluator 'packd'; did you mean 'packed'?"),
     (
         "evaluation: {evaluator: train}\nsearch: {searcher: proxy}",
-        "7 search.searcher: proxy needs the evaluator packed",
+        "7 search.searcher: proxy needs evaluation.evaluator: packed",
     ),
     ("objectives: [accuracy]", "6 objectives: needs at least 2 entries, has 1"),
     (
         "objectives: [accuracy, loss, num_params, step_s, latency_s]",
         "6 objectives: may have 4 entries, has 5",
     ),
-    ("objectives: [accuracy, accuracy]", "6 objectives.1: 'accuracy' stands twice"),
+    ("objectives: [accuracy, accuracy]", "6 objectives.1: 'accuracy' occurs twice"),
     (
         "objectives:\n- accuracy\n- num_parms",
         "8 objectives.1: unknown metric 'num_parms'; did you mean 'num_params'?",
@@ -316,7 +316,7 @@ WRONG = [
     ("training: {learning_rate: []}", "6 training.learning_rate: a choice needs at least one value"),
     ("training: {learning_rate: null}", "6 training.learning_rate: must be a number, a word, true or false"),
     ("training: {learning_rate: fast}", "6 training.learning_rate: must be a number, got 'fast'"),
-    ("training: {epochs: {low: 1, high: 3, step: 1}}", "6 training.epochs: step is for whole numbers"),
+    ("training: {epochs: {low: 1, high: 3, step: 1}}", "6 training.epochs: step is only for whole numbers"),
     ("training: {batch_size: [8, 16.5]}", "6 training.batch_size: must be a whole number, got 16.5"),
     ("training: {batch_size: {low: 8, high: 16.5}}", "6 training.batch_size: must be a whole number, not"),
     (
@@ -386,7 +386,7 @@ WRONG_SPACES = [
     ("{adapters: {lora.q: {kind: lora}}}", "2 space.adapters.lora.q: must be made of letters"),
     (
         "{adapters: {training: {kind: lora}}}",
-        "2 space.adapters.training: 'training' has a meaning of its own",
+        "2 space.adapters.training: 'training' is a reserved name",
     ),
     ("{stages: 0, preset: mam}", "2 space.stages: must be greater than or equal to 1"),
     (
@@ -396,11 +396,11 @@ WRONG_SPACES = [
     ("{adapters: {lora: {}}, one_of: {g: {}}}", "2 space.one_of.g.members: is missing"),
     (
         "{adapters: {lora: {}}, one_of: {lora: {members: [lora]}}}",
-        "2 space.one_of.lora: an adapter has this name",
+        "2 space.one_of.lora: an adapter also has this name",
     ),
     (
         "{adapters: {lora: {}}, one_of: {g: {members: [lora]}, h: {members: [lora]}}}",
-        "2 space.one_of.h.members.0: 'lora' is a member of 'g' already",
+        "2 space.one_of.h.members.0: 'lora' is already a member of 'g'",
     ),
     (
         "{adapters: {lora: {placement: site}}, one_of: {g: {members: [lora]}}}",
@@ -417,7 +417,7 @@ def test_one_problem_of_the_space(problems, space, problem):
 
 def test_nothing_to_search(problems):
     (found,) = problems("study: s\nspace: {adapters: {lora: {rank: 4}}}\ntraining: {learning_rate: 0.001}\n")
-    assert found == "study.yaml:2 space: nothing to search: every field has one value"
+    assert found == "study.yaml:2 space: nothing to search: every field has a single value"
 
 
 def test_all_problems_at_once_in_the_order_of_the_file(problems):
@@ -460,7 +460,7 @@ def test_missing_name(problems):
 
 
 def test_file_that_is_no_mapping(problems):
-    assert problems("- a\n- b\n")[0] == "study.yaml:1 a study file is a mapping of keys to values"
+    assert problems("- a\n- b\n")[0] == "study.yaml:1 a study file must be a mapping of keys to values"
 
 
 @pytest.mark.parametrize(
@@ -481,13 +481,13 @@ def test_missing_file(tmp_path):
     with pytest.raises(StudyFileError, match=r"nothing\.yaml: no such file; `autopeft init NAME` writes one"):
         load_study(tmp_path / "nothing.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(StudyFileError, match="not a text in UTF-8"):
+    with pytest.raises(StudyFileError, match="not UTF-8 text"):
         load_study(tmp_path / "binary.yaml")
 
 
 def test_text_that_is_no_unicode(problems):
     assert problems(MINIMAL + r'output: "\ud800"') == [
-        r"study.yaml: a text has half of a surrogate pair (\ud800 to \udfff)"
+        r"study.yaml: a text has an unpaired surrogate (\ud800 to \udfff)"
     ]
 
 
@@ -598,7 +598,7 @@ def test_training_settings_are_the_fields_of_training():
 def test_data_settings_are_those_of_the_loader():
     from autopeft.evaluators.data import splits
 
-    loader = {f.name: f.default for f in dataclasses.fields(splits.DataSettings)}
+    loader = {f.name: f.default for f in dataclasses.fields(splits.DataConfig)}
     ours = {name: field.default for name, field in DataSettings.model_fields.items()}
     assert ours.keys() == loader.keys() - {"folder"}
     assert {name: default for name, default in ours.items() if name not in ("train", "validation", "test")} == {

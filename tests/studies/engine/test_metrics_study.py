@@ -249,7 +249,7 @@ def problems(folder: Path, **changes: Any) -> list[str]:
         ({"metrics": {"my_score": "mine:mistakes"}, "objectives": ["my_scroe", "num_params"]},
          "- my_scroe | objectives.0: unknown metric 'my_scroe'; did you mean 'my_score'?"),
         ({"metrics": {"accuracy": "mine:mistakes"}},
-         "accuracy: mine:mistakes | metrics.accuracy: 'accuracy' is a metric already: take another name"),
+         "accuracy: mine:mistakes | metrics.accuracy: 'accuracy' is already a metric: choose another name"),
         ({"metrics": {"x": "mine.mistakes"}},
          "x: mine.mistakes | metrics.x: 'mine.mistakes' is not of the form module:function"),
         ({"metrics": {"x": "nine:mistakes"}},
@@ -259,7 +259,7 @@ def problems(folder: Path, **changes: Any) -> list[str]:
         ({"metrics": {"x": "math:sqrt"}}, "x: math:sqrt | metrics.x: the metric x (math:sqrt) raised TypeError"),
         ({"metrics": {"x": "builtins:print"}}, "metrics.x: the metric x (builtins:print) returned None, not a finite"),
         ({"objectives": [{"name": "macro-f1", "bound": 80.0}, "num_params"]},
-         "bound: 80.0 | objectives.0.bound: no candidate can meet it: the best macro-f1 is 1"),
+         "bound: 80.0 | objectives.0.bound: no candidate can reach it: the best possible macro-f1 is 1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_training(tmp_path: Path, changes, expected) -> None:
@@ -271,7 +271,7 @@ def test_they_are_for_classification(tmp_path: Path) -> None:
     wrong = {"task": "causal-lm", "metrics": {"x": "mine:mistakes"}, "objectives": ["matthews", "num_params"]}
     found = problems(tmp_path / "study", **wrong)
     assert any("objectives.0: matthews needs the task classification" in problem for problem in found)
-    assert any("metrics.x: metrics of your own are for classification" in problem for problem in found)
+    assert any("metrics.x: your own metrics need targets and predictions" in problem for problem in found)
 
 
 @pytest.mark.parametrize("evaluator", ["packed", "train"])

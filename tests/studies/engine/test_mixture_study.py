@@ -229,7 +229,9 @@ def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.Captu
     assert retrain(recipe, [1])[0].test.keys() == {"loss", "accuracy"}
     for names in (("news", "blogs"), ("mail", "mail")):  # "news" would have the other number
         save_domains(*names)
-        with pytest.raises(ConfigurationError, match=r"the data has the domains .*, the recipe \('mail', 'news'\)"):
+        with pytest.raises(
+            ConfigurationError, match=r"the data has the domains .*, but the recipe has \('mail', 'news'\)"
+        ):
             retrain(recipe, [1])
         # Recipes from before domains were kept.
         assert retrain(recipe.model_copy(update={"domains": None}), [1])

@@ -16,7 +16,7 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.starting import assignment_of
 from autopeft.studies.engine.check import check
-from autopeft.studies.engine.session import earlier_trials, open_ledger, open_study
+from autopeft.studies.engine.session import open_ledger, open_study, prior_trials
 from autopeft.testing.spaces import SMALL
 
 from ...support.tiny_study import save_study
@@ -172,7 +172,7 @@ def test_baselines_that_the_search_could_have_asked_for_are_known_to_it(limit: i
     settings = load_study(save_study(tmp_path, **{**SHORT, **changes, "baselines": rates}))
     run(settings)
     with open_study(settings, check(settings)[0], resume=True) as study:
-        found = list(study._known())
+        found = list(study._prior_baselines())
         told = [(str(trial.role), trial.candidate.training["learning_rate"]) for trial in found]
         assert told == [("baseline:lora-r8-qv", 1e-2)] * known
         assert all(study.problem.space.decode(t.genes).key == t.candidate.key for t in found)
@@ -198,7 +198,7 @@ def test_problems_have_their_lines(tmp_path: Path) -> None:
         f"study.yaml:{line(words)}" for words in ("rnak", "houlsby", "rank: 9", "trainin.", "- head", "rank: 0")
     ]
     assert "search.start.0.lora.rnak: unknown gene or setting; did you mean 'lora.rank'?" in found[0]
-    assert "search.start.1: the baseline 'houlsby' does not lie in this space" in found[1]
+    assert "search.start.1: the baseline 'houlsby' is not in this space" in found[1]
     assert "search.start.2.trainin.epochs" in found[3]
     assert "no adapter is on" in found[4]
     assert "no adapter" in found[5]
@@ -249,7 +249,7 @@ def test_trials_of_an_earlier_study_become_points_of_this_space(earlier: Path) -
                                   "vary": {"rank": "site"}}}}  # fmt: skip
     settings = load_study(new_study(earlier, space=wide))
     problem = problem_for(settings, check(settings)[1])
-    trials = earlier_trials(settings, problem)
+    trials = prior_trials(settings, problem)
     old = {t.number: t for t in open_ledger(load_study(earlier / "old")).trials()}
     assert {str(t.role) for t in trials} == {"baseline:head", "search"}
     assert len(trials) == 5
@@ -285,7 +285,7 @@ def test_their_copy_stays_whatever_becomes_of_the_study(earlier: Path, tmp_path:
         (
             search(prior="../old", start=[]) | {"space": {"adapters": {"ia3": {"placement": "layer"}}},
                                                 "training": {"learning_rate": [0.5, 0.6]}},
-            "of its 5 complete trials none lies in this space",
+            "none of its 5 complete trials is in this space",
         ),
     ],
 )  # fmt: skip

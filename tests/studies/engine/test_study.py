@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from autopeft.evaluators.backbones import load_backbone
-from autopeft.evaluators.data.splits import DataSettings, load_splits
+from autopeft.evaluators.data.splits import DataConfig, load_splits
 from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.declaration import AdapterChoice
@@ -409,7 +409,7 @@ def test_a_study_of_python_parts_alone(tmp_path: Path) -> None:
     save_data(tmp_path)
     loaded = load_backbone(str(save_model(tmp_path / "model")), task="classification", labels=LABELS)
     files = {split: f"{split}.jsonl" for split in ROWS}
-    splits = load_splits(DataSettings(source="files", **files, folder=tmp_path), "classification")
+    splits = load_splits(DataConfig(source="files", **files, folder=tmp_path), "classification")
     adapters = {"lora": AdapterChoice(kind="lora", at=("attn.q",), fields={"rank": Choice.of([1, 2, 4])})}
     space = SearchSpace(
         backbone=loaded.backbone, adapters=adapters, training={"learning_rate": 1e-2, "batch_size": 8, "epochs": 1}

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.tasks import TASKS, model_inputs
 from autopeft.evaluators.tasks.classification import Classification, MultiLabel
+from autopeft.search_space.problem import Role
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.loading import load_study
@@ -59,7 +60,7 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def exported(ended: tuple[str, StudyFile, Snapshot], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exports of the LoRA baseline, in a folder for each format."""
     _, settings, snapshot = ended
-    number = next(trial.number for trial in snapshot.trials if str(trial.role) == "baseline:lora-r8-qv")
+    number = next(trial.number for trial in snapshot.trials if trial.role == Role("baseline", "lora-r8-qv"))
     folder = tmp_path_factory.mktemp("exported")
     for target in ("native", "peft", "merged", "trl-script"):
         words = ["export", str(settings.path), "--to", target, "--out", str(folder / target)]
@@ -185,16 +186,19 @@ def test_old_files_are_what_they_were(tmp_path: Path) -> None:
     [
         (
             {"data": {"labels": "tags"}, "objectives": ["matthews", "num_params"]},
-            "objectives.0: matthews cannot be computed of these data (multi_label_classification): there are accuracy,"
+            "objectives.0: matthews cannot be computed for multi_label_classification: choose among accuracy,"
             " loss, macro-f1",
         ),
-        ({"data": {"labels": "tags", "label": "topic"}}, "data.label: there is data.labels too, 'tags'"),
+        ({"data": {"labels": "tags", "label": "topic"}}, "data.label: cannot be combined with data.labels"),
         (
             {"data": {"labels": "tags"}, "proxy": {"distil": True, "policy": "sandwich"}},
-            "proxy.distil: works for classification alone, with one label per row",
+            "proxy.distil: is only possible for classification with one label per row",
         ),
-        ({"task": "causal-lm", "data": {"labels": "tags", "source": "x/y"}}, "data.labels: is for classification"),
-        ({"task": "causal-lm", "data": {"text_pair": "b", "source": "x/y"}}, "data.text_pair: is for classification"),
+        ({"task": "causal-lm", "data": {"labels": "tags", "source": "x/y"}}, "data.labels: is only for classification"),
+        (
+            {"task": "causal-lm", "data": {"text_pair": "b", "source": "x/y"}},
+            "data.text_pair: is only for classification",
+        ),
     ],
 )
 def test_what_a_file_can_say_wrong(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:

@@ -19,7 +19,7 @@ from autopeft.studies.config.checks import _model_with_everything
 from autopeft.studies.config.declaration import declare
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.source import StudyFileError
-from autopeft.studies.config.written import written, written_space
+from autopeft.studies.config.written import setting_of, space_section
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError, UserError
 from autopeft.studies.notebook import Result, Study
 
@@ -156,7 +156,7 @@ def test_other_rows_or_settings_are_refused(inputs: Path, tmp_path: Path) -> Non
     tables = {split: rows_of(inputs, split) for split in ("train", "validation", "test")}
     tables["train"] = tables["train"][1:]
     written_before = (tmp_path / "data" / "train.jsonl").read_text()
-    with pytest.raises(ConfigurationError, match="the rows of train are not those"):
+    with pytest.raises(ConfigurationError, match="the rows of train have changed"):
         declared(inputs, tmp_path, data={**tables, "max_length": 16}).run(progress=False)
     with pytest.raises(ConfigurationError, match="seed: was 0, is 7"):
         declared(inputs, tmp_path, seed=7).run(progress=False)
@@ -249,7 +249,9 @@ def problems(**arguments: Any) -> tuple[str, ...]:
 
 def test_errors_name_the_argument() -> None:
     assert problems(trials=0) == ("trials: must be greater than or equal to 1",)
-    assert problems(trials=3, search={"trials": 3}) == ("trials: stands in `search` and as an argument of its own",)
+    assert problems(trials=3, search={"trials": 3}) == (
+        "trials: is set twice: in `search` and as the argument `trials`",
+    )
     (text,) = problems(name="no name")
     assert text.startswith("name: ")
     assert problems(objectives=["accuracy", "num_parms"]) == (
@@ -260,15 +262,15 @@ def test_errors_name_the_argument() -> None:
     (text,) = problems(space={"adapters": {"lora": {"rnk": [1, 2]}}})
     assert text.startswith("space.adapters.lora.rnk: ")
     (text,) = problems(model=object())
-    assert text.startswith("model: must be an id or a folder, got a object")
+    assert text.startswith("model: must be a hub id or a folder, got a object")
     assert "save_pretrained" in text
     (text,) = problems(data=[{"text": "a", "label": "b"}])
-    assert text.startswith("data: one table alone")
+    assert text.startswith("data: a single table has no splits")
     (text,) = problems(data={"train": [{"text": "a", "label": "b"}]})
-    assert text == "data.validation: is missing: rows to compare candidates on"
+    assert text == "data.validation: is missing: candidates are compared on these rows"
     (text,) = problems(data={"train": [1], "validation": [{"text": "a", "label": "b"}]})
-    assert text.startswith("data.train.0: must be a row")
-    assert problems(seed=object())[0].startswith("seed: cannot stand in a study file: <object")
+    assert text.startswith("data.train.0: must be a mapping")
+    assert problems(seed=object())[0].startswith("seed: cannot be written to a study file: <object")
 
 
 def test_bad_rows_are_found_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
@@ -329,7 +331,7 @@ def test_a_folder_of_files(inputs: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def as_declared(space: Any) -> dict[str, Any]:
     """What the engine makes of a space of objects, by way of a file."""
     found: list[Any] = []
-    section = json.loads(json.dumps(written_space(space, found)))
+    section = json.loads(json.dumps(space_section(space, found)))
     assert not found
     study = study_from_mapping({"study": "any", "space": section})
     return declare(study, _model_with_everything(12)).arguments
@@ -384,15 +386,15 @@ def test_domains_in_a_mapping() -> None:
 
 
 def test_what_a_file_cannot_say_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"write Choice\.of\(\[4, 1\]\)"):
-        written(Choice(choices=(4, 1)), int)
-    with pytest.raises(ValueError, match=r"write Choice\.of"):
-        written(Choice(choices=("a", "b"), ordered=True), str)
-    with pytest.raises(ValueError, match=r"write Float\(low=1, high=4\)"):
-        written(Int(low=1, high=4), float)
+    with pytest.raises(ValueError, match=r"use Choice\.of\(\[4, 1\]\)"):
+        setting_of(Choice(choices=(4, 1)), int)
+    with pytest.raises(ValueError, match=r"use Choice\.of"):
+        setting_of(Choice(choices=("a", "b"), ordered=True), str)
+    with pytest.raises(ValueError, match=r"use Float\(low=1, high=4\)"):
+        setting_of(Int(low=1, high=4), float)
     found: list[Any] = []
     choice = AdapterChoice(kind="lora", sites=frozenset({"layers.0.attn.q"}), fields={"rank": Choice(choices=(2, 1))})
-    written_space([choice, choice, 7], found)
+    space_section([choice, choice, 7], found)
     assert [path for path, _ in found] == [
         ("space", 2),
         ("space", "adapters", "lora"),

@@ -79,7 +79,7 @@ def test_an_object_is_registered_in_this_process() -> None:
         study = declared(metric=Share())
         assert names(study) == ["share", "num_params"]
         assert Share() in study.settings.qualities()
-    with pytest.raises(StudyFileError, match="metric: 'accuracy' is a metric already"):
+    with pytest.raises(StudyFileError, match="metric: 'accuracy' is already a metric"):
         declared(metric=PerExample(name="accuracy", unit="", maximise=False, summary="another"))
 
 

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from autopeft.evaluators.base import Outcome
 from autopeft.search_space.adapters import Bottleneck, Lora, Norm
-from autopeft.studies.engine.retraining import Retrained, kept
+from autopeft.studies.engine.retraining import Retrained, promises_met
 from autopeft.studies.errors import UserError
 from autopeft.studies.recipes.recipe import SCHEMA_VERSION, Averaged, Measured, Recipe, RecipeError
 
@@ -60,7 +60,7 @@ def test_a_promise_without_spread_is_kept_as_closely_as_scores_are_written(recip
     promised = {"loss": Measured(value=5.68624, low=5.68624, high=5.68624, split="test", seeds=(1, 2))}
     of = recipe.model_copy(update={"measured": promised})
     for loss, expected in ((5.686245, True), (5.6861, True), (5.6865, False)):
-        assert kept(of, [Retrained(seed=3, test={"loss": loss}, outcome=Outcome())]) == {"loss": expected}
+        assert promises_met(of, [Retrained(seed=3, test={"loss": loss}, outcome=Outcome())]) == {"loss": expected}
 
 
 def test_domains_and_the_price_of_averaging_are_kept(recipe: Recipe, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_all_problems_come_at_once(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     newer = f"schema_version: {SCHEMA_VERSION + 1}\nunheard_of: 1"
     path = edited(recipe, tmp_path / "recipe.yaml", f"schema_version: {SCHEMA_VERSION}", newer)
-    with pytest.raises(RecipeError, match="newer than this autopeft reads") as caught:
+    with pytest.raises(RecipeError, match="newer than this autopeft supports") as caught:
         Recipe.load(path)
     assert "unheard_of" not in str(caught.value)
 
@@ -162,7 +162,7 @@ def test_what_is_not_a_recipe(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_file_is_the_users_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such recipe"):
+    with pytest.raises(UserError, match="no such file"):
         Recipe.load(tmp_path / "none.yaml")
 
 
@@ -172,7 +172,7 @@ def test_adapters_must_have_a_site_that_takes_them(recipe: Recipe) -> None:
         ValueError, match=r"layers\.3\.attn\.q is not among the sites; did you mean 'layers\.2\.attn\.q'"
     ):
         Recipe.model_validate(data | {"architecture": {"layers.3.attn.q": [Lora().to_dict()]}})
-    with pytest.raises(ValueError, match=r"layers.0.norm.0 lora: cannot sit"):
+    with pytest.raises(ValueError, match=r"layers.0.norm.0 lora: cannot be attached"):
         Recipe.model_validate(data | {"architecture": {"layers.0.norm.0": [Lora().to_dict()]}})
 
 
