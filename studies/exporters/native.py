@@ -36,8 +36,9 @@ class Native(Exporter):
 
 
 def bare_model(recipe: Recipe) -> Any:
-    """The recipe's transformers model without adapters, in evaluation mode, its configuration that of the variant of
-    the task. Raises ModelError.
+    """Return the recipe's transformers model without adapters, in evaluation mode. Raises ModelError.
+
+    Its configuration has the settings of the task's variant, such as the problem type.
     """
     from autopeft.evaluators.backbones import load_model
 

@@ -245,7 +245,7 @@ def test_the_penalties_ascend() -> None:
 
 
 def test_bad_settings(tmp_path: Path) -> None:
-    with pytest.raises(StudyFileError, match="gates needs evaluation.evaluator: packed"):
+    with pytest.raises(StudyFileError, match=r"gates needs evaluation\.evaluator: packed"):
         load_study(gated_study(tmp_path, evaluation={"evaluator": "train"}))
     for name in ("gates", "proxy"):
         with pytest.raises(StudyFileError, match=f"unknown searcher '{name}'"):
