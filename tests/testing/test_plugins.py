@@ -14,9 +14,10 @@ import pytest
 
 from autopeft.evaluators.tasks import TASKS
 from autopeft.evaluators.training.registry import EVALUATORS
-from autopeft.search_space.adapters import ADAPTERS, Lora
+from autopeft.search_space.adapters import ADAPTERS, Lora, Mixture
 from autopeft.search_space.metrics import QUALITIES
 from autopeft.search_space.registry import Registry
+from autopeft.search_space.routers import ROUTERS
 from autopeft.searchers import SEARCHERS
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.testing import check_adapter, check_exporter, check_metric, check_searcher, check_task
@@ -29,7 +30,7 @@ from ..support.tiny_models import word_tokenizer
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
 MODULE = "\n\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
 TASK_ROWS = [{"text": "W1 w2", "label": "a"}, {"text": "w3 w4 w5", "label": "b"}]
-REGISTRIES: tuple[Registry[Any], ...] = (ADAPTERS, QUALITIES, TASKS, EVALUATORS, SEARCHERS, EXPORTERS)
+REGISTRIES: tuple[Registry[Any], ...] = (ADAPTERS, ROUTERS, QUALITIES, TASKS, EVALUATORS, SEARCHERS, EXPORTERS)
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
 @pytest.mark.filterwarnings("error::autopeft.search_space.registry.PluginWarning")
 def test_the_examples_pass(tmp_path: Path) -> None:
     check_adapter(ADAPTERS["gain"]())
+    check_adapter(Mixture(router="cosine"))
     check_metric(QUALITIES["worst-recall"])
     check_searcher("drawn")
     recipe = make_recipe("bert", save_model("bert", tmp_path / "model"), {"layers.1.attn.q": Lora()})
