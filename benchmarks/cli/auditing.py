@@ -23,9 +23,7 @@ def audit(
     ] = None,
     study: Annotated[Path | None, typer.Option("--study", help=STUDY_HELP)] = None,
     set_: SetOption = None,
-    table: Annotated[
-        Path | None, typer.Option("--table", help="Table of trainings; default: the demo's.")
-    ] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="Table of trainings; default: the demo's.")] = None,
     epochs: Annotated[float, typer.Option("--epochs", min=0, help="Epochs of a supernet's training.")] = 2.0,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds of each arm.")] = 2,
     results: Annotated[Path, typer.Option("--results", help="File of scores; arms in it are not run again.")] = Path(

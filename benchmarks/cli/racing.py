@@ -25,10 +25,14 @@ def race(
         list[str] | None,
         typer.Argument(metavar="[PROBLEM]...", help="Problems by name; default: the five of docs/searchers.md."),
     ] = None,
-    searchers: Annotated[str, typer.Option("--searchers", help="Names, separated by commas.")] = "random,qmc,tpe,nsga2,bo",
+    searchers: Annotated[
+        str, typer.Option("--searchers", help="Names, separated by commas.")
+    ] = "random,qmc,tpe,nsga2,bo",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Races of each searcher on each problem.")] = 20,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Evaluations of a race.")] = 200,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Candidates that are proposed and measured together.")] = 4,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Candidates that are proposed and measured together.")
+    ] = 4,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes with one thread each.")] = 1,
     results: Annotated[Path, typer.Option("--results", help="File of results; races in it are not run again.")] = Path(
         "races.jsonl"
@@ -40,7 +44,9 @@ def race(
     ] = None,
     surrogates: Annotated[
         str | None,
-        typer.Option("--surrogates", metavar="N,N", help="Measure only how well each surrogate predicts after N trials."),
+        typer.Option(
+            "--surrogates", metavar="N,N", help="Measure only how well each surrogate predicts after N trials."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,13 +122,13 @@ def _print_each(
 
 
 def tabulate(
-    output: Annotated[
-        Path, typer.Option("--output", help="The table: a CSV file; missing rows are added.")
-    ],
+    output: Annotated[Path, typer.Option("--output", help="The table: a CSV file; missing rows are added.")],
     study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help=STUDY_HELP)] = None,
     set_: SetOption = None,
     candidates: Annotated[int, typer.Option("--candidates", min=1, help="Random candidates to train.")] = 330,
-    repeated: Annotated[int, typer.Option("--repeated", min=0, help="Candidates to train with two more seeds each.")] = 40,
+    repeated: Annotated[
+        int, typer.Option("--repeated", min=0, help="Candidates to train with two more seeds each.")
+    ] = 40,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
 ) -> None:
     """Train random candidates of a study's space in full and add the results to a table; skip those that it has."""

@@ -22,9 +22,13 @@ def speed(
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda; default: the study's.")] = None,
     candidates: Annotated[int, typer.Option("--candidates", min=2, help="Candidates that each arm trains.")] = 8,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Runs of each arm.")] = 3,
-    ranking: Annotated[int, typer.Option("--ranking", min=0, help="Candidates to rank at early losses; 0: skip this.")] = 24,
+    ranking: Annotated[
+        int, typer.Option("--ranking", min=0, help="Candidates to rank at early losses; 0: skip this.")
+    ] = 24,
     seed: Annotated[int | None, typer.Option("--seed", help="Random seed; default: the study's.")] = None,
-    experts: Annotated[bool, typer.Option("--experts", help="Measure only the cost of routing between experts.")] = False,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Measure only the cost of routing between experts.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the speed-up over a loop over peft and Trainer; exit with 1 if the two do not do the same work."""
