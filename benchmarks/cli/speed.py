@@ -31,7 +31,7 @@ def speed(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the speed-up over a loop over peft and Trainer; exit with 1 if the two do not do the same work."""
+    """Measure the speed-up over a loop over peft and Trainer; exit with 1 and without figures if their work differs."""
     from autopeft.benchmarks.speed.benchmark import run_bench
     from autopeft.benchmarks.speed.report import to_markdown
     from autopeft.studies.engine.check import check
