@@ -13,7 +13,7 @@ from autopeft.studies.cli.app import make_app, run_app
 
 app = make_app(
     "autopeft.benchmarks",
-    "Measure autopeft itself. Results go to benchmarks/results and into docs/.",
+    "Benchmarks of autopeft itself. The published results are in benchmarks/results and in docs/.",
     (speed, race, tabulate, audit, contest),
 )
 

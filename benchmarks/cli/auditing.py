@@ -19,24 +19,22 @@ if TYPE_CHECKING:
 
 def audit(
     arms: Annotated[
-        list[str] | None, typer.Argument(metavar="[ARM]...", help="Proxies, and policies of a supernet; default: all.")
+        list[str] | None, typer.Argument(metavar="[ARM]...", help="Proxies, or policies of the supernet; default: all.")
     ] = None,
     study: Annotated[Path | None, typer.Option("--study", help=STUDY_HELP)] = None,
     set_: SetOption = None,
-    table: Annotated[
-        Path | None, typer.Option("--table", help="Table of trainings; default: that of the demo.")
-    ] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="Table of trainings; default: the demo's.")] = None,
     epochs: Annotated[float, typer.Option("--epochs", min=0, help="Epochs of a supernet's training.")] = 2.0,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds of each arm.")] = 2,
     results: Annotated[Path, typer.Option("--results", help="File of scores; arms in it are not run again.")] = Path(
         "proxies.jsonl"
     ),
     latency: Annotated[
-        int, typer.Option("--latency", min=0, help="Instead: predict and measure the latency of this number of draws.")
+        int, typer.Option("--latency", min=0, help="Compare only predicted and measured latencies, of N candidates.")
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Score the candidates of a table of trainings by every proxy, and report how well the scores rank them."""
+    """Score the candidates in a table of trainings with each proxy; report how well the scores rank them."""
     from autopeft.benchmarks import proxy_audit as auditing
     from autopeft.benchmarks.race.table import SHIPPED, read
     from autopeft.evaluators.base import OutOfMemoryError

@@ -16,18 +16,18 @@ def contest(
     study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help=STUDY_HELP)] = None,
     set_: SetOption = None,
     searchers: Annotated[
-        str, typer.Option("--searchers", help="Names, with commas; the others get a multiple of the time of the first.")
+        str, typer.Option("--searchers", help="Names, separated by commas; the first sets the time of the others.")
     ] = "proxy,nsga2",
     times: Annotated[
-        float, typer.Option("--times", min=0, help="Time of each other searcher, in multiples of the first one's.")
+        float, typer.Option("--times", min=0, help="Time of each other searcher, in multiples of that of the first.")
     ] = 2.0,
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of the studies, with commas.")] = "0,1,2,3,4",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of the studies, separated by commas.")] = "0,1,2,3,4",
     results: Annotated[
         Path, typer.Option("--results", help="File of results; studies in it are not run again.")
     ] = Path("contest.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """Run whole studies and compare the fronts that they end with, in processor seconds of one thread."""
+    """Run whole studies and compare their final fronts at limited time (processor seconds of one thread)."""
     from autopeft.benchmarks import contest as contests
     from autopeft.searchers import SEARCHERS
     from autopeft.studies.engine.check import check

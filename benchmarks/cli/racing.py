@@ -23,28 +23,34 @@ if TYPE_CHECKING:
 def race(
     problems: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROBLEM]...", help="Problems; default: the five of the docs."),
+        typer.Argument(metavar="[PROBLEM]...", help="Problems by name; default: the five of docs/searchers.md."),
     ] = None,
-    searchers: Annotated[str, typer.Option("--searchers", help="Names, with commas.")] = "random,qmc,tpe,nsga2,bo",
+    searchers: Annotated[
+        str, typer.Option("--searchers", help="Names, separated by commas.")
+    ] = "random,qmc,tpe,nsga2,bo",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Races of each searcher on each problem.")] = 20,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Evaluations of a race.")] = 200,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Candidates that are measured at once.")] = 4,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, of one thread each.")] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Candidates that are proposed and measured together.")
+    ] = 4,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes with one thread each.")] = 1,
     results: Annotated[Path, typer.Option("--results", help="File of results; races in it are not run again.")] = Path(
         "races.jsonl"
     ),
-    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the curves into this PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="PNG file for the curves.")] = None,
     clocked: Annotated[
         str | None,
-        typer.Option("--clock", metavar="N,N", help="Instead: seconds per suggestion after so many trials."),
+        typer.Option("--clock", metavar="N,N", help="Measure only the seconds per suggestion after N trials."),
     ] = None,
     surrogates: Annotated[
         str | None,
-        typer.Option("--surrogates", metavar="N,N", help="Instead: how well the kinds of model predict after so many."),
+        typer.Option(
+            "--surrogates", metavar="N,N", help="Measure only how well each surrogate predicts after N trials."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Race searchers on problems with a known front, and report all results of these problems in the file."""
+    """Run searchers on problems with a known front; report all races of these problems in the file of results."""
     from autopeft.benchmarks.race import races, report
     from autopeft.benchmarks.race.problems import BY_DEFAULT, PROBLEMS
     from autopeft.benchmarks.race.surrogate import NoTableError
@@ -116,16 +122,16 @@ def _print_each(
 
 
 def tabulate(
-    output: Annotated[
-        Path, typer.Option("--output", help="The table: a CSV file, to which the missing rows are added.")
-    ],
+    output: Annotated[Path, typer.Option("--output", help="The table: a CSV file; missing rows are added.")],
     study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help=STUDY_HELP)] = None,
     set_: SetOption = None,
-    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Draws from the space.")] = 330,
-    repeated: Annotated[int, typer.Option("--repeated", min=0, help="Draws with two more seeds each.")] = 40,
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Random candidates to train.")] = 330,
+    repeated: Annotated[
+        int, typer.Option("--repeated", min=0, help="Candidates to train with two more seeds each.")
+    ] = 40,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
 ) -> None:
-    """Train draws from a study's space in full and add their results to a table; rows in it are not trained again."""
+    """Train random candidates of a study's space in full and add the results to a table; skip those that it has."""
     from autopeft.benchmarks.race import collect, table
     from autopeft.studies.engine.check import check
     from autopeft.studies.engine.session import evaluator_for

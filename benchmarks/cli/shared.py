@@ -19,7 +19,7 @@ from autopeft.studies.cli.options import print_json
 if TYPE_CHECKING:
     from autopeft.studies.config.study_file import StudyFile
 
-STUDY_HELP = "Study file, or its folder; default: the demo's."
+STUDY_HELP = "Study file, or a folder with a study.yaml; default: the demo's."
 
 
 def load_study_or_demo(study: Path | None, overrides: Iterable[str]) -> StudyFile:

@@ -20,14 +20,18 @@ def speed(
     study: Annotated[Path | None, typer.Argument(metavar="STUDY", help=STUDY_HELP)] = None,
     set_: SetOption = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda; default: the study's.")] = None,
-    candidates: Annotated[int, typer.Option("--candidates", min=2, help="Candidates that every arm trains.")] = 8,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that every arm runs.")] = 3,
-    ranking: Annotated[int, typer.Option("--ranking", min=0, help="Candidates to rank early; 0: none.")] = 24,
-    seed: Annotated[int | None, typer.Option("--seed", help="Default: the study's.")] = None,
-    experts: Annotated[bool, typer.Option("--experts", help="Instead: what routing between experts costs.")] = False,
+    candidates: Annotated[int, typer.Option("--candidates", min=2, help="Candidates that each arm trains.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Runs of each arm.")] = 3,
+    ranking: Annotated[
+        int, typer.Option("--ranking", min=0, help="Candidates to rank at early losses; 0: skip this.")
+    ] = 24,
+    seed: Annotated[int | None, typer.Option("--seed", help="Random seed; default: the study's.")] = None,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Measure only the cost of routing between experts.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure autopeft against a loop over peft and Trainer. Exit 1, without figures, if they do other work."""
+    """Measure the speed-up over a loop over peft and Trainer; exit with 1 and without figures if their work differs."""
     from autopeft.benchmarks.speed.benchmark import run_bench
     from autopeft.benchmarks.speed.report import to_markdown
     from autopeft.studies.engine.check import check

@@ -28,7 +28,7 @@ FolderArgument = Annotated[Path, typer.Argument(help="Folder to create; its name
 PresetOption = Annotated[
     str,
     typer.Option(
-        "--preset", help="study: a first study that takes minutes; autopeft: the procedure of Zhou et al. 2024."
+        "--preset", help="Template: study (a first study of minutes) or autopeft (the search of Zhou et al. 2024)."
     ),
 ]
 

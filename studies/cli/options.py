@@ -14,7 +14,7 @@ from autopeft.studies.errors import ConfigurationError
 StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file, or a folder with a study.yaml.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as --set search.trials=5; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as search.trials=5; repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 

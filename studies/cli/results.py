@@ -24,7 +24,7 @@ OutOption = Annotated[
     typer.Option("--out", help="Folder to write; default: exports/PICK-FORMAT in the study's output folder."),
 ]
 LossyOption = Annotated[
-    bool, typer.Option("--allow-lossy", help="Export even if the format cannot hold all of the recipe.")
+    bool, typer.Option("--allow-lossy", help="Export even if the format loses parts of the recipe.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier export.")]
 

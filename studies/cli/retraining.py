@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-code", help="Allow the recipe to run Python code: its custom metrics.")
+    bool, typer.Option("--trust-code", help="Allow the Python code of the recipe's custom metrics.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Device: auto, cpu or cuda.")]
 
@@ -28,7 +28,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write; default: `trained` beside the recipe.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Random seed; default: that of the recipe.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Random seed; default: the recipe's.")] = None,
     device: DeviceOption = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier run.")] = False,
     trust_code: TrustOption = False,

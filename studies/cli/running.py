@@ -15,7 +15,7 @@ from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, p
 if TYPE_CHECKING:
     from autopeft.studies.config.study_file import StudyFile
 
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the study if it was started before.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the study if it has been started.")]
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
 
 
 def resume(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Continue an interrupted study. Finished trials are kept; `search.trials` may be raised."""
+    """Continue an interrupted study, or a finished one with a larger `search.trials`; finished trials are kept."""
     from autopeft.studies.config.loading import load_study
 
     run_study(load_study(study, set_ or ()), resume=True, as_json=as_json)
@@ -81,7 +81,7 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
 
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Show how far a study is; safe while it runs."""
+    """Show the progress of a study; safe while it runs."""
     from autopeft.studies.analysis.diagnostics import diagnostics
     from autopeft.studies.analysis.snapshot import state_counts
     from autopeft.studies.cli.results import recorded
