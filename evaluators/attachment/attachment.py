@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
-from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, as_modules, implements, on_slots
+from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, as_modules, fuses, implements, on_slots
 from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.head import Head
@@ -182,7 +182,7 @@ class Attachment(nn.Module):
             if inputs:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(inputs)))
             outputs = [pair for pair in here if implements(pair[0], "apply")]
-            if outputs and self._fuses(outputs[0][0], module):
+            if outputs and fuses(outputs[0][0], module):
                 self._handles.append(ForwardReplacement(module, self._linear(module, *outputs.pop(0))))
             if outputs:
                 self._handles.append(module.register_forward_hook(self._output_hook(outputs)))
@@ -191,12 +191,6 @@ class Attachment(nn.Module):
             # Prepended: the input of a sub-layer is read before an adapter at the tapped linear changes it.
             handle = model.get_submodule(path).register_forward_pre_hook(self._tap(path), prepend=True)
             self._handles.append(handle)
-
-    @staticmethod
-    def _fuses(bank: Bank, module: nn.Module) -> bool:
-        """Return whether `bank`, the first to act on the output of `module`, can run with it in one operation."""
-        plain = type(module) is nn.Linear and bank.site.module == bank.site.input_module
-        return plain and implements(bank, "apply_linear") and "forward" not in vars(module)
 
     def _linear(self, module: nn.Module, bank: Bank, slots: Tensor | None) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
@@ -343,8 +337,7 @@ class Attachment(nn.Module):
         """Merge the adapters of a single slot into the backbone's weights; undo it bit for bit when the block ends.
 
         An adapter that cannot be merged keeps its hook, and so do all adapters that act after it at the same module.
-        With a router that runs the bare model first, all adapters keep their hooks. Raises ValueError for more than one
-        slot.
+        With a router that runs the bare model first, all keep their hooks. Raises ValueError for more than one slot.
         """
         if self.num_slots != 1:
             raise ValueError("only a single slot can be merged into the backbone")

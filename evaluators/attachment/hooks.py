@@ -37,6 +37,12 @@ def implements(bank: Bank, method: str) -> bool:
     return bank.specs[0].implements(method, bank.site)
 
 
+def fuses(bank: Bank, module: nn.Module) -> bool:
+    """Return whether `bank`, the first to act on the output of `module`, can run with it in one operation."""
+    plain = type(module) is nn.Linear and bank.site.module == bank.site.input_module
+    return plain and implements(bank, "apply_linear") and "forward" not in vars(module)
+
+
 def as_modules(banks: list[Bank]) -> list[Bank]:
     """Return the banks as a ModuleList, typed as a list, because mypy does not know the type of its entries."""
     return cast(list[Bank], nn.ModuleList(banks))

@@ -4,9 +4,8 @@ Notation: K slots, one per candidate of a pack; N examples of a minibatch, the s
 
 A pack consists of candidates at the same step of the same order of minibatches and, on a CPU, with the same number of
 layers below their lowest adapters. It trains until the first of them reaches a rung or its end. Then all candidates are
-detached, and the remaining ones form the next packs: no slot waits for another candidate. Between two packs, a
-candidate is represented by its `SlotState`: its tensors, moments and random streams. So the choice of packs changes
-results only by the order of a few sums.
+detached, and the others form the next packs: no slot waits for another candidate. Between two packs, `SlotState`
+holds a candidate's tensors, moments and random streams, so packs change results only by the order of a few sums.
 """
 
 from __future__ import annotations
@@ -29,18 +28,12 @@ from autopeft.evaluators.base import OnOutcome, Outcome, OutOfMemoryError, Progr
 from autopeft.evaluators.costs.pack_sizing import fitting_slots, keep_freed_memory
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import Batch, Scored, model_inputs
-from autopeft.evaluators.training import batching
+from autopeft.evaluators.training import batching, shared_layers
 from autopeft.evaluators.training.base import EVALUATION_BATCH_SIZE, EvaluatorOptions, TrainingEvaluator, steps_at
 from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.evaluators.training.record import Record, Scores, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.shared_layers import (
-    ActivationCache,
-    Activations,
-    LowerLayers,
-    fingerprint,
-    token_digest,
-)
+from autopeft.evaluators.training.shared_layers import ActivationCache, Activations, LowerLayers
 from autopeft.evaluators.training.slot_state import SlotState
 from autopeft.evaluators.training.train import train_alone
 from autopeft.search_space.architecture import digest
@@ -119,7 +112,8 @@ class PackedEvaluator(TrainingEvaluator):
         self.pack = pack
         self.cache = cache
         self.lower_layers = LowerLayers(self.model, self.backbone) if share_lower_layers else None
-        self._model_key = fingerprint(self.model, self.backbone) if share_lower_layers and cache is not None else ""
+        caches = share_lower_layers and cache is not None
+        self._model_key = shared_layers.fingerprint(self.model, self.backbone) if caches else ""
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
         self._fitting: dict[tuple[int, int, int], int] = {}
@@ -373,7 +367,7 @@ class PackedEvaluator(TrainingEvaluator):
 
     def _token_key(self, split: str) -> str:
         if split not in self._token_keys:
-            self._token_keys[split] = token_digest(self.examples[split])
+            self._token_keys[split] = shared_layers.token_digest(self.examples[split])
         return self._token_keys[split]
 
     def _run_lower_layers(self, batch: Batch, depth: int) -> Tensor:

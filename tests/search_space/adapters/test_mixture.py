@@ -79,7 +79,7 @@ def test_experts_run_with_the_linear_as_they_do_after_it(kind: str, monkeypatch:
             return [logits, *torch.autograd.grad(logits.square().sum(), values)]
 
     found = outputs_and_gradients()
-    monkeypatch.setattr(Attachment, "_fuses", lambda self, *_: False)
+    monkeypatch.setattr("autopeft.evaluators.attachment.attachment.fuses", lambda *_: False)
     for one, two in zip(found, outputs_and_gradients(), strict=True):
         torch.testing.assert_close(one, two)
 
@@ -352,7 +352,7 @@ def test_gates_are_not_rounded_to_a_backbone_of_lower_precision(monkeypatch: pyt
     architecture = Architecture.of({f"layers.0.attn.{part}": [spec.canonical()] for part, spec in here.items()})
 
     fused = gates_in(model, backbone, architecture)
-    monkeypatch.setattr(Attachment, "_fuses", lambda self, *_: False)
+    monkeypatch.setattr("autopeft.evaluators.attachment.attachment.fuses", lambda *_: False)
     after = gates_in(model, backbone, architecture)
     assert len(fused) == 3
     assert fused.keys() == after.keys()
