@@ -129,10 +129,7 @@ def problems_of(
     if not adapters:
         yield ("adapters",), "the space is empty: name at least one adapter"
     if not 1 <= stages <= backbone.num_layers:
-        yield (
-            ("stages",),
-            f"must be between 1 and {backbone.num_layers}, the number of layers of the model, got {stages}",
-        )
+        yield ("stages",), f"must be between 1 and {backbone.num_layers}, the number of layers, got {stages}"
     for name, choice in adapters.items():
         if not re.fullmatch(NAME, name):
             yield ("adapters", name), "a name may contain only letters, digits, - and _"
@@ -254,10 +251,7 @@ def domain_problems(
             )
         elif isinstance(tasks, Domain) or tasks != len(domains):
             shown = ", ".join(domains[:8])
-            yield (
-                ("space", "adapters", name, "tasks"),
-                f"must be {len(domains)}, the number of domains in the data: {shown}",
-            )
+            yield ("space", "adapters", name, "tasks"), f"must be {len(domains)}, the number of domains: {shown}"
 
 
 def _routers(choice: AdapterChoice) -> list[Router]:
