@@ -144,7 +144,7 @@ def load_backbone(
     lost = [key for key in new if key not in of_head and "pooler" not in key]
     if lost:
         raise ModelError(
-            f"{model_id}: the checkpoint lacks weights of the model or has other shapes: {', '.join(lost[:3])}"
+            f"{model_id}: the checkpoint lacks these weights or has them in other shapes: {', '.join(lost[:3])}"
         )
     model.eval().to(device)
     return LoadedBackbone(model, backbone, processor, pretrained_head=same_outputs and not of_head)

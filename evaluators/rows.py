@@ -60,7 +60,7 @@ def field_names(row: Row) -> str:
 def value_of(row: Row, name: str) -> Any:
     """Return the value of a field. Raises ValueError if the row lacks the field."""
     if name not in row:
-        raise ValueError(f"no field {name!r}; this row has {field_names(row)}")
+        raise ValueError(f"field {name!r} is missing or empty; this row has {field_names(row)}")
     return row[name]
 
 
@@ -68,7 +68,7 @@ def text_of(row: Row, name: str) -> str:
     """Return the text in a field. Raises ValueError for other types and for blank texts."""
     value = value_of(row, name)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"field {name!r} is not a text: {value!r:.40}")
+        raise ValueError(f"field {name!r} must be a non-empty text, got {value!r:.40}")
     return value
 
 
@@ -76,7 +76,7 @@ def name_of(row: Row, name: str, what: str) -> str:
     """Return the name of a label or domain in a field. `what` names its kind in errors. Raises ValueError."""
     found = _as_name(value := value_of(row, name))
     if found is None:
-        raise ValueError(f"field {name!r} is not a {what}: {value!r:.40}")
+        raise ValueError(f"field {name!r} must be a {what} (a text or a whole number), got {value!r:.40}")
     return found
 
 
@@ -84,10 +84,10 @@ def names_of(row: Row, name: str, what: str) -> list[str]:
     """Return the distinct names in the list of a field, which may be empty. Raises ValueError."""
     values = value_of(row, name)
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"field {name!r} is not a list of {what}s: {values!r:.40}")
+        raise ValueError(f"field {name!r} must be a list of {what}s, got {values!r:.40}")
     found = dict.fromkeys(map(_as_name, values))
     if None in found:
-        raise ValueError(f"field {name!r} has an entry that is not a {what}: {values!r:.40}")
+        raise ValueError(f"field {name!r} must be a list of {what}s (texts or whole numbers), got {values!r:.40}")
     return [each for each in found if each is not None]
 
 

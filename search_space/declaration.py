@@ -129,7 +129,7 @@ def problems_of(
     if not adapters:
         yield ("adapters",), "the space is empty: name at least one adapter"
     if not 1 <= stages <= backbone.num_layers:
-        yield ("stages",), f"must be between 1 and the {backbone.num_layers} layers of the model"
+        yield ("stages",), f"must be between 1 and {backbone.num_layers}, the number of layers, got {stages}"
     for name, choice in adapters.items():
         if not re.fullmatch(NAME, name):
             yield ("adapters", name), "a name may contain only letters, digits, - and _"
@@ -153,25 +153,25 @@ def _group_problems(
     if not re.fullmatch(NAME, group.name):
         yield path, "a name may contain only letters, digits, - and _"
     if [other.name for other in groups].count(group.name) > 1:
-        yield path, "two groups have this name"
+        yield path, "two groups have this name: rename one"
     if not group.members:
         yield path, "a group needs at least one member"
     if group.per not in GRANULARITIES:
         yield (*path, "per"), f"unknown granularity {group.per!r}{did_you_mean(group.per, GRANULARITIES)}"
     if group.optional and OFF in group.members:
-        yield path, f"{OFF!r} stands for none of the members of an optional group: rename this adapter"
+        yield path, f"in an optional group, {OFF!r} means that no member is on: rename the adapter {OFF!r}"
     for member in group.members:
         if member not in adapters:
             yield path, f"unknown adapter name {member!r}{did_you_mean(member, adapters)}"
         elif adapters[member].router_per == "layer" and group.per == "site":
             yield (
                 ("adapters", member, "router_per"),
-                f"the sites of a layer cannot share a router: group {group.name!r} chooses per site",
+                f"must be site: group {group.name!r} chooses per site, so the sites of a layer cannot share a router",
             )
         elif adapters[member].placement is not None:
             yield (
                 ("adapters", member, "placement"),
-                f"remove this: group {group.name!r} already decides where the adapter is on",
+                f"cannot be set: group {group.name!r} already decides where the adapter is on",
             )
 
 
@@ -218,7 +218,7 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decl
 def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
     """Yield what is wrong with a field that varies by expert."""
     if choice.kind != Lora.kind or key != Lora.size_field:
-        yield "only the rank of a lora can vary by expert"
+        yield "only the rank of a lora can vary per expert"
     elif not choice.fields.get("experts"):
         yield "only mixtures of experts have this setting: set the number of experts, such as experts: 4"
     elif choice.given:
@@ -226,7 +226,7 @@ def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
     elif mixing := [router for router in _routers(choice) if router.mixes_parameters]:
         yield f"{_named(mixing)} mixes the matrices of LoRAs and needs experts of equal rank"
     elif isinstance(domain := choice.fields.get(key), Domain) and domain.contains(0):
-        yield "the rank of an expert is at least 1: to switch experts off, add 0 to experts or set placement"
+        yield "the rank of an expert must be at least 1: to switch experts off, add 0 to experts or set placement"
 
 
 def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
@@ -247,11 +247,11 @@ def domain_problems(
         if domains is None:
             yield (
                 ("data", "domain"),
-                f"the router of {name!r} reads the domain of each row: name the column that has it",
+                f"is missing: the router of {name!r} needs the column with the domain of each row",
             )
         elif isinstance(tasks, Domain) or tasks != len(domains):
             shown = ", ".join(domains[:8])
-            yield ("space", "adapters", name, "tasks"), f"the data has {len(domains)} domains: {shown}"
+            yield ("space", "adapters", name, "tasks"), f"must be {len(domains)}, the number of domains: {shown}"
 
 
 def _routers(choice: AdapterChoice) -> list[Router]:
@@ -283,24 +283,30 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decl
     between = [router for router in routers if router.between_given]
     if between and not choice.given:
         yield ("router",), f"{_named(between)} needs pretrained LoRAs as experts (given: [folder, folder])"
-    if any(router.follows for router in routers):
-        yield ("router",), "to let the sites of a layer follow one router, set router_per: layer"
+    following = [router for router in routers if router.follows]
+    if following:
+        yield (
+            ("router",),
+            f"{_named(following)} cannot be chosen directly: set router_per: layer, which lets sites share a router",
+        )
     ahead = [router for router in routers if router.reads_ahead]
     if backbone.causal and ahead:
-        yield ("router",), f"{_named(ahead)} reads later tokens, which a causal model must not"
+        yield ("router",), f"{_named(ahead)} reads later tokens, so it cannot be used in a causal model"
     shared = choice.fields.get("shared_experts", 0)
     apart = [router for router in routers if not router.has_gates]
     if apart and (isinstance(shared, Domain) or shared):
         yield ("shared_experts",), f"{_named(apart)} does not support shared_experts"
     own_parts = [router for router in routers if not router.can_lead]
     if own_parts and choice.router_per == "layer":
-        yield ("router_per",), f"{_named(own_parts)} has parameters for each site: no other site can follow it"
+        yield ("router_per",), f"must be site: {_named(own_parts)} has separate parameters for each site"
     mixing = [router for router in routers if router.mixes_parameters]
     if mixing and choice.kind != "lora":
         yield ("router",), f"{_named(mixing)} mixes the matrices of LoRAs and does not support {choice.kind}"
     own = ("experts", "shared_experts", "top_k", ADAPTERS[choice.kind].size_field)
     if choice.router_per == "layer" and "site" in (choice.placement, *(choice.vary.get(str(key)) for key in own)):
-        message = "sites that share a router must be on together, with equal experts, top_k and size: vary none by site"
+        message = (
+            "sites that share a router must be on together, with equal experts, top_k and size: choose none per site"
+        )
         yield ("router_per",), message
     for layer, leader in leaders_of(choice, sites_of(choice, backbone)).items():
         if leader is None:
@@ -311,9 +317,9 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decl
             break
     for key in ROUTER_FIELDS:
         if choice.router_per == "layer" and choice.vary.get(key) == "site":
-            yield ("vary", key), "the sites of a layer share a router (router_per: layer), so this cannot vary by site"
+            yield ("vary", key), "the sites of a layer share a router (router_per: layer), so this cannot vary per site"
     if any(router.needs_domains for router in routers) and "tasks" not in choice.fields:
-        yield ("router",), "a router by task needs the number of tasks, such as tasks: 4"
+        yield ("router",), "a router by task needs the number of tasks: set tasks, such as tasks: 4"
 
 
 def _named(routers: Sequence[Router]) -> str:
@@ -331,7 +337,7 @@ def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decla
     for role in choice.at:
         if role not in spec.roles:
             fine = False
-            yield ("at",), f"{choice.kind} cannot sit at {role!r}{did_you_mean(role, spec.roles)}"
+            yield ("at",), f"{choice.kind} cannot be attached at {role!r}{did_you_mean(role, spec.roles)}"
         elif role not in present:
             fine = False
             yield ("at",), f"this model has no site with role {role!r}; it has {', '.join(sorted(present))}"
@@ -377,7 +383,7 @@ def _field_problems(owner: type, key: str, domain: Domain | Value) -> Iterator[s
         values = (domain,)
     expected, allowed = _TYPES.get(get_type_hints(owner)[key], ("", (int, float, str, bool)))
     if isinstance(domain, (Float, Int)) and type(domain.low) not in allowed:
-        yield f"must be {expected}, not a range of numbers of another type"
+        yield f"must be {expected}, got a range from {domain.low} to {domain.high}"
         return
     for value in values:
         if type(value) not in allowed:

@@ -38,9 +38,9 @@ class Parameter:
 
     def __post_init__(self) -> None:
         if self.trainable and (self.given or self.key is not None or self.indices):
-            raise ValueError("values that are read from folders (given), drawn from a key, or indices are not trained")
+            raise ValueError("a parameter that is given, is drawn from a key or has indices needs trainable=False")
         if self.scope != "site" and (self.given or self.indices or self.per_expert or self.rows):
-            raise ValueError("a shared tensor cannot be read from folders (given), indices, or per expert")
+            raise ValueError("a shared parameter (scope is not 'site') cannot have given, indices, per_expert or rows")
 
     @property
     def count(self) -> int:

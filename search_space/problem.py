@@ -156,7 +156,7 @@ class Fidelity:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share must lie in (0, 1], got {self.share}")
+            raise ValueError(f"share must be in (0, 1], got {self.share}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +221,7 @@ class Role:
         if self.kind not in get_args(RoleKind):
             raise ValueError(f"unknown role {self.kind!r}{did_you_mean(self.kind, get_args(RoleKind))}")
         if bool(self.name) != (self.kind in ("baseline", "control")):
-            raise ValueError(f"a role of the kind {self.kind!r} and the name {self.name!r}")
+            raise ValueError(f"only baselines and controls have a name, got kind {self.kind!r} and name {self.name!r}")
 
     @classmethod
     def parse(cls, text: str) -> Role:

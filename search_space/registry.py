@@ -73,13 +73,14 @@ class Registry(MutableMapping[str, T]):
                     found[entry.name] = self._load(entry, {*self._own, *found})
                 except Exception as error:
                     name = f"{entry.name} = {entry.value}" + (f" of {entry.dist.name}" if entry.dist else "")
-                    message = f"{self.group}: the plug-in {name} is left out: {type(error).__name__}: {error}"
+                    reason = f"{type(error).__name__}: {error}"
+                    message = f"{self.group}: the plug-in {name} could not be loaded and is ignored: {reason}"
                     warnings.warn(message, PluginWarning, stacklevel=3)
         return self._plugins
 
     def _load(self, entry: EntryPoint, taken: set[str]) -> T:
         if entry.name in taken:
-            raise ValueError("an entry of this name exists already")
+            raise ValueError(f"the name {entry.name!r} is already registered")
         loaded: Any = entry.load()
         of_a_class = isinstance(loaded, type)
         if not (issubclass(loaded, self._base) if of_a_class else self._instances and isinstance(loaded, self._base)):

@@ -159,7 +159,7 @@ def state_round_trip(spec: AdapterSpec, family: str, roles: Sequence[str] = ()) 
             attachment.load_state({})
         except KeyError:
             return
-        raise AssertionError("an empty state is accepted")
+        raise AssertionError("load_state accepts an empty state, expected KeyError")
 
 
 def dictionary_round_trip(spec: AdapterSpec, family: str = "", roles: Sequence[str] = ()) -> None:

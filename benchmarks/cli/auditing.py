@@ -57,8 +57,8 @@ def audit(
     every = [reference for reference in every if reference.seeds > 1] or every
     if len(every) < LEAST_RANKED:
         raise ConfigurationError(
-            f"{table or SHIPPED}: {len(every)} trainings; a rank correlation needs {LEAST_RANKED}"
-            " (`python -m autopeft.benchmarks tabulate`)"
+            f"{table or SHIPPED}: has {len(every)} trainings, but a rank correlation needs {LEAST_RANKED}:"
+            " `python -m autopeft.benchmarks tabulate` adds some"
         )
     present = {(e.arm, e.epochs, e.seed) for e in auditing.matching(auditing.read(results), settings, every)}
     lacking = [
@@ -99,7 +99,7 @@ def _audit_latency(settings: StudyFile, splits: Splits, draws: int, as_json: boo
     from autopeft.studies.engine.session import packed_evaluator_for
 
     if draws < LEAST_RANKED:
-        raise ConfigurationError(f"--latency {draws}: a rank correlation needs {LEAST_RANKED} draws")
+        raise ConfigurationError(f"--latency {draws}: must be at least {LEAST_RANKED} for a rank correlation")
     with BenchView() as view:
         view.plan(draws)
         view.stage("latencies")

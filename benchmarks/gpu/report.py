@@ -62,14 +62,12 @@ def merge(found: KitResults, folder: Path) -> Path:
     run that does not name its card.
     """
     if found.get("schema") != SCHEMA:
-        raise ValueError(f"not a gpu.json of layout {SCHEMA}")
+        raise ValueError(f"is not a gpu.json of layout {SCHEMA}")
     if found["device"] != "cuda":
-        raise ValueError("a dry run: its figures are meaningless")
+        raise ValueError("is the result of a dry run without a GPU, whose figures have no meaning")
     card = _card(found)
     if card is None:
-        raise ValueError(
-            "the phase 'environment' is missing, which names the card: run it too (--only environment,...)"
-        )
+        raise ValueError("lacks the phase 'environment', which names the card: run it too (--only environment,...)")
     path = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card['name'].lower()).strip('-')}.json"
     whole: KitResults = (
         json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": SCHEMA, "phases": {}}

@@ -138,5 +138,8 @@ def write_provenance(path: Path, found: dict[str, object]) -> None:
     """Write a table's provenance beside it. Raises ValueError if the table there has another provenance."""
     beside = path.with_suffix(".json")
     if beside.exists() and json.loads(beside.read_text(encoding="utf-8")) != json.loads(json.dumps(found)):
-        raise ValueError(f"{beside.name} shows that the table was made from other inputs; grow it where it was made")
+        raise ValueError(
+            f"{beside.name}: the table was made with other inputs, packages or machine: "
+            "add rows there, or write another table"
+        )
     beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -62,7 +62,7 @@ def tabulated(path: Path = SHIPPED) -> RaceProblem:
     inputs, quality, weights = _examples(space, rows)
     if len(quality) < LEAST:
         more = "`python -m autopeft.benchmarks tabulate` adds some"
-        raise NoTableError(f"{path} has {len(quality)} candidates, too few to learn from: {more}")
+        raise NoTableError(f"{path}: has {len(quality)} candidates, but a surrogate needs {LEAST}: {more}")
     fit = held_out(inputs, quality, weights)
     noise = seed_sd(rows)
     architectures = [genes for genes in settings(space) if space.decode(genes).architecture]

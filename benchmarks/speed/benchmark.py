@@ -63,7 +63,7 @@ def run_bench(
     before = conditions(bench, candidates=candidates, rounds=rounds)
     drawn = list(_draw(bench, max(candidates, ranked)))
     if ranked and min(map(bench.single.num_steps, drawn)) < LEAST_STEPS:
-        raise ConfigurationError(f"trainings of fewer than {LEAST_STEPS} steps cannot be ranked early (--ranking 0)")
+        raise ConfigurationError(f"--ranking {ranked}: needs trainings of at least {LEAST_STEPS} steps (0: no ranking)")
     placed = list(_placed(bench, drawn[0].candidate, candidates))
 
     def steps(requests: Sequence[Request]) -> int:
@@ -102,7 +102,7 @@ def _draw(bench: Bench, count: int) -> Iterator[Request]:
             count -= 1
             yield Request(candidate=candidate, seed=settings.seed)
     if count:
-        raise ConfigurationError("space: peft can represent too few of its candidates to compare with")
+        raise ConfigurationError("space: peft supports too few of its candidates for a comparison")
 
 
 def _without_dropout(candidate: Candidate) -> Candidate:

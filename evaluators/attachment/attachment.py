@@ -293,7 +293,7 @@ class Attachment(nn.Module):
             if pool.stored:
                 value = state[pool.key.path]
                 if value.shape != shape:
-                    raise ValueError(f"{pool.key.path}: shape {tuple(value.shape)}, expected {shape}")
+                    raise ValueError(f"{pool.key.path}: has shape {tuple(value.shape)}, expected {shape}")
                 pool.part(slot, shape).copy_(value)
         if self._trained:
             names = {p: name for name, p in self.model[0].named_parameters()}

@@ -74,9 +74,7 @@ class SharedWeights(nn.Module):
         try:
             return self._banks[site.name, structure, nth]
         except KeyError:
-            raise ValueError(
-                f"the supernet's space has no {structure[0]!r} of this structure at {site.name!r}"
-            ) from None
+            raise ValueError(f"the supernet has no {structure[0]!r} of this structure at {site.name!r}") from None
 
     def trainable(self) -> Iterator[tuple[nn.Parameter, bool]]:
         """Yield every tensor [M, ...] and whether weight decay applies to it."""

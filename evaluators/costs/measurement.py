@@ -60,7 +60,7 @@ def measure(attachment: Attachment, task: Task, batch: Batch, metrics: frozenset
     """
     unknown = sorted(name for name in metrics if name not in _METHODS)
     if unknown:
-        raise ValueError(f"not a measured metric: {', '.join(unknown)}; known: {', '.join(_METHODS)}")
+        raise ValueError(f"unknown measured cost: {', '.join(unknown)}; known: {', '.join(_METHODS)}")
     bench = _Bench(attachment, task, batch)
     with _restored(attachment):
         found = {name: method(bench) for name, method in _METHODS.items() if name in metrics}

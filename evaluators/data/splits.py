@@ -106,7 +106,7 @@ def _unseen(
 def _too_few(data: DataConfig, labels: Sequence[str], domains: Sequence[str]) -> Iterator[str]:
     if data.max_train_rows is not None and data.max_train_rows < len(labels) + len(domains):
         named = [f"{len(values)} {what}" for values, what in ((labels, "labels"), (domains, "domains")) if values]
-        yield f"max_train_rows {data.max_train_rows} is less than one row for each of the {' and '.join(named)}"
+        yield f"data.max_train_rows: {data.max_train_rows} is too small: each of the {' and '.join(named)} needs a row"
 
 
 def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[Row]:
@@ -179,7 +179,7 @@ def _csv(lines: Iterable[str]) -> PlacedRows:
     end = 1  # last line of the previous row; a row may take several lines
     try:
         for row in reader:
-            yield f":{end + 1}", "more values than the header has names" if None in row else row
+            yield f":{end + 1}", "has more values than the header has columns" if None in row else row
             end = reader.line_num
     except csv.Error as error:
         yield f":{end + 1}", f"not valid CSV: {error}"

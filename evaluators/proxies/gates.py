@@ -229,13 +229,13 @@ class Gates(Proxy):
             adapter = ADAPTERS[choice.kind]
             if adapter.apply is AdapterSpec.apply and adapter.apply_input is AdapterSpec.apply_input:
                 reason = f"{choice.kind!r} changes neither the input nor the output of a module"
-                raise ValueError(f"gates do not support the adapter {name!r}: {reason}")
+                raise ValueError(f"the score `gates` does not support the adapter {name!r}: {reason}")
             if "experts" in choice.fields:
-                raise ValueError(f"gates do not support the adapter {name!r}: it is a mixture of experts")
+                raise ValueError(f"the score `gates` does not support the adapter {name!r}: it is a mixture of experts")
         for key, pool in self.weights.pools.items():
             if pool.trainable:
                 reason = "its sites share trainable parameters, so its size is not a sum over sites"
-                raise ValueError(f"gates do not support adapters of type {key.kind!r}: {reason}")
+                raise ValueError(f"the score `gates` does not support adapters of type {key.kind!r}: {reason}")
         self.decisions = dict(decisions_of(space, evaluator.device))
 
     def attach(self) -> GatedAttachment:

@@ -38,7 +38,7 @@ class CausalLM(TextTask):
             yield ("model", "id"), "the embedded model is an encoder: set model.id to a causal language model"
         for name in ("text_pair", "labels"):
             if getattr(data, name) is not None:
-                yield ("data", name), "is only for classification"
+                yield ("data", name), "can be set only for classification"
 
     @override
     @classmethod
@@ -83,7 +83,7 @@ class CausalLM(TextTask):
         labels = [*[IGNORED] * num_prompt, *completion][: self.max_length]
         if all(label == IGNORED for label in labels[1:]):  # no token precedes the first one
             raise DataError(
-                [f"max_length {self.max_length} is too short: no token is left to predict in the row {row!r:.80}"]
+                [f"data.max_length: {self.max_length} is too short: no token is left to predict in the row {row!r:.80}"]
             )
         return {"input_ids": [*prompt, *completion][: self.max_length], "labels": labels, **self.domain(row)}
 
@@ -110,12 +110,15 @@ class CausalLM(TextTask):
         The template supplies all special tokens, also at the end.
         """
         if self.tokenizer.chat_template is None:
-            raise DataError(["rows with 'messages' need a chat template, and the model's tokenizer has none"])
+            raise DataError(["rows with 'messages' need a chat template, but the model's tokenizer has none"])
         prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
         if not whole.startswith(prompt):
             raise DataError(
-                ["the model's chat template changes the text before the last message, so it cannot be split off"]
+                [
+                    "the model's chat template changes the text before the last message, so the answer cannot be cut"
+                    " off: use rows with a prompt and a completion"
+                ]
             )
         prompt_ids, completion_ids = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt) :])

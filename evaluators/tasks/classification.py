@@ -61,7 +61,11 @@ class Classification(TextTask):
     @override
     @classmethod
     def label_problem(cls, labels: Sequence[str]) -> str | None:
-        return f"all rows have the label {labels[0]!r}: classification needs at least two" if len(labels) < 2 else None
+        return (
+            f"all rows have the label {labels[0]!r}: classification needs at least two labels"
+            if len(labels) < 2
+            else None
+        )
 
     @override
     @classmethod
@@ -158,7 +162,7 @@ class MultiLabel(Classification):
     @override
     @classmethod
     def label_problem(cls, labels: Sequence[str]) -> str | None:
-        return None if labels else "no row has a label: multi-label classification needs at least one"
+        return None if labels else "no row has a label: multi-label classification needs at least one label"
 
     @override
     @classmethod

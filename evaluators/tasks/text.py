@@ -57,12 +57,14 @@ class TextTask(Task):
             raise DataError(["a row has no tokens: its characters are not in the vocabulary of the model's tokenizer"])
         longest, limit = max(lengths), max_tokens(model)
         if longest > limit:
-            raise DataError([f"max_length: a row has {longest} tokens, and the model takes at most {limit}"])
+            raise DataError(
+                [f"data.max_length: a row has {longest} tokens; set at most {limit}, the limit of the model"]
+            )
         num_embeddings = model.get_input_embeddings().num_embeddings
         ids = (token for example in examples for token in example["input_ids"])
         if max(self.tokenizer.pad_token_id, max(ids)) >= num_embeddings:
             raise DataError(
-                [f"the tokenizer does not match: it has token ids beyond the model's {num_embeddings} embeddings"]
+                [f"the tokenizer does not fit: it has token ids beyond the model's {num_embeddings} embeddings"]
             )
         types = max((max(example["token_type_ids"]) for example in examples if "token_type_ids" in example), default=0)
         # Without a count (or with 0), a model that takes types has no embeddings for them, so none can be missing.

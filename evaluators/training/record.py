@@ -97,7 +97,7 @@ def failure(request: Request, error: Exception) -> Outcome:
 def finite(columns: Columns) -> Columns:
     """Return the columns unchanged. Raises TrainingFailedError for a loss that is not finite."""
     if not all(map(math.isfinite, columns["loss"])):
-        raise TrainingFailedError("the held-out loss is not a number")
+        raise TrainingFailedError("the held-out loss is not finite")
     return columns
 
 

@@ -38,7 +38,7 @@ class TrainEvaluator(TrainingEvaluator):
     ) -> list[Outcome]:
         if select is not None:
             raise ValueError(
-                f"the {self.name!r} evaluator supports no selection: it trains one candidate after the other"
+                f"the {self.name!r} evaluator cannot select at rungs: it trains one candidate after the other"
             )
         total = sum(self.num_steps(request) for request in requests)
         done = 0

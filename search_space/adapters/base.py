@@ -192,7 +192,7 @@ class AdapterSpec(ABC):
         gates: [K, M, E], x: [K, M, D_in], y: [K, M, D_out]. Returns [K, M, D_out]. Each tensor of `p` has the shape
         [K, E, ...]. For types without this method, every expert runs on every token (`mixing.one_by_one`).
         """
-        raise TypeError(f"adapters of kind {self.kind!r} are mixed one by one")
+        raise TypeError(f"adapters of kind {self.kind!r} do not implement `mix`")
 
     def mix_linear(
         self,
@@ -209,14 +209,14 @@ class AdapterSpec(ABC):
         gates: [S, M, E], x: [K, M, D_in], weight: [D_out, D_in], bias: [D_out], slots: [S]. Returns [K, M, D_out]. This
         method is not called in a step with dropout.
         """
-        raise TypeError(f"adapters of kind {self.kind!r} do not run with a linear")
+        raise TypeError(f"adapters of kind {self.kind!r} do not implement `mix_linear`")
 
     def extend_attention(self, p: Values, call: Call) -> tuple[Tensor, Tensor]:
         """Return L additional keys and values that every query attends to.
 
         Returns keys and values, each [K, L, D_kv]. Types without this method add none.
         """
-        raise TypeError(f"an adapter of kind {self.kind!r} does not extend attention")
+        raise TypeError(f"adapters of kind {self.kind!r} do not implement `extend_attention`")
 
     def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias of a module with the adapter of one slot folded in.

@@ -108,21 +108,24 @@ def read(folder: str) -> Given:
                 else:
                     others.append(key)
     except (OSError, ValueError, SafetensorError) as error:
-        raise GivenError(f"{folder}: cannot be read as an adapter of peft: {error}") from None
+        raise GivenError(f"{folder}: is not a readable peft adapter: {error}") from None
     if config.get("peft_type") != "LORA":
-        raise GivenError(f"{folder}: peft_type {config.get('peft_type')!r}; only LoRAs can be given")
+        raise GivenError(
+            f"{folder}: has peft_type {config.get('peft_type')!r}, but only LoRAs can be pretrained experts"
+        )
     more = [name for name in _OTHERS if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
     if more:
-        raise GivenError(f"{folder}: {', '.join(f'{name}: {config[name]}' for name in more)}: more than a plain LoRA")
+        own = ", ".join(f"{name}: {config[name]}" for name in more)
+        raise GivenError(f"{folder}: pretrained experts must be plain LoRAs, without {own}")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_TAKING):
         raise GivenError(
-            f"{folder}: init_lora_weights: {start}: this LoRA fits the model without the part that this initialisation "
-            "subtracts; save it with path_initial_model_for_weight_conversion"
+            f"{folder}: init_lora_weights: {start} changes the weights of the model, so this LoRA does not "
+            "fit the original model; save it with path_initial_model_for_weight_conversion"
         )
     shapes = {module: (*own["A"], own["B"][0]) for module, own in found.items() if len(own) == 2}
     if not shapes:
-        raise GivenError(f"{folder}: there is no LoRA in {WEIGHTS}")
+        raise GivenError(f"{folder}: {WEIGHTS} has no LoRA weights")
     return Given(path, config, shapes, names, tuple(others))  # type: ignore[arg-type]
 
 
@@ -135,7 +138,9 @@ def sites_of(folders: Sequence[str], backbone: Backbone) -> list[Site]:
     found = [site for site in backbone.sites if site.role in LINEAR_ROLES and any(one.at(site) for one in library)]
     for one in library if found else ():
         if beyond := one.beyond(backbone):
-            raise GivenError(f"{one.folder}: {', '.join(beyond[:4])}: no linear of this model for an expert")
+            raise GivenError(
+                f"{one.folder}: has weights that belong to no linear layer of this model: {', '.join(beyond[:4])}"
+            )
     return found
 
 
@@ -158,7 +163,8 @@ def stacked(folders: Sequence[str], site: Site, name: str, rank: int) -> Tensor:
         own, inner, outer = one.shapes[path]
         if (inner, outer) != (site.in_features, site.out_features) or own > rank:
             raise GivenError(
-                f"{folder}: {path} is {inner} to {outer}, {site.name} {site.in_features} to {site.out_features}"
+                f"{folder}: {path} has {inner} input and {outer} output features and rank {own}; {site.name} has"
+                f" {site.in_features} input and {site.out_features} output features, and the largest rank is {rank}"
             )
         with safe_open(one.folder / WEIGHTS, framework="pt") as tensors:
             tensor = tensors.get_tensor(one.keys[path, name]).float()

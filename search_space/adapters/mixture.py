@@ -81,7 +81,7 @@ class Mixture(AdapterSpec):
         check_at_least("heads", self.heads, 1)
         object.__setattr__(self, "given", tuple(self.given))  # a file has a list
         if self.given and (type(self.expert) is not Lora or len(self.given) != self.experts or self.shared_experts):
-            raise ValueError("given: the experts are LoRAs, one per folder, without shared experts")
+            raise ValueError("given: needs the kind lora, one expert per folder and no shared_experts")
         for problem in self.routed_by.problems(self):
             raise ValueError(problem)
         object.__setattr__(self, "ranks", tuple(self.ranks))
@@ -92,9 +92,11 @@ class Mixture(AdapterSpec):
 
     def _check_ranks(self) -> None:
         if type(self.expert) is not Lora or self.given or self.routed_by.mixes_parameters:
-            raise ValueError("ranks are for LoRAs that are trained and not mixed into one LoRA")
+            raise ValueError("ranks: need trained experts of kind lora, and a router that does not mix their matrices")
         if len(self.ranks) != self.num_experts_total:
-            raise ValueError(f"{len(self.ranks)} ranks for {self.num_experts_total} experts")
+            raise ValueError(
+                f"ranks: got {len(self.ranks)} values for {self.num_experts_total} routed and shared experts"
+            )
         for rank in self.ranks:
             check_at_least("ranks", rank, 1)
         if self.expert.rank != max(self.ranks):

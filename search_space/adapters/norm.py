@@ -62,4 +62,4 @@ def _normalised(norm: Any, x: Tensor) -> Tensor:
     if name.endswith("RMSNorm"):
         eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         return F.rms_norm(x, x.shape[-1:], eps=eps)
-    raise ValueError(f"the formula of {name} is not known: norm tuning knows LayerNorm and RMSNorm")
+    raise ValueError(f"norm tuning does not support {name}, only LayerNorm and RMSNorm")

@@ -56,7 +56,9 @@ class Prefix(AdapterSpec):
     @override
     def parameters(self, site: Site) -> dict[str, Parameter]:
         if site.num_key_value_heads is None or site.head_dim is None:
-            raise ValueError(f"a prefix needs the key and value heads, which are not known at {site.name!r}")
+            raise ValueError(
+                f"a prefix needs the number and size of the key and value heads, which are unknown at {site.name!r}"
+            )
         shape = (self.length, site.num_key_value_heads * site.head_dim)
         return {name: Parameter(shape=shape, init=self.init) for name in ("K", "V")}
 

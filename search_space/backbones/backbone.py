@@ -20,7 +20,7 @@ _INSTEAD = {
     "attn.q": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
     "attn.k": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
     "attn.v": ("attn.qkv", "its query, key and value are one linear: use attn.qkv"),
-    "attn.qkv": ("attn.q", "its query, key and value are separate linears: use attn.q, attn.k, attn.v"),
+    "attn.qkv": ("attn.q", "its query, key and value are separate linear layers: use attn.q, attn.k, attn.v"),
     "mlp.gate": ("mlp.up", "its mlp is not gated: use mlp.up"),
 }
 
@@ -138,7 +138,7 @@ class Backbone:
         if role_filter is not None:
             self.require(role_filter)
         if layer_filter is not None and (outside := layer_filter - set(range(self.num_layers))):
-            raise ValueError(f"no layers {sorted(outside)} in {self.id!r}: it has 0 to {self.num_layers - 1}")
+            raise ValueError(f"{self.id!r} has no layers {sorted(outside)}: its layers are 0 to {self.num_layers - 1}")
         return tuple(
             site
             for site in self.sites

@@ -35,7 +35,7 @@ _HEADS = ("pre_classifier", "classifier", "score", "qa_outputs")
 _ROOT_KEYS = ("layers", "embed", "head")
 
 _BY_HAND = """\
-Name its modules by hand, the linears by their path within a layer ("embed" and "head" may be named too):
+Name its modules by hand, linear layers by their path within a layer ("embed" and "head" are optional):
     describe(model, id=..., modules={{"layers": "{layers}", "attn.q": "attention.query",
                                      "attn.o": "attention.out", "mlp.up": "mlp.fc1", ...}})"""
 
@@ -176,13 +176,13 @@ def _match_all(layers: Sequence[_Layer]) -> list[dict[str, str]]:
             if role is None:
                 problems.append(f"{layer.path}.{path} has no known role")
             elif role in found:
-                problems.append(f"{layer.path} has two linears for {role}, {found[role]} and {path}")
+                problems.append(f"{layer.path} has two linear layers for {role}, {found[role]} and {path}")
             else:
                 found[role] = path
         needed = ("attn.qkv",) if "attn.qkv" in found else ("attn.q", "attn.k", "attn.v")
         missing = [role for role in (*needed, "attn.o", "mlp.up", "mlp.down") if role not in found]
         if missing:
-            problems.append(f"{layer.path} has no linear for {', '.join(missing)}")
+            problems.append(f"{layer.path} has no linear layer for {', '.join(missing)}")
         matched.append(found)
     if problems:
         raise UnknownBackboneError("; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else ""))
@@ -201,7 +201,7 @@ def _residual_width(layers: Sequence[_Layer], roles: Sequence[Mapping[str, str]]
             widths.setdefault(width, f"{layer.path}.{path} ({role})")
     if len(widths) > 1:
         seen = ", ".join(f"{width} at {where}" for width, where in widths.items())
-        raise UnknownBackboneError(f"the linears disagree on the hidden size: {seen}")
+        raise UnknownBackboneError(f"the linear layers have different hidden sizes: {seen}")
     return next(iter(widths))
 
 
@@ -340,17 +340,19 @@ def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: 
             problems.append(f"{key!r}: no {what} {by_hand[key]!r}{did_you_mean(by_hand[key], known)}")
     roles = [role for role in LINEAR_ROLES if role in by_hand]
     if roles and "layers" not in by_hand:
-        problems.append("'layers' is missing: the linears' paths are relative to a layer")
+        problems.append(
+            "'layers' is missing: it is the path of the list of layers, to which the paths of roles are relative"
+        )
     for role in roles:
         path, layers = by_hand[role], stacks.get(by_hand.get("layers", ""), ())
         absent = [layer for layer in layers if path not in layer.linears]
         if absent:
             problems.append(
-                f"{role!r}: no linear {path!r} in {len(absent)} of {len(layers)} layers, "
+                f"{role!r}: no linear layer {path!r} in {len(absent)} of {len(layers)} layers, "
                 f"first in {absent[0].path}{did_you_mean(path, absent[0].linears)}"
             )
     if problems:
-        raise UnknownBackboneError("modules named by hand do not fit:\n  " + "\n  ".join(problems))
+        raise UnknownBackboneError("the modules named by hand do not fit the model:\n  " + "\n  ".join(problems))
 
 
 def _not_found_message(model: Any, stacks: _Stacks, problem: str) -> str:
@@ -363,7 +365,7 @@ def _not_found_message(model: Any, stacks: _Stacks, problem: str) -> str:
     return "\n".join(
         [
             f"cannot find the adapter sites of {type(model).__name__}: {problem}.",
-            "Lists of layers found, with the linears of their first layer:",
+            "Lists of layers found, with the linear layers of their first member:",
             *(seen or ["    none"]),
             _BY_HAND.format(layers=next(iter(stacks), "encoder.blocks")),
         ]

@@ -48,7 +48,7 @@ class Own(OverSet):
     def declared(cls, name: str, place: str, maximise: bool = True) -> Own:
         """Return the metric without its function. Raises MetricError if `place` is not module:function."""
         if not _PLACE.fullmatch(place):
-            raise MetricError(f"{place!r} is not of the form module:function, such as my_module:my_score")
+            raise MetricError(f"{place!r} does not have the form module:function, such as my_module:my_score")
         return cls(name=name, summary=f"{place}, of targets and predictions", maximise=maximise, place=place)
 
     def loaded(self, folder: Path) -> Own:
@@ -58,8 +58,8 @@ class Own(OverSet):
         found = getattr(module, name, None)
         if not callable(found) and module_name == SESSION:
             raise MetricError(
-                f"the function {name} was defined in a notebook or a Python session and is not in this process:"
-                " define it again and go on from there with autopeft.Study, or put it into a module for a new study"
+                f"the function {name} was defined in a notebook or a Python session and does not exist in this process:"
+                " define it again and continue with autopeft.Study, or start a new study with the function in a module"
             )
         if not callable(found):
             known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -92,7 +92,7 @@ def place_of(function: Callable[[Any, Any], Any]) -> str:
     place = f"{module_name}:{name}"
     if not _PLACE.fullmatch(place) or getattr(sys.modules.get(str(module_name)), name, None) is not function:
         raise MetricError(
-            f"{function!r:.80} cannot be found again by a name: define it with def, outside of functions and classes"
+            f"{function!r:.80} cannot be imported by its name: define it with def, outside of functions and classes"
         )
     return place
 

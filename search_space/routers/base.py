@@ -80,7 +80,7 @@ class Router:
     def problems(self, mixture: RoutedSpec) -> Iterator[str]:
         """Yield the reasons why the router cannot serve a mixture with these fields at any site."""
         if self.mixes_parameters and mixture.expert.kind != "lora":
-            yield f"{self.name!r} mixes the parameters of LoRAs, not of a {mixture.expert.kind!r}"
+            yield f"router {self.name!r} mixes the matrices of LoRAs and does not support {mixture.expert.kind}"
         if not self.has_gates and mixture.shared_experts:
             yield f"router {self.name!r} does not support shared_experts"
 
@@ -163,7 +163,7 @@ class Router:
 
     def logits(self, mixture: RoutedSpec, p: Values, x: Tensor, call: Call) -> Tensor:
         """Return the logits z of the decisions. x: [K, M, D_in], in float32 at least. Returns [K, E, C]."""
-        raise TypeError(f"a router {self.name!r} has no logits")
+        raise TypeError(f"router {self.name!r} does not compute logits")
 
     def weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights that become gates, and the probabilities, which sum to 1 over the experts.

@@ -137,7 +137,7 @@ class Bank(nn.Module):
             raise ValueError(f"slots of one bank must have the same structure, not {[s.structure() for s in specs]}")
         for spec in specs:
             if site.role not in spec.roles or not spec.fits(site):
-                raise ValueError(f"an adapter of kind {spec.kind!r} cannot sit at {site.name!r}")
+                raise ValueError(f"an adapter of kind {spec.kind!r} cannot be attached at {site.name!r}")
         self.site = site
         self.specs = tuple(specs)
         self.base = (base,)  # in a tuple: the backbone's module must not become a child of the adapter
@@ -281,8 +281,8 @@ class Bank(nn.Module):
             if name not in values and name not in stored:
                 continue
             if own.shape != values[name].shape:
-                shapes = f"{tuple(values[name].shape)}, not {tuple(own.shape)}"
-                raise ValueError(f"{self.site.name} {name}: shape {shapes}")
+                shapes = f"{tuple(values[name].shape)}, expected {tuple(own.shape)}"
+                raise ValueError(f"{self.site.name} {name}: has shape {shapes}")
             own.copy_(values[name])
 
     @property

@@ -56,7 +56,7 @@ class Tokens:
             found = [self._gates[key][:, :experts] for key in zip(leaders, bank.slots_served, strict=True)]
         except KeyError as error:
             raise ValueError(
-                f"{bank.site.name}: no mixture at {error.args[0][0]!r} has run before it, which it follows"
+                f"{bank.site.name}: uses the gates of the mixture at {error.args[0][0]!r}, which has not run before it"
             ) from None
         return torch.stack([F.pad(gates, (0, experts - gates.shape[1])) for gates in found])
 
@@ -74,7 +74,9 @@ class Tokens:
     def domains_of(self, tasks: int) -> Tensor:
         """Return the domain of each text, [N]. Raises ValueError if they are unknown or not below `tasks`."""
         if self.domains is None:
-            raise ValueError("a router by task needs rows with a domain: say which column it is in (data.domain)")
+            raise ValueError("a router by task needs the domain of each row: set data.domain to the column that has it")
         if int(self.domains.max()) >= tasks:
-            raise ValueError(f"a router for {tasks} tasks does not know the domain {int(self.domains.max())}")
+            raise ValueError(
+                f"a router for {tasks} tasks cannot route a row of the domain with index {int(self.domains.max())}"
+            )
         return self.domains

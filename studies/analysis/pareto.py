@@ -90,7 +90,7 @@ def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
             margin = 0.1 * (np.ptp(column) or abs(column[0]) or 1.0)
             ends.append(column.max() + margin)
         else:
-            raise ValueError(f"{objective.name}: no reference is declared and no feasible trial is complete")
+            raise ValueError(f"{objective.name}: no reference value is set and no feasible trial is complete")
     return np.array(ends)
 
 

@@ -65,7 +65,7 @@ def _packages() -> Iterator[CheckResult]:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             if name == "triton":  # each kernel has an implementation in PyTorch
-                yield CheckResult("warn", name, "missing: PyTorch will run the kernels, more slowly")
+                yield CheckResult("warn", name, "missing: kernels run in PyTorch, which is slower")
             else:
                 yield CheckResult("fail", name, f"missing, required: {required}")
             continue

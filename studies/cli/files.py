@@ -51,7 +51,7 @@ def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
         raise ConfigurationError(f"--preset {preset}: unknown preset{did_you_mean(preset, templates)}")
     name = folder.resolve().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ConfigurationError(f"{name!r} cannot name a study: use letters, digits, - and _")
+        raise ConfigurationError(f"{name!r} is not a valid name for a study: use letters, digits, - and _")
     path = folder / "study.yaml"
     text = templates[preset].read_text(encoding="utf-8")
     try:

@@ -29,7 +29,7 @@ def numbers_of(option: str, text: str, least: int = 0) -> list[int]:
     words = names_of(text)
     if not words or not all(word.isdecimal() and int(word) >= least for word in words):
         raise ConfigurationError(
-            f"{option} {text}: needs whole numbers of at least {least}, such as {least + 1},{least + 2}"
+            f"{option} {text}: must be whole numbers of at least {least}, such as {least + 1},{least + 2}"
         )
     return [int(word) for word in words]
 

@@ -73,7 +73,7 @@ def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     if rungs != sorted(set(rungs)):
         yield ("search", "rungs"), "must be in ascending order, without repetitions"
     elif study.search.keep < 1.0 and not _packs(study):
-        yield ("search", "keep"), "needs evaluation.evaluator: packed, which trains candidates side by side"
+        yield ("search", "keep"), "needs evaluation.evaluator: packed, which trains the candidates of a batch together"
     elif study.search.keep < 1.0 and not rungs:
         yield ("search", "keep"), "needs search.rungs, the shares of the steps at which candidates are compared"
     elif rungs and rungs[-1] >= study.search.share:
@@ -108,7 +108,7 @@ def _proxy_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     elif proxy.filter is not None and not POLICIES[proxy.policy].draws:
         yield ("proxy", "filter"), f"has no effect: proxy.policy {proxy.policy} draws no random subnets to filter"
     if proxy.distil and not study.task_class.distils:
-        yield ("proxy", "distil"), "is only possible for classification with one label per row"
+        yield ("proxy", "distil"), "can be set only for classification with one label per row"
     if searcher in SEARCHERS and searcher not in plain and not _packs(study):
         yield ("search", "searcher"), f"{searcher} needs evaluation.evaluator: packed"
     if searcher == Proxied.name:
@@ -135,10 +135,13 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
                 yield ("objectives", i), f"{name} {_needs(metric, task)}"
             bound, best = objective.bound, metric.bound
             if bound is not None and best is not None and (bound > best if metric.maximise else bound < best):
-                yield ("objectives", i, "bound"), f"no candidate can reach it: the best possible {name} is {best:g}"
+                yield (
+                    ("objectives", i, "bound"),
+                    f"no candidate can reach {bound:g}: the best possible {name} is {best:g}",
+                )
     if all(name in METRICS and name not in QUALITIES for name in names):
         quality = " or ".join(_computable(task))
-        yield ("objectives",), f"one must be {quality}: if only costs count, no adapter at all is the best choice"
+        yield ("objectives",), f"must contain {quality}: if all objectives are costs, the best candidate has no adapter"
     for name, place in own.items():
         if name in METRICS:
             yield ("metrics", name), f"{name!r} is already a metric: choose another name"
@@ -178,9 +181,12 @@ def _data_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     for split in _SPLITS:
         name = getattr(study.data, split)
         if study.data.source == "files" and name is None:
-            yield ("data", split), "is missing: give a file"
+            yield ("data", split), "is missing: set it to a file (.jsonl, .csv or .parquet)"
         if study.data.source in _EMBEDDED and name is not None:
-            yield ("data", split), "the embedded data has its own; to use your files, set data.source to files"
+            yield (
+                ("data", split),
+                "cannot be set: the embedded data has this split; to use your files, set data.source to files",
+            )
     yield from study.task_class.problems(study.data_settings(), study.model.id)
 
 
@@ -192,7 +198,7 @@ def _name_problems(study: StudyFile) -> Iterator[PlacedProblem]:
             if name in _RESERVED:
                 yield ("space", section, name), f"{name!r} is a reserved name: choose another name"
     for name in space.one_of.keys() & space.adapters.keys():
-        yield ("space", "one_of", name), "an adapter also has this name"
+        yield ("space", "one_of", name), "an adapter also has this name: rename one of them"
     group_of: dict[str, str] = {}
     for name, group in space.one_of.items():
         for i, member in enumerate(group.members):
@@ -215,7 +221,7 @@ def _space_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         yield from error.problems
         return
     if not space.genes:
-        yield ("space",), "nothing to search: every field has a single value"
+        yield ("space",), "nothing to search: every field has a single value; give one a list or a range"
 
 
 def _model_with_everything(num_layers: int) -> Backbone:

@@ -133,7 +133,7 @@ def _given(
         problems.append(((*path, "given"), f"only kind lora can have pretrained experts, not {choice.kind}"))
         return choice
     problems += [
-        ((*path, key), "cannot be set: the LoRAs in `given` set it") for key in OF_GIVEN if key in choice.fields
+        ((*path, key), "cannot be set: the LoRAs in `given` determine it") for key in OF_GIVEN if key in choice.fields
     ]
     given = tuple(str((folder / Path(one).expanduser()).resolve()) for one in settings.given)
     try:
@@ -182,11 +182,11 @@ def domain(setting: Any, expected: type | None) -> Domain | Value:
     if isinstance(setting, Range):
         whole = isinstance(setting.low, int) and isinstance(setting.high, int)
         if expected in (bool, str) or (expected is int and not whole):
-            raise ValueError(f"must be {_WORDS[expected]}, not {'this' if whole else 'a'} range")
+            raise ValueError(f"must be {_WORDS[expected]}, got a range from {setting.low} to {setting.high}")
         if whole and expected is not float:
             return Int(low=int(setting.low), high=int(setting.high), step=setting.step or 1, log=setting.log)
         if setting.step is not None:
-            raise ValueError("step is only for whole numbers; list the values instead")
+            raise ValueError("step needs whole numbers: list the values instead")
         return Float(low=float(setting.low), high=float(setting.high), log=setting.log)
     if isinstance(setting, tuple):
         return Choice.of([_value(value, expected) for value in setting])

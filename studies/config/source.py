@@ -43,7 +43,7 @@ class Source:
         if isinstance(document, Mapping):
             self.data = _plain(document)
         elif document is not None:
-            self.problems.append(f"{name}:1 a study file must be a mapping of keys to values")
+            self.problems.append(f"{name}:1 the file must be a mapping of keys to values")
 
     def override(self, key: str, text: str, origin: str) -> None:
         """Set the value at a dotted `key`; `text` is YAML. Case and hyphens of names are ignored."""
@@ -65,13 +65,17 @@ class Source:
             except (IndexError, TypeError):
                 node = None
             if not isinstance(node, (dict, list)):
-                self.problems.append(f"{origin}: {'.'.join(map(str, path))} has no settings of its own")
+                self.problems.append(
+                    f"{origin}: {'.'.join(map(str, path))} is a single value, not a section with settings"
+                )
                 return
         step = _step(node, last)
         try:
             node[step] = value
         except (IndexError, TypeError):
-            self.problems.append(f"{origin}: no entry {last!r} in a list of {len(node)}")
+            self.problems.append(
+                f"{origin}: the list has no entry {last!r}: its {len(node)} entries are numbered from 0"
+            )
             return
         self._overrides[(*path, step)] = origin
 

@@ -39,7 +39,7 @@ def _baseline(space: SearchSpace, name: str) -> Assignment:
     """Return a baseline as a point of the space, with training settings in the middle of their ranges."""
     point = locate(space, Candidate(architecture=BASELINES[name](space.backbone)))
     if point is None:
-        raise SpaceError([((), f"the baseline {name!r} is not in this space: no genes give its architecture")])
+        raise SpaceError([((), f"the space does not contain the architecture of the baseline {name!r}")])
     return point
 
 
@@ -47,7 +47,7 @@ def _check_worth(space: SearchSpace, point: Assignment, limits: Limits) -> None:
     """Raise SpaceError for a point that the search would reject."""
     architecture = space.decode(point).architecture
     if not architecture:
-        raise SpaceError([((), "no adapter is on: that is the baseline `head`")])
+        raise SpaceError([((), "no adapter is on: the baseline `head` trains this configuration (baselines.names)")])
     rejection = limits.rejection(declared_costs(architecture, space.backbone))
     if rejection is not None:
         raise SpaceError([((), rejection[1])])
@@ -137,13 +137,16 @@ def _key_problems(
             declared = space.adapters[owner].fields
         if genes_of[key]:
             if key not in accepted:
-                yield key, f"{value!r} is not in this space: {_shown(declared.get(setting, genes_of[key][0].domain))}"
+                yield (
+                    key,
+                    f"{value!r} is not in this space; use {_shown(declared.get(setting, genes_of[key][0].domain))}",
+                )
         elif setting not in declared:
             settings = {gene.setting for gene in space.genes}
             names = settings | {gene.name for gene in space.genes}
             yield key, f"unknown gene or setting{did_you_mean(key, names) or did_you_mean(key, settings)}"
         elif declared[setting] != value:
-            yield key, f"is {declared[setting]!r} in this space, not {value!r}"
+            yield key, f"has the fixed value {declared[setting]!r} in this space, got {value!r}"
 
 
 def _shown(domain: Domain | Value) -> str:

@@ -63,7 +63,10 @@ def _named(entries: Any, section: str, problems: list[PlacedProblem]) -> Any:
             name = entry.name if isinstance(entry, OneOf) else getattr(entry, "kind", None)
             if not isinstance(name, str):
                 problems.append(
-                    (("space", section), f"must be a mapping of names to settings, or objects, got {entry!r:.60}")
+                    (
+                        ("space", section),
+                        f"must be a mapping of names to settings or a list of objects, got {entry!r:.60}",
+                    )
                 )
             elif name in found:
                 what = f"two entries have the name {name!r}: use a mapping with distinct names"
@@ -83,7 +86,7 @@ def _entry(name: str, entry: Any, path: tuple[str, ...], problems: list[PlacedPr
         return _adapter(name, entry, path, problems)
     if isinstance(entry, OneOf):
         if entry.name != name:
-            problems.append((path, f"the name of this group is {entry.name!r}: use it as the key"))
+            problems.append((path, f"the key must be the name of the group, {entry.name!r}"))
         return _changed(OneOfSettings, members=list(entry.members), per=entry.per, optional=entry.optional)
     if isinstance(entry, Mapping):
         kind = entry.get("kind", name)
@@ -95,9 +98,9 @@ def _entry(name: str, entry: Any, path: tuple[str, ...], problems: list[PlacedPr
 
 def _adapter(name: str, choice: AdapterChoice, path: tuple[str, ...], problems: list[PlacedProblem]) -> dict[str, Any]:
     if choice.sites is not None:
-        problems.append(((*path, "sites"), "is not possible in a study: use `at` and `layers`"))
+        problems.append(((*path, "sites"), "cannot be set in a study: use `at` and `layers`"))
     problems += [
-        ((*path, key), "is not a field of an adapter: pass it to AdapterChoice itself")
+        ((*path, key), "is not a field of an adapter: pass it as an argument of AdapterChoice")
         for key in choice.fields.keys() & {*_OWN}
     ]
     own = _changed(
@@ -158,7 +161,9 @@ def setting_of(value: Any, expected: type | None = None) -> Any:
     if read_back == value:
         return data
     if isinstance(value, Choice):
-        raise ValueError(f"in a study, numbers are ordered and words are not: use Choice.of({_listed(value.choices)})")
+        raise ValueError(
+            f"a study orders lists of numbers but not lists of words: use Choice.of({_listed(value.choices)})"
+        )
     raise ValueError(f"this field takes real numbers: use Float(low={value.low}, high={value.high})")
 
 

@@ -32,7 +32,7 @@ def export_trial(
     The default folder is inside the output folder. Raises ConfigurationError for an unknown target, and ExportError.
     """
     if target not in EXPORTERS:
-        raise ConfigurationError(f"{target}: unknown target{did_you_mean(target, EXPORTERS)}")
+        raise ConfigurationError(f"{target}: unknown format{did_you_mean(target, EXPORTERS)}")
     recipe = recipe_of(settings, ledger, snapshot, number)
     weights = weights_path(settings.output_folder, number)
     state = load_file(weights) if weights.is_file() else None

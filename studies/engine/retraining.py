@@ -57,7 +57,9 @@ def retrain(
         for what in ("labels", "domains"):  # outputs and routers identify them by their positions
             wanted, found = getattr(recipe, what), getattr(splits, what)
             if wanted is not None and found != wanted:
-                raise ConfigurationError(f"the data has the {what} {found}, but the recipe has {wanted}")
+                raise ConfigurationError(
+                    f"the data does not fit the recipe: it has the {what} {found}, the recipe has {wanted}"
+                )
         loaded = load_backbone(
             recipe.backbone.id,
             task=recipe.task,

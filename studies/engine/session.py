@@ -99,7 +99,9 @@ def packed_evaluator_for(settings: StudyFile, splits: Splits) -> PackedEvaluator
 
     evaluator = evaluator_for(settings, splits)
     if not isinstance(evaluator, PackedEvaluator):
-        raise ConfigurationError(f"evaluation.evaluator: must be packed here, got {settings.evaluation.evaluator}")
+        raise ConfigurationError(
+            f"evaluation.evaluator: must be packed for this command, got {settings.evaluation.evaluator}"
+        )
     return evaluator
 
 
@@ -133,7 +135,9 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigurationError(f"{settings.output_folder}: another process is working on this study") from None
+        raise ConfigurationError(
+            f"{settings.output_folder}: another process is running this study: wait until it ends"
+        ) from None
     try:
         ledger = Ledger.open(storage_url(settings), settings.study, fingerprint(settings)) if resume else None
         if ledger is None:
@@ -186,7 +190,7 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger
 def _check_folder(settings: StudyFile, resume: bool) -> None:
     folder = settings.output_folder
     if resume and not folder.is_dir():
-        raise ConfigurationError(f"{folder}: there is no study to resume; `autopeft run` starts it")
+        raise ConfigurationError(f"{folder}: has no study to resume; `autopeft run` starts one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
@@ -266,6 +270,6 @@ def prior_trials(settings: StudyFile, problem: Problem) -> tuple[Trial, ...]:
         if wanted <= measurement.values.keys():
             found.append(replace(trial, candidate=candidate, genes=genes, measurement=measurement))
     if not found:
-        what = f"{path}: none of its {len(trials)} complete trials is in this space and has a value of every objective"
+        what = f"{path}: none of its {len(trials)} complete trials is in this space with a value for every objective"
         raise StudyFileError([settings.render(PRIOR, what)])
     return tuple(found)

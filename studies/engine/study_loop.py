@@ -240,14 +240,18 @@ class StudyLoop:
         rejections = [(candidate, self._rejection(candidate)) for candidate in probes]
         if any(rejection is None for _, rejection in rejections):
             return
-        _, reason = min((o for c, o in rejections if o and c.architecture), default=(1.0, "all of them are empty"))
-        raise NoFeasibleCandidateError(f"no candidate meets the constraints; the closest of {PROBES} draws: {reason}")
+        _, reason = min((o for c, o in rejections if o and c.architecture), default=(1.0, "none has an adapter"))
+        raise NoFeasibleCandidateError(
+            f"no candidate meets the constraints; the closest of {PROBES} random candidates: {reason}"
+        )
 
     def _why_nothing(self) -> str:
         reasons = [t.error or "a value exceeds an objective's bound" for t in self.trials.values() if t.role == SEARCH]
         if not reasons and self._out_of_time():
-            limit = f"search.timeout_s, {self.plan.timeout_s:g} s,"
-            return f"{limit} ran out before a candidate was trained; baselines and scores take time, too"
+            limit = f"search.timeout_s ({self.plan.timeout_s:g} s)"
+            return (
+                f"{limit} is too short: it ran out before a candidate was trained; baselines and scores also take time"
+            )
         shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
         return f"none of {len(reasons)} candidates is feasible; reasons of the last ones:\n  {shown}"
 

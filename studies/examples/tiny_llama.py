@@ -163,7 +163,7 @@ def pretrained(words: PreTrainedTokenizerBase, num_steps: int, seed: int = 0) ->
 def write(folder: Path, num_steps: int = 600) -> None:
     """Write model, rows and study file. Raises FileExistsError if there is a study file already."""
     if (folder / "study.yaml").exists():
-        raise FileExistsError(f"{folder}: there is a study.yaml already")
+        raise FileExistsError(f"{folder}: already has a study.yaml")
     words = tokenizer()
     model = pretrained(words, num_steps)
     model.save_pretrained(folder / "model")

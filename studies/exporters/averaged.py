@@ -81,7 +81,9 @@ def obstacles(recipe: Recipe) -> list[str]:
         kind = spec.expert.kind
         several = [other.plain.kind for other in recipe.architecture[name]].count(Lora.kind) > 1
         if kind != Lora.kind:
-            reasons.append(f"{name} {spec.kind}: experts of type {kind} do not combine into one adapter, as LoRAs do")
+            reasons.append(
+                f"{name} {spec.kind}: experts of type {kind} cannot be combined into one adapter, only LoRAs"
+            )
         elif several:
             reasons.append(f"{name} {spec.kind}: would become a second LoRA on one module")
     return reasons

@@ -84,10 +84,10 @@ class Exporter(ABC):
         """
         fit = self.assess(recipe)
         if fit.level == "unsupported":
-            raise ExportError(_refusal(f"{self.name} cannot hold this recipe:", fit))
+            raise ExportError(_refusal(f"{self.name} does not support this recipe:", fit))
         if fit.level == "approximate" and not allow_lossy:
             raise ExportError(
-                _refusal(f"{self.name} would lose part of this recipe (--allow-lossy accepts that):", fit)
+                _refusal(f"{self.name} would lose part of this recipe (--allow-lossy exports the rest):", fit)
             )
         if self.needs_state:
             _check_state(recipe, state)
@@ -119,14 +119,14 @@ def _check_folder(folder: Path, force: bool) -> None:
     if not any(folder.iterdir()):
         return
     if not (folder / RECIPE_FILE).is_file():
-        raise ExportError(f"{folder}: is not empty, and not an earlier export")
+        raise ExportError(f"{folder}: is not empty and has no earlier export to replace: choose another folder")
     if not force:
         raise ExportError(f"{folder}: holds an earlier export (--force replaces it)")
 
 
 def _check_state(recipe: Recipe, state: State | None) -> None:
     if state is None:
-        raise ExportError("there are no trained weights of this recipe: train it first (`autopeft train`)")
+        raise ExportError("the recipe has no trained weights: train it first (`autopeft train`)")
     shapes: dict[str, tuple[int, ...] | None] = {}
     seen: Counter[str] = Counter()
     for name, spec in (*recipe.adapters, *((site.name, Head()) for site in recipe.head_sites)):
@@ -148,8 +148,8 @@ def _check_state(recipe: Recipe, state: State | None) -> None:
         if name.startswith(_BACKBONE_PREFIX):
             continue
         if name not in shapes:
-            problems.append(f"{name}: the recipe has no such tensor")
+            problems.append(f"{name}: is not a tensor of this recipe")
         elif shapes[name] not in (None, tuple(tensor.shape)):
-            problems.append(f"{name}: has shape {tuple(tensor.shape)}, not {shapes[name]}")
+            problems.append(f"{name}: has shape {tuple(tensor.shape)}, expected {shapes[name]}")
     if problems:
         raise ExportError("\n  ".join(("the weights do not belong to this recipe:", *problems)))

@@ -38,7 +38,7 @@ class Merged(AveragingExporter):
             if not spec.mergeable:
                 reasons.append(f"{name} {spec.kind}: cannot be merged into the weights")
             elif _adds_bias(spec, site):
-                reasons.append(f"{name} {spec.kind}: needs a bias, and the plain {recipe.backbone.family} has none")
+                reasons.append(f"{name} {spec.kind}: needs a bias, but this layer of {recipe.backbone.family} has none")
         if reasons:
             return unsupported(*reasons)
         if recipe.backbone.dtype != "float32" and recipe.adapters:
@@ -72,7 +72,7 @@ def _check_equal(adapted: Tensor, merged: Tensor, recipe: Recipe) -> None:
     largest = (adapted - merged).abs().max().item()
     allowed = _ROUNDING[recipe.backbone.dtype] * (1.0 + adapted.abs().max().item())
     if not largest <= allowed:
-        raise ExportError(f"the merged model differs from the adapted one: its logits are off by {largest:.2g}")
+        raise ExportError(f"the merged model differs from the adapted one: their logits differ by {largest:.2g}")
 
 
 def _adds_bias(spec: AdapterSpec, site: Site) -> bool:

@@ -76,7 +76,7 @@ def plan(recipe: Recipe) -> PeftPlan:
 
 def _obstacles(placed: Placed) -> list[str]:
     if not placed:
-        return ["no adapters: the task head alone was trained"]
+        return ["the recipe has no adapters: only the task head was trained"]
     reasons = [
         f"{site.name} {spec.kind}: {_NOT_IN_PEFT.get(spec.kind, 'peft has no such adapter')}"
         for site, spec in placed
@@ -88,13 +88,15 @@ def _obstacles(placed: Placed) -> list[str]:
     seen: set[str] = set()
     for site, spec in placed:
         if spec.kind != majority:
-            reasons.append(f"{site.name} {spec.kind}: one file holds one adapter type, here {majority}")
+            reasons.append(f"{site.name} {spec.kind}: peft supports one adapter type per file, here {majority}")
         elif site.module in seen:
-            reasons.append(f"{site.name} {spec.kind}: a second adapter on one module")
+            reasons.append(f"{site.name} {spec.kind}: peft supports one adapter per module, this is the second")
         seen.add(site.module)
     keys = {spec.projection_key for _, spec in placed if isinstance(spec, Vera)}
     if len(keys) > 1:
-        reasons.append(f"{placed[0][0].name} vera: one file holds one pair of projections, here there are {len(keys)}")
+        reasons.append(
+            f"{placed[0][0].name} vera: peft supports one pair of projections per file, here there are {len(keys)}"
+        )
     return reasons
 
 
@@ -106,7 +108,7 @@ def _shira_obstacles(placed: Placed, family: str) -> list[str]:
         ]
     ranks = [spec.rank for _, spec in sparse]
     return [
-        f"{site.name} shira: rank {spec.rank}, but peft has one rank for all, here {_most_common(ranks)}"
+        f"{site.name} shira: rank {spec.rank}, but peft supports one rank for all, here {_most_common(ranks)}"
         for site, spec in sparse
         if spec.rank != _most_common(ranks)
     ]
@@ -148,7 +150,7 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     init = _most_common(spec.init for _, spec in loras)
     lost = _lost_values(placed, {"dropout": dropout, "init": init})
     if init not in _LORA_INITS:
-        lost += [f"{site.name} {spec.kind}: peft has no init {init!r} (affects training alone)" for site, spec in loras]
+        lost += [f"{site.name} {spec.kind}: peft has no init {init!r} (affects only training)" for site, spec in loras]
     arguments = {
         "r": rank,
         "lora_alpha": alpha,
@@ -166,7 +168,7 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
 def _lost_values(placed: Placed, common: Mapping[str, Any]) -> list[str]:
     """Return a line for each field of a site that differs from the `common` value, which peft gets."""
     return [
-        f"{site.name} {spec.kind}: {name} {own} becomes {value}, one for all sites (affects training alone)"
+        f"{site.name} {spec.kind}: {name} {own} becomes {value}, one for all sites (affects only training)"
         for site, spec in placed
         for name, value in common.items()
         if (own := getattr(spec, name)) != value
@@ -191,7 +193,7 @@ def _vera(placed: Placed) -> tuple[dict[str, Any], list[str]]:
 def _shira(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     shiras = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
     lost = [
-        f"{site.name} shira: scale {spec.scale} becomes part of the values (affects training alone)"
+        f"{site.name} shira: scale {spec.scale} becomes part of the values (affects only training)"
         for site, spec in shiras
         if spec.scale != 1.0
     ]

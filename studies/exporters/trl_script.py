@@ -234,7 +234,9 @@ class TrlScript(Exporter):
             return fit
         lost = [*fit.lost, *decayed_vectors(recipe)]
         if recipe.data.max_train_rows is not None:
-            lost.append(f"data max_train_rows: the first {recipe.data.max_train_rows} rows, not the study's selection")
+            lost.append(
+                f"data max_train_rows: the first {recipe.data.max_train_rows} rows instead of the study's random subset"
+            )
         return approximate(*lost)
 
     @override

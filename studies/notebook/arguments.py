@@ -144,7 +144,7 @@ def _data(data: Any, problems: list[PlacedProblem]) -> tuple[Any, Tables]:
         if data.get("source", "files") != "files":
             problems.append((("data", "source"), "cannot be combined with tables: leave it out"))
         if "validation" not in data:
-            problems.append((("data", "validation"), "is missing: candidates are compared on these rows"))
+            problems.append((("data", "validation"), "is missing: pass the rows on which candidates are compared"))
         tables, names = tables_of(given, problems, hold_out="test" not in data)
         return {"source": "files", **data, **names}, tables
     if is_table(data):

@@ -146,7 +146,7 @@ class Result:
             if member.trial == number:
                 return member
         raise UserError(
-            f"{choice}: another learning rate of this baseline was better, and only that trial is in `candidates`"
+            f"{choice}: `candidates` has only the trial with the best learning rate of this baseline; choose that one"
         )
 
     def to_pandas(self) -> DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from operator import ge, gt, le, lt
 
+from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 
@@ -19,12 +20,14 @@ def pick(snapshot: Snapshot, choice: str) -> int:
     NoFeasibleCandidateError if no member of the front qualifies.
     """
     rows = [row for row in snapshot.rows() if row.on_front]
+    if not (rows or choice.startswith("trial:")):
+        raise NoFeasibleCandidateError(f"--pick {choice}: the front has no member yet")
     quality = snapshot.objectives_by_name[snapshot.quality]
     if choice.startswith("trial:"):
         number = choice.removeprefix("trial:")
         complete = [entry.trial.number for entry in snapshot.entries()]
         if not number.isdigit() or int(number) not in complete:
-            raise ConfigurationError(f"{choice}: no complete trial has that number; {_shown(complete)}")
+            raise ConfigurationError(f"--pick {choice}: no complete trial has this number; {_shown(complete)}")
         return int(number)
     if choice == "recommended":
         rows = [row for row in rows if row.recommended]
@@ -36,10 +39,12 @@ def pick(snapshot: Snapshot, choice: str) -> int:
             )
         name, sign, number = condition.groups()
         if any(name not in row.values for row in rows):
-            raise ConfigurationError(f"--pick {choice}: {name} was not measured in this study")
+            raise ConfigurationError(
+                f"--pick {choice}: {name} was not measured in this study{did_you_mean(name, rows[0].values)}"
+            )
         rows = [row for row in rows if _COMPARE[sign](row.values[name], float(number))]
     if not rows:
-        raise NoFeasibleCandidateError(f"--pick {choice}: no member of the front qualifies")
+        raise NoFeasibleCandidateError(f"--pick {choice}: no member of the front meets this condition")
     return min(rows, key=lambda row: quality.loss(row.values[quality.name])).trial
 
 

@@ -87,7 +87,7 @@ def test_what_is_in_the_file_is_reported_and_not_run_again(results: Path, capsys
 @pytest.mark.parametrize("seeds", ["", "1,x", "-1", "1.5"])
 def test_seeds_that_are_none(seeds: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoked("--seeds", seeds, "--results", results) == 2
-    assert "needs whole numbers of at least 0" in capsys.readouterr().err
+    assert "must be whole numbers of at least 0" in capsys.readouterr().err
 
 
 def test_the_shipped_results_are_those_of_the_shipped_study() -> None:

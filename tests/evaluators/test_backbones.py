@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     for name, change in {"deep": {"num_hidden_layers": 3}, "wide": {"intermediate_size": 44}}.items():
         shutil.copytree(folder, tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(config | change))
-        refused(tmp_path / name, "the checkpoint lacks weights", "bert.encoder.layer", describing=False)
+        refused(tmp_path / name, "the checkpoint lacks these weights", "bert.encoder.layer", describing=False)
 
 
 # Descriptions

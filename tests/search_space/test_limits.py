@@ -91,5 +91,5 @@ def test_measurements_survive_json() -> None:
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, math.nan])
 def test_a_share_of_the_training(share: float) -> None:
-    with pytest.raises(ValueError, match="share must lie in"):
+    with pytest.raises(ValueError, match="share must be in"):
         Fidelity(share=share)

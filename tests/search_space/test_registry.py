@@ -66,7 +66,7 @@ def test_a_broken_plugin_is_named_and_left_out(tmp_path: Path, monkeypatch: pyte
     assert registry["mine"].kind == "mine"
     messages = sorted(str(warning.message) for warning in said)
     assert len(messages) == 4
-    assert all("of plugged is left out" in message for message in messages)
+    assert all("of plugged could not be loaded" in message for message in messages)
     for message, what in zip(
         messages, ("No module", "already", "not a subclass of AdapterSpec", "'other'"), strict=True
     ):

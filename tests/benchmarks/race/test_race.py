@@ -357,7 +357,7 @@ def test_noise_without_repeats_is_that_of_the_examples(grown: Path) -> None:
 
 def test_too_few_rows(tmp_path: Path) -> None:
     with pytest.raises(
-        surrogate.NoTableError, match=r"has 0 candidates, too few to learn from: `python -m .* tabulate`"
+        surrogate.NoTableError, match=r"has 0 candidates, but a surrogate needs \d+: `python -m .* tabulate`"
     ):
         surrogate.tabulated(tmp_path / "none.csv")
 
@@ -480,4 +480,4 @@ def test_tabulate_command(run: Callable[..., tuple[int, str, str]], tmp_path: Pa
         assert {line["seed"] for line in csv.DictReader(file)} == {"0", "1", "2"}
     code, _, err = run(*asked, "--seed", 1)
     assert code == 2
-    assert "made from other inputs" in err
+    assert "made with other inputs" in err

@@ -417,7 +417,7 @@ def test_it_routes_between_loras_that_are_given() -> None:
         SearchSpace(backbone=backbone, adapters={"lora": choice})
     own = {"experts": 2, "router": "xlora"}
     choice = AdapterChoice(kind="lora", fields=own, given=given.given, router_per="layer")
-    with pytest.raises(SpaceError, match="no other site can follow"):
+    with pytest.raises(SpaceError, match="has separate parameters for each site"):
         SearchSpace(backbone=backbone, adapters={"library": choice})
 
 

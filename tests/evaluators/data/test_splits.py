@@ -64,18 +64,18 @@ def test_embedded_rows():
         ("", "train.jsonl: the train split is empty"),
         ("\n  \n", "train.jsonl: the train split is empty"),
         ('{"text": "x", "label": "a"}\n{"label": "b"}\n',
-         "train.jsonl:2: no field 'text'; this row has 'label'"),
-        ('{"text": "x"}\n', "train.jsonl:1: no field 'label'; this row has 'text'"),
-        ('\n{"text": null, "label": "a"}\n', "train.jsonl:2: no field 'text'; this row has 'label'"),
-        ("{}\n", "train.jsonl:1: no field 'text'; this row has none"),
+         "train.jsonl:2: field 'text' is missing or empty; this row has 'label'"),
+        ('{"text": "x"}\n', "train.jsonl:1: field 'label' is missing or empty; this row has 'text'"),
+        ('\n{"text": null, "label": "a"}\n', "train.jsonl:2: field 'text' is missing or empty; this row has 'label'"),
+        ("{}\n", "train.jsonl:1: field 'text' is missing or empty; this row has none"),
         ('{"text": "x", "label": "a"}\n{"text": "y", \n', "train.jsonl:2: not valid JSON: "),
         ("[1, 2]\n", "train.jsonl:1: not a JSON object"),
         ('"words"\n', "train.jsonl:1: not a JSON object"),
-        ('{"text": 5, "label": "a"}\n', "train.jsonl:1: field 'text' is not a text: 5"),
-        ('{"text": "  ", "label": "a"}\n', "train.jsonl:1: field 'text' is not a text: '  '"),
-        ('{"text": "x", "label": ["a"]}\n', "train.jsonl:1: field 'label' is not a label: ['a']"),
-        ('{"text": "x", "label": NaN}\n', "train.jsonl:1: field 'label' is not a label: nan"),
-        ('{"text": "x", "label": " "}\n', "train.jsonl:1: field 'label' is not a label: ' '"),
+        ('{"text": 5, "label": "a"}\n', "train.jsonl:1: field 'text' must be a non-empty text, got 5"),
+        ('{"text": "  ", "label": "a"}\n', "train.jsonl:1: field 'text' must be a non-empty text, got '  '"),
+        ('{"text": "x", "label": ["a"]}\n', "train.jsonl:1: field 'label' must be a label"),
+        ('{"text": "x", "label": NaN}\n', "train.jsonl:1: field 'label' must be a label"),
+        ('{"text": "x", "label": " "}\n', "train.jsonl:1: field 'label' must be a label"),
     ],
 )  # fmt: skip
 def test_bad_training_file(folder, content, expected):
@@ -103,10 +103,10 @@ def test_all_problems_come_at_once(folder):
     (folder / "validation.jsonl").unlink()
     jsonl(folder / "test.jsonl", [{"text": "x", "label": "zebra"}, {"label": "a"}])
     assert problems(folder) == [
-        *(f"train.jsonl:{i}: no field 'label'; this row has 'text'" for i in range(1, 6)),
+        *(f"train.jsonl:{i}: field 'label' is missing or empty; this row has 'text'" for i in range(1, 6)),
         "train.jsonl: 2 more rows with problems",
         "validation.jsonl: no such file",
-        "test.jsonl:2: no field 'text'; this row has 'label'",
+        "test.jsonl:2: field 'text' is missing or empty; this row has 'label'",
     ]
 
 
@@ -129,8 +129,8 @@ def test_pairs(folder):
     assert splits.warnings == ("1 input occurs in both train and test: the scores will be too optimistic",), "as a pair"
     jsonl(folder / "test.jsonl", [{"text": "x", "label": "a"}, {"text": "x", "other": " ", "label": "a"}])
     assert problems(folder, text_pair="other") == [
-        "test.jsonl:1: no field 'other'; this row has 'text', 'label'",
-        "test.jsonl:2: field 'other' is not a text: ' '",
+        "test.jsonl:1: field 'other' is missing or empty; this row has 'text', 'label'",
+        "test.jsonl:2: field 'other' must be a non-empty text, got ' '",
     ]
 
 
@@ -153,15 +153,15 @@ def test_several_labels(folder):
     wrong = [{"tags": "a"}, {"tags": None}, {"tags": ["a", " "]}, {"tags": [["a"]]}]
     jsonl(folder / "validation.jsonl", [{"text": "x", **row} for row in wrong])
     assert problems(folder, labels="tags") == [
-        "validation.jsonl:1: field 'tags' is not a list of labels: 'a'",
-        "validation.jsonl:2: no field 'tags'; this row has 'text'",
-        "validation.jsonl:3: field 'tags' has an entry that is not a label: ['a', ' ']",
-        "validation.jsonl:4: field 'tags' has an entry that is not a label: [['a']]",
+        "validation.jsonl:1: field 'tags' must be a list of labels, got 'a'",
+        "validation.jsonl:2: field 'tags' is missing or empty; this row has 'text'",
+        "validation.jsonl:3: field 'tags' must be a list of labels (texts or whole numbers), got ['a', ' ']",
+        "validation.jsonl:4: field 'tags' must be a list of labels (texts or whole numbers), got [['a']]",
     ]
     for file in FILES.values():
         jsonl(folder / file, [{"text": file, "tags": []}])
     assert problems(folder, labels="tags") == [
-        "train.jsonl: no row has a label: multi-label classification needs at least one"
+        "train.jsonl: no row has a label: multi-label classification needs at least one label"
     ]
 
 
@@ -180,7 +180,7 @@ def test_several_labels_of_the_hub(monkeypatch):
 def test_one_label_only(folder):
     for file in FILES.values():
         jsonl(folder / file, [{"text": "x", "label": "a"}])
-    assert problems(folder) == ["train.jsonl: all rows have the label 'a': classification needs at least two"]
+    assert problems(folder) == ["train.jsonl: all rows have the label 'a': classification needs at least two labels"]
 
 
 ODD = [
@@ -216,8 +216,8 @@ def test_every_format_gives_the_same_rows(folder, suffix):
 def test_lines_of_csv(folder):
     (folder / "train.csv").write_text('text,label\n"two\nlines",a\nx,\ny,b,c\nz,b\n')
     assert problems(folder, train="train.csv") == [
-        "train.csv:4: no field 'label'; this row has 'text'",
-        "train.csv:5: more values than the header has names",
+        "train.csv:4: field 'label' is missing or empty; this row has 'text'",
+        "train.csv:5: has more values than the header has columns",
     ]
     (folder / "train.csv").write_text("")
     assert problems(folder, train="train.csv") == ["train.csv: the train split is empty"]
@@ -232,7 +232,9 @@ def test_csv_with_a_byte_order_mark_and_long_texts(folder):
 
 def test_missing_values_do_not_change_numbers_of_parquet(folder):
     pandas.DataFrame({"text": ["x", "y", "z"], "label": [1, 2, None]}).to_parquet(folder / "train.parquet")
-    assert problems(folder, train="train.parquet") == ["train.parquet:3: no field 'label'; this row has 'text'"]
+    assert problems(folder, train="train.parquet") == [
+        "train.parquet:3: field 'label' is missing or empty; this row has 'text'"
+    ]
     for split in FILES:
         pandas.DataFrame({"text": ["x", "y"], "label": [1.0, 2.0]}).to_parquet(folder / f"{split}.parquet")
     assert load(folder, **{split: f"{split}.parquet" for split in FILES}).labels == ("1", "2")
@@ -262,7 +264,9 @@ def test_fewer_training_rows_keep_every_label(folder):
     assert max(counts.values()) <= 12
     assert len({row["label"] for row in load(folder, max_train_rows=8).train}) == 8
     assert load(folder, max_train_rows=10_000).train == rows
-    assert problems(folder, max_train_rows=7) == ["max_train_rows 7 is less than one row for each of the 8 labels"]
+    assert problems(folder, max_train_rows=7) == [
+        "data.max_train_rows: 7 is too small: each of the 8 labels needs a row"
+    ]
     # The others are whole.
     assert len(load(folder, max_train_rows=40).validation) == len(rows)
 
@@ -313,11 +317,11 @@ def test_domains_that_are_missing_or_none(mixed):
     jsonl(mixed / "train.jsonl", [row | {"source": value} for row, value in zip(MIXED, bad, strict=False)])
     jsonl(mixed / "test.jsonl", ROWS)
     assert problems(mixed, domain="source") == [
-        "train.jsonl:1: no field 'source'; this row has 'text', 'label'",
-        "train.jsonl:2: no field 'source'; this row has 'text', 'label'",
-        "train.jsonl:3: field 'source' is not a domain: ' '",
-        "train.jsonl:4: field 'source' is not a domain: ['news']",
-        *(f"test.jsonl:{i}: no field 'source'; this row has 'text', 'label'" for i in range(1, 6)),
+        "train.jsonl:1: field 'source' is missing or empty; this row has 'text', 'label'",
+        "train.jsonl:2: field 'source' is missing or empty; this row has 'text', 'label'",
+        "train.jsonl:3: field 'source' must be a domain (a text or a whole number), got ' '",
+        "train.jsonl:4: field 'source' must be a domain (a text or a whole number), got ['news']",
+        *(f"test.jsonl:{i}: field 'source' is missing or empty; this row has 'text', 'label'" for i in range(1, 6)),
         "test.jsonl: 1 more rows with problems",
     ]
 
@@ -339,11 +343,11 @@ def test_fewer_training_rows_keep_every_domain(mixed):
     assert len(found.domains) == len({row["domain"] for row in found.train}) == 6
     assert len({row["label"] for row in found.train}) == 2
     assert problems(mixed, domain="source", max_train_rows=7) == [
-        "max_train_rows 7 is less than one row for each of the 2 labels and 6 domains"
+        "data.max_train_rows: 7 is too small: each of the 2 labels and 6 domains needs a row"
     ]
     assert len({row["domain"] for row in load(mixed, "causal-lm", domain="source", max_train_rows=6).train}) == 6
     assert problems(mixed, "causal-lm", domain="source", max_train_rows=5) == [
-        "max_train_rows 5 is less than one row for each of the 6 domains"
+        "data.max_train_rows: 5 is too small: each of the 6 domains needs a row"
     ]
 
 
@@ -374,10 +378,10 @@ def test_causal_rows(folder):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "a"}, "no field 'completion'; this row has 'prompt'"),
-        ({"completion": "a", "text": "b"}, "no field 'prompt'"),
-        ({"prompt": "a", "completion": ""}, "no field 'completion'"),
-        ({"prompt": "a", "completion": 4}, "field 'completion' is not a text: 4"),
+        ({"prompt": "a"}, "field 'completion' is missing or empty; this row has 'prompt'"),
+        ({"completion": "a", "text": "b"}, "field 'prompt' is missing or empty"),
+        ({"prompt": "a", "completion": ""}, "field 'completion' is missing or empty"),
+        ({"prompt": "a", "completion": 4}, "field 'completion' must be a non-empty text, got 4"),
         (
             {"words": "a"},
             "a row needs the fields 'prompt' and 'completion', or 'messages', or 'text'; this row has 'words'",
@@ -439,7 +443,9 @@ def test_rows_of_the_hub(monkeypatch):
     settings = {"source": "org/data", "revision": "abc", "text": "sentence", "validation": "dev"}
     with pytest.raises(DataError) as error:
         load_splits(DataConfig(**settings), "classification")
-    assert error.value.problems == ("test[1]: no field 'label'; this row has 'sentence'",)  # -1: not told
+    assert error.value.problems == (
+        "test[1]: field 'label' is missing or empty; this row has 'sentence'",
+    )  # -1: not told
 
     splits = load_splits(DataConfig(**settings, test="other"), "classification")
     assert splits.train == [{"text": "train 0", "label": "good"}, {"text": "train 1", "label": "bad"}]
@@ -459,7 +465,7 @@ def test_named_domains_of_the_hub(monkeypatch):
     settings: dict[str, Any] = {"source": "org/data", "domain": "origin"}
     with pytest.raises(DataError) as error:
         load_splits(DataConfig(**settings), "classification")
-    assert error.value.problems == ("test[1]: no field 'origin'; this row has 'text', 'label'",)
+    assert error.value.problems == ("test[1]: field 'origin' is missing or empty; this row has 'text', 'label'",)
     splits = load_splits(DataConfig(**settings, test="other"), "classification")
     assert splits.train[0] == {"text": "train", "label": "bad", "domain": "b"}
     assert splits.domains == ("a", "b")

@@ -242,11 +242,11 @@ def test_bad_mixtures() -> None:
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"router": "soft", "shared_experts": 1}, "does not support shared_experts"),
-        ({"router": "poly", "expert": Ia3()}, "parameters of LoRAs"),
-        ({"router": "poly", "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
-        ({"expert": Dora(), "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
-        ({"given": ("a", "b", "c", "d"), "ranks": (1, 2, 3, 4)}, "ranks are for LoRAs"),
-        ({"ranks": (1, 2, 3, 4), "shared_experts": 1}, "4 ranks for 5 experts"),
+        ({"router": "poly", "expert": Ia3()}, "mixes the matrices of LoRAs"),
+        ({"router": "poly", "ranks": (1, 2, 3, 4)}, "ranks: need trained experts of kind lora"),
+        ({"expert": Dora(), "ranks": (1, 2, 3, 4)}, "ranks: need trained experts of kind lora"),
+        ({"given": ("a", "b", "c", "d"), "ranks": (1, 2, 3, 4)}, "ranks: need trained experts of kind lora"),
+        ({"ranks": (1, 2, 3, 4), "shared_experts": 1}, "got 4 values for 5 routed and shared experts"),
         ({"ranks": (1, 2, 0, 4)}, "ranks must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -160,7 +160,7 @@ def test_the_site_that_runs_first_leads(kind: str, family: str, leader: str) -> 
 def test_nobody_to_follow() -> None:
     model, backbone = tiny("bert")
     alone_ = Architecture.of({"layers.0.attn.q": [Mixture(router="follow")]})
-    with Attachment(model, backbone, [alone_], [0]), pytest.raises(ValueError, match="has run before it"):
+    with Attachment(model, backbone, [alone_], [0]), pytest.raises(ValueError, match="has not run before it"):
         model(tokens())
 
 
@@ -172,13 +172,13 @@ def test_nobody_to_follow() -> None:
         ({"fields": {"experts": Choice.of([2, 4])}, "vary": {"experts": "site"}}, "on together"),
         (
             {"fields": {"experts": 2, "router": Choice.of(["token", "sigmoid"])}, "vary": {"router": "site"}},
-            "cannot vary by site",
+            "cannot vary per site",
         ),
         (
             {"fields": {"experts": 2, "balance": Float(low=0.0, high=0.1)}, "vary": {"balance": "site"}},
-            "cannot vary by site",
+            "cannot vary per site",
         ),
-        ({"fields": {"experts": 2, "router": "soft"}}, "no other site can follow"),
+        ({"fields": {"experts": 2, "router": "soft"}}, "has separate parameters for each site"),
         ({"kind": "bitfit", "fields": {"experts": 2}, "at": ("attn.q", "norm")}, "cannot tell whether the norms"),
         ({"fields": {}}, "set the number of experts"),
     ],

@@ -401,9 +401,9 @@ def test_all_bad_paths_named_by_hand_are_listed_with_suggestions() -> None:
     with pytest.raises(UnknownBackboneError) as caught:
         describe(Toy(), id="toy", modules=wrong)
     message = str(caught.value)
-    assert "'attn.q': no linear 'attn.wq' in 2 of 2 layers" in message
+    assert "'attn.q': no linear layer 'attn.wq' in 2 of 2 layers" in message
     assert "did you mean 'attention.wq'?" in message
-    assert "'mlp.down': no linear 'shrnk'" in message
+    assert "'mlp.down': no linear layer 'shrnk'" in message
     assert "did you mean 'shrink'?" in message
     assert "'embed': no embedding 'word'; did you mean 'words'?" in message
     assert "'attn.w' is not one of" in message
@@ -417,7 +417,7 @@ def test_a_layer_that_does_not_fit_is_refused() -> None:
     llama = next(family for family in FAMILIES if family.name == "Llama")
     model = _build(llama, "Model")
     model.layers[1].self_attn.q_proj = nn.Identity()
-    with pytest.raises(UnknownBackboneError, match=r"layers\.1 has no linear for attn\.q"):
+    with pytest.raises(UnknownBackboneError, match=r"layers\.1 has no linear layer for attn\.q"):
         describe(model, id="tiny")
     model = _build(llama, "Model")
     model.layers[2].mlp.router = nn.Linear(WIDTH, 2)
@@ -458,7 +458,7 @@ def test_select_and_site(bert: Backbone) -> None:
     ]
     assert bert.select() == bert.sites
     assert [site.name for site in bert.select(roles=["norm"])][:2] == ["norm.embed", "layers.0.norm.0"]
-    with pytest.raises(ValueError, match=r"no layers \[3\]"):
+    with pytest.raises(ValueError, match=r"has no layers \[3\]"):
         bert.select(layers=[0, 3])
     with pytest.raises(ValueError, match=r"did you mean 'layers\.0\.attn\.q'\?"):
         bert.site("layer.0.attn.q")

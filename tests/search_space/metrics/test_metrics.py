@@ -137,8 +137,8 @@ def test_modules_of_one_name_do_not_meet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "place", "what"),
     [
-        ("", "mine", "'mine' is not of the form module:function, such as my_module:my_score"),
-        ("", "mine.py:a b", "'mine.py:a b' is not of the form module:function"),
+        ("", "mine", "'mine' does not have the form module:function, such as my_module:my_score"),
+        ("", "mine.py:a b", "'mine.py:a b' does not have the form module:function"),
         ("", "other:score", "no module other: put other.py into "),
         ("import nowhere_at_all", "mine:score", "the module mine cannot be imported: No module named 'nowhere_at_all'"),
         ("def score(:", "mine:score", "the module mine cannot be imported: SyntaxError: "),

@@ -235,7 +235,7 @@ def test_gates_that_diverge_do_not_take_the_study_with_them(
 def test_a_space_without_gates_is_searched_by_bo(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     space = {"adapters": {"prefix": {"placement": "layer", "length": [1, 2]}}}
     snapshot = run(load_study(gated_study(tmp_path, space=space)))
-    assert "gates do not support the adapter 'prefix'" in caplog.text
+    assert "the score `gates` does not support the adapter 'prefix'" in caplog.text
     assert not of_gates(snapshot)
     assert any(trial.state == "complete" for trial in snapshot.search_trials)
 

@@ -279,7 +279,7 @@ def test_other_scores_and_searches(tmp_path: Path, proxy: dict[str, Any]) -> Non
 def test_no_time_is_left_for_trials(tmp_path: Path) -> None:
     search = {"searcher": "proxy", "trials": 12, "batch": 4, "timeout_s": 0.01}
     settings = load_study(proxy_study(tmp_path), [f"search={json.dumps(search)}"])
-    with pytest.raises(NoFeasibleCandidateError, match=r"timeout_s, 0\.01 s, ran out before a candidate was trained"):
+    with pytest.raises(NoFeasibleCandidateError, match=r"timeout_s \(0\.01 s\) is too short: it ran out"):
         run(settings)
 
 

@@ -307,7 +307,7 @@ def test_options(cli, tmp_path: Path) -> None:
     expect(cli("export", path, "--to", "pefft"), 2, "did you mean 'peft'")
     expect(cli("export", path, "--pick", "cheapest"), 2, "use recommended")
     expect(cli("export", path, "--pick", "num_params<=-1"), 3, "no member of the front")
-    expect(cli("export", path, "--to", "axolotl"), 1, "cannot hold")
+    expect(cli("export", path, "--to", "axolotl"), 1, "does not support this recipe")
     expect(cli("train", tmp_path / "no.yaml"), 2, "no such file")
     expect(cli("run", path, "--set", "device=cuda", "--resume"), 4, "no GPU") if not torch.cuda.is_available() else None
 

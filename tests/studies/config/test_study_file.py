@@ -295,7 +295,7 @@ WRONG = [
         "objectives:\n- accuracy\n- num_parms",
         "8 objectives.1: unknown metric 'num_parms'; did you mean 'num_params'?",
     ),
-    ("objectives: [num_params, latency_s]", "6 objectives: one must be accuracy or loss"),
+    ("objectives: [num_params, latency_s]", "6 objectives: must contain accuracy or loss"),
     (
         "objectives: [accuracy, {name: loss, direction: up}]",
         "6 objectives.1.direction: must be 'maximise' or",
@@ -316,19 +316,25 @@ WRONG = [
     ("training: {learning_rate: []}", "6 training.learning_rate: a choice needs at least one value"),
     ("training: {learning_rate: null}", "6 training.learning_rate: must be a number, a word, true or false"),
     ("training: {learning_rate: fast}", "6 training.learning_rate: must be a number, got 'fast'"),
-    ("training: {epochs: {low: 1, high: 3, step: 1}}", "6 training.epochs: step is only for whole numbers"),
+    ("training: {epochs: {low: 1, high: 3, step: 1}}", "6 training.epochs: step needs whole numbers"),
     ("training: {batch_size: [8, 16.5]}", "6 training.batch_size: must be a whole number, got 16.5"),
-    ("training: {batch_size: {low: 8, high: 16.5}}", "6 training.batch_size: must be a whole number, not"),
+    (
+        "training: {batch_size: {low: 8, high: 16.5}}",
+        "6 training.batch_size: must be a whole number, got a range from 8 to 16.5",
+    ),
     (
         "training: {batch_size: {low: 8, high: 32, step: 5}}",
         "6 training.batch_size: step must be positive and divide high - low",
     ),
     ("training: {schedule: [linear, cosin]}", "6 training.schedule: schedule must be one of"),
     ("data: {source: files, train: a, validation: b}", "6 data.test: is missing"),
-    ("data: {train: mine.csv}", "6 data.train: the embedded data has its own"),
+    ("data: {train: mine.csv}", "6 data.train: cannot be set: the embedded data has this split"),
     ("task: causal-lm\nmodel: {id: some/model}", "1 data.source: the embedded data is for classification"),
     ("task: causal-lm\ndata: {source: org/data}", "1 model.id: the embedded model is an encoder"),
-    ("data: {source: embedded-domains, test: mine.csv}", "6 data.test: the embedded data has its own"),
+    (
+        "data: {source: embedded-domains, test: mine.csv}",
+        "6 data.test: cannot be set: the embedded data has this split",
+    ),
     (
         "task: causal-lm\nmodel: {id: some/model}\ndata: {source: embedded-domains}",
         "8 data.source: the embedded data is for classification",
@@ -372,7 +378,7 @@ WRONG_SPACES = [
     ("{adapters: {lora: {rank: 2.5}}}", "2 space.adapters.lora.rank: must be a whole number, got 2.5"),
     ("{adapters: {lora: {rank: true}}}", "2 space.adapters.lora.rank: must be a whole number, got True"),
     ("{adapters: {lora: {rank: -1}}}", "2 space.adapters.lora.rank: rank must be at least 1"),
-    ("{adapters: {lora: {at: [attn.z]}}}", "2 space.adapters.lora.at: lora cannot sit at 'attn.z'"),
+    ("{adapters: {lora: {at: [attn.z]}}}", "2 space.adapters.lora.at: lora cannot be attached at 'attn.z'"),
     (
         "{adapters: {lora: {layers: [-1]}}}",
         "2 space.adapters.lora.layers.0: must be greater than or equal to 0",
@@ -404,7 +410,7 @@ WRONG_SPACES = [
     ),
     (
         "{adapters: {lora: {placement: site}}, one_of: {g: {members: [lora]}}}",
-        "2 space.adapters.lora.placement: remove this: group 'g' already decides where the adapter is on",
+        "2 space.adapters.lora.placement: cannot be set: group 'g' already decides where the adapter is on",
     ),
 ]
 
@@ -417,7 +423,7 @@ def test_one_problem_of_the_space(problems, space, problem):
 
 def test_nothing_to_search(problems):
     (found,) = problems("study: s\nspace: {adapters: {lora: {rank: 4}}}\ntraining: {learning_rate: 0.001}\n")
-    assert found == "study.yaml:2 space: nothing to search: every field has a single value"
+    assert found == "study.yaml:2 space: nothing to search: every field has a single value; give one a list or a range"
 
 
 def test_all_problems_at_once_in_the_order_of_the_file(problems):
@@ -460,7 +466,7 @@ def test_missing_name(problems):
 
 
 def test_file_that_is_no_mapping(problems):
-    assert problems("- a\n- b\n")[0] == "study.yaml:1 a study file must be a mapping of keys to values"
+    assert problems("- a\n- b\n")[0] == "study.yaml:1 the file must be a mapping of keys to values"
 
 
 @pytest.mark.parametrize(
@@ -506,8 +512,8 @@ def test_data_of_the_caller_is_left_alone():
         ("seach.trials=3", "--set seach.trials: seach: unknown key; did you mean 'search'?"),
         ("search.trials=none", "--set search.trials: must be a whole number"),
         ("search.trials", "--set search.trials: expected key=value, such as search.trials=5"),
-        ("study.x=1", "--set study.x: study has no settings of its own"),
-        ("space.adapters.lora.rank.9=1", "--set space.adapters.lora.rank.9: no entry '9' in a list of 3"),
+        ("study.x=1", "--set study.x: study is a single value, not a section with settings"),
+        ("space.adapters.lora.rank.9=1", "--set space.adapters.lora.rank.9: the list has no entry '9'"),
         ("search.trials=[", "--set search.trials: not valid YAML: "),
         (
             "space.adapters.lora={rank: 0}",
@@ -533,7 +539,7 @@ def test_problems_with_a_model_have_lines_too(load, tmp_path):
         "study.yaml:6 space.adapters.lora.at: this model has no site with role 'mlp.gate';"
         " it has attn.q, attn.v, mlp.up",
         "study.yaml:7 space.adapters.lora.layers: no layer 9: the model has layers 0 to 3",
-        "study.yaml:8 space.stages: must be between 1 and the 4 layers of the model",
+        "study.yaml:8 space.stages: must be between 1 and 4, the number of layers, got 30",
     ]
 
 

@@ -251,7 +251,7 @@ def problems(folder: Path, **changes: Any) -> list[str]:
         ({"metrics": {"accuracy": "mine:mistakes"}},
          "accuracy: mine:mistakes | metrics.accuracy: 'accuracy' is already a metric: choose another name"),
         ({"metrics": {"x": "mine.mistakes"}},
-         "x: mine.mistakes | metrics.x: 'mine.mistakes' is not of the form module:function"),
+         "x: mine.mistakes | metrics.x: 'mine.mistakes' does not have the form module:function"),
         ({"metrics": {"x": "nine:mistakes"}},
          "x: nine:mistakes | metrics.x: no module nine: put nine.py into"),
         ({"metrics": {"x": "mine:mistake"}},
@@ -259,7 +259,7 @@ def problems(folder: Path, **changes: Any) -> list[str]:
         ({"metrics": {"x": "math:sqrt"}}, "x: math:sqrt | metrics.x: the metric x (math:sqrt) raised TypeError"),
         ({"metrics": {"x": "builtins:print"}}, "metrics.x: the metric x (builtins:print) returned None, not a finite"),
         ({"objectives": [{"name": "macro-f1", "bound": 80.0}, "num_params"]},
-         "bound: 80.0 | objectives.0.bound: no candidate can reach it: the best possible macro-f1 is 1"),
+         "bound: 80.0 | objectives.0.bound: no candidate can reach 80: the best possible macro-f1 is 1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_training(tmp_path: Path, changes, expected) -> None:
@@ -316,7 +316,7 @@ def test_a_recipe_with_a_metric_that_is_none(ended, tmp_path: Path) -> None:
     assert cli(["export", str(settings.path), "--to", "native", "--out", str(path.parent)]) == 0
     data = YAML(typ="safe").load(path.read_text())
     for change, what in (
-        ({"metrics": {"x": {"function": "mine.x"}}}, "'mine.x' is not of the form module:function"),
+        ({"metrics": {"x": {"function": "mine.x"}}}, "'mine.x' does not have the form module:function"),
         ({"metrics": {"x": {"function": "mine:x", "way": "up"}}}, "unknown key"),
         ({"measured": {name + "s": data["measured"][name]}}, f"unknown metric '{name}s'; did you mean '{name}'?"),
     ):

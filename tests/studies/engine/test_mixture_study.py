@@ -230,7 +230,8 @@ def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.Captu
     for names in (("news", "blogs"), ("mail", "mail")):  # "news" would have the other number
         save_domains(*names)
         with pytest.raises(
-            ConfigurationError, match=r"the data has the domains .*, but the recipe has \('mail', 'news'\)"
+            ConfigurationError,
+            match=r"the data does not fit the recipe: it has the domains .*, the recipe has \('mail', 'news'\)",
         ):
             retrain(recipe, [1])
         # Recipes from before domains were kept.
@@ -315,7 +316,10 @@ def test_where_every_token_meets_all_experts_there_is_one_plain_control() -> Non
 
 @pytest.mark.parametrize(
     ("data", "tasks", "problem"),
-    [({}, 3, "reads the domain of each row"), ({"domain": "label"}, 2, "the data has 3 domains")],
+    [
+        ({}, 3, "needs the column with the domain of each row"),
+        ({"domain": "label"}, 2, "must be 3, the number of domains"),
+    ],
 )
 def test_routers_by_task_need_the_domains_of_the_data(tmp_path: Path, data, tasks: int, problem: str) -> None:
     path = mixture_study(

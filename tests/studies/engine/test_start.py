@@ -100,13 +100,13 @@ def test_the_member_of_a_group_that_is_named_is_taken(space: SearchSpace) -> Non
         ({"atn.rank": 4}, "atn.rank", "unknown gene or setting; did you mean 'attn.rank'?"),
         ({"attn.rank.layer.1": 4}, "attn.rank.layer.1", "did you mean 'attn.rank.layers.1'?"),
         ({"attn.dropout": 0.1}, "attn.dropout", "unknown gene or setting"),
-        ({"attn.rank": 3}, "attn.rank", "3 is not in this space: one of 0, 2, 4"),
+        ({"attn.rank": 3}, "attn.rank", "3 is not in this space; use one of 0, 2, 4"),
         ({"attn.rank": True}, "attn.rank", "True is not in this space"),
-        ({"serial.size": 0}, "serial.size", "0 is not in this space: one of 4, 8"),
-        ({"training.learning_rate": 1.0}, "training.learning_rate", "1.0 is not in this space: 0.0001 to 0.01"),
-        ({"attn.rank": 2, "attn.alpha": 8}, "attn.alpha", "is 16.0 in this space, not 8"),
-        ({"training.epochs": 3}, "training.epochs", "is 2.0 in this space, not 3"),
-        ({"type": "prefix"}, "type", "'prefix' is not in this space: one of serial, mlp"),
+        ({"serial.size": 0}, "serial.size", "0 is not in this space; use one of 4, 8"),
+        ({"training.learning_rate": 1.0}, "training.learning_rate", "1.0 is not in this space; use 0.0001 to 0.01"),
+        ({"attn.rank": 2, "attn.alpha": 8}, "attn.alpha", "has the fixed value 16.0 in this space, got 8"),
+        ({"training.epochs": 3}, "training.epochs", "has the fixed value 2.0 in this space, got 3"),
+        ({"type": "prefix"}, "type", "'prefix' is not in this space; use one of serial, mlp"),
         ({"type": "mlp", "serial.size": 8}, "serial.size", "has no effect: its adapter is off in this entry"),
     ],
 )
@@ -198,7 +198,7 @@ def test_problems_have_their_lines(tmp_path: Path) -> None:
         f"study.yaml:{line(words)}" for words in ("rnak", "houlsby", "rank: 9", "trainin.", "- head", "rank: 0")
     ]
     assert "search.start.0.lora.rnak: unknown gene or setting; did you mean 'lora.rank'?" in found[0]
-    assert "search.start.1: the baseline 'houlsby' is not in this space" in found[1]
+    assert "search.start.1: the space does not contain the architecture of the baseline 'houlsby'" in found[1]
     assert "search.start.2.trainin.epochs" in found[3]
     assert "no adapter is on" in found[4]
     assert "no adapter" in found[5]

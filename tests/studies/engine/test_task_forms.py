@@ -192,12 +192,15 @@ def test_old_files_are_what_they_were(tmp_path: Path) -> None:
         ({"data": {"labels": "tags", "label": "topic"}}, "data.label: cannot be combined with data.labels"),
         (
             {"data": {"labels": "tags"}, "proxy": {"distil": True, "policy": "sandwich"}},
-            "proxy.distil: is only possible for classification with one label per row",
+            "proxy.distil: can be set only for classification with one label per row",
         ),
-        ({"task": "causal-lm", "data": {"labels": "tags", "source": "x/y"}}, "data.labels: is only for classification"),
+        (
+            {"task": "causal-lm", "data": {"labels": "tags", "source": "x/y"}},
+            "data.labels: can be set only for classification",
+        ),
         (
             {"task": "causal-lm", "data": {"text_pair": "b", "source": "x/y"}},
-            "data.text_pair: is only for classification",
+            "data.text_pair: can be set only for classification",
         ),
     ],
 )

@@ -267,7 +267,7 @@ def test_errors_name_the_argument() -> None:
     (text,) = problems(data=[{"text": "a", "label": "b"}])
     assert text.startswith("data: a single table has no splits")
     (text,) = problems(data={"train": [{"text": "a", "label": "b"}]})
-    assert text == "data.validation: is missing: candidates are compared on these rows"
+    assert text == "data.validation: is missing: pass the rows on which candidates are compared"
     (text,) = problems(data={"train": [1], "validation": [{"text": "a", "label": "b"}]})
     assert text.startswith("data.train.0: must be a mapping")
     assert problems(seed=object())[0].startswith("seed: cannot be written to a study file: <object")
@@ -278,7 +278,7 @@ def test_bad_rows_are_found_before_anything_is_written(inputs: Path, tmp_path: P
     del tables["train"][2]["label"]
     with pytest.raises(StudyFileError) as caught:
         declared(inputs, tmp_path, data=tables).run(progress=False)
-    assert caught.value.problems == ("data: train, row 2: no field 'label'; this row has 'text'",)
+    assert caught.value.problems == ("data: train, row 2: field 'label' is missing or empty; this row has 'text'",)
     assert not list(tmp_path.iterdir())
 
 

@@ -85,7 +85,7 @@ def test_an_object_is_registered_in_this_process() -> None:
 
 @pytest.mark.parametrize("metric", [lambda targets, predictions: 1.0, 7])
 def test_what_cannot_be_recorded(metric: Any) -> None:
-    with pytest.raises(StudyFileError, match=r"^metric: (.* cannot be found again|must be a function)"):
+    with pytest.raises(StudyFileError, match=r"^metric: (.* cannot be imported by its name|must be a function)"):
         declared(metric=metric)
 
 
