@@ -221,7 +221,7 @@ class Role:
         if self.kind not in get_args(RoleKind):
             raise ValueError(f"unknown role {self.kind!r}{did_you_mean(self.kind, get_args(RoleKind))}")
         if bool(self.name) != (self.kind in ("baseline", "control")):
-            raise ValueError(f"only baselines and controls have a name, got kind {self.kind!r} and name {self.name!r}")
+            raise ValueError(f"only the roles baseline and control have a name, got {self.kind!r} with {self.name!r}")
 
     @classmethod
     def parse(cls, text: str) -> Role:

@@ -119,5 +119,5 @@ def test_shared_weights_have_no_ranks_of_each_expert() -> None:
     fields = {"rank": Choice.of([1, 2]), "experts": Choice.of([0, 2])}
     choice = AdapterChoice(kind="lora", fields=fields, vary={"rank": "expert"})
     space = SearchSpace(backbone=backbone, adapters={"lora": choice})
-    with pytest.raises(ValueError, match="no weights for 'lora': its experts have ranks of their own"):
+    with pytest.raises(ValueError, match="a supernet cannot share 'lora': its experts have different ranks"):
         SharedWeights(model, space, seed=0)

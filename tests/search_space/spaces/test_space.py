@@ -533,7 +533,7 @@ def test_one_problem(declaration: dict[str, Any], path: str, what: str) -> None:
 
 def test_two_groups_of_one_name() -> None:
     groups = [OneOf(name="t", members=("a",)), OneOf(name="t", members=("b",))]
-    assert problems({"a": a, "b": b}, one_of=groups) == [("one_of.t", "two groups have this name")] * 2
+    assert problems({"a": a, "b": b}, one_of=groups) == [("one_of.t", "two groups have this name: rename one")] * 2
 
 
 def test_a_type_that_nothing_of_the_model_can_take() -> None:
