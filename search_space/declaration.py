@@ -78,7 +78,7 @@ STAGES = 4
 
 
 def sites_of(choice: AdapterChoice, backbone: Backbone) -> tuple[Site, ...]:
-    """Return the sites where a choice may sit: of its roles, layers and named sites, those that its type fits."""
+    """Return the sites that fit the type of a choice, among its roles, layers and named sites."""
     roles = choice.at or ADAPTERS[choice.kind].default_roles
     smallest, _ = _extremes(choice)
     return tuple(

@@ -1,1 +1,1 @@
-"""What is known of a model, and how it is found."""
+"""Descriptions of frozen transformers, and the introspection that makes them."""
