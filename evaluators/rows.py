@@ -21,7 +21,8 @@ class DataConfig:
     """The source of the rows and the names of their fields.
 
     `source`: "embedded", "embedded-domains", "files" or the id of a hub data set.
-    `train`, `validation`, `test`: files (JSONL, CSV, Parquet; relative to `folder`) or split names on the hub.
+    `train`, `validation`, `test`: files (JSONL, an array in JSON, CSV, Parquet; relative to `folder`) or split names on
+    the hub.
     `text_pair`: the field of a second text that is read together with the first, or None.
     `labels`: the field of a list of labels, in place of `label`; it makes the rows multi-label. This is a setting and
     not inferred from the rows, because a list in a single row by mistake must raise an error and not change the loss.

@@ -184,7 +184,8 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decl
     known = [*fields_of(choice.kind)]
     for key, domain in choice.fields.items():
         if key not in known:
-            yield (key,), f"unknown field of {choice.kind}{did_you_mean(key, known)}"
+            others = [f.name for f in fields(AdapterChoice) if f.name not in ("fields", "sites")]
+            yield (key,), f"unknown field of {choice.kind}{did_you_mean(key, [*known, *others])}"
             continue
         if key in MIXTURE_FIELDS and "experts" not in choice.fields:
             yield (key,), "only mixtures of experts have this setting: set the number of experts, such as experts: 4"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 
@@ -17,6 +17,7 @@ from autopeft.evaluators.tasks import TASKS, Task
 
 SPLITS = ("train", "validation", "test")
 MOST_PROBLEMS_PER_FILE = 5
+NO_OBJECT = "not a JSON object"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,18 @@ def load_splits(data: DataConfig, task: str) -> Splits:
     """Load and check all three splits. Raises DataError with every problem."""
     kind = TASKS[task].for_data(data)
     problems: list[str] = []
+    warnings: list[str] = []
     rows: dict[str, list[Row]] = {}
+    places: dict[str, list[str]] = {}
     for split in SPLITS:
         name = getattr(data, split)
         try:
-            found, wrong = _canonical(_read(data, name, split), data, kind)
+            found, where, wrong = _canonical(_read(data, name, split), data, kind)
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
             continue
         if not wrong:
-            rows[split] = found
+            rows[split], places[split] = found, [f"{name}{place}" for place in where]
         if not found and not wrong:
             problems.append(f"{name}: the {split} split is empty")
         problems += [f"{name}{place}: {what}" for place, what in wrong[:MOST_PROBLEMS_PER_FILE]]
@@ -58,19 +61,25 @@ def load_splits(data: DataConfig, task: str) -> Splits:
     if rows.get("train"):  # without rows, these checks would report follow-up problems
         if kind.has_labels:
             labels = _values(rows["train"], kind.labels_of)
+            spelt = _first_places(rows, places, kind.labels_of)
+            problems += _spaced("label", spelt)
+            warnings += _cased("label", spelt)
             problems += _unseen(rows, "label", kind.labels_of, labels, data)
             if problem := kind.label_problem(labels):
                 problems.append(f"{data.train}: {problem}")
         if data.domain_field is not None:
             domains = _values(rows["train"], _domains_of)
+            spelt = _first_places(rows, places, _domains_of)
+            problems += _spaced("domain", spelt)
+            warnings += _cased("domain", spelt)
             problems += _unseen(rows, "domain", _domains_of, domains, data)
         problems += _too_few(data, labels or (), domains or ())
     if problems:
         raise DataError(problems)
     if data.max_train_rows is not None:
         rows["train"] = _drawn(rows["train"], data.max_train_rows, kind.labels_of)
-    warnings = tuple(_leaks(rows, kind))
-    return Splits(rows["train"], rows["validation"], rows["test"], labels, warnings, domains)
+    warnings += _leaks(rows, kind)
+    return Splits(rows["train"], rows["validation"], rows["test"], labels, tuple(warnings), domains)
 
 
 #: Returns the names of one kind in a row: its labels or its domain.
@@ -101,6 +110,41 @@ def _unseen(
                 f"{getattr(data, split)}: {what}s {', '.join(map(repr, unseen[:5]))} do not occur in the training"
                 f" split, which has {', '.join(map(repr, trained[:20]))}"
             )
+
+
+def _first_places(rows: dict[str, list[Row]], places: dict[str, list[str]], names_of: NamesOf) -> dict[str, str]:
+    """Return the place of the first row with each name."""
+    found: dict[str, str] = {}
+    for split in rows:
+        for row, place in zip(rows[split], places[split], strict=True):
+            for name in names_of(row):
+                found.setdefault(name, place)
+    return found
+
+
+def _alike(names: Iterable[str], key: Callable[[str], str]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of names with the same key: the first one and another."""
+    firsts: dict[str, str] = {}
+    for name in names:
+        first = firsts.setdefault(key(name), name)
+        if first != name:
+            yield first, name
+
+
+def _spaced(what: str, places: dict[str, str]) -> Iterator[str]:
+    for first, name in islice(_alike(places, str.strip), MOST_PROBLEMS_PER_FILE):
+        yield (
+            f"{places[name]}: {what} {name!r} differs from {first!r} in {places[first]} only by surrounding spaces:"
+            " remove the spaces"
+        )
+
+
+def _cased(what: str, places: dict[str, str]) -> Iterator[str]:
+    for first, name in islice(_alike(places, lambda name: name.strip().casefold()), MOST_PROBLEMS_PER_FILE):
+        yield (
+            f"{what}s {first!r} ({places[first]}) and {name!r} ({places[name]}) differ only by letter case or spaces"
+            " and are separate: give them one spelling if they are the same"
+        )
 
 
 def _too_few(data: DataConfig, labels: Sequence[str], domains: Sequence[str]) -> Iterator[str]:
@@ -144,14 +188,17 @@ def _read(data: DataConfig, name: str, split: str) -> PlacedRows:
 
 
 def _file(path: Path) -> PlacedRows:
+    suffix = path.suffix.lower()
     try:
-        if path.suffix in (".jsonl", ".json"):
+        if suffix == ".json" and (text := path.read_text(encoding="utf-8-sig")).lstrip().startswith("["):
+            yield from _json_array(text)
+        elif suffix in (".jsonl", ".json"):
             with path.open(encoding="utf-8-sig") as lines:
                 yield from _jsonl(lines)
-        elif path.suffix == ".csv":
+        elif suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as lines:
                 yield from _csv(lines)
-        elif path.suffix == ".parquet":
+        elif suffix == ".parquet":
             yield from _parquet(path)
         else:
             raise ValueError(f"files of type {path.suffix!r} are not supported: use .jsonl, .csv or .parquet")
@@ -169,8 +216,18 @@ def _jsonl(lines: Iterable[str]) -> PlacedRows:
         except json.JSONDecodeError as error:
             row = f"not valid JSON: {error.msg}"
         else:
-            row = row if isinstance(row, dict) else "not a JSON object"
+            row = row if isinstance(row, dict) else NO_OBJECT
         yield f":{number}", row
+
+
+def _json_array(text: str) -> PlacedRows:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        yield f":{error.lineno}", f"not valid JSON: {error.msg}"
+    else:
+        for position, row in enumerate(rows):
+            yield f"[{position}]", row if isinstance(row, dict) else NO_OBJECT
 
 
 def _csv(lines: Iterable[str]) -> PlacedRows:
@@ -216,9 +273,11 @@ def _first_line(error: Exception) -> str:
 # Checking
 
 
-def _canonical(found: PlacedRows, data: DataConfig, task: type[Task]) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Return rows with canonical field names, and pairs of place and problem."""
-    rows, wrong = [], []
+def _canonical(
+    found: PlacedRows, data: DataConfig, task: type[Task]
+) -> tuple[list[Row], list[str], list[tuple[str, str]]]:
+    """Return rows with canonical field names, the places of these rows, and pairs of place and problem."""
+    rows, places, wrong = [], [], []
     for place, row in found:
         try:
             if isinstance(row, str):
@@ -228,9 +287,10 @@ def _canonical(found: PlacedRows, data: DataConfig, task: type[Task]) -> tuple[l
             if data.domain_field is not None:
                 canonical["domain"] = name_of(row, data.domain_field, "domain")
             rows.append(canonical)
+            places.append(place)
         except ValueError as error:
             wrong.append((place, str(error)))
-    return rows, wrong
+    return rows, places, wrong
 
 
 def _leaks(rows: dict[str, list[Row]], task: type[Task]) -> Iterator[str]:

@@ -6,6 +6,7 @@ Notation: N examples, C labels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+#: More labels that are numbers with a fraction are a regression target, not classes.
+MOST_FRACTIONS = 20
 
 
 class Classification(TextTask):
@@ -61,11 +65,16 @@ class Classification(TextTask):
     @override
     @classmethod
     def label_problem(cls, labels: Sequence[str]) -> str | None:
-        return (
-            f"all rows have the label {labels[0]!r}: classification needs at least two labels"
-            if len(labels) < 2
-            else None
-        )
+        if len(labels) < 2:
+            return f"all rows have the label {labels[0]!r}: classification needs at least two labels"
+        fractions = [label for label in labels if _is_fraction(label)]
+        if len(fractions) > MOST_FRACTIONS:
+            return (
+                f"the labels have {len(fractions)} distinct numbers with a fraction, such as {fractions[0]!r}, which"
+                " looks like a regression target: group the numbers into a few classes, or add a letter to each label"
+                " if they are names of classes"
+            )
+        return None
 
     @override
     @classmethod
@@ -196,6 +205,15 @@ class MultiLabel(Classification):
         predictions = (logits.detach() > 0).float()
         accuracies = (predictions == targets).all(-1).float()
         return {"loss": losses, "accuracy": accuracies, TARGETS: targets, PREDICTIONS: predictions}
+
+
+def _is_fraction(label: str) -> bool:
+    """Return whether a label is a finite number that is not whole."""
+    try:
+        number = float(label)
+    except ValueError:
+        return False
+    return isfinite(number) and not number.is_integer()
 
 
 def _texts(row: Row, data: DataConfig) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +25,9 @@ class Dora(Lora):
     At the start, A: [R, D_in] is random, B: [D_out, R] is zero and m: [D_out] are the row norms of W, which is the
     identity. The gradient treats |V| as a constant (section 4.3). The fields are those of LoRA. With g = m / |V| and x'
     the input after dropout, y = W x + b + (g - 1) W x' + g * scale * B A x', as in the authors' code.
+
+    A row of zeros in V has no direction. Its norm is taken as 1, so that its output and its gradients are 0 or finite,
+    and a row of zeros in W stays as it is: its magnitude starts at 0, which gives its row of B no gradient.
     """
 
     kind: ClassVar[str] = "dora"
@@ -55,12 +59,29 @@ class Dora(Lora):
 
     @override
     def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        direction = weight + self.scale * (p["B"] @ p["A"])
-        return (p["m"] / direction.norm(dim=1))[:, None] * direction, bias
+        direction = self._direction(p, weight)
+        return (p["m"] / _not_zero(direction.norm(dim=1)))[:, None] * direction, bias
+
+    def without_zero_rows(self, p: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """Return the values of an equal adapter for code that divides by every norm, such as peft's.
+
+        A: [R, D_in], B: [D_out, R], m: [D_out], weight: [D_out, D_in]. Where V has a row of zeros, the row of B becomes
+        1 and the magnitude 0: the row then has a direction, and the output is still 0.
+        """
+        empty = self._direction(p, weight).norm(dim=1) == 0
+        return {**p, "B": p["B"].masked_fill(empty[:, None], 1.0), "m": p["m"].masked_fill(empty, 0.0)}
+
+    def _direction(self, p: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        return weight + self.scale * (p["B"] @ p["A"])
+
+
+def _not_zero(norms: Tensor) -> Tensor:
+    """Replace norms of 0 by 1: the rows are 0, and so are their quotients."""
+    return norms.masked_fill(norms == 0, 1.0)
 
 
 def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the row norms of W + scale * B A, without gradients.
+    """Return the row norms of W + scale * B A, without gradients, and 1 for rows of zeros.
 
     weight: [D_out, D_in], a: [K, R, D_in], b: [K, D_out, R], scale: [K], mask: [K, R]. Returns [K, D_out].
 
@@ -73,4 +94,5 @@ def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, mask: Tensor
         b = scale[:, None, None] * (b if mask is None else b * mask[:, None, :])
         cross = (b * (weight @ a.transpose(1, 2))).sum(-1)
         square = (b * (b @ (a @ a.transpose(1, 2)))).sum(-1)
-        return (weight.square().sum(1) + 2.0 * cross + square).sqrt()
+        # Rounding can make the sum negative where d is nearly -w.
+        return _not_zero((weight.square().sum(1) + 2.0 * cross + square).clamp_min(0.0).sqrt())

@@ -116,7 +116,7 @@ def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
     data = recipe.data
     if data.source == "files":
         path = data.path(split)
-        rows = {"path": str(path), "ds_type": FILE_READERS[path.suffix], "split": "train"}
+        rows = {"path": str(path), "ds_type": FILE_READERS[path.suffix.lower()], "split": "train"}
     else:
         rows = {"path": data.source, "split": getattr(data, split) or split}
         if data.revision is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from autopeft.search_space.adapters import AdapterSpec
+from autopeft.search_space.backbones.linear import weight_of
 from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
@@ -90,10 +91,15 @@ def _tensors(state: State, site: str, kind: str) -> dict[str, Tensor]:
 def _fill_lora(module: Any, values: dict[str, Tensor], spec: Any) -> None:
     module.lora_A[ADAPTER].weight.copy_(values["A"])
     module.lora_B[ADAPTER].weight.copy_(values["B"])
-    if "m" in values:
-        module.lora_magnitude_vector[ADAPTER].weight.copy_(values["m"])
     scale = module.scaling[ADAPTER]
     assert abs(scale - spec.scale) <= 1e-6 * abs(spec.scale), (scale, spec)
+
+
+def _fill_dora(module: Any, values: dict[str, Tensor], spec: Any) -> None:
+    # peft divides the magnitudes by the norms of the rows, and rows of zeros would become nan.
+    values = spec.without_zero_rows(values, weight_of(module.base_layer))
+    module.lora_magnitude_vector[ADAPTER].weight.copy_(values["m"])
+    _fill_lora(module, values, spec)
 
 
 def _fill_vera(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
@@ -126,7 +132,7 @@ def _fill_norm(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> Non
 
 _FILL: dict[str, Callable[[Any, dict[str, Tensor], Any], None]] = {
     "lora": _fill_lora,
-    "dora": _fill_lora,
+    "dora": _fill_dora,
     "vera": _fill_vera,
     "shira": _fill_shira,
     "ia3": _fill_ia3,

@@ -353,5 +353,5 @@ def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
     name = getattr(data, split)
     if data.source == "files":
         path = data.path(split)
-        return {"path": FILE_READERS[path.suffix], "data_files": str(path), "split": "train"}
+        return {"path": FILE_READERS[path.suffix.lower()], "data_files": str(path), "split": "train"}
     return {"path": data.source, "revision": data.revision, "split": name or split}

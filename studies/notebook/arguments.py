@@ -159,7 +159,8 @@ def _files_in(folder: Path) -> dict[str, str]:
     """Return the file of each split for which the folder has exactly one file."""
     found = {}
     for split in SPLITS:
-        files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+        named = [path for path in folder.iterdir() if path.stem == split and path.suffix.lower() in SUFFIXES]
+        files = [path for path in named if path.is_file()]
         if len(files) == 1:
             found[split] = str(files[0])
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from random import Random
 
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.search_space import AdapterSpec, Architecture, Backbone, Candidate
-from autopeft.search_space.adapters import Bitfit, Bottleneck, Lora, Norm, Prefix
+from autopeft.search_space.adapters import ADAPTERS, Bitfit, Bottleneck, Lora, Norm, Prefix
 from autopeft.search_space.architecture import canonical_json, digest
-from autopeft.search_space.spelling import did_you_mean
+from autopeft.search_space.backbones.backbone import ROLES
+from autopeft.search_space.declaration import AdapterChoice, fields_of
+from autopeft.search_space.spelling import SYNONYMS, did_you_mean
+from autopeft.search_space.training import Training
 from autopeft.testing.spaces import SMALL, encoder
 
 specs = st.one_of(
@@ -115,3 +119,39 @@ def test_suggestions() -> None:
     assert did_you_mean("zzz", ["rank", "alpha"]) == "; known: alpha, rank"
     assert did_you_mean("zzz", (str(i) for i in range(100))) == ""
     assert did_you_mean("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "suggested"),
+    [
+        ("r", ["rank", "router"], "rank"),
+        ("lora_dropout", ["rank", "dropout"], "dropout"),
+        ("use_rslora", ["scaling"], "scaling: rslora"),
+        ("value", ROLES, "attn.v"),
+        ("fc2", ROLES, "mlp.down"),
+        ("per_device_train_batch_size", ["batch_size", "epochs"], "batch_size"),
+        ("training.lr", ["training.learning_rate", "lora.rank"], "training.learning_rate"),
+        ("layers.1.q_proj", ["layers.0.attn.q", "layers.1.attn.q"], "layers.1.attn.q"),
+    ],
+)
+def test_names_of_other_libraries(word: str, known: list[str], suggested: str) -> None:
+    assert did_you_mean(word, known) == f"; did you mean {suggested!r}?"
+
+
+def test_only_known_names_are_suggested() -> None:
+    assert did_you_mean("r", ["size", "dropout"]) == "; known: dropout, size"
+    assert did_you_mean("use_rslora", ["size"]) == "; known: size"
+    assert did_you_mean("q_proj", ["attn.qkv"]) == "; known: attn.qkv"
+
+
+def test_synonyms_are_names_of_this_library() -> None:
+    declared = [*(f.name for f in fields(AdapterChoice)), *(f.name for f in fields(Training)), *ROLES, "max_length"]
+    known = {*declared, *(name for kind in ADAPTERS for name in fields_of(kind))}
+    for foreign, own in SYNONYMS.items():
+        assert foreign not in known
+        setting, _, value = own.partition(": ")
+        assert setting in known
+        if setting == "scaling":
+            assert Lora(scaling=value).scaling == value
+        elif value:
+            assert (setting, value in ADAPTERS) == ("kind", True)

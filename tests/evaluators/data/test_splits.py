@@ -119,6 +119,48 @@ def test_labels_that_training_lacks(folder):
     ]
 
 
+def test_labels_that_differ_by_spaces(folder):
+    jsonl(folder / "train.jsonl", [*ROWS, {"text": "x", "label": "a "}, {"text": "y", "label": "\tb"}])
+    jsonl(folder / "test.jsonl", [{"text": "z", "label": "b"}, {"text": "u", "label": " a"}])
+    assert problems(folder) == [
+        "train.jsonl:7: label 'a ' differs from 'a' in train.jsonl:1 only by surrounding spaces: remove the spaces",
+        "train.jsonl:8: label '\\tb' differs from 'b' in train.jsonl:2 only by surrounding spaces: remove the spaces",
+        "test.jsonl:2: label ' a' differs from 'a' in train.jsonl:1 only by surrounding spaces: remove the spaces",
+        "test.jsonl: labels ' a' do not occur in the training split, which has '\\tb', 'a', 'a ', 'b'",
+    ]
+    jsonl(folder / "train.jsonl", [{"text": "x", "tags": ["a", "a "]}])
+    for file in ("validation.jsonl", "test.jsonl"):
+        jsonl(folder / file, [{"text": file, "tags": ["a"]}])
+    assert problems(folder, labels="tags") == [
+        "train.jsonl:1: label 'a ' differs from 'a' in train.jsonl:1 only by surrounding spaces: remove the spaces"
+    ]
+
+
+def test_labels_that_differ_by_case(folder):
+    jsonl(folder / "train.jsonl", [*ROWS, {"text": "x", "label": "A"}])
+    splits = load(folder)
+    assert splits.labels == ("A", "a", "b")
+    assert splits.warnings == (
+        "labels 'a' (train.jsonl:1) and 'A' (train.jsonl:7) differ only by letter case or spaces and are separate:"
+        " give them one spelling if they are the same",
+    )
+
+
+def test_targets_of_a_regression(folder):
+    for start, file in enumerate(FILES.values()):
+        jsonl(folder / file, [{"text": f"{start} {i}", "label": i / 10} for i in range(30)])
+    assert problems(folder) == [
+        "train.jsonl: the labels have 27 distinct numbers with a fraction, such as '0.1', which looks like a regression"
+        " target: group the numbers into a few classes, or add a letter to each label if they are names of classes"
+    ]
+    for start, file in enumerate(FILES.values()):
+        jsonl(folder / file, [{"text": f"{start} {i}", "label": i / 2} for i in range(30)])
+    assert len(load(folder).labels) == 30, "few fractions, such as ratings"
+    for start, file in enumerate(FILES.values()):
+        jsonl(folder / file, [{"text": f"{start} {i}", "label": f"v{i / 10}"} for i in range(30)])
+    assert len(load(folder).labels) == 30, "names"
+
+
 def test_pairs(folder):
     rows = [{"text": f"a {i}", "other": f"b {i}", "label": "ab"[i % 2]} for i in range(6)]
     jsonl(folder / "train.jsonl", rows)
@@ -240,6 +282,41 @@ def test_missing_values_do_not_change_numbers_of_parquet(folder):
     assert load(folder, **{split: f"{split}.parquet" for split in FILES}).labels == ("1", "2")
 
 
+def test_suffixes_in_capitals(folder):
+    wanted = load(folder)
+    (folder / "train.jsonl").rename(folder / "train.JSONL")
+    frames = {split: pandas.read_json(folder / f"{split}.jsonl", lines=True) for split in ("validation", "test")}
+    frames["validation"].to_csv(folder / "validation.CSV", index=False)
+    frames["test"].to_parquet(folder / "test.Parquet")
+    assert load(folder, train="train.JSONL", validation="validation.CSV", test="test.Parquet") == wanted
+    (folder / "train.TXT").write_text("x")
+    assert problems(folder, train="train.TXT")[0].startswith("train.TXT: files of type '.TXT' are not supported")
+
+
+def test_arrays_of_json(folder):
+    wanted = load(folder)
+    for split, file in FILES.items():
+        rows = [json.loads(line) for line in (folder / file).read_text().splitlines()]
+        (folder / f"{split}.json").write_text("\n" + json.dumps(rows, indent=2))
+    files = {split: f"{split}.json" for split in FILES}
+    assert load(folder, **files) == wanted
+    (folder / "train.json").write_text('[{"text": "x", "label": "a"}, 5, {"text": "y"}]')
+    (folder / "validation.json").write_text('[\n{"text": "x", "label": "a"},\n{"text": }]')
+    (folder / "test.json").write_text("[]")
+    assert problems(folder, **files) == [
+        "train.json[1]: not a JSON object",
+        "train.json[2]: field 'label' is missing or empty; this row has 'text'",
+        "validation.json:3: not valid JSON: Expecting value",
+        "test.json: the test split is empty",
+    ]
+
+
+def test_lines_of_json(folder):
+    wanted = load(folder)
+    (folder / "train.jsonl").rename(folder / "train.json")
+    assert load(folder, train="train.json") == wanted
+
+
 def test_own_column_names(folder):
     jsonl(folder / "train.jsonl", [{"sentence": "x", "text": "-", "topic": "a"}, {"sentence": "y", "topic": "b"}])
     for file in ("validation.jsonl", "test.jsonl"):
@@ -291,6 +368,15 @@ def mixed(folder: Path) -> Path:
     for start, file in enumerate(FILES.values()):
         jsonl(folder / file, [row | {"text": f"{row['text']} of {start}"} for row in MIXED])
     return folder
+
+
+def test_domains_that_differ_by_spaces_or_case(mixed):
+    jsonl(mixed / "train.jsonl", [*MIXED, {"text": "x", "source": "News"}])
+    (warning,) = load(mixed, "causal-lm", domain="source").warnings
+    assert warning.startswith("domains 'news' (train.jsonl:1) and 'News' (train.jsonl:7) differ only by letter case")
+    jsonl(mixed / "train.jsonl", [*MIXED, {"text": "x", "source": "news "}])
+    (problem,) = problems(mixed, "causal-lm", domain="source")
+    assert problem.startswith("train.jsonl:7: domain 'news ' differs from 'news' in train.jsonl:1 only by surrounding")
 
 
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])

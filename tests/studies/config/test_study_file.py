@@ -270,6 +270,8 @@ WRONG = [
         "6 training.learning_rate.lag: unknown key; did you",
     ),
     ("training: {epoch: 3}", "6 training.epoch: unknown key; did you mean 'epochs'?"),
+    ("training: {num_train_epochs: 3}", "6 training.num_train_epochs: unknown key; did you mean 'epochs'?"),
+    ("training: {lr: 0.001}", "6 training.lr: unknown key; did you mean 'learning_rate'?"),
     ("data:\n  text: 5", "7 data.text: must be a text"),
     ("search: 5", "6 search: must be a mapping"),
     ("search: {trials: 0}", "6 search.trials: must be greater than or equal to 1"),
@@ -367,6 +369,14 @@ WRONG_SPACES = [
     (
         "{adapters: {lora: {rnak: 4}}}",
         "2 space.adapters.lora.rnak: unknown field of lora; did you mean 'rank'?",
+    ),
+    (
+        "{adapters: {lora: {use_rslora: true}}}",
+        "2 space.adapters.lora.use_rslora: unknown field of lora; did you mean 'scaling: rslora'?",
+    ),
+    (
+        "{adapters: {lora: {target_modules: [q_proj]}}}",
+        "2 space.adapters.lora.target_modules: unknown field of lora; did you mean 'at'?",
     ),
     ("{adapters: {lora: {rank: 0}}}", "2 space.adapters.lora.rank: 0 is the only size"),
     ("{adapters: {lora: {rank: [0]}}}", "2 space.adapters.lora.rank: 0 is the only size"),

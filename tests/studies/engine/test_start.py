@@ -98,6 +98,7 @@ def test_the_member_of_a_group_that_is_named_is_taken(space: SearchSpace) -> Non
     ("given", "key", "problem"),
     [
         ({"atn.rank": 4}, "atn.rank", "unknown gene or setting; did you mean 'attn.rank'?"),
+        ({"attn.r": 4}, "attn.r", "unknown gene or setting; did you mean 'attn.rank'?"),
         ({"attn.rank.layer.1": 4}, "attn.rank.layer.1", "did you mean 'attn.rank.layers.1'?"),
         ({"attn.dropout": 0.1}, "attn.dropout", "unknown gene or setting"),
         ({"attn.rank": 3}, "attn.rank", "3 is not in this space; use one of 0, 2, 4"),

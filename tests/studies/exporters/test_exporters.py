@@ -37,6 +37,7 @@ from autopeft.search_space.adapters import (
     Ssf,
     Vera,
 )
+from autopeft.search_space.backbones.linear import weight_of
 from autopeft.search_space.routers import ROUTERS
 from autopeft.studies.errors import UserError
 from autopeft.studies.exporters import EXPORTERS, Assessment, ExportError, native, trl_script
@@ -193,6 +194,27 @@ def test_peft_rebuilds_the_network(models: Folders, tmp_path: Path, case: Case) 
         "adapter_model.safetensors",
         "recipe.yaml",
     }
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_peft_rebuilds_rows_of_zeros(tmp_path: Path, family: str) -> None:
+    folder = save_model(family, tmp_path / "model")
+    names = [f"layers.{layer}.{LINEARS[family]}" for layer in (1, 11)]
+    placement = {name: Dora(rank=2) for name in names}
+    whole = make_recipe(family, folder, placement)
+    model = plain_model(whole)
+    for name in names:
+        weight_of(model.get_submodule(whole.sites[name].module))[:3] = 0.0
+    model.save_pretrained(folder)
+    recipe = make_recipe(family, folder, placement)
+    state, _ = trained(recipe)
+    state[f"{names[0]}/dora/B"][:2] = 0.0  # two rows that stay zeros, and one that does not
+    EXPORTERS["native"].export(recipe, state, tmp_path / "native")
+    rebuilt, attachment = native.load(tmp_path / "native")
+    with attachment:
+        wanted = logits(rebuilt)
+    EXPORTERS["peft"].export(recipe, state, tmp_path / "out")
+    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
 
 
 def test_peft_has_one_rank_of_vera_and_one_key(models: Folders, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,10 @@ def test_a_folder_of_files(inputs: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert study.settings.data.train == str(inputs / "train.jsonl")
     assert study.settings.model.id == str(inputs / "model")
     study.check()
+    capitals = tmp_path / "capitals"
+    shutil.copytree(inputs, capitals)
+    (capitals / "train.jsonl").rename(capitals / "train.JSONL")
+    assert declared(inputs, tmp_path, data=capitals).settings.data.train == str(capitals / "train.JSONL")
 
 
 # Spaces as a file says them
