@@ -131,8 +131,18 @@ class Snapshot:
 
     @property
     def ended(self) -> tuple[Trial, ...]:
-        """Evaluations that have ended in any state; a copy of another trial is not an evaluation."""
+        """Trials that have ended in any state, except copies of other trials."""
         return tuple(trial for trial in self.trials if trial.state != "running" and trial.role != COPY)
+
+    @property
+    def evaluated(self) -> tuple[Trial, ...]:
+        """The evaluations that have ended; a rejected candidate is never evaluated."""
+        return tuple(trial for trial in self.ended if trial.state != "infeasible")
+
+    @property
+    def unfinished(self) -> tuple[Trial, ...]:
+        """The evaluations that have begun and not ended."""
+        return tuple(trial for trial in self.trials if trial.state == "running" and trial.role != COPY)
 
     @property
     def search_trials(self) -> tuple[Trial, ...]:

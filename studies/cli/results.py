@@ -63,7 +63,7 @@ def print_front(snapshot: Snapshot) -> None:
     rows = sorted(snapshot.rows(), key=lambda row: quality.loss(row.values[quality.name]))
     members = [row for row in rows if row.on_front]
     table = Table(
-        title=f"{snapshot.study}: {len(members)} candidates on the front, from {len(snapshot.ended)} evaluations"
+        title=f"{snapshot.study}: {len(members)} candidates on the front, from {len(snapshot.evaluated)} evaluations"
     )
     table.add_column("")
     table.add_column("candidate", no_wrap=True)

@@ -13,6 +13,7 @@ import typer
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
 
 if TYPE_CHECKING:
+    from autopeft.studies.analysis.snapshot import Snapshot
     from autopeft.studies.config.study_file import StudyFile
 
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the study if it has been started.")]
@@ -85,33 +86,44 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     from autopeft.studies.analysis.diagnostics import diagnostics
     from autopeft.studies.analysis.snapshot import state_counts
     from autopeft.studies.cli.results import recorded
+    from autopeft.studies.config.loading import load_study
 
-    settings, _, snapshot = recorded(study, set_)
-    counts = state_counts(snapshot.trials)
+    settings = load_study(study, set_ or ())  # the recorded settings lack a larger `search.trials` of `resume`
+    _, _, snapshot = recorded(study, set_)
     curve = snapshot.hypervolume()
     latest = diagnostics(snapshot.trials)[-1:]
     if as_json:
         print_json(
             {
                 "study": snapshot.study,
-                "trials": dict(counts),
+                "trials": dict(state_counts(snapshot.trials)),
                 "hypervolume": curve[-1] if curve else 0.0,
                 "diagnostics": latest[0].to_dict() if latest else None,
             }
         )
         return
     rows = snapshot.rows()
-    states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none yet"
-    typer.echo(f"{snapshot.study}: evaluations {states}")
-    typer.echo(f"  search       {len(snapshot.search_trials)} of {settings.search.trials} trials")
+    counts = [f"{count} {state}" for state, count in state_counts(snapshot.evaluated + snapshot.unfinished).items()]
+    typer.echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
+    typer.echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
     typer.echo(f"  front        {sum(row.on_front for row in rows)} candidates")
     typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
-    train_s = sum(t.measurement.train_s for t in snapshot.ended if t.measurement)
-    wall_s = sum(t.measurement.wall_s for t in snapshot.ended if t.measurement)
+    train_s = sum(t.measurement.train_s for t in snapshot.evaluated if t.measurement)
+    wall_s = sum(t.measurement.wall_s for t in snapshot.evaluated if t.measurement)
     if wall_s:
-        typer.echo(f"  evaluations  {wall_s:,.0f} s, {train_s / wall_s:.0%} of it in training steps")
+        typer.echo(f"  time         {wall_s:,.0f} s of evaluations, {train_s / wall_s:.0%} of it in training steps")
     for heading, line in (pair for found in latest for pair in found.lines()):
         typer.echo(f"  {heading:<11}  {line}")
+
+
+def _search_progress(snapshot: Snapshot, planned: int) -> str:
+    """Describe how many of the planned trials have ended, and how many candidates were rejected besides them."""
+    from autopeft.search_space.problem import SEARCH
+
+    ended = sum(trial.role == SEARCH for trial in snapshot.evaluated)
+    rejected = sum(trial.state == "infeasible" for trial in snapshot.search_trials)
+    line = f"{ended} of {planned} trials" if ended <= planned else f"{ended} trials, more than the planned {planned}"
+    return line + (f"; candidates rejected without training: {rejected}" if rejected else "")
 
 
 def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:

@@ -47,7 +47,7 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     if not rows:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    about: dict[str, Any] = {"study": snapshot.study, "num_evaluations": len(snapshot.ended)}
+    about: dict[str, Any] = {"study": snapshot.study, "num_evaluations": len(snapshot.evaluated)}
     found = verdicts(snapshot)
     sections = [_routing(found, snapshot.metrics[snapshot.quality])] if found else []
     front_html(rows, snapshot.objectives, folder / "front.html", sections=sections, **about)

@@ -1,0 +1,67 @@
+"""`status` and `pareto` report a study as it is: counts, interrupted evaluations, preliminary recommendations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autopeft.search_space.problem import COPY, Trial
+from autopeft.studies.cli import results
+from autopeft.studies.cli.app import main
+from autopeft.studies.config.loading import load_study
+
+from ...support.tiny_study import save_study
+from ...support.tracked_study import TRIALS, snapshot, trial
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_study(tmp_path, search={"trials": 5, "batch": 2})
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture
+def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command on a study with these trials, and return the text on stdout."""
+
+    def command(name: str, trials: tuple[Trial, ...], *more: str) -> str:
+        found = (load_study(folder), None, snapshot(trials))
+        monkeypatch.setattr(results, "recorded", lambda study, set_: found)
+        with pytest.raises(SystemExit) as exit_:
+            main([name, str(folder), *more])
+        captured = capsys.readouterr()
+        assert exit_.value.code == 0, captured.err
+        return captured.out
+
+    return command
+
+
+REJECTED = replace(trial(6, 0.0, 64), state="infeasible", measurement=None, error="num_params")
+COPIED = replace(trial(7, 0.8, 16), role=COPY, of=4)
+RUNNING = replace(trial(8, 0.0, 2), state="running", measurement=None)
+
+
+def test_the_search_counts_planned_trials(command: Command) -> None:
+    """A rejected candidate, a copy and a baseline are not trials of the plan, and a copy is no evaluation."""
+    text = command("status", (*TRIALS, REJECTED, COPIED))
+    assert "evaluations: 5 complete, 1 failed\n" in text
+    assert "search       5 of 5 trials; candidates rejected without training: 1\n" in text
+    assert "search       5 of 8 trials" in command("status", TRIALS, "--set", "search.trials=8")
+    assert "search       4 of 5 trials\n" in command("status", (*TRIALS[:5], replace(RUNNING, number=5)))
+
+
+def test_the_search_never_has_more_than_all_trials(command: Command) -> None:
+    """`resume --set search.trials=8` leaves the study file as it is."""
+    text = command("status", TRIALS, "--set", "search.trials=3")
+    assert "search       5 trials, more than the planned 3\n" in text
+
+
+def test_evaluations_are_trainings(command: Command) -> None:
+    assert "time         32 s of evaluations, 77% of it in training steps\n" in command("status", TRIALS)
+    assert "from 6 evaluations" in command("pareto", (*TRIALS, REJECTED, COPIED))
