@@ -87,9 +87,12 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     from autopeft.studies.analysis.snapshot import state_counts
     from autopeft.studies.cli.results import recorded
     from autopeft.studies.config.loading import load_study
+    from autopeft.studies.engine.session import is_running
 
     settings = load_study(study, set_ or ())  # the recorded settings lack a larger `search.trials` of `resume`
+    running = is_running(settings)  # before the ledger is read: a trial that has ended by then is not interrupted
     _, _, snapshot = recorded(study, set_)
+    interrupted = 0 if running else len(snapshot.unfinished)
     curve = snapshot.hypervolume()
     latest = diagnostics(snapshot.trials)[-1:]
     if as_json:
@@ -97,14 +100,22 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
             {
                 "study": snapshot.study,
                 "trials": dict(state_counts(snapshot.trials)),
+                "interrupted": interrupted,
                 "hypervolume": curve[-1] if curve else 0.0,
                 "diagnostics": latest[0].to_dict() if latest else None,
             }
         )
         return
     rows = snapshot.rows()
-    counts = [f"{count} {state}" for state, count in state_counts(snapshot.evaluated + snapshot.unfinished).items()]
+    states = {
+        **state_counts(snapshot.evaluated),
+        "running": len(snapshot.unfinished) - interrupted,
+        "interrupted": interrupted,
+    }
+    counts = [f"{count} {state}" for state, count in states.items() if count]
     typer.echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
+    if interrupted:
+        typer.echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
     typer.echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
     typer.echo(f"  front        {sum(row.on_front for row in rows)} candidates")
     typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")

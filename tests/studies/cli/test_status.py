@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from autopeft.search_space.problem import COPY, Trial
 from autopeft.studies.cli import results
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
+from autopeft.studies.engine.session import LOCK_FILE, is_running
 
 from ...support.tiny_study import save_study
 from ...support.tracked_study import TRIALS, snapshot, trial
@@ -65,3 +68,30 @@ def test_the_search_never_has_more_than_all_trials(command: Command) -> None:
 def test_evaluations_are_trainings(command: Command) -> None:
     assert "time         32 s of evaluations, 77% of it in training steps\n" in command("status", TRIALS)
     assert "from 6 evaluations" in command("pareto", (*TRIALS, REJECTED, COPIED))
+
+
+def test_evaluations_without_a_process_are_interrupted(command: Command, folder: Path) -> None:
+    """Only the process that holds the lock is training; the lock's file stays after a kill."""
+    lock, trials = FileLock(folder / "runs" / "tiny" / LOCK_FILE), (*TRIALS, RUNNING)
+    for _ in range(2):
+        text = command("status", trials)
+        assert "evaluations: 5 complete, 1 failed, 1 interrupted\n" in text
+        assert f"`autopeft resume {load_study(folder).words}` trains them again" in text
+        found = json.loads(command("status", trials, "--json"))
+        assert (found["interrupted"], found["trials"]["running"]) == (1, 1)
+        with lock:
+            assert "evaluations: 5 complete, 1 failed, 1 running\n" in command("status", trials)
+            assert json.loads(command("status", trials, "--json"))["interrupted"] == 0
+
+
+def test_asking_for_the_lock_leaves_it(folder: Path) -> None:
+    settings = load_study(folder)
+    file = folder / "runs" / "tiny" / LOCK_FILE
+    assert not is_running(settings)
+    assert not file.exists()
+    with FileLock(file):
+        assert is_running(settings)
+        assert is_running(settings)
+    assert not is_running(settings)
+    with FileLock(file, timeout=0):
+        pass
