@@ -83,7 +83,7 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Show the progress of a study; safe while it runs."""
-    from autopeft.studies.analysis.diagnostics import diagnostics
+    from autopeft.studies.analysis.diagnostics import diagnostics, num_held_out
     from autopeft.studies.analysis.snapshot import state_counts
     from autopeft.studies.cli.results import recorded
     from autopeft.studies.config.loading import load_study
@@ -123,8 +123,9 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     wall_s = sum(t.measurement.wall_s for t in snapshot.evaluated if t.measurement)
     if wall_s:
         typer.echo(f"  time         {wall_s:,.0f} s of evaluations, {train_s / wall_s:.0%} of it in training steps")
-    for heading, line in (pair for found in latest for pair in found.lines()):
-        typer.echo(f"  {heading:<11}  {line}")
+    for found in latest:
+        for heading, line in found.lines(num_held_out(snapshot.trials, found.trial, settings.search.batch)):
+            typer.echo(f"  {heading:<11}  {line}")
 
 
 def _search_progress(snapshot: Snapshot, planned: int) -> str:
