@@ -145,6 +145,15 @@ class Snapshot:
         return tuple(trial for trial in self.trials if trial.state == "running" and trial.role != COPY)
 
     @property
+    def preliminary(self) -> bool:
+        """Whether runs with fresh seeds are missing, so that single runs decide on the front or a part of it.
+
+        The best of many single runs looks better than it is; see `Entry.runs`.
+        """
+        repeated = any(trial.role == FINALIST and trial.state == "complete" for trial in self.trials)
+        return not repeated or bool(self.unfinished)
+
+    @property
     def search_trials(self) -> tuple[Trial, ...]:
         """The trials that the searcher proposed."""
         return tuple(trial for trial in self.trials if trial.role == SEARCH)

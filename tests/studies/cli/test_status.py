@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from autopeft.search_space.problem import COPY, Trial
+from autopeft.search_space.problem import COPY, FINALIST, Trial
 from autopeft.studies.cli import results
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
@@ -95,3 +95,25 @@ def test_asking_for_the_lock_leaves_it(folder: Path) -> None:
     assert not is_running(settings)
     with FileLock(file, timeout=0):
         pass
+
+
+def test_a_front_without_fresh_seeds_is_preliminary(command: Command) -> None:
+    """Fresh seeds are trained at the end of the study: until the last of them has ended, something is missing."""
+    again = [replace(trial(number, 0.76, 16), role=FINALIST, of=4, seed=number) for number in (6, 7)]
+    waiting = replace(again[1], state="running", measurement=None)
+    for trials in (TRIALS, (*TRIALS, again[0], waiting)):
+        text = " ".join(command("pareto", trials).split())
+        assert "on the preliminary front" in text
+        assert "(*): recommended" in text
+        assert "recommendation is preliminary" in text
+        assert "Missing: runs of the finalists with fresh seeds" in text
+        assert all(row["preliminary"] is True for row in json.loads(command("pareto", trials, "--json")))
+        assert "candidates (preliminary)\n" in command("status", trials)
+    final = (*TRIALS, *again)
+    text = command("pareto", final)
+    assert "preliminary" not in text
+    assert "\n*: recommended" in text
+    found = json.loads(command("pareto", final, "--json"))
+    assert [(row["trial"], row["recommended"], row["preliminary"]) for row in found] == [(4, True, False)]
+    assert {"trial", "key", "values", "std_err", "recommended", "summary"} <= found[0].keys()
+    assert "preliminary" not in command("status", final)
