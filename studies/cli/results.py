@@ -92,11 +92,11 @@ def print_front(snapshot: Snapshot) -> None:
     console = Console()
     # Without a terminal the width is free: a table cut at 80 columns is of no use in a log.
     Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
-    typer.echo(f"{star}: recommended, the cheapest candidate that a paired test (95 %) cannot distinguish from the best;"
-               " ±: standard error over examples and seeds")  # fmt: skip
+    typer.echo(f"{star}: recommended, the cheapest candidate that a paired test (95 %) cannot distinguish from the"
+               " best; ±: standard error over examples and seeds")  # fmt: skip
     if preliminary:
-        typer.echo("The recommendation is preliminary: single runs favour candidates with a lucky seed. Missing: runs of"
-                   " the finalists with fresh seeds, which the study trains at its end.")  # fmt: skip
+        typer.echo("The recommendation is preliminary: single runs favour candidates with a lucky seed. Missing: runs"
+                   " of the finalists with fresh seeds, which the study trains at its end.")  # fmt: skip
     found = verdicts(snapshot)
     if found:
         typer.echo("\nmixtures against their matched baselines")

@@ -106,7 +106,7 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
             }
         )
         return
-    rows = snapshot.rows()
+    members = sum(row.on_front for row in snapshot.rows())
     states = {
         **state_counts(snapshot.evaluated),
         "running": len(snapshot.unfinished) - interrupted,
@@ -117,7 +117,7 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     if interrupted:
         typer.echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
     typer.echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
-    typer.echo(f"  front        {sum(row.on_front for row in rows)} candidates{' (preliminary)' * snapshot.preliminary}")
+    typer.echo(f"  front        {members} candidates{' (preliminary)' * snapshot.preliminary}")
     typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
     train_s = sum(t.measurement.train_s for t in snapshot.evaluated if t.measurement)
     wall_s = sum(t.measurement.wall_s for t in snapshot.evaluated if t.measurement)
