@@ -219,7 +219,8 @@ def was_started(settings: StudyFile) -> bool:
 def is_running(settings: StudyFile) -> bool:
     """Return whether a process holds the study's lock; True where the file system cannot tell.
 
-    A shared lock on a file opened for reading tells it: it writes nothing, and several readers may hold it at once.
+    It requests a shared lock on the file, opened for reading, and releases it at once: it neither creates nor writes
+    the file, and two calls at the same moment do not meet each other.
     """
     try:
         with (settings.output_folder / LOCK_FILE).open("rb") as file:
