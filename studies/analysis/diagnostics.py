@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autopeft.search_space.problem import Trial
+from autopeft.search_space.problem import SEARCH, Trial
 
 STATE = "diagnostics"
+#: Least trials of a rank correlation that is shown. Of n independent pairs, Spearman's correlation has the standard
+#: error 1 / sqrt(n - 1) (Kendall and Gibbons, Rank Correlation Methods, 1990, ch. 4): a third for 10 trials.
+LEAST_RANKED = 10
 #: Genes that fit into a line of text.
 SHOWN_GENES = 5
 
@@ -35,12 +38,14 @@ class Diagnostics:
         """Return the fields as plain data for JSON."""
         return asdict(self)
 
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """Yield pairs of a heading and a line of text."""
+    def lines(self, num_held_out: int) -> Iterator[tuple[str, str]]:
+        """Yield pairs of a heading and a line of text. `num_held_out`: see the function of this name."""
         yield "phase", f"{self.phase} (trial {self.trial})" + (f": {self.note}" if self.note else "")
-        if self.rank_correlation:
+        if self.rank_correlation and num_held_out < LEAST_RANKED:
+            yield "surrogate", f"too few trials for a rank correlation: {num_held_out}, at least {LEAST_RANKED} needed"
+        elif self.rank_correlation:
             figures = ", ".join(f"{name} {value:.2f}" for name, value in self.rank_correlation.items())
-            yield "surrogate", f"rank correlation with held-out trials: {figures}"
+            yield "surrogate", f"rank correlation with {num_held_out} held-out trials: {figures}"
         if self.audit:
             (low, high), (top_low, top_high) = self.audit["tau_interval"], self.audit["top_interval"]
             tau, top = f"{self.audit['tau']:.2f}", f"{self.audit['top_tau']:.2f}"
@@ -61,3 +66,13 @@ def diagnostics(trials: Sequence[Trial]) -> list[Diagnostics]:
         for number, state in found
         if isinstance(state, Mapping)
     ]
+
+
+def num_held_out(trials: Sequence[Trial], number: int, batch: int) -> int:
+    """Return the number of trials of the search with values that a surrogate knew when it proposed trial `number`.
+
+    They are in earlier batches of `batch` trials each. Baselines, which some surrogates also model, are not counted.
+    """
+    earlier = [t for t in trials if t.role == SEARCH and t.state != "infeasible" and t.number < number]
+    known = earlier[: len(earlier) // batch * batch]
+    return sum(trial.state in ("complete", "pruned") for trial in known)

@@ -131,8 +131,27 @@ class Snapshot:
 
     @property
     def ended(self) -> tuple[Trial, ...]:
-        """Evaluations that have ended in any state; a copy of another trial is not an evaluation."""
+        """Trials that have ended in any state, except copies of other trials."""
         return tuple(trial for trial in self.trials if trial.state != "running" and trial.role != COPY)
+
+    @property
+    def evaluated(self) -> tuple[Trial, ...]:
+        """The evaluations that have ended; a rejected candidate is never evaluated."""
+        return tuple(trial for trial in self.ended if trial.state != "infeasible")
+
+    @property
+    def unfinished(self) -> tuple[Trial, ...]:
+        """The evaluations that have begun and not ended."""
+        return tuple(trial for trial in self.trials if trial.state == "running" and trial.role != COPY)
+
+    @property
+    def preliminary(self) -> bool:
+        """Whether runs with fresh seeds are missing, so that single runs decide on the front or a part of it.
+
+        The best of many single runs looks better than it is; see `Entry.runs`.
+        """
+        repeated = any(trial.role == FINALIST and trial.state == "complete" for trial in self.trials)
+        return not repeated or bool(self.unfinished)
 
     @property
     def search_trials(self) -> tuple[Trial, ...]:

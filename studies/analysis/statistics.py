@@ -107,6 +107,9 @@ def _combine(signed: Sequence[tuple[int, Floats]], seed_sd: SeedSd | None, level
         seeds = [float(runs.mean(axis=1).var(ddof=1)) / len(runs) for runs in repeated]
         seeds_dof = [len(runs) - 1 for runs in repeated]
     variance = examples + sum(max(0.0, term - part) for term, part in zip(seeds, noise, strict=True))
+    # The terms of the seeds estimate the variance without the part of the examples, so they bound it from below.
+    # Without this bound it is 0 for two runs that are right on opposite examples: the noise outweighs the seeds.
+    variance = max(variance, sum(seeds))
     if variance == 0.0:
         return Estimate(value=value, std_err=0.0, low=value, high=value, num_seeds=num_seeds)
 

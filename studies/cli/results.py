@@ -62,8 +62,10 @@ def print_front(snapshot: Snapshot) -> None:
     quality = snapshot.objectives_by_name[snapshot.quality]
     rows = sorted(snapshot.rows(), key=lambda row: quality.loss(row.values[quality.name]))
     members = [row for row in rows if row.on_front]
+    preliminary = snapshot.preliminary
+    front, star = ("preliminary front", "(*)") if preliminary else ("front", "*")
     table = Table(
-        title=f"{snapshot.study}: {len(members)} candidates on the front, from {len(snapshot.ended)} evaluations"
+        title=f"{snapshot.study}: {len(members)} candidates on the {front}, from {len(snapshot.evaluated)} evaluations"
     )
     table.add_column("")
     table.add_column("candidate", no_wrap=True)
@@ -84,14 +86,17 @@ def print_front(snapshot: Snapshot) -> None:
                 else f"{row.values[name]:,.0f}"
                 for name in names
             ]
-            table.add_row("*" if row.recommended else "", row.label, *figures, test, row.summary)
+            table.add_row(star if row.recommended else "", row.label, *figures, test, row.summary)
         if position == 0:
             table.add_section()
     console = Console()
     # Without a terminal the width is free: a table cut at 80 columns is of no use in a log.
     Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
-    typer.echo("*: recommended, the cheapest candidate that a paired test (95 %) cannot distinguish from the best;"
-               " ±: standard error over examples and seeds")  # fmt: skip
+    typer.echo(f"{star}: recommended, the cheapest candidate that a paired test (95 %) cannot distinguish from the"
+               " best; ±: standard error over examples and seeds")  # fmt: skip
+    if preliminary:
+        typer.echo("The recommendation is preliminary: single runs favour candidates with a lucky seed. Missing: runs"
+                   " of the finalists with fresh seeds, which the study trains at its end.")  # fmt: skip
     found = verdicts(snapshot)
     if found:
         typer.echo("\nmixtures against their matched baselines")

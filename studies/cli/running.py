@@ -13,6 +13,7 @@ import typer
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
 
 if TYPE_CHECKING:
+    from autopeft.studies.analysis.snapshot import Snapshot
     from autopeft.studies.config.study_file import StudyFile
 
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the study if it has been started.")]
@@ -82,36 +83,59 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Show the progress of a study; safe while it runs."""
-    from autopeft.studies.analysis.diagnostics import diagnostics
+    from autopeft.studies.analysis.diagnostics import diagnostics, num_held_out
     from autopeft.studies.analysis.snapshot import state_counts
     from autopeft.studies.cli.results import recorded
+    from autopeft.studies.config.loading import load_study
+    from autopeft.studies.engine.session import is_running
 
-    settings, _, snapshot = recorded(study, set_)
-    counts = state_counts(snapshot.trials)
+    settings = load_study(study, set_ or ())  # the recorded settings lack a larger `search.trials` of `resume`
+    running = is_running(settings)  # before the ledger is read: a trial that has ended by then is not interrupted
+    _, _, snapshot = recorded(study, set_)
+    interrupted = 0 if running else len(snapshot.unfinished)
     curve = snapshot.hypervolume()
     latest = diagnostics(snapshot.trials)[-1:]
     if as_json:
         print_json(
             {
                 "study": snapshot.study,
-                "trials": dict(counts),
+                "trials": dict(state_counts(snapshot.trials)),
+                "interrupted": interrupted,
                 "hypervolume": curve[-1] if curve else 0.0,
                 "diagnostics": latest[0].to_dict() if latest else None,
             }
         )
         return
-    rows = snapshot.rows()
-    states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none yet"
-    typer.echo(f"{snapshot.study}: evaluations {states}")
-    typer.echo(f"  search       {len(snapshot.search_trials)} of {settings.search.trials} trials")
-    typer.echo(f"  front        {sum(row.on_front for row in rows)} candidates")
+    members = sum(row.on_front for row in snapshot.rows())
+    states = {
+        **state_counts(snapshot.evaluated),
+        "running": len(snapshot.unfinished) - interrupted,
+        "interrupted": interrupted,
+    }
+    counts = [f"{count} {state}" for state, count in states.items() if count]
+    typer.echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
+    if interrupted:
+        typer.echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
+    typer.echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
+    typer.echo(f"  front        {members} candidates{' (preliminary)' * snapshot.preliminary}")
     typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
-    train_s = sum(t.measurement.train_s for t in snapshot.ended if t.measurement)
-    wall_s = sum(t.measurement.wall_s for t in snapshot.ended if t.measurement)
+    train_s = sum(t.measurement.train_s for t in snapshot.evaluated if t.measurement)
+    wall_s = sum(t.measurement.wall_s for t in snapshot.evaluated if t.measurement)
     if wall_s:
-        typer.echo(f"  evaluations  {wall_s:,.0f} s, {train_s / wall_s:.0%} of it in training steps")
-    for heading, line in (pair for found in latest for pair in found.lines()):
-        typer.echo(f"  {heading:<11}  {line}")
+        typer.echo(f"  time         {wall_s:,.0f} s of evaluations, {train_s / wall_s:.0%} of it in training steps")
+    for found in latest:
+        for heading, line in found.lines(num_held_out(snapshot.trials, found.trial, settings.search.batch)):
+            typer.echo(f"  {heading:<11}  {line}")
+
+
+def _search_progress(snapshot: Snapshot, planned: int) -> str:
+    """Describe how many of the planned trials have ended, and how many candidates were rejected besides them."""
+    from autopeft.search_space.problem import SEARCH
+
+    ended = sum(trial.role == SEARCH for trial in snapshot.evaluated)
+    rejected = sum(trial.state == "infeasible" for trial in snapshot.search_trials)
+    line = f"{ended} of {planned} trials" if ended <= planned else f"{ended} trials, more than the planned {planned}"
+    return line + (f"; candidates rejected without training: {rejected}" if rejected else "")
 
 
 def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:

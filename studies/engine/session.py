@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
 
 LEAST_FREE_BYTES = 50_000_000
+LOCK_FILE = ".lock"
+#: `is_running` holds the lock for a moment, and a study that starts in that moment waits.
+LOCK_TIMEOUT_S = 0.5
 PRIOR = ("search", "prior")
 
 
@@ -131,9 +135,9 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
     from autopeft.studies.engine.study_loop import StudyLoop
 
     _check_folder(settings, resume)
-    lock = FileLock(settings.output_folder / ".lock")
+    lock = FileLock(settings.output_folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_TIMEOUT_S)
     except Timeout:
         raise ConfigurationError(
             f"{settings.output_folder}: another process is running this study: wait until it ends"
@@ -210,6 +214,22 @@ def was_started(settings: StudyFile) -> bool:
     if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
         return False
     return settings.study in Ledger.names(storage_url(settings))
+
+
+def is_running(settings: StudyFile) -> bool:
+    """Return whether a process holds the study's lock; True where the file system cannot tell.
+
+    It requests a shared lock on the file, opened for reading, and releases it at once: it neither creates nor writes
+    the file, and two calls at the same moment do not meet each other.
+    """
+    try:
+        with (settings.output_folder / LOCK_FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def open_ledger(settings: StudyFile) -> Ledger:

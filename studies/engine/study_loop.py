@@ -101,12 +101,13 @@ class StudyLoop:
         Raises NoFeasibleCandidateError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
         """
         self._check_feasible()
-        watcher.plan(num_evaluations(self.plan, self.problem), len(self._counted()))
+        watcher.plan(num_evaluations(self.plan, self.problem), len(self.snapshot().evaluated))
         try:
             unfinished = self.ledger.unfinished(self.problem.objectives)
             self._evaluate_planned("baseline", unfinished, self._baselines(), watcher)
             self._search(unfinished, watcher)
-            searched, done = self.snapshot(), len(self._counted())
+            searched = self.snapshot()
+            done = len(searched.evaluated)
             finals = list(finalists(self.plan, searched))
             controls = list(comparisons(self.plan, searched))
             under_way = sum(t.role.kind in ("finalist", "control") for t in unfinished)
@@ -121,9 +122,6 @@ class StudyLoop:
         if not any(row.on_front for row in snapshot.rows()):
             raise NoFeasibleCandidateError(self._why_nothing())
         return snapshot
-
-    def _counted(self) -> list[Trial]:
-        return [t for t in self.trials.values() if t.state in ("complete", "pruned", "failed") and t.role != COPY]
 
     # Baselines
 

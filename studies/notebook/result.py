@@ -164,7 +164,7 @@ class Result:
 
         snapshot = self.snapshot
         return front_figure(
-            snapshot.rows(), snapshot.objectives, study=snapshot.study, num_evaluations=len(snapshot.ended)
+            snapshot.rows(), snapshot.objectives, study=snapshot.study, num_evaluations=len(snapshot.evaluated)
         )
 
     def _table(self) -> list[list[str]]:
@@ -176,13 +176,13 @@ class Result:
         return lines
 
     def __repr__(self) -> str:
-        front, ended = self.front, len(self.snapshot.ended)
+        front, evaluated = self.front, len(self.snapshot.evaluated)
         lines = self._table() if front else []
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        return "\n".join([f"{self.snapshot.study}: front of {len(front)} from {ended} evaluations", *rows])
+        return "\n".join([f"{self.snapshot.study}: front of {len(front)} from {evaluated} evaluations", *rows])
 
     def _repr_html_(self) -> str:
         rows = ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in self._table()]
-        caption = f"{self.snapshot.study}: front of {len(self.front)} from {len(self.snapshot.ended)} evaluations"
+        caption = f"{self.snapshot.study}: front of {len(self.front)} from {len(self.snapshot.evaluated)} evaluations"
         return f"<table><caption>{escape(caption)}</caption>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

@@ -261,7 +261,7 @@ def hypervolume_png(
         panel.plot(number[-1:], values[-1:], "o", color=BLUE, markersize=5)
         end = (number[-1], values[-1])
         panel.annotate(short(values[-1]), end, (0, 6), textcoords="offset points", ha="right", weight="bold")
-        panel.set_xlabel("evaluations")
+        panel.set_xlabel("trials of the search")
         panel.set_ylabel("dominated hypervolume")
         panel.set_ylim(bottom=0)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))

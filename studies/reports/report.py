@@ -15,7 +15,10 @@ from autopeft.studies.analysis.snapshot import Snapshot
 
 
 def front_data(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """Return the members of the front, best quality first, as `autopeft pareto --json` prints them."""
+    """Return the members of the front, best quality first, as `autopeft pareto --json` prints them.
+
+    `preliminary`: see `Snapshot.preliminary`; it is the same for all members.
+    """
     keys = {trial.number: trial.candidate.key for trial in snapshot.trials}
     members = sorted(
         (row for row in snapshot.rows() if row.on_front),
@@ -28,6 +31,7 @@ def front_data(snapshot: Snapshot) -> list[dict[str, Any]]:
             "values": dict(row.values),
             "std_err": dict(row.std_err),
             "recommended": row.recommended,
+            "preliminary": snapshot.preliminary,
             "summary": row.summary,
         }
         for row in members
@@ -47,7 +51,7 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     if not rows:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    about: dict[str, Any] = {"study": snapshot.study, "num_evaluations": len(snapshot.ended)}
+    about: dict[str, Any] = {"study": snapshot.study, "num_evaluations": len(snapshot.evaluated)}
     found = verdicts(snapshot)
     sections = [_routing(found, snapshot.metrics[snapshot.quality])] if found else []
     front_html(rows, snapshot.objectives, folder / "front.html", sections=sections, **about)

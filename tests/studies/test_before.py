@@ -19,6 +19,8 @@ from autopeft.studies.recipes.recipe import Recipe
 from ..support.tiny_study import save_data, save_model
 
 BEFORE = Path(__file__).parent / "before"
+#: Standard errors that were too small then, by trial: seeds with losses of 1.07288 and 1.05326 had one of 0.0057.
+MENDED = {5: {"loss": pytest.approx((1.07288333 - 1.05326333) / 2)}}
 
 
 @pytest.fixture
@@ -46,6 +48,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
 def test_an_old_ledger_has_its_front(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = json.loads((BEFORE / "front.json").read_text())
     for then, now in zip(old, run(capsys, "pareto", study), strict=True):
+        then["std_err"] |= MENDED.get(then["trial"], {})
         assert {name: now[name] for name in ("trial", "key", "values", "std_err")} == {
             name: then[name] for name in ("trial", "key", "values", "std_err")
         }

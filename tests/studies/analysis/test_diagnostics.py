@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from autopeft.searchers import SEARCHERS, Suggestion
-from autopeft.studies.analysis.diagnostics import diagnostics
+from autopeft.studies.analysis.diagnostics import diagnostics, num_held_out
 from autopeft.studies.cli.app import main
 from autopeft.studies.cli.progress import ProgressView
 from autopeft.studies.config.loading import load_study
 
 from ...support.tiny_study import save_study
-from ...support.tracked_study import TRIALS, snapshot
+from ...support.tracked_study import TRIALS, snapshot, trial
 from ..engine.test_study import run
 
 TOLD = {
@@ -45,17 +45,34 @@ def test_the_trials_that_tell_something() -> None:
     trials = [TRIALS[0], with_state(1, {"phase": "initial"}), with_state(2, TOLD | {"unheard": 1}), TRIALS[3]]
     first, last = diagnostics(trials)
     assert (first.trial, first.phase, first.note, dict(first.relevance)) == (1, "initial", "", {})
-    assert list(first.lines()) == [("phase", "initial (trial 1)")]
+    assert list(first.lines(0)) == [("phase", "initial (trial 1)")]
     assert last.to_dict() == {"trial": 2, **TOLD}
-    assert list(last.lines()) == [
+    assert list(last.lines(10)) == [
         ("phase", "evolution (trial 2): no better than chance"),
-        ("surrogate", "rank correlation with held-out trials: accuracy 0.12, num_params 1.00"),
+        ("surrogate", "rank correlation with 10 held-out trials: accuracy 0.12, num_params 1.00"),
         (
             "audit",
             "proxy scores against 8 trainings: Kendall's tau 0.50 (0.10 to 0.80), better half 0.25 (-0.30 to 0.70)",
         ),
         ("relevance", "for accuracy: a 50%, b 25%, c 25%"),
     ]
+
+
+def test_a_rank_correlation_needs_ten_trials() -> None:
+    (found,) = diagnostics([with_state(2, TOLD)])
+    for count in (0, 3, 9):
+        line = dict(found.lines(count))["surrogate"]
+        assert line == f"too few trials for a rank correlation: {count}, at least 10 needed"
+    assert "accuracy 0.12" in dict(found.lines(10))["surrogate"]
+    assert found.to_dict()["rank_correlation"] == TOLD["rank_correlation"], "the number itself stays"
+
+
+def test_held_out_trials_are_those_of_earlier_batches() -> None:
+    """Trials 1 to 4 have values; trial 5 failed, and trial 0 is a baseline."""
+    trials = [*TRIALS, replace(TRIALS[5], number=6, state="infeasible"), trial(7, 0.5, 1), trial(8, 0.5, 1)]
+    assert [num_held_out(trials, number, 1) for number in (1, 2, 5, 6, 7, 8)] == [0, 1, 4, 4, 4, 5]
+    assert [num_held_out(trials, number, 2) for number in (1, 2, 3, 4, 5, 7, 8)] == [0, 0, 2, 2, 4, 4, 5]
+    assert num_held_out([replace(TRIALS[1], state="pruned"), TRIALS[2]], 2, 1) == 1
 
 
 def test_a_line_of_progress_has_the_note() -> None:

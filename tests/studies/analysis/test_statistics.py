@@ -126,6 +126,19 @@ def test_degenerate_scores():
         paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
+def test_a_standard_error_is_never_below_that_of_the_seeds():
+    """Two runs, right on opposite examples: 9 and 7 of 16. The noise outweighs the terms of examples and of seeds."""
+    runs = np.array([[1.0] * 9 + [0.0] * 7, [0.0] * 9 + [1.0] * 7])
+    found = estimate(runs)
+    assert found.value == 0.5
+    assert found.std_err == pytest.approx(1 / 16)  # the means are 9/16 and 7/16: sd 2^0.5 / 16, over the root of 2
+    assert found.high - found.value == pytest.approx(12.706205 / 16), "t with one degree of freedom"
+    pooled = estimate(runs, seed_sd=SeedSd(sd=0.08, dof=4))
+    assert pooled.std_err == pytest.approx(0.08 / 2**0.5)
+    difference = paired_difference(runs, np.full((2, 16), 0.25))
+    assert (difference.value, difference.std_err) == (0.25, pytest.approx(1 / 16))
+
+
 def contenders():
     """The best and dearest, one tied with it, one clearly worse and cheapest, one that diverged."""
     rng = np.random.default_rng(5)
