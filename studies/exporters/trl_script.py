@@ -44,7 +44,7 @@ ${metrics_import}from transformers import (
 
 MODEL = $model
 REVISION = $revision
-DTYPE = "$dtype"
+DTYPE = $dtype
 MAX_LENGTH = $max_length
 PEFT = $peft
 TRAINING = $training
@@ -251,12 +251,12 @@ def script(recipe: Recipe) -> str:
     opening, body = _SCRIPTS[trainer](recipe)
     peft = plan(recipe)
     common = {
-        "what": f"{', '.join(recipe.adapters.kinds)} on {recipe.backbone.id}",
+        "what": in_docstring(f"{', '.join(recipe.adapters.kinds)} on {recipe.backbone.id}"),
         "version": metadata.version("autopeft"),
         "config": peft.config,
-        "model": _model(recipe.backbone.id),
+        "model": model_expression(recipe.backbone.id),
         "revision": repr(recipe.backbone.revision),
-        "dtype": recipe.backbone.dtype,
+        "dtype": repr(recipe.backbone.dtype),
         "max_length": recipe.data.max_length,
         "peft": _literal(peft.arguments),
         "data": _literal({split: _rows(recipe, split) for split in _SPLITS}),
@@ -292,7 +292,7 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
     own = [f"{name} ({metric.function})" for name, metric in recipe.metrics.items()]
     missing = f" It does not compute the study's own {', '.join(own)}." if own else ""
     opening = {
-        "scores": f"It prints the loss and {', '.join(computed)}.{missing}",
+        "scores": in_docstring(f"It prints the loss and {', '.join(computed)}.{missing}"),
         "needs": "peft, transformers>=5, datasets, accelerate, scikit-learn",
         "metrics_import": "from sklearn import metrics\n",
         "datasets_names": "ClassLabel, load_dataset",
@@ -302,7 +302,7 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
         "own_settings": f"LABELS = {_literal(list(recipe.labels or ()))}\nPROBLEM_TYPE = {problem_type!r}\n",
     }
     encode, predictions = _TARGETS[problem_type]
-    lines = [f'        "{name}": float(metrics.{expression}),' for name, expression in computed.items()]
+    lines = [f"        {name!r}: float(metrics.{expression})," for name, expression in computed.items()]
     return opening, _CLASSIFICATION.substitute(encode=encode, predictions=predictions, metrics="\n".join(lines))
 
 
@@ -317,7 +317,13 @@ def _literal(value: Any) -> str:
     return pformat(value, width=100, sort_dicts=False)
 
 
-def _model(model_id: str) -> str:
+def in_docstring(text: str) -> str:
+    """Return the source of a text of one line between triple double quotes: the text of a recipe may be anything."""
+    return repr(text)[1:-1].replace('"', '\\"')
+
+
+def model_expression(model_id: str) -> str:
+    """Return the Python expression of a model's folder or hub id. Raises ModelError for a missing folder."""
     from autopeft.evaluators.backbones import EMBEDDED, EMBEDDED_PACKAGE, resolve
 
     if model_id == EMBEDDED:
