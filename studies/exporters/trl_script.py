@@ -76,7 +76,7 @@ def load_rows(split):
 def load_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 ''')
@@ -93,8 +93,7 @@ def load_model(tokenizer):
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
     return get_peft_model(without_dropout(model), build_peft_config())
 
 
@@ -121,6 +120,7 @@ def main():
     parser.add_argument("--max-steps", type=int, default=-1, help="stop early, to try the script")
     options = parser.parse_args()
     tokenizer = load_tokenizer()
+    tokenizer.padding_side = "right"
     trainer = Trainer(
         model=load_model(tokenizer),
         args=TrainingArguments(output_dir=options.output, max_steps=options.max_steps, **TRAINING),
@@ -132,6 +132,7 @@ def main():
     trainer.train()
     print(trainer.evaluate())
     trainer.save_model(options.output)
+    trainer.model.config.save_pretrained(options.output)  # with the labels and the padding token
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from autopeft.studies.exporters import EXPORTERS, trl_script
 from autopeft.studies.exporters.axolotl import CONFIG_FILE
 from autopeft.studies.recipes.recipe import OwnMetric, Recipe
 
-from ...support.exported import LABELS, make_recipe, save_model
+from ...support.exported import LABELS, make_recipe, save_model, trained
 
 #: Ends a docstring, a string and a comment, and then raises; it is also a valid name of a folder.
 HOSTILE = 'a"""\nraise SystemExit("ran")\n"""b \'\'\' \\ \\" {x} $what ${model} %s #: é'
@@ -61,3 +61,17 @@ def test_axolotl_reads_the_names_as_they_are(tmp_path: Path) -> None:
     found = YAML(typ="safe").load((tmp_path / "out" / CONFIG_FILE).read_text(encoding="utf-8"))
     assert found["base_model"] == str(tmp_path / HOSTILE)
     assert "raise" not in found
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("target", ["peft", "merged"])
+def test_the_readme_has_names_only_in_strings(tmp_path: Path, family: str, target: str) -> None:
+    recipe = hostile_recipe(tmp_path, family)
+    EXPORTERS[target].export(recipe, trained(recipe)[0], tmp_path / "out")
+    _, metadata, page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    if target == "peft":
+        assert YAML(typ="safe").load(metadata)["base_model"] == str(tmp_path / HOSTILE)
+    _, code, _ = page.split("```")
+    for node in ast.walk(ast.parse(code.removeprefix("python\n"))):
+        assert not isinstance(node, ast.Raise | ast.Dict), "the code is the same for every name"
+    assert "SystemExit" not in page.replace(code, "")
