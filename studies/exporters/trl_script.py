@@ -83,7 +83,7 @@ def load_tokenizer():
 
 _CLASSIFICATION = Template("""
 def load_model(tokenizer):
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model, info = AutoModelForSequenceClassification.from_pretrained(
         MODEL,
         revision=REVISION,
         dtype=DTYPE,
@@ -92,9 +92,18 @@ def load_model(tokenizer):
         problem_type=PROBLEM_TYPE,
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
+        output_loading_info=True,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    return get_peft_model(without_dropout(model), build_peft_config())
+    # Modules that the checkpoint lacks, such as BERT's pooler, are random: frozen, as in the study, but saved.
+    config = build_peft_config()
+    heads = tuple(f"{head}." for head in config.modules_to_save)
+    new = {key.rpartition(".")[0] for key in info["missing_keys"] if not key.startswith(heads)}
+    config.modules_to_save = [*config.modules_to_save, *sorted(new)]
+    model = get_peft_model(without_dropout(model), config)
+    for name in new:
+        model.get_submodule(f"base_model.model.{name}").requires_grad_(False)
+    return model
 
 
 def encode(rows, tokenizer):

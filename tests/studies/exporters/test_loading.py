@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -116,3 +120,33 @@ def test_the_script_saves_the_padding_token_and_the_tokenizer(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert AutoConfig.from_pretrained(tmp_path / "trained").pad_token_id == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "trained").pad_token == "[EOS]"
+
+
+@pytest.fixture
+def without_pooler(tmp_path: Path) -> Recipe:
+    """Return a recipe over a masked language model, whose checkpoint has no pooler for the classifier."""
+    folder = exported.save_model("bert", tmp_path / "model")
+    BertForMaskedLM(BertConfig.from_pretrained(folder)).save_pretrained(folder)
+    return make_recipe("bert", folder, {"layers.1.attn.q": Lora(rank=2)})
+
+
+@pytest.mark.parametrize("target", ["peft", "merged"])
+def test_a_pooler_that_the_checkpoint_lacks_is_exported(without_pooler: Recipe, tmp_path: Path, target: str) -> None:
+    state, _ = trained(without_pooler)
+    assert EXPORTERS[target].export(without_pooler, state, tmp_path / "out").level == "exact"
+    wanted = our_logits(without_pooler, state)
+    torch.testing.assert_close(loaded_logits(tmp_path / "out"), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_script_saves_a_pooler_that_the_checkpoint_lacks(without_pooler: Recipe, tmp_path: Path) -> None:
+    EXPORTERS["trl-script"].export(without_pooler, None, tmp_path / "out")
+    script = runpy.run_path(str(tmp_path / "out" / "train.py"))
+    model = script["load_model"](script["load_tokenizer"]())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trainable == without_pooler.num_adapter_params + without_pooler.host.num_head_params
+    pooler = "bert.pooler.dense.weight"
+    saved = get_peft_model_state_dict(model)
+    assert torch.equal(
+        saved[f"base_model.model.{pooler}"],
+        model.get_parameter("base_model.model.bert.pooler.dense.modules_to_save.default.weight"),
+    )
