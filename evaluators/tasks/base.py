@@ -51,6 +51,8 @@ class Task(ABC):
     auto_class: ClassVar[str]
     #: The kind of processor that `load_processor` loads, for messages.
     processor_name: ClassVar[str]
+    #: The auto class of transformers that loads the processor from an export.
+    auto_processor: ClassVar[str] = "AutoProcessor"
     #: The `task_type` of peft's configurations.
     peft_task_type: ClassVar[str]
     #: Columns that `score` returns.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 #: More labels that are numbers with a fraction are a regression target, not classes.
 MOST_FRACTIONS = 20
@@ -86,12 +87,21 @@ class Classification(TextTask):
 
     @override
     @classmethod
+    def load_processor(cls, model_id: str, folder: str, revision: str | None) -> PreTrainedTokenizerBase:
+        tokenizer = super().load_processor(model_id, folder, revision)
+        # As `inputs` pads: models with absolute positions give other logits for texts padded on the left.
+        tokenizer.padding_side = "right"
+        return tokenizer
+
+    @override
+    @classmethod
     def model_settings(cls, labels: Sequence[str] | None) -> dict[str, Any]:
         names = [str(label) for label in labels or ("0", "1")]
         return {
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": cls.problem_type,
         }
 
     @override
@@ -180,11 +190,6 @@ class MultiLabel(Classification):
         import numpy as np
 
         return np.array([[int(label in row["labels"]) for label in labels] for row in rows])
-
-    @override
-    @classmethod
-    def model_settings(cls, labels: Sequence[str] | None) -> dict[str, Any]:
-        return {**super().model_settings(labels), "problem_type": cls.problem_type}
 
     @override
     def _target(self, row: Row) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class TextTask(Task):
     """A task whose examples have `input_ids`, and `token_type_ids` if the tokenizer marks the second text by them."""
 
     processor_name = "tokenizer"
+    auto_processor = "AutoTokenizer"
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

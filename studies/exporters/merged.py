@@ -11,6 +11,7 @@ from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import Assessment, ExportError, State, approximate, unsupported
+from autopeft.studies.exporters.loading import save_processor, write_model_readme
 from autopeft.studies.exporters.native import attach
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -47,16 +48,14 @@ class Merged(AveragingExporter):
 
     @override
     def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
-        from autopeft.evaluators.backbones import load_processor
-
         model, attachment = attach(recipe, state)
         with attachment:
             adapted = _logits(model)
             with attachment.merged():
                 _check_equal(adapted, _logits(model), recipe)
                 model.save_pretrained(folder)
-        origin = recipe.backbone
-        load_processor(origin.id, recipe.task, origin.revision).save_pretrained(folder)
+        save_processor(recipe, folder)
+        write_model_readme(recipe, folder)
 
 
 def _logits(model: PreTrainedModel) -> Tensor:

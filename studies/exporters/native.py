@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from autopeft.evaluators.attachment.attachment import Attachment
+    from autopeft.evaluators.backbones import LoadedBackbone
 
 WEIGHTS_FILE = "adapter.safetensors"
 
@@ -35,18 +36,26 @@ class Native(Exporter):
         save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def bare_model(recipe: Recipe) -> Any:
+def bare_backbone(recipe: Recipe) -> LoadedBackbone:
     """Return the recipe's transformers model without adapters, in evaluation mode. Raises ModelError.
 
     Its configuration has the settings of the task's variant, such as the problem type.
     """
-    from autopeft.evaluators.backbones import load_model
+    from autopeft.evaluators.backbones import load_backbone
 
     origin = recipe.backbone
-    model: Any = load_model(origin.id, origin.revision, recipe.task, recipe.labels, origin.dtype)
+    loaded = load_backbone(
+        origin.id, task=recipe.task, labels=recipe.labels, revision=origin.revision, dtype=origin.dtype
+    )
+    config: Any = loaded.model.config
     for name, value in recipe.task_class.model_settings(recipe.labels).items():
-        setattr(model.config, name, value)
-    return model
+        setattr(config, name, value)
+    return loaded
+
+
+def bare_model(recipe: Recipe) -> Any:
+    """Return the model of `bare_backbone`. Raises ModelError."""
+    return bare_backbone(recipe).model
 
 
 def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:

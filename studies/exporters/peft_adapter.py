@@ -14,7 +14,8 @@ from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import Assessment, ExportError, State
-from autopeft.studies.exporters.native import bare_model
+from autopeft.studies.exporters.loading import save_processor, write_adapter_readme
+from autopeft.studies.exporters.native import bare_backbone
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -50,13 +51,19 @@ class PeftAdapter(AveragingExporter):
         import torch
         from peft import get_peft_model
 
-        model = bare_model(recipe)
-        wrapped = get_peft_model(model, plan(recipe).build(), revision=recipe.backbone.revision)
+        loaded, config = bare_backbone(recipe), plan(recipe).build()
+        model: Any = loaded.model
+        if loaded.new_modules:
+            # Who loads the checkpoint gets other random weights for these.
+            config.modules_to_save = [*(config.modules_to_save or ()), *loaded.new_modules]
+        wrapped = get_peft_model(model, config, revision=recipe.backbone.revision)
         with torch.no_grad():
             fill(wrapped.base_model.model, recipe, state)
+        write_adapter_readme(recipe, folder)  # before peft, which adds metadata to it
         wrapped.save_pretrained(folder, save_embedding_layers=False)
+        save_processor(recipe, folder)
         if recipe.task_class.has_labels:
-            # peft's files do not say what the outputs mean; who loads them gives this to the model.
+            # peft's files have neither the labels nor the padding token, from which decoders find the last token.
             model.config.save_pretrained(folder)
 
 

@@ -19,6 +19,7 @@ from autopeft.search_space.adapters.given import CONFIG, WEIGHTS
 from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.routers import XLora
 from autopeft.studies.exporters.base import Assessment, State, approximate
+from autopeft.studies.exporters.loading import save_processor, write_adapter_readme
 from autopeft.studies.exporters.native import bare_model
 from autopeft.studies.exporters.peft_config import PeftPlan, plan
 from autopeft.studies.recipes.recipe import Recipe
@@ -83,6 +84,10 @@ def write(recipe: Recipe, state: State, folder: Path) -> None:
         f"{layer}.bias": torch.cat([state[f"{prefix}router_bias"] for prefix in own.values()]),
     }
     save_file(classifier, folder / WEIGHTS, metadata={"format": "pt"})
+
+    save_processor(recipe, folder)
+    paths = ", ".join(f'"{e}": f"{{FOLDER}}/{e}"' for e in range(count))
+    write_adapter_readme(recipe, folder, model_options=["use_cache=False"], adapter_options=[f"adapters={{{paths}}}"])
 
 
 def _experts(recipe: Recipe) -> PeftPlan:

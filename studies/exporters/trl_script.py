@@ -44,7 +44,7 @@ ${metrics_import}from transformers import (
 
 MODEL = $model
 REVISION = $revision
-DTYPE = "$dtype"
+DTYPE = $dtype
 MAX_LENGTH = $max_length
 PEFT = $peft
 TRAINING = $training
@@ -76,14 +76,14 @@ def load_rows(split):
 def load_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 ''')
 
 _CLASSIFICATION = Template("""
 def load_model(tokenizer):
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model, info = AutoModelForSequenceClassification.from_pretrained(
         MODEL,
         revision=REVISION,
         dtype=DTYPE,
@@ -92,10 +92,18 @@ def load_model(tokenizer):
         problem_type=PROBLEM_TYPE,
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
+        output_loading_info=True,
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return get_peft_model(without_dropout(model), build_peft_config())
+    model.config.pad_token_id = tokenizer.pad_token_id
+    # Modules that the checkpoint lacks, such as BERT's pooler, are random: frozen, as in the study, but saved.
+    config = build_peft_config()
+    heads = tuple(f"{head}." for head in config.modules_to_save)
+    new = {key.rpartition(".")[0] for key in info["missing_keys"] if not key.startswith(heads)}
+    config.modules_to_save = [*config.modules_to_save, *sorted(new)]
+    model = get_peft_model(without_dropout(model), config)
+    for name in new:
+        model.get_submodule(f"base_model.model.{name}").requires_grad_(False)
+    return model
 
 
 def encode(rows, tokenizer):
@@ -121,6 +129,7 @@ def main():
     parser.add_argument("--max-steps", type=int, default=-1, help="stop early, to try the script")
     options = parser.parse_args()
     tokenizer = load_tokenizer()
+    tokenizer.padding_side = "right"
     trainer = Trainer(
         model=load_model(tokenizer),
         args=TrainingArguments(output_dir=options.output, max_steps=options.max_steps, **TRAINING),
@@ -132,6 +141,7 @@ def main():
     trainer.train()
     print(trainer.evaluate())
     trainer.save_model(options.output)
+    trainer.model.config.save_pretrained(options.output)  # with the labels and the padding token
 
 
 if __name__ == "__main__":
@@ -251,12 +261,12 @@ def script(recipe: Recipe) -> str:
     opening, body = _SCRIPTS[trainer](recipe)
     peft = plan(recipe)
     common = {
-        "what": f"{', '.join(recipe.adapters.kinds)} on {recipe.backbone.id}",
+        "what": in_docstring(f"{', '.join(recipe.adapters.kinds)} on {recipe.backbone.id}"),
         "version": metadata.version("autopeft"),
         "config": peft.config,
-        "model": _model(recipe.backbone.id),
+        "model": model_expression(recipe.backbone.id),
         "revision": repr(recipe.backbone.revision),
-        "dtype": recipe.backbone.dtype,
+        "dtype": repr(recipe.backbone.dtype),
         "max_length": recipe.data.max_length,
         "peft": _literal(peft.arguments),
         "data": _literal({split: _rows(recipe, split) for split in _SPLITS}),
@@ -292,7 +302,7 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
     own = [f"{name} ({metric.function})" for name, metric in recipe.metrics.items()]
     missing = f" It does not compute the study's own {', '.join(own)}." if own else ""
     opening = {
-        "scores": f"It prints the loss and {', '.join(computed)}.{missing}",
+        "scores": in_docstring(f"It prints the loss and {', '.join(computed)}.{missing}"),
         "needs": "peft, transformers>=5, datasets, accelerate, scikit-learn",
         "metrics_import": "from sklearn import metrics\n",
         "datasets_names": "ClassLabel, load_dataset",
@@ -302,7 +312,7 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
         "own_settings": f"LABELS = {_literal(list(recipe.labels or ()))}\nPROBLEM_TYPE = {problem_type!r}\n",
     }
     encode, predictions = _TARGETS[problem_type]
-    lines = [f'        "{name}": float(metrics.{expression}),' for name, expression in computed.items()]
+    lines = [f"        {name!r}: float(metrics.{expression})," for name, expression in computed.items()]
     return opening, _CLASSIFICATION.substitute(encode=encode, predictions=predictions, metrics="\n".join(lines))
 
 
@@ -317,7 +327,13 @@ def _literal(value: Any) -> str:
     return pformat(value, width=100, sort_dicts=False)
 
 
-def _model(model_id: str) -> str:
+def in_docstring(text: str) -> str:
+    """Return the source of a text of one line between triple double quotes: the text of a recipe may be anything."""
+    return repr(text)[1:-1].replace('"', '\\"')
+
+
+def model_expression(model_id: str) -> str:
+    """Return the Python expression of a model's folder or hub id. Raises ModelError for a missing folder."""
     from autopeft.evaluators.backbones import EMBEDDED, EMBEDDED_PACKAGE, resolve
 
     if model_id == EMBEDDED:

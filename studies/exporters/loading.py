@@ -1,0 +1,87 @@
+"""Files beside exported weights for those who load them without autopeft: the tokenizer, and a README.md with code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from autopeft.studies.exporters.trl_script import model_expression
+from autopeft.studies.recipes.recipe import Recipe
+
+README_FILE = "README.md"
+# Texts of the recipe are only in string literals of the code. peft adds its own entries to the metadata.
+_README = Template("""\
+---
+library_name: $library
+---
+
+# $title
+
+Written by autopeft; `recipe.yaml` has the configuration and its origin. Run this code in this folder to load the model
+and its $processor, which prepares inputs as in the training:
+
+```python
+$imports
+
+FOLDER = "."
+$model
+$variable = $auto_processor.from_pretrained(FOLDER)
+```
+""")
+
+
+def save_processor(recipe: Recipe, folder: Path) -> None:
+    """Save the processor of the model's inputs (a tokenizer for texts) as the training used it. Raises ModelError."""
+    from autopeft.evaluators.backbones import load_processor
+
+    origin = recipe.backbone
+    load_processor(origin.id, recipe.task, origin.revision).save_pretrained(folder)
+
+
+def write_model_readme(recipe: Recipe, folder: Path) -> None:
+    """Write the README.md of a plain transformers model."""
+    auto_class = recipe.task_class.auto_class
+    model = f"model = {auto_class}.from_pretrained(FOLDER).eval()"
+    _write(recipe, folder, "transformers", "Model with merged adapters", [], [auto_class], model)
+
+
+def write_adapter_readme(
+    recipe: Recipe, folder: Path, *, model_options: Sequence[str] = (), adapter_options: Sequence[str] = ()
+) -> None:
+    """Write the README.md of an adapter in peft's format.
+
+    The options are further arguments, as code, of the `from_pretrained` of the model and of peft.
+    """
+    from autopeft.evaluators.backbones import EMBEDDED
+
+    origin, auto_class = recipe.backbone, recipe.task_class.auto_class
+    imports, names = ["from peft import PeftModel"], [auto_class]
+    if origin.id == EMBEDDED:
+        imports = ["from importlib.util import find_spec", "from pathlib import Path", "", *imports]
+    options = [model_expression(origin.id), f"revision={origin.revision!r}", f"dtype={origin.dtype!r}", *model_options]
+    if recipe.task_class.has_labels:
+        # The checkpoint's own configuration may have other labels and, for many decoders, no padding token.
+        names.insert(0, "AutoConfig")
+        options += ["config=AutoConfig.from_pretrained(FOLDER)", "ignore_mismatched_sizes=True"]
+    arguments = "".join(f"    {option},\n" for option in options)
+    adapter = ", ".join(("model", "FOLDER", *adapter_options))
+    model = f"model = {auto_class}.from_pretrained(\n{arguments})\nmodel = PeftModel.from_pretrained({adapter}).eval()"
+    _write(recipe, folder, "peft", "Adapter for peft", imports, names, model)
+
+
+def _write(
+    recipe: Recipe, folder: Path, library: str, title: str, imports: list[str], names: list[str], model: str
+) -> None:
+    task = recipe.task_class
+    names = [*names, task.auto_processor]
+    page = _README.substitute(
+        library=library,
+        title=title,
+        processor=task.processor_name,
+        imports="\n".join([*imports, f"from transformers import {', '.join(names)}"]),
+        model=model,
+        variable=task.processor_name.replace(" ", "_"),
+        auto_processor=task.auto_processor,
+    )
+    (folder / README_FILE).write_text(page, encoding="utf-8")
