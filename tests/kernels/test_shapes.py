@@ -101,3 +101,17 @@ def test_a_router_with_logits_of_another_shape_is_refused():
     wrong = checked(Transposed.logits, hints_of(declared, inspect.getdoc(declared)))
     with pytest.raises(TypeError, match="K E C"):
         wrong(Transposed(), None, {"router": torch.ones(2, 4, 8)}, torch.ones(2, 3, 8), None)
+
+
+def test_a_verdict_is_remembered_for_its_shapes_alone() -> None:
+    def folded(x: "Tensor") -> "Tensor":  # noqa: F821
+        """Sum x: [K, D]. Returns [K]."""
+        return x.sum(-1) if x.sum() > 0 else x
+
+    call = checked(folded, hints_of(folded, inspect.getdoc(folded)))
+    for _ in range(2):
+        assert call(torch.ones(2, 3)).shape == (2,)
+        with pytest.raises(TypeError, match="K"):  # the same arguments, another result
+            call(-torch.ones(2, 3))
+        with pytest.raises(TypeError, match="K D"):
+            call(torch.ones(2))
