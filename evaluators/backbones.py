@@ -159,17 +159,6 @@ def load_backbone(
     )
 
 
-def load_model(
-    model_id: str,
-    revision: str | None = None,
-    task: str = "classification",
-    labels: Sequence[str] | None = None,
-    dtype: str = "float32",
-) -> nn.Module:
-    """Load the bare transformers model in evaluation mode. Raises ModelError."""
-    return load_backbone(model_id, task=task, labels=labels, revision=revision, dtype=dtype).model
-
-
 def skeleton(
     model_id: str, revision: str | None = None, task: str = "classification", labels: Sequence[str] | None = None
 ) -> nn.Module:

@@ -33,7 +33,6 @@ from transformers import (
 from autopeft.evaluators.backbones import (
     describe_backbone,
     load_backbone,
-    load_model,
     load_processor,
     resolve,
     skeleton,
@@ -103,7 +102,7 @@ def test_local_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load("./model").backbone.id == "./model"
     assert load("model").pretrained_head  # a folder goes before an id of the hub
-    assert load_model(folder, labels=("a", "b", "c")).num_labels == 3
+    assert load(folder, labels=("a", "b", "c")).model.num_labels == 3
     assert load(folder, dtype="bfloat16").model.dtype == torch.bfloat16
 
 
