@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
-from autopeft.search_space.routers.base import Router, one_bias_each, one_row_each
+from autopeft.search_space.routers.base import one_bias_each
+from autopeft.search_space.routers.token import Token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from autopeft.search_space.routers.mixing import Decision, RoutedSpec
 
 
-class Sigmoid(Router):
-    """sigmoid(z) with z = W_r x, scaled to sum to 1 over the `top_k` experts with the largest sigmoid(z) + b.
+class Sigmoid(Token):
+    """sigmoid(z) with the z of `Token`, scaled to sum to 1 over the `top_k` experts with the largest sigmoid(z) + b.
 
     b is updated from the load of the experts, not from the loss of the task.
     """
@@ -26,21 +27,10 @@ class Sigmoid(Router):
     name: ClassVar[str] = "sigmoid"
     source: ClassVar[str] = "Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, section 3"
     summary: ClassVar[str] = "sigmoids for each token, balanced by a bias"
-    uses: ClassVar[tuple[str, ...]] = ("top_k", "top_p", "router_noise", "balance", "z_loss")
 
     @override
     def parameters(self, mixture: RoutedSpec, site: Site) -> dict[str, Parameter]:
-        return {"router": one_row_each(mixture, site.in_features), "router_bias": one_bias_each(mixture)}
-
-    @override
-    def own_flops_per_token(self, mixture: RoutedSpec, site: Site) -> int:
-        return 2 * mixture.experts * site.in_features
-
-    @override
-    def logits(self, mixture: RoutedSpec, p: Values, x: Tensor, call: Call) -> Tensor:
-        from autopeft.search_space.routers.mixing import product
-
-        return product(p["router"].to(x.dtype), x)
+        return {**super().parameters(mixture, site), "router_bias": one_bias_each(mixture)}
 
     @override
     def weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
