@@ -42,6 +42,7 @@ from autopeft.search_space.routers import ROUTERS
 from autopeft.studies.errors import UserError
 from autopeft.studies.exporters import EXPORTERS, Assessment, ExportError, native, trl_script
 from autopeft.studies.exporters import axolotl as axolotl_target
+from autopeft.studies.exporters.base import State
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.recipes.recipe import Averaged, Recipe
 from autopeft.testing import check_exporter
@@ -217,6 +218,15 @@ def test_peft_rebuilds_rows_of_zeros(tmp_path: Path, family: str) -> None:
     assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
 
 
+def assert_reloads(recipe: Recipe, state: State, wanted: Tensor, folder: Path) -> None:
+    """peft's export in `folder`/out has the logits, and one of our own format has them to the bit."""
+    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), folder / "out").eval()), wanted)
+    EXPORTERS["native"].export(recipe, state, folder / "native")
+    model, attachment = native.load(folder / "native")
+    with attachment:
+        assert torch.equal(logits(model), wanted)
+
+
 def test_peft_has_one_rank_of_vera_and_one_key(models: Folders, tmp_path: Path) -> None:
     ranks = {"layers.1.attn.q": Vera(rank=3), "layers.2.mlp.up": Vera(rank=2), "layers.3.mlp.down": Vera(rank=3)}
     recipe = make_recipe("bert", models["bert"], ranks)
@@ -224,11 +234,7 @@ def test_peft_has_one_rank_of_vera_and_one_key(models: Folders, tmp_path: Path) 
     assert not any(name.endswith(("/A", "/B")) for name in state), "they follow from the recipe"
     fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
     assert fit.lost == ("layers.2.mlp.up vera: rank 2 becomes 3, one for all sites (affects only training)",)
-    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
-    EXPORTERS["native"].export(recipe, state, tmp_path / "native")
-    model, attachment = native.load(tmp_path / "native")
-    with attachment:
-        assert torch.equal(logits(model), wanted)
+    assert_reloads(recipe, state, wanted, tmp_path)
     keys = make_recipe("bert", models["bert"], {**ranks, "layers.4.attn.q": Vera(projection_key=1)})
     assert EXPORTERS["peft"].assess(keys).lost == (
         "layers.1.attn.q vera: peft supports one pair of projections per file, here there are 2",
@@ -241,11 +247,7 @@ def test_peft_has_one_rank_of_shira_and_no_scale(models: Folders, tmp_path: Path
     state, wanted = trained(recipe)
     fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
     assert fit.lost == ("layers.1.attn.q shira: scale 0.5 becomes part of the values (affects only training)",)
-    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
-    EXPORTERS["native"].export(recipe, state, tmp_path / "native")
-    model, attachment = native.load(tmp_path / "native")
-    with attachment:
-        assert torch.equal(logits(model), wanted)
+    assert_reloads(recipe, state, wanted, tmp_path)
     other = make_recipe("bert", models["bert"], {**placement, "layers.4.attn.q": Shira(rank=2)})
     assert EXPORTERS["peft"].assess(other).lost == (
         "layers.4.attn.q shira: rank 2, but peft supports one rank for all, here 3",
