@@ -53,11 +53,6 @@ def bare_backbone(recipe: Recipe) -> LoadedBackbone:
     return loaded
 
 
-def bare_model(recipe: Recipe) -> Any:
-    """Return the model of `bare_backbone`. Raises ModelError."""
-    return bare_backbone(recipe).model
-
-
 def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
     """Return the backbone with the trained adapters and head attached, in evaluation mode.
 
@@ -65,7 +60,7 @@ def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
     """
     from autopeft.evaluators.attachment.attachment import Attachment
 
-    model = bare_model(recipe)
+    model: Any = bare_backbone(recipe).model
     attachment = Attachment(model, recipe.host, [recipe.adapters], [recipe.seed], pretrained_head=True, draw=False)
     attachment.load_state(dict(state))
     return model, attachment.eval()

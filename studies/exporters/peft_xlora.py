@@ -20,7 +20,7 @@ from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.routers import XLora
 from autopeft.studies.exporters.base import Assessment, State, approximate
 from autopeft.studies.exporters.loading import save_processor, write_adapter_readme
-from autopeft.studies.exporters.native import bare_model
+from autopeft.studies.exporters.native import bare_backbone
 from autopeft.studies.exporters.peft_config import PeftPlan, plan
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -49,7 +49,7 @@ def write(recipe: Recipe, state: State, folder: Path) -> None:
     from peft import XLoraConfig
     from safetensors.torch import save_file
 
-    origin, model = recipe.backbone, bare_model(recipe)
+    origin, model = recipe.backbone, bare_backbone(recipe).model
     found = {recipe.sites[name].module: f"{name}/{Mixture.kind}/" for name in recipe.architecture}
     # In the order in which peft numbers the modules.
     own = {path: found[path] for path, _ in model.named_modules() if path in found}
