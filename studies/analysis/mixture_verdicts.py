@@ -38,10 +38,9 @@ class Comparison:
             return BETTER
         return WORSE if self.difference.high < 0 else INCONCLUSIVE
 
-    def signed(self, quality: Metric) -> tuple[float, float, float]:
-        """Return the difference and the ends of its interval in the metric's own direction (a loss falls)."""
-        d = self.difference
-        return (d.value, d.low, d.high) if quality.maximise else (-d.value, -d.high, -d.low)
+    def signed(self, quality: Metric) -> Estimate:
+        """Return the difference in the metric's own direction (a loss falls)."""
+        return self.difference.signed(1.0 if quality.maximise else -1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +80,8 @@ class Verdict:
         result = "is better than" if self.earned else "is not shown to be better than"
         found = [f"{head}: the mixture {result} every matched baseline"]
         for one in self.against:
-            value, low, high = one.signed(quality)
-            interval = f"{value:+.4f} {quality.name} (95 % interval {low:+.4f} to {high:+.4f})"
+            own = one.signed(quality)
+            interval = f"{own.value:+.4f} {quality.name} (95 % interval {own.low:+.4f} to {own.high:+.4f})"
             found.append(f"  against {one.control}, {_sizes(one)}: {one.verdict}, {interval}")
         if self.averaged is not None:
             change = f"{-sign * self.averaged:+.4f} {quality.name}"
@@ -100,7 +99,7 @@ def _sizes(one: Comparison | Verdict) -> str:
 
 def verdicts(snapshot: Snapshot) -> list[Verdict]:
     """Return one verdict for each finalist whose matched baselines were trained."""
-    quality, seed_sd = snapshot.quality, snapshot.seed_sd()
+    quality, spread = snapshot.quality, snapshot.spread()
     sign = 1.0 if snapshot.metrics[quality].maximise else -1.0
     found = []
     for number, baselines in snapshot.matched_baselines().items():
@@ -116,7 +115,7 @@ def verdicts(snapshot: Snapshot) -> list[Verdict]:
                 control=name,
                 num_params=control.trial.candidate.architecture.num_params(snapshot.backbone),
                 total_params=control.trial.candidate.architecture.total_params(snapshot.backbone),
-                difference=statistics.paired_difference(scores, control.scores(quality), seed_sd=seed_sd),
+                difference=statistics.paired_difference(scores, control.scores(quality), spread=spread),
             )
             for name in CONTROLS
             if (control := baselines.get(name))

@@ -5,8 +5,7 @@ Notation: n points, m objectives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,30 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from optuna._hypervolume import compute_hypervolume
 
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import SEARCH, Objective, Role, Trial
+from autopeft.search_space.problem import Objective, Trial
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FrontRow:
-    """One evaluated candidate as the reports show it. Values are in the metrics' own direction and unit."""
-
-    trial: int
-    label: str
-    values: Mapping[str, float]
-    #: Standard errors by metric name, where they are known.
-    std_err: Mapping[str, float] = field(default_factory=dict)
-    on_front: bool = False
-    recommended: bool = False
-    role: Role = SEARCH
-    #: The architecture in a line or two.
-    summary: str = ""
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether the candidate is a tuned baseline."""
-        return self.role.kind == "baseline"
 
 
 def losses(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:

@@ -1,16 +1,38 @@
-"""How the recommended member of a front is chosen."""
+"""How the recommended member of a front is chosen: by non-inferiority to the best one, within a margin."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autopeft.search_space.metrics import Metric
 from autopeft.search_space.problem import Objective
-from autopeft.studies.analysis.statistics import Estimate, SeedSd, as_runs, paired_difference
+from autopeft.studies.analysis.statistics import (
+    LEVEL,
+    MOST_SEEDS,
+    Estimate,
+    SeedSpread,
+    as_runs,
+    examples_to_show,
+    paired_difference,
+    seeds_to_show,
+)
+
+#: How a member compares with the best one: "as good" is shown to be within the margin, "tied" is not distinguishable
+#: from it but not shown to be within the margin either, "worse" is neither.
+Standing = Literal["best", "as good", "tied", "worse"]
+#: The default margin: a point of a share (accuracy, F1), and one per cent of the best value of any other metric.
+POINT = PER_CENT = 0.01
+
+
+def default_margin(metric: Metric, best: float) -> float:
+    """Return the margin of a metric whose best value is `best`, in the unit of the metric."""
+    return POINT if metric.unit == "share" else PER_CENT * abs(best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +49,97 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenCase:
+    """A member that is cheaper than the recommended one and may be within the margin, and what would show it.
+
+    `seeds`: of it and of the best one, if all estimates stay as they are; None: more than `MOST_SEEDS`. `examples`:
+    with `MOST_SEEDS` seeds; None: no number. `num_seeds`, `num_examples`: those at present.
+    """
+
+    trial: int
+    num_seeds: int
+    num_examples: int
+    seeds: int | None
+    examples: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """Numbers of the trials, and the comparisons that they follow from."""
+    """Numbers of the trials, and the comparisons that they follow from.
+
+    `margin`: the largest loss of quality that counts as none, in the unit of the metric. `standings`, `differences`: by
+    trial; a difference is the mean score of a contender minus that of the best one, larger is better.
+    """
 
     best: int
     recommended: int
-    #: Includes the best one.
-    tied: tuple[int, ...]
-    #: By trial, for every other contender: its mean score minus that of the best.
+    margin: float
+    standings: Mapping[int, Standing]
     differences: Mapping[int, Estimate]
+    #: The cheapest first.
+    open: tuple[OpenCase, ...]
+
+    def second_look(self, num_runs: int, num_seeds: int) -> tuple[frozenset[int], int]:
+        """Return the trials that decide, and how many more seeds each of them gets from `num_runs` runs.
+
+        They are the best one and the cheaper ones that may be as good, where more seeds can show it; the others have
+        lost the race (Maron and Moore 1994, Hoeffding Races). None where `num_seeds` seeds of each have decided.
+        """
+        undecided = [case.trial for case in self.open if case.seeds is not None]
+        racing = frozenset((self.best, *undecided) if undecided else ())
+        return racing, min(num_runs // len(racing), MOST_SEEDS - num_seeds) if racing else 0
+
+    def reason(self, label: Callable[[int], str], metric: Metric) -> str:
+        """Return in one or two sentences why this member is recommended; `label` names a trial."""
+        best, margin = label(self.best), amount(self.margin, metric)
+        if self.recommended != self.best:
+            found = difference_text(self.differences[self.recommended], metric)
+            name = label(self.recommended)
+            text = f"{name} is the cheapest member shown to be within {margin} of the best, {best}: {found}."
+        elif len(self.standings) == 1:
+            text = f"{best} is the only member of the front."
+        elif not self.open:
+            text = f"{best} is the best, and every cheaper member is worse by more than {margin}."
+        else:
+            text = f"{best} is the best, and no cheaper member is shown to be within {margin} of it."
+        if not self.open:
+            return text
+        case = self.open[0]
+        found = difference_text(self.differences[case.trial], metric)
+        if case.seeds is not None:
+            needed = f"about {case.seeds} seeds of both would show whether it is ({case.num_seeds} now)"
+        elif case.examples is not None:
+            needed = (
+                f"more seeds cannot show whether it is, about {_round(case.examples):,} validation rows would"
+                f" ({case.num_examples:,} now), or a larger margin, recommend.within"
+            )
+        else:
+            needed = "its estimate is at the margin"
+        return f"{text} {label(case.trial)} is cheaper and may be within it, {found}: {needed}."
+
+
+def first_look(num_seeds: int) -> int:
+    """Return the seeds that every finalist gets before the first comparison: half of them, two where there are two."""
+    return max(min(2, num_seeds), (num_seeds + 1) // 2)
+
+
+def amount(value: float, metric: Metric) -> str:
+    """Format an amount of a metric: points of a share, such as "1.0 points", or the number with the metric's name."""
+    return f"{100 * value:.1f} points" if metric.unit == "share" else f"{value:.3g} {metric.name}"
+
+
+def difference_text(found: Estimate, metric: Metric) -> str:
+    """Format a difference with its interval, in the metric's own direction: "-0.3 points (95 %: -0.9 to +0.3)"."""
+    own = found.signed(1.0 if metric.maximise else -1.0)
+    factor, digits = (100, ".1f") if metric.unit == "share" else (1, ".3g")
+    value, low, high = (f"{factor * number:+{digits}}" for number in (own.value, own.low, own.high))
+    unit = "points" if metric.unit == "share" else metric.name
+    return f"{value} {unit} (95 % interval {low} to {high})"
+
+
+def _round(number: int) -> int:
+    """Return a number with two significant digits."""
+    return int(float(f"{number:.1e}"))
 
 
 def costs(values: Mapping[str, float], objectives: Sequence[Objective]) -> tuple[float, ...]:
@@ -47,15 +151,21 @@ def costs(values: Mapping[str, float], objectives: Sequence[Objective]) -> tuple
     return tuple(objective.loss(values[objective.name]) for objective in declared) or (values["num_params"],)
 
 
-def recommend(contenders: Sequence[Contender], *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Recommendation:
-    """Recommend the cheapest contender that the paired test cannot tell from the best one.
+def recommend(
+    contenders: Sequence[Contender], *, margin: float, spread: SeedSpread | None = None, level: float = LEVEL
+) -> Recommendation:
+    """Recommend the cheapest contender whose quality is shown to be within the margin of the best.
 
-    Best is the highest mean. A contender is tied with it while the interval of their difference reaches 0.
-    Every comparison is made at its own `level`, with no correction (Holm's, say) for their number: a
-    correction calls more contenders tied, and a user loses by a worse candidate called tied. "Not
-    distinguishable" is not "as good as": `differences` says how much worse the recommended one may be. A
-    contender with a score that is not finite (a diverged run) is neither best nor tied. Raises ValueError if
-    nobody is left.
+    Best is the highest mean. Another one is as good if the interval of their paired difference lies above -margin
+    (non-inferiority: Wellek, Testing Statistical Hypotheses of Equivalence and Noninferiority, 2010, ch. 2). An
+    interval that reaches 0 does not suffice: "not distinguishable" is not "as good". Where nothing cheaper is shown to
+    be as good, the best one is recommended. Each comparison errs with a probability of (1 - level) / 2, and the
+    finalists of a study are compared twice at most. So a cheaper member is recommended, although it is worse than the
+    best by more than the margin, with a probability of about 1 - level: `python -m autopeft.benchmarks coverage`. The
+    best one by estimate may itself not be the best.
+
+    A contender with one run and no `spread` is never as good: its interval is about that one network. A contender with
+    a score that is not finite (a diverged run) is worse. Raises ValueError if nobody is left.
     """
     means = {contender.trial: float(np.mean(as_runs(contender.scores))) for contender in contenders}
     sound = [contender for contender in contenders if isfinite(means[contender.trial])]
@@ -63,15 +173,48 @@ def recommend(contenders: Sequence[Contender], *, seed_sd: SeedSd | None = None,
         raise ValueError("no contender has finite scores")
     best = max(sound, key=lambda contender: means[contender.trial])
     differences = {
-        contender.trial: paired_difference(contender.scores, best.scores, seed_sd=seed_sd, level=level)
+        contender.trial: paired_difference(contender.scores, best.scores, spread=spread, level=level)
         for contender in contenders
         if contender is not best
     }
-    tied = [contender for contender in sound if contender is best or differences[contender.trial].high >= 0]
-    cheapest = min(tied, key=lambda contender: (contender.costs, -means[contender.trial]))
+
+    def standing(trial: int) -> Standing:
+        if trial == best.trial:
+            return "best"
+        found = differences[trial]
+        if min(found.low, found.value) >= -margin and (spread is not None or found.num_seeds > 1):
+            return "as good"
+        return "tied" if found.high >= 0 else "worse"
+
+    def price(contender: Contender) -> tuple[tuple[float, ...], float]:
+        return contender.costs, -means[contender.trial]
+
+    standings = {contender.trial: standing(contender.trial) for contender in contenders}
+    chosen = min((c for c in sound if standings[c.trial] in ("best", "as good")), key=price)
+    undecided = [
+        c
+        for c in sound
+        if standings[c.trial] in ("tied", "worse")
+        and price(c) < price(chosen)
+        and means[c.trial] - means[best.trial] > -margin
+    ]
+
+    def case(contender: Contender) -> OpenCase:
+        pair = contender.scores, best.scores, -margin
+        now, needed = differences[contender.trial].num_seeds, seeds_to_show(*pair, spread=spread, level=level)
+        return OpenCase(
+            trial=contender.trial,
+            num_seeds=now,
+            num_examples=as_runs(best.scores).shape[1],
+            seeds=None if needed is None else max(needed, now + 1),
+            examples=examples_to_show(*pair, spread=spread, level=level),
+        )
+
     return Recommendation(
         best=best.trial,
-        recommended=cheapest.trial,
-        tied=tuple(contender.trial for contender in tied),
+        recommended=chosen.trial,
+        margin=margin,
+        standings=standings,
         differences=differences,
+        open=tuple(case(contender) for contender in sorted(undecided, key=price)),
     )

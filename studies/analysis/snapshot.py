@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,13 +17,13 @@ from autopeft.search_space.problem import (
     SEARCH,
     Measurement,
     Objective,
-    Role,
     Trial,
 )
 from autopeft.studies.analysis import pareto, recommendation, statistics
-from autopeft.studies.analysis.pareto import Floats, FrontRow
-from autopeft.studies.analysis.recommendation import Contender
-from autopeft.studies.analysis.statistics import Estimate, SeedSd
+from autopeft.studies.analysis.front import Front, FrontRow
+from autopeft.studies.analysis.pareto import Floats
+from autopeft.studies.analysis.recommendation import Contender, Recommendation
+from autopeft.studies.analysis.statistics import Estimate, SeedSpread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,8 @@ class Entry:
 class Snapshot:
     """A study at one moment.
 
-    `trials`: every evaluation, in the order of the ledger. Values are in the metrics' own direction and unit.
+    `trials`: every evaluation, in the order of the ledger. Values are in the metrics' own direction and unit. `within`:
+    the loss of quality that counts as none, in the unit of the metric; None: `default_margin`.
     """
 
     study: str
@@ -84,6 +85,7 @@ class Snapshot:
     objectives: tuple[Objective, ...]
     backbone: Backbone
     trials: tuple[Trial, ...]
+    within: float | None = None
 
     def entries(self) -> list[Entry]:
         """Return the complete candidates (of the search and of the baselines) in the order of their trials."""
@@ -164,31 +166,25 @@ class Snapshot:
         names = [o.name for o in self.objectives if o.is_quality]
         return names[0] if names else "accuracy"
 
-    def seed_sd(self, split: str = "validation") -> SeedSd | None:
-        """Return the spread of the quality between seeds, pooled over all adapters with several seeds.
+    def spread(self, split: str = "validation", metric: str | None = None) -> SeedSpread | None:
+        """Return the spread of a metric (default: the quality) between seeds, from all candidates with several seeds.
 
-        It is pooled because the few seeds of one contender may agree by chance. Two baselines are left out: a head
-        alone hardly varies, and full fine-tuning varies differently. None if nothing was trained with several seeds.
+        None if nothing was trained with several seeds.
         """
-        return self._seed_sd(self.quality, split)
-
-    def _seed_sd(self, metric: str, split: str) -> SeedSd | None:
         matched = [entry for by_name in self.matched_baselines().values() for entry in by_name.values()]
         repeated = [entry for entry in [*self.entries(), *matched] if len(entry.repeats) > 1]
-        untuned = (Role("baseline", "head"), Role("baseline", "full"))
-        adapters = [entry for entry in repeated if entry.trial.role not in untuned]
-        scores = [entry.scores(metric, split) for entry in adapters or repeated]
-        return statistics.pooled_seed_sd([s.mean(axis=1) for s in scores if s.size])
+        scores = [entry.scores(metric or self.quality, split) for entry in repeated]
+        return SeedSpread.of([runs for runs in scores if runs.size])
 
-    def rows(self) -> list[FrontRow]:
+    def front(self) -> Front:
         """Return every complete candidate as the reports show it, with the front and the recommendation marked.
 
         A tuned baseline is a candidate like any other: where plain LoRA is not beaten, it is on the front. Once
         candidates have been trained with fresh seeds, the front is drawn among those alone.
         """
         entries = self.tuned()
-        seed_sd = self.seed_sd()
-        values = [self.values_of(entry, seed_sd) for entry in entries]
+        spread = self.spread()
+        values = [self.values_of(entry, spread) for entry in entries]
         repeated = [bool(entry.repeats) for entry in entries]
         eligible = repeated if any(repeated) else [True] * len(entries)
         points = np.full((len(entries), len(self.objectives)), np.nan)
@@ -196,35 +192,61 @@ class Snapshot:
             if eligible[i] and entry.trial.violation <= 0:
                 points[i] = [o.loss(value[o.name]) for o in self.objectives]
         on_front = non_dominated(points).tolist()
-        pick = self._recommended([e for e, member in zip(entries, on_front, strict=True) if member], seed_sd)
-        return [
-            FrontRow(
-                trial=entry.trial.number,
-                label=f"trial {entry.trial.number}" if entry.trial.role == SEARCH else entry.trial.role.label,
-                values=value,
-                std_err=std_err,
-                on_front=member,
-                recommended=entry.trial.number == pick,
-                role=entry.trial.role,
-                summary=summary(entry.trial, self.backbone),
+        found = self.recommendation([e for e, member in zip(entries, on_front, strict=True) if member], spread)
+        sign = 1.0 if self.metrics[self.quality].maximise else -1.0
+        rows = []
+        for entry, (value, std_err), member in zip(entries, values, on_front, strict=True):
+            number = entry.trial.number
+            difference = found.differences.get(number) if found else None
+            rows.append(
+                FrontRow(
+                    trial=number,
+                    label=_label(entry.trial),
+                    values=value,
+                    std_err=std_err,
+                    on_front=member,
+                    recommended=found is not None and number == found.recommended,
+                    role=entry.trial.role,
+                    summary=summary(entry.trial, self.backbone),
+                    seeds=tuple(run.seed for run in entry.runs),
+                    standing=found.standings.get(number) if found else None,
+                    difference=difference and difference.signed(sign),
+                    test=self.promise(entry, self.quality),
+                )
             )
-            for entry, (value, std_err), member in zip(entries, values, on_front, strict=True)
-        ]
+        if found is None:
+            return Front(rows=tuple(rows))
+        labels = {row.trial: row.label for row in rows}
+        return Front(
+            rows=tuple(rows),
+            recommendation=found,
+            reason=found.reason(labels.__getitem__, self.metrics[self.quality]),
+            left_out=self._left_out() if any(repeated) else (),
+        )
 
-    def values_of(self, entry: Entry, seed_sd: SeedSd | None) -> tuple[dict[str, float], dict[str, float]]:
-        """Return values and standard errors by metric name, over all runs of `entry`; see `seed_sd`."""
+    def rows(self) -> list[FrontRow]:
+        """Return the rows of the front: every complete candidate, and each baseline with its best learning rate."""
+        return list(self.front().rows)
+
+    def best_first(self, rows: Iterable[FrontRow]) -> list[FrontRow]:
+        """Return the rows in the order of their quality."""
+        quality = self.objectives_by_name.get(self.quality)
+        return sorted(rows, key=lambda row: quality.loss(row.values[quality.name])) if quality else list(rows)
+
+    def values_of(self, entry: Entry, spread: SeedSpread | None) -> tuple[dict[str, float], dict[str, float]]:
+        """Return values and standard errors by metric name, over all runs of `entry`; see `spread`."""
         assert entry.trial.measurement is not None
         values, std_err = dict(entry.trial.measurement.values), dict(entry.trial.measurement.std_err)
         for metric in entry.scored:
             scores = entry.scores(metric)
             if scores.size:
-                spread = seed_sd if metric == self.quality else None
-                found = statistics.estimate(scores, seed_sd=spread)
+                found = statistics.estimate(scores, spread=spread if metric == self.quality else None)
                 values[metric] = entry.sign(metric) * found.value
                 std_err[metric] = found.std_err
         return values, std_err
 
-    def _recommended(self, members: Sequence[Entry], seed_sd: SeedSd | None) -> int | None:
+    def recommendation(self, members: Sequence[Entry], spread: SeedSpread | None) -> Recommendation | None:
+        """Return the recommendation among these members of the front; None if none of them has finite scores."""
         contenders = [
             Contender(
                 trial=entry.trial.number,
@@ -234,7 +256,26 @@ class Snapshot:
             for entry in members
             if entry.scores(self.quality).size
         ]
-        return recommendation.recommend(contenders, seed_sd=seed_sd).recommended if contenders else None
+        means = [float(statistics.as_runs(contender.scores).mean()) for contender in contenders]
+        finite = [mean for mean in means if np.isfinite(mean)]
+        if not finite:
+            return None
+        margin = self.within
+        if margin is None:
+            margin = recommendation.default_margin(self.metrics[self.quality], max(finite))
+        return recommendation.recommend(contenders, margin=margin, spread=spread)
+
+    def search_front(self) -> list[Trial]:
+        """Return the trials of the search that no other one dominates, each by its single run; best quality first."""
+        trials = [trial for trial in self.search_trials if trial.state == "complete"]
+        members = non_dominated(pareto.losses(trials, self.objectives))
+        sign = -1 if self.metrics[self.quality].maximise else 1
+        front = [trial for trial, member in zip(trials, members, strict=True) if member]
+        return sorted(front, key=lambda trial: sign * trial.values[self.quality])
+
+    def _left_out(self) -> tuple[int, ...]:
+        repeated = {entry.trial.number for entry in self.entries() if entry.repeats}
+        return tuple(trial.number for trial in self.search_front() if trial.number not in repeated)
 
     def entry(self, number: int) -> Entry:
         """Return the candidate of trial `number`. Raises KeyError if it is not a complete candidate."""
@@ -249,15 +290,11 @@ class Snapshot:
         None if it was not scored on the test split or if no candidate was trained more than once.
         """
         scores = entry.scores(metric, "test")
-        pooled = self._seed_sd(metric, "test")
-        if not scores.size or pooled is None:
+        spread = self.spread("test", metric)
+        if not scores.size or spread is None:
             return None
-        means = scores.mean(axis=1)
-        low, high = statistics.predictive_interval(means, pooled)
-        std_err = statistics.estimate(scores, seed_sd=pooled).std_err
-        sign = entry.sign(metric)
-        low, high = sorted((sign * low, sign * high))
-        return Estimate(value=sign * float(means.mean()), std_err=std_err, low=low, high=high, num_seeds=len(means))
+        low, high = statistics.predictive_interval(scores, spread)
+        return replace(statistics.estimate(scores, spread=spread), low=low, high=high).signed(entry.sign(metric))
 
     def reference(self) -> Floats | None:
         """Return the hypervolume's reference point [objectives], in losses; None without a feasible trial."""
@@ -272,6 +309,10 @@ class Snapshot:
         if corner is None:
             return [0.0] * len(self.search_trials)
         return [float(v) for v in pareto.hypervolume_by_trial(self.search_trials, self.objectives, corner)]
+
+
+def _label(trial: Trial) -> str:
+    return f"trial {trial.number}" if trial.role == SEARCH else trial.role.label
 
 
 def summary(trial: Trial, backbone: Backbone) -> str:

@@ -14,9 +14,15 @@ layout without replication (Searle, Casella and McCulloch, Variance Components, 
 off because the spread of the examples' means and that of the seeds' means both contain the noise. Student's t
 with the degrees of freedom of Satterthwaite (1946) gives the intervals.
 
+Two or three seeds say little about a candidate's own spread, and candidates vary differently (a head alone hardly at
+all). So the variance of each is moderated towards that of all others, by as much as they are alike: `SeedSpread`.
+Scores of 0 and 1 get the pseudo-examples of Agresti and Coull (1998), and pairs of them those of Bonett and Price
+(2012), because the normal interval is too narrow near 0 and 1 and a point at them.
+`python -m autopeft.benchmarks coverage` simulates all of these intervals.
+
 What this assumes: examples are a random sample of those that matter; the seeds of two candidates are
 independent (where they share minibatches, a difference is surer than stated); N is large enough for a mean of
-N scores to be normal. Shares of 0 or 1 have no spread, so their interval is a point.
+N scores to be normal.
 
 For a metric over the set, such as macro-averaged F1, x[s, i] is not a score of example i but its contribution to the
 score of run s: the jackknife's pseudo-value, shifted so that the mean is the metric itself
@@ -25,21 +31,29 @@ difference is the jackknife's with the same examples left out of both, and the s
 means, is that of the metric. It ignores second-order terms, which matter where a class has a handful of examples.
 
 With one run, noise and example cannot be told apart and the noise counts twice, which errs on the wide side.
-Without a `SeedSd` from elsewhere, an interval from one run is about that trained network alone, not about its
-configuration.
+Without a `SeedSpread`, an interval from one run is about that trained network alone, not about its configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import nan, sqrt
+from dataclasses import dataclass, replace
+from math import ceil, exp, inf, log, nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import digamma, gammaln, polygamma
 from scipy.stats import t as student_t
 
 Floats = NDArray[np.float64]
+LEVEL = 0.95
+#: Grid of `SeedSpread`: variances as multiples of the pooled one, and degrees of freedom. With 16, candidates vary
+#: nearly alike; with 1, their spreads tell next to nothing about each other.
+GRID_FACTORS, GRID_DOFS = np.exp(np.linspace(-5, 4, 46)), np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+#: Pseudo-examples for scores of 0 and 1, and for their differences.
+COULL, PRICE = (0.0, 0.0, 1.0, 1.0), (-1.0, 1.0)
+#: More seeds than this are no advice.
+MOST_SEEDS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,30 +67,114 @@ class Estimate:
     #: For a difference, the smaller number of the two.
     num_seeds: int
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeedSd:
-    """Standard deviation, between runs, of the mean score on fixed examples; pooled over candidates."""
-
-    sd: float
-    dof: int
+    def signed(self, sign: float) -> Estimate:
+        """Return the estimate of the negative for `sign` -1.0, and itself for 1.0."""
+        low, high = sorted((sign * self.low, sign * self.high))
+        return replace(self, value=sign * self.value, low=low, high=high)
 
 
-def estimate(scores: ArrayLike, *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Estimate:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SeedSpread:
+    """What several candidates show about the spread, between runs, of the mean score on fixed examples.
+
+    The variance of a candidate is drawn from a scaled inverse chi-squared distribution with `dofs` degrees of freedom
+    around `variances`: the model of Smyth (2004, Linear Models and Empirical Bayes Methods). Both are unknown, so this
+    is their posterior distribution on a grid, with `weights`; each is [points].
+    """
+
+    variances: Floats
+    dofs: Floats
+    weights: Floats
+
+    @classmethod
+    def of(cls, scores: Sequence[ArrayLike]) -> SeedSpread | None:
+        """Return the spread that scores [seeds, examples] of several candidates show; None if none has two runs.
+
+        Runs with a score that is not finite are left out.
+        """
+        finite = [runs[np.isfinite(runs).all(axis=1)] for runs in map(as_runs, scores)]
+        repeated = [runs.mean(axis=1) for runs in finite if len(runs) > 1]
+        if not repeated:
+            return None
+        own = np.array([means.var(ddof=1) for means in repeated])
+        own_dofs = np.array([len(means) - 1.0 for means in repeated])
+        centre = float((own_dofs * own).sum() / own_dofs.sum())
+        if centre == 0.0:  # the seed makes no difference, as with pretrained LoRAs
+            return cls(variances=np.zeros(1), dofs=np.ones(1), weights=np.ones(1))
+        variances, dofs = (grid.ravel() for grid in np.meshgrid(centre * GRID_FACTORS, GRID_DOFS))
+        # The densities of scaled F distributions, without the factors that are equal at all points.
+        d0, v0 = dofs[:, None], variances[:, None]
+        density = gammaln((own_dofs + d0) / 2) - gammaln(d0 / 2) + d0 / 2 * np.log(d0 * v0)
+        density -= (own_dofs + d0) / 2 * np.log(d0 * v0 + own_dofs * own)
+        weights = np.exp(density.sum(axis=1) - density.sum(axis=1).max())
+        return cls(variances=variances, dofs=dofs, weights=weights / weights.sum())
+
+    def moderated(self, runs: Floats) -> tuple[float, float]:
+        """Return the variance between runs [seeds, examples] of one candidate, and its degrees of freedom.
+
+        They have the mean and the variance that the logarithm of the variance has in the posterior distribution.
+        """
+        own_dof = len(runs) - 1
+        own = float(runs.mean(axis=1).var(ddof=1)) if own_dof else 0.0
+        dofs = self.dofs + own_dof
+        variances = (self.dofs * self.variances + own_dof * own) / dofs
+        if not variances.any():
+            return 0.0, inf
+        logs = np.log(dofs * variances / 2) - digamma(dofs / 2)
+        mean = float(self.weights @ logs)
+        half = _inverse_trigamma(float(self.weights @ (polygamma(1, dofs / 2) + (logs - mean) ** 2)))
+        return exp(mean + float(digamma(half)) - log(half)), 2 * half
+
+
+def _inverse_trigamma(value: float) -> float:
+    """Return x > 0 with trigamma(x) = value > 0, by Newton's method on 1 / trigamma, which is nearly linear."""
+    x = 0.5 + 1 / value
+    for _ in range(50):
+        found = float(polygamma(1, x))
+        step = found * (1 - found / value) / float(polygamma(2, x))
+        x += step
+        if abs(step) < 1e-9 * x:
+            break
+    return x
+
+
+def estimate(scores: ArrayLike, *, spread: SeedSpread | None = None, level: float = LEVEL) -> Estimate:
     """Mean over seeds and examples of scores [seeds, examples], or [examples] of one run."""
-    return _combine([(+1, as_runs(scores))], seed_sd, level)
+    return _terms([(+1, as_runs(scores))], spread).estimate(level)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, *, seed_sd: SeedSd | None = None, level: float = 0.95) -> Estimate:
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, *, spread: SeedSpread | None = None, level: float = LEVEL
+) -> Estimate:
     """Mean of `a` minus mean of `b`: [seeds, examples] each, the same examples in the same order.
 
-    Pairing takes the difficulty of an example out of the comparison. `seed_sd` stands in for both candidates'
-    own spread between seeds. Give it whenever runs are few: two or three say little about a spread.
+    Pairing takes the difficulty of an example out of the comparison. Give `spread` whenever runs are few: two or three
+    say little about their own.
     """
-    first, second = as_runs(a), as_runs(b)
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(f"a pair needs the same examples, got {first.shape[1]} and {second.shape[1]}")
-    return _combine([(+1, first), (-1, second)], seed_sd, level)
+    return _difference(a, b, spread).estimate(level)
+
+
+def seeds_to_show(
+    a: ArrayLike, b: ArrayLike, at_least: float, *, spread: SeedSpread | None = None, level: float = LEVEL
+) -> int | None:
+    """Return the number of seeds of each with which the interval of `paired_difference` would be above `at_least`.
+
+    It assumes that the difference and the spreads stay as they are. None if it takes more than `MOST_SEEDS`.
+    """
+    terms = _difference(a, b, spread)
+    counts = range(terms.num_seeds, MOST_SEEDS + 1)
+    return next((n for n in counts if terms.with_seeds(n).estimate(level).low >= at_least), None)
+
+
+def examples_to_show(
+    a: ArrayLike, b: ArrayLike, at_least: float, *, spread: SeedSpread | None = None, level: float = LEVEL
+) -> int | None:
+    """Return the number of examples that would do it with `MOST_SEEDS` seeds; None if the difference is below."""
+    terms = _difference(a, b, spread).with_seeds(MOST_SEEDS)
+    found = terms.estimate(level)
+    if not found.value > at_least:
+        return None
+    return ceil(terms.num_examples * ((found.value - found.low) / (found.value - at_least)) ** 2)
 
 
 def as_runs(scores: ArrayLike) -> Floats:
@@ -87,38 +185,99 @@ def as_runs(scores: ArrayLike) -> Floats:
     return runs
 
 
-def _combine(signed: Sequence[tuple[int, Floats]], seed_sd: SeedSd | None, level: float) -> Estimate:
-    """Estimate the sum of the means of samples [S, N], each with its sign."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Terms:
+    """A sum of signed means and the terms of its variance; `seeds` and `noise` have one for each sample.
+
+    `centre`: the middle of the interval.
+    """
+
+    value: float
+    centre: float
+    num_seeds: int
+    num_examples: int
+    examples: float
+    seeds: tuple[float, ...] = ()
+    noise: tuple[float, ...] = ()
+    dofs: tuple[float, ...] = ()
+
+    def estimate(self, level: float) -> Estimate:
+        if not np.isfinite(self.value):
+            return Estimate(value=nan, std_err=nan, low=nan, high=nan, num_seeds=self.num_seeds)
+        # The noise is part of all terms and counts once. The terms of the seeds estimate the variance without the part
+        # of the examples, so they bound it from below. Without this bound it is 0 for two runs that are right on
+        # opposite examples: the noise outweighs the seeds.
+        seeds, noise = sum(self.seeds), sum(self.noise)
+        variance = max(self.examples + seeds - noise, seeds, self.examples / 2)
+        if variance == 0.0:
+            return Estimate(value=self.value, std_err=0.0, low=self.value, high=self.value, num_seeds=self.num_seeds)
+        # The terms enter as they were measured: one that came out small without its noise is no surer for that. Spreads
+        # of two samples come from the same candidates, so their errors do not average out (unlike Satterthwaite's).
+        inverse = (self.examples / variance) ** 2 / (self.num_examples - 1)
+        if seeds > 0:
+            inverse += seeds / variance**2 * sum(term / dof for term, dof in zip(self.seeds, self.dofs, strict=True))
+        std_err = sqrt(variance)
+        margin = std_err * float(student_t.ppf(0.5 + level / 2, 1 / inverse))
+        return Estimate(
+            value=self.value,
+            std_err=std_err,
+            low=self.centre - margin,
+            high=self.centre + margin,
+            num_seeds=self.num_seeds,
+        )
+
+    def with_seeds(self, count: int) -> _Terms:
+        """Return the terms that `count` seeds of each sample would have, if all variances stay as they are."""
+        share = self.num_seeds / count
+        without = max(0.0, self.examples - sum(self.noise))
+        return replace(
+            self,
+            num_seeds=count,
+            examples=without + min(self.examples, sum(self.noise)) * share,
+            seeds=tuple(term * share for term in self.seeds),
+            noise=tuple(part * share for part in self.noise),
+            dofs=tuple(dof + count - self.num_seeds for dof in self.dofs),
+        )
+
+
+def _difference(a: ArrayLike, b: ArrayLike, spread: SeedSpread | None) -> _Terms:
+    first, second = as_runs(a), as_runs(b)
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"a pair needs the same examples, got {first.shape[1]} and {second.shape[1]}")
+    return _terms([(+1, first), (-1, second)], spread)
+
+
+def _terms(signed: Sequence[tuple[int, Floats]], spread: SeedSpread | None) -> _Terms:
+    """Return the sum of the means of samples [S, N], each with its sign."""
     samples = [runs for _, runs in signed]
-    num_seeds = min(len(runs) for runs in samples)
+    num_seeds, num_examples = min(map(len, samples)), samples[0].shape[1]
     if not all(np.isfinite(runs).all() for runs in samples):
-        return Estimate(value=nan, std_err=nan, low=nan, high=nan, num_seeds=num_seeds)
+        return _Terms(value=nan, centre=nan, num_seeds=num_seeds, num_examples=num_examples, examples=nan)
     per_example = np.sum([sign * runs.mean(axis=0) for sign, runs in signed], axis=0)
-    value = float(per_example.mean())
-
-    # Terms of the variance with their degrees of freedom. The noise is part of all of them and counts once.
-    examples = float(per_example.var(ddof=1)) / len(per_example)
-    repeated = [runs for runs in samples if len(runs) > 1]
-    noise = [_noise(runs) for runs in repeated]
-    if seed_sd is not None:
-        seeds = [sum(seed_sd.sd**2 / len(runs) for runs in samples)]
-        noise, seeds_dof = [sum(noise)], [seed_sd.dof]
-    else:
-        seeds = [float(runs.mean(axis=1).var(ddof=1)) / len(runs) for runs in repeated]
-        seeds_dof = [len(runs) - 1 for runs in repeated]
-    variance = examples + sum(max(0.0, term - part) for term, part in zip(seeds, noise, strict=True))
-    # The terms of the seeds estimate the variance without the part of the examples, so they bound it from below.
-    # Without this bound it is 0 for two runs that are right on opposite examples: the noise outweighs the seeds.
-    variance = max(variance, sum(seeds))
-    if variance == 0.0:
-        return Estimate(value=value, std_err=0.0, low=value, high=value, num_seeds=num_seeds)
-
-    # The terms enter as they were measured: one that came out small without its noise is no surer for that.
-    terms = zip((examples, *seeds), (len(per_example) - 1, *seeds_dof), strict=True)
-    dof = 1 / sum((term / variance) ** 2 / term_dof for term, term_dof in terms)
-    std_err = sqrt(variance)
-    margin = std_err * float(student_t.ppf(0.5 + level / 2, dof))
-    return Estimate(value=value, std_err=std_err, low=value - margin, high=value + margin, num_seeds=num_seeds)
+    widened = per_example
+    if all(((runs == 0) | (runs == 1)).all() for runs in samples):
+        widened = np.append(per_example, COULL if len(samples) == 1 else PRICE)
+    seeds, noise, dofs = [], [], []
+    for runs in samples:
+        if spread is not None:
+            variance, dof = spread.moderated(runs)
+        elif len(runs) > 1:
+            variance, dof = float(runs.mean(axis=1).var(ddof=1)), len(runs) - 1
+        else:
+            continue
+        seeds.append(variance / len(runs))
+        noise.append(_noise(runs) if len(runs) > 1 else 0.0)
+        dofs.append(dof)
+    return _Terms(
+        value=float(per_example.mean()),
+        centre=float(widened.mean()),
+        num_seeds=num_seeds,
+        num_examples=num_examples,
+        examples=float(widened.var(ddof=1)) / len(widened),
+        seeds=tuple(seeds),
+        noise=tuple(noise),
+        dofs=tuple(dofs),
+    )
 
 
 def _noise(runs: Floats) -> float:
@@ -129,27 +288,13 @@ def _noise(runs: Floats) -> float:
     return mean_square / runs.size
 
 
-def pooled_seed_sd(seed_means: Sequence[Sequence[float]]) -> SeedSd | None:
-    """Pool the spread between seeds over candidates: one list of mean scores (a number per seed) for each.
-
-    Assumes that all candidates vary alike. Means that are not finite are left out; None if nobody has two
-    left.
-    """
-    finite = [means[np.isfinite(means)] for means in (np.asarray(row, dtype=float) for row in seed_means)]
-    repeated = [means for means in finite if len(means) > 1]
-    dof = sum(len(means) - 1 for means in repeated)
-    if dof == 0:
-        return None
-    squares = sum(float(((means - means.mean()) ** 2).sum()) for means in repeated)
-    return SeedSd(sd=sqrt(squares / dof), dof=dof)
-
-
-def predictive_interval(seed_means: Sequence[float], seed_sd: SeedSd, *, level: float = 0.95) -> tuple[float, float]:
+def predictive_interval(scores: ArrayLike, spread: SeedSpread, *, level: float = LEVEL) -> tuple[float, float]:
     """Where the mean score of one more run, with a new seed and on the same examples, will lie.
 
-    mean +- t s sqrt(1 + 1/S), s being the pooled spread (Hahn and Meeker, Statistical Intervals, 1991, ch.
-    4). The examples are the same ones, so their sampling error does not enter.
+    mean +- t s sqrt(1 + 1/S), s being the moderated spread of these runs, scores [seeds, examples] (Hahn and Meeker,
+    Statistical Intervals, 1991, ch. 4). The examples are the same ones, so their sampling error does not enter.
     """
-    means = np.asarray(seed_means, dtype=float)
-    margin = float(student_t.ppf(0.5 + level / 2, seed_sd.dof)) * seed_sd.sd * sqrt(1 + 1 / len(means))
-    return float(means.mean()) - margin, float(means.mean()) + margin
+    runs = as_runs(scores)
+    variance, dof = spread.moderated(runs)
+    margin = float(student_t.ppf(0.5 + level / 2, dof)) * sqrt(variance * (1 + 1 / len(runs)))
+    return float(runs.mean()) - margin, float(runs.mean()) + margin

@@ -58,9 +58,10 @@ def print_front(snapshot: Snapshot) -> None:
 
     from autopeft.studies.analysis.mixture_verdicts import verdicts
     from autopeft.studies.cli.progress import measured
+    from autopeft.studies.reports.report import front_notes
 
-    quality = snapshot.objectives_by_name[snapshot.quality]
-    rows = sorted(snapshot.rows(), key=lambda row: quality.loss(row.values[quality.name]))
+    found = snapshot.front()
+    rows = snapshot.best_first(found.rows)
     members = [row for row in rows if row.on_front]
     preliminary = snapshot.preliminary
     front, star = ("preliminary front", "(*)") if preliminary else ("front", "*")
@@ -73,34 +74,41 @@ def print_front(snapshot: Snapshot) -> None:
     names = list(dict.fromkeys([o.name for o in snapshot.objectives] + ["num_params"]))
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("minus the best (95 %)", justify="right", no_wrap=True)
+    table.add_column("standing", no_wrap=True)
     table.add_column(f"test {snapshot.quality}", justify="right", no_wrap=True)
     table.add_column("architecture", overflow="fold")
     shown = (members, [row for row in rows if row.is_baseline and not row.on_front])
     for position, group in enumerate(shown):
         for row in group:
-            promise = snapshot.promise(snapshot.entry(row.trial), snapshot.quality)
-            test = f"{promise.value:.4f} ± {promise.std_err:.4f}" if promise else "-"
+            gap, test = row.difference, row.test
             figures = [
                 measured(snapshot.objectives_by_name[name], row.values, row.std_err)
                 if name in snapshot.objectives_by_name
                 else f"{row.values[name]:,.0f}"
                 for name in names
             ]
-            table.add_row(star if row.recommended else "", row.label, *figures, test, row.summary)
+            figures += [
+                f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})" if gap else "-",
+                row.standing or "-",
+                f"{test.value:.4f} ± {test.std_err:.4f}" if test else "-",
+            ]
+            table.add_row(star if row.recommended else "", row.label, *figures, row.summary)
         if position == 0:
             table.add_section()
     console = Console()
     # Without a terminal the width is free: a table cut at 80 columns is of no use in a log.
     Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
-    typer.echo(f"{star}: recommended, the cheapest candidate that a paired test (95 %) cannot distinguish from the"
-               " best; ±: standard error over examples and seeds")  # fmt: skip
-    if preliminary:
-        typer.echo("The recommendation is preliminary: single runs favour candidates with a lucky seed. Missing: runs"
-                   " of the finalists with fresh seeds, which the study trains at its end.")  # fmt: skip
-    found = verdicts(snapshot)
-    if found:
+    typer.echo(
+        f"{star}: recommended; ±: standard error over examples and seeds; as good: shown to be within the margin of the"
+        " best; tied: not distinguished from it, which is less"
+    )
+    for note in front_notes(snapshot, found):
+        typer.echo(note)
+    mixtures = verdicts(snapshot)
+    if mixtures:
         typer.echo("\nmixtures against their matched baselines")
-    for line in (line for verdict in found for line in verdict.lines(snapshot.metrics[snapshot.quality])):
+    for line in (line for verdict in mixtures for line in verdict.lines(snapshot.metrics[snapshot.quality])):
         typer.echo(f"  {line}")
 
 

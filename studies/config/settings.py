@@ -349,9 +349,23 @@ class BaselineSettings(Section):
 class FinalistSettings(Section):
     """Members of the front that are trained again with several seeds, for error bars."""
 
-    seeds: int = Field(default=3, ge=1, description="seeds per finalist")
+    seeds: int = Field(
+        default=3,
+        ge=1,
+        description="seeds per finalist on average; from 3 on, half of the runs go to the finalists that decide",
+    )
     most: int = Field(default=6, ge=1, description="largest number of finalists")
     controls: bool = Field(default=True, description="also train the matched baselines of mixtures of experts")
+
+
+class RecommendSettings(Section):
+    """Which member of the front is recommended: the cheapest one whose quality is shown to be as good as the best."""
+
+    within: Positive | None = Field(
+        default=None,
+        description="loss of quality that counts as none, in the unit of the first quality among the objectives;"
+        " null: 0.01 (a point) of a share such as accuracy, 1 % of the best value of other metrics",
+    )
 
 
 class TrackingSettings(Section):

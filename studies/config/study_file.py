@@ -44,6 +44,7 @@ class StudyFile(settings.Section):
     proxy: settings.ProxySettings = settings.ProxySettings()
     baselines: settings.BaselineSettings = settings.BaselineSettings()
     finalists: settings.FinalistSettings = settings.FinalistSettings()
+    recommend: settings.RecommendSettings = settings.RecommendSettings()
     evaluation: settings.EvaluationSettings = settings.EvaluationSettings()
     tracking: settings.TrackingSettings = settings.TrackingSettings()
     output: str | None = Field(

@@ -16,7 +16,8 @@ class StudyPlan:
 
     `share`: share of the training steps that a candidate of the search gets. `rungs`: ascending shares of the steps;
     after each, the share `keep` of a batch continues. `controls`: whether finalists with mixtures are compared with
-    matched baselines. Seeds: the search trains with `seed`, finalists with the next `finalist_seeds` seeds.
+    matched baselines. Seeds: the search trains with `seed`, finalists with the next seeds, on average `finalist_seeds`
+    of them. `within`: see `Snapshot`.
     """
 
     study: str
@@ -33,6 +34,7 @@ class StudyPlan:
     most_finalists: int = 1
     finalist_seeds: int = 1
     controls: bool = False
+    within: float | None = None
 
 
 def plan_of(settings: StudyFile) -> StudyPlan:
@@ -53,4 +55,5 @@ def plan_of(settings: StudyFile) -> StudyPlan:
         most_finalists=finalists.most,
         finalist_seeds=finalists.seeds,
         controls=finalists.controls,
+        within=settings.recommend.within,
     )

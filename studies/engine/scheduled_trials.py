@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import FINALIST, SEARCH, Problem, Role, Trial
+from autopeft.search_space.problem import FINALIST, Problem, Role, Trial
 from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.search_space.spaces.presets import BASELINES
 from autopeft.search_space.spaces.space import SearchSpace
-from autopeft.studies.analysis import pareto
+from autopeft.studies.analysis.recommendation import first_look
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan
 
@@ -41,12 +40,7 @@ def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
 
 def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
     """Return at most `most_finalists` members of the search's front, spread over it and including the best."""
-    trials = [t for t in snapshot.trials if t.role == SEARCH and t.state == "complete"]
-    losses = pareto.losses(trials, snapshot.objectives)
-    members = [t for t, member in zip(trials, non_dominated(losses), strict=True) if member]
-    quality = snapshot.quality
-    sign = -1 if snapshot.metrics[quality].maximise else 1
-    members.sort(key=lambda t: sign * t.values[quality])
+    members = snapshot.search_front()
     limit = plan.most_finalists
     if len(members) <= limit:
         return members
@@ -54,14 +48,38 @@ def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
 
 
 def finalists(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
-    """Yield the missing runs with fresh seeds of every contender and of every baseline at its best learning rate.
+    """Yield the missing runs with the first fresh seeds of every finalist; see `deciding` for the other seeds.
 
-    Each is trained at full length and scored on the test split.
+    Finalists are the contenders, and each baseline at its best learning rate. Each is trained at full length and scored
+    on the test split.
     """
-    existing = {(t.of, t.seed) for t in snapshot.trials if t.role == FINALIST}
+    yield from _missing(snapshot, _finalists(plan, snapshot), _fresh_seeds(plan)[: first_look(plan.finalist_seeds)])
+
+
+def deciding(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
+    """Yield the missing runs of the second look, after every finalist has its first seeds.
+
+    The runs that are left of `finalist_seeds` for each finalist go to those that `Recommendation.second_look` names.
+    They follow from the first seeds alone, so a study that was killed goes on as if it had not been.
+    """
+    first = _fresh_seeds(plan)[: first_look(plan.finalist_seeds)]
+    known = tuple(t for t in snapshot.trials if t.role != FINALIST or t.seed in first)
+    found = replace(snapshot, trials=known).front().recommendation
+    num_runs = (plan.finalist_seeds - len(first)) * len(_finalists(plan, snapshot))
+    racing, each = found.second_look(num_runs, len(first)) if found else ((), 0)
+    trials = [trial for trial in snapshot.trials if trial.number in racing]
+    yield from _missing(snapshot, trials, range(first.stop, first.stop + each))
+
+
+def _finalists(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
     tuned = [entry.trial for entry in snapshot.tuned() if entry.trial.role.kind == "baseline"]
-    for trial in [*tuned, *contenders(plan, snapshot)]:
-        for seed in _fresh_seeds(plan):
+    return [*tuned, *contenders(plan, snapshot)]
+
+
+def _missing(snapshot: Snapshot, trials: Sequence[Trial], seeds: range) -> Iterator[Planned]:
+    existing = {(t.of, t.seed) for t in snapshot.trials if t.role == FINALIST}
+    for trial in trials:
+        for seed in seeds:
             if (trial.number, seed) not in existing:
                 yield Planned(FINALIST, trial.candidate, seed, of=trial.number)
 

@@ -240,8 +240,12 @@ def open_ledger(settings: StudyFile) -> Ledger:
 
 
 def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
-    """Return the settings with which the study was started; the file may have changed since."""
-    return study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
+    """Return the settings with which the study was started; the file may have changed since.
+
+    The section `recommend` is that of the file: no trial depends on it.
+    """
+    recorded = study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
+    return recorded.model_copy(update={"recommend": settings.recommend})
 
 
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
@@ -253,6 +257,7 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
         objectives=settings.objectives_list(),
         backbone=ledger.backbone,
         trials=tuple(ledger.trials()),
+        within=settings.recommend.within,
     )
 
 

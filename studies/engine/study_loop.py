@@ -32,7 +32,14 @@ from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan
-from autopeft.studies.engine.scheduled_trials import Planned, baselines, comparisons, finalists, num_evaluations
+from autopeft.studies.engine.scheduled_trials import (
+    Planned,
+    baselines,
+    comparisons,
+    deciding,
+    finalists,
+    num_evaluations,
+)
 from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger
@@ -93,6 +100,7 @@ class StudyLoop:
             objectives=self.problem.objectives,
             backbone=self.backbone,
             trials=tuple(self.trials[number] for number in sorted(self.trials)),
+            within=self.plan.within,
         )
 
     def run(self, watcher: Watcher) -> Snapshot:
@@ -114,6 +122,10 @@ class StudyLoop:
             watcher.plan(done + len(finals) + len(controls) + under_way, done)
             self._evaluate_planned("finalist", unfinished, finals, watcher)
             self._evaluate_planned("control", unfinished, controls, watcher)
+            more = list(deciding(self.plan, self.snapshot()))
+            done = len(self.snapshot().evaluated)
+            watcher.plan(done + len(more), done)
+            self._evaluate_planned("finalist", (), more, watcher)
         except OSError as error:
             raise UnusableEnvironmentError(f"{self.plan.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from autopeft.search_space.architecture import Architecture
     from autopeft.search_space.problem import Trial
+    from autopeft.studies.analysis.recommendation import Standing
     from autopeft.studies.analysis.snapshot import Snapshot
+    from autopeft.studies.analysis.statistics import Estimate
     from autopeft.studies.config.study_file import StudyFile
     from autopeft.studies.reports.pictures import Picture
 
@@ -38,7 +40,7 @@ def errors_in_argument_terms() -> Iterator[None]:
 class Member:
     """An evaluated candidate with the results of all its evaluations.
 
-    `values` and `std_err`: means and standard errors by metric.
+    `values` and `std_err`: means and standard errors by metric. `standing`, `difference`, `test`: see `FrontRow`.
     """
 
     trial: int
@@ -51,6 +53,9 @@ class Member:
     std_err: Mapping[str, float]
     on_front: bool
     recommended: bool
+    standing: Standing | None
+    difference: Estimate | None
+    test: Estimate | None
     _result: Result = field(repr=False, compare=False)
 
     def export(
@@ -99,10 +104,6 @@ class Result:
         """All complete candidates, and each baseline with its best learning rate; the best quality comes first."""
         snapshot = self.snapshot
         trials: dict[int, Trial] = {trial.number: trial for trial in snapshot.trials}
-        quality = snapshot.objectives_by_name.get(snapshot.quality)
-        rows = snapshot.rows()
-        if quality is not None:
-            rows.sort(key=lambda row: quality.loss(row.values[quality.name]))
         return tuple(
             Member(
                 trial=row.trial,
@@ -115,9 +116,12 @@ class Result:
                 std_err=dict(row.std_err),
                 on_front=row.on_front,
                 recommended=row.recommended,
+                standing=row.standing,
+                difference=row.difference,
+                test=row.test,
                 _result=self,
             )
-            for row in rows
+            for row in snapshot.best_first(snapshot.front().rows)
         )
 
     @property
@@ -127,11 +131,16 @@ class Result:
 
     @property
     def recommended(self) -> Member:
-        """The cheapest member of the front whose quality a paired test does not distinguish from the best.
+        """The cheapest member of the front whose quality is shown to be within a margin of the best; see `reason`.
 
         Raises UserError if there is no front yet.
         """
         return self.pick("recommended")
+
+    @property
+    def reason(self) -> str | None:
+        """Why the recommended member is recommended, in one or two sentences; None without a front."""
+        return self.snapshot.front().reason
 
     def pick(self, choice: str) -> Member:
         """Return a candidate by `choice`: recommended, best, trial:N, or a condition such as num_params<=50000.

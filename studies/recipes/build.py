@@ -9,9 +9,19 @@ from typing import Any
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.studies.analysis.front import interval
 from autopeft.studies.analysis.snapshot import Entry, Snapshot
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.recipes.recipe import Averaged, Measured, OwnMetric, Provenance, Recipe, RecipeData
+from autopeft.studies.recipes.recipe import (
+    Averaged,
+    Comparison,
+    Difference,
+    Measured,
+    OwnMetric,
+    Provenance,
+    Recipe,
+    RecipeData,
+)
 from autopeft.studies.storage.ledger import Ledger
 from autopeft.studies.versions import version_of, versions_of
 
@@ -40,6 +50,7 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
         },
         measured=_measured(snapshot, entry),
         averaged=_averaged(entry, snapshot.quality),
+        compared=_compared(snapshot, number),
     )
 
 
@@ -84,7 +95,7 @@ def bare_recipe(
 def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
     """Return measured costs and qualities; the main quality on the test split with its promise, if it has one."""
     assert entry.trial.measurement is not None
-    values, std_err = snapshot.values_of(entry, snapshot.seed_sd())
+    values, std_err = snapshot.values_of(entry, snapshot.spread())
     seeds = tuple(run.seed for run in entry.runs)
     found = {}
     for name, value in values.items():
@@ -102,6 +113,22 @@ def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
         else:
             found[name] = Measured(value=value, std_err=std_err.get(name), split="validation", seeds=seeds)
     return found
+
+
+def _compared(snapshot: Snapshot, number: int) -> Comparison | None:
+    """Return the place of a trial on the front, or None if it is not on it."""
+    quality = snapshot.quality
+    row = next((row for row in snapshot.front().members if row.trial == number), None)
+    if row is None or row.standing is None:
+        return None
+    return Comparison(
+        metric=quality,
+        value=row.values[quality],
+        std_err=row.std_err[quality],
+        standing=row.standing,
+        recommended=row.recommended,
+        difference=None if row.difference is None else Difference(**interval(row.difference)),
+    )
 
 
 def _averaged(entry: Entry, quality: str) -> dict[str, Averaged]:

@@ -56,6 +56,7 @@ _COMMENTS = {
     "training": "AdamW; warmup is a share of the steps",
     "metrics": "code of the study's user that `autopeft train` and `verify` run with --trust-code alone",
     "measured": "low and high: where one more training run with another seed is promised to end",
+    "compared": "the front of the study: means over fresh seeds, and the difference to its best member",
     "averaged": "validation scores with all experts of every mixture weighted alike after the training",
 }
 
@@ -147,6 +148,30 @@ class Measured(_Part):
     seeds: tuple[int, ...] = ()
 
 
+class Difference(_Part):
+    """A difference of means with its 95 % interval."""
+
+    value: float
+    std_err: float
+    low: float
+    high: float
+
+
+class Comparison(_Part):
+    """The place of the candidate on the front of its study, by its validation scores of one metric.
+
+    `value`: the mean over fresh seeds. `difference`: to the best member, None for that one. `standing`: see
+    `analysis/recommendation.py`.
+    """
+
+    metric: str
+    value: float
+    std_err: float
+    standing: str
+    recommended: bool
+    difference: Difference | None = None
+
+
 class Averaged(_Part):
     """Validation scores, as means over the same runs: `value` with equal gates, `routed` with the routers."""
 
@@ -199,6 +224,7 @@ class Recipe(_Part):
     metrics: dict[str, OwnMetric] = {}
     measured: dict[str, Measured] = {}
     averaged: dict[str, Averaged] = {}
+    compared: Comparison | None = None
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -223,8 +249,8 @@ class Recipe(_Part):
 
     @model_serializer(mode="wrap")
     def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out empty `metrics`, a later addition, so that older recipes stay equal."""
-        return {name: value for name, value in default(self).items() if name != "metrics" or value}
+        """Leave out empty later additions, so that older recipes stay equal."""
+        return {name: value for name, value in default(self).items() if name not in ("metrics", "compared") or value}
 
     def maximises(self, name: str) -> bool:
         """Return whether more of a metric is better. Raises KeyError for an unknown metric, and MetricError."""
@@ -341,6 +367,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "metrics": OwnMetric,
     "measured": Measured,
     "averaged": Averaged,
+    "compared": Comparison,
     "provenance": Provenance,
 }
 

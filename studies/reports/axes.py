@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from autopeft.search_space.problem import Objective
+from autopeft.studies.analysis.statistics import Estimate
 
 #: By unit: rows of (smallest value, factor, name of the display unit); the last row takes all smaller values.
 UNITS = {
@@ -125,6 +126,13 @@ class Axis:
         digits = f"{self.factor * value:.1f}" if self.unit == "%" else short(self.factor * value)
         error = f" ± {self.factor * std_err:.2g}" if isfinite(std_err) else ""
         return f"{digits} {self.unit}{error}".rstrip()
+
+    def difference(self, found: Estimate) -> str:
+        """Format a difference with its interval: "-0.3 (-0.9 to +0.3) points"."""
+        numbers = [self.factor * number for number in (found.value, found.low, found.high)]
+        value, low, high = (f"{number:+.1f}" if self.unit == "%" else f"{number:+.3g}" for number in numbers)
+        unit = "points" if self.unit == "%" else self.unit
+        return f"{value} ({low} to {high}) {unit}".rstrip()
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopeft.search_space.problem import FINALIST, Objective
-from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.analysis.front import FrontRow
 from autopeft.studies.reports.axes import LOG_UNITS, Axis, Label, place_labels
 
 BLUE, SKY, VERMILION, YELLOW = "#0072B2", "#56B4E9", "#D55E00", "#F0E442"
@@ -175,6 +175,8 @@ class Composition:
     layers: tuple[Layer, ...]
     #: Whether to draw a line through the front: only with two objectives is it a staircase.
     connected: bool
+    #: Whether the vertical axis is the quality by which members are compared with the best.
+    compared: bool
 
 
 def compose(
@@ -198,4 +200,5 @@ def compose(
         xs=xs,
         layers=_layers(rows),
         connected=len(xs) == 1,
+        compared=any(row.standing is not None for row in rows),
     )

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.search_space.problem import Objective
-from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.analysis.front import FrontRow
 from autopeft.studies.reports.axes import Axis
 from autopeft.studies.reports.front_layout import (
     BLUE,
@@ -49,7 +49,7 @@ left; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid $grid; vertica
 white-space: nowrap; font-variant-numeric: tabular-nums } tr.recommended { font-weight: 600 } </style> </head>
 <body> <h1>$title</h1> <p>$subtitle. Drag to zoom, double-click to reset the view, click a legend
 entry to hide it.</p>
-$charts <h2>Front and baselines</h2> <table> <thead><tr>$columns</tr></thead> <tbody> $rows </tbody>
+$charts <h2>Front and baselines</h2> $notes <table> <thead><tr>$columns</tr></thead> <tbody> $rows </tbody>
 </table> </body> </html>
 """
 )
@@ -62,11 +62,12 @@ def front_html(
     *,
     study: str,
     num_evaluations: int,
+    notes: Sequence[str] = (),
     sections: Sequence[tuple[str, Sequence[str], go.Figure]] = (),
 ) -> None:
     """Write the page: quality against each cost, parallel coordinates from three objectives on, a table of the front.
 
-    `sections`: a heading, paragraphs and a figure each; they follow the charts.
+    `notes`: paragraphs above the table. `sections`: a heading, paragraphs and a figure each; they follow the charts.
     """
     picture = compose(rows, objectives, study=study, num_evaluations=num_evaluations)
     charts = [_scatter(picture, rows).to_html(full_html=False, include_plotlyjs=True, config=CONFIG)]
@@ -86,6 +87,7 @@ def front_html(
         ink=INK,
         grid=GRID,
         charts="\n".join(charts),
+        notes="\n".join(f"<p>{escape(note)}</p>" for note in notes),
         columns=_columns(picture),
         rows="\n".join(_table_rows(picture)),
     )
@@ -238,8 +240,17 @@ def _ink(layer: Layer) -> str:
 
 
 def _columns(picture: Composition) -> str:
-    names = ["", "candidate", *(axis.name for axis in (picture.y, *picture.xs)), "architecture"]
+    y = picture.y.name
+    compared = [f"{y} minus best (95 %)", "standing", f"test {y}"] if picture.compared else []
+    names = ["", "candidate", *(axis.name for axis in (picture.y, *picture.xs)), *compared, "architecture"]
     return "".join(f"<th>{escape(name)}</th>" for name in names)
+
+
+def _compared(row: FrontRow, y: Axis) -> tuple[str, str, str]:
+    """Return the texts of the difference to the best, the standing and the test score."""
+    difference = "–" if row.difference is None else y.difference(row.difference)
+    test = "–" if row.test is None else y.text(row.test.value, row.test.std_err)
+    return difference, row.standing or "–", test
 
 
 def _table_rows(picture: Composition) -> list[str]:
@@ -253,6 +264,7 @@ def _table_rows(picture: Composition) -> list[str]:
         cells = [
             f'<td style="color:{_ink(layer)}">{layer.glyph}</td><td>{escape(row.label)}</td>',
             *(f'<td class="number">{_number(row, axis)}</td>' for axis in (y, *picture.xs)),
+            *(f'<td class="number">{escape(text)}</td>' for text in _compared(row, y) if picture.compared),
             f"<td>{summary}</td>",
         ]
         lines.append(f'<tr class="{"recommended" if row.recommended else ""}">{"".join(cells)}</tr>')

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.problem import Objective, Trial
-from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.analysis.front import FrontRow
 from autopeft.studies.reports.axes import Axis, short
 from autopeft.studies.reports.front_layout import (
     BLUE,

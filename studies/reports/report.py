@@ -10,6 +10,7 @@ from typing import Any
 
 from autopeft.evaluators.atomic import atomic_write, atomic_write_text
 from autopeft.search_space.metrics import Metric
+from autopeft.studies.analysis.front import Front, FrontRow
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 
@@ -17,25 +18,39 @@ from autopeft.studies.analysis.snapshot import Snapshot
 def front_data(snapshot: Snapshot) -> list[dict[str, Any]]:
     """Return the members of the front, best quality first, as `autopeft pareto --json` prints them.
 
-    `preliminary`: see `Snapshot.preliminary`; it is the same for all members.
+    `preliminary`: see `Snapshot.preliminary`; it is the same for all members. `reason`: why the recommended member is
+    recommended.
     """
     keys = {trial.number: trial.candidate.key for trial in snapshot.trials}
-    members = sorted(
-        (row for row in snapshot.rows() if row.on_front),
-        key=lambda row: snapshot.objectives_by_name[snapshot.quality].loss(row.values[snapshot.quality]),
-    )
+    front = snapshot.front()
     return [
         {
-            "trial": row.trial,
+            **row.to_dict(snapshot.quality),
             "key": keys[row.trial],
-            "values": dict(row.values),
-            "std_err": dict(row.std_err),
-            "recommended": row.recommended,
             "preliminary": snapshot.preliminary,
-            "summary": row.summary,
+            **({"reason": front.reason} if row.recommended else {}),
         }
-        for row in members
+        for row in snapshot.best_first(front.members)
     ]
+
+
+def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
+    """Return sentences on the front: why a member is recommended, what is preliminary, and what was left out."""
+    notes = []
+    if front.reason is not None:
+        notes.append(f"Recommended: {front.reason}")
+    if front.reason is not None and snapshot.preliminary:
+        notes.append(
+            "The recommendation is preliminary: single runs favour candidates with a lucky seed. Missing: runs of the"
+            " finalists with fresh seeds, which the study trains at its end."
+        )
+    if front.left_out:
+        shown = ", ".join(map(str, front.left_out[:10])) + ", ..." * (len(front.left_out) > 10)
+        notes.append(
+            f"{len(front.left_out)} members of the search's front were not trained again (trials {shown}): the study"
+            " has at most finalists.most of them."
+        )
+    return notes
 
 
 def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
@@ -47,17 +62,19 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     from autopeft.studies.reports.page import front_html
     from autopeft.studies.reports.pictures import curves_png, front_png, hypervolume_png
 
-    rows = snapshot.rows()
+    front = snapshot.front()
+    rows = front.rows
     if not rows:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"study": snapshot.study, "num_evaluations": len(snapshot.evaluated)}
     found = verdicts(snapshot)
     sections = [_routing(found, snapshot.metrics[snapshot.quality])] if found else []
-    front_html(rows, snapshot.objectives, folder / "front.html", sections=sections, **about)
+    notes = front_notes(snapshot, front)
+    front_html(rows, snapshot.objectives, folder / "front.html", notes=notes, sections=sections, **about)
     front_png(rows, snapshot.objectives, folder / "front.png", **about)
     _write_json(front_data(snapshot), folder / "front.json")
-    _write_csv(snapshot, folder / "front.csv")
+    _write_csv(rows, snapshot.quality, folder / "front.csv")
     if found:
         _write_json([verdict.to_dict() for verdict in found], folder / "routing.json")
     numbers = [row.trial for row in rows if row.on_front]
@@ -84,20 +101,16 @@ def _write_json(data: Any, path: Path) -> None:
     atomic_write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def _write_csv(snapshot: Snapshot, path: Path) -> None:
+def _write_csv(rows: Sequence[FrontRow], quality: str, path: Path) -> None:
     """Write a line for every candidate and tuned baseline."""
-    rows = snapshot.rows()
-    names = sorted({name for row in rows for name in row.values})
-    errors = sorted({name for row in rows for name in row.std_err})
+    numbers = [row.numbers(quality) for row in rows]
+    names = sorted({name for found in numbers for name in found})
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["trial", "label", "role", "on_front", "recommended", *names, *(f"{n}_std_err" for n in errors), "summary"]
-        )
-        for row in rows:
+        writer.writerow(["trial", "label", "role", "on_front", "recommended", "standing", *names, "summary"])
+        for row, found in zip(rows, numbers, strict=True):
             writer.writerow(
-                [row.trial, row.label, str(row.role), row.on_front, row.recommended]
-                + [row.values.get(name) for name in names]
-                + [row.std_err.get(name) for name in errors]
+                [row.trial, row.label, str(row.role), row.on_front, row.recommended, row.standing]
+                + [found.get(name) for name in names]
                 + [row.summary]
             )

@@ -29,15 +29,15 @@ def routing_figure(verdicts: Sequence[Verdict], quality: Metric) -> go.Figure:
         found = [one.signed(quality) for _, one in here]
         colour = COLOURS.get(word, GREY)
         figure.add_scatter(
-            x=[value for value, _, _ in found],
+            x=[own.value for own in found],
             y=[label for label, _ in here],
             mode="markers",
             name=word,
             marker={"color": colour, "size": 10},
             error_x={
                 "type": "data",
-                "array": [high - value for value, _, high in found],
-                "arrayminus": [value - low for value, low, _ in found],
+                "array": [own.high - own.value for own in found],
+                "arrayminus": [own.value - own.low for own in found],
                 "color": colour,
             },
             customdata=[f"{one.num_params:,}" for _, one in here],

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import time
-from collections.abc import Sequence
 from importlib import metadata
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import SEARCH, Measurement, Trial
 from autopeft.search_space.spaces.genes import TRAINING
+from autopeft.studies.analysis.front import Front, FrontRow
 from autopeft.studies.analysis.mixture_verdicts import verdicts
-from autopeft.studies.analysis.pareto import FrontRow
 from autopeft.studies.analysis.snapshot import Snapshot, summary
 
 if TYPE_CHECKING:
@@ -111,6 +110,11 @@ def _routing(found: Measurement) -> dict[str, float]:
     }
 
 
+def front_metrics(row: FrontRow, snapshot: Snapshot) -> dict[str, float]:
+    """Return the numbers of a member of the front, as all reports have them: means over fresh seeds, not one run's."""
+    return {_name(f"front/{name}"): value for name, value in row.numbers(snapshot.quality).items()}
+
+
 def study_tags(snapshot: Snapshot) -> dict[str, str]:
     """Return the tags that every run of a study has."""
     return {"autopeft.study": snapshot.study, "autopeft.study_id": snapshot.study_id}
@@ -126,6 +130,7 @@ def trial_tags(trial: Trial, snapshot: Snapshot, row: FrontRow | None) -> dict[s
         "autopeft.role": str(trial.role),
         "autopeft.pareto": text(row is not None and row.on_front),
         "autopeft.recommended": text(row is not None and row.recommended),
+        "autopeft.standing": (row.standing if row is not None else None) or "none",
     }
     if trial.of is not None:
         tags["autopeft.of"] = text(trial.of)
@@ -137,25 +142,29 @@ def trial_tags(trial: Trial, snapshot: Snapshot, row: FrontRow | None) -> dict[s
 def front_view(snapshot: Snapshot) -> tuple[str, str]:
     """Return key and content of a view of MLflow's UI, as its Share button makes one: the front and its objectives."""
     key = digest(["front", snapshot.study_id, [objective.name for objective in snapshot.objectives]])
-    metrics = [f"obj/{objective.name}" for objective in snapshot.objectives] + [f"obj/{snapshot.quality}_std_err"]
+    quality = snapshot.quality
+    names = [objective.name for objective in snapshot.objectives]
+    names += [f"{quality}_std_err", f"{quality}_difference", f"test_{quality}"]
+    metrics = [_name(f"front/{name}") for name in names]
     state = {
         "searchFilter": f"{FRONT_FILTER} and tags.`autopeft.study_id` = '{snapshot.study_id}'",
         # Sorted by date, the UI folds the runs into their parent.
         "orderByKey": f"metrics.`{metrics[0]}`",
         "orderByAsc": not snapshot.objectives[0].maximise,
-        "selectedColumns": [f"metrics.`{name}`" for name in metrics] + ["tags.`autopeft.recommended`"],
+        "selectedColumns": [f"metrics.`{name}`" for name in metrics]
+        + ["tags.`autopeft.standing`", "tags.`autopeft.recommended`"],
     }
     return key, json.dumps(state)
 
 
-def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> str:
+def note(snapshot: Snapshot, front: Front, experiment_id: str) -> str:
     """Return the description of the study's run, in Markdown."""
     key, _ = front_view(snapshot)
-    front = f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}&workflowType=machine_learning"
+    link = f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}&workflowType=machine_learning"
     lines = [
         f"The child runs of this run are the evaluations of the study **{snapshot.study}**.",
         "",
-        f"[Show only the Pareto front]({front}), or paste this filter into the search box of the experiment",
+        f"[Show only the Pareto front]({link}), or paste this filter into the search box of the experiment",
         "and sort by a metric (sorted by date, child runs are hidden under this one):",
         "",
         f"    {FRONT_FILTER}",
@@ -164,10 +173,10 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
         "`pareto/front.html`.",
         "",
     ]
-    for row in rows:
+    for row in front.members:
         if row.recommended:
             values = ", ".join(f"{o.name} {_number(row, o.name)}" for o in snapshot.objectives)
-            lines += [f"Recommended: **{row.label}**, {row.summary}: {values}.", ""]
+            lines += [f"Recommended: **{row.label}**, {row.summary}: {values}. {front.reason}", ""]
     for verdict in verdicts(snapshot):
         lines += [*(f"    {line}" for line in verdict.lines(snapshot.metrics[snapshot.quality])), ""]
     lines += ["| column | meaning |", "|---|---|"]
@@ -177,6 +186,8 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
         lines.append(f"| `obj/{objective.name}` | {about} |")
     lines += [
         "| `obj/..._std_err`, `..._iqr` | standard error, interquartile range |",
+        "| `front/...` | members of the front: means over their fresh seeds, difference to the best member and test"
+        " score with 95 % intervals, as in the table and the page |",
         "| `metric/...` | measurements that are not objectives |",
         "| `test/...` | scores on the test split (finalists only) |",
         "| `train/loss`, `rung/...` | training loss, and validation scores at the rungs; the step is a training step |",
@@ -186,7 +197,9 @@ def note(snapshot: Snapshot, rows: Sequence[FrontRow], experiment_id: str) -> st
         "| `hypervolume_so_far` | the same with the reference point of that moment; points are not comparable |",
         "| `surrogate/rank_correlation/...` | between the surrogate's predictions and values of held-out trials |",
         "| `autopeft.pareto` | whether the candidate is on the front (true, false) |",
-        "| `autopeft.recommended` | the cheapest candidate that is not significantly worse than the best |",
+        "| `autopeft.recommended` | the cheapest candidate that is shown to be within the margin of the best |",
+        "| `autopeft.standing` | best; as good: shown to be within the margin; tied: not distinguished from the best;"
+        " worse |",
         "| `autopeft.role` | search; baseline:...; finalist: trial `autopeft.of` trained with another seed; "
         "control:...: a matched baseline of the mixtures in trial `autopeft.of` |",
     ]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import Trial
 from autopeft.studies.analysis.diagnostics import Diagnostics, diagnostics
-from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.analysis.front import Front
 from autopeft.studies.analysis.snapshot import Snapshot, state_counts
 from autopeft.studies.reports.report import front_data, write_report
 from autopeft.studies.tracking import mlflow_payload
@@ -197,12 +197,15 @@ class _Runs:
 
     def write(self, snapshot: Snapshot, final: bool) -> None:
         """Write the difference between `snapshot` and these runs."""
-        rows = snapshot.rows()
-        by_trial = {row.trial: row for row in rows}
+        front = snapshot.front()
+        by_trial = {row.trial: row for row in front.rows}
         for trial in snapshot.ended:
             tags = mlflow_payload.trial_tags(trial, snapshot, by_trial.get(trial.number))
             self._write_child(snapshot, trial, {**tags, "mlflow.parentRunId": self.parent.id})
-        self._write_parent(snapshot, rows, final)
+        for row in front.members:
+            run = self.children[row.trial]
+            self._log(run, {}, self._changed(run, mlflow_payload.front_metrics(row, snapshot), len(snapshot.ended)))
+        self._write_parent(snapshot, front, final)
 
     def _write_child(self, snapshot: Snapshot, trial: Trial, tags: Mapping[str, str]) -> None:
         wall_ms = round(1000 * trial.measurement.wall_s) if trial.measurement else 0
@@ -222,23 +225,23 @@ class _Runs:
             run.running = False
         self._tag(run, tags)
 
-    def _write_parent(self, snapshot: Snapshot, rows: Sequence[FrontRow], final: bool) -> None:
+    def _write_parent(self, snapshot: Snapshot, found: Front, final: bool) -> None:
         run = self.parent
-        points = [*self._counts(snapshot, rows), *self._hypervolume(snapshot, final), *self._surrogate(snapshot)]
+        points = [*self._counts(snapshot, found), *self._hypervolume(snapshot, final), *self._surrogate(snapshot)]
         points += self._audit(snapshot)
         self._log(run, {}, points)
         # The digest includes the values: they change when members of the front are trained again.
         front = digest(front_data(snapshot))
         if final or run.tags.get("autopeft.front") != front:
             self._write_artifacts(snapshot)
-        recommended = [str(row.trial) for row in rows if row.recommended]
+        recommended = [str(row.trial) for row in found.members if row.recommended]
         self._tag(
             run,
             {
                 "autopeft.state": "complete" if final else "running",
                 "autopeft.front": front,
                 "autopeft.recommended": recommended[0] if recommended else "none",
-                "mlflow.note.content": mlflow_payload.note(snapshot, rows, self.experiment_id),
+                "mlflow.note.content": mlflow_payload.note(snapshot, found, self.experiment_id),
             },
         )
         if final:
@@ -247,17 +250,22 @@ class _Runs:
             self.client.update_run(run.id, status="RUNNING")
         run.running = not final
 
-    def _counts(self, snapshot: Snapshot, rows: Sequence[FrontRow]) -> list[Metric]:
+    def _counts(self, snapshot: Snapshot, front: Front) -> list[Metric]:
         """Return the counts that have changed; step: the number of ended evaluations."""
         values = {f"trials/{state}": float(count) for state, count in state_counts(snapshot.ended).items()}
-        values["front_size"] = float(sum(row.on_front for row in rows))
+        values["front_size"] = float(len(front.members))
         searched = [trial for trial in snapshot.search_trials if trial.state != "running"]
         if searched:
             feasible = [trial for trial in searched if trial.state == "complete" and trial.violation <= 0]
             values["feasible_share"] = len(feasible) / len(searched)
-        changed = {name: value for name, value in values.items() if self.parent.metrics.get(name) != value}
-        self.parent.metrics |= changed
-        step, at_ms = len(snapshot.ended), mlflow_payload.now_ms()
+        return self._changed(self.parent, values, len(snapshot.ended))
+
+    @staticmethod
+    def _changed(run: _TrackedRun, values: Mapping[str, float], step: int) -> list[Metric]:
+        """Return the metrics whose latest value in MLflow is another one, as points at `step`."""
+        changed = {name: value for name, value in values.items() if run.metrics.get(name) != value}
+        run.metrics |= changed
+        at_ms = mlflow_payload.now_ms()
         return [mlflow_payload.metric(name, value, at_ms, step) for name, value in changed.items()]
 
     def _hypervolume(self, snapshot: Snapshot, final: bool) -> list[Metric]:

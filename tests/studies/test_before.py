@@ -19,8 +19,6 @@ from autopeft.studies.recipes.recipe import Recipe
 from ..support.tiny_study import save_data, save_model
 
 BEFORE = Path(__file__).parent / "before"
-#: Standard errors that were too small then, by trial: seeds with losses of 1.07288 and 1.05326 had one of 0.0057.
-MENDED = {5: {"loss": pytest.approx((1.07288333 - 1.05326333) / 2)}}
 
 
 @pytest.fixture
@@ -48,9 +46,10 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
 def test_an_old_ledger_has_its_front(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = json.loads((BEFORE / "front.json").read_text())
     for then, now in zip(old, run(capsys, "pareto", study), strict=True):
-        then["std_err"] |= MENDED.get(then["trial"], {})
-        assert {name: now[name] for name in ("trial", "key", "values", "std_err")} == {
-            name: then[name] for name in ("trial", "key", "values", "std_err")
+        # Standard errors are estimated in another way since: the terms of seeds and of examples are combined anew.
+        assert all(0.5 < now["std_err"][name] / error < 2 for name, error in then["std_err"].items())
+        assert {name: now[name] for name in ("trial", "key", "values")} == {
+            name: then[name] for name in ("trial", "key", "values")
         }
 
 

@@ -1,4 +1,4 @@
-"""Intervals cover what they promise (by simulation), and the recommendation follows from them."""
+"""Intervals cover what they promise, by simulation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from math import isnan, nan
 import numpy as np
 import pytest
 
-from autopeft.search_space.problem import Objective
-from autopeft.studies.analysis.recommendation import Contender, costs, recommend
 from autopeft.studies.analysis.statistics import (
-    SeedSd,
+    SeedSpread,
     estimate,
+    examples_to_show,
     paired_difference,
-    pooled_seed_sd,
     predictive_interval,
+    seeds_to_show,
 )
 
 RUNS = 400
@@ -56,8 +55,8 @@ def test_paired_difference_covers_the_difference(num_seeds, seed_sd, pooled):
         )
         spread = None
         if pooled:
-            spread = pooled_seed_sd([draw(rng, 3, shared, seed_sd).mean(axis=1) for _ in range(5)])
-        difference = paired_difference(a, b, seed_sd=spread)
+            spread = SeedSpread.of([a, b, *(draw(rng, 3, shared, seed_sd) for _ in range(4))])
+        difference = paired_difference(a, b, spread=spread)
         intervals.append((0.1, difference.low, difference.high))
     # Terms that cannot be negative are cut off at 0, so few seeds without any effect are covered more often.
     assert 0.95 - TOLERANCE <= share_covered(intervals) <= 0.995
@@ -69,9 +68,9 @@ def test_one_run_needs_the_spread_between_seeds_from_elsewhere():
     for _ in range(RUNS):
         shared = rng.normal(0, 0.4, NUM_EXAMPLES)
         a, b = draw(rng, 1, shared, 0.05), draw(rng, 1, shared, 0.05)
-        spread = pooled_seed_sd([draw(rng, 3, shared, 0.05).mean(axis=1) for _ in range(5)])
+        spread = SeedSpread.of([draw(rng, 3, shared, 0.05) for _ in range(5)])
         for intervals, given in ((alone, None), (helped, spread)):
-            difference = paired_difference(a, b, seed_sd=given)
+            difference = paired_difference(a, b, spread=given)
             intervals.append((0.0, difference.low, difference.high))
     assert share_covered(alone) < 0.8
     assert share_covered(helped) >= 0.95 - TOLERANCE
@@ -90,33 +89,123 @@ def test_pairing_takes_out_the_examples():
 def test_predictive_interval_covers_a_new_seed():
     rng = np.random.default_rng(1)
     hits = []
-    for _ in range(2000):
-        groups = [rng.normal(mean, 0.01, 3) for mean in rng.uniform(0.5, 0.8, 4)]
-        spread = pooled_seed_sd(groups)
+    for _ in range(RUNS):
+        examples = rng.normal(0, 0.4, NUM_EXAMPLES)
+        groups = [draw(rng, 3, examples, 0.05) for _ in range(4)]
+        spread = SeedSpread.of(groups)
         low, high = predictive_interval(groups[0], spread, level=0.9)
-        hits.append(low <= rng.normal(groups[0].mean(), 0.01 * (1 + 1 / 3) ** 0.5) <= high)
-    assert np.mean(hits) == pytest.approx(0.9, abs=4 * (0.09 / 2000) ** 0.5)
+        hits.append(low <= draw(rng, 1, examples, 0.05).mean() <= high)
+    assert np.mean(hits) == pytest.approx(0.9, abs=4 * (0.09 / RUNS) ** 0.5)
 
 
-def test_pooled_seed_sd_by_hand():
-    assert pooled_seed_sd([[1.0, 3.0], [5.0, 5.0, 8.0], [9.0]]) == SeedSd(sd=(8 / 3) ** 0.5, dof=3)
-    assert pooled_seed_sd([[1.0, 3.0, nan]]) == SeedSd(sd=2**0.5, dof=1)
-    assert pooled_seed_sd([[1.0], [2.0, nan]]) is None
-    assert predictive_interval([0.5], SeedSd(sd=0.0, dof=2)) == (0.5, 0.5)
+def constant_runs(*means):
+    """Scores [seeds, examples] without noise, whose means are these."""
+    return np.array(means)[:, None] * np.ones(4)
+
+
+def known_spread(sd):
+    """A spread that is known to be `sd` for every candidate."""
+    return SeedSpread(variances=np.array([sd**2]), dofs=np.array([1e6]), weights=np.ones(1))
+
+
+def test_spread_of_candidates_that_vary_alike_is_nearly_pooled():
+    rng = np.random.default_rng(2)
+    groups = [constant_runs(*rng.normal(0.5, 0.1, 3)) for _ in range(40)]
+    spread = SeedSpread.of(groups)
+    found = [spread.moderated(runs) for runs in groups]
+    assert np.mean([variance for variance, _ in found]) == pytest.approx(0.01, rel=0.3)
+    assert max(variance for variance, _ in found) < 2 * min(variance for variance, _ in found)
+    assert min(dof for _, dof in found) > 10
+    assert spread.weights.sum() == pytest.approx(1)
+    assert SeedSpread.of([constant_runs(1.0), constant_runs(2.0, nan)]) is None
+
+
+def test_equal_runs_have_no_spread():
+    """Pretrained LoRAs with a fixed router: the seed makes no difference."""
+    spread = SeedSpread.of([constant_runs(0.5, 0.5), constant_runs(0.25, 0.25, 0.25)])
+    assert spread.moderated(constant_runs(0.5, 0.5)) == (0.0, float("inf"))
+    assert predictive_interval(constant_runs(0.5), spread) == (0.5, 0.5)
+    assert estimate(constant_runs(0.5, 0.5), spread=spread).std_err == 0.0
+
+
+def test_spread_is_moderated_where_candidates_differ():
+    """A head that hardly varies gets a narrower interval than a LoRA that varies much, and neither its own alone."""
+    rng = np.random.default_rng(8)
+    groups = [constant_runs(*rng.normal(0.5, sd, 4)) for sd in (0.0005, 0.001, 0.03, 0.04, 0.05, 0.06)]
+    spread = SeedSpread.of(groups)
+    variances = [spread.moderated(runs)[0] for runs in groups]
+    own = [runs.mean(axis=1).var(ddof=1) for runs in groups]
+    assert own[0] < variances[0] < variances[-1]
+    assert all(min(own) < variance < 1.5 * max(own) for variance in variances)
+    # Two runs that agree by chance are not sure; two that agree no better than others are.
+    lucky = spread.moderated(constant_runs(0.5, 0.5))
+    assert lucky[0] > 0
+    assert lucky[1] < 8
+
+
+def test_moderated_variance_against_the_known_model():
+    """With one point of the grid, it is Smyth's (2004): (d0 s0**2 + d s**2) / (d0 + d), with d0 + d degrees."""
+    spread = SeedSpread(variances=np.array([0.04]), dofs=np.array([6.0]), weights=np.ones(1))
+    variance, dof = spread.moderated(constant_runs(0.0, 1.0, 2.0))
+    assert variance == pytest.approx((6 * 0.04 + 2 * 1.0) / 8)
+    assert dof == pytest.approx(8)
+    # The posterior finds the degrees of freedom that variances were drawn with.
+    rng = np.random.default_rng(4)
+    drawn = 0.3**2 * 4 / rng.chisquare(4, 400)
+    found = SeedSpread.of([constant_runs(*rng.normal(0, v**0.5, 4)) for v in drawn])
+    best = found.weights.argmax()
+    assert found.dofs[best] == 4
+    assert found.variances[best] == pytest.approx(0.3**2, rel=0.3)
+
+
+def test_binary_scores_near_one_are_covered():
+    """All of 60 right is not "1 without an error": true shares of 0.98 are covered, and so are differences of such."""
+    rng = np.random.default_rng(11)
+    right, differences = [], []
+    for _ in range(RUNS):
+        a, b = (rng.random((1, 60)) < 0.98).astype(float), (rng.random((1, 60)) < 0.95).astype(float)
+        right.append((0.98, *(getattr(estimate(a), end) for end in ("low", "high"))))
+        found = paired_difference(a, b)
+        differences.append((0.03, found.low, found.high))
+    assert share_covered(right) >= 0.95 - TOLERANCE
+    assert share_covered(differences) >= 0.95 - TOLERANCE
+
+
+def test_what_would_show_a_difference_does_show_it():
+    """The advice assumes that all estimates stay: with as many seeds and examples the interval ends above the bound."""
+    rng = np.random.default_rng(6)
+    examples = rng.normal(0, 0.4, 4000)
+
+    def pair(num_seeds):
+        runs = [draw(rng, num_seeds, examples[:300], 0.0) for _ in range(2)]
+        return [r - r.mean(axis=1, keepdims=True) + mean for r, mean in zip(runs, (0.300, 0.295), strict=True)]
+
+    bound, spread, now = -0.04, known_spread(0.02), pair(2)
+    needed = seeds_to_show(now[1], now[0], bound, spread=spread)
+    assert needed is not None
+    assert 2 < needed < 20
+    assert paired_difference(now[1], now[0], spread=spread).low < bound
+    ends = [paired_difference(*reversed(pair(n)), spread=spread).low for n in (needed - 1, needed + 1)]
+    assert ends[0] < bound + 0.001
+    assert ends[1] >= bound - 0.001
+    assert seeds_to_show(now[1], now[0], 0.5, spread=spread) is None
+    assert examples_to_show(now[1], now[0], 0.5, spread=spread) is None
+    few = [draw(rng, 2, rng.normal(0, 0.4, 20), 0.0, mean) for mean in (0.30, 0.299)]
+    assert examples_to_show(few[1], few[0], min(-0.01, 2 * paired_difference(few[1], few[0]).value)) > 20
 
 
 def test_estimate_of_one_run_is_the_classical_mean():
-    scores = np.array([1.0, 0.0, 1.0, 1.0])
+    scores = np.array([0.9, 0.1, 0.9, 0.9])
     found = estimate(scores)
-    assert (found.value, found.num_seeds) == (0.75, 1)
+    assert (found.value, found.num_seeds) == (0.7, 1)
     assert found.std_err == pytest.approx(scores.std(ddof=1) / 2)
     assert found.high - found.value == pytest.approx(3.182446 * found.std_err)
 
 
 def test_degenerate_scores():
-    constant = estimate(np.ones((3, 5)))
-    assert (constant.value, constant.std_err, constant.low, constant.high) == (1.0, 0.0, 1.0, 1.0)
-    assert paired_difference(np.ones((2, 5)), np.zeros((2, 5))).low == 1.0
+    constant = estimate(np.full((3, 5), 0.5))
+    assert (constant.value, constant.std_err, constant.low, constant.high) == (0.5, 0.0, 0.5, 0.5)
+    assert paired_difference(np.full((2, 5), 1.5), np.full((2, 5), 0.5)).low == 1.0
     for broken in (nan, np.inf, -np.inf):
         found = paired_difference([1.0, broken], [broken, broken])
         assert all(isnan(number) for number in (found.value, found.std_err, found.low, found.high))
@@ -129,54 +218,12 @@ def test_degenerate_scores():
 def test_a_standard_error_is_never_below_that_of_the_seeds():
     """Two runs, right on opposite examples: 9 and 7 of 16. The noise outweighs the terms of examples and of seeds."""
     runs = np.array([[1.0] * 9 + [0.0] * 7, [0.0] * 9 + [1.0] * 7])
+    runs[0, 0] = runs[1, -1] = 1 - 1e-12  # not 0 or 1, which would get pseudo-examples
     found = estimate(runs)
-    assert found.value == 0.5
+    assert found.value == pytest.approx(0.5)
     assert found.std_err == pytest.approx(1 / 16)  # the means are 9/16 and 7/16: sd 2^0.5 / 16, over the root of 2
     assert found.high - found.value == pytest.approx(12.706205 / 16), "t with one degree of freedom"
-    pooled = estimate(runs, seed_sd=SeedSd(sd=0.08, dof=4))
+    pooled = estimate(runs, spread=known_spread(0.08))
     assert pooled.std_err == pytest.approx(0.08 / 2**0.5)
     difference = paired_difference(runs, np.full((2, 16), 0.25))
-    assert (difference.value, difference.std_err) == (0.25, pytest.approx(1 / 16))
-
-
-def contenders():
-    """The best and dearest, one tied with it, one clearly worse and cheapest, one that diverged."""
-    rng = np.random.default_rng(5)
-    examples = rng.normal(0, 0.4, 400)
-    rows = [
-        Contender(trial=number, scores=draw(rng, 3, examples, 0.003, mean), costs=(cost,))
-        for number, mean, cost in ((10, 0.700, 300.0), (11, 0.699, 100.0), (12, 0.5, 10.0))
-    ]
-    return [*rows, Contender(trial=13, scores=np.full((3, 400), nan), costs=(1.0,))]
-
-
-def test_recommend_takes_the_cheapest_tied_one_and_never_a_worse_one():
-    found = recommend(contenders())
-    assert found.recommended == 11
-    assert set(found.tied) == {10, 11}
-    assert found.best in found.tied
-    assert found.best not in found.differences
-    assert found.differences[12].high < 0
-    assert isnan(found.differences[13].value)
-
-
-def test_recommend_of_one_and_of_none():
-    best, *_, diverged = contenders()
-    found = recommend([best])
-    assert (found.best, found.recommended, found.tied, found.differences) == (10, 10, (10,), {})
-    with pytest.raises(ValueError, match="finite"):
-        recommend([diverged])
-
-
-def test_equal_costs_are_settled_by_quality():
-    rng = np.random.default_rng(2)
-    scores = rng.random((2, 50))
-    worse = Contender(trial=1, scores=scores - 1e-6 * rng.random((2, 50)), costs=(5.0,))
-    assert recommend([worse, Contender(trial=2, scores=scores, costs=(5.0,))]).recommended == 2
-
-
-def test_costs_are_the_objectives_that_are_not_qualities():
-    values = {"accuracy": 0.7, "num_params": 100, "latency_s": 0.01}
-    objectives = [Objective.of(name) for name in ("latency_s", "accuracy", "num_params")]
-    assert costs(values, objectives) == (0.01, 100)
-    assert costs(values, objectives[1:2]) == (100,)
+    assert (difference.value, difference.std_err) == (pytest.approx(0.25), pytest.approx(1 / 16))

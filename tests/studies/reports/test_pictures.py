@@ -13,7 +13,7 @@ import pytest
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.problem import FINALIST, SEARCH, Measurement, Objective, Role, Trial
-from autopeft.studies.analysis.pareto import FrontRow
+from autopeft.studies.analysis.front import FrontRow
 from autopeft.studies.reports.axes import Axis, Label, place_labels, short
 from autopeft.studies.reports.page import front_html
 from autopeft.studies.reports.pictures import curves_png, front_png, hypervolume_png, smooth

@@ -127,6 +127,7 @@ def test_a_child_holds_its_trial(store: Store) -> None:
         "autopeft.role": "search",
         "autopeft.pareto": "true",
         "autopeft.recommended": "true",
+        "autopeft.standing": "best",
     }
     assert run.data.tags["mlflow.parentRunId"] == store.parent().info.run_id
     found = TRIALS[4].measurement
@@ -137,6 +138,10 @@ def test_a_child_holds_its_trial(store: Store) -> None:
         "obj/num_params": found.values["num_params"],
         "metric/latency_s": found.values["latency_s"],
         "metric/latency_s_iqr": 1e-4,
+        "front/accuracy": 0.8,
+        "front/accuracy_std_err": snapshot().rows()[4].std_err["accuracy"],
+        "front/num_params": found.values["num_params"],
+        "front/latency_s": found.values["latency_s"],
         "train/loss": found.losses[-1],
         "rung/accuracy": 0.4,
         "time/wall_s": 6.5,
