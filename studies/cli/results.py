@@ -101,7 +101,7 @@ def print_front(snapshot: Snapshot) -> None:
     Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
     typer.echo(
         f"{star}: recommended; ±: standard error over examples and seeds; as good: shown to be within the margin of the"
-        " best; tied: not distinguished from it, which is less"
+        " best; tied: not distinguished from the best, but not shown to be as good either"
     )
     for note in front_notes(snapshot, found):
         typer.echo(note)

@@ -1,0 +1,89 @@
+"""Which finalists get which seeds: the first ones for all, and a second look at those that decide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from autopeft.search_space.problem import FINALIST, Trial
+from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.engine.plan import StudyPlan
+from autopeft.studies.engine.scheduled_trials import Planned, deciding, finalists
+
+from ...support.tracked_study import TRIALS, snapshot, trial
+
+PLAN = StudyPlan(study="topics", output_folder=Path(), most_finalists=3, finalist_seeds=4)
+NUM_EXAMPLES = 2000
+#: Trials 2 and 4 are near each other, and trial 1 is far below.
+QUALITIES = {1: 0.5, 2: 0.795, 4: 0.8}
+
+
+def run_of(planned: Planned) -> Trial:
+    """Return a run whose examples differ between seeds by a few points of accuracy."""
+    assert planned.of is not None
+    rng = np.random.default_rng([planned.of, planned.seed])
+    level = QUALITIES[planned.of] + (0.02 if planned.seed % 2 else -0.02)
+    scores = tuple((rng.random(NUM_EXAMPLES) < level).astype(float).tolist())
+    made = trial(0, 0.5, 1)
+    assert made.measurement is not None
+    measurement = replace(
+        made.measurement,
+        values={**made.measurement.values, "accuracy": float(np.mean(scores))},
+        per_example={"accuracy": scores},
+    )
+    return replace(
+        made, candidate=planned.candidate, role=FINALIST, of=planned.of, seed=planned.seed, measurement=measurement
+    )
+
+
+def grown(found: Snapshot, planned: list[Planned]) -> Snapshot:
+    runs = [replace(run_of(one), number=len(found.trials) + i) for i, one in enumerate(planned)]
+    return replace(found, trials=(*found.trials, *runs))
+
+
+def pairs(planned: list[Planned]) -> list[tuple[int | None, int]]:
+    return sorted((one.of or 0, one.seed) for one in planned)
+
+
+def study() -> Snapshot:
+    return snapshot(TRIALS[1:], within=0.03)
+
+
+def test_every_finalist_gets_the_first_seeds() -> None:
+    assert pairs(list(finalists(PLAN, study()))) == [(n, seed) for n in (1, 2, 4) for seed in (1, 2)]
+
+
+def test_the_other_seeds_go_to_those_that_decide() -> None:
+    first = grown(study(), list(finalists(PLAN, study())))
+    found = first.front().recommendation
+    assert found is not None
+    assert [case.trial for case in found.open] == [2]
+    more = list(deciding(PLAN, first))
+    # Three finalists with two more seeds each are six runs, three for each of the two.
+    assert pairs(more) == [(n, seed) for n in (2, 4) for seed in (3, 4, 5)]
+    assert not list(deciding(replace(PLAN, finalist_seeds=2), first)), "no runs are left"
+
+
+def test_a_killed_study_goes_on_with_the_same_seeds() -> None:
+    first = grown(study(), list(finalists(PLAN, study())))
+    more = list(deciding(PLAN, first))
+    for count in range(len(more) + 1):
+        found = grown(first, more[:count])
+        assert pairs([*more[:count], *deciding(PLAN, found)]) == pairs(more)
+        assert not list(finalists(PLAN, found))
+
+
+def test_what_is_decided_needs_no_second_look() -> None:
+    """With a margin of 30 points, and with one of a tenth of a point, no number of seeds matters."""
+    for within in (0.3, 0.001):
+        first = grown(study(), list(finalists(PLAN, study())))
+        assert not list(deciding(PLAN, replace(first, within=within)))
+
+
+def test_members_of_the_search_front_that_were_left_out_are_named() -> None:
+    few = replace(PLAN, most_finalists=2)
+    found = grown(study(), list(finalists(few, study())))
+    assert found.front().left_out == (2,)
+    assert study().front().left_out == ()
