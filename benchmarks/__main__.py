@@ -1,4 +1,4 @@
-"""`python -m autopeft.benchmarks`: races, contests, audits, speed. The GPU kit has a command of its own."""
+"""`python -m autopeft.benchmarks`: races, contests, perturbed replays, audits, speed. The GPU kit has a command of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from autopeft.benchmarks.cli.auditing import audit
 from autopeft.benchmarks.cli.contest import contest
+from autopeft.benchmarks.cli.perturbing import perturb
 from autopeft.benchmarks.cli.racing import race, tabulate
 from autopeft.benchmarks.cli.speed import speed
 from autopeft.studies.cli.app import make_app, run_app
@@ -14,7 +15,7 @@ from autopeft.studies.cli.app import make_app, run_app
 app = make_app(
     "autopeft.benchmarks",
     "Benchmarks of autopeft itself. The published results are in benchmarks/results and in docs/.",
-    (speed, race, tabulate, audit, contest),
+    (speed, race, perturb, tabulate, audit, contest),
 )
 
 

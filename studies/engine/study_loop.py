@@ -93,6 +93,7 @@ class StudyLoop:
             objectives=self.problem.objectives,
             backbone=self.backbone,
             trials=tuple(self.trials[number] for number in sorted(self.trials)),
+            constant=self.ledger.constant,
         )
 
     def run(self, watcher: Watcher) -> Snapshot:
