@@ -1,4 +1,4 @@
-"""`python -m autopeft.benchmarks`: races, contests, perturbed replays, audits, speed. The GPU kit has a command of its own."""
+"""`python -m autopeft.benchmarks`: races, contests, replays, audits, speed. The GPU kit has a command of its own."""
 
 from __future__ import annotations
 

@@ -198,9 +198,7 @@ class Stability:
         return None if kept == len(self.trials) else self.trials[kept]
 
 
-def stability(
-    recording: Recording, by: float, repeats: int, advance: Callable[[], None] = lambda: None
-) -> Stability:
+def stability(recording: Recording, by: float, repeats: int, advance: Callable[[], None] = lambda: None) -> Stability:
     """Replay a search once unperturbed and `repeats` times with perturbed losses, each with a seed of its own."""
     unperturbed = recording.kept()
     advance()

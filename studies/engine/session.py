@@ -190,9 +190,7 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: 
         settings=text.getvalue(),
         fingerprint=fingerprint(settings),
         prior_trials=prior_trials(settings, problem),
-        constant=constant_scores(
-            settings.task_class, splits.train, splits.validation, splits.labels or (), metrics
-        ),
+        constant=constant_scores(settings.task_class, splits.train, splits.validation, splits.labels or (), metrics),
     )
     return Ledger.create(storage_url(settings), settings.study, record)
 

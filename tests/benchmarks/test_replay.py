@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from uuid import uuid4
 
-import optuna
 import pytest
 from typing_extensions import override
 
@@ -23,7 +23,7 @@ from autopeft.search_space.problem import COPY, SEARCH, Measurement, declared_co
 from autopeft.searchers import SEARCHERS
 from autopeft.studies.engine.plan import StudyPlan
 from autopeft.studies.engine.study_loop import StudyLoop
-from autopeft.studies.storage.ledger import Ledger
+from autopeft.studies.storage.ledger import Ledger, StudyRecord
 from autopeft.testing.spaces import SMALL
 
 BEFORE = Path(__file__).parents[1] / "studies" / "before"
@@ -63,7 +63,7 @@ class Formula(Evaluator):
                 values = {"loss": loss, "accuracy": 1 - loss / 2}
                 fields = {"values": values, "std_err": dict.fromkeys(values, ERROR)}
             outcome = Outcome(measurement=Measurement(**fields, rungs=((0.5, at_rung[place]),)))
-            if Random(request.candidate.key).random() < 0.1:
+            if Random(request.candidate.key).random() < 0.2:
                 outcome = Outcome(failure="failed", reason="the loss became nan")
             outcomes.append(outcome)
             if ended is not None:
@@ -76,7 +76,7 @@ class Formula(Evaluator):
         return 1.2 - size / (size + 400) / 2 + abs(rate - 0.01) + Random(candidate.key).gauss(0, ERROR)
 
 
-def recorded(searcher: str, trials: int = 24, seed: int = 0) -> Recording:
+def recorded(folder: Path, searcher: str, trials: int = 24) -> Recording:
     """A study of a small space, in which searchers repeat themselves, under limits, with rungs and start points."""
     lora = AdapterChoice(kind="lora", fields={"rank": Choice.of([0, 1, 2, 4, 8])}, vary={"rank": "layer"})
     training = {"learning_rate": Float(low=1e-3, high=1e-1, log=True)}
@@ -86,12 +86,13 @@ def recorded(searcher: str, trials: int = 24, seed: int = 0) -> Recording:
         space=space,
         objectives=objectives,
         num_trials=trials,
-        limits=Limits({"num_params": 1500, "step_s": 0.0023}),
+        limits=Limits({"num_params": 1500, "step_s": 0.002}),
         start=(space.smallest(), space.smallest()),
     )
-    plan = StudyPlan(study=searcher, output_folder=Path(), seed=seed, batch=4, rungs=(0.5,), keep=0.5,
+    plan = StudyPlan(study=searcher, output_folder=folder, batch=4, rungs=(0.5,), keep=0.5,
                      baselines=("head", "lora-r8-qv"), learning_rates=(1e-2,))  # fmt: skip
-    ledger = Ledger(optuna.create_study(directions=["minimize"] * 2))
+    record = StudyRecord(objectives=objectives, backbone=SMALL, labels=None, settings="", fingerprint={})
+    ledger = Ledger.create(f"sqlite:///{folder / uuid4().hex}.db", searcher, record)
     loop = StudyLoop(problem, Formula(), SEARCHERS[searcher], ledger, None, plan)
     loop._evaluate_planned("baseline", (), loop._baselines(), SilentWatcher())
     loop._search((), SilentWatcher())
@@ -106,8 +107,8 @@ def recorded(searcher: str, trials: int = 24, seed: int = 0) -> Recording:
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe", "nsga2", "evolution", "linas", "bo"])
-def test_without_a_perturbation_all_trials_are_kept(searcher: str) -> None:
-    recording = recorded(searcher)
+def test_without_a_perturbation_all_trials_are_kept(searcher: str, tmp_path: Path) -> None:
+    recording = recorded(tmp_path, searcher)
     assert recording.kept() == len(recording.trials) > 24
     # A replay has met everything that a search can meet.
     assert {"complete", "pruned", "failed", "infeasible"} == {trial.state for trial in recording.trials}
@@ -116,25 +117,28 @@ def test_without_a_perturbation_all_trials_are_kept(searcher: str) -> None:
         assert recording.perturbed(0.3, 1).kept() < len(recording.trials), "outcomes do decide"
 
 
-def test_a_measured_limit_ends_a_trial_in_the_replay_too() -> None:
+def test_a_measured_limit_ends_a_trial_in_the_replay_too(tmp_path: Path) -> None:
     """Only the ledger knows what was measured of a candidate that was ruled out by it."""
-    recording = recorded("bo")
+    recording = recorded(tmp_path, "nsga2")
+    assert recording.kept() == len(recording.trials)
     measured = [trial for trial in recording.trials if trial.error and "step_s" in trial.error]
     assert measured
     assert all(trial.measurement is None for trial in measured)
 
 
-def test_last_digits_change_no_trial_because_observations_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = stability(recorded("bo"), by=1e-6, repeats=3)
+def test_last_digits_change_no_trial_because_observations_are_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = stability(recorded(tmp_path, "linas", 16), by=1e-5, repeats=3)
     assert found.perturbed == (len(found.trials),) * 3
     monkeypatch.setattr("autopeft.searchers.base.rounded", tuple)
-    found = stability(recorded("bo"), by=1e-6, repeats=3)
+    found = stability(recorded(tmp_path, "linas", 16), by=1e-5, repeats=3)
     assert found.unperturbed == len(found.trials)
     assert min(found.perturbed) < len(found.trials), "else this test would show nothing"
 
 
-def test_perturbations_are_small_seeded_and_spare_costs() -> None:
-    recording = recorded("random", 8)
+def test_perturbations_are_small_seeded_and_spare_costs(tmp_path: Path) -> None:
+    recording = recorded(tmp_path, "random", 8)
     again, other = recording.perturbed(1e-3, 0), recording.perturbed(1e-3, 1)
     assert recording.perturbed(1e-3, 0) == again != other
     for before, after in zip(recording.trials, again.trials, strict=True):
@@ -219,9 +223,9 @@ def test_a_search_that_goes_on(study: Path, capsys: pytest.CaptureFixture[str]) 
     assert "its search has not ended: `autopeft resume` ends it" in capsys.readouterr().err
 
 
-def test_replaced_trials_are_the_recorded_ones() -> None:
+def test_replaced_trials_are_the_recorded_ones(tmp_path: Path) -> None:
     """A recording of another search departs at once, and the number is that of the ledger."""
-    recording = recorded("bo")
+    recording = recorded(tmp_path, "tpe", 12)
     trials = recording.trials
     other = replace(recording, trials=(*trials[:6], trials[7], *trials[7:]))
     found = stability(other, by=0.0, repeats=1)

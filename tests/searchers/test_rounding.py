@@ -72,7 +72,10 @@ def test_a_pruned_trial_is_rounded_as_the_others_are() -> None:
 
 @pytest.mark.parametrize("std_err", [{}, {"loss": 0.0}, {"loss": float("nan")}, {"loss": float("inf")}])
 def test_without_a_standard_error_nothing_is_rounded(std_err: dict[str, float]) -> None:
-    given = [trial(std_err=std_err, loss=1.23456789), Trial(number=1, role=SEARCH, candidate=Candidate(architecture={}))]
+    given = [
+        trial(std_err=std_err, loss=1.23456789),
+        Trial(number=1, role=SEARCH, candidate=Candidate(architecture={})),
+    ]
     assert all(a is b for a, b in zip(rounded(given), given, strict=True))
 
 

@@ -38,7 +38,9 @@ def test_a_candidate_that_is_better_for_sure(best: float, said: str | None) -> N
 def test_finalists_decide_where_there_are_any() -> None:
     """The best of many single runs is above by chance."""
     trials = [scored(TRIALS[1], 1, 0.58), scored(TRIALS[2], 2, 0.58)]
-    fresh = [scored(TRIALS[2], 3 + seed, share, role=FINALIST, of=2, seed=seed) for seed, share in ((1, 0.5), (2, 0.51))]
+    fresh = [
+        scored(TRIALS[2], 3 + seed, share, role=FINALIST, of=2, seed=seed) for seed, share in ((1, 0.5), (2, 0.51))
+    ]
     assert snapshot(trials, constant={"accuracy": 0.5}).nothing_learnt is None
     assert snapshot([*trials, *fresh], constant={"accuracy": 0.5}).nothing_learnt == NOTHING
 
@@ -56,12 +58,12 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
 def test_a_study_says_that_nothing_was_learnt(quality: str, tmp_path: Path) -> None:
     """At a learning rate of 1e-9 it says so, also from its ledger; where something was learnt it does not."""
     said = {}
-    for rate in (1e-9, 3e-2):
+    for rate in (1e-9, 1e-2):
         settings = load_study(
             save_study(
                 tmp_path / f"{rate}",
                 objectives=[quality, "num_params"],
-                training={"learning_rate": rate, "epochs": 8, "batch_size": 8},
+                training={"learning_rate": rate, "epochs": 16, "batch_size": 8},
                 search={"searcher": "random", "trials": 3, "batch": 3},
                 baselines={"names": ["lora-r8-qv"], "learning_rates": [rate]},
             )
@@ -75,4 +77,4 @@ def test_a_study_says_that_nothing_was_learnt(quality: str, tmp_path: Path) -> N
         said[rate] = ended.nothing_learnt
     expected = {"accuracy": "(accuracy 0.3333)", "loss": "(loss 1.099)"}[quality]
     assert said[1e-9] == f"no candidate is shown to be better than the same prediction for every input {expected}"
-    assert said[3e-2] is None
+    assert said[1e-2] is None
