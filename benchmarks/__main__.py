@@ -1,4 +1,4 @@
-"""`python -m autopeft.benchmarks`: races, contests, audits, simulations, speed. The GPU kit has its own command."""
+"""`python -m autopeft.benchmarks`: races, contests, audits, simulations, replays, speed. `make gpu` is apart."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NoReturn
 from autopeft.benchmarks.cli.auditing import audit
 from autopeft.benchmarks.cli.contest import contest
 from autopeft.benchmarks.cli.coverage import coverage
+from autopeft.benchmarks.cli.perturbing import perturb
 from autopeft.benchmarks.cli.racing import race, tabulate
 from autopeft.benchmarks.cli.speed import speed
 from autopeft.studies.cli.app import make_app, run_app
@@ -15,7 +16,7 @@ from autopeft.studies.cli.app import make_app, run_app
 app = make_app(
     "autopeft.benchmarks",
     "Benchmarks of autopeft itself. The published results are in benchmarks/results and in docs/.",
-    (speed, race, tabulate, audit, contest, coverage),
+    (speed, race, perturb, tabulate, audit, contest, coverage),
 )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from autopeft.search_space.problem import Problem, Trial
 from autopeft.search_space.spaces.genes import Assignment
+from autopeft.searchers.rounding import rounded
 
 #: Key of `Suggestion.state`: where it is true, the trial is trained to its end, whatever the rungs say.
 WHOLE = "whole"
@@ -27,14 +28,15 @@ class Searcher(ABC):
     """Proposer of candidates: it sees genes and measurements, never models.
 
     Replayable: the suggestions depend on the problem, the seed and the trials given to `update` alone, so a study that
-    was killed resumes as if it had not been.
+    was killed resumes as if it had not been. All measurements it sees are `rounded`: those of `completed`, and those of
+    the trials in its `problem`.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
 
     def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem = problem
+        self.problem = replace(problem, observed=rounded(problem.observed), prior=rounded(problem.prior))
         self.seed = seed
         self.completed: tuple[Trial, ...] = ()
         self.pending: tuple[Trial, ...] = ()
@@ -45,7 +47,7 @@ class Searcher(ABC):
         `completed` have ended (complete, pruned, failed or infeasible), `pending` are running. A trial whose state is
         "running" counts as pending, whichever of the two lists it is in.
         """
-        self.completed = tuple(trial for trial in completed if trial.state != "running")
+        self.completed = rounded(trial for trial in completed if trial.state != "running")
         self.pending = (*(trial for trial in completed if trial.state == "running"), *pending)
 
     @abstractmethod

@@ -86,6 +86,26 @@ class Snapshot:
     backbone: Backbone
     trials: tuple[Trial, ...]
     within: float | None = None
+    #: Scores of the best constant prediction on the validation rows, by metric; empty where they are not known.
+    constant: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nothing_learnt(self) -> str | None:
+        """A sentence for reports if no candidate is shown to have learnt anything from the inputs, else None.
+
+        That is: the 95 % interval of no candidate's quality lies above the score of the best constant prediction. Once
+        candidates have been trained with fresh seeds, they alone count: the best of many single runs may be above it
+        by chance.
+        """
+        metric, entries, spread = self.quality, self.entries(), self.spread()
+        counted = [entry for entry in entries if entry.repeats] or entries
+        scored = [(entry.sign(metric), scores) for entry in counted if (scores := entry.scores(metric)).size]
+        if metric not in self.constant or not scored:
+            return None
+        constant = self.constant[metric]
+        if any(statistics.estimate(scores, spread=spread).low > sign * constant for sign, scores in scored):
+            return None
+        return f"no candidate is shown to be better than the same prediction for every input ({metric} {constant:.4g})"
 
     def entries(self) -> list[Entry]:
         """Return the complete candidates (of the search and of the baselines) in the order of their trials."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
     from autopeft.evaluators.training.base import TrainingEvaluator
     from autopeft.evaluators.training.packed import PackedEvaluator
+    from autopeft.search_space.metrics import Quality
     from autopeft.search_space.problem import Problem, Trial
     from autopeft.searchers import Searcher
     from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
@@ -149,7 +150,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         evaluator = evaluator_for(settings, splits)
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
-            ledger = _new_ledger(settings, problem, splits)
+            ledger = _new_ledger(settings, problem, splits, evaluator.metrics)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         tracker = None
         if settings.tracking.enabled:
@@ -176,7 +177,9 @@ def _check_new(settings: StudyFile) -> None:
         )
 
 
-def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger:
+def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: Sequence[Quality]) -> Ledger:
+    from autopeft.evaluators.tasks.constant import constant_scores
+
     text = io.StringIO()
     YAML().dump(settings.model_dump(mode="json", exclude_none=True), text)
     record = StudyRecord(
@@ -187,6 +190,7 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits) -> Ledger
         settings=text.getvalue(),
         fingerprint=fingerprint(settings),
         prior_trials=prior_trials(settings, problem),
+        constant=constant_scores(settings.task_class, splits.train, splits.validation, splits.labels or (), metrics),
     )
     return Ledger.create(storage_url(settings), settings.study, record)
 
@@ -258,6 +262,7 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
         backbone=ledger.backbone,
         trials=tuple(ledger.trials()),
         within=settings.recommend.within,
+        constant=ledger.constant,
     )
 
 

@@ -101,6 +101,7 @@ class StudyLoop:
             backbone=self.backbone,
             trials=tuple(self.trials[number] for number in sorted(self.trials)),
             within=self.plan.within,
+            constant=self.ledger.constant,
         )
 
     def run(self, watcher: Watcher) -> Snapshot:

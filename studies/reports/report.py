@@ -35,8 +35,10 @@ def front_data(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
-    """Return sentences on the front: why a member is recommended, what is preliminary, and what was left out."""
+    """Return sentences on the front: the recommendation and its reason, what is preliminary, and what is missing."""
     notes = []
+    if snapshot.nothing_learnt is not None:
+        notes.append(f"Nothing learnt: {snapshot.nothing_learnt}.")
     if front.reason is not None:
         notes.append(f"Recommended: {front.reason}")
     if front.reason is not None and snapshot.preliminary:

@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -33,7 +33,7 @@ from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
 BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
-PRIOR_TRIALS = "autopeft.earlier"
+PRIOR_TRIALS, CONSTANT = "autopeft.earlier", "autopeft.constant"
 # Scores per example are long and read by programs alone, so they are compressed.
 PACKED = ("per_example", "test_per_example")
 
@@ -44,7 +44,8 @@ class StudyRecord:
 
     `settings`: the study file at the first run. `prior_trials`: copies of the trials of the study `search.prior`, with
     the fields that a searcher reads. They are copied because the prior study may continue, move or be deleted, and the
-    proposals after an interruption must not depend on that.
+    proposals after an interruption must not depend on that. `constant`: scores of the best constant prediction, see
+    `constant_scores`.
     """
 
     objectives: Sequence[Objective]
@@ -54,6 +55,7 @@ class StudyRecord:
     fingerprint: Mapping[str, Any]
     domains: tuple[str, ...] | None = None
     prior_trials: Sequence[Trial] = ()
+    constant: Mapping[str, float] = field(default_factory=dict)
 
 
 class Ledger:
@@ -86,6 +88,7 @@ class Ledger:
         if record.domains is not None:
             study.set_user_attr(DOMAINS, list(record.domains))
         study.set_user_attr(PRIOR_TRIALS, _pack([_declared_prior(trial) for trial in record.prior_trials]))
+        study.set_user_attr(CONSTANT, dict(record.constant))
         study.set_user_attr(FINGERPRINT, dict(record.fingerprint))  # last: a study that has it is complete
         return cls(study)
 
@@ -150,6 +153,11 @@ class Ledger:
         """The trials of the prior study at the start of this one; see `StudyRecord`."""
         packed = self._study.user_attrs.get(PRIOR_TRIALS)
         return tuple(_read_prior(data) for data in _unpack(packed)) if packed else ()
+
+    @property
+    def constant(self) -> Mapping[str, float]:
+        """The scores of the best constant prediction; empty for some tasks and in ledgers of earlier versions."""
+        return dict(self._study.user_attrs.get(CONSTANT, {}))
 
     def trials(self) -> list[Trial]:
         """Return every evaluation, ended or not, in order."""

@@ -177,6 +177,8 @@ def note(snapshot: Snapshot, front: Front, experiment_id: str) -> str:
         if row.recommended:
             values = ", ".join(f"{o.name} {_number(row, o.name)}" for o in snapshot.objectives)
             lines += [f"Recommended: **{row.label}**, {row.summary}: {values}. {front.reason}", ""]
+    if snapshot.nothing_learnt is not None:
+        lines += [f"Nothing learnt: {snapshot.nothing_learnt}.", ""]
     for verdict in verdicts(snapshot):
         lines += [*(f"    {line}" for line in verdict.lines(snapshot.metrics[snapshot.quality])), ""]
     lines += ["| column | meaning |", "|---|---|"]

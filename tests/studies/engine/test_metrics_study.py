@@ -156,7 +156,7 @@ def test_differences_are_paired(ended) -> None:
     name, _, snapshot = ended
     entries = [entry for entry in snapshot.entries() if entry.repeats]
     first, second = (entry.scores(name) for entry in entries[:2])
-    found = paired_difference(first, second, seed_sd=snapshot.seed_sd())
+    found = paired_difference(first, second, spread=snapshot.spread())
     sign = -1 if name == "mistakes" else 1
     means = [np.mean([run.values[name] for run in entry.runs]) for entry in entries[:2]]
     assert found.value == pytest.approx(sign * (means[0] - means[1]), abs=1e-8)

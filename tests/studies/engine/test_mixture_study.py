@@ -18,6 +18,7 @@ from autopeft.search_space.adapters import Bottleneck, Ia3, Lora, Mixture
 from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.studies.analysis.mixture_verdicts import verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.analysis.statistics import SeedSpread
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.problem import space_for
@@ -56,15 +57,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Snapshot]:
     return path, run(load_study(path))
 
 
-def test_the_spread_between_seeds_is_pooled_over_all_adapters(finished: tuple[Path, Snapshot]) -> None:
+def test_the_spread_between_seeds_is_that_of_all_candidates(finished: tuple[Path, Snapshot]) -> None:
     _, snapshot = finished
     compared = [entry for own in snapshot.matched_baselines().values() for entry in own.values()]
     assert compared
-    left_out = ("baseline:head", "baseline:full")
-    entries = [entry for entry in [*snapshot.entries(), *compared] if str(entry.trial.role) not in left_out]
-    found = snapshot.seed_sd()
+    found = snapshot.spread()
     assert found is not None
-    assert found.dof == sum(len(entry.repeats) - 1 for entry in entries if entry.repeats)
+    scores = [entry.scores(snapshot.quality) for entry in [*snapshot.entries(), *compared] if entry.repeats]
+    expected = SeedSpread.of(scores)
+    assert expected is not None
+    assert found.weights == pytest.approx(expected.weights)
+    assert found.variances == pytest.approx(expected.variances)
 
 
 def test_every_finalist_with_mixtures_is_compared(finished: tuple[Path, Snapshot]) -> None:

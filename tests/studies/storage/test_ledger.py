@@ -104,6 +104,15 @@ def test_domains_are_kept_and_old_ledgers_have_none(url: str, monkeypatch: pytes
     assert Ledger.open(url, "toy").domains is None
 
 
+def test_constant_scores_are_kept_and_old_ledgers_have_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Ledger.create(url, "toy", replace(record(), constant={"accuracy": 0.27}))
+    assert Ledger.open(url, "toy").constant == {"accuracy": 0.27}
+    Ledger.create(url, "without", record())
+    assert Ledger.open(url, "without").constant == {}
+    monkeypatch.setattr("autopeft.studies.storage.ledger.CONSTANT", "what no ledger has")
+    assert Ledger.open(url, "toy").constant == {}
+
+
 @pytest.mark.parametrize("state", ["failed", "infeasible"])
 def test_an_ended_trial_without_values(state: str, problem: Problem, url: str) -> None:
     ledger = Ledger.create(url, "toy", record())
