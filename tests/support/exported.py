@@ -116,8 +116,12 @@ def make_recipe(
     return Recipe.of(backbone=loaded.backbone, candidate=candidate, head_sites=heads, **{**fields, **changes})
 
 
+def token_ids() -> Tensor:
+    return torch.randint(2, len(WORDS), (TEXTS, 6), generator=torch.Generator().manual_seed(1))
+
+
 def logits(model: nn.Module) -> Tensor:
-    ids = torch.randint(2, len(WORDS), (TEXTS, 6), generator=torch.Generator().manual_seed(1))
+    ids = token_ids()
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 

@@ -1,0 +1,118 @@
+"""LoRAs in the form that servers compute exactly: one rank and one scale, with zeros where a module has less.
+
+vLLM and SGLang scale every update by `lora_alpha / r`; most versions ignore `rank_pattern` and `alpha_pattern` without a
+word. llama.cpp scales by `lora_alpha` over the rank of the tensor. With one rank and one scale all three agree with peft.
+
+SGLang stacks q, k and v of a layer, and gate and up: it needs q and v where any of the three has a LoRA, and gate where
+up has one (`LoRAAdapter.normalize_qkv_proj` and `normalize_gate_up_proj` in its source).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
+from autopeft.studies.exporters.base import State
+from autopeft.studies.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: The values of vLLM's `max_lora_rank`, for which servers have room.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: Roles that a layer must have for SGLang, by the role that needs them.
+_STACKED = {
+    "attn.q": ("attn.v",),
+    "attn.k": ("attn.q", "attn.v"),
+    "attn.v": ("attn.q",),
+    "mlp.up": ("mlp.gate",),
+}
+
+
+def served(recipe: Recipe, model: nn.Module) -> Recipe:
+    """Return a recipe of plain LoRAs, one per site, with one rank and one scale for all; any other one unchanged.
+
+    LoRAs that agree in rank, alpha and the rule alpha / rank keep them: every reader computes that, nothing is padded,
+    and the file can be trained on. `model`: the backbone, for sites that are not in the recipe.
+    """
+    loras = {name: spec for name, spec in recipe.adapters if isinstance(spec, Lora) and spec.kind == Lora.kind}
+    if len(loras) != sum(1 for _ in recipe.adapters):
+        return recipe
+    found = {name: replace(spec, **_common(list(loras.values()))) for name, spec in loras.items()}
+    some = next(iter(found.values()))
+    sites = dict(recipe.sites)
+    if not recipe.head_modules:  # servers of language models
+        for site in _absent([sites[name] for name in found], model):
+            sites[site.name], found[site.name] = site, some
+    return recipe.model_copy(
+        update={"sites": sites, "architecture": {name: (spec,) for name, spec in found.items()}},
+    )
+
+
+def _common(loras: list[Lora]) -> dict[str, object]:
+    """Return the fields that decide rank and scale, with one value for all."""
+    first = loras[0]
+    if first.scaling == "alpha" and all((one.rank, one.alpha, one.scaling) == _key(first) for one in loras):
+        return {"rank": first.rank, "alpha": first.alpha, "scaling": first.scaling}
+    largest = max(one.rank for one in loras)
+    rank = next((rank for rank in RANKS if rank >= largest), largest)
+    return {"rank": rank, "alpha": float(rank), "scaling": "alpha"}
+
+
+def _key(lora: Lora) -> tuple[int, float, str]:
+    return lora.rank, lora.alpha, lora.scaling
+
+
+def _absent(adapted: list[Site], model: nn.Module) -> Iterator[Site]:
+    """Yield the sites that have no LoRA and need one of zeros, because a server stacks them with an adapted one."""
+    present = {(site.layer, site.role) for site in adapted}
+    needed = {(layer, other) for layer, role in present for other in _STACKED.get(role, ())} - present
+    if not needed:
+        return
+    try:
+        sites = describe(model, id="").sites
+    except UnknownBackboneError:  # sites that were named by hand; no server knows such a model
+        return
+    yield from (site for site in sites if (site.layer, site.role) in needed)
+
+
+def served_state(recipe: Recipe, target: Recipe, state: State) -> dict[str, Tensor]:
+    """Return the tensors of `target`, the result of `served`, from those of `recipe`: padded with zeros, B scaled."""
+    import torch
+
+    found = dict(state)
+    for name, spec in target.adapters:
+        if not isinstance(spec, Lora) or target is recipe:
+            continue
+        site = target.sites[name]
+        a, b = torch.zeros(spec.rank, site.in_features), torch.zeros(site.out_features, spec.rank)
+        for own in recipe.architecture.get(name, ()):
+            assert isinstance(own, Lora)
+            a[: own.rank] = state[f"{name}/{own.kind}/A"]
+            b[:, : own.rank] = state[f"{name}/{own.kind}/B"] * (own.scale / spec.scale)
+        found |= {f"{name}/{spec.kind}/A": a, f"{name}/{spec.kind}/B": b}
+    return found
+
+
+def remarks_on(recipe: Recipe, target: Recipe) -> list[str]:
+    """Return what a user has to know about serving a file of peft: its form, its size and who refuses it."""
+    if recipe.adapters.kinds != (Lora.kind,):
+        which = ", ".join(recipe.adapters.kinds)
+        return [f"vLLM, SGLang and llama.cpp serve plain LoRAs, not {which}: export `merged` for them"]
+    lines = []
+    rank = next(spec.rank for _, spec in target.adapters if isinstance(spec, Lora))
+    own, padded = (one.adapters.stored_bytes(one.host) for one in (recipe, target))
+    if padded != own:
+        lines.append(
+            f"the adapters have {padded:,} bytes with zeros up to rank {rank} (exact in servers), and {own:,} bytes with"
+            " the ranks of the training (--to peft-patterns, to train on)"
+        )
+    if recipe.head_modules:
+        lines.append("llama.cpp and many versions of vLLM refuse adapters with a task head: export `merged` for them")
+    else:
+        lines.append(f"vLLM needs --max-lora-rank {next((r for r in RANKS if r >= rank), rank)} or more (its default: 16)")
+    return lines
