@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.backbones.backbone import Site
@@ -20,7 +20,7 @@ from autopeft.studies.exporters.base import State
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 #: The values of vLLM's `max_lora_rank`, for which servers have room.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -39,13 +39,13 @@ def served(recipe: Recipe, model: nn.Module) -> Recipe:
     LoRAs that agree in rank, alpha and the rule alpha / rank keep them: every reader computes that, nothing is padded,
     and the file can be trained on. `model`: the backbone, for sites that are not in the recipe.
     """
-    loras = {name: spec for name, spec in recipe.adapters if isinstance(spec, Lora) and spec.kind == Lora.kind}
-    if len(loras) != sum(1 for _ in recipe.adapters):
+    if recipe.adapters.kinds != (Lora.kind,):
         return recipe
+    loras = {name: spec for name, spec in recipe.adapters if isinstance(spec, Lora)}
     found = {name: replace(spec, **_common(list(loras.values()))) for name, spec in loras.items()}
-    some = next(iter(found.values()))
     sites = dict(recipe.sites)
     if not recipe.head_modules:  # servers of language models
+        some = next(iter(found.values()))
         for site in _absent([sites[name] for name in found], model):
             sites[site.name], found[site.name] = site, some
     return recipe.model_copy(
@@ -53,18 +53,14 @@ def served(recipe: Recipe, model: nn.Module) -> Recipe:
     )
 
 
-def _common(loras: list[Lora]) -> dict[str, object]:
+def _common(loras: list[Lora]) -> dict[str, Any]:
     """Return the fields that decide rank and scale, with one value for all."""
-    first = loras[0]
-    if first.scaling == "alpha" and all((one.rank, one.alpha, one.scaling) == _key(first) for one in loras):
-        return {"rank": first.rank, "alpha": first.alpha, "scaling": first.scaling}
-    largest = max(one.rank for one in loras)
-    rank = next((rank for rank in RANKS if rank >= largest), largest)
-    return {"rank": rank, "alpha": float(rank), "scaling": "alpha"}
-
-
-def _key(lora: Lora) -> tuple[int, float, str]:
-    return lora.rank, lora.alpha, lora.scaling
+    rank, alpha, scaling = loras[0].rank, loras[0].alpha, "alpha"
+    if {(one.rank, one.alpha, one.scaling) for one in loras} != {(rank, alpha, scaling)}:
+        largest = max(one.rank for one in loras)
+        rank = next((rank for rank in RANKS if rank >= largest), largest)
+        alpha = float(rank)
+    return {"rank": rank, "alpha": alpha, "scaling": scaling}
 
 
 def _absent(adapted: list[Site], model: nn.Module) -> Iterator[Site]:
@@ -80,14 +76,15 @@ def _absent(adapted: list[Site], model: nn.Module) -> Iterator[Site]:
     yield from (site for site in sites if (site.layer, site.role) in needed)
 
 
-def served_state(recipe: Recipe, target: Recipe, state: State) -> dict[str, Tensor]:
+def served_state(recipe: Recipe, target: Recipe, state: State) -> State:
     """Return the tensors of `target`, the result of `served`, from those of `recipe`: padded with zeros, B scaled."""
     import torch
 
+    if target is recipe:
+        return state
     found = dict(state)
     for name, spec in target.adapters:
-        if not isinstance(spec, Lora) or target is recipe:
-            continue
+        assert isinstance(spec, Lora)
         site = target.sites[name]
         a, b = torch.zeros(spec.rank, site.in_features), torch.zeros(site.out_features, spec.rank)
         for own in recipe.architecture.get(name, ()):

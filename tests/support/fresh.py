@@ -13,7 +13,7 @@ import runpy
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import chdir, redirect_stdout
 from io import StringIO
 from math import sqrt
@@ -47,8 +47,10 @@ class FreshProcess:
         assert "error" not in answer, answer["error"]
         return answer["value"]
 
-    def close(self) -> None:
-        """End the process."""
+    def __enter__(self) -> FreshProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=30)
@@ -172,16 +174,21 @@ def native(folder: str, ids: list[list[int]], domain: int | None = None) -> dict
 
 
 @reader
-def readme(folder: str, texts: list[str]) -> list[Any]:
-    """Run the code of the export's README.md; return the logits of a padded batch."""
+def readme(folder: str, texts: list[list[str]] | None = None, ids: list[list[int]] | None = None) -> list[Any]:
+    """Run the code of the export's README.md; return the logits of a padded batch of texts or pairs, or of tokens."""
     import torch
 
     code = (Path(folder) / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
     with chdir(folder), torch.no_grad():
         exec(compile(code, "README.md", "exec"), names)
-        found: list[Any] = names["model"](**names["tokenizer"](texts, padding=True, return_tensors="pt")).logits.tolist()
     assert not _has_autopeft()
+    if ids is not None:
+        return _logits(names["model"], ids)
+    columns = [list(column) for column in zip(*(texts or ()), strict=True)]
+    with torch.no_grad():
+        batch = names["tokenizer"](*columns, padding=True, return_tensors="pt")
+        found: list[Any] = names["model"](**batch).logits.tolist()
     return found
 
 
@@ -197,13 +204,6 @@ def script(folder: str, output: str, steps: int) -> str:
         sys.argv = argv
     assert not _has_autopeft()
     return printed.getvalue()
-
-
-def fresh_process() -> Iterator[FreshProcess]:
-    """Yield a process: the body of a fixture."""
-    process = FreshProcess()
-    yield process
-    process.close()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -74,7 +76,7 @@ def our_logits(recipe: Recipe, state: dict[str, Tensor]) -> Tensor:
 
 def loaded_logits(fresh: FreshProcess, folder: Path) -> Tensor:
     """Run the code of the export's README.md, and return the logits of a batch of `TEXTS`."""
-    return torch.tensor(fresh.read("readme", folder=folder, texts=TEXTS))
+    return torch.tensor(fresh.read("readme", folder=folder, texts=[[text] for text in TEXTS]))
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -111,6 +113,22 @@ def test_the_script_saves_the_padding_token_and_the_tokenizer(tmp_path: Path, fr
     fresh.read("script", folder=tmp_path / "out", output=tmp_path / "trained", steps=1)
     assert AutoConfig.from_pretrained(tmp_path / "trained").pad_token_id == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "trained").pad_token == "[EOS]"
+
+
+@pytest.mark.parametrize("target", ["peft", "merged"])
+def test_modules_that_were_named_by_hand(tmp_path: Path, fresh: FreshProcess, target: str) -> None:
+    folder = exported.save_model("bert", tmp_path / "model")
+    torch.manual_seed(0)
+    config = DebertaV2Config(**SHAPE, vocab_size=len(WORDS), pad_token_id=0, num_labels=3)
+    DebertaV2ForSequenceClassification(config).save_pretrained(folder)
+    by_hand = {"layers": "deberta.encoder.layer", "attn.q": "attention.self.query_proj"}
+    recipe = make_recipe("bert", folder, {"layers.1.attn.q": Lora(rank=2)}, modules=by_hand)
+    state, _ = trained(recipe)
+    EXPORTERS[target].export(recipe, state, tmp_path / "out")
+    found = torch.tensor(fresh.read("readme", folder=tmp_path / "out", ids=exported.token_ids().tolist()))
+    model, attachment = native.attach(recipe, state)
+    with attachment:
+        torch.testing.assert_close(found, exported.logits(model), atol=1e-5, rtol=1e-5)
 
 
 #: Families whose classifiers have a pooler that checkpoints of their language models lack.
