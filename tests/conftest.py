@@ -27,6 +27,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):
 
     install()
 
+
 @pytest.fixture(scope="session")
 def fresh() -> Iterator[FreshProcess]:
     """A process without autopeft that reads exports."""

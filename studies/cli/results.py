@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 PickOption = Annotated[
     str, typer.Option("--pick", help="Candidate: recommended, best, trial:N, or a condition such as num_params<=50000.")
 ]
-TargetOption = Annotated[str, typer.Option("--to", help="Format: native, peft, peft-patterns, trl-script, axolotl or merged.")]
+TargetOption = Annotated[
+    str, typer.Option("--to", help="Format: native, peft, peft-patterns, trl-script, axolotl or merged.")
+]
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", help="Folder to write; default: exports/PICK-FORMAT in the study's output folder."),

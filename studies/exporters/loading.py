@@ -29,7 +29,8 @@ $variable = $auto_processor.from_pretrained(FOLDER)
 ```
 $remarks""")
 _ROWS = (
-    "train.jsonl and validation.jsonl have the rows of the study, as it read them: whoever gets this folder gets this data"
+    "train.jsonl and validation.jsonl have the rows of the study, as it read them: whoever gets this folder gets these"
+    " rows"
 )
 
 
@@ -105,7 +106,7 @@ def _write(
 
 def write_training_readme(folder: Path, command: str) -> list[str]:
     """Write the README.md of an export that trains by `command`; return its remark on the rows."""
-    text = f"# Training\n\nWritten by autopeft; `recipe.yaml` has the configuration and its origin. In this folder:\n"
+    text = "# Training\n\nWritten by autopeft; `recipe.yaml` has the configuration and its origin. In this folder:\n"
     page = f"{text}\n```\n{command}\n```\n\n{_ROWS}.\n"
     (folder / README_FILE).write_text(page, encoding="utf-8")
     return [_ROWS]

@@ -1,4 +1,4 @@
-"""Rows beside an export that trains: those of the study, as it read them. No second reader with other rules is needed."""
+"""Rows beside an export that trains: those of the study, as it read them, so that no second reader has other rules."""
 
 from __future__ import annotations
 

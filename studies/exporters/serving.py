@@ -1,7 +1,8 @@
 """LoRAs in the form that servers compute exactly: one rank and one scale, with zeros where a module has less.
 
-vLLM and SGLang scale every update by `lora_alpha / r`; most versions ignore `rank_pattern` and `alpha_pattern` without a
-word. llama.cpp scales by `lora_alpha` over the rank of the tensor. With one rank and one scale all three agree with peft.
+vLLM and SGLang scale every update by `lora_alpha / r`, and most versions ignore `rank_pattern` and `alpha_pattern`
+without a word. llama.cpp scales by `lora_alpha` over the rank of the tensor. With one rank and one scale they all agree
+with peft.
 
 SGLang stacks q, k and v of a layer, and gate and up: it needs q and v where any of the three has a LoRA, and gate where
 up has one (`LoRAAdapter.normalize_qkv_proj` and `normalize_gate_up_proj` in its source).
@@ -105,11 +106,12 @@ def remarks_on(recipe: Recipe, target: Recipe) -> list[str]:
     own, padded = (one.adapters.stored_bytes(one.host) for one in (recipe, target))
     if padded != own:
         lines.append(
-            f"the adapters have {padded:,} bytes with zeros up to rank {rank} (exact in servers), and {own:,} bytes with"
-            " the ranks of the training (--to peft-patterns, to train on)"
+            f"the adapters have {padded:,} bytes in the form for servers (rank {rank} everywhere, filled up with"
+            f" zeros), and {own:,} bytes in the form of the training (--to peft-patterns)"
         )
     if recipe.head_modules:
         lines.append("llama.cpp and many versions of vLLM refuse adapters with a task head: export `merged` for them")
     else:
-        lines.append(f"vLLM needs --max-lora-rank {next((r for r in RANKS if r >= rank), rank)} or more (its default: 16)")
+        least = next((one for one in RANKS if one >= rank), rank)
+        lines.append(f"vLLM needs --max-lora-rank {least} or more (its default: 16)")
     return lines

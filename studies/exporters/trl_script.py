@@ -148,7 +148,7 @@ _TARGETS = {
     ),
 }
 
-_CAUSAL = Template('''
+_CAUSAL = Template("""
 def load_model():
     model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, dtype=DTYPE)
     return get_peft_model(without_dropout(model), build_peft_config())
@@ -187,7 +187,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-''')
+""")
 
 
 class TrlScript(Exporter):
@@ -297,4 +297,3 @@ def _training(recipe: Recipe) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
     }
-

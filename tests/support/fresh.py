@@ -1,7 +1,7 @@
-"""Readers of exports in a fresh process under another seed: peft, transformers, the rules of servers, READMEs, scripts.
+"""Readers of exports in a fresh process under another seed: peft, transformers, rules of servers, READMEs, scripts.
 
-Run as a program, this file answers requests, one JSON object a line: a process starts slowly, so one reads many exports.
-It imports autopeft for `native` alone, which has a process of its own.
+Run as a program, this file answers requests, one JSON object a line: a process starts slowly, so one reads many
+exports. It imports autopeft for `native` alone, which has a process of its own.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ class FreshProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.kill()  # its regular end takes seconds
+        self.process.wait()
 
 
 def serve() -> None:

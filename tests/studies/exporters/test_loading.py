@@ -81,9 +81,7 @@ def loaded_logits(fresh: FreshProcess, folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("target", ["peft", "merged"])
-def test_a_decoder_classifies_a_padded_batch(
-    tmp_path: Path, fresh: FreshProcess, family: str, target: str
-) -> None:
+def test_a_decoder_classifies_a_padded_batch(tmp_path: Path, fresh: FreshProcess, family: str, target: str) -> None:
     recipe = decoder_recipe(tmp_path, family)
     state, _ = trained(recipe)
     EXPORTERS[target].export(recipe, state, tmp_path / "out")
@@ -196,6 +194,4 @@ def test_a_recipe_without_the_pooler_keeps_it_frozen(tmp_path: Path, fresh: Fres
     )
     state = {name: value for name, value in trained(recipe)[0].items() if "pooler" not in name}
     EXPORTERS["peft"].export(old, state, tmp_path / "out")
-    torch.testing.assert_close(
-        loaded_logits(fresh, tmp_path / "out"), our_logits(old, state), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(loaded_logits(fresh, tmp_path / "out"), our_logits(old, state), atol=1e-5, rtol=1e-5)
