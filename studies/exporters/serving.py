@@ -113,5 +113,8 @@ def remarks_on(recipe: Recipe, target: Recipe) -> list[str]:
         lines.append("llama.cpp and many versions of vLLM refuse adapters with a task head: export `merged` for them")
     else:
         least = next((one for one in RANKS if one >= rank), rank)
-        lines.append(f"vLLM needs --max-lora-rank {least} or more (its default: 16)")
+        lines.append(
+            f"vLLM (--max-lora-rank {least} or more, its default is 16), SGLang and llama.cpp compute the same as peft,"
+            " if they serve LoRAs of this family"
+        )
     return lines

@@ -15,9 +15,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import chdir, redirect_stdout
+from importlib.util import find_spec
 from io import StringIO
 from math import sqrt
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 #: Of the fresh process; no test draws weights with it.
@@ -191,10 +193,25 @@ def readme(folder: str, texts: list[list[str]] | None = None, ids: list[list[int
     return found
 
 
+def _instead_of_trl() -> ModuleType:
+    """Return a module with the trainer that TRL's is made of, for rows that are prepared."""
+    from transformers import Trainer, TrainingArguments
+
+    def config(*, max_length: None, packing: bool, dataset_kwargs: dict[str, bool], **settings: Any) -> Any:
+        assert (max_length, packing, dataset_kwargs) == (None, False, {"skip_prepare_dataset": True})
+        return TrainingArguments(**settings)
+
+    module: Any = ModuleType("trl")
+    module.SFTConfig, module.SFTTrainer = config, Trainer
+    return module  # type: ignore[no-any-return]
+
+
 @reader
 def script(folder: str, output: str, steps: int) -> str:
-    """Run train.py for a few steps; return what it prints."""
+    """Run train.py for a few steps; return what it prints. Without TRL, transformers' Trainer takes its place."""
     printed, argv = StringIO(), sys.argv
+    if "trl" not in sys.modules and find_spec("trl") is None:
+        sys.modules["trl"] = _instead_of_trl()
     sys.argv = ["train.py", "--output", output, "--max-steps", str(steps)]
     try:
         with redirect_stdout(printed):
