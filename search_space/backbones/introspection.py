@@ -56,13 +56,21 @@ class _Layer:
 _Stacks = Mapping[str, Sequence[_Layer]]
 
 
-def describe(model: Any, *, id: str, revision: str | None = None, modules: Mapping[str, str] | None = None) -> Backbone:
+def describe(
+    model: Any,
+    *,
+    id: str,
+    revision: str | None = None,
+    modules: Mapping[str, str] | None = None,
+    made: Sequence[str] = (),
+) -> Backbone:
     """Describe ``model``: its sites, sizes and task head.
 
     ``modules`` names modules that cannot be found: ``"layers"`` is the dotted path of the list of layers, a linear
     role (``"attn.q"``, ``"mlp.down"``, ...) a path within each layer, ``"embed"`` and ``"head"`` the paths of
-    the word embedding and of a task head. If it names a linear role, only the named roles have sites. Raises
-    UnknownBackboneError if the sites cannot be found or ``modules`` does not fit the model.
+    the word embedding and of a task head. If it names a linear role, only the named roles have sites. ``made``: paths
+    of further modules that are not in the checkpoint and belong to the head. Raises UnknownBackboneError if the sites
+    cannot be found or ``modules`` does not fit the model.
     """
     tree = dict(model.named_modules())
     stacks = _stacks(tree)
@@ -91,7 +99,7 @@ def describe(model: Any, *, id: str, revision: str | None = None, modules: Mappi
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     heads = (by_hand["head"],) if "head" in by_hand else tuple(path for path in tree if path in _HEADS)
     # Without labels, transformers has an Identity as the head: nothing to train.
-    heads = tuple(path for path in heads if any(_within(name, [path]) for name in sizes))
+    heads = tuple(path for path in (*made, *heads) if any(_within(name, [path]) for name in sizes))
     num_head_params = sum(size for name, size in sizes.items() if _within(name, heads))
     num_params = sum(sizes.values()) - num_head_params
     whole = replace(_site("backbone", None, "backbone", "", model, (width, width)), num_params=num_params)

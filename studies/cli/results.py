@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 PickOption = Annotated[
     str, typer.Option("--pick", help="Candidate: recommended, best, trial:N, or a condition such as num_params<=50000.")
 ]
-TargetOption = Annotated[str, typer.Option("--to", help="Format: native, peft, trl-script, axolotl or merged.")]
+TargetOption = Annotated[
+    str, typer.Option("--to", help="Format: native, peft, peft-patterns, trl-script, axolotl or merged.")
+]
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", help="Folder to write; default: exports/PICK-FORMAT in the study's output folder."),
@@ -135,12 +137,15 @@ def export(
     folder, fit = export_trial(settings, ledger, snapshot, number, to, out, allow_lossy=allow_lossy, force=force)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     if as_json:
-        print_json({"trial": number, "target": to, "fit": fit.level, "lost": list(fit.lost), "folder": str(folder)})
+        found = {"fit": fit.level, "lost": list(fit.lost), "remarks": list(fit.remarks)}
+        print_json({"trial": number, "target": to, **found, "folder": str(folder)})
         return
     typer.echo(f"trial {number} as {to} ({fit.level}) in {folder}")
     for name in files:
         typer.echo(f"  {name}")
     for line in fit.lost:
         typer.echo(f"  lost: {line}")
+    for line in fit.remarks:
+        typer.echo(f"  note: {line}")
     typer.echo(f"train again:       autopeft train {folder / 'recipe.yaml'}")
     typer.echo(f"check its promise: autopeft verify {folder / 'recipe.yaml'}")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
     from autopeft.evaluators.training.base import TrainingEvaluator
     from autopeft.evaluators.training.packed import PackedEvaluator
+    from autopeft.search_space.backbones.backbone import Backbone
     from autopeft.search_space.metrics import Quality
     from autopeft.search_space.problem import Problem, Trial
     from autopeft.searchers import Searcher
@@ -69,8 +70,11 @@ def inputs_checked() -> Iterator[None]:
         raise ConfigurationError(str(error)) from error
 
 
-def evaluator_for(settings: StudyFile, splits: Splits) -> TrainingEvaluator:
-    """Build the study's evaluator over its model and data, on its device. Raises ConfigurationError."""
+def evaluator_for(settings: StudyFile, splits: Splits, backbone: Backbone | None = None) -> TrainingEvaluator:
+    """Build the study's evaluator over its model and data, on its device. Raises ConfigurationError.
+
+    `backbone`: the description in the study's ledger, which decides what its trials train.
+    """
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.training.base import EvaluatorOptions
     from autopeft.evaluators.training.registry import EVALUATORS
@@ -91,6 +95,7 @@ def evaluator_for(settings: StudyFile, splits: Splits) -> TrainingEvaluator:
             revision=settings.model.revision,
             dtype=settings.model.dtype,
             modules=settings.model.modules,
+            backbone=backbone,
             device=torch_device(settings.device),
         )
         return EVALUATORS[wanted.evaluator].of(
@@ -147,7 +152,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         ledger = Ledger.open(storage_url(settings), settings.study, fingerprint(settings)) if resume else None
         if ledger is None:
             _check_new(settings)
-        evaluator = evaluator_for(settings, splits)
+        evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator.metrics)

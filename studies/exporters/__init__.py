@@ -7,14 +7,14 @@ from autopeft.studies.exporters.axolotl import Axolotl
 from autopeft.studies.exporters.base import Assessment, Exporter, ExportError
 from autopeft.studies.exporters.merged import Merged
 from autopeft.studies.exporters.native import Native
-from autopeft.studies.exporters.peft_adapter import PeftAdapter
+from autopeft.studies.exporters.peft_adapter import PeftAdapter, PeftPatterns
 from autopeft.studies.exporters.trl_script import TrlScript
 
 EXPORTERS: Registry[Exporter] = Registry(
     "autopeft.exporters",
     Exporter,
     "name",
-    (Native(), PeftAdapter(), TrlScript(), Axolotl(), Merged()),
+    (Native(), PeftAdapter(), PeftPatterns(), TrlScript(), Axolotl(), Merged()),
     instances=True,
 )
 

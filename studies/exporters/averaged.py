@@ -8,7 +8,7 @@ Where the router mixes the parameters themselves, A and B are the means over the
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -38,16 +38,16 @@ class AveragingExporter(Exporter):
         return fit if fit.level == "unsupported" else approximate(*lost(recipe), *fit.lost)
 
     @override
-    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
-        self.write_plain(averaged(recipe), averaged_state(recipe, state), folder)
+    def write(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str] | None:
+        return self.write_plain(averaged(recipe), averaged_state(recipe, state), folder)
 
     @abstractmethod
     def assess_plain(self, recipe: Recipe) -> Assessment:
         """Assess a recipe without mixtures."""
 
     @abstractmethod
-    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
-        """Write a recipe without mixtures."""
+    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str] | None:
+        """Write a recipe without mixtures; see `write`."""
 
 
 def averaged(recipe: Recipe) -> Recipe:

@@ -5,6 +5,7 @@ Axolotl has `lora_rank_pattern` and `lora_alpha_pattern` since July 2026 (its pu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from ruamel.yaml.comments import CommentedMap
 from typing_extensions import override
 
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
+from autopeft.studies.exporters.loading import write_training_readme
 from autopeft.studies.exporters.peft_config import anchored, decayed_vectors, plan
-from autopeft.studies.exporters.trl_script import FILE_READERS
+from autopeft.studies.exporters.rows import write_token_rows
 from autopeft.studies.recipes.recipe import Recipe
 
 CONFIG_FILE = "axolotl.yaml"
 _HEADER = """\
-Written by autopeft from recipe.yaml beside it: axolotl train axolotl.yaml
+Written by autopeft from recipe.yaml beside it. In this folder: axolotl train axolotl.yaml
+The rows are those of the study as token ids of the model's tokenizer; the label -100 marks tokens without a loss.
 Random numbers and the order of the rows differ from the study. Axolotl averages the loss over all tokens, the study
-over the tokens of each row and then over rows. In a chat, axolotl trains on every answer, the study on the last one.
+over the tokens of each row and then over rows.
 """
 # GPT-2 has dropout inside its backbone; the study keeps the frozen backbone in evaluation mode.
 _DROPOUTS = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
@@ -52,19 +55,18 @@ class Axolotl(Exporter):
         ]
         if fractions:
             return unsupported(*fractions)
-        lost = [*peft.fit.lost, *decayed_vectors(recipe)]
-        if recipe.data.max_train_rows is not None:
-            lost.append(f"data max_train_rows: axolotl trains on all rows instead of {recipe.data.max_train_rows}")
-        return approximate(*lost)
+        return approximate(*peft.fit.lost, *decayed_vectors(recipe))
 
     @override
-    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
+    def write(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
         data = CommentedMap(settings(recipe))
         data.yaml_set_start_comment(_HEADER)
         yaml = YAML()
         yaml.width = 1000
         with (folder / CONFIG_FILE).open("w", encoding="utf-8") as file:
             yaml.dump(data, file)
+        write_token_rows(recipe, folder)
+        return write_training_readme(folder, f"axolotl train {CONFIG_FILE}")
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -86,9 +88,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "peft_use_dora": peft["use_dora"],
         "peft_use_rslora": peft["use_rslora"],
         "peft_init_lora_weights": peft["init_lora_weights"],
-        "datasets": [_rows(recipe, "train")],
-        "test_datasets": [_rows(recipe, "validation")],
-        "train_on_inputs": False,
+        "datasets": [_rows("train")],
+        "test_datasets": [_rows("validation")],
         "sequence_len": recipe.data.max_length,
         "sample_packing": False,
         "eval_sample_packing": False,
@@ -112,27 +113,6 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value not in (None, {})}
 
 
-def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
-    data = recipe.data
-    if data.source == "files":
-        path = data.path(split)
-        rows = {"path": str(path), "ds_type": FILE_READERS[path.suffix.lower()], "split": "train"}
-    else:
-        rows = {"path": data.source, "split": getattr(data, split) or split}
-        if data.revision is not None:
-            rows["revision"] = data.revision
-    return rows | _row_type(recipe)
-
-
-def _row_type(recipe: Recipe) -> dict[str, Any]:
-    """Return how axolotl reads a row, by the columns of the first training row. Raises DataError."""
-    from autopeft.evaluators.data.splits import load_splits
-
-    data = recipe.data
-    row = load_splits(data.for_loading(), recipe.task).train[0]
-    if "messages" in row:
-        return {"type": "chat_template", "field_messages": "messages", "roles_to_train": ["assistant"]}
-    if "prompt" in row:
-        form = {"format": "{instruction}", "no_input_format": "{instruction}"}
-        return {"type": {"field_instruction": data.prompt, "field_output": data.completion, **form}}
-    return {"type": "completion", "field": data.text}
+def _rows(split: str) -> dict[str, Any]:
+    """Return the entry of rows of token ids, which have no type."""
+    return {"path": f"{split}.jsonl", "ds_type": "json", "split": "train", "type": None}

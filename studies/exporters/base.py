@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -32,10 +32,12 @@ class Assessment:
     """How well a format can hold a recipe. `lost`: a line for each loss, with the site and the reason.
 
     "approximate": the same network, up to rounding and to the routers of mixtures, but not all training settings.
+    `remarks`: lines for the user about the files that `export` wrote.
     """
 
     level: Literal["exact", "approximate", "unsupported"]
     lost: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
 
 EXACT = Assessment("exact")
@@ -65,8 +67,8 @@ class Exporter(ABC):
         """Return how well the format can hold this recipe, with every loss."""
 
     @abstractmethod
-    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
-        """Write the files of a recipe that the format supports."""
+    def write(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str] | None:
+        """Write the files of a recipe that the format supports; return lines about them for the user, if any."""
 
     def export(
         self,
@@ -98,13 +100,13 @@ class Exporter(ABC):
             _check_folder(folder, force)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(folder) as temporary:
-                self.write(recipe, state or {}, temporary)
+                remarks = self.write(recipe, state or {}, temporary)
                 recipe.save(temporary / RECIPE_FILE)
         except OSError as error:
             raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from error
         except (ModelError, DataError) as error:
             raise ExportError(f"{folder}: not written: {error}") from error
-        return fit
+        return replace(fit, remarks=tuple(remarks or ()))
 
 
 def _refusal(opening: str, fit: Assessment) -> str:

@@ -1,4 +1,4 @@
-"""Files beside exported weights for those who load them without autopeft: the tokenizer, and a README.md with code."""
+"""Files for those who use an export without autopeft: the tokenizer, and a README.md with code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from autopeft.studies.exporters.trl_script import model_expression
 from autopeft.studies.recipes.recipe import Recipe
 
 README_FILE = "README.md"
@@ -28,7 +27,11 @@ FOLDER = "."
 $model
 $variable = $auto_processor.from_pretrained(FOLDER)
 ```
-""")
+$remarks""")
+_ROWS = (
+    "train.jsonl and validation.jsonl have the rows of the study, as it read them: whoever gets this folder gets these"
+    " rows"
+)
 
 
 def save_processor(recipe: Recipe, folder: Path) -> None:
@@ -47,11 +50,17 @@ def write_model_readme(recipe: Recipe, folder: Path) -> None:
 
 
 def write_adapter_readme(
-    recipe: Recipe, folder: Path, *, model_options: Sequence[str] = (), adapter_options: Sequence[str] = ()
+    recipe: Recipe,
+    folder: Path,
+    *,
+    model_options: Sequence[str] = (),
+    adapter_options: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> None:
     """Write the README.md of an adapter in peft's format.
 
-    The options are further arguments, as code, of the `from_pretrained` of the model and of peft.
+    The options are further arguments, as code, of the `from_pretrained` of the model and of peft. `remarks`: lines
+    about serving the adapter.
     """
     from autopeft.evaluators.backbones import EMBEDDED
 
@@ -67,11 +76,18 @@ def write_adapter_readme(
     arguments = "".join(f"    {option},\n" for option in options)
     adapter = ", ".join(("model", "FOLDER", *adapter_options))
     model = f"model = {auto_class}.from_pretrained(\n{arguments})\nmodel = PeftModel.from_pretrained({adapter}).eval()"
-    _write(recipe, folder, "peft", "Adapter for peft", imports, names, model)
+    _write(recipe, folder, "peft", "Adapter for peft", imports, names, model, remarks)
 
 
 def _write(
-    recipe: Recipe, folder: Path, library: str, title: str, imports: list[str], names: list[str], model: str
+    recipe: Recipe,
+    folder: Path,
+    library: str,
+    title: str,
+    imports: list[str],
+    names: list[str],
+    model: str,
+    remarks: Sequence[str] = (),
 ) -> None:
     task = recipe.task_class
     names = [*names, task.auto_processor]
@@ -83,5 +99,23 @@ def _write(
         model=model,
         variable=task.processor_name.replace(" ", "_"),
         auto_processor=task.auto_processor,
+        remarks="".join(["\n## Serving\n\n" * bool(remarks), *(f"- {line}\n" for line in remarks)]),
     )
     (folder / README_FILE).write_text(page, encoding="utf-8")
+
+
+def write_training_readme(folder: Path, command: str) -> list[str]:
+    """Write the README.md of an export that trains by `command`; return its remark on the rows."""
+    text = "# Training\n\nWritten by autopeft; `recipe.yaml` has the configuration and its origin. In this folder:\n"
+    page = f"{text}\n```\n{command}\n```\n\n{_ROWS}.\n"
+    (folder / README_FILE).write_text(page, encoding="utf-8")
+    return [_ROWS]
+
+
+def model_expression(model_id: str) -> str:
+    """Return the Python expression of a model's folder or hub id. Raises ModelError for a missing folder."""
+    from autopeft.evaluators.backbones import EMBEDDED, EMBEDDED_PACKAGE, resolve
+
+    if model_id == EMBEDDED:
+        return f'str(Path(find_spec("{EMBEDDED_PACKAGE}").origin).parent / "model")'
+    return repr(resolve(model_id))

@@ -45,7 +45,12 @@ def bare_backbone(recipe: Recipe) -> LoadedBackbone:
 
     origin = recipe.backbone
     loaded = load_backbone(
-        origin.id, task=recipe.task, labels=recipe.labels, revision=origin.revision, dtype=origin.dtype
+        origin.id,
+        task=recipe.task,
+        labels=recipe.labels,
+        revision=origin.revision,
+        dtype=origin.dtype,
+        backbone=recipe.host,  # its sites may have been named by hand
     )
     config: Any = loaded.model.config
     for name, value in recipe.task_class.model_settings(recipe.labels).items():

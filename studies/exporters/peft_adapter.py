@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from typing_extensions import override
 
@@ -17,6 +17,7 @@ from autopeft.studies.exporters.base import Assessment, ExportError, State
 from autopeft.studies.exporters.loading import save_processor, write_adapter_readme
 from autopeft.studies.exporters.native import bare_backbone
 from autopeft.studies.exporters.peft_config import plan
+from autopeft.studies.exporters.serving import remarks_on, served, served_state
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,45 +27,57 @@ ADAPTER = "default"
 
 
 class PeftAdapter(AveragingExporter):
-    """An adapter in the format of HF peft."""
+    """An adapter in the format of HF peft, with LoRAs in the form that servers compute exactly (`serving.py`)."""
 
     name = "peft"
-    summary = "adapter_config.json and adapter_model.safetensors of HF peft"
+    summary = "adapter_config.json and adapter_model.safetensors of HF peft, exact in servers too"
+    for_servers: ClassVar[bool] = True
 
     @override
     def assess(self, recipe: Recipe) -> Assessment:
         return peft_xlora.fit(recipe) or super().assess(recipe)
 
     @override
-    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
-        if peft_xlora.fit(recipe):
-            peft_xlora.write(recipe, state, folder)
-        else:
-            super().write(recipe, state, folder)
+    def write(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str] | None:
+        if peft_xlora.fit(recipe) is None:
+            return super().write(recipe, state, folder)
+        peft_xlora.write(recipe, state, folder)
+        return None
 
     @override
     def assess_plain(self, recipe: Recipe) -> Assessment:
         return plan(recipe).fit
 
     @override
-    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
+    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
         import torch
         from peft import get_peft_model
 
-        loaded, config = bare_backbone(recipe), plan(recipe).build()
-        model: Any = loaded.model
+        loaded = bare_backbone(recipe)
+        form = served(recipe, loaded.model) if self.for_servers else recipe
+        config, model = plan(form).build(), cast(Any, loaded.model)
         if loaded.new_modules:
             # Who loads the checkpoint gets other random weights for these.
             config.modules_to_save = [*(config.modules_to_save or ()), *loaded.new_modules]
         wrapped = get_peft_model(model, config, revision=recipe.backbone.revision)
         with torch.no_grad():
-            fill(wrapped.base_model.model, recipe, state)
-        write_adapter_readme(recipe, folder)  # before peft, which adds metadata to it
+            fill(wrapped.base_model.model, form, served_state(recipe, form, state))
+        remarks = remarks_on(recipe, form) if self.for_servers else []
+        write_adapter_readme(recipe, folder, remarks=remarks)  # before peft, which adds metadata to it
         wrapped.save_pretrained(folder, save_embedding_layers=False)
         save_processor(recipe, folder)
         if recipe.task_class.has_labels:
             # peft's files have neither the labels nor the padding token, from which decoders find the last token.
             model.config.save_pretrained(folder)
+        return remarks
+
+
+class PeftPatterns(PeftAdapter):
+    """An adapter in the format of HF peft with the ranks and alphas of the training, by module."""
+
+    name = "peft-patterns"
+    summary = "as peft, with the ranks and alphas of the training by module, to train on; servers ignore these patterns"
+    for_servers = False
 
 
 def fill(model: Any, recipe: Recipe, state: State) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from pprint import pformat
@@ -13,30 +13,31 @@ from typing_extensions import override
 
 from autopeft.search_space.metrics import ALWAYS, QUALITIES
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
+from autopeft.studies.exporters.loading import model_expression, write_training_readme
 from autopeft.studies.exporters.peft_config import decayed_vectors, plan
+from autopeft.studies.exporters.rows import write_rows, write_token_rows
 from autopeft.studies.recipes.recipe import Recipe
 
 SCRIPT_FILE = "train.py"
-#: The reader of `datasets` by file suffix.
-FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_SPLITS = ("train", "validation", "test")
 
 _OPENING = Template('''\
 """Train the recipe in `recipe.yaml` beside this file: $what.
 
 Written by autopeft $version. Needs $needs.
-Random numbers and the order of the rows differ from the study, so results are close to its results but not equal.
+The rows in `train.jsonl` and `validation.jsonl` are those of the study, as it read them. Random numbers and the order
+of the rows differ from the study, so results are close to its results but not equal.
 $scores
 
     python train.py [--output FOLDER] [--max-steps N]
 """
 
 import argparse
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from datasets import $datasets_names
+from datasets import Dataset
 from peft import $config, get_peft_model
 ${metrics_import}from transformers import (
     $transformers_names,
@@ -45,13 +46,8 @@ ${metrics_import}from transformers import (
 MODEL = $model
 REVISION = $revision
 DTYPE = $dtype
-MAX_LENGTH = $max_length
 PEFT = $peft
 TRAINING = $training
-# Arguments of datasets.load_dataset.
-DATA = $data
-MAX_TRAIN_ROWS = $max_train_rows
-COLUMNS = $columns
 $own_settings
 
 def build_peft_config():
@@ -67,14 +63,12 @@ def without_dropout(model):
 
 
 def load_rows(split):
-    rows = load_dataset(**DATA[split])
-    if split == "train" and MAX_TRAIN_ROWS is not None:
-        rows = rows.select(range(min(MAX_TRAIN_ROWS, len(rows))))
-    return rows
+    with (Path(__file__).parent / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def load_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION, padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -95,25 +89,21 @@ def load_model(tokenizer):
         output_loading_info=True,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    # Modules that the checkpoint lacks, such as BERT's pooler, are random: frozen, as in the study, but saved.
+    # Modules that the checkpoint lacks, such as BERT's pooler, are random: they are trained and saved with the head.
     config = build_peft_config()
-    heads = tuple(f"{head}." for head in config.modules_to_save)
-    new = {key.rpartition(".")[0] for key in info["missing_keys"] if not key.startswith(heads)}
+    saved = tuple(f"{name}." for name in config.modules_to_save)
+    new = {key.rpartition(".")[0] for key in info["missing_keys"] if not key.startswith(saved)}
     config.modules_to_save = [*config.modules_to_save, *sorted(new)]
-    model = get_peft_model(without_dropout(model), config)
-    for name in new:
-        model.get_submodule(f"base_model.model.{name}").requires_grad_(False)
-    return model
+    return get_peft_model(without_dropout(model), config)
 
 
 def encode(rows, tokenizer):
-    names = [COLUMNS[name] for name in ("text", "text_pair") if COLUMNS[name] is not None]
-$encode
     def encode_row(row):
-        tokens = tokenizer(*[row[name] for name in names], truncation=True, max_length=MAX_LENGTH)
-        return {**tokens, "labels": target(row)}
+        texts = [row[name] for name in ("text", "text_pair") if name in row]
+        tokens = tokenizer(*texts, truncation=True, max_length=MAX_LENGTH)
+        return {**tokens, "labels": $target}
 
-    return rows.map(encode_row, remove_columns=rows.column_names)
+    return Dataset.from_list([encode_row(row) for row in rows])
 
 
 def scores(evaluated):
@@ -129,7 +119,6 @@ def main():
     parser.add_argument("--max-steps", type=int, default=-1, help="stop early, to try the script")
     options = parser.parse_args()
     tokenizer = load_tokenizer()
-    tokenizer.padding_side = "right"
     trainer = Trainer(
         model=load_model(tokenizer),
         args=TrainingArguments(output_dir=options.output, max_steps=options.max_steps, **TRAINING),
@@ -147,47 +136,22 @@ def main():
 if __name__ == "__main__":
     main()
 """)
-#: By the problem type of the task, how the script makes a target of a row, and targets and predictions of what it
-#: evaluated.
+#: By the problem type of the task: the target of a row, and targets and predictions of what the script evaluated.
 _TARGETS = {
     "single_label_classification": (
-        """    feature = rows.features[COLUMNS["label"]]
-    name = feature.int2str if isinstance(feature, ClassLabel) else str
-
-    def target(row):
-        return LABELS.index(name(row[COLUMNS["label"]]))
-""",
+        'LABELS.index(row["label"])',
         "evaluated.label_ids, evaluated.predictions.argmax(-1)",
     ),
     "multi_label_classification": (
-        """    feature = rows.features[COLUMNS["labels"]].feature
-    name = feature.int2str if isinstance(feature, ClassLabel) else str
-
-    def target(row):
-        own = {name(label) for label in row[COLUMNS["labels"]]}
-        return [float(label in own) for label in LABELS]
-""",
+        '[float(label in row["labels"]) for label in LABELS]',
         "evaluated.label_ids.astype(int), (evaluated.predictions > 0).astype(int)",
     ),
 }
 
-_CAUSAL = '''
+_CAUSAL = Template("""
 def load_model():
     model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, dtype=DTYPE)
     return get_peft_model(without_dropout(model), build_peft_config())
-
-
-def prepare(rows):
-    """Rename columns for TRL. The loss is on the completion; in a chat, on the last message."""
-
-    def prepare_row(row):
-        if "messages" in row:
-            return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-        if COLUMNS["prompt"] in row:
-            return {"prompt": row[COLUMNS["prompt"]], "completion": row[COLUMNS["completion"]]}
-        return {"text": row[COLUMNS["text"]]}
-
-    return rows.map(prepare_row, remove_columns=rows.column_names)
 
 
 def main():
@@ -197,19 +161,24 @@ def main():
     parser.add_argument("--output", default="output")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop early, to try the script")
     options = parser.parse_args()
-    # TRL averages the loss over all tokens, the study over the tokens of each row and then over rows.
+    tokenizer = load_tokenizer()
+    # The rows are token ids of this tokenizer, cut to $max_length: a long prompt at its beginning, where TRL would cut
+    # the completion. The label -100 marks tokens without a loss. TRL averages the loss over all tokens, the study over
+    # the tokens of each row and then over rows.
     trainer = SFTTrainer(
         model=load_model(),
         args=SFTConfig(
             output_dir=options.output,
             max_steps=options.max_steps,
-            max_length=MAX_LENGTH,
+            max_length=None,
             packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
             **TRAINING,
         ),
-        train_dataset=prepare(load_rows("train")),
-        eval_dataset=prepare(load_rows("validation")),
-        processing_class=load_tokenizer(),
+        train_dataset=Dataset.from_list(load_rows("train")),
+        eval_dataset=Dataset.from_list(load_rows("validation")),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
     )
     trainer.train()
     print(trainer.evaluate())
@@ -218,14 +187,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
-
-
-class _Code(str):
-    """A value that is an expression in the script."""
-
-    def __repr__(self) -> str:
-        return str(self)
+""")
 
 
 class TrlScript(Exporter):
@@ -242,16 +204,14 @@ class TrlScript(Exporter):
         fit = plan(recipe).fit
         if fit.level == "unsupported":
             return fit
-        lost = [*fit.lost, *decayed_vectors(recipe)]
-        if recipe.data.max_train_rows is not None:
-            lost.append(
-                f"data max_train_rows: the first {recipe.data.max_train_rows} rows instead of the study's random subset"
-            )
-        return approximate(*lost)
+        return approximate(*fit.lost, *decayed_vectors(recipe))
 
     @override
-    def write(self, recipe: Recipe, state: State, folder: Path) -> None:
+    def write(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
         (folder / SCRIPT_FILE).write_text(script(recipe), encoding="utf-8")
+        write = write_token_rows if recipe.task_class.trainer == "SFTTrainer" else write_rows
+        write(recipe, folder)
+        return write_training_readme(folder, f"python {SCRIPT_FILE}")
 
 
 def script(recipe: Recipe) -> str:
@@ -267,10 +227,7 @@ def script(recipe: Recipe) -> str:
         "model": model_expression(recipe.backbone.id),
         "revision": repr(recipe.backbone.revision),
         "dtype": repr(recipe.backbone.dtype),
-        "max_length": recipe.data.max_length,
         "peft": _literal(peft.arguments),
-        "data": _literal({split: _rows(recipe, split) for split in _SPLITS}),
-        "max_train_rows": recipe.data.max_train_rows,
     }
     return _OPENING.substitute(**common, **opening) + body
 
@@ -281,14 +238,12 @@ def _sft(recipe: Recipe) -> tuple[dict[str, str], str]:
         "scores": "It prints the loss and the accuracy of tokens as TRL counts them, over the tokens of all rows.",
         "needs": "peft, transformers>=5, datasets, accelerate, trl",
         "metrics_import": "",
-        "datasets_names": "load_dataset",
-        "transformers_names": "AutoModelForCausalLM,\n    AutoTokenizer",
+        "transformers_names": "AutoModelForCausalLM,\n    AutoTokenizer,\n    DataCollatorForSeq2Seq",
         # TRL turns mixed precision on by itself.
         "training": _literal(_training(recipe) | {"bf16": False, "fp16": False}),
-        "columns": _columns(recipe, "text", "prompt", "completion"),
         "own_settings": "",
     }
-    return opening, _CAUSAL
+    return opening, _CAUSAL.substitute(max_length=recipe.data.max_length)
 
 
 def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
@@ -305,22 +260,17 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
         "scores": in_docstring(f"It prints the loss and {', '.join(computed)}.{missing}"),
         "needs": "peft, transformers>=5, datasets, accelerate, scikit-learn",
         "metrics_import": "from sklearn import metrics\n",
-        "datasets_names": "ClassLabel, load_dataset",
         "transformers_names": ",\n    ".join((*names, "TrainingArguments")),
         "training": _literal(_training(recipe)),
-        "columns": _columns(recipe, "text", "text_pair", "label", "labels"),
-        "own_settings": f"LABELS = {_literal(list(recipe.labels or ()))}\nPROBLEM_TYPE = {problem_type!r}\n",
+        "own_settings": f"MAX_LENGTH = {recipe.data.max_length}\nLABELS = {_literal(list(recipe.labels or ()))}\n"
+        f"PROBLEM_TYPE = {problem_type!r}\n",
     }
-    encode, predictions = _TARGETS[problem_type]
+    target, predictions = _TARGETS[problem_type]
     lines = [f"        {name!r}: float(metrics.{expression})," for name, expression in computed.items()]
-    return opening, _CLASSIFICATION.substitute(encode=encode, predictions=predictions, metrics="\n".join(lines))
+    return opening, _CLASSIFICATION.substitute(target=target, predictions=predictions, metrics="\n".join(lines))
 
 
 _SCRIPTS: dict[str, Callable[[Recipe], tuple[dict[str, str], str]]] = {"SFTTrainer": _sft, "Trainer": _trainer}
-
-
-def _columns(recipe: Recipe, *names: str) -> str:
-    return _literal({name: getattr(recipe.data, name) for name in names})
 
 
 def _literal(value: Any) -> str:
@@ -330,15 +280,6 @@ def _literal(value: Any) -> str:
 def in_docstring(text: str) -> str:
     """Return the source of a text of one line between triple double quotes: the text of a recipe may be anything."""
     return repr(text)[1:-1].replace('"', '\\"')
-
-
-def model_expression(model_id: str) -> str:
-    """Return the Python expression of a model's folder or hub id. Raises ModelError for a missing folder."""
-    from autopeft.evaluators.backbones import EMBEDDED, EMBEDDED_PACKAGE, resolve
-
-    if model_id == EMBEDDED:
-        return f'str(Path(find_spec("{EMBEDDED_PACKAGE}").origin).parent / "model")'
-    return repr(resolve(model_id))
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
@@ -356,18 +297,3 @@ def _training(recipe: Recipe) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
     }
-
-
-def _rows(recipe: Recipe, split: str) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset` for one split."""
-    from autopeft.evaluators.rows import EMBEDDED_IN
-
-    data = recipe.data
-    if data.source in EMBEDDED_IN:
-        folder = f'Path(find_spec("{EMBEDDED_IN[data.source]}").origin).parent'
-        return {"path": "json", "data_files": _Code(f'str({folder} / "{split}.jsonl")'), "split": "train"}
-    name = getattr(data, split)
-    if data.source == "files":
-        path = data.path(split)
-        return {"path": FILE_READERS[path.suffix.lower()], "data_files": str(path), "split": "train"}
-    return {"path": data.source, "revision": data.revision, "split": name or split}

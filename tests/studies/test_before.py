@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
 
+from autopeft.evaluators.backbones import load_backbone
+from autopeft.evaluators.data.splits import load_splits
 from autopeft.studies.cli import app as cli
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.engine.session import open_study
 from autopeft.studies.recipes.recipe import Recipe
 
 from ..support.tiny_study import save_data, save_model
@@ -57,6 +62,18 @@ def test_an_old_study_goes_on(study: Path, capsys: pytest.CaptureFixture[str]) -
     before = run(capsys, "status", study)["trials"]["complete"]
     run(capsys, "resume", study, "--set", "search.trials=6")
     assert run(capsys, "status", study, "--set", "search.trials=6")["trials"]["complete"] >= before + 2
+
+
+def test_an_old_study_trains_what_it_trained(study: Path) -> None:
+    """Then, a pooler that the checkpoint lacks was frozen; in new studies it is trained with the head."""
+    folder = study.parent / "model"
+    BertForMaskedLM(BertConfig.from_pretrained(folder)).save_pretrained(folder)
+    settings = load_study(study)
+    splits = load_splits(settings.data_settings(), settings.task)
+    with open_study(settings, splits, resume=True) as loop:
+        assert loop.evaluator.backbone.head_modules == ("classifier",)
+    new = load_backbone(str(folder), task=settings.task, labels=splits.labels).backbone
+    assert new.head_modules == ("bert.pooler.dense", "classifier")
 
 
 def test_an_old_recipe_loads(study: Path) -> None:

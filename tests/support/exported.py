@@ -91,12 +91,17 @@ Placement = Mapping[str, AdapterSpec | Sequence[AdapterSpec]]
 
 
 def make_recipe(
-    family: str, model: Path, placement: Placement, training: Mapping[str, Any] = {}, **changes: Any
+    family: str,
+    model: Path,
+    placement: Placement,
+    training: Mapping[str, Any] = {},
+    modules: Mapping[str, str] | None = None,
+    **changes: Any,
 ) -> Recipe:
-    """A recipe over a saved model. `placement`: adapters by the name of their site."""
+    """A recipe over a saved model. `placement`: adapters by the name of their site. `modules`: those named by hand."""
     task = "classification" if family in CLASSIFIERS else "causal-lm"
     labels = LABELS if family in CLASSIFIERS else None
-    loaded = load_backbone(str(model), task=task, labels=labels)
+    loaded = load_backbone(str(model), task=task, labels=labels, modules=modules)
     adapters = {name: [specs] if isinstance(specs, AdapterSpec) else list(specs) for name, specs in placement.items()}
     candidate = Candidate(
         architecture=Architecture.of(adapters), training={"learning_rate": 1e-5, "batch_size": 4, **training}
@@ -116,8 +121,12 @@ def make_recipe(
     return Recipe.of(backbone=loaded.backbone, candidate=candidate, head_sites=heads, **{**fields, **changes})
 
 
+def token_ids() -> Tensor:
+    return torch.randint(2, len(WORDS), (TEXTS, 6), generator=torch.Generator().manual_seed(1))
+
+
 def logits(model: nn.Module) -> Tensor:
-    ids = torch.randint(2, len(WORDS), (TEXTS, 6), generator=torch.Generator().manual_seed(1))
+    ids = token_ids()
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
@@ -127,7 +136,7 @@ def trained(recipe: Recipe, *, domain: int = 0, averaged: bool = False) -> tuple
     that domain, and with the experts of mixtures weighted alike if they are to be `averaged`.
     """
     origin = recipe.backbone
-    loaded = load_backbone(origin.id, task=recipe.task, labels=recipe.labels)
+    loaded = load_backbone(origin.id, task=recipe.task, labels=recipe.labels, backbone=recipe.host)
     with Attachment(loaded.model, recipe.host, [recipe.adapters], [recipe.seed]) as attachment:
         generator = torch.Generator().manual_seed(5)
         state = {

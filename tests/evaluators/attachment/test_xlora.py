@@ -36,8 +36,9 @@ from autopeft.testing.models import FAMILIES, tiny, tokens
 from ...search_space.adapters.test_given import given_study, lora_in, mixture_of, placed
 from ...studies.engine.test_study import run
 from ...support.conformance import descend
-from ...support.exported import CLASSIFIERS, make_recipe, save_model, trained
+from ...support.exported import CLASSIFIERS, make_recipe, save_model, token_ids, trained
 from ...support.exported import logits as logits_of
+from ...support.fresh import FreshProcess
 from ..training.test_packed import alone, compare, loaded, requests, together  # noqa: F401  (a fixture)
 
 torch.set_num_threads(1)
@@ -452,17 +453,15 @@ def from_peft(recipe: Recipe, folder: Path) -> Tensor:
     return logits_of(PeftModel.from_pretrained(model, str(folder), adapters=adapters).eval())
 
 
-def test_an_export_is_the_x_lora_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_is_the_x_lora_of_peft(tmp_path: Path, fresh: FreshProcess) -> None:
     recipe = given_recipe(tmp_path, "llama", ["q_proj", "o_proj", "down_proj"], ("mlp.down", "attn.o", "attn.q"))
     state, wanted = trained(recipe)
     assert EXPORTERS["peft"].export(recipe, state, tmp_path / "out") == Assessment("exact")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "XLORA"
     moved_to = (tmp_path / "out").rename(tmp_path / "elsewhere")
     torch.testing.assert_close(from_peft(recipe, moved_to), wanted, atol=1e-5, rtol=1e-5)
-    monkeypatch.chdir(moved_to)
-    names: dict[str, Any] = {}
-    exec((moved_to / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
-    torch.testing.assert_close(logits_of(names["model"]), wanted, atol=1e-5, rtol=1e-5)
+    found = torch.tensor(fresh.read("readme", folder=moved_to, ids=token_ids().tolist()))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert Recipe.load(moved_to / "recipe.yaml") == recipe
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.session import open_ledger, read_snapshot
 from autopeft.studies.recipes.recipe import Recipe
 
+from ...support.fresh import FreshProcess
 from ...support.tiny_study import save_study
 
 
@@ -37,7 +36,7 @@ def recommended(study: Path):
     return snapshot, next(row for row in snapshot.rows() if row.recommended)
 
 
-def test_peft_gives_the_scores_of_the_study(study: Path, tmp_path: Path) -> None:
+def test_peft_gives_the_scores_of_the_study(study: Path, tmp_path: Path, fresh: FreshProcess) -> None:
     """The exported adapter, loaded by peft alone, has the accuracy that the study measured for these weights."""
     snapshot, _ = recommended(study)
     # On this toy the head alone may be as good, and peft has no format for that.
@@ -45,13 +44,9 @@ def test_peft_gives_the_scores_of_the_study(study: Path, tmp_path: Path) -> None
     pick = f"trial:{entry.trial.number}"
     assert call("export", study, "--pick", pick, "--to", "peft", "--out", tmp_path / "peft") == 0
     run = entry.runs[0]
-    base = AutoModelForSequenceClassification.from_pretrained(study.parent / "model", num_labels=3)
-    model = PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval()
-    tokenizer = AutoTokenizer.from_pretrained(study.parent / "model")
     rows = [json.loads(line) for line in (study.parent / "test.jsonl").read_text().splitlines()]
     labels = sorted({r["label"] for r in rows})
-    with torch.inference_mode():
-        logits = torch.cat([model(**tokenizer(r["text"], return_tensors="pt")).logits for r in rows])
+    logits = torch.tensor(fresh.read("readme", folder=tmp_path / "peft", texts=[[r["text"]] for r in rows]))
     targets = torch.tensor([labels.index(r["label"]) for r in rows])
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     expected = torch.tensor(run.measurement.test_per_example["loss"])

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.tasks import TASKS, model_inputs
@@ -31,6 +28,7 @@ from autopeft.studies.engine.study_loop import weights_path
 from autopeft.studies.exporters import native
 from autopeft.studies.recipes.recipe import Recipe
 
+from ...support.fresh import FreshProcess
 from ...support.tiny_study import FORMS, LABELS, save_study, save_study_of
 from .test_metrics_study import cli, problems
 from .test_study import run
@@ -118,7 +116,9 @@ def test_the_recipe_trains_and_is_verified(
     assert list(json.loads(capsys.readouterr().out)["kept"]) == ["macro-f1"]
 
 
-def test_exports_have_the_same_logits(ended: tuple[str, StudyFile, Snapshot], exported: Path) -> None:
+def test_exports_have_the_same_logits(
+    ended: tuple[str, StudyFile, Snapshot], exported: Path, fresh: FreshProcess
+) -> None:
     form, settings, _ = ended
     recipe = Recipe.load(exported / "native" / "recipe.yaml")
     splits, _, _ = check(settings)
@@ -131,18 +131,18 @@ def test_exports_have_the_same_logits(ended: tuple[str, StudyFile, Snapshot], ex
         assert ("token_type_ids" in inputs) == (form == "pair")
         with torch.no_grad():
             expected = model(**inputs).logits
-    # Whoever loads peft's files takes the configuration of the model from beside them.
-    config = AutoConfig.from_pretrained(exported / "peft")
-    bare = AutoModelForSequenceClassification.from_pretrained(recipe.backbone.id, config=config)
-    merged = AutoModelForSequenceClassification.from_pretrained(exported / "merged")
-    for loaded in (PeftModel.from_pretrained(bare, exported / "peft").eval(), merged.eval()):
-        with torch.no_grad():
-            torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
-        assert tuple(loaded.config.id2label.values()) == recipe.labels
-        assert loaded.config.problem_type == settings.task_class.problem_type
+    rows = [[row["text"], *([row["text_pair"]] if form == "pair" else ())] for row in splits.test[:8]]
+    for target in ("peft", "merged"):
+        found = torch.tensor(fresh.read("readme", folder=exported / target, texts=rows))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        config = AutoConfig.from_pretrained(exported / target)
+        assert tuple(config.id2label.values()) == recipe.labels
+        assert config.problem_type == settings.task_class.problem_type
 
 
-def test_the_script_trains_the_same(ended: tuple[str, StudyFile, Snapshot], exported: Path, tmp_path: Path) -> None:
+def test_the_script_trains_the_same(
+    ended: tuple[str, StudyFile, Snapshot], exported: Path, tmp_path: Path, fresh: FreshProcess
+) -> None:
     _, settings, _ = ended
     splits, _, _ = check(settings)
     file = exported / "trl-script" / "train.py"
@@ -158,15 +158,9 @@ def test_the_script_trains_the_same(ended: tuple[str, StudyFile, Snapshot], expo
     assert [list(ids) for ids in rows["input_ids"]] == [example["input_ids"] for example in examples]
     assert [target for target in rows["labels"]] == task.targets(examples, 0).tolist()  # noqa: C416
     assert settings.task_class.problem_type == script.PROBLEM_TYPE
-    done = subprocess.run(
-        [sys.executable, str(file), "--max-steps", "2", "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "eval_accuracy" in done.stdout
-    assert "eval_macro-f1" in done.stdout
+    printed = fresh.read("script", folder=file.parent, output=tmp_path, steps=2)
+    assert "eval_accuracy" in printed
+    assert "eval_macro-f1" in printed
     assert "It does not compute the study's own agreement (mine:agreement)." in file.read_text()
 
 

@@ -1,26 +1,34 @@
-"""Exports are tested by rebuilding: the same modules, the same trainable count, the same logits."""
+"""Exports are tested by rebuilding in a fresh process: the same modules, the same trainable count, the same logits."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+)
 
 from autopeft.evaluators.backbones import load_backbone
+from autopeft.evaluators.data.splits import SPLITS, load_splits
+from autopeft.evaluators.tasks import TASKS
 from autopeft.search_space.adapters import (
     ADAPTERS,
     AdapterSpec,
@@ -44,21 +52,22 @@ from autopeft.studies.exporters import EXPORTERS, Assessment, ExportError, nativ
 from autopeft.studies.exporters import axolotl as axolotl_target
 from autopeft.studies.exporters.base import State
 from autopeft.studies.exporters.peft_config import plan
-from autopeft.studies.recipes.recipe import Averaged, Recipe
+from autopeft.studies.recipes.recipe import Averaged, Recipe, RecipeData
 from autopeft.testing import check_exporter
 
-from ...support.exported import CLASSIFIERS, MODELS, TEXTS, logits, make_recipe, save_model, trained
+from ...support.exported import CLASSIFIERS, MODELS, logits, make_recipe, save_model, token_ids, trained
+from ...support.fresh import FreshProcess
 
 EXACT, APPROXIMATE, UNSUPPORTED = "exact", "approximate", "unsupported"
 # Exporters that hold a type exactly over a causal language model with biases (GPT-2), beside `native`, which holds all
 # types, and `merged`, which holds those that can be merged. The README shows this table.
 EXACTLY: dict[str, tuple[str, ...]] = {
-    "lora": ("peft", "trl-script", "axolotl"),
-    "dora": ("peft", "trl-script", "axolotl"),
-    "vera": ("peft", "trl-script"),
+    "lora": ("peft", "peft-patterns", "trl-script", "axolotl"),
+    "dora": ("peft", "peft-patterns", "trl-script", "axolotl"),
+    "vera": ("peft", "peft-patterns", "trl-script"),
     "shira": (),  # GPT-2's weights are transposed; other families are in test_peft_rebuilds_the_network
-    "ia3": ("peft", "trl-script"),
-    "norm": ("peft", "trl-script"),
+    "ia3": ("peft", "peft-patterns", "trl-script"),
+    "norm": ("peft", "peft-patterns", "trl-script"),
 }
 
 
@@ -78,9 +87,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return Folders(tmp_path_factory.mktemp("models"))
 
 
-def plain_model(recipe: Recipe, folder: str | Path | None = None) -> nn.Module:
+def plain_model(recipe: Recipe) -> nn.Module:
     """A model as a user without autopeft loads it."""
-    folder = folder or recipe.backbone.id
+    folder = recipe.backbone.id
     if recipe.task == "causal-lm":
         return AutoModelForCausalLM.from_pretrained(folder).eval()
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(recipe.labels or ())).eval()
@@ -94,8 +103,16 @@ def trained_params(recipe: Recipe) -> int:
     return recipe.num_adapter_params + recipe.host.num_head_params
 
 
-def assert_close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+def assert_close(one: Tensor | list[Any], other: Tensor) -> None:
+    torch.testing.assert_close(torch.as_tensor(one), other, rtol=1e-5, atol=1e-5)
+
+
+def read(fresh: FreshProcess, reader: str, recipe: Recipe, folder: Path, **request: Any) -> Any:
+    """Read an export by a reader that knows the task, and the backbone unless the export is a model."""
+    if reader != "merged":
+        request["base"] = recipe.backbone.id
+    ids = token_ids().tolist()
+    return fresh.read(reader, folder=folder, task=recipe.task, labels=len(recipe.labels or ()), ids=ids, **request)
 
 
 # The registry
@@ -179,26 +196,118 @@ PEFT_CASES = {
 }
 
 
+SERVERS = ("sglang", "vllm", "llama.cpp")
+
+
 @pytest.mark.parametrize("case", PEFT_CASES.values(), ids=PEFT_CASES.keys())
-def test_peft_rebuilds_the_network(models: Folders, tmp_path: Path, case: Case) -> None:
+def test_peft_rebuilds_the_network(models: Folders, tmp_path: Path, fresh: FreshProcess, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     state, wanted = trained(recipe)
-    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
-    assert fit.level == (APPROXIMATE if case is PEFT_CASES["scale-rules-mixed"] else EXACT), fit
-
-    loaded = PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out", is_trainable=True).eval()
-    assert_close(logits(loaded), wanted)
-    assert trainable(loaded) == trained_params(recipe)
+    level = APPROXIMATE if case is PEFT_CASES["scale-rules-mixed"] else EXACT
+    for target in ("peft", "peft-patterns"):
+        fit = EXPORTERS[target].export(recipe, state, tmp_path / target, allow_lossy=True)
+        assert fit.level == level, fit
+        found = read(fresh, "peft", recipe, tmp_path / target)
+        assert_close(found["logits"], wanted)
+        assert {path.name for path in (tmp_path / target).iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "recipe.yaml",
+        }
+    assert found["trainable"] == trained_params(recipe), "of the form to train on"
     assert trainable(get_peft_model(plain_model(recipe), plan(recipe).build())) == trained_params(recipe)
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "recipe.yaml",
+    # SGLang is for language models here: it needs more modules, which the file of a classifier has not.
+    for rule in SERVERS[bool(recipe.head_modules) :] if recipe.adapters.kinds == ("lora",) else ():
+        assert_close(read(fresh, "server", recipe, tmp_path / "peft", rule=rule), wanted)
+
+
+# Servers
+
+MIXED = {
+    "layers.0.attn.q": Lora(rank=1, alpha=3.0),
+    "layers.1.attn.k": Lora(rank=5, alpha=3.0),
+    "layers.2.mlp.up": Lora(rank=9, alpha=3.0),
+    "layers.2.attn.o": Lora(rank=2, alpha=3.0),
+}
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return found
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def test_servers_get_one_rank_and_one_scale(models: Folders, tmp_path: Path) -> None:
+    recipe = make_recipe("llama", models["llama"], MIXED)
+    state, _ = trained(recipe)
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out")
+    config = adapter_config(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (16, 16, False)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    shapes = tensor_shapes(tmp_path / "out")
+    assert {min(shape) for shape in shapes.values()} <= {16, 8}, "widths of this model are 8 (k, v), 16 and 24"
+    assert all(16 in shape for shape in shapes.values())
+    stacked = [f"{layer}.self_attn.{name}_proj" for layer, name in ((0, "q"), (0, "v"), (1, "q"), (1, "k"), (1, "v"))]
+    own = ("2.self_attn.o_proj", "2.mlp.up_proj", "2.mlp.gate_proj")
+    assert set(shapes) == {
+        f"base_model.model.model.layers.{name}.lora_{factor}.weight" for name in (*stacked, *own) for factor in "AB"
     }
+    written = 4 * sum(prod(shape) for shape in shapes.values())
+    (size, rank) = fit.remarks
+    assert f" {written:,} bytes in the form for servers (rank 16 everywhere" in size
+    assert f" {recipe.adapters.stored_bytes(recipe.host):,} bytes in the form of the training" in size
+    assert "--max-lora-rank 16 or more" in rank
+    assert all(f"- {line}\n" in (tmp_path / "out" / "README.md").read_text() for line in fit.remarks)
+
+
+def test_the_patterned_form_is_wrong_in_servers(models: Folders, tmp_path: Path, fresh: FreshProcess) -> None:
+    recipe = make_recipe("llama", models["llama"], every_linear("llama", Lora))
+    state, wanted = trained(recipe)
+    assert EXPORTERS["peft-patterns"].export(recipe, state, tmp_path / "out").remarks == ()
+    assert adapter_config(tmp_path / "out")["rank_pattern"]
+    found = torch.tensor(read(fresh, "server", recipe, tmp_path / "out", rule="llama.cpp"))
+    assert not torch.allclose(found, wanted, atol=1e-3)
+    with pytest.raises(AssertionError, match="one rank"):
+        read(fresh, "server", recipe, tmp_path / "out", rule="vllm")
+
+
+@pytest.mark.parametrize(
+    ("lora", "written"),
+    [
+        (Lora(rank=3, alpha=6.0), (3, 6)),
+        (Lora(rank=3, alpha=6.0, scaling="rslora"), (8, 8)),
+        (Lora(rank=8, alpha=2.5), (8, 2.5)),
+    ],
+)
+def test_what_every_reader_computes_stays(
+    models: Folders, tmp_path: Path, fresh: FreshProcess, lora: Lora, written: tuple[int, float]
+) -> None:
+    recipe = make_recipe("llama", models["llama"], {"layers.1.attn.q": lora, "layers.1.attn.v": lora})
+    state, wanted = trained(recipe)
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out")
+    config = adapter_config(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"]) == written
+    assert not config["use_rslora"]
+    assert len(fit.remarks) == (1 if written[0] == lora.rank else 2), "the size if zeros were added"
+    for rule in SERVERS:
+        assert_close(read(fresh, "server", recipe, tmp_path / "out", rule=rule), wanted)
+
+
+def test_what_servers_refuse_is_said(models: Folders, tmp_path: Path) -> None:
+    dora = make_recipe("llama", models["llama"], {"layers.1.attn.q": Dora(), "layers.2.attn.q": Dora(rank=2)})
+    (line,) = EXPORTERS["peft"].export(dora, trained(dora)[0], tmp_path / "dora").remarks
+    assert line == "vLLM, SGLang and llama.cpp serve plain LoRAs, not dora: export `merged` for them"
+    assert adapter_config(tmp_path / "dora")["rank_pattern"], "peft's own form stays"
+    head = make_recipe("bert", models["bert"], {"layers.1.attn.q": Lora()})
+    (line,) = EXPORTERS["peft"].export(head, trained(head)[0], tmp_path / "head").remarks
+    assert "task head" in line
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_peft_rebuilds_rows_of_zeros(tmp_path: Path, family: str) -> None:
+def test_peft_rebuilds_rows_of_zeros(tmp_path: Path, fresh: FreshProcess, family: str) -> None:
     folder = save_model(family, tmp_path / "model")
     names = [f"layers.{layer}.{LINEARS[family]}" for layer in (1, 11)]
     placement = {name: Dora(rank=2) for name in names}
@@ -215,39 +324,44 @@ def test_peft_rebuilds_rows_of_zeros(tmp_path: Path, family: str) -> None:
     with attachment:
         wanted = logits(rebuilt)
     EXPORTERS["peft"].export(recipe, state, tmp_path / "out")
-    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), tmp_path / "out").eval()), wanted)
+    assert_close(read(fresh, "peft", recipe, tmp_path / "out")["logits"], wanted)
 
 
-def assert_reloads(recipe: Recipe, state: State, wanted: Tensor, folder: Path) -> None:
+def assert_reloads(
+    recipe: Recipe, state: State, wanted: Tensor, folder: Path, fresh: FreshProcess, fresh_own: FreshProcess
+) -> None:
     """peft's export in `folder`/out has the logits, and one of our own format has them to the bit."""
-    assert_close(logits(PeftModel.from_pretrained(plain_model(recipe), folder / "out").eval()), wanted)
+    assert_close(read(fresh, "peft", recipe, folder / "out")["logits"], wanted)
     EXPORTERS["native"].export(recipe, state, folder / "native")
-    model, attachment = native.load(folder / "native")
-    with attachment:
-        assert torch.equal(logits(model), wanted)
+    found = fresh_own.read("native", folder=folder / "native", ids=token_ids().tolist())
+    assert torch.equal(torch.tensor(found["logits"]), wanted)
 
 
-def test_peft_has_one_rank_of_vera_and_one_key(models: Folders, tmp_path: Path) -> None:
+def test_peft_has_one_rank_of_vera_and_one_key(
+    models: Folders, tmp_path: Path, fresh: FreshProcess, fresh_own: FreshProcess
+) -> None:
     ranks = {"layers.1.attn.q": Vera(rank=3), "layers.2.mlp.up": Vera(rank=2), "layers.3.mlp.down": Vera(rank=3)}
     recipe = make_recipe("bert", models["bert"], ranks)
     state, wanted = trained(recipe)
     assert not any(name.endswith(("/A", "/B")) for name in state), "they follow from the recipe"
     fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
     assert fit.lost == ("layers.2.mlp.up vera: rank 2 becomes 3, one for all sites (affects only training)",)
-    assert_reloads(recipe, state, wanted, tmp_path)
+    assert_reloads(recipe, state, wanted, tmp_path, fresh, fresh_own)
     keys = make_recipe("bert", models["bert"], {**ranks, "layers.4.attn.q": Vera(projection_key=1)})
     assert EXPORTERS["peft"].assess(keys).lost == (
         "layers.1.attn.q vera: peft supports one pair of projections per file, here there are 2",
     )
 
 
-def test_peft_has_one_rank_of_shira_and_no_scale(models: Folders, tmp_path: Path) -> None:
+def test_peft_has_one_rank_of_shira_and_no_scale(
+    models: Folders, tmp_path: Path, fresh: FreshProcess, fresh_own: FreshProcess
+) -> None:
     placement = {"layers.1.attn.q": Shira(rank=3, scale=0.5), "layers.3.mlp.down": Shira(rank=3)}
     recipe = make_recipe("bert", models["bert"], placement)
     state, wanted = trained(recipe)
     fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
     assert fit.lost == ("layers.1.attn.q shira: scale 0.5 becomes part of the values (affects only training)",)
-    assert_reloads(recipe, state, wanted, tmp_path)
+    assert_reloads(recipe, state, wanted, tmp_path, fresh, fresh_own)
     other = make_recipe("bert", models["bert"], {**placement, "layers.4.attn.q": Shira(rank=2)})
     assert EXPORTERS["peft"].assess(other).lost == (
         "layers.4.attn.q shira: rank 2, but peft supports one rank for all, here 3",
@@ -325,19 +439,20 @@ UNIFORM_CASES = {
 }
 
 
-def rebuilt(target: str, recipe: Recipe, folder: Path) -> Tensor:
-    if target == "peft":
-        return logits(PeftModel.from_pretrained(plain_model(recipe), folder).eval())
-    return logits(plain_model(recipe, folder))
+def rebuilt(fresh: FreshProcess, target: str, recipe: Recipe, folder: Path) -> Tensor:
+    found = read(fresh, target, recipe, folder)
+    return torch.tensor(found["logits"] if target == "peft" else found)
 
 
 @pytest.mark.parametrize("case", UNIFORM_CASES.values(), ids=UNIFORM_CASES.keys())
 @pytest.mark.parametrize("target", ["peft", "merged"])
-def test_experts_without_a_router_are_one_lora(models: Folders, tmp_path: Path, target: str, case: Case) -> None:
+def test_experts_without_a_router_are_one_lora(
+    models: Folders, tmp_path: Path, fresh: FreshProcess, target: str, case: Case
+) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     state, wanted = trained(recipe)
     assert EXPORTERS[target].export(recipe, state, tmp_path / "out") == Assessment("exact")
-    assert_close(rebuilt(target, recipe, tmp_path / "out"), wanted)
+    assert_close(rebuilt(fresh, target, recipe, tmp_path / "out"), wanted)
     assert Recipe.load(tmp_path / "out" / "recipe.yaml") == recipe, "how it is trained has not changed"
 
 
@@ -356,7 +471,7 @@ def routed(router: str, **fields: Any) -> dict[str, AdapterSpec]:
 @pytest.mark.parametrize("router", ROUTED)
 @pytest.mark.parametrize("target", ["peft", "merged"])
 def test_routed_experts_are_one_lora_without_the_routing(
-    models: Folders, tmp_path: Path, target: str, router: str
+    models: Folders, tmp_path: Path, fresh: FreshProcess, target: str, router: str
 ) -> None:
     price = {"accuracy": Averaged(value=0.51234, routed=0.53421, seeds=(1, 2))}
     recipe = make_recipe("bert", models["bert"], routed(router), averaged=price)
@@ -371,7 +486,7 @@ def test_routed_experts_are_one_lora_without_the_routing(
 
     fit = EXPORTERS[target].export(recipe, state, tmp_path / "out", allow_lossy=True)
     assert fit == Assessment("approximate", (line,))
-    found = rebuilt(target, recipe, tmp_path / "out")
+    found = rebuilt(fresh, target, recipe, tmp_path / "out")
     assert_close(found, trained(recipe, averaged=True)[1])
     assert not torch.allclose(found, as_routed, atol=1e-4)
 
@@ -420,7 +535,7 @@ def test_what_trains_has_no_mixtures(models: Folders, target: str) -> None:
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_native_rebuilds_mixtures(models: Folders, tmp_path: Path, family: str) -> None:
+def test_native_rebuilds_mixtures(models: Folders, tmp_path: Path, fresh_own: FreshProcess, family: str) -> None:
     placement = {
         **every_linear(family, Lora),
         "layers.1.mlp": Bottleneck(size=3),
@@ -432,25 +547,26 @@ def test_native_rebuilds_mixtures(models: Folders, tmp_path: Path, family: str) 
     recipe = make_recipe(family, models[family], placement)
     state, wanted = trained(recipe)
     assert EXPORTERS["native"].export(recipe, state, tmp_path / "out") == Assessment("exact")
-    model, attachment = native.load(tmp_path / "out")
-    assert_close(logits(model), wanted)
+    found = fresh_own.read("native", folder=tmp_path / "out", ids=token_ids().tolist())
+    assert_close(found["logits"], wanted)
+    assert found["names"] == sorted(state)
+    attachment = native.load(tmp_path / "out")[1]
     assert attachment.num_adapter_params() == recipe.num_adapter_params
-    assert set(attachment.state()) == set(state)
 
 
 @pytest.mark.parametrize("router", ROUTED)
-def test_native_rebuilds_routers(models: Folders, tmp_path: Path, router: str) -> None:
+def test_native_rebuilds_routers(models: Folders, tmp_path: Path, fresh_own: FreshProcess, router: str) -> None:
     recipe = make_recipe("bert", models["bert"], routed(router, shared_experts=int(router not in ("soft", "poly"))))
     found = {}
     for domain in (0, 3):
         state, wanted = trained(recipe, domain=domain)
         EXPORTERS["native"].export(recipe, state, tmp_path / "out", force=True)
-        model, attachment = native.load(tmp_path / "out")
+        request = {"folder": tmp_path / "out", "ids": token_ids().tolist()}
         if router in BY_TASK:
-            with pytest.raises(ValueError, match="domain"):
-                logits(model)
-            attachment.routers.tokens.domains = torch.full((TEXTS,), domain)
-        found[domain] = logits(model)
+            with pytest.raises(AssertionError, match=r"ValueError: .*domain"):
+                fresh_own.read("native", **request)
+            request["domain"] = domain
+        found[domain] = torch.tensor(fresh_own.read("native", **request)["logits"])
         assert_close(found[domain], wanted)
     assert torch.equal(found[0], found[3]) == (router not in BY_TASK)
 
@@ -487,11 +603,11 @@ MERGED_CASES = {
 
 
 @pytest.mark.parametrize("case", MERGED_CASES.values(), ids=MERGED_CASES.keys())
-def test_merged_is_a_plain_model(models: Folders, tmp_path: Path, case: Case) -> None:
+def test_merged_is_a_plain_model(models: Folders, tmp_path: Path, fresh: FreshProcess, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     state, wanted = trained(recipe)
     assert EXPORTERS["merged"].export(recipe, state, tmp_path / "out") == Assessment("exact")
-    assert_close(logits(plain_model(recipe, tmp_path / "out")), wanted)
+    assert_close(read(fresh, "merged", recipe, tmp_path / "out"), wanted)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"]) == 3
 
 
@@ -532,25 +648,115 @@ def test_script_declares_the_same_network(models: Folders, tmp_path: Path, case:
     assert script.TRAINING["learning_rate"] == recipe.training.learning_rate
 
 
-@pytest.mark.parametrize("family", ["roberta", "llama-score"])
-def test_classification_script_runs(models: Folders, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classification_script_runs(models: Folders, tmp_path: Path, fresh: FreshProcess, family: str) -> None:
     recipe = make_recipe(family, models[family], every_linear(family, Lora, dropout=0.1))
-    EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")
-    command = [sys.executable, "train.py", "--max-steps", "2", "--output", str(tmp_path / "trained")]
-    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "eval_accuracy" in done.stdout
-    loaded = PeftModel.from_pretrained(plain_model(recipe), tmp_path / "trained")
-    assert logits(loaded).isfinite().all()
+    fit = EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")
+    assert "whoever gets this folder gets these rows" in fit.remarks[0]
+    assert fit.remarks[0] in (tmp_path / "out" / "README.md").read_text()
+    printed = fresh.read("script", folder=tmp_path / "out", output=tmp_path / "trained", steps=2)
+    assert "eval_accuracy" in printed
+    found = read(fresh, "peft", recipe, tmp_path / "trained")
+    assert torch.tensor(found["logits"]).isfinite().all()
+    assert found["trainable"] == trained_params(recipe)
 
 
-def test_causal_script_prepares_rows_as_trl_names_them(models: Folders, tmp_path: Path) -> None:
-    recipe = make_recipe("llama", models["llama"], {"layers.1.attn.q": Lora()})
+LABEL_FILES = {
+    "floats": (".jsonl", [1.0, 0.0], ("0", "1")),
+    "whole numbers": (".jsonl", [10, 9], ("9", "10")),
+    "not available": (".csv", ["NA", "ok"], ("NA", "ok")),
+    "numbers in CSV": (".csv", ["01", "1.0"], ("01", "1.0")),
+    "dates": (".jsonl", ["2020-01-01", "2021-01-01"], ("2020-01-01", "2021-01-01")),
+    "an array": (".json", [True, False], ("False", "True")),
+}
+
+
+@pytest.mark.parametrize("case", LABEL_FILES)
+def test_the_script_reads_the_labels_of_the_study(
+    models: Folders, tmp_path: Path, fresh: FreshProcess, case: str
+) -> None:
+    suffix, values, labels = LABEL_FILES[case]
+    rows = [{"text": f"w{i} w3", "label": values[i % 2]} for i in range(6)]
+    for split in SPLITS:
+        path = tmp_path / f"{split}{suffix}"
+        if suffix == ".csv":
+            lines = ["text,label", *(f"{row['text']} {split},{row['label']}" for row in rows)]
+            path.write_text("".join(f"{line}\n" for line in lines))
+        elif suffix == ".json":
+            path.write_text(json.dumps(rows))
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: f"{split}{suffix}" for split in SPLITS}
+    data = RecipeData(source="files", folder=str(tmp_path), max_length=8, max_train_rows=4, **files)
+    bert = make_recipe("bert", models["bert"], {"layers.1.attn.q": Lora()})
+    recipe = make_recipe("bert", models["bert"], {"layers.1.attn.q": Lora()}, data=data, labels=labels)
+    assert bert.labels != labels
     EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")
-    script = imported(tmp_path / "out" / "train.py")
-    rows = script.prepare(script.load_rows("train"))
-    assert rows.column_names == ["prompt", "completion"]
-    assert rows[0] == {"prompt": "w0 train", "completion": "w1"}
+    splits = load_splits(data.for_loading(), "classification")
+    for split in ("train", "validation"):
+        written = [json.loads(line) for line in (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines()]
+        assert written == getattr(splits, split)
+        assert {row["label"] for row in written} == set(labels)
+    assert len(splits.train) == 4
+    assert "eval_accuracy" in fresh.read("script", folder=tmp_path / "out", output=tmp_path / "trained", steps=1)
+
+
+def test_rows_that_have_changed_are_refused(models: Folders, tmp_path: Path) -> None:
+    recipe = make_recipe("bert", models["bert"], {"layers.1.attn.q": Lora()})
+    other = recipe.model_copy(update={"labels": ("a", "b", "c")})
+    with pytest.raises(ExportError, match="the data has changed"):
+        EXPORTERS["trl-script"].export(other, None, tmp_path / "out")
+    gone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"folder": str(tmp_path / "gone")})})
+    with pytest.raises(ExportError, match="no such file"):
+        EXPORTERS["trl-script"].export(gone, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+LONG = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12"
+CAUSAL_ROWS = {
+    "prompts": [{"prompt": LONG, "completion": " w20"}, {"prompt": "w1", "completion": " w2 w3"}],
+    "texts": [{"text": LONG}, {"text": "w1 w2"}],
+    "chats": [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "w20 w21"}]}
+        for text in (LONG, "w1")
+    ],
+}
+CHAT = "{% for m in messages %}{{ m['content'] }} [EOS] {% endfor %}"
+
+
+@pytest.mark.parametrize("form", CAUSAL_ROWS)
+@pytest.mark.parametrize("target", ["trl-script", "axolotl"])
+def test_language_models_train_on_the_tokens_of_the_study(tmp_path: Path, form: str, target: str) -> None:
+    folder = save_model("llama", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    recipe = make_recipe("llama", folder, {"layers.1.attn.q": Lora()})
+    for split in SPLITS:
+        rows = [json.dumps(row) for row in CAUSAL_ROWS[form]]
+        (tmp_path / f"{split}.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    EXPORTERS[target].export(recipe, None, tmp_path / "out")
+    written = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    task = TASKS["causal-lm"](tokenizer, recipe.data.max_length, None)
+    examples = task.encode(load_splits(recipe.data.for_loading(), "causal-lm").train)
+    assert [row["labels"] for row in written] == [example["labels"] for example in examples]
+    assert len(written[0]["input_ids"]) == 8, "cut to max_length"
+    assert form == "texts" or written[0]["labels"][-2] == tokenizer("w20 w21")["input_ids"][form == "chats"]
+    batch = DataCollatorForSeq2Seq(tokenizer)(written)
+    ours = task.collate(examples)
+    assert torch.equal(batch["labels"], ours["targets"])
+    assert torch.equal(batch["input_ids"], ours["input_ids"])
+    assert torch.equal(batch["attention_mask"], ours["attention_mask"])
+
+
+@pytest.mark.parametrize("family", [family for family in MODELS if family not in CLASSIFIERS])
+def test_the_script_of_a_language_model_runs(models: Folders, tmp_path: Path, fresh: FreshProcess, family: str) -> None:
+    recipe = make_recipe(family, models[family], every_linear(family, Lora))
+    EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")
+    assert "eval_loss" in fresh.read("script", folder=tmp_path / "out", output=tmp_path / "trained", steps=1)
+    found = read(fresh, "peft", recipe, tmp_path / "trained")
+    assert torch.tensor(found["logits"]).isfinite().all()
+    assert found["trainable"] == trained_params(recipe)
 
 
 @pytest.mark.parametrize("source", ["embedded", "embedded-domains"])
@@ -560,6 +766,7 @@ def test_script_of_the_embedded_model_names_no_folder(models: Folders, tmp_path:
         update={
             "backbone": recipe.backbone.model_copy(update={"id": "embedded"}),
             "data": type(recipe.data)(source=source),
+            "labels": load_splits(RecipeData(source=source).for_loading(), "classification").labels,
         }
     )
     EXPORTERS["trl-script"].export(embedded, None, tmp_path / "out")
@@ -567,7 +774,6 @@ def test_script_of_the_embedded_model_names_no_folder(models: Folders, tmp_path:
     assert os.sep + "site-packages" not in text
     settings = runpy.run_path(str(tmp_path / "out" / "train.py"))
     assert (Path(settings["MODEL"]) / "config.json").is_file()
-    assert Path(settings["DATA"]["train"]["data_files"]).is_file()
 
 
 def test_script_says_which_vectors_are_decayed(models: Folders) -> None:
@@ -592,7 +798,8 @@ def test_axolotl_holds_the_same_configuration(models: Folders, tmp_path: Path) -
     assert found["lora_target_modules"] == peft["target_modules"]
     assert found["lora_dropout"] == 0.1
     assert (found["micro_batch_size"], found["num_epochs"]) == (4, 2.0)
-    assert found["datasets"][0]["type"]["field_output"] == "completion"
+    assert found["datasets"] == [{"path": "train.jsonl", "ds_type": "json", "split": "train", "type": None}]
+    assert found["test_datasets"][0]["path"] == "validation.jsonl"
     assert found["base_model"] == recipe.backbone.id
 
 
@@ -656,7 +863,8 @@ def test_a_folder_in_use_is_kept(simple: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--force"):
         exporter.export(simple, state, tmp_path / "out")
     EXPORTERS["trl-script"].export(simple, None, tmp_path / "out", force=True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.py", "recipe.yaml"}
+    files = {"README.md", "recipe.yaml", "train.jsonl", "train.py", "validation.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}
 
 
@@ -680,7 +888,7 @@ def test_weights_must_be_those_of_the_recipe(simple: Recipe, tmp_path: Path) -> 
         "train it first": None,
     }
     for message, tensors in wrong.items():
-        for target in ("native", "peft", "merged"):
+        for target in ("native", "peft", "peft-patterns", "merged"):
             with pytest.raises(ExportError, match=message):
                 EXPORTERS[target].export(simple, tensors, tmp_path / "out")
     assert not list(tmp_path.iterdir())

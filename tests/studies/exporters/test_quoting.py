@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import runpy
 import tokenize
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from autopeft.evaluators.data.splits import SPLITS
 from autopeft.search_space.adapters import Lora
 from autopeft.studies.exporters import EXPORTERS, trl_script
 from autopeft.studies.exporters.axolotl import CONFIG_FILE
@@ -29,6 +31,9 @@ def hostile_recipe(folder: Path, family: str) -> Recipe:
     changes = {"data": data, "metrics": {HOSTILE: OwnMetric(function="mine:score")}}
     if recipe.labels:
         changes["labels"] = (HOSTILE, *LABELS[1:])
+        for split in SPLITS:
+            rows = [{HOSTILE: f"w1 {split}", "label": label} for label in (HOSTILE, *LABELS[1:])]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return recipe.model_copy(update=changes)
 
 
@@ -49,8 +54,8 @@ def test_the_script_has_names_only_in_strings(tmp_path: Path, family: str) -> No
     script = runpy.run_path(str(tmp_path / "out" / trl_script.SCRIPT_FILE))  # SystemExit if the name is code
     assert script["MODEL"] == recipe.backbone.id == str(tmp_path / HOSTILE)
     assert f"lora on {recipe.backbone.id}." in script["__doc__"]
-    assert script["COLUMNS"]["text"] == HOSTILE
     if recipe.labels:
+        assert [row["label"] for row in script["load_rows"]("train")] == list(recipe.labels)
         assert script["LABELS"] == [HOSTILE, *LABELS[1:]]
         assert f"study's own {HOSTILE} (mine:score)." in script["__doc__"]
 

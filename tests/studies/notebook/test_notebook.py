@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from autopeft.studies.config.written import setting_of, space_section
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError, UserError
 from autopeft.studies.notebook import Result, Study
 
+from ...support.fresh import FreshProcess
 from ...support.tiny_study import save_data, save_model, save_study, settings
 from ..engine.test_study import Quiet, facts
 
@@ -230,12 +232,13 @@ def test_exports(finished: tuple[Study, Result], tmp_path: Path) -> None:
         member.export("pefd")
 
 
-def test_peft_loads_an_export(finished: tuple[Study, Result], tmp_path: Path) -> None:
+def test_peft_loads_an_export(finished: tuple[Study, Result], tmp_path: Path, fresh: FreshProcess) -> None:
     result = finished[1]
     weights = {int(path.stem.removeprefix("trial-")) for path in (finished[0].folder / "weights").iterdir()}
     member = next(m for m in result.candidates if m.trial in weights and m.architecture)
     member.export("peft", tmp_path / "peft", allow_lossy=True)
-    assert list((tmp_path / "peft").rglob("adapter_config.json"))
+    (logits,) = fresh.read("readme", folder=tmp_path / "peft", texts=[["w1 w2"]])
+    assert all(map(isfinite, logits))
 
 
 # Arguments
