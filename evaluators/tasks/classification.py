@@ -5,7 +5,7 @@ Notation: N examples, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+#: By the column of a first text, usual columns of the text that belongs to it.
+PARTNERS = {
+    "text": ("text_pair", "text2"),
+    "text1": ("text2",),
+    "text_a": ("text_b",),
+    "sentence1": ("sentence2",),
+    "question1": ("question2",),
+    "premise": ("hypothesis",),
+    "question": ("sentence", "passage", "context"),
+}
 #: More labels that are numbers with a fraction are a regression target, not classes.
 MOST_FRACTIONS = 20
 
@@ -52,6 +62,12 @@ class Classification(TextTask):
     @classmethod
     def row(cls, row: Row, data: DataConfig) -> Row:
         return {**_texts(row, data), "label": name_of(row, data.label, "label")}
+
+    @override
+    @classmethod
+    def unread(cls, row: Row, data: DataConfig) -> Mapping[str, str]:
+        partners = PARTNERS.get(data.text, ()) if data.text_pair is None else ()
+        return {name: f"set data.text_pair to {name!r} if the rows are pairs" for name in partners if row.get(name)}
 
     @override
     @classmethod
@@ -114,18 +130,11 @@ class Classification(TextTask):
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        # In a pair, the longer text is cut at its end, token by token (the tokenizer's "longest_first").
         pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
-        encoded = self.tokenizer([row["text"] for row in rows], pairs, truncation=True, max_length=self.max_length)
-        examples: list[dict[str, Any]] = [
-            {"input_ids": ids, **self._target(row), **self.domain(row)}
-            for ids, row in zip(encoded["input_ids"], rows, strict=True)
+        tokens = self.tokens([row["text"] for row in rows], pairs)
+        return [
+            {**example, **self._target(row), **self.domain(row)} for example, row in zip(tokens, rows, strict=True)
         ]
-        if pairs is not None:
-            for example, types in zip(examples, encoded.get("token_type_ids", ()), strict=False):
-                if any(types):  # models with token types use 0 by default
-                    example["token_type_ids"] = types
-        return list(examples)
 
     def _target(self, row: Row) -> dict[str, Any]:
         return {"label": self.labels.index(row["label"])}

@@ -454,7 +454,7 @@ def test_causal_rows(folder):
         {"prompt": "a", "completion": "b"},
         {"text": "c"},
         {"text": "d"},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+        {"messages": chat},
     ]
     frame = pandas.DataFrame({"messages": [splits.train[3]["messages"]]})
     frame.to_parquet(folder / "train.parquet")
