@@ -94,15 +94,15 @@ def names_of(row: Row, name: str, what: str) -> list[str]:
 
 
 def check_characters(row: Row) -> None:
-    """Raise ValueError for a text with half of a surrogate pair, which JSON can hold but neither tokenizers nor files."""
+    """Raise ValueError for half of a surrogate pair in a text, which JSON can hold but neither tokenizers nor files."""
     for text in _texts_in(row):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half, before = text[error.start], text[max(error.start - 10, 0) : error.start]
             raise ValueError(
-                f"has half of a character, {half!r} after {before!r}: a text was cut inside an emoji or the like; remove"
-                " the half or restore the character"
+                f"has half of a character, {half!r} after {before!r}: a text was cut inside an emoji or the like;"
+                " remove the half or restore the character"
             ) from None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from autopeft.evaluators.data.splits import MOST_PROBLEMS_PER_FILE, SPLITS, Splits, Unread
+from autopeft.evaluators.data.losses import Encoded, Truncation, Unread
+from autopeft.evaluators.data.splits import MOST_PROBLEMS_PER_FILE, SPLITS, Splits
 from autopeft.evaluators.errors import DataError
 from autopeft.evaluators.rows import Row
 from autopeft.evaluators.tasks import Cut, Example, Task
@@ -24,83 +24,6 @@ MOST_NAMED = 2
 
 #: Pairs of a row's position in its split and its problem.
 Problems = list[tuple[int, str]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Truncation:
-    """What `data.max_length` cuts off the rows; numbers of rows are by split.
-
-    `rows`: that lose tokens, `tokens`: how many in all. `prompts`: that lose the beginning of their prompt,
-    `no_prompt`: that lose all of it. `ends`: that lose the end of the text or completion, and with it the end-of-text
-    token. `enough`: the `data.max_length` that keeps 99 % of all rows whole, as far as the model takes it.
-    """
-
-    max_length: int
-    enough: int
-    tokens: int
-    rows: Counter[str]
-    prompts: Counter[str]
-    no_prompt: Counter[str]
-    ends: Counter[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoded:
-    """Examples by split, the task that encoded them, and what was lost."""
-
-    task: Task
-    examples: dict[str, list[Example]]
-    truncation: Truncation
-    unread: Mapping[str, Unread] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the losses as data: `truncation` and `unread_fields`."""
-        cut = self.truncation
-        return {
-            "truncation": {
-                "max_length": cut.max_length,
-                "max_length_for_99_percent": cut.enough,
-                "tokens": cut.tokens,
-                **{
-                    name: {split: getattr(cut, of)[split] for split in SPLITS}
-                    for name, of in (
-                        ("rows", "rows"),
-                        ("rows_with_cut_prompt", "prompts"),
-                        ("rows_without_prompt", "no_prompt"),
-                        ("rows_with_cut_end", "ends"),
-                    )
-                },
-            },
-            "unread_fields": {
-                name: {"rows": {split: lost.rows[split] for split in SPLITS}, "advice": lost.advice}
-                for name, lost in self.unread.items()
-            },
-        }
-
-    def warnings(self) -> Iterator[str]:
-        """Yield the losses as texts."""
-        cut = self.truncation
-        if cut.tokens:
-            details = [
-                f"{rows.total():,} lose {what}"
-                for rows, what in (
-                    (cut.prompts - cut.no_prompt, "the beginning of their prompt"),
-                    (cut.no_prompt, "their whole prompt"),
-                    (cut.ends, "their end"),
-                )
-                if rows
-            ]
-            enough = f"; {cut.enough} would keep 99 % of the rows whole" if cut.enough > cut.max_length else ""
-            yield (
-                f"data.max_length: {cut.max_length} cuts {self._shares(cut.rows)}, {cut.tokens:,} tokens in all:"
-                f" {', '.join(details)}{enough}"
-            )
-        for name, lost in self.unread.items():
-            yield f"{name} is not read, in {self._shares(lost.rows)}: {lost.advice}"
-
-    def _shares(self, rows: Counter[str]) -> str:
-        shares = [f"{rows[split]:,} of {len(self.examples[split]):,} {split}" for split in SPLITS if rows[split]]
-        return f"{' and '.join([', '.join(shares[:-1]), shares[-1]] if shares[1:] else shares)} rows"
 
 
 def encode_splits(
@@ -153,7 +76,7 @@ def _equal(one: Task, other: Task) -> bool:
         template = getattr(task.processor, "chat_template", None)
         return type(task), task.max_length, task.labels, task.domains, repr(task.processor), template
 
-    return settings(one) == settings(other)
+    return bool(settings(one) == settings(other))
 
 
 def _encode(task: Task, rows: Sequence[Row]) -> tuple[list[Example], Problems]:

@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Self
 
+from autopeft.evaluators.data.losses import Encoded, Unread
 from autopeft.evaluators.errors import DataError
 from autopeft.evaluators.rows import EMBEDDED_IN, FILES, DataConfig, Row, check_characters, name_of, named_classes
 from autopeft.evaluators.tasks import TASKS, Task
 
-if TYPE_CHECKING:
-    from autopeft.evaluators.data.encoding import Encoded
-
 SPLITS = ("train", "validation", "test")
 MOST_PROBLEMS_PER_FILE = 5
 NO_OBJECT = "not a JSON object"
-
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """A part of the rows that nothing reads: what to do about it, and the number of rows by split that have it."""
-
-    advice: str
-    rows: Counter[str] = field(default_factory=Counter)
-
-    @classmethod
-    def counted(cls, found: Mapping[str, Iterable[Mapping[str, str]]]) -> dict[str, Self]:
-        """Return these parts by name, from the parts and the advice of each row by split."""
-        counted: dict[str, Self] = {}
-        for split, rows in found.items():
-            for row in rows:
-                for name, advice in row.items():
-                    counted.setdefault(name, cls(advice)).rows[split] += 1
-        return counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +89,19 @@ def load_splits(data: DataConfig, task: str) -> Splits:
         raise DataError(problems)
     if data.max_train_rows is not None:
         drawn = _drawn(rows["train"], data.max_train_rows, kind.labels_of)
-        rows["train"], places["train"], left["train"] = (
-            [values[i] for i in drawn] for values in (rows["train"], places["train"], left["train"])
-        )
+        rows["train"] = [rows["train"][i] for i in drawn]
+        places["train"] = [places["train"][i] for i in drawn]
+        left["train"] = [left["train"][i] for i in drawn]
     warnings += _leaks(rows, kind)
     return Splits(
-        *(rows[split] for split in SPLITS), labels, tuple(warnings), domains, places=places, unread=Unread.counted(left)
+        rows["train"],
+        rows["validation"],
+        rows["test"],
+        labels,
+        tuple(warnings),
+        domains,
+        places=places,
+        unread=Unread.counted(left),
     )
 
 

@@ -118,9 +118,7 @@ class CausalLM(TextTask):
         others = iter(self._plain([row for row in rows if "messages" not in row]))
         return [self._example(row, *next(chats if "messages" in row else others)) for row in rows]
 
-    def _example(
-        self, row: Row, prompt: list[int], completion: list[int], unread: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def _example(self, row: Row, prompt: list[int], completion: list[int], unread: Mapping[str, str]) -> dict[str, Any]:
         if len(prompt[:1]) + len(completion) < 2 or not completion:  # no token precedes the first one
             raise DataError(["no token is left to predict: the row is too short"])
         # A long prompt is cut at its beginning, because the completion has the loss.
@@ -200,4 +198,3 @@ class CausalLM(TextTask):
         from autopeft.evaluators.tasks.output_layer import from_hidden_states
 
         return from_hidden_states(model, batch) or super().scores(model, batch)
-

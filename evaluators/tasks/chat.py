@@ -1,4 +1,4 @@
-"""Conversations: reading of `messages` and `tools`, and the tokenizer's chat template, which writes them as one text."""
+"""Conversations: reading of `messages` and `tools`, and the chat template, which writes them as one text."""
 
 from __future__ import annotations
 
@@ -134,7 +134,11 @@ def unread_parts(
     """
     words = _words(str(tokenizer.get_chat_template(tools=None if tools is None else list(tools))))
     names = {name for message in messages for name, value in message.items() if value} - {"role", "content"}
-    unread = {f"messages.{name}": _OF_MESSAGES for name in sorted(names) if not words & (_REASONING if name in _REASONING else {name})}
+    unread = {
+        f"messages.{name}": _OF_MESSAGES
+        for name in sorted(names)
+        if not words & (_REASONING if name in _REASONING else {name})
+    }
     if tools and "tools" not in words:
         unread["tools"] = _OF_MESSAGES
     content = messages[-1]["content"]
@@ -201,7 +205,7 @@ def _advice(
     for advice, repair in _REPAIRS.items():
         if takes(repair(messages)):
             return f": {advice}"
-    done = []
+    done: list[str] = []
     for advice, repair in _REPAIRS.items():
         repaired = repair(messages)
         if repaired != list(messages):

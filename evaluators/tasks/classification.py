@@ -132,9 +132,7 @@ class Classification(TextTask):
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
         tokens = self.tokens([row["text"] for row in rows], pairs)
-        return [
-            {**example, **self._target(row), **self.domain(row)} for example, row in zip(tokens, rows, strict=True)
-        ]
+        return [{**example, **self._target(row), **self.domain(row)} for example, row in zip(tokens, rows, strict=True)]
 
     def _target(self, row: Row) -> dict[str, Any]:
         return {"label": self.labels.index(row["label"])}

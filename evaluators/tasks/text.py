@@ -64,28 +64,21 @@ class TextTask(Task):
         num_types = (getattr(model.config, "type_vocab_size", None) or sys.maxsize) if takes else 1
         padding = self.tokenizer.pad_token_id or 0
         if padding >= num_embeddings:
-            yield None, (
-                f"the tokenizer does not fit: its padding token has the id {padding}, beyond the model's"
-                f" {num_embeddings} embeddings"
-            )
+            what = f"its padding token has the id {padding}, beyond the model's {num_embeddings} embeddings"
+            yield None, f"the tokenizer does not fit: {what}"
         for position, example in enumerate(examples):
-            ids = example["input_ids"]
+            ids, types = example["input_ids"], max(example.get("token_type_ids", (0,)))
             if not ids:
                 yield position, "has no tokens: its characters are not in the vocabulary of the model's tokenizer"
                 continue
             if len(ids) > limit:
                 yield position, f"has more tokens than the model takes: set data.max_length to at most {limit}"
             if max(ids) >= num_embeddings:
-                yield position, (
-                    f"has token ids beyond the model's {num_embeddings} embeddings: the tokenizer does not fit the"
-                    " model"
-                )
-            types = max(example.get("token_type_ids", (0,)))
+                what = f"has token ids beyond the model's {num_embeddings} embeddings"
+                yield position, f"{what}: the tokenizer does not fit the model"
             if types >= num_types:
-                yield position, (
-                    f"the tokenizer marks a second text by token_type_ids {types}, which the model does not support:"
-                    " set the tokenizer's model_input_names to input_ids and attention_mask"
-                )
+                what = f"the tokenizer marks a second text by token_type_ids {types}, which the model does not support"
+                yield position, f"{what}: set the tokenizer's model_input_names to input_ids and attention_mask"
 
     def tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Return the inputs of texts (or pairs) with special tokens, and `cut` and `unread` as `encode` has them.
@@ -112,12 +105,12 @@ class TextTask(Task):
                 example["unread"] = UNKNOWN
         return found
 
-    def _tokenised(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, **settings: Any
-    ) -> list[dict[str, Any]]:
+    def _tokenised(self, texts: Sequence[str], pairs: Sequence[str] | None, **settings: Any) -> list[dict[str, Any]]:
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), None if pairs is None else list(pairs), **settings)
+        encoded = self.tokenizer(
+            list(texts), None if pairs is None else list(pairs), return_attention_mask=False, **settings
+        )
         examples: list[dict[str, Any]] = [{"input_ids": ids} for ids in encoded["input_ids"]]
         if pairs is not None:
             for example, types in zip(examples, encoded.get("token_type_ids", ()), strict=False):

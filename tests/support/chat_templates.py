@@ -24,7 +24,9 @@ QWEN = """\
     {%- set thought = m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1].strip('\\n')
         if '</think>' in m.content or m.reasoning_content else '' %}
     {{- '<|assistant|>\\n' }}
-    {%- if loop.index0 > ns.last and (loop.last or thought) %}{{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}
+    {%- if loop.index0 > ns.last and (loop.last or thought) %}
+      {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
+    {%- endif %}
     {{- content + '</s>' }}
   {%- else %}{{- '<|' + m.role + '|>\\n' + m.content + '</s>' }}
   {%- endif %}
@@ -33,7 +35,9 @@ QWEN = """\
 
 _ALTERNATE = """\
 {%- for m in rest %}
-  {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('Conversation roles must alternate') }}{% endif %}
+  {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+    {{- raise_exception('Conversation roles must alternate') }}
+  {%- endif %}
 {%- endfor %}"""
 
 #: Refuses the role system, and neighbouring messages of one role (Gemma).

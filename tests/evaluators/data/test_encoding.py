@@ -91,7 +91,11 @@ def chats(*roles: str) -> dict[str, Any]:
 
 
 def test_every_row_that_a_template_refuses_has_its_line(tmp_path):
-    good, bad, other = chats("user", "assistant"), chats("system", "user", "assistant"), chats("user", "user", "assistant")
+    good, bad, other = (
+        chats("user", "assistant"),
+        chats("system", "user", "assistant"),
+        chats("user", "user", "assistant"),
+    )
     write(tmp_path, train=[good, bad, other, bad, bad, bad, other], validation=[good], test=[good, bad])
     found = problems(tmp_path, splits_of(tmp_path, "causal-lm"), "causal-lm", 64, template=GEMMA)
     refused = "the model's chat template refuses the messages: "
@@ -303,11 +307,11 @@ def test_fields_that_a_template_leaves_out_are_counted(tmp_path):
     weighted = {"messages": [chat[0], {**chat[1], "weight": 1}], "tools": [{"type": "function"}], "system": "be short"}
     write(tmp_path, train=[{"messages": chat}, weighted, weighted], test=[{"messages": chat}])
     encoded = encode(tmp_path, splits_of(tmp_path, "causal-lm"), "causal-lm", 100, template=GEMMA)
-    left_out = "the model's chat template does not write it"
+    left_out, shares = "the model's chat template does not write it", "2 of 3 train and 2 of 3 validation rows"
     assert list(encoded.warnings()) == [
-        "system is not read, in 2 of 3 train and 2 of 3 validation rows: make it the first message, with the role 'system'",
-        f"messages.weight is not read, in 2 of 3 train and 2 of 3 validation rows: {left_out}",
-        f"tools is not read, in 2 of 3 train and 2 of 3 validation rows: {left_out}",
+        f"system is not read, in {shares}: make it the first message, with the role 'system'",
+        f"messages.weight is not read, in {shares}: {left_out}",
+        f"tools is not read, in {shares}: {left_out}",
     ]
     assert encoded.to_dict()["unread_fields"]["tools"] == {
         "rows": {"train": 2, "validation": 2, "test": 0}, "advice": left_out,
@@ -320,8 +324,8 @@ def test_texts_in_a_language_that_the_tokenizer_does_not_know(tmp_path):
     write(tmp_path, train=texts("w1 uno dos", "w2 w3 tres"), validation=texts("w4"), test=texts("uno w5 w6 dos"))
     encoded = encode(tmp_path, splits_of(tmp_path, "classification"), "classification")
     assert list(encoded.warnings()) == [
-        "most of a text is not read, in 1 of 2 train rows: the model's tokenizer does not know its words: use a model of"
-        " its language"
+        "most of a text is not read, in 1 of 2 train rows: the model's tokenizer does not know its words: use a model"
+        " of its language"
     ]
 
 

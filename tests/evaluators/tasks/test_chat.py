@@ -59,7 +59,8 @@ THOUGHT = turns("q1", "<think>\nt1\n</think>\n\na1", "q2", "<think>\nt2\n</think
          "a2</s>"),
         (LLAMA, [*turns("q1", "a1"), *turns("q2"), *turns("q3", " a3 ")],
          "<s><|user|>q1</s><|assistant|>a1</s><|user|>q2</s><|user|>q3</s><|assistant|>", "a3</s>"),
-        (QWEN, [SYSTEM, *TWO], "<|system|>\nbe short</s><|user|>\nq1</s><|assistant|>\na1</s><|user|>\nq2</s><|assistant|>\n",
+        (QWEN, [SYSTEM, *TWO],
+         "<|system|>\nbe short</s><|user|>\nq1</s><|assistant|>\na1</s><|user|>\nq2</s><|assistant|>\n",
          "<think>\n\n</think>\n\na2</s>"),
         (QWEN, THOUGHT, "<|user|>\nq1</s><|assistant|>\na1</s><|user|>\nq2</s><|assistant|>\n",
          "<think>\nt2\n</think>\n\na2</s>"),
@@ -73,30 +74,34 @@ def test_the_answer_alone_is_learnt(template, messages, prompt, answer):
     assert "unread" not in encoded(template, messages)
 
 
+REFUSES = "the model's chat template refuses the messages: "
+NO_SYSTEM = "System role not supported: write the text of the role 'system' into the first message of the role 'user'"
+ALTERNATE = "Conversation roles must alternate: "
+JOIN = "join neighbouring messages of one role"
+CHANGES = "the model's chat template changes the text before the last message when it follows: "
+CALLED = [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "found"},
+          *turns("", "a")[1:]]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "problem"),
     [
         (None, TWO, "rows with 'messages' need a chat template, but the model's tokenizer has none: use the model's"),
-        (GEMMA, [SYSTEM, *TWO], "the model's chat template refuses the messages: System role not supported: write the"
-         " text of the role 'system' into the first message of the role 'user'"),
-        (GEMMA, [*turns("q1"), *turns("q2", "a2")], "the model's chat template refuses the messages: Conversation roles"
-         " must alternate: join neighbouring messages of one role"),
-        (MISTRAL, [SYSTEM, *turns("q1"), *TWO], "the model's chat template refuses the messages: Conversation roles must"
-         " alternate: join neighbouring messages of one role"),
-        (GEMMA, [SYSTEM, *turns("q1"), *TWO], "the model's chat template refuses the messages: System role not supported:"
-         " write the text of the role 'system' into the first message of the role 'user', and join neighbouring"),
-        (MISTRAL, [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                   {"role": "tool", "content": "found"}, *turns("", "a")[1:]],
-         "the model's chat template refuses the messages: Conversation roles must alternate: leave out messages of the"
-         " role 'tool', and join neighbouring messages of one role"),
-        ("{{ messages[0].content + 1 }}", TWO, "the model's chat template refuses the messages: can only concatenate str"),
-        (EARLY_MISTRAL, [SYSTEM, *TWO], "the model's chat template changes the text before the last message when it"
-         " follows: 'be short q2[/INST]' is no longer there, so the answer cannot be cut off: use rows with a prompt"),
-        (R1, THOUGHT, "the model's chat template changes the text before the last message when it follows: '<think>\\n'"),
-        (QWEN, [*TWO, *turns("", "a3")[1:]], "the model's chat template changes the text before the last message when it"
-         " follows: '<think>\\n\\n</think>\\n\\na' is no longer there"),
+        (GEMMA, [SYSTEM, *TWO], f"{REFUSES}{NO_SYSTEM}"),
+        (GEMMA, [*turns("q1"), *turns("q2", "a2")], f"{REFUSES}{ALTERNATE}{JOIN}"),
+        (MISTRAL, [SYSTEM, *turns("q1"), *TWO], f"{REFUSES}{ALTERNATE}{JOIN}"),
+        (GEMMA, [SYSTEM, *turns("q1"), *TWO], f"{REFUSES}{NO_SYSTEM}, and {JOIN}"),
+        (MISTRAL, CALLED, f"{REFUSES}{ALTERNATE}leave out messages of the role 'tool', and {JOIN}"),
+        ("{{ messages[0].content + 1 }}", TWO, f"{REFUSES}can only concatenate str"),
+        (
+            EARLY_MISTRAL,
+            [SYSTEM, *TWO],
+            f"{CHANGES}'be short q2[/INST]' is no longer there, so the answer cannot be cut",
+        ),
+        (R1, THOUGHT, f"{CHANGES}'<think>\\n' is no longer there"),
+        (QWEN, [*TWO, *turns("", "a3")[1:]], f"{CHANGES}'<think>\\n\\n</think>\\n\\na' is no longer there"),
     ],
-)  # fmt: skip
+)
 def test_templates_that_cannot_be_used(template, messages, problem):
     with pytest.raises(DataError) as error:
         encoded(template, messages)
@@ -110,13 +115,11 @@ def test_templates_that_cannot_be_used(template, messages, problem):
 def test_calls_of_tools_are_learnt():
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     prompt, answer = texts(LLAMA, [*turns("q"), call], tools=[TOOL])
-    assert prompt == (
-        '<s><|system|>[{"type": "function", "function": {"name": "look", "parameters": {}}}]</s><|user|>q</s><|assistant|>'
-    )
+    written = '[{"type": "function", "function": {"name": "look", "parameters": {}}}]'
+    assert prompt == f"<s><|system|>{written}</s><|user|>q</s><|assistant|>"
     assert answer == '{"name": "look", "arguments": {"at": "x"}}</s>'
-    told = [*turns("q"), call, {"role": "tool", "content": "found"}, *turns("", "a")[1:]]
-    assert texts(LLAMA, told)[0].endswith('"x"}}</s><|ipython|>found</s><|assistant|>')
-    assert "unread" not in encoded(LLAMA, told, tools=[TOOL])
+    assert texts(LLAMA, CALLED)[0].endswith('"x"}}</s><|ipython|>found</s><|assistant|>')
+    assert "unread" not in encoded(LLAMA, CALLED, tools=[TOOL])
 
 
 def test_what_a_template_leaves_out_is_named():
@@ -134,9 +137,8 @@ def test_what_a_template_leaves_out_is_named():
 def test_reasoning_that_a_template_leaves_out_of_the_answer():
     without_prompt = R1.replace("<think>\\n' }}", "' }}")
     example = encoded(without_prompt, THOUGHT)
-    assert example["unread"] == {
-        "the answer in 'messages'": "the model's chat template leaves out or changes a part of it, such as a <think> block"
-    }
+    (advice,) = example["unread"].values()
+    assert advice == "the model's chat template leaves out or changes a part of it, such as a <think> block"
     assert "unread" not in encoded(without_prompt, TWO)
 
 
@@ -164,7 +166,10 @@ def test_contents_of_several_parts():
 
 def test_fields_of_parquet_and_of_openai():
     """Parquet gives every message all fields; OpenAI's calls of tools have no content."""
-    told = [{"role": "user", "content": "q", "tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    told = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    ]
     assert read(messages=told, tools='[{"type": "function"}]') == {
         "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
         "tools": [{"type": "function"}],
@@ -176,7 +181,7 @@ def test_fields_of_parquet_and_of_openai():
     [
         ({"messages": turns("q", " ")}, "the last message, the answer to learn, is empty"),
         ({"messages": [*turns("q"), {"role": "assistant", "content": "", "tool_calls": []}]}, "the last message, the"),
-        ({"messages": [*turns("q"), {"role": "assistant", "tool_calls": "x"}]}, "message 1: 'tool_calls' must be a list"),
+        ({"messages": [*turns("q"), {"role": "assistant", "tool_calls": "x"}]}, "1: 'tool_calls' must be a list"),
         ({"messages": TWO, "tools": "look"}, "'tools' is not valid JSON: Expecting value"),
         ({"messages": TWO, "tools": ["look"]}, "'tools' must be a list of JSON schemas, one object per tool"),
     ],

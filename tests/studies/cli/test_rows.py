@@ -17,7 +17,11 @@ from ...support.chat_templates import GEMMA, LLAMA, R1
 from ...support.tiny_models import byte_tokenizer, save, seeded
 from ...support.tiny_study import save_study, settings, write_rows
 
-SHORT = {"baselines": {"names": []}, "finalists": {"seeds": 1, "most": 1}, "search": {"searcher": "random", "trials": 1}}
+SHORT = {
+    "baselines": {"names": []},
+    "finalists": {"seeds": 1, "most": 1},
+    "search": {"searcher": "random", "trials": 1},
+}
 
 
 @pytest.fixture
@@ -114,8 +118,8 @@ def test_cut_rows_are_shown_by_every_command_that_comes_before_training(cli, tmp
     rows = [json.loads(line) for file in tmp_path.glob("*.jsonl") for line in file.read_text().splitlines()]
     tokens = sum(len(row["text"].split()) + 2 - 5 for row in rows)
     line = (
-        f"warning: data.max_length: 5 cuts 48 of 48 train, 30 of 30 validation and 30 of 30 test rows, {tokens} tokens in all:"
-        " 108 lose their end; 11 would keep 99 % of the rows whole\n"
+        "warning: data.max_length: 5 cuts 48 of 48 train, 30 of 30 validation and 30 of 30 test rows,"
+        f" {tokens} tokens in all: 108 lose their end; 11 would keep 99 % of the rows whole\n"
     )
     found = {command: cli(command, path) for command in ("validate", "plan", "run")}
     assert [code for code, _, _ in found.values()] == [0, 0, 0]
@@ -169,27 +173,27 @@ def test_columns_of_other_formats(cli, tmp_path: Path) -> None:
     rows = [{"instruction": f"question {i}", "input": "x" * (i % 2), "output": "answer"} for i in range(4)]
     code, _, err = cli("validate", causal_study(tmp_path / "unset", rows))
     assert code == 2
-    assert "train.jsonl:1: a row needs the fields 'prompt' and 'completion', or 'messages', or 'text'; this row has" in err
+    assert (
+        "train.jsonl:1: a row needs the fields 'prompt' and 'completion', or 'messages', or 'text'; this row has" in err
+    )
     assert "'instruction', 'output': set data.prompt: instruction and data.completion: output\n" in err
     path = causal_study(tmp_path / "set", rows, prompt="instruction", completion="output")
     code, _, err = cli("validate", path)
     assert code == 0
     shares = "2 of 4 train, 2 of 4 validation and 2 of 4 test rows"
-    assert err == (
-        f"warning: input is not read, in {shares}: write it into 'instruction', as the model will see it\n"
-    )
+    assert err == (f"warning: input is not read, in {shares}: write it into 'instruction', as the model will see it\n")
     turns = [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]
     code, _, err = cli("validate", causal_study(tmp_path / "sharegpt", [{"conversations": turns}]))
     assert code == 2
-    assert "this row has 'conversations': rename 'conversations' to 'messages', their 'from' to 'role' (human: user" in err
+    assert (
+        "this row has 'conversations': rename 'conversations' to 'messages', their 'from' to 'role' (human: user" in err
+    )
 
 
 def test_the_second_text_of_a_pair(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, data=settings()["data"] | {"text": "premise"}, **SHORT)
     for split in ("train", "validation", "test"):
-        rows = [
-            {"premise": f"w{i} {split}", "hypothesis": f"w{i}", "label": ("cold", "hot")[i % 2]} for i in range(6)
-        ]
+        rows = [{"premise": f"w{i} {split}", "hypothesis": f"w{i}", "label": ("cold", "hot")[i % 2]} for i in range(6)]
         write_rows(tmp_path / f"{split}.jsonl", rows)
     code, _, err = cli("validate", path)
     assert code == 0
