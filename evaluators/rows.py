@@ -54,15 +54,23 @@ class DataConfig:
         return self.domain or ("domain" if self.source == EMBEDDED_DOMAINS else None)
 
 
+class MissingFieldError(ValueError):
+    """A row lacks a field, or the field is empty: rows reach a task without their empty fields."""
+
+    def __init__(self, name: str, row: Row) -> None:
+        self.name = name
+        super().__init__(f"field {name!r} is missing; this row has {field_names(row)}")
+
+
 def field_names(row: Row) -> str:
     """Return the names of a row's fields as a text for messages."""
     return ", ".join(map(repr, row)) or "none"
 
 
 def value_of(row: Row, name: str) -> Any:
-    """Return the value of a field. Raises ValueError if the row lacks the field."""
+    """Return the value of a field. Raises MissingFieldError, a ValueError."""
     if name not in row:
-        raise ValueError(f"field {name!r} is missing or empty; this row has {field_names(row)}")
+        raise MissingFieldError(name, row)
     return row[name]
 
 

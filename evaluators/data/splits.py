@@ -13,7 +13,16 @@ from random import Random
 
 from autopeft.evaluators.data.losses import Encoded, Unread
 from autopeft.evaluators.errors import DataError
-from autopeft.evaluators.rows import EMBEDDED_IN, FILES, DataConfig, Row, check_characters, name_of, named_classes
+from autopeft.evaluators.rows import (
+    EMBEDDED_IN,
+    FILES,
+    DataConfig,
+    MissingFieldError,
+    Row,
+    check_characters,
+    name_of,
+    named_classes,
+)
 from autopeft.evaluators.tasks import TASKS, Task
 
 SPLITS = ("train", "validation", "test")
@@ -301,11 +310,11 @@ def _canonical(
 ) -> tuple[list[Row], list[str], list[Mapping[str, str]], list[tuple[str, str]]]:
     """Return rows with canonical field names, their places, their columns that `task` leaves unread, and problems."""
     rows, places, unread, wrong = [], [], [], []
-    for place, row in found:
+    for place, whole in found:
         try:
-            if isinstance(row, str):
-                raise ValueError(row)
-            row = {name: value for name, value in row.items() if value not in (None, "")}
+            if isinstance(whole, str):
+                raise ValueError(whole)
+            row = {name: value for name, value in whole.items() if value not in (None, "")}
             canonical = task.row(row, data)
             if data.domain_field is not None:
                 canonical["domain"] = name_of(row, data.domain_field, "domain")
@@ -313,6 +322,8 @@ def _canonical(
             rows.append(canonical)
             places.append(place)
             unread.append(task.unread(row, data))
+        except MissingFieldError as error:
+            wrong.append((place, f"field {error.name!r} is empty" if error.name in whole else str(error)))
         except ValueError as error:
             wrong.append((place, str(error)))
     return rows, places, unread, wrong

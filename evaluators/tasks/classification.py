@@ -32,8 +32,9 @@ PARTNERS = {
     "premise": ("hypothesis",),
     "question": ("sentence", "passage", "context"),
 }
-#: More labels that are numbers with a fraction are a regression target, not classes.
-MOST_FRACTIONS = 20
+#: More labels that are numbers with a fraction are a regression target, not classes; so are more that have at least
+#: three decimals, which ratings do not have.
+MOST_FRACTIONS, MOST_LONG_FRACTIONS = 20, 2
 
 
 class Classification(TextTask):
@@ -85,7 +86,8 @@ class Classification(TextTask):
         if len(labels) < 2:
             return f"all rows have the label {labels[0]!r}: classification needs at least two labels"
         fractions = [label for label in labels if _is_fraction(label)]
-        if len(fractions) > MOST_FRACTIONS:
+        long = [label for label in fractions if len(label.partition(".")[2]) > 2]
+        if len(fractions) > MOST_FRACTIONS or len(long) > MOST_LONG_FRACTIONS:
             return (
                 f"the labels have {len(fractions)} distinct numbers with a fraction, such as {fractions[0]!r}, which"
                 " looks like a regression target: group the numbers into a few classes, or add a letter to each label"
