@@ -102,6 +102,22 @@ def _config(model_id: str, revision: str | None) -> Any:
     return config
 
 
+def _auto_class(model_id: str, kind: type[Task], config: Any) -> Any:
+    """Return the auto class of transformers that loads the model for a task. Raises ModelError if it has none."""
+
+    def takes(task: type[Task]) -> bool:
+        return type(config) in getattr(getattr(transformers, task.auto_class), "_model_mapping", (type(config),))
+
+    if not takes(kind):
+        others = [name for name, other in TASKS.items() if takes(other)]
+        advice = f"set task: {' or '.join(others)}" if others else "docs/tasks.md shows how to add a task that does"
+        raise ModelError(
+            f"{model_id}: the task {kind.name} takes no models of the type {config.model_type!r}, because transformers"
+            f" has no {kind.auto_class} of that type: {advice}"
+        )
+    return getattr(transformers, kind.auto_class)
+
+
 def load_processor(model_id: str, task: str, revision: str | None = None) -> Any:
     """Return the processor of the model's inputs for a task (a tokenizer for texts). Raises ModelError."""
     kind = _task(task)
@@ -125,10 +141,11 @@ def load_backbone(
     Raises ModelError, and UnknownBackboneError for a model whose sites are not recognised.
     """
     kind, config = _task(task), _config(model_id, revision)
+    auto_class = _auto_class(model_id, kind, config)
     same_outputs = kind.same_outputs(config, labels)
     with _quiet(), _errors(model_id, "the model"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a head that the checkpoint lacks is the same in every process
-        model, info = getattr(transformers, kind.auto_class).from_pretrained(
+        model, info = auto_class.from_pretrained(
             resolve(model_id),
             revision=revision,
             dtype=getattr(torch, dtype),
@@ -171,10 +188,11 @@ def skeleton(
 ) -> nn.Module:
     """Build the model from its configuration without weights, on torch's meta device. Raises ModelError."""
     kind, config = _task(task), _config(model_id, revision)
+    auto_class = _auto_class(model_id, kind, config)
     for name, value in kind.model_settings(labels).items():
         setattr(config, name, value)
     with _quiet(), _errors(model_id, "the model"), torch.device("meta"):
-        model: nn.Module = getattr(transformers, kind.auto_class).from_config(config)
+        model: nn.Module = auto_class.from_config(config)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,23 @@ class DataConfig:
         return self.domain or ("domain" if self.source == EMBEDDED_DOMAINS else None)
 
 
+class MissingFieldError(ValueError):
+    """A row lacks a field, or the field is empty: rows reach a task without their empty fields."""
+
+    def __init__(self, name: str, row: Row) -> None:
+        self.name = name
+        super().__init__(f"field {name!r} is missing; this row has {field_names(row)}")
+
+
 def field_names(row: Row) -> str:
     """Return the names of a row's fields as a text for messages."""
     return ", ".join(map(repr, row)) or "none"
 
 
 def value_of(row: Row, name: str) -> Any:
-    """Return the value of a field. Raises ValueError if the row lacks the field."""
+    """Return the value of a field. Raises MissingFieldError, a ValueError."""
     if name not in row:
-        raise ValueError(f"field {name!r} is missing or empty; this row has {field_names(row)}")
+        raise MissingFieldError(name, row)
     return row[name]
 
 
@@ -90,6 +99,27 @@ def names_of(row: Row, name: str, what: str) -> list[str]:
     if None in found:
         raise ValueError(f"field {name!r} must be a list of {what}s (texts or whole numbers), got {values!r:.40}")
     return [each for each in found if each is not None]
+
+
+def check_characters(row: Row) -> None:
+    """Raise ValueError for half of a surrogate pair in a text, which JSON can hold but neither tokenizers nor files."""
+    for text in _texts_in(row):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half, before = text[error.start], text[max(error.start - 10, 0) : error.start]
+            raise ValueError(
+                f"has half of a character, {half!r} after {before!r}: a text was cut inside an emoji or the like;"
+                " remove the half or restore the character"
+            ) from None
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(entry)
 
 
 def named_classes(feature: Any, value: Any) -> Any:

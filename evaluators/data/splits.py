@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
 
+from autopeft.evaluators.data.losses import Encoded, Unread
 from autopeft.evaluators.errors import DataError
-from autopeft.evaluators.rows import EMBEDDED_IN, FILES, DataConfig, Row, name_of, named_classes
+from autopeft.evaluators.rows import (
+    EMBEDDED_IN,
+    FILES,
+    DataConfig,
+    MissingFieldError,
+    Row,
+    check_characters,
+    name_of,
+    named_classes,
+)
 from autopeft.evaluators.tasks import TASKS, Task
 
 SPLITS = ("train", "validation", "test")
@@ -25,7 +35,9 @@ class Splits:
     """Rows with the canonical fields of their task.
 
     `labels` (for classification) and `domains` (if the rows have them) are sorted, numbers by value. `warnings`: texts
-    about permitted but questionable rows, such as inputs in two splits.
+    about permitted but questionable rows, such as inputs in two splits. `places`: by split, the file and line of each
+    row, for messages. `unread`: by column that no task reads and that has a part of what a row says, what to do with
+    it and the number of its rows by split. `encoded`: the rows as `encode_splits` returned them, if it did.
     """
 
     train: list[Row]
@@ -34,19 +46,27 @@ class Splits:
     labels: tuple[str, ...] | None
     warnings: tuple[str, ...] = ()
     domains: tuple[str, ...] | None = None
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False, repr=False)
+    unread: Mapping[str, Unread] = field(default_factory=dict)
+    encoded: Encoded | None = field(default=None, compare=False, repr=False)
+
+    def place(self, split: str, position: int) -> str:
+        """Return the file and line of a row, for messages."""
+        return self.places[split][position] if self.places else f"{split} row {position + 1}"
 
 
 def load_splits(data: DataConfig, task: str) -> Splits:
-    """Load and check all three splits. Raises DataError with every problem."""
+    """Load and check all three splits, before any tokenizer reads them. Raises DataError with every problem."""
     kind = TASKS[task].for_data(data)
     problems: list[str] = []
     warnings: list[str] = []
     rows: dict[str, list[Row]] = {}
     places: dict[str, list[str]] = {}
+    left: dict[str, list[Mapping[str, str]]] = {}
     for split in SPLITS:
         name = getattr(data, split)
         try:
-            found, where, wrong = _canonical(_read(data, name, split), data, kind)
+            found, where, left[split], wrong = _canonical(_read(data, name, split), data, kind)
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
             continue
@@ -77,9 +97,21 @@ def load_splits(data: DataConfig, task: str) -> Splits:
     if problems:
         raise DataError(problems)
     if data.max_train_rows is not None:
-        rows["train"] = _drawn(rows["train"], data.max_train_rows, kind.labels_of)
+        drawn = _drawn(rows["train"], data.max_train_rows, kind.labels_of)
+        rows["train"] = [rows["train"][i] for i in drawn]
+        places["train"] = [places["train"][i] for i in drawn]
+        left["train"] = [left["train"][i] for i in drawn]
     warnings += _leaks(rows, kind)
-    return Splits(rows["train"], rows["validation"], rows["test"], labels, tuple(warnings), domains)
+    return Splits(
+        rows["train"],
+        rows["validation"],
+        rows["test"],
+        labels,
+        tuple(warnings),
+        domains,
+        places=places,
+        unread=Unread.counted(left),
+    )
 
 
 #: Returns the names of one kind in a row: its labels or its domain.
@@ -153,8 +185,8 @@ def _too_few(data: DataConfig, labels: Sequence[str], domains: Sequence[str]) ->
         yield f"data.max_train_rows: {data.max_train_rows} is too small: each of the {' and '.join(named)} needs a row"
 
 
-def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[Row]:
-    """Return `count` random rows in the order of the file, with at least one of each label and each domain.
+def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[int]:
+    """Return the sorted positions of `count` random rows, at least one of each label and each domain.
 
     The first rows would not do, because a file that is sorted by label starts with few labels.
     """
@@ -165,7 +197,7 @@ def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[Row]:
         for names_of in (labels_of, _domains_of)
     ]
     chosen = dict.fromkeys([*chain.from_iterable(first), *order])
-    return [rows[i] for i in sorted(list(chosen)[:count])]
+    return sorted(list(chosen)[:count])
 
 
 # Reading
@@ -275,22 +307,26 @@ def _first_line(error: Exception) -> str:
 
 def _canonical(
     found: PlacedRows, data: DataConfig, task: type[Task]
-) -> tuple[list[Row], list[str], list[tuple[str, str]]]:
-    """Return rows with canonical field names, the places of these rows, and pairs of place and problem."""
-    rows, places, wrong = [], [], []
-    for place, row in found:
+) -> tuple[list[Row], list[str], list[Mapping[str, str]], list[tuple[str, str]]]:
+    """Return rows with canonical field names, their places, their columns that `task` leaves unread, and problems."""
+    rows, places, unread, wrong = [], [], [], []
+    for place, whole in found:
         try:
-            if isinstance(row, str):
-                raise ValueError(row)
-            row = {name: value for name, value in row.items() if value not in (None, "")}
+            if isinstance(whole, str):
+                raise ValueError(whole)
+            row = {name: value for name, value in whole.items() if value not in (None, "")}
             canonical = task.row(row, data)
             if data.domain_field is not None:
                 canonical["domain"] = name_of(row, data.domain_field, "domain")
+            check_characters(canonical)
             rows.append(canonical)
             places.append(place)
+            unread.append(task.unread(row, data))
+        except MissingFieldError as error:
+            wrong.append((place, f"field {error.name!r} is empty" if error.name in whole else str(error)))
         except ValueError as error:
             wrong.append((place, str(error)))
-    return rows, places, wrong
+    return rows, places, unread, wrong
 
 
 def _leaks(rows: dict[str, list[Row]], task: type[Task]) -> Iterator[str]:

@@ -8,8 +8,10 @@ Notation: N examples, T tokens (padded), C labels, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from autopeft.evaluators.rows import DataConfig, Row
@@ -30,6 +32,18 @@ Scored = dict[str, "Tensor"]
 IGNORED = -100
 #: Tensors of a batch that the model does not read.
 BESIDE_THE_MODEL = ("targets", "domains")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """The numbers of tokens that `max_length` cut off a row.
+
+    `prompt`: of what has no loss. `text`: of the rest. `no_prompt`: whether nothing of the prompt is left.
+    """
+
+    prompt: int = 0
+    text: int = 0
+    no_prompt: bool = False
 
 
 def model_inputs(batch: Batch) -> Batch:
@@ -103,6 +117,11 @@ class Task(ABC):
         """Return the row with the task's own field names, without other fields. Raises ValueError."""
 
     @classmethod
+    def unread(cls, row: Row, data: DataConfig) -> Mapping[str, str]:
+        """Return the columns of a file's row that say a part of it and that `row` leaves out, with what to do."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def input_of(cls, row: Row) -> Any:
         """Return the part of a row that the model sees, as JSON; two splits should not share it."""
@@ -150,14 +169,26 @@ class Task(ABC):
     def configure(cls, model: Any, processor: Any) -> None:
         """Set the entries of a loaded model's configuration that follow from the processor."""
 
-    def check(self, model: Any, examples: Iterable[Example]) -> None:  # noqa: B027
-        """Raise DataError for examples that the model cannot read, before all candidates fail on them."""
+    def limit(self, model: Any) -> int:
+        """Return the largest number of positions of an example that the model takes."""
+        return sys.maxsize
+
+    def misfits(self, model: Any, examples: Sequence[Example]) -> Iterator[tuple[int | None, str]]:
+        """Yield problems of examples that the model cannot read: the position of the example, or None for all.
+
+        The model may be without weights, on torch's meta device.
+        """
+        yield from ()
 
     # Examples and scores
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """Return an example per row: unpadded model inputs, targets, and `domain` if there are domains."""
+        """Return an example per row: unpadded model inputs, targets, and `domain` if there are domains.
+
+        Beside these, `cut` (a `Cut`) of a row that `max_length` cuts, and `unread`: parts of the row that the processor
+        leaves out, with what to do. Raises DataError for a row that it cannot encode.
+        """
 
     def domain(self, row: Row) -> dict[str, int]:
         """Return the entry `domain` of a row's example, an index; empty if there are no domains."""

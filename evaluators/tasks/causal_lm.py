@@ -12,13 +12,35 @@ from typing_extensions import override
 
 from autopeft.evaluators.errors import DataError, ModelError
 from autopeft.evaluators.rows import EMBEDDED_IN, DataConfig, Row, field_names, text_of
-from autopeft.evaluators.tasks.base import IGNORED, Batch, Example, Scored
+from autopeft.evaluators.tasks.base import IGNORED, Batch, Cut, Example, Scored
+from autopeft.evaluators.tasks.chat import messages_of, prompt_and_answer, tools_of, unread_parts
 from autopeft.evaluators.tasks.text import TextTask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from autopeft.search_space.backbones.backbone import Backbone
+
+
+#: Columns of other tools' formats that hold a part of what a row says.
+_SYSTEM = ("system", "system_prompt")
+_MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "causal-lm reads texts only")
+#: Usual columns of a prompt and its completion.
+_PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"),
+          ("input", "output"))  # fmt: skip
+
+
+def _other_format(row: Row) -> str:
+    """Return what to do about the row of another tool's format, as the end of an error; "" for an unknown one."""
+    if "conversations" in row:
+        return (
+            ": rename 'conversations' to 'messages', their 'from' to 'role' (human: user, gpt: assistant) and their"
+            " 'value' to 'content'"
+        )
+    for prompt, completion in _PAIRS:
+        if prompt in row and completion in row:
+            return f": set data.prompt: {prompt} and data.completion: {completion}"
+    return ""
 
 
 class CausalLM(TextTask):
@@ -43,17 +65,35 @@ class CausalLM(TextTask):
     @override
     @classmethod
     def row(cls, row: Row, data: DataConfig) -> Row:
-        """Return a row in TRL's formats: prompt and completion (loss on the completion), messages, or text."""
+        """Return a row in TRL's formats: prompt and completion (loss on the completion), messages, or text.
+
+        Rows with messages may have tools, as JSON schemas.
+        """
         if "messages" in row:
-            return {"messages": _messages(row["messages"])}
+            tools = {"tools": tools_of(row["tools"])} if row.get("tools") else {}
+            return {"messages": messages_of(row["messages"]), **tools}
         if data.prompt in row or data.completion in row:
             return {"prompt": text_of(row, data.prompt), "completion": text_of(row, data.completion)}
         if data.text in row:
             return {"text": text_of(row, data.text)}
         raise ValueError(
             f"a row needs the fields {data.prompt!r} and {data.completion!r}, or 'messages', or {data.text!r}; this"
-            f" row has {field_names(row)}"
+            f" row has {field_names(row)}{_other_format(row)}"
         )
+
+    @override
+    @classmethod
+    def unread(cls, row: Row, data: DataConfig) -> Mapping[str, str]:
+        if "messages" in row:
+            known = {**_MEDIA, **dict.fromkeys(_SYSTEM, "make it the first message, with the role 'system'")}
+        elif data.prompt in row:
+            known = {**_MEDIA, **dict.fromkeys((*_SYSTEM, "history", "tools"), "make rows with 'messages'")}
+            if data.prompt == "instruction":  # the columns of Alpaca and of Dolly
+                known |= dict.fromkeys(("input", "context"), "write it into 'instruction', as the model will see it")
+        else:
+            known = _MEDIA
+        read = (data.prompt, data.completion, data.text, data.domain_field)
+        return {name: advice for name, advice in known.items() if row.get(name) and name not in read}
 
     @override
     @classmethod
@@ -73,57 +113,68 @@ class CausalLM(TextTask):
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        return [self._encode(row) for row in rows]
+        # The tokenizer is much faster with many texts at once.
+        chats = iter(self._chats([row for row in rows if "messages" in row]))
+        others = iter(self._plain([row for row in rows if "messages" not in row]))
+        return [self._example(row, *next(chats if "messages" in row else others)) for row in rows]
 
-    def _encode(self, row: Row) -> Example:
-        prompt, completion = self._chat(row["messages"]) if "messages" in row else self._plain(row)
+    def _example(self, row: Row, prompt: list[int], completion: list[int], unread: Mapping[str, str]) -> dict[str, Any]:
+        if len(prompt[:1]) + len(completion) < 2 or not completion:  # no token precedes the first one
+            raise DataError(["no token is left to predict: the row is too short"])
         # A long prompt is cut at its beginning, because the completion has the loss.
         num_prompt = min(len(prompt), max(self.max_length - len(completion), 0))
-        prompt = prompt[len(prompt) - num_prompt :]
         labels = [*[IGNORED] * num_prompt, *completion][: self.max_length]
-        if all(label == IGNORED for label in labels[1:]):  # no token precedes the first one
-            raise DataError(
-                [f"data.max_length: {self.max_length} is too short: no token is left to predict in the row {row!r:.80}"]
+        if len(labels) < 2:
+            raise DataError([f"data.max_length: {self.max_length} is too short: no token is left to predict"])
+        example = {
+            "input_ids": [*prompt[len(prompt) - num_prompt :], *completion][: self.max_length],
+            "labels": labels,
+            **self.domain(row),
+        }
+        if len(prompt) + len(completion) > self.max_length:
+            example["cut"] = Cut(
+                prompt=len(prompt) - num_prompt,
+                text=max(len(completion) - self.max_length, 0),
+                no_prompt=bool(prompt) and not num_prompt,
             )
-        return {"input_ids": [*prompt, *completion][: self.max_length], "labels": labels, **self.domain(row)}
+        return {**example, "unread": unread} if unread else example
 
-    def _plain(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Return the tokens of prompt and completion, or none and the tokens of the text; the end of text is learnt."""
+    def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int], Mapping[str, str]]]:
+        """Yield the tokens of prompt and completion, or none and the tokens of the text; the end of text is learnt."""
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
-        if "text" in row:
-            return [], [*self._open(row["text"]), *end]
-        prompt, whole = self._open(row["prompt"]), self._open(row["prompt"] + row["completion"])
-        if whole[: len(prompt)] == prompt:
-            return prompt, [*whole[len(prompt) :], *end]
-        # A token would span the boundary, but a generation that continues the prompt cannot produce it.
-        return prompt, [*self.tokenizer(row["completion"], add_special_tokens=False)["input_ids"], *end]
+        prompts = iter(self._open([row["prompt"] for row in rows if "prompt" in row]))
+        texts = self._open([row["text"] if "text" in row else row["prompt"] + row["completion"] for row in rows])
+        for row, ids in zip(rows, texts, strict=True):
+            prompt = next(prompts) if "prompt" in row else []
+            completion = ids[len(prompt) :]
+            if ids[: len(prompt)] != prompt:
+                # A token would span the boundary, but a generation that continues the prompt cannot produce it.
+                (completion,) = self._ids([row["completion"]], add_special_tokens=False)
+            yield prompt, [*completion, *end], {}
 
-    def _open(self, text: str) -> list[int]:
-        """Return the tokens of a text that may continue: with special tokens at the beginning, none at the end."""
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+    def _open(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts that may continue: with special tokens at the beginning, none at the end."""
+        eos = self.tokenizer.eos_token_id
+        return [ids[:-1] if ids and ids[-1] == eos else ids for ids in self._ids(texts)]
 
-    def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:
-        """Return the tokens before the last message and the tokens of the last message, the completion.
+    def _ids(self, texts: Sequence[str], **settings: Any) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(list(texts), verbose=False, **settings)["input_ids"] if texts else []
+        return found
+
+    def _chats(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int], Mapping[str, str]]]:
+        """Yield the tokens before the last message, those of the last message, and parts that are not read.
 
         The template supplies all special tokens, also at the end.
         """
-        if self.tokenizer.chat_template is None:
-            raise DataError(["rows with 'messages' need a chat template, but the model's tokenizer has none"])
-        prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        if not whole.startswith(prompt):
-            raise DataError(
-                [
-                    "the model's chat template changes the text before the last message, so the answer cannot be cut"
-                    " off: use rows with a prompt and a completion"
-                ]
-            )
-        prompt_ids, completion_ids = (
-            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt) :])
-        )
-        return prompt_ids, completion_ids
+        texts, unread = [], []
+        for row in rows:
+            messages, tools = row["messages"], row.get("tools")
+            prompt, answer = prompt_and_answer(self.tokenizer, messages, tools)
+            texts += [prompt, answer]
+            unread.append(unread_parts(self.tokenizer, messages, tools, answer))
+        ids = self._ids(texts, add_special_tokens=False)
+        return zip(ids[::2], ids[1::2], unread, strict=True)
 
     @override
     def targets(self, examples: Sequence[Example], width: int) -> Tensor:
@@ -147,15 +198,3 @@ class CausalLM(TextTask):
         from autopeft.evaluators.tasks.output_layer import from_hidden_states
 
         return from_hidden_states(model, batch) or super().scores(model, batch)
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError("'messages' must be a list of objects with 'role' and 'content'")
-    messages = [{"role": message.get("role"), "content": message.get("content")} for message in value]
-    for number, message in enumerate(messages):
-        if not all(isinstance(text, str) for text in message.values()):
-            raise ValueError(f"message {number}: 'role' and 'content' must be texts")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError("'messages' must end with a message of the role 'assistant' that answers an earlier message")
-    return messages

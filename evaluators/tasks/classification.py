@@ -5,7 +5,7 @@ Notation: N examples, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,8 +22,19 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-#: More labels that are numbers with a fraction are a regression target, not classes.
-MOST_FRACTIONS = 20
+#: By the column of a first text, usual columns of the text that belongs to it.
+PARTNERS = {
+    "text": ("text_pair", "text2"),
+    "text1": ("text2",),
+    "text_a": ("text_b",),
+    "sentence1": ("sentence2",),
+    "question1": ("question2",),
+    "premise": ("hypothesis",),
+    "question": ("sentence", "passage", "context"),
+}
+#: More labels that are numbers with a fraction are a regression target, not classes; so are more that have at least
+#: three decimals, which ratings do not have.
+MOST_FRACTIONS, MOST_LONG_FRACTIONS = 20, 2
 
 
 class Classification(TextTask):
@@ -55,6 +66,12 @@ class Classification(TextTask):
 
     @override
     @classmethod
+    def unread(cls, row: Row, data: DataConfig) -> Mapping[str, str]:
+        partners = PARTNERS.get(data.text, ()) if data.text_pair is None else ()
+        return {name: f"set data.text_pair to {name!r} if the rows are pairs" for name in partners if row.get(name)}
+
+    @override
+    @classmethod
     def input_of(cls, row: Row) -> Any:
         return [row["text"], row["text_pair"]] if "text_pair" in row else row["text"]
 
@@ -69,7 +86,8 @@ class Classification(TextTask):
         if len(labels) < 2:
             return f"all rows have the label {labels[0]!r}: classification needs at least two labels"
         fractions = [label for label in labels if _is_fraction(label)]
-        if len(fractions) > MOST_FRACTIONS:
+        long = [label for label in fractions if len(label.partition(".")[2]) > 2]
+        if len(fractions) > MOST_FRACTIONS or len(long) > MOST_LONG_FRACTIONS:
             return (
                 f"the labels have {len(fractions)} distinct numbers with a fraction, such as {fractions[0]!r}, which"
                 " looks like a regression target: group the numbers into a few classes, or add a letter to each label"
@@ -114,18 +132,9 @@ class Classification(TextTask):
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        # In a pair, the longer text is cut at its end, token by token (the tokenizer's "longest_first").
         pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
-        encoded = self.tokenizer([row["text"] for row in rows], pairs, truncation=True, max_length=self.max_length)
-        examples: list[dict[str, Any]] = [
-            {"input_ids": ids, **self._target(row), **self.domain(row)}
-            for ids, row in zip(encoded["input_ids"], rows, strict=True)
-        ]
-        if pairs is not None:
-            for example, types in zip(examples, encoded.get("token_type_ids", ()), strict=False):
-                if any(types):  # models with token types use 0 by default
-                    example["token_type_ids"] = types
-        return list(examples)
+        tokens = self.tokens([row["text"] for row in rows], pairs)
+        return [{**example, **self._target(row), **self.domain(row)} for example, row in zip(tokens, rows, strict=True)]
 
     def _target(self, row: Row) -> dict[str, Any]:
         return {"label": self.labels.index(row["label"])}

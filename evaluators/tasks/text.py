@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from autopeft.evaluators.errors import DataError, ModelError
-from autopeft.evaluators.tasks.base import Batch, Example, Task
+from autopeft.evaluators.tasks.base import Batch, Cut, Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Optional inputs of an example besides `input_ids`, with one number per token and 0 as the default.
 _PER_TOKEN = ("token_type_ids",)
+#: The part of a text that the tokenizer has no tokens for.
+UNKNOWN = {"most of a text": "the model's tokenizer does not know its words: use a model of its language"}
 
 
 class TextTask(Task):
@@ -51,31 +53,70 @@ class TextTask(Task):
         model.config.pad_token_id = processor.pad_token_id
 
     @override
-    def check(self, model: Any, examples: Iterable[Example]) -> None:
-        examples = list(examples)
-        lengths = [self.length(example) for example in examples]
-        if not min(lengths):
-            raise DataError(["a row has no tokens: its characters are not in the vocabulary of the model's tokenizer"])
-        longest, limit = max(lengths), max_tokens(model)
-        if longest > limit:
-            raise DataError(
-                [f"data.max_length: a row has {longest} tokens; set at most {limit}, the limit of the model"]
-            )
-        num_embeddings = model.get_input_embeddings().num_embeddings
-        ids = (token for example in examples for token in example["input_ids"])
-        if max(self.tokenizer.pad_token_id, max(ids)) >= num_embeddings:
-            raise DataError(
-                [f"the tokenizer does not fit: it has token ids beyond the model's {num_embeddings} embeddings"]
-            )
-        types = max((max(example["token_type_ids"]) for example in examples if "token_type_ids" in example), default=0)
+    def limit(self, model: Any) -> int:
+        return max_tokens(model)
+
+    @override
+    def misfits(self, model: Any, examples: Sequence[Example]) -> Iterator[tuple[int | None, str]]:
+        limit, num_embeddings = max_tokens(model), model.get_input_embeddings().num_embeddings
         # Without a count (or with 0), a model that takes types has no embeddings for them, so none can be missing.
-        count = getattr(model.config, "type_vocab_size", None)
         takes = "token_type_ids" in inspect.signature(model.forward).parameters
-        if types and (not takes or (count and types >= count)):
+        num_types = (getattr(model.config, "type_vocab_size", None) or sys.maxsize) if takes else 1
+        padding = self.tokenizer.pad_token_id or 0
+        if padding >= num_embeddings:
+            what = f"its padding token has the id {padding}, beyond the model's {num_embeddings} embeddings"
+            yield None, f"the tokenizer does not fit: {what}"
+        for position, example in enumerate(examples):
+            ids, types = example["input_ids"], max(example.get("token_type_ids", (0,)))
+            if not ids:
+                yield position, "has no tokens: its characters are not in the vocabulary of the model's tokenizer"
+                continue
+            if len(ids) > limit:
+                yield position, f"has more tokens than the model takes: set data.max_length to at most {limit}"
+            if max(ids) >= num_embeddings:
+                what = f"has token ids beyond the model's {num_embeddings} embeddings"
+                yield position, f"{what}: the tokenizer does not fit the model"
+            if types >= num_types:
+                what = f"the tokenizer marks a second text by token_type_ids {types}, which the model does not support"
+                yield position, f"{what}: set the tokenizer's model_input_names to input_ids and attention_mask"
+
+    def tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Return the inputs of texts (or pairs) with special tokens, and `cut` and `unread` as `encode` has them.
+
+        In a pair, the longer text is cut at its end, token by token (the tokenizer's "longest_first").
+        """
+        added = self.tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+        if self.max_length < added + (1 if pairs is None else 2):
             raise DataError(
-                [f"the tokenizer marks a second text by token_type_ids {types}, which the model does not support: set"
-                 " the tokenizer's model_input_names to input_ids and attention_mask"]
+                [f"data.max_length: {self.max_length} is too short: the tokenizer adds {added} special tokens, so"
+                 " nothing of a text would be left"]
             )  # fmt: skip
+        found = self._tokenised(texts, pairs, verbose=False)
+        long = [i for i, example in enumerate(found) if len(example["input_ids"]) > self.max_length]
+        if long:
+            seconds = None if pairs is None else [pairs[i] for i in long]
+            cut = self._tokenised([texts[i] for i in long], seconds, truncation=True, max_length=self.max_length)
+            for i, example in zip(long, cut, strict=True):
+                lost = len(found[i]["input_ids"]) - len(example["input_ids"])
+                found[i] = {**example, "cut": Cut(text=lost)}
+        for example in found:
+            ids = example["input_ids"]
+            if 2 * ids.count(self.tokenizer.unk_token_id) > max(len(ids) - added, 0):
+                example["unread"] = UNKNOWN
+        return found
+
+    def _tokenised(self, texts: Sequence[str], pairs: Sequence[str] | None, **settings: Any) -> list[dict[str, Any]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts), None if pairs is None else list(pairs), return_attention_mask=False, **settings
+        )
+        examples: list[dict[str, Any]] = [{"input_ids": ids} for ids in encoded["input_ids"]]
+        if pairs is not None:
+            for example, types in zip(examples, encoded.get("token_type_ids", ()), strict=False):
+                if any(types):  # models with token types use 0 by default
+                    example["token_type_ids"] = types
+        return examples
 
     @override
     def length(self, example: Example) -> int:

@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +17,8 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
 from autopeft.evaluators.costs.measurement import measure
-from autopeft.evaluators.data.splits import SPLITS, Splits
+from autopeft.evaluators.data.encoding import encode_splits
+from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.record import Scores
@@ -67,9 +67,8 @@ class TrainingEvaluator(Attaching):
         self.pretrained_head = loaded.pretrained_head
         kind = TASKS[task].for_rows(splits.train)
         self.task = kind(loaded.processor, max_length, splits.labels, splits.domains)
-        self.examples: dict[str, list[Example]] = {split: self.task.encode(getattr(splits, split)) for split in SPLITS}
+        self.examples: dict[str, list[Example]] = encode_splits(self.task, splits, self.model).examples
         self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
-        self.task.check(self.model, chain.from_iterable(self.examples.values()))
         # Evenly spread over the file, whatever its order: enough to rank by the loss, few enough to be cheap.
         held_out = len(self.examples["validation"])
         self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]

@@ -35,9 +35,13 @@ _HEADS = ("pre_classifier", "classifier", "score", "qa_outputs")
 _ROOT_KEYS = ("layers", "embed", "head")
 
 _BY_HAND = """\
-Name its modules by hand, linear layers by their path within a layer ("embed" and "head" are optional):
-    describe(model, id=..., modules={{"layers": "{layers}", "attn.q": "attention.query",
-                                     "attn.o": "attention.out", "mlp.up": "mlp.fc1", ...}})"""
+Name its modules in the study file, linear layers by their path within a layer ("embed" and "head" are optional):
+    model:
+      modules:
+        layers: {layers}
+        attn.q: attention.query
+        attn.o: attention.out
+        mlp.up: mlp.fc1  # and so on"""
 
 
 class UnknownBackboneError(ValueError):

@@ -76,16 +76,13 @@ def schema() -> None:
 def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Check a study file, its data and its model without loading weights or training."""
     from autopeft.studies.config.loading import load_study
-    from autopeft.studies.engine.check import check
 
     settings = load_study(study, set_ or ())
-    splits, backbone, space = check(settings)
+    splits, backbone, space = checked(settings)
     summary = _summary(settings, splits, backbone, space)
     if as_json:
         print_json(summary)
         return
-    for warning in summary["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
     size = "continuous" if space.cardinality is None else f"{space.cardinality:,} architectures"
     rows = ", ".join(f"{count:,} {split}" for split, count in summary["rows"].items())
     values = {"labels": splits.labels, "domains": splits.domains}
@@ -101,6 +98,22 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
                f" for {', '.join(o.name for o in settings.objectives)}")  # fmt: skip
     if settings.search.prior is not None:
         typer.echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} are in this space")
+
+
+def checked(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
+    """Check a study as `check` does, with the progress of its rows and all warnings on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from autopeft.studies.engine.check import check
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading the rows", total=None)
+        found = check(settings, lambda done, total: bar.update(task, completed=done, total=total))
+    for warning in found[0].warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return found
 
 
 def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: SearchSpace) -> dict[str, Any]:
@@ -124,8 +137,13 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
         "space": {"genes": [gene.name for gene in space.genes], "cardinality": space.cardinality},
         "objectives": [objective.name for objective in settings.objectives],
         "earlier_trials": len(prior_trials(settings, problem_for(settings, backbone))),
-        "warnings": list(splits.warnings),
+        **losses(splits),
     }
+
+
+def losses(splits: Splits) -> dict[str, Any]:
+    """Return what is lost of checked rows, and all warnings, as data."""
+    return {**(splits.encoded.to_dict() if splits.encoded else {}), "warnings": list(splits.warnings)}
 
 
 def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:

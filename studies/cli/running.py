@@ -39,15 +39,13 @@ def resume(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
 
 def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> None:
     """Start or resume a study and print its front."""
+    from autopeft.studies.cli.files import checked
     from autopeft.studies.cli.progress import ProgressView
     from autopeft.studies.cli.results import print_front
-    from autopeft.studies.engine.check import check
     from autopeft.studies.engine.session import open_study
     from autopeft.studies.reports.report import front_data, write_report
 
-    splits, _, _ = check(settings)
-    for warning in splits.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+    splits, _, _ = checked(settings)
     with interruptible(settings) as stop_if_asked, open_study(settings, splits, resume=resume) as study:
         with ProgressView(between=stop_if_asked) as view:
             snapshot = study.run(view)
@@ -140,15 +138,15 @@ def _search_progress(snapshot: Snapshot, planned: int) -> str:
 
 def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Estimate a study before it runs: size of the space, range of parameters, time, memory, export formats."""
+    from autopeft.studies.cli.files import checked, losses
     from autopeft.studies.config.loading import load_study
-    from autopeft.studies.engine.check import check
     from autopeft.studies.engine.cost_estimate import estimate_study
 
     settings = load_study(study, set_ or ())
-    splits, _, _ = check(settings)
+    splits, _, _ = checked(settings)
     found = estimate_study(settings, splits)
     if as_json:
-        print_json(found.to_dict())
+        print_json({**found.to_dict(), **losses(splits)})
         return
     for line in found.lines():
         typer.echo(line)

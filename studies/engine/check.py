@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from autopeft.evaluators.backbones import describe_backbone
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autopeft.evaluators.backbones import load_processor, skeleton
+from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError, ModelError
 from autopeft.search_space.backbones.backbone import Backbone
-from autopeft.search_space.backbones.introspection import UnknownBackboneError
+from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
 from autopeft.search_space.metrics import MetricError, Own
 from autopeft.search_space.spaces.space import SearchSpace
@@ -16,14 +21,20 @@ from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import prior_trials
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
-    """Read the data, test the study's own metrics on it, describe the model, and build the space.
 
+def check(
+    settings: StudyFile, progress: Callable[[int, int], None] | None = None
+) -> tuple[Splits, Backbone, SearchSpace]:
+    """Read and encode the data, test the study's own metrics on it, describe the model, and build the space.
+
+    The splits have their encoded rows, and warnings about what is lost of them. `progress`: as of `encode_splits`.
     Raises StudyFileError with every problem.
     """
     problems: list[str] = []
-    splits = backbone = space = None
+    splits = model = backbone = space = None
     try:
         splits = load_splits(settings.data_settings(), settings.task)
     except DataError as error:
@@ -35,13 +46,22 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
             problems.append(settings.render(("metrics", name), str(error)))
     try:
         labels = splits.labels if splits else None
-        backbone = describe_backbone(
-            settings.model_id, settings.model.revision, settings.task, labels, settings.model.modules
+        model = skeleton(settings.model_id, settings.model.revision, settings.task, labels)
+        backbone = describe(
+            model, id=settings.model_id, revision=settings.model.revision, modules=settings.model.modules
         )
+        settings.task_class.check_model(model, backbone)
     except ModelError as error:
         problems.append(settings.render(("model", "id"), str(error)))
     except UnknownBackboneError as error:
         problems.append(settings.render(("model", "modules"), str(error)))
+    if splits is not None and model is not None:
+        try:
+            splits = _encoded(settings, splits, model, progress)
+        except DataError as error:
+            problems += [settings.render(("data",), problem) for problem in error.problems]
+        except ModelError as error:
+            problems.append(settings.render(("model", "id"), str(error)))
     if backbone is not None:
         try:
             problem = problem_for(settings, backbone)
@@ -62,6 +82,16 @@ def check(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
     assert backbone is not None
     assert space is not None
     return splits, backbone, space
+
+
+def _encoded(
+    settings: StudyFile, splits: Splits, model: nn.Module, progress: Callable[[int, int], None] | None
+) -> Splits:
+    """Return the splits with their encoded rows. Raises DataError, and ModelError for a model without a tokenizer."""
+    processor = load_processor(settings.model_id, settings.task, settings.model.revision)
+    task = settings.task_class(processor, settings.data.max_length, splits.labels, splits.domains)
+    encoded = encode_splits(task, splits, model, progress)
+    return replace(splits, encoded=encoded, warnings=(*splits.warnings, *encoded.warnings()))
 
 
 def _try(metric: Own, settings: StudyFile, splits: Splits | None) -> None:

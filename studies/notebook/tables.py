@@ -120,7 +120,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=_plain)
+    line = json.dumps(row, ensure_ascii=False, default=_plain)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a character, which the check of the rows reports with its row
+        return json.dumps(row, default=_plain)
+    return line
 
 
 def _plain(value: Any) -> Any:

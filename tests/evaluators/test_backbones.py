@@ -129,7 +129,7 @@ def test_hub_without_network():
         ("{}", "model_type"),
         ("{", "not a valid JSON"),
         ('{"model_type": "new", "auto_map": {"AutoConfig": "code.C"}}', "custom code"),
-        ('{"model_type": "vit"}', "Unrecognized configuration class"),
+        ('{"model_type": "vit"}', "takes no models of the type 'vit'"),
     ],
 )
 def test_configurations_that_cannot_be_used(tmp_path, config, word, monkeypatch):
@@ -254,7 +254,7 @@ def test_images_are_no_texts(tmp_path):
     shape = {**_SHAPE, "image_size": 8, "patch_size": 4}
     shape.pop("vocab_size")
     save(seeded(ViTForImageClassification, ViTConfig(**shape)), tmp_path)
-    refused(tmp_path, "Unrecognized configuration class")
+    refused(tmp_path, "takes no models of the type 'vit'", "docs/tasks.md shows how to add a task")
 
 
 # Padding

@@ -64,10 +64,11 @@ def test_embedded_rows():
         ("", "train.jsonl: the train split is empty"),
         ("\n  \n", "train.jsonl: the train split is empty"),
         ('{"text": "x", "label": "a"}\n{"label": "b"}\n',
-         "train.jsonl:2: field 'text' is missing or empty; this row has 'label'"),
-        ('{"text": "x"}\n', "train.jsonl:1: field 'label' is missing or empty; this row has 'text'"),
-        ('\n{"text": null, "label": "a"}\n', "train.jsonl:2: field 'text' is missing or empty; this row has 'label'"),
-        ("{}\n", "train.jsonl:1: field 'text' is missing or empty; this row has none"),
+         "train.jsonl:2: field 'text' is missing; this row has 'label'"),
+        ('{"text": "x"}\n', "train.jsonl:1: field 'label' is missing; this row has 'text'"),
+        ('\n{"text": null, "label": "a"}\n', "train.jsonl:2: field 'text' is empty"),
+        ('{"text": "", "label": "a"}\n', "train.jsonl:1: field 'text' is empty"),
+        ("{}\n", "train.jsonl:1: field 'text' is missing; this row has none"),
         ('{"text": "x", "label": "a"}\n{"text": "y", \n', "train.jsonl:2: not valid JSON: "),
         ("[1, 2]\n", "train.jsonl:1: not a JSON object"),
         ('"words"\n', "train.jsonl:1: not a JSON object"),
@@ -103,10 +104,10 @@ def test_all_problems_come_at_once(folder):
     (folder / "validation.jsonl").unlink()
     jsonl(folder / "test.jsonl", [{"text": "x", "label": "zebra"}, {"label": "a"}])
     assert problems(folder) == [
-        *(f"train.jsonl:{i}: field 'label' is missing or empty; this row has 'text'" for i in range(1, 6)),
+        *(f"train.jsonl:{i}: field 'label' is missing; this row has 'text'" for i in range(1, 6)),
         "train.jsonl: 2 more rows with problems",
         "validation.jsonl: no such file",
-        "test.jsonl:2: field 'text' is missing or empty; this row has 'label'",
+        "test.jsonl:2: field 'text' is missing; this row has 'label'",
     ]
 
 
@@ -154,6 +155,15 @@ def test_targets_of_a_regression(folder):
         " target: group the numbers into a few classes, or add a letter to each label if they are names of classes"
     ]
     for start, file in enumerate(FILES.values()):
+        jsonl(folder / file, [{"text": f"{start} {i}", "label": i % 9 / 7} for i in range(30)])
+    (problem,) = problems(folder)
+    assert problem.startswith(
+        "train.jsonl: the labels have 7 distinct numbers with a fraction, such as '0.1428571428571428"
+    )
+    for start, file in enumerate(FILES.values()):
+        jsonl(folder / file, [{"text": f"{start} {i}", "label": i % 9 / 4} for i in range(30)])
+    assert len(load(folder).labels) == 9, "quarters"
+    for start, file in enumerate(FILES.values()):
         jsonl(folder / file, [{"text": f"{start} {i}", "label": i / 2} for i in range(30)])
     assert len(load(folder).labels) == 30, "few fractions, such as ratings"
     for start, file in enumerate(FILES.values()):
@@ -171,7 +181,7 @@ def test_pairs(folder):
     assert splits.warnings == ("1 input occurs in both train and test: the scores will be too optimistic",), "as a pair"
     jsonl(folder / "test.jsonl", [{"text": "x", "label": "a"}, {"text": "x", "other": " ", "label": "a"}])
     assert problems(folder, text_pair="other") == [
-        "test.jsonl:1: field 'other' is missing or empty; this row has 'text', 'label'",
+        "test.jsonl:1: field 'other' is missing; this row has 'text', 'label'",
         "test.jsonl:2: field 'other' must be a non-empty text, got ' '",
     ]
 
@@ -196,7 +206,7 @@ def test_several_labels(folder):
     jsonl(folder / "validation.jsonl", [{"text": "x", **row} for row in wrong])
     assert problems(folder, labels="tags") == [
         "validation.jsonl:1: field 'tags' must be a list of labels, got 'a'",
-        "validation.jsonl:2: field 'tags' is missing or empty; this row has 'text'",
+        "validation.jsonl:2: field 'tags' is empty",
         "validation.jsonl:3: field 'tags' must be a list of labels (texts or whole numbers), got ['a', ' ']",
         "validation.jsonl:4: field 'tags' must be a list of labels (texts or whole numbers), got [['a']]",
     ]
@@ -258,7 +268,7 @@ def test_every_format_gives_the_same_rows(folder, suffix):
 def test_lines_of_csv(folder):
     (folder / "train.csv").write_text('text,label\n"two\nlines",a\nx,\ny,b,c\nz,b\n')
     assert problems(folder, train="train.csv") == [
-        "train.csv:4: field 'label' is missing or empty; this row has 'text'",
+        "train.csv:4: field 'label' is empty",
         "train.csv:5: has more values than the header has columns",
     ]
     (folder / "train.csv").write_text("")
@@ -274,9 +284,7 @@ def test_csv_with_a_byte_order_mark_and_long_texts(folder):
 
 def test_missing_values_do_not_change_numbers_of_parquet(folder):
     pandas.DataFrame({"text": ["x", "y", "z"], "label": [1, 2, None]}).to_parquet(folder / "train.parquet")
-    assert problems(folder, train="train.parquet") == [
-        "train.parquet:3: field 'label' is missing or empty; this row has 'text'"
-    ]
+    assert problems(folder, train="train.parquet") == ["train.parquet:3: field 'label' is empty"]
     for split in FILES:
         pandas.DataFrame({"text": ["x", "y"], "label": [1.0, 2.0]}).to_parquet(folder / f"{split}.parquet")
     assert load(folder, **{split: f"{split}.parquet" for split in FILES}).labels == ("1", "2")
@@ -305,7 +313,7 @@ def test_arrays_of_json(folder):
     (folder / "test.json").write_text("[]")
     assert problems(folder, **files) == [
         "train.json[1]: not a JSON object",
-        "train.json[2]: field 'label' is missing or empty; this row has 'text'",
+        "train.json[2]: field 'label' is missing; this row has 'text'",
         "validation.json:3: not valid JSON: Expecting value",
         "test.json: the test split is empty",
     ]
@@ -403,11 +411,11 @@ def test_domains_that_are_missing_or_none(mixed):
     jsonl(mixed / "train.jsonl", [row | {"source": value} for row, value in zip(MIXED, bad, strict=False)])
     jsonl(mixed / "test.jsonl", ROWS)
     assert problems(mixed, domain="source") == [
-        "train.jsonl:1: field 'source' is missing or empty; this row has 'text', 'label'",
-        "train.jsonl:2: field 'source' is missing or empty; this row has 'text', 'label'",
+        "train.jsonl:1: field 'source' is empty",
+        "train.jsonl:2: field 'source' is empty",
         "train.jsonl:3: field 'source' must be a domain (a text or a whole number), got ' '",
         "train.jsonl:4: field 'source' must be a domain (a text or a whole number), got ['news']",
-        *(f"test.jsonl:{i}: field 'source' is missing or empty; this row has 'text', 'label'" for i in range(1, 6)),
+        *(f"test.jsonl:{i}: field 'source' is missing; this row has 'text', 'label'" for i in range(1, 6)),
         "test.jsonl: 1 more rows with problems",
     ]
 
@@ -454,7 +462,7 @@ def test_causal_rows(folder):
         {"prompt": "a", "completion": "b"},
         {"text": "c"},
         {"text": "d"},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+        {"messages": chat},
     ]
     frame = pandas.DataFrame({"messages": [splits.train[3]["messages"]]})
     frame.to_parquet(folder / "train.parquet")
@@ -464,9 +472,9 @@ def test_causal_rows(folder):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "a"}, "field 'completion' is missing or empty; this row has 'prompt'"),
-        ({"completion": "a", "text": "b"}, "field 'prompt' is missing or empty"),
-        ({"prompt": "a", "completion": ""}, "field 'completion' is missing or empty"),
+        ({"prompt": "a"}, "field 'completion' is missing; this row has 'prompt'"),
+        ({"completion": "a", "text": "b"}, "field 'prompt' is missing"),
+        ({"prompt": "a", "completion": ""}, "field 'completion' is empty"),
         ({"prompt": "a", "completion": 4}, "field 'completion' must be a non-empty text, got 4"),
         (
             {"words": "a"},
@@ -529,9 +537,7 @@ def test_rows_of_the_hub(monkeypatch):
     settings = {"source": "org/data", "revision": "abc", "text": "sentence", "validation": "dev"}
     with pytest.raises(DataError) as error:
         load_splits(DataConfig(**settings), "classification")
-    assert error.value.problems == (
-        "test[1]: field 'label' is missing or empty; this row has 'sentence'",
-    )  # -1: not told
+    assert error.value.problems == ("test[1]: field 'label' is empty",)  # -1: not told
 
     splits = load_splits(DataConfig(**settings, test="other"), "classification")
     assert splits.train == [{"text": "train 0", "label": "good"}, {"text": "train 1", "label": "bad"}]
@@ -551,7 +557,7 @@ def test_named_domains_of_the_hub(monkeypatch):
     settings: dict[str, Any] = {"source": "org/data", "domain": "origin"}
     with pytest.raises(DataError) as error:
         load_splits(DataConfig(**settings), "classification")
-    assert error.value.problems == ("test[1]: field 'origin' is missing or empty; this row has 'text', 'label'",)
+    assert error.value.problems == ("test[1]: field 'origin' is empty",)
     splits = load_splits(DataConfig(**settings, test="other"), "classification")
     assert splits.train[0] == {"text": "train", "label": "bad", "domain": "b"}
     assert splits.domains == ("a", "b")

@@ -154,7 +154,7 @@ def test_long_completions_lose_their_end(tokenizer):
 
 
 def test_rows_in_which_nothing_is_left(tokenizer):
-    with pytest.raises(DataError, match="1 is too short: no token is left to predict in the row"):
+    with pytest.raises(DataError, match="1 is too short: no token is left to predict"):
         encoded(tokenizer, {"prompt": "a", "completion": "b"}, max_length=1)
 
 

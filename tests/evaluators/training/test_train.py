@@ -482,7 +482,9 @@ def test_nothing_to_train(tmp_path):
 def test_rows_longer_than_the_model_takes(tmp_path):
     text = " ".join("abcdefghijkl")
     assert causal(tmp_path, "a b c", positions=8)
-    with pytest.raises(DataError, match="a row has 14 tokens; set at most 8"):
+    with pytest.raises(
+        DataError, match=r"train row 1: has more tokens than the model takes: set data\.max_length to at most 8"
+    ):
         causal(tmp_path, text, positions=8)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = RobertaConfig(**shape, vocab_size=40, max_position_embeddings=20, pad_token_id=1)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from ruamel.yaml import YAML
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -373,7 +375,9 @@ def test_an_unknown_model_is_refused_with_what_was_seen_and_the_way_by_hand() ->
     message = str(caught.value)
     assert "blocks (2 layers): attention.wq 8->8" in message
     assert "shrink 24->8" in message
-    assert 'modules={"layers": "blocks", "attn.q":' in message
+    named = YAML(typ="safe").load(dedent(message[message.index("    model:") :]))["model"]["modules"]
+    assert named.pop("layers") == "blocks"
+    assert {*named} < {*LINEAR_ROLES}, "a part of a study file"
 
 
 def test_a_model_named_by_hand_has_the_same_kind_of_sites() -> None:

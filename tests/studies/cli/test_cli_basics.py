@@ -20,6 +20,11 @@ from autopeft.studies.errors import (
 )
 
 runner = CliRunner()
+#: What the template of a study file cuts off the embedded rows, for a first study in minutes.
+CUT = (
+    "warning: data.max_length: 48 cuts 327 of 1,000 train, 299 of 934 validation and 354 of 1,044 test rows, 31,496"
+    " tokens in all: 980 lose their end; 121 would keep 99 % of the rows whole\n"
+)
 
 
 def process(*arguments, **variables):
@@ -132,7 +137,7 @@ def test_init_writes_a_valid_study_of_that_name(study):
 def test_every_preset_of_init_runs_as_it_is(tmp_path, run, preset):
     assert run("init", tmp_path / "first", "--preset", preset)[0] == 0
     code, out, err = run("validate", tmp_path / "first")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, CUT)
     assert out.startswith("first: no problems found\n")
 
 
@@ -168,7 +173,7 @@ def test_init_where_nothing_can_be_written(tmp_path, run):
 
 def test_validate(study, run):
     code, out, err = run("validate", study.parent)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, CUT)
     assert out.startswith("first: no problems found\n")
     assert "6 layers" in out
     assert "16 labels" in out

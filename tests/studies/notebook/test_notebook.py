@@ -282,7 +282,7 @@ def test_bad_rows_are_found_before_anything_is_written(inputs: Path, tmp_path: P
     del tables["train"][2]["label"]
     with pytest.raises(StudyFileError) as caught:
         declared(inputs, tmp_path, data=tables).run(progress=False)
-    assert caught.value.problems == ("data: train, row 2: field 'label' is missing or empty; this row has 'text'",)
+    assert caught.value.problems == ("data: train, row 2: field 'label' is missing; this row has 'text'",)
     assert not list(tmp_path.iterdir())
 
 
