@@ -52,6 +52,8 @@ class Site:
     """Role ``attn``: that module computes attention by a function of transformers' attention interface."""
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    known_norm: bool = True
+    """Role ``norm``: the module is a LayerNorm or an RMSNorm, and not one that normalises in another way."""
     num_params: int = 0
     """Role ``backbone``: number of parameters without the task head."""
     hidden_size: int = 0

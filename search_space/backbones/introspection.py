@@ -208,6 +208,12 @@ def _is_norm(module: Any, width: int) -> bool:
     return "norm" in type(module).__name__.lower() and tuple(shape) == (width,)
 
 
+def _norm_site(name: str, layer: int | None, path: str, module: Any, width: int) -> Site:
+    classes = [parent.__name__ for parent in type(module).__mro__]
+    known = "LayerNorm" in classes or classes[0].endswith("RMSNorm")
+    return replace(_site(name, layer, "norm", path, module, (width, width)), known_norm=known)
+
+
 def _is_table(module: Any) -> bool:
     return hasattr(module, "num_embeddings")
 
@@ -280,7 +286,7 @@ def _layer_sites(
         if _is_norm(module, width) and not _within(f"{layer.path}.{path}", inner)
     ]
     sites += [
-        _site(f"{name}.norm.{j}", index, "norm", f"{layer.path}.{path}", layer.modules[path], (width, width))
+        _norm_site(f"{name}.norm.{j}", index, f"{layer.path}.{path}", layer.modules[path], width)
         for j, path in enumerate(norms)
     ]
     return sites
@@ -320,8 +326,8 @@ def _outer_sites(
     order = [path for path in tree if not scope or _within(path, [scope])]
     norms = [path for path in order if _is_norm(tree[path], width) and not _within(path, [stack])]
     ahead = [path for path in norms if order.index(path) < order.index(stack)]
-    before += [_site("norm.embed", None, "norm", path, tree[path], (width, width)) for path in ahead[-1:]]
-    after = [_site("norm.final", None, "norm", path, tree[path], (width, width)) for path in norms[len(ahead) :][:1]]
+    before += [_norm_site("norm.embed", None, path, tree[path], width) for path in ahead[-1:]]
+    after = [_norm_site("norm.final", None, path, tree[path], width) for path in norms[len(ahead) :][:1]]
     return before, after
 
 
