@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopeft.evaluators.errors import ModelError
 from autopeft.search_space.backbones.backbone import Backbone
 
 #: Share of the vectors of an input that must be equal. A router of the model may send a few tokens to other experts,
@@ -59,7 +60,8 @@ def unpackable_sites(model: nn.Module, backbone: Backbone, inputs: Mapping[str, 
     """Return the names of the sites whose adapters cannot share a pack.
 
     The test runs the model on a small batch, `inputs`, and on the batch with its examples in reverse order behind it.
-    At each site, the first half of the second pass must be the first pass.
+    At each site, the first half of the second pass must be the first pass. Raises ModelError for a site whose output is
+    not a tensor, so that no adapter can change it.
     """
     sites = [site for site in backbone.sites if site.role not in ("embed", "backbone")]
     paths = {path for site in sites for path in (site.module, site.input_module)}
@@ -68,6 +70,8 @@ def unpackable_sites(model: nn.Module, backbone: Backbone, inputs: Mapping[str, 
             model(**inputs)
         with _inputs_of(model, paths) as packed:
             model(**{name: torch.cat([tensor, tensor.flip(0)]) for name, tensor in inputs.items()})
+    except ModelError:
+        raise
     except Exception:  # a study stops with this error, because all its candidates have it
         return frozenset()
     good = {path for path in paths if _cut_well(packed[path], alone[path])}
@@ -80,7 +84,7 @@ def _cut_well(packed: list[Tensor], alone: list[Tensor]) -> bool:
         return False
     for two, one in zip(packed, alone, strict=True):
         expected = by_slot(one, 1)[0]
-        if two.numel() != 2 * one.numel():
+        if two.numel() != 2 * one.numel() or (two.dim() > 2 and len(two) % 2):
             return False
         if close(by_slot(two, 2)[0], expected).float().mean() < EQUAL:
             return False
@@ -93,9 +97,15 @@ def _inputs_of(model: nn.Module, paths: set[str]) -> Iterator[dict[str, list[Ten
     inputs: dict[str, list[Tensor]] = {path: [] for path in paths}
 
     def record(path: str) -> Any:
-        return lambda module, args: inputs[path].append(args[0])
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not isinstance(output, Tensor):
+                kind = f"{type(module).__name__} returns a {type(output).__name__}"
+                raise ModelError(f"this model cannot take adapters: at {path}, {kind} instead of a tensor")
+            inputs[path].append(args[0])
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(record(path)) for path in paths]
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(record(path)) for path in paths]
     try:
         yield inputs
     finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from posixpath import commonprefix
 from typing import Any
 
 from autopeft.search_space.backbones.attention import is_causal, uses_attention_interface
@@ -59,7 +60,7 @@ def describe(model: Any, *, id: str, revision: str | None = None, modules: Mappi
     by_hand = dict(modules or {})
     _check_by_hand(by_hand, tree, stacks)
     try:
-        stack = by_hand.get("layers") or _find_stack(stacks)
+        stack = by_hand.get("layers") or _find_stack(stacks, _input_embedding(model, tree))
         layers = stacks[stack]
         named = {role: by_hand[role] for role in LINEAR_ROLES if role in by_hand}
         roles = [named] * len(layers) if named else _match_all(layers)
@@ -134,10 +135,14 @@ def _stacks(tree: Mapping[str, Any]) -> dict[str, list[_Layer]]:
     return {path: layers for path, layers in stacks.items() if any(layer.linears for layer in layers)}
 
 
-def _find_stack(stacks: _Stacks) -> str:
+def _find_stack(stacks: _Stacks, embedding: str | None) -> str:
+    """Return the list of layers with attention; of several, the one nearest to the embedding of the words."""
     fits = [path for path, layers in stacks.items() if "attn.o" in map(role_of, layers[0].linears)]
     if not fits:
         raise UnknownBackboneError("no list of layers has an attention output projection with a known name")
+    if len(fits) > 1 and embedding is not None:
+        shared = {path: len(commonprefix([path.split("."), embedding.split(".")])) for path in fits}
+        fits = [path for path in fits if shared[path] == max(shared.values())]
     if len(fits) > 1:
         raise UnknownBackboneError(f"several lists of layers have attention: {', '.join(fits)}")
     return fits[0]

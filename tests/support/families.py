@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 class Family:
     """`modules`: its linear layers by hand, for families that are not recognised.
 
-    `shares`: part of the reason why its lower layers cannot be shared; empty if they can. `alone`: roles whose adapters
-    cannot share a pack. `untaken`: adapter types that fit no site of it.
+    `unshared`: part of the reason why its lower layers cannot be shared; empty if they can. `alone`: roles whose
+    adapters cannot share a pack. `untaken`: adapter types that fit no site of it.
     """
 
     name: str
@@ -38,10 +38,9 @@ class Family:
     config_class: str = ""
     task: str = "ForSequenceClassification"
     modules: dict[str, str] | None = None
-    shares: str = ""
+    unshared: str = ""
     alone: tuple[str, ...] = ()
     untaken: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_causal_lm(self) -> bool:
@@ -57,19 +56,21 @@ class Family:
         return LoadedBackbone(model, describe(model, id=self.name, modules=self.modules), word_tokenizer(), False)
 
 
+def _of(shape: dict[str, Any], name: str, more: dict[str, Any]) -> Family:
+    own = {key: value for key, value in more.items() if key in Family.__dataclass_fields__}
+    return Family(name=name, config=shape | {key: value for key, value in more.items() if key not in own}, **own)
+
+
 def _encoder(name: str, **more: Any) -> Family:
-    settings = {key: more.pop(key) for key in tuple(more) if key not in Family.__dataclass_fields__}
-    return Family(name=name, config=_ENCODER | settings, **more)
+    return _of(_ENCODER, name, more)
 
 
 def _decoder(name: str, **more: Any) -> Family:
-    settings = {key: more.pop(key) for key in tuple(more) if key not in Family.__dataclass_fields__}
-    return Family(name=name, config=_DECODER | settings, **more)
+    return _of(_DECODER, name, more)
 
 
 #: Their attention does not run through transformers' attention interface.
 _NO_PREFIX = ("prefix",)
-#: Norms with a bias and linear layers without.
 _CAUSAL_LM = "ForCausalLM"
 
 FAMILIES: tuple[Family, ...] = (
@@ -78,7 +79,7 @@ FAMILIES: tuple[Family, ...] = (
     _encoder("ModernBert", cls_token_id=2, sep_token_id=3, global_attn_every_n_layers=2, local_attention=8),
     Family(
         name="DistilBert",
-        config={"vocab_size": VOCABULARY, "dim": 24, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 40, "pad_token_id": 0},
+        config=_TEXT | {"dim": 24, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 40},
     ),
     # Layers that return tuples.
     _encoder("RoFormer", untaken=_NO_PREFIX),
@@ -94,7 +95,7 @@ FAMILIES: tuple[Family, ...] = (
         untaken=_NO_PREFIX, alone=("attn.q", "attn.k", "attn", "norm"),
     ),
     # Its attention approximates the one over all tokens, padding included.
-    _encoder("Nystromformer", untaken=_NO_PREFIX, shares="layer 1 reads more than the output of layer 0"),
+    _encoder("Nystromformer", untaken=_NO_PREFIX, unshared="layer 1 reads more than the output of layer 0"),
     _encoder(
         "Albert",
         embedding_size=16,
@@ -103,13 +104,18 @@ FAMILIES: tuple[Family, ...] = (
             "attn.q": "attention.query", "attn.k": "attention.key", "attn.v": "attention.value",
             "attn.o": "attention.dense", "mlp.up": "ffn", "mlp.down": "ffn_output",
         },
-        shares="layer 0 runs 3 times in a pass",
+        unshared="layer 0 runs 3 times in a pass",
     ),
     # Decoders of the older kind.
     Family(name="GPT2", config=_OLD),
     Family(name="GPTBigCode", config=_OLD),
     Family(name="GPTJ", config=_OLD | {"rotary_dim": 4}, untaken=_NO_PREFIX),
-    Family(name="CodeGen", config=_OLD | {"n_embd": 32, "n_head": 4, "rotary_dim": 4}, task=_CAUSAL_LM, untaken=_NO_PREFIX),
+    Family(
+        name="CodeGen",
+        config=_OLD | {"n_embd": 32, "n_head": 4, "rotary_dim": 4},
+        task=_CAUSAL_LM,
+        untaken=_NO_PREFIX,
+    ),
     Family(
         name="GPTNeo",
         config=_TEXT | {
@@ -120,9 +126,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _encoder("GPTNeoX"),
     Family(name="Bloom", config=_TEXT | {"hidden_size": 24, "n_layer": LAYERS, "n_head": 2}, untaken=_NO_PREFIX),
-    _decoder("Falcon", alibi=False, untaken=(*_NO_PREFIX,)),
+    _decoder("Falcon", alibi=False, untaken=_NO_PREFIX),
     _decoder("Falcon", alibi=True, untaken=_NO_PREFIX),
-    Family(name="Mpt", config=_TEXT | {"d_model": 24, "n_layers": LAYERS, "n_heads": 2, "max_seq_len": POSITIONS}, untaken=_NO_PREFIX),
+    Family(
+        name="Mpt",
+        config=_TEXT | {"d_model": 24, "n_layers": LAYERS, "n_heads": 2, "max_seq_len": POSITIONS},
+        untaken=_NO_PREFIX,
+    ),
     Family(
         name="OPT",
         config=_TEXT | {
@@ -134,7 +144,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="XGLM",
         config=_TEXT | {
-            "d_model": 24, "num_layers": LAYERS, "attention_heads": 2, "ffn_dim": 40, "max_position_embeddings": POSITIONS,
+            "d_model": 24, "num_layers": LAYERS, "attention_heads": 2, "ffn_dim": 40,
+            "max_position_embeddings": POSITIONS,
         },
         task=_CAUSAL_LM,
         untaken=_NO_PREFIX,
