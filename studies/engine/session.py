@@ -125,8 +125,8 @@ def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[typ
     if apart:
         raise ConfigurationError(
             f"search.searcher: {settings.search.searcher} trains candidates side by side, which this model does not"
-            f" permit with adapters at {', '.join(apart)}: leave these roles out of `at`, or take another searcher, such"
-            " as bo"
+            f" permit with adapters at {', '.join(apart)}: leave these roles out of `at`, or take another"
+            " searcher, such as bo"
         )
     return searcher, lambda problem, stage: score_candidates(settings, problem, evaluator, stage)
 
