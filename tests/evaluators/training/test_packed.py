@@ -312,8 +312,9 @@ def test_lower_layers_run_once(loaded: LoadedBackbone, monkeypatch: pytest.Monke
         counted[:] = [0] * LAYERS
         evaluator.evaluate(wanted)
         assert counted == [lower, lower, 4 * 210, 4 * 210]
+    evaluator = together(loaded, pack=4, cache=cache)
     counted[:] = [0] * LAYERS
-    together(loaded, pack=4, cache=cache).evaluate(wanted)
+    evaluator.evaluate(wanted)
     assert counted[:2] == [0, 0], "another evaluator over the same model and data finds it"
 
 

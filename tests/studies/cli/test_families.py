@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     NystromformerConfig,
     NystromformerForSequenceClassification,
     RoFormerConfig,
@@ -79,3 +81,14 @@ def test_layers_that_cannot_be_shared_are_said_once(
     assert code == 0, errors
     assert errors.count("warning: candidates do not share the outputs of the layers below their adapters, because") == 1
     assert "trainings take longer, with the same results" in errors
+
+
+def test_a_supernet_needs_modules_that_can_be_packed(cli: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    """DeBERTa projects its relative positions by the query and the key, once for all candidates."""
+    positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+    config = DebertaV2Config(**SHAPE, **positions, position_buckets=4, max_relative_positions=8)
+    path = study_of(tmp_path, DebertaV2ForSequenceClassification, config)
+    code, _, errors = cli("run", path, "--set", "search.searcher=gates")
+    assert code == 2
+    assert "search.searcher: gates trains candidates side by side, which this model does not permit" in errors
+    assert "with adapters at attn.q: leave these roles out of `at`" in errors
