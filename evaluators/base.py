@@ -33,11 +33,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A measurement, or the reason for its absence: a failed training, or an infeasible candidate on this machine."""
+    """A measurement, or the reason for its absence: a failed training, or an infeasible candidate on this machine.
+
+    `error`: the exception behind a failure, except for a diverged loss and a lack of memory, which candidates cause by
+    their values.
+    """
 
     measurement: Measurement | None = None
     failure: Literal["failed", "infeasible"] | None = None
     reason: str = ""
+    error: Exception | None = None
     weights: Mapping[str, Tensor] | None = None
 
 
@@ -80,6 +85,8 @@ class Evaluator(ABC):
     """Measures candidates. An evaluator depends on architectures and data, and not on the search strategy."""
 
     name: str
+    #: Sentences for the user about this model and these data, shown once when a study opens.
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:

@@ -341,7 +341,7 @@ def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decla
             yield ("at",), f"{choice.kind} cannot be attached at {role!r}{did_you_mean(role, spec.roles)}"
         elif role not in present:
             fine = False
-            yield ("at",), f"this model has no site with role {role!r}; it has {', '.join(sorted(present))}"
+            yield ("at",), backbone.absence([role])
     for layer in choice.layers or ():
         if not 0 <= layer < backbone.num_layers:
             fine = False
@@ -358,11 +358,12 @@ def _place_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decla
     if choice.sites is not None and sites_of(replace(choice, sites=None), backbone):
         yield ("given",), f"the pretrained LoRAs adapt no site with role {' or '.join(roles)} in these layers"
     elif not choice.at and not set(roles) & set(present):
-        yield ("at",), f"this model has no site with role {' or '.join(roles)}; it has {', '.join(sorted(present))}"
+        yield ("at",), backbone.absence(roles)
     elif choice.layers is not None and sites_of(replace(choice, layers=None), backbone):
         yield ("layers",), f"these layers have no site with role {' or '.join(roles)}"
     else:
-        yield ("at",), f"{choice.kind} fits no site with role {' or '.join(roles)} of this model"
+        why = _extremes(choice)[0].misfit(backbone)
+        yield ("at",), f"{choice.kind} fits no site with role {' or '.join(roles)} of this model: {why}"
 
 
 #: For each type of a field: its name in messages, and the types of its values.

@@ -21,6 +21,10 @@ class NoFeasibleCandidateError(UserError):
     exit_code = 3
 
 
+class RepeatedError(UserError):
+    """Trainings of a study fail with the same error, which is thus not the fault of single candidates."""
+
+
 class UnusableEnvironmentError(UserError):
     """This machine lacks something that the command needs: a package, a GPU, a writable folder."""
 

@@ -22,7 +22,8 @@ from autopeft.benchmarks.race.gpsampler import GpSampler
 from autopeft.benchmarks.race.problems import PROBLEMS
 from autopeft.search_space.problem import COPY, SEARCH, Trial
 from autopeft.searchers import SEARCHERS, Searcher
-from autopeft.studies.engine.study_loop import MOST_REJECTIONS, ended_as
+from autopeft.studies.engine.scheduled_trials import ended_as
+from autopeft.studies.engine.study_loop import MOST_REJECTIONS
 from autopeft.studies.storage import json_lines
 
 #: Every searcher that can race.

@@ -19,9 +19,9 @@ from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Outcome, Request, Select
 from autopeft.evaluators.costs.timing import Spread, now
 from autopeft.evaluators.data.splits import Splits
+from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import evaluator_for

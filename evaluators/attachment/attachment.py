@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
 from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, as_modules, fuses, implements, on_slots
+from autopeft.evaluators.attachment.layout import by_slot, tapped_input
 from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.head import Head
@@ -69,7 +70,7 @@ class Attachment(nn.Module):
         self.banks = as_modules([])
         self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all
         self._handles: list[Any] = []
-        self._inputs: dict[str, Tensor] = {}
+        self._taps: dict[str, list[Tensor]] = {}  # inputs of sub-layers, by path
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
         banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
         for architecture in self.architectures:
@@ -194,7 +195,7 @@ class Attachment(nn.Module):
 
     def _linear(self, module: nn.Module, bank: Bank, slots: Tensor | None) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
-            x = self._by_slot(input)
+            x = by_slot(input, self.num_slots)
             y = bank.apply_linear(x, slots)
             if y is None:
                 y = type(module).forward(module, x)
@@ -205,13 +206,13 @@ class Attachment(nn.Module):
 
     def _tap(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._inputs[path] = args[0]
+            self._taps.setdefault(path, []).append(args[0])
 
         return hook
 
     def _input_hook(self, here: list[Served]) -> Callable[..., tuple[Any, ...]]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = self._by_slot(args[0])
+            x = by_slot(args[0], self.num_slots)
             for bank, slots in here:
                 x = on_slots(slots, x, bank.apply_input, x)
             return (x.reshape(args[0].shape), *args[1:])
@@ -220,21 +221,17 @@ class Attachment(nn.Module):
 
     def _output_hook(self, here: list[Served]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            y = self._by_slot(output)
+            y = by_slot(output, self.num_slots)
             for bank, slots in here:
                 tapped = bank.site.input_module != bank.site.module
-                x = self._by_slot(self._inputs[bank.site.input_module] if tapped else args[0])
-                y = on_slots(slots, y, bank, x, y)
+                x = tapped_input(self._taps[bank.site.input_module], output) if tapped else args[0]
+                y = on_slots(slots, y, bank, by_slot(x, self.num_slots), y)
             for bank, _ in here:
                 if bank.site.input_module != bank.site.module:  # the graph of a step must not outlive the step
-                    self._inputs.pop(bank.site.input_module, None)
+                    self._taps.pop(bank.site.input_module, None)
             return y.reshape(output.shape)
 
         return hook
-
-    def _by_slot(self, tensor: Tensor) -> Tensor:
-        """Reshape [K * N, ..., D] to [K, M, D]."""
-        return tensor.reshape(self.num_slots, -1, tensor.shape[-1])
 
     # Use
 
@@ -380,7 +377,7 @@ class Attachment(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._inputs.clear()
+        self._taps.clear()
 
     @torch.no_grad()
     def detach(self) -> None:

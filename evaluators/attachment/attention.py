@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from autopeft.search_space.backbones.attention import uses_attention_interface
 from autopeft.search_space.runtime.bank import Bank
 
 ATTRIBUTE = "autopeft_prefixes"
@@ -87,14 +88,10 @@ def _extend_mask(mask: Tensor, owned: Tensor) -> Tensor:
     return torch.cat([front, mask.expand(len(owned), -1, -1, -1)], dim=-1)
 
 
-def _forward_function(module: nn.Module) -> Any:
-    return inspect.unwrap(type(module).forward)
-
-
 def _base_function(base: str, module: nn.Module) -> AttentionFunction:
     if base == "eager":
         # Each modeling file has its own (with soft caps, say), the default of the look-up in its attention's forward.
-        return cast(AttentionFunction, _forward_function(module).__globals__["eager_attention_forward"])
+        return cast(AttentionFunction, inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"])
     return cast(AttentionFunction, AttentionInterface()[base])
 
 
@@ -169,7 +166,7 @@ def install(model: nn.Module, banks: Sequence[tuple[Bank, Tensor | None]], num_s
         by_path.setdefault(bank.site.attention_module, []).append((bank, slots))
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in by_path}
     for path, module in modules.items():
-        if "ALL_ATTENTION_FUNCTIONS" not in _forward_function(module).__code__.co_names:
+        if not uses_attention_interface(module):
             raise ValueError(
                 f"no prefix can be attached at {path!r}: {type(module).__name__} does not use transformers' "
                 "attention interface"

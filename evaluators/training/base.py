@@ -117,6 +117,11 @@ class TrainingEvaluator(Attaching):
         batches = batching.ordered_batches(self.lengths["train"], size)
         return self.batch("train", batches[len(batches) // 2])
 
+    def small_batch(self) -> tuple[Batch, list[int]]:
+        """Return a batch of two short training rows of different lengths, if there are any, and their lengths."""
+        rows = batching.short_rows(self.lengths["train"])
+        return self.batch("train", rows), [self.lengths["train"][row] for row in rows]
+
     @override
     def longest_batch(self, candidate: Candidate) -> Batch:
         order = sorted(range(len(self.lengths["train"])), key=lambda i: self.lengths["train"][i])

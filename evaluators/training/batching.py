@@ -40,3 +40,15 @@ def ordered_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Return all indices in batches sorted by length, with little padding, for uses where the order does not matter."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def short_rows(lengths: Sequence[int], least: int = 8) -> list[int]:
+    """Return the indices of two short examples of at least `least` tokens, of different lengths if there are any.
+
+    Without examples of that length, they are the longest ones.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    fit = [i for i in order if lengths[i] >= min(least, max(lengths))]
+    longer = [i for i in fit if lengths[i] > lengths[fit[0]]]
+    shorter = [i for i in reversed(order) if lengths[i] < lengths[fit[0]]]
+    return [fit[0], *(longer or shorter or fit[1:])[:1]]

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from typing import Self
 
@@ -23,74 +22,34 @@ from torch import Tensor
 from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import OnOutcome, Outcome, OutOfMemoryError, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_sizing import fitting_slots, keep_freed_memory
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import Batch, Scored, model_inputs
-from autopeft.evaluators.training import batching, shared_layers
+from autopeft.evaluators.training import activations, batching
+from autopeft.evaluators.training.activations import ActivationCache, Activations
 from autopeft.evaluators.training.base import EVALUATION_BATCH_SIZE, EvaluatorOptions, TrainingEvaluator, steps_at
+from autopeft.evaluators.training.lower_layers import LowerLayers
 from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.evaluators.training.record import Record, Scores, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
-from autopeft.evaluators.training.shared_layers import ActivationCache, Activations, LowerLayers
-from autopeft.evaluators.training.slot_state import SlotState
+from autopeft.evaluators.training.slot_state import Run, SlotState
 from autopeft.evaluators.training.train import train_alone
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
-from autopeft.search_space.training import Training
 
 #: Steps between checks of the losses on a GPU, because each check waits for the device.
 STEPS_BETWEEN_CHECKS = 16
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A candidate in training.
-
-    `stops`: step and share of each rung and of the end. `depth`: number of layers below its lowest adapter. `state`:
-    its state between two packs, None before the first step.
-    """
-
-    index: int
-    request: Request
-    training: Training
-    full: int
-    depth: int
-    stops: tuple[tuple[int, float], ...]
-    record: Record
-    #: Number of stops that were reached.
-    passed: int = 0
-    step: int = 0
-    state: SlotState | None = None
-    outcome: Outcome | None = None
-
-    @property
-    def stop(self) -> int:
-        """The step of the next stop."""
-        return self.stops[self.passed][0]
-
-    @property
-    def share(self) -> float:
-        """The share of the steps at the next stop."""
-        return self.stops[self.passed][1]
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps to the end."""
-        return self.stops[-1][0]
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """Key of the minibatches that follow: they are the same for runs with the same key."""
-        return self.request.seed, self.training.batch_size, self.step
 
 
 class PackedEvaluator(TrainingEvaluator):
     """Trains several candidates at a time, on the same minibatches as `TrainEvaluator`.
 
     `pack`: candidates per pack, None for as many as fit into the memory. `share_lower_layers`: run the layers below the
-    lowest adapter of a pack once for all slots. `cache`: cache of their outputs; None: they are computed at each step.
+    lowest adapter of a pack once for all slots, if the model permits it (`notes` says if not). `cache`: cache of their
+    outputs; None: they are computed at each step.
     Candidates that train the backbone itself are trained alone, without stops at rungs.
     """
 
@@ -111,9 +70,21 @@ class PackedEvaluator(TrainingEvaluator):
         super().__init__(loaded, task, splits, max_length, metrics)
         self.pack = pack
         self.cache = cache
-        self.lower_layers = LowerLayers(self.model, self.backbone) if share_lower_layers else None
-        caches = share_lower_layers and cache is not None
-        self._model_key = shared_layers.fingerprint(self.model, self.backbone) if caches else ""
+        batch, lengths = self.small_batch()
+        #: Candidates with adapters at these sites are trained alone.
+        self.unpackable = unpackable_sites(self.model, self.backbone, model_inputs(batch))
+        if self.unpackable:
+            roles = ", ".join(dict.fromkeys(s.role for s in self.backbone.sites if s.name in self.unpackable))
+            self.notes += (
+                f"candidates with adapters at {roles} are trained one after the other, because these modules read more"
+                " than the examples: trainings take longer, with the same results",
+            )
+        self.lower_layers: LowerLayers | None = None
+        if share_lower_layers:
+            self.lower_layers, notes = LowerLayers.of(self, batch, lengths)
+            self.notes += notes
+        caches = self.lower_layers is not None and cache is not None
+        self._model_key = activations.fingerprint(self.model, self.backbone) if caches else ""
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
         self._fitting: dict[tuple[int, int, int], int] = {}
@@ -157,7 +128,7 @@ class PackedEvaluator(TrainingEvaluator):
                 done = sum(run.num_steps if run.outcome else run.step for run in runs)
                 progress(min(done + steps_ahead, total), total)
 
-        def end(run: _Run, outcome: Outcome) -> None:
+        def end(run: Run, outcome: Outcome) -> None:
             run.outcome = outcome
             run.state = None
             report()
@@ -181,24 +152,25 @@ class PackedEvaluator(TrainingEvaluator):
                     end(run, Outcome(measurement=run.record.measurement(run.request, self.name)))
         return [run.outcome for run in runs if run.outcome is not None]
 
-    def _run(self, index: int, request: Request) -> _Run:
+    def _run(self, index: int, request: Request) -> Run:
         training = self.training(request.candidate)
         full, end = self.full_steps(training), self.num_steps(request)
         rungs = [(steps_at(rung, full), rung) for rung in request.fidelity.rungs]
-        return _Run(
+        return Run(
             index=index,
             request=request,
             training=training,
             full=full,
             record=Record(self.metrics),
             depth=request.candidate.architecture.lowest_layer(self.backbone) if self.lower_layers else 0,
+            alone=any(site in self.unpackable for site, _ in request.candidate.architecture),
             stops=(*(stop for stop in rungs if stop[0] < end), (end, request.fidelity.share)),
         )
 
     # Packs
 
     def _train_to(
-        self, share: float, runs: Sequence[_Run], report: Callable[[int], None], end: Callable[[_Run, Outcome], None]
+        self, share: float, runs: Sequence[Run], report: Callable[[int], None], end: Callable[[Run, Outcome], None]
     ) -> None:
         """Train until each of `runs` has passed its stop at `share` or has failed."""
         # Candidates with the same depth go together, because they share the most layers.
@@ -211,10 +183,11 @@ class PackedEvaluator(TrainingEvaluator):
             # They go to the front, to fill the next pack with similar candidates.
             waiting = [run for run in pack if run.outcome is None and run.share == share] + rest
 
-    def _fit_together(self, a: _Run, b: _Run) -> bool:
-        return a.order == b.order and (a.depth == b.depth or self.mixes_depths)
+    def _fit_together(self, a: Run, b: Run) -> bool:
+        alike = a.order == b.order and (a.depth == b.depth or self.mixes_depths)
+        return a is b or (alike and not a.alone and not b.alone)
 
-    def _most(self, runs: Sequence[_Run]) -> int:
+    def _most(self, runs: Sequence[Run]) -> int:
         """Return the largest number of slots in a pack of such candidates."""
         key = _memory_key(runs)
         if key not in self._fitting:
@@ -222,7 +195,7 @@ class PackedEvaluator(TrainingEvaluator):
         return self._fitting[key]
 
     def _train_pack(
-        self, pack: Sequence[_Run], report: Callable[[int], None], end: Callable[[_Run, Outcome], None]
+        self, pack: Sequence[Run], report: Callable[[int], None], end: Callable[[Run, Outcome], None]
     ) -> None:
         """Like `_train_slots`, but an error ends only the candidate that causes it."""
         try:
@@ -242,7 +215,7 @@ class PackedEvaluator(TrainingEvaluator):
         for run, outcome in ended:
             end(run, outcome)
 
-    def _train_slots(self, pack: Sequence[_Run], report: Callable[[int], None]) -> list[tuple[_Run, Outcome]]:
+    def _train_slots(self, pack: Sequence[Run], report: Callable[[int], None]) -> list[tuple[Run, Outcome]]:
         """Train a pack to the first stop of its runs, or to the step at which a loss is not finite.
 
         Return the runs that ended. An exception leaves the runs unchanged.
@@ -269,7 +242,7 @@ class PackedEvaluator(TrainingEvaluator):
             weights = {k: attachment.state(k) for k in stopped if pack[k].request.keep_weights}
         wall_s = time.perf_counter() - begin
 
-        ended: list[tuple[_Run, Outcome]] = []
+        ended: list[tuple[Run, Outcome]] = []
         for k, run in enumerate(pack):
             run.step, run.state = step, states.get(k)
             run.record.losses += [column[k] for column in losses]
@@ -295,7 +268,7 @@ class PackedEvaluator(TrainingEvaluator):
 
     def _steps_of(
         self,
-        pack: Sequence[_Run],
+        pack: Sequence[Run],
         attachment: Attachment,
         optimizer: PackedAdamW,
         last: int,
@@ -329,7 +302,7 @@ class PackedEvaluator(TrainingEvaluator):
 
     # Scores
 
-    def _score(self, pack: Sequence[_Run], slots: Sequence[int], attachment: Attachment) -> dict[int, Scores]:
+    def _score(self, pack: Sequence[Run], slots: Sequence[int], attachment: Attachment) -> dict[int, Scores]:
         """Return the scores of the slots that reached a stop."""
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
         found: dict[int, Scores] = {}
@@ -349,39 +322,35 @@ class PackedEvaluator(TrainingEvaluator):
         attachment.routers.tokens.domains = batch.get("domains")
         lower: AbstractContextManager[None] = nullcontext()
         if self.lower_layers is not None and depth:
-            lower = self.lower_layers.replaced(repeated(self._hidden(split, indices, batch, depth), slots), depth)
+            hidden = self._hidden(self.lower_layers, split, indices, batch, depth)
+            lower = self.lower_layers.replaced(repeated(hidden, slots), depth)
         with lower:
             packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
             columns = self.task.scores(self.model, packed)
         return {name: column.view(slots, -1, *column.shape[1:]) for name, column in columns.items()}
 
-    def _hidden(self, split: str, indices: Sequence[int], batch: Batch, depth: int) -> Tensor:
+    def _hidden(self, lower: LowerLayers, split: str, indices: Sequence[int], batch: Batch, depth: int) -> Tensor:
         """Return the output of the lowest `depth` layers for these examples: [N, T, D]."""
         lengths = self.lengths[split]
         nbytes = (1 + sum(lengths)) * self.backbone.hidden_size * self._dtype.itemsize
         if self.cache is None or nbytes > self.cache.max_bytes:
-            return self._run_lower_layers(batch, depth)
+            return lower(model_inputs(batch), depth)
         key = digest([self._model_key, self._token_key(split), depth])
-        rows = self.cache.get(key, lambda: self._all_rows(split, depth), self.device)
+        rows = self.cache.get(key, lambda: self._all_rows(lower, split, depth), self.device)
         return Activations(rows, lengths).batch(indices)
 
     def _token_key(self, split: str) -> str:
         if split not in self._token_keys:
-            self._token_keys[split] = shared_layers.token_digest(self.examples[split])
+            self._token_keys[split] = activations.token_digest(self.examples[split])
         return self._token_keys[split]
 
-    def _run_lower_layers(self, batch: Batch, depth: int) -> Tensor:
-        assert self.lower_layers is not None
-        return self.lower_layers(model_inputs(batch), depth)
-
-    def _all_rows(self, split: str, depth: int) -> Tensor:
+    def _all_rows(self, lower: LowerLayers, split: str, depth: int) -> Tensor:
         """Compute the rows of all examples, in batches that do not depend on the first request."""
         lengths = self.lengths[split]
         rows = torch.zeros(1 + sum(lengths), self.backbone.hidden_size, dtype=self._dtype, device=self.device)
-        activations = Activations(rows, lengths)
+        stored = Activations(rows, lengths)
         for indices in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
-            batch = self.batch(split, indices)
-            activations.fill(indices, self._run_lower_layers(batch, depth))
+            stored.fill(indices, lower(model_inputs(self.batch(split, indices)), depth))
         return rows
 
 
@@ -390,7 +359,7 @@ def repeated(tensor: Tensor, slots: int) -> Tensor:
     return tensor.repeat(slots, *[1] * (tensor.dim() - 1))
 
 
-def _memory_key(runs: Sequence[_Run]) -> tuple[int, int, int]:
+def _memory_key(runs: Sequence[Run]) -> tuple[int, int, int]:
     """Return the factors of a pack's memory: rows per step, layers below all adapters, experts per row."""
     rows = max((spec.num_experts_total for run in runs for _, spec in run.request.candidate.architecture), default=1)
     return runs[0].training.batch_size, min(run.depth for run in runs), rows

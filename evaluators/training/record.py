@@ -88,10 +88,12 @@ def failure(request: Request, error: Exception) -> Outcome:
     """Turn an exception into the outcome of its candidate, so that other candidates continue."""
     if isinstance(error, OutOfMemoryError):
         return Outcome(failure="infeasible", reason=str(error))
-    if isinstance(error, TrainingFailedError | MetricError):
+    if isinstance(error, TrainingFailedError):
         return Outcome(failure="failed", reason=str(error))
+    if isinstance(error, MetricError):
+        return Outcome(failure="failed", reason=str(error), error=error)
     logger.debug("candidate %s", request.candidate.key, exc_info=error)
-    return Outcome(failure="failed", reason=f"{type(error).__name__}: {error}")
+    return Outcome(failure="failed", reason=f"{type(error).__name__}: {error}", error=error)
 
 
 def finite(columns: Columns) -> Columns:

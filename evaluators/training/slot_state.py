@@ -1,4 +1,4 @@
-"""The state of one candidate between two packs."""
+"""A candidate in packed training, and its state between two packs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Self
 from torch import Tensor
 
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.training.optimizer import PackedAdamW
+from autopeft.evaluators.training.record import Record
+from autopeft.search_space.training import Training
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +37,46 @@ class SlotState:
                 view.copy_(self.tensors[group][name])
         for name, stream in attachment.dropout_streams(k).items():
             stream.set_state(self.streams[name])
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A candidate in training.
+
+    `stops`: step and share of each rung and of the end. `depth`: number of layers below its lowest adapter. `state`:
+    its state between two packs, None before the first step. `alone`: whether it must be the only one of its pack.
+    """
+
+    index: int
+    request: Request
+    training: Training
+    full: int
+    depth: int
+    alone: bool
+    stops: tuple[tuple[int, float], ...]
+    record: Record
+    #: Number of stops that were reached.
+    passed: int = 0
+    step: int = 0
+    state: SlotState | None = None
+    outcome: Outcome | None = None
+
+    @property
+    def stop(self) -> int:
+        """The step of the next stop."""
+        return self.stops[self.passed][0]
+
+    @property
+    def share(self) -> float:
+        """The share of the steps at the next stop."""
+        return self.stops[self.passed][1]
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps to the end."""
+        return self.stops[-1][0]
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Key of the minibatches that follow: they are the same for runs with the same key."""
+        return self.request.seed, self.training.batch_size, self.step

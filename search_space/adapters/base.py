@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class AdapterSpec(ABC):
     identity_at_start: ClassVar[bool] = True
     #: Whether it can be an expert of a mixture, which requires that it changes nothing but activations.
     can_be_expert: ClassVar[bool] = True
+    #: What `fits` requires of a site, for messages; empty if every site of the roles fits.
+    needs: ClassVar[str] = ""
     #: Where in the paper the mechanism is defined.
     source: ClassVar[str]
     #: One line for `--help` and for tables in the documentation.
@@ -68,6 +70,11 @@ class AdapterSpec(ABC):
     def fits(self, site: Site) -> bool:
         """Return whether the adapter can sit at `site`, whose role is one of `roles`."""
         return True
+
+    def misfit(self, backbone: Backbone) -> str:
+        """Return what the type needs of a site, and the roles of the sites of this model that have it."""
+        roles = dict.fromkeys(site.role for site in backbone.sites if site.role in self.roles and self.fits(site))
+        return f"it needs {self.needs}; " + (f"set at to [{', '.join(roles)}]" if roles else "leave it out")
 
     def own_parameters(self, site: Site) -> dict[str, Parameter]:
         """Return the tensors of scope "site"; `Architecture` counts the shared ones."""

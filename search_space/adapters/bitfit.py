@@ -28,6 +28,7 @@ class Bitfit(AdapterSpec):
     roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "norm")
     default_roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "norm")
     mergeable: ClassVar[bool] = True
+    needs: ClassVar[str] = "modules with a bias"
     source: ClassVar[str] = "Ben Zaken et al. 2022, BitFit, section 3"
     summary: ClassVar[str] = "training of the existing biases"
 

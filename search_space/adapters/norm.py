@@ -29,8 +29,13 @@ class Norm(AdapterSpec):
     roles: ClassVar[tuple[str, ...]] = ("norm",)
     default_roles: ClassVar[tuple[str, ...]] = ("norm",)
     mergeable: ClassVar[bool] = True
+    needs: ClassVar[str] = "norms that are a LayerNorm or an RMSNorm"
     source: ClassVar[str] = "Zhao et al. 2023, Tuning LayerNorm in Attention, section 3"
     summary: ClassVar[str] = "training of the normalisation layers"
+
+    @override
+    def fits(self, site: Site) -> bool:
+        return site.known_norm
 
     @override
     def parameters(self, site: Site) -> dict[str, Parameter]:

@@ -39,6 +39,7 @@ class Prefix(AdapterSpec):
     per_slot_fields: ClassVar[tuple[str, ...]] = ("init",)
     identity_at_start: ClassVar[bool] = False
     can_be_expert: ClassVar[bool] = False
+    needs: ClassVar[str] = "attention by transformers' attention interface, and known sizes of the key and value heads"
     source: ClassVar[str] = "Li & Liang 2021, Prefix-Tuning, section 4.2"
     summary: ClassVar[str] = "trained keys and values in attention"
 
@@ -51,7 +52,7 @@ class Prefix(AdapterSpec):
 
     @override
     def fits(self, site: Site) -> bool:
-        return site.num_key_value_heads is not None and site.head_dim is not None
+        return site.attention_interface and site.num_key_value_heads is not None and site.head_dim is not None
 
     @override
     def parameters(self, site: Site) -> dict[str, Parameter]:

@@ -35,6 +35,7 @@ class Shira(AdapterSpec):
     per_slot_fields: ClassVar[tuple[str, ...]] = ("scale",)
     mergeable: ClassVar[bool] = True
     can_be_expert: ClassVar[bool] = False  # a dense weight per expert would enlarge the model
+    needs: ClassVar[str] = "linear layers with more weights than a LoRA of its rank"
     source: ClassVar[str] = "Bhardwaj et al. 2024, Sparse High Rank Adapters, section 3.1 (SHiRA-Rand)"
     summary: ClassVar[str] = "sparse change of a weight at random places"
 

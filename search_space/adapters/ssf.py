@@ -28,6 +28,7 @@ class Ssf(AdapterSpec):
     roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "norm")
     default_roles: ClassVar[tuple[str, ...]] = (*LINEAR_ROLES, "norm")
     mergeable: ClassVar[bool] = True
+    needs: ClassVar[str] = "linear layers, or norms with a bias"
     source: ClassVar[str] = "Lian et al. 2022, Scaling & Shifting Your Features, equations 3 and 4"
     summary: ClassVar[str] = "scale and shift of a layer's output"
 

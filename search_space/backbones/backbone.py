@@ -48,8 +48,12 @@ class Site:
     """The module at ``module`` has a bias parameter."""
     attention_module: str | None = None
     """Role ``attn``: the module that computes attention (the first argument of ``attention_interface``)."""
+    attention_interface: bool = True
+    """Role ``attn``: that module computes attention by a function of transformers' attention interface."""
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    known_norm: bool = True
+    """Role ``norm``: the module is a LayerNorm or an RMSNorm, and not one that normalises in another way."""
     num_params: int = 0
     """Role ``backbone``: number of parameters without the task head."""
     hidden_size: int = 0
@@ -120,12 +124,25 @@ class Backbone:
             if role not in ROLES:
                 problems.append(f"unknown role {role!r}{did_you_mean(role, ROLES)}")
             elif role not in present:
-                stand_in, hint = _INSTEAD.get(role, ("", ""))
-                problems.append(f"no site has role {role!r}" + (f" ({hint})" if stand_in in present else ""))
+                hint = self.instead_of(role)
+                problems.append(f"no site has role {role!r}" + (f" ({hint})" if hint else ""))
         if problems:
             raise ValueError(
                 f"{self.family} backbone {self.id!r}: {'; '.join(problems)}. Roles present: {', '.join(present)}"
             )
+
+    def instead_of(self, role: str) -> str | None:
+        """Return why this backbone lacks a role and the present roles to use instead; None if there is no such role."""
+        stand_in, hint = _INSTEAD.get(role, ("", ""))
+        if role.startswith("mlp") and not any(present.startswith("mlp") for present in self.roles):
+            return "its mlp has no linear layer that an adapter fits, as with experts in stacked weights: use attn.*"
+        return hint if stand_in in self.roles else None
+
+    def absence(self, roles: Sequence[str]) -> str:
+        """Return the message for roles of which this backbone has none."""
+        hints = dict.fromkeys(hint for role in roles if (hint := self.instead_of(role)))
+        lacking, present = " or ".join(map(repr, roles)), ", ".join(sorted(self.roles))
+        return f"this model has no site with role {lacking}; it has {present}" + "".join(f" ({hint})" for hint in hints)
 
     def select(self, *, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> tuple[Site, ...]:
         """Return the sites with one of these roles in one of these layers, in canonical order; ``None`` means any.

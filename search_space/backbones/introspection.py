@@ -11,23 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from posixpath import commonprefix
 from typing import Any
 
+from autopeft.search_space.backbones.attention import is_causal, uses_attention_interface
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.backbones.names import role_of
 from autopeft.search_space.spelling import did_you_mean
 
-# Ends of a linear's path within its layer. The longest match wins: BERT's "attention.output.dense" is not
-# its "output.dense".
-_ENDINGS = {
-    "attn.q": ("self.query", "attention.query", "q_lin", "q_proj"),
-    "attn.k": ("self.key", "attention.key", "k_lin", "k_proj"),
-    "attn.v": ("self.value", "attention.value", "v_lin", "v_proj"),
-    "attn.qkv": ("attn.c_attn",),
-    "attn.o": ("attention.output.dense", "out_lin", "o_proj", "attn.c_proj"),
-    "mlp.gate": ("gate_proj",),
-    "mlp.up": ("intermediate.dense", "lin1", "up_proj", "fc1", "c_fc"),
-    "mlp.down": ("output.dense", "lin2", "down_proj", "fc2", "mlp.c_proj"),
-}
 _WRITE_RESIDUAL = ("attn.o", "mlp.down")
 # Task heads, as children of a model: newly initialised, so they are always trained.
 _HEADS = ("pre_classifier", "classifier", "score", "qa_outputs")
@@ -81,7 +72,7 @@ def describe(
     by_hand = dict(modules or {})
     _check_by_hand(by_hand, tree, stacks)
     try:
-        stack = by_hand.get("layers") or _find_stack(stacks)
+        stack = by_hand.get("layers") or _find_stack(stacks, _input_embedding(model, tree))
         layers = stacks[stack]
         named = {role: by_hand[role] for role in LINEAR_ROLES if role in by_hand}
         roles = [named] * len(layers) if named else _match_all(layers)
@@ -97,7 +88,7 @@ def describe(
     inside = [
         site
         for index, (layer, paths) in enumerate(zip(layers, roles, strict=True))
-        for site in _layer_sites(index, layer, paths, width, num_heads)
+        for site in _layer_sites(index, layer, paths, width, num_heads, tree)
     ]
 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -107,7 +98,7 @@ def describe(
     num_head_params = sum(size for name, size in sizes.items() if _within(name, heads))
     num_params = sum(sizes.values()) - num_head_params
     whole = replace(_site("backbone", None, "backbone", "", model, (width, width)), num_params=num_params)
-    attention = [tree[site.attention_module] for site in inside if site.attention_module is not None]
+    attention = {site.attention_module: tree[site.attention_module] for site in inside if site.attention_module}
     return Backbone(
         id=id,
         revision=revision,
@@ -118,7 +109,7 @@ def describe(
         num_params=num_params,
         head_modules=heads,
         num_head_params=num_head_params,
-        causal=bool(attention) and all(getattr(module, "is_causal", False) for module in attention),
+        causal=bool(attention) and all(is_causal(module, model, text_config) for module in attention.values()),
     )
 
 
@@ -156,20 +147,14 @@ def _stacks(tree: Mapping[str, Any]) -> dict[str, list[_Layer]]:
     return {path: layers for path, layers in stacks.items() if any(layer.linears for layer in layers)}
 
 
-def _role(path: str) -> str | None:
-    fits = [
-        (len(ending), role)
-        for role, endings in _ENDINGS.items()
-        for ending in endings
-        if path == ending or path.endswith(f".{ending}")
-    ]
-    return max(fits)[1] if fits else None
-
-
-def _find_stack(stacks: _Stacks) -> str:
-    fits = [path for path, layers in stacks.items() if "attn.o" in map(_role, layers[0].linears)]
+def _find_stack(stacks: _Stacks, embedding: str | None) -> str:
+    """Return the list of layers with attention; of several, the one nearest to the embedding of the words."""
+    fits = [path for path, layers in stacks.items() if "attn.o" in map(role_of, layers[0].linears)]
     if not fits:
         raise UnknownBackboneError("no list of layers has an attention output projection with a known name")
+    if len(fits) > 1 and embedding is not None:
+        shared = {path: len(commonprefix([path.split("."), embedding.split(".")])) for path in fits}
+        fits = [path for path in fits if shared[path] == max(shared.values())]
     if len(fits) > 1:
         raise UnknownBackboneError(f"several lists of layers have attention: {', '.join(fits)}")
     return fits[0]
@@ -178,27 +163,45 @@ def _find_stack(stacks: _Stacks) -> str:
 def _match_all(layers: Sequence[_Layer]) -> list[dict[str, str]]:
     """Return the path of the linear of each role, per layer.
 
-    Raises UnknownBackboneError for a linear without a role, a role with two linears, or a role without one.
+    Raises UnknownBackboneError for a linear without a role, a role with two linears, or a role without one. Layers with
+    experts have no roles of the mlp.
     """
     matched, problems = [], []
     for layer in layers:
         found: dict[str, str] = {}
+        experts = _parents_of_experts(layer)
         for path in layer.linears:
-            role = _role(path)
+            if _within(path, experts):
+                continue
+            role = role_of(path)
             if role is None:
                 problems.append(f"{layer.path}.{path} has no known role")
             elif role in found:
                 problems.append(f"{layer.path} has two linear layers for {role}, {found[role]} and {path}")
             else:
                 found[role] = path
-        needed = ("attn.qkv",) if "attn.qkv" in found else ("attn.q", "attn.k", "attn.v")
-        missing = [role for role in (*needed, "attn.o", "mlp.up", "mlp.down") if role not in found]
+        needed: tuple[str, ...] = ("attn.qkv",) if "attn.qkv" in found else ("attn.q", "attn.k", "attn.v")
+        needed = (*needed, "attn.o") if experts else (*needed, "attn.o", "mlp.up", "mlp.down")
+        missing = [role for role in needed if role not in found]
         if missing:
             problems.append(f"{layer.path} has no linear layer for {', '.join(missing)}")
         matched.append(found)
     if problems:
         raise UnknownBackboneError("; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else ""))
     return matched
+
+
+def _parents_of_experts(layer: _Layer) -> list[str]:
+    """Return the paths of the modules whose experts share one weight [E, ...] instead of a linear each.
+
+    No adapter fits such an expert, and other linears of that module (routers, shared experts) see a part of the mlp.
+    """
+    return [
+        _parent(path) or path
+        for path, module in layer.modules.items()
+        if not hasattr(module, "kernel_size")  # of a convolution
+        and any(parameter.dim() == 3 for _, parameter in module.named_parameters(recurse=False))
+    ]
 
 
 def _residual_width(layers: Sequence[_Layer], roles: Sequence[Mapping[str, str]]) -> int:
@@ -222,6 +225,12 @@ def _is_norm(module: Any, width: int) -> bool:
     return "norm" in type(module).__name__.lower() and tuple(shape) == (width,)
 
 
+def _norm_site(name: str, layer: int | None, path: str, module: Any, width: int) -> Site:
+    classes = [parent.__name__ for parent in type(module).__mro__]
+    known = "LayerNorm" in classes or classes[0].endswith("RMSNorm")
+    return replace(_site(name, layer, "norm", path, module, (width, width)), known_norm=known)
+
+
 def _is_table(module: Any) -> bool:
     return hasattr(module, "num_embeddings")
 
@@ -240,7 +249,14 @@ def _site(name: str, layer: int | None, role: str, path: str, module: Any, shape
     )
 
 
-def _layer_sites(index: int, layer: _Layer, paths: Mapping[str, str], width: int, num_heads: int | None) -> list[Site]:
+def _layer_sites(
+    index: int,
+    layer: _Layer,
+    paths: Mapping[str, str],
+    width: int,
+    num_heads: int | None,
+    tree: Mapping[str, Any],
+) -> list[Site]:
     def whole(role: str, first: Site, last: Site, **attention: Any) -> Site:
         return Site(
             name=f"{name}.{role}",
@@ -272,6 +288,7 @@ def _layer_sites(index: int, layer: _Layer, paths: Mapping[str, str], width: int
                 query,
                 linears["attn.o"],
                 attention_module=_parent(query.module),
+                attention_interface=uses_attention_interface(tree[_parent(query.module)]),
                 **_head_geometry(linears, num_heads),
             )
         )
@@ -286,7 +303,7 @@ def _layer_sites(index: int, layer: _Layer, paths: Mapping[str, str], width: int
         if _is_norm(module, width) and not _within(f"{layer.path}.{path}", inner)
     ]
     sites += [
-        _site(f"{name}.norm.{j}", index, "norm", f"{layer.path}.{path}", layer.modules[path], (width, width))
+        _norm_site(f"{name}.norm.{j}", index, f"{layer.path}.{path}", layer.modules[path], width)
         for j, path in enumerate(norms)
     ]
     return sites
@@ -326,8 +343,8 @@ def _outer_sites(
     order = [path for path in tree if not scope or _within(path, [scope])]
     norms = [path for path in order if _is_norm(tree[path], width) and not _within(path, [stack])]
     ahead = [path for path in norms if order.index(path) < order.index(stack)]
-    before += [_site("norm.embed", None, "norm", path, tree[path], (width, width)) for path in ahead[-1:]]
-    after = [_site("norm.final", None, "norm", path, tree[path], (width, width)) for path in norms[len(ahead) :][:1]]
+    before += [_norm_site("norm.embed", None, path, tree[path], width) for path in ahead[-1:]]
+    after = [_norm_site("norm.final", None, path, tree[path], width) for path in norms[len(ahead) :][:1]]
     return before, after
 
 

@@ -47,6 +47,8 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
 
     splits, _, _ = checked(settings)
     with interruptible(settings) as stop_if_asked, open_study(settings, splits, resume=resume) as study:
+        for note in study.evaluator.notes:
+            typer.echo(f"warning: {note}", err=True)
         with ProgressView(between=stop_if_asked) as view:
             snapshot = study.run(view)
         files = write_report(snapshot, settings.output_folder / "report")
@@ -148,5 +150,7 @@ def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = Fal
     if as_json:
         print_json({**found.to_dict(), **losses(splits)})
         return
+    for note in found.notes:
+        typer.echo(f"warning: {note}", err=True)
     for line in found.lines():
         typer.echo(line)

@@ -27,7 +27,7 @@ class CostEstimate:
     """Size, costs and exports of a study.
 
     `time_s`: estimated time of the whole study on this machine. `exportable`: share of sampled candidates that each
-    export target supports. `reasons`: one example per target of what it does not support.
+    export target supports. `reasons`: one example per target of what it does not support. `notes`: see `Evaluator`.
     """
 
     study: str
@@ -42,6 +42,7 @@ class CostEstimate:
     peak_memory_bytes: float
     exportable: dict[str, float]
     reasons: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -104,6 +105,7 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
         peak_memory_bytes=memory,
         exportable=exportable,
         reasons=reasons,
+        notes=evaluator.notes,
     )
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.engine.study_loop import weights_path
+from autopeft.studies.engine.plan import weights_path
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.exporters import EXPORTERS, Assessment
 from autopeft.studies.recipes.build import recipe_of

@@ -57,3 +57,8 @@ def plan_of(settings: StudyFile) -> StudyPlan:
         controls=finalists.controls,
         within=settings.recommend.within,
     )
+
+
+def weights_path(output_folder: Path, number: int) -> Path:
+    """Return the file of the trained weights of a finalist."""
+    return output_folder / "weights" / f"trial-{number}.safetensors"

@@ -112,3 +112,9 @@ def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
 def num_evaluations(plan: StudyPlan, problem: Problem) -> int:
     """Return the largest number of evaluations of the whole study."""
     return len(list(baselines(plan, problem.space))) + problem.num_trials + num_finals(plan, problem.space)
+
+
+def ended_as(trial: Trial, duplicate: Trial) -> Trial:
+    """Return a copy with the outcome of the trial that it repeats."""
+    own = ("number", "role", "genes", "of", "searcher_state")
+    return replace(duplicate, **{name: getattr(trial, name) for name in own})

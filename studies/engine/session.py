@@ -126,6 +126,14 @@ def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[typ
     from autopeft.studies.engine.proxy_scores import score_candidates
 
     assert isinstance(evaluator, PackedEvaluator)  # `checks.py` ensures it
+    places = problem_for(settings, evaluator.backbone).space.placements
+    apart = dict.fromkeys(place.site.role for place in places if place.site.name in evaluator.unpackable)
+    if apart:
+        raise ConfigurationError(
+            f"search.searcher: {settings.search.searcher} trains candidates side by side, which this model does not"
+            f" permit with adapters at {', '.join(apart)}: leave these roles out of `at`, or take another"
+            " searcher, such as bo"
+        )
     return searcher, lambda problem, stage: score_candidates(settings, problem, evaluator, stage)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -31,12 +30,14 @@ from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
 from autopeft.studies.analysis.snapshot import Snapshot
-from autopeft.studies.engine.plan import StudyPlan
+from autopeft.studies.engine.plan import StudyPlan, weights_path
+from autopeft.studies.engine.repeated_errors import Failures
 from autopeft.studies.engine.scheduled_trials import (
     Planned,
     baselines,
     comparisons,
     deciding,
+    ended_as,
     finalists,
     num_evaluations,
 )
@@ -82,6 +83,7 @@ class StudyLoop:
         wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.maxima]
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
+        self.failures = Failures(problem.space.backbone)
         #: Returns seconds, for the study's timeout.
         self.clock: Callable[[], float] = time.monotonic
         self.started = self.clock()
@@ -92,14 +94,14 @@ class StudyLoop:
         return self.problem.space.backbone
 
     def snapshot(self) -> Snapshot:
-        """Return the current state of the study."""
+        """Return the current state of the study, as it is in the ledger."""
         return Snapshot(
             study=self.plan.study,
             study_id=self.ledger.study_id,
             settings=self.ledger.settings,
             objectives=self.problem.objectives,
             backbone=self.backbone,
-            trials=tuple(self.trials[number] for number in sorted(self.trials)),
+            trials=tuple(self.failures.held.get(n, self.trials[n]) for n in sorted(self.trials)),
             within=self.plan.within,
             constant=self.ledger.constant,
         )
@@ -107,7 +109,7 @@ class StudyLoop:
     def run(self, watcher: Watcher) -> Snapshot:
         """Make all remaining evaluations and return the final state.
 
-        Raises NoFeasibleCandidateError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
+        Raises NoFeasibleCandidateError, RepeatedError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
         """
         self._check_feasible()
         watcher.plan(num_evaluations(self.plan, self.problem), len(self.snapshot().evaluated))
@@ -162,6 +164,7 @@ class StudyLoop:
                 if trial.role == COPY and trial.of is not None:
                     self._finish(ended_as(trial, self.trials[trial.of]))
             pending = []
+        self._record_failures()
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
             raise NoFeasibleCandidateError(self._why_nothing())
 
@@ -275,6 +278,7 @@ class StudyLoop:
         trials = [trial for trial in unfinished if trial.role.kind == kind]
         trials += [self.ledger.begin(self.problem, p.role, p.candidate, seed=p.seed, of=p.of) for p in planned]
         self._evaluate_batch(trials, watcher)
+        self._record_failures()
 
     def _evaluate_batch(self, trials: Sequence[Trial], watcher: Watcher, halving: bool = False) -> None:
         """Evaluate trials side by side and record their outcomes."""
@@ -328,7 +332,10 @@ class StudyLoop:
         if outcome.measurement is None:
             state = outcome.failure or "failed"
             violation = 1.0 if state == "infeasible" else 0.0
-            return replace(trial, state=state, violation=violation, error=outcome.reason)
+            ended = replace(trial, state=state, violation=violation, error=outcome.reason)
+            if outcome.error is not None:
+                self.failures.add(trial, ended, outcome.error)
+            return ended
         values = {**outcome.measurement.values, **costs.values}
         measurement = replace(outcome.measurement, values=values, spread=costs.spread)
         if measurement.share < self._request(trial).fidelity.share:
@@ -373,11 +380,16 @@ class StudyLoop:
             self.tracker.sync(snapshot)
         for trial in trials:
             watcher.end(trial, snapshot)
+        self.failures.check(self.trials.values())
 
-    def _finish(self, trial: Trial) -> Trial:
-        self.ledger.finish(trial, self.problem.objectives)
+    def _finish(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
-        return trial
+        if not self.failures.holds(trial):
+            self.ledger.finish(trial, self.problem.objectives)
+
+    def _record_failures(self) -> None:
+        for number in self.failures.release():
+            self._finish(self.trials[number])
 
     def _save_weights(self, trial: Trial, outcome: Outcome) -> None:
         if outcome.weights is None or trial.of is None:
@@ -386,14 +398,3 @@ class StudyLoop:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             save_file(dict(outcome.weights), temporary)
-
-
-def ended_as(trial: Trial, duplicate: Trial) -> Trial:
-    """Return a copy with the outcome of the trial that it repeats."""
-    own = ("number", "role", "genes", "of", "searcher_state")
-    return replace(duplicate, **{name: getattr(trial, name) for name in own})
-
-
-def weights_path(output_folder: Path, number: int) -> Path:
-    """Return the file of the trained weights of a finalist."""
-    return output_folder / "weights" / f"trial-{number}.safetensors"

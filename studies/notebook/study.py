@@ -126,6 +126,8 @@ class Study:
                 open_study(self.settings, splits, resume=was_started(self.settings)) as study,
             ):
                 self._write()
+                for note in study.evaluator.notes:
+                    warnings.warn(note, stacklevel=2)
                 if isinstance(progress, bool):
                     with ProgressView(None if progress else Console(quiet=True), between=stop_if_asked) as view:
                         snapshot = study.run(view)

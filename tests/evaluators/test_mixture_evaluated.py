@@ -11,8 +11,8 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.data.splits import Splits
+from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpace
 from autopeft.search_space.adapters import Bottleneck, Dora, Lora, Mixture

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.training.shared_layers import ActivationCache
+from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.search_space import AdapterChoice, Architecture, Choice, SearchSpace, SpaceError
 from autopeft.search_space.adapters import Bottleneck, Lora, Mixture, Prefix
 from autopeft.search_space.backbones.backbone import Backbone, Site

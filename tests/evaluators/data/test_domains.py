@@ -24,8 +24,8 @@ from autopeft.evaluators.proxies import PROXIES
 from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.rows import DataConfig
 from autopeft.evaluators.tasks import model_inputs
+from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture, Candidate

@@ -38,8 +38,8 @@ from autopeft.evaluators.proxies.importance import Branch, Importance, residual_
 from autopeft.evaluators.proxies.saliency import JITTER
 from autopeft.evaluators.proxies.similarity import Similarity
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Full, Ia3, Lora, Norm, Prefix
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Site

@@ -29,8 +29,8 @@ from autopeft.evaluators.rows import DataConfig, Row, text_of
 from autopeft.evaluators.tasks import TASKS, Example, Scored, Task, model_inputs
 from autopeft.evaluators.tasks.classification import Classification, MultiLabel
 from autopeft.evaluators.tasks.text import TextTask
+from autopeft.evaluators.training.activations import token_digest
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import token_digest
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Candidate

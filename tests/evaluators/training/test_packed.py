@@ -17,8 +17,9 @@ from autopeft.evaluators.backbones import LoadedBackbone, load_backbone
 from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.training import packed
+from autopeft.evaluators.training.activations import ActivationCache, fingerprint
+from autopeft.evaluators.training.lower_layers import layer_paths
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import ActivationCache, fingerprint, layer_paths
 from autopeft.evaluators.training.slot_state import SlotState
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Full, Lora, Prefix
@@ -307,11 +308,13 @@ def test_lower_layers_run_once(loaded: LoadedBackbone, monkeypatch: pytest.Monke
     cache = ActivationCache(10**7)
     expected = {None: 160 + 50, cache: 80 + 50}
     for where, lower in expected.items():
+        evaluator = together(loaded, pack=4, cache=where)
         counted[:] = [0] * LAYERS
-        together(loaded, pack=4, cache=where).evaluate(wanted)
+        evaluator.evaluate(wanted)
         assert counted == [lower, lower, 4 * 210, 4 * 210]
+    evaluator = together(loaded, pack=4, cache=cache)
     counted[:] = [0] * LAYERS
-    together(loaded, pack=4, cache=cache).evaluate(wanted)
+    evaluator.evaluate(wanted)
     assert counted[:2] == [0, 0], "another evaluator over the same model and data finds it"
 
 

@@ -18,9 +18,9 @@ from autopeft.evaluators.backbones import load_backbone
 from autopeft.evaluators.base import Request
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.proxies import PROXIES
+from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.evaluators.training.packed import PackedEvaluator
-from autopeft.evaluators.training.shared_layers import ActivationCache
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space import Architecture
 from autopeft.search_space.adapters import Lora, Mixture, spec_from_dict

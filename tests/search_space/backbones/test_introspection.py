@@ -324,6 +324,55 @@ def test_the_language_half_of_a_vision_language_model_is_described() -> None:
     assert "norm.embed" not in {site.name for site in backbone.sites}
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe"])
+def test_experts_in_stacked_weights_are_no_sites(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**{**_DECODER, "head_dim": 8})
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+    backbone = describe(model, id="tiny")
+    assert backbone.roles == ("attn.q", "attn.k", "attn.v", "attn.o", "attn", "norm", "embed", "backbone")
+    assert "as with experts in stacked weights: use attn.*" in backbone.absence(["mlp.up"])
+
+
+def test_a_dense_layer_among_layers_of_experts_keeps_its_mlp() -> None:
+    config = transformers.Qwen3MoeConfig(**{**_DECODER, "head_dim": 8, "mlp_only_layers": [1]})
+    with torch.device("meta"):
+        backbone = describe(transformers.Qwen3MoeForCausalLM(config), id="tiny")
+    assert [site.layer for site in backbone.sites if site.role == "mlp.down"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("Mamba", {}, "no list of layers has an attention output projection"),
+        ("FalconH1", {}, r"model.layers.0.mamba.in_proj has no known role"),
+        ("RecurrentGemma", {}, "no list of layers has an attention output projection"),
+    ],
+)
+def test_models_of_which_layers_have_no_attention_are_refused(name: str, settings: dict[str, Any], words: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**_DECODER, **settings)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(UnknownBackboneError, match=words):
+        describe(model, id="tiny")
+
+
+def test_older_attention_without_a_flag_is_causal_by_its_mask() -> None:
+    t = transformers
+    shape = {"vocab_size": VOCAB, "pad_token_id": 0}
+    with torch.device("meta"):
+        bloom = t.BloomModel(t.BloomConfig(**shape, hidden_size=WIDTH, n_layer=2, n_head=HEADS))
+        encoder, decoder = (t.RoFormerModel(t.RoFormerConfig(**_TEXT, is_decoder=flag)) for flag in (False, True))
+        deberta = t.DebertaV2Model(t.DebertaV2Config(**_TEXT))
+    assert [describe(model, id="x").causal for model in (bloom, encoder, decoder, deberta)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert not any(site.attention_interface for site in describe(bloom, id="x").select(roles=["attn"]))
+
+
 def test_a_quantised_linear_is_measured_by_its_attributes() -> None:
     model = _build(FAMILIES[0], "Model")
     expected = describe(model, id="tiny")

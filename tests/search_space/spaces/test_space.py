@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -547,17 +548,44 @@ def test_a_type_that_nothing_of_the_model_can_take() -> None:
     assert problems({"a": bitfit}, bare)[0] == (
         "adapters.a.at",
         "bitfit fits no site with role attn.q or attn.k or attn.v or attn.qkv or attn.o or mlp.gate or mlp.up or"
-        " mlp.down or norm of this model",
+        " mlp.down or norm of this model: it needs modules with a bias; leave it out",
     )
     chosen = AdapterChoice(kind="bitfit", at=("attn.q",), layers=(1,))
-    assert problems({"a": chosen}, bare) == [("adapters.a.at", "bitfit fits no site with role attn.q of this model")]
+    what = "bitfit fits no site with role attn.q of this model: it needs modules with a bias; leave it out"
+    assert problems({"a": chosen}, bare) == [("adapters.a.at", what)]
     fused = encoder(num_layers=2, linears=("attn.qkv",))
     assert problems({"a": lora()}, fused) == [
         (
             "adapters.a.at",
-            "this model has no site with role attn.q or attn.v; it has attn, attn.qkv, backbone, embed, mlp, norm",
+            "this model has no site with role 'attn.q' or 'attn.v'; it has attn, attn.qkv, backbone, embed, mlp, norm"
+            " (its query, key and value are one linear: use attn.qkv)",
         )
     ]
+
+
+def test_a_type_that_other_sites_of_the_model_can_take() -> None:
+    model = encoder(num_layers=2, bias=False)
+    biased = [replace(site, bias=site.role == "mlp.up") for site in model.sites]
+    found = problems({"a": AdapterChoice(kind="bitfit", at=("attn.q",))}, replace(model, sites=tuple(biased)))
+    what = "bitfit fits no site with role attn.q of this model: it needs modules with a bias; set at to [mlp.up]"
+    assert found == [("adapters.a.at", what)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "needs"),
+    [
+        ("prefix", {"attention_interface": False}, "attention by transformers' attention interface"),
+        ("norm", {"known_norm": False}, "norms that are a LayerNorm or an RMSNorm"),
+    ],
+)
+def test_a_type_that_a_family_cannot_take(kind: str, change: dict[str, Any], needs: str) -> None:
+    """Families without transformers' attention interface (BLOOM), and with norms of their own (Cohere)."""
+    model = encoder(num_layers=2)
+    model = replace(model, sites=tuple(replace(site, **change) for site in model.sites))
+    ((where, what),) = problems({"a": AdapterChoice(kind=kind)}, model)
+    assert where == "adapters.a.at"
+    assert needs in what
+    assert what.endswith("leave it out")
 
 
 def test_all_problems_come_at_once() -> None:

@@ -24,8 +24,8 @@ from autopeft.studies.config.schema import json_schema
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
+from autopeft.studies.engine.plan import weights_path
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot
-from autopeft.studies.engine.study_loop import weights_path
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.recipes.recipe import Recipe, RecipeError
 from autopeft.studies.reports.report import write_report

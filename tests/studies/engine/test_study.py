@@ -28,10 +28,10 @@ from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
-from autopeft.studies.engine.plan import StudyPlan, plan_of
+from autopeft.studies.engine.plan import StudyPlan, plan_of, weights_path
 from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot, was_started
-from autopeft.studies.engine.study_loop import StudyLoop, weights_path
+from autopeft.studies.engine.study_loop import StudyLoop
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.pick import pick

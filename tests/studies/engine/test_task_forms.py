@@ -23,8 +23,8 @@ from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.schema import json_schema
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
+from autopeft.studies.engine.plan import weights_path
 from autopeft.studies.engine.session import open_study
-from autopeft.studies.engine.study_loop import weights_path
 from autopeft.studies.exporters import native
 from autopeft.studies.recipes.recipe import Recipe
 

@@ -1,7 +1,6 @@
-"""The layers below the lowest adapter: run once for all slots, and cached across epochs, trials and studies.
+"""Outputs of the layers below the lowest adapter, cached across epochs, trials and studies.
 
-Notation: N examples of T tokens, D features, `depth` layers below the lowest adapter of a pack. Their outputs depend on
-no adapter and need no gradient. The layers are in evaluation mode, so an example has the same output in every epoch.
+Notation: N examples of T tokens, D features, `depth` layers below the lowest adapter of a pack.
 """
 
 from __future__ import annotations
@@ -9,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from posixpath import commonpath
 from typing import Any
 
 import torch
@@ -22,65 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autopeft.evaluators.atomic import atomic_write
-from autopeft.evaluators.attachment.hooks import ForwardReplacement
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.backbones.backbone import Backbone
 
 logger = logging.getLogger(__name__)
-
-
-def layer_paths(backbone: Backbone) -> list[str]:
-    """Return the module paths of the layers: the common parts of the paths of their sites."""
-    paths = []
-    for layer in range(backbone.num_layers):
-        inside = [site.module.replace(".", "/") for site in backbone.sites if site.layer == layer]
-        paths.append(commonpath(inside).replace("/", "."))
-    return paths
-
-
-class Reached(Exception):  # noqa: N818 - control flow
-    """Stops a forward pass after a layer. `output`: the return value of that layer."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
-class LowerLayers:
-    """The lower layers of a model."""
-
-    def __init__(self, model: nn.Module, backbone: Backbone) -> None:
-        self.model = model
-        self.layers = [model.get_submodule(path) for path in layer_paths(backbone)]
-
-    @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Tensor], depth: int) -> Tensor:
-        """Compute the output [N, T, D] of the lowest `depth` layers, at least 1."""
-
-        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            raise Reached(output)
-
-        handle = self.layers[depth - 1].register_forward_hook(stop)
-        try:
-            self.model(**inputs)
-        except Reached as reached:
-            return reached.output if isinstance(reached.output, Tensor) else reached.output[0]
-        finally:
-            handle.remove()
-        raise AssertionError("the forward pass did not reach its own layers")
-
-    @contextmanager
-    def replaced(self, hidden: Tensor, depth: int) -> Iterator[None]:
-        """Make the lowest `depth` layers return `hidden` [B, T, D] and compute nothing."""
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            return hidden
-
-        replacements = [ForwardReplacement(layer, forward) for layer in self.layers[:depth]]
-        try:
-            yield
-        finally:
-            for replacement in replacements:
-                replacement.remove()
 
 
 class Activations:
@@ -90,6 +32,13 @@ class Activations:
         self.rows = rows
         self._lengths = torch.tensor(lengths)
         self._starts = 1 + torch.cumsum(self._lengths, 0) - self._lengths
+
+    @classmethod
+    def of(cls, hidden: Tensor, lengths: Sequence[int]) -> Activations:
+        """Return the activations of all examples of a split from their outputs `hidden` [N, T, D]."""
+        activations = cls(hidden.new_zeros(1 + sum(lengths), hidden.shape[-1]), lengths)
+        activations.fill(range(len(lengths)), hidden)
+        return activations
 
     def batch(self, examples: Sequence[int]) -> Tensor:
         """Return the outputs of these examples [N, T, D], padded with zeros."""
