@@ -38,7 +38,7 @@ def rounded(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     for trial in given:
         if trial.measurement is not None:
             for name, error in trial.measurement.std_err.items():
-                if 0 < error < math.inf:
+                if _is_known(error):
                     errors.setdefault(name, []).append(_rounded_error(error))
     if not errors:
         return given
@@ -64,8 +64,7 @@ def _rounded(measurement: Measurement, quanta: Mapping[str, float]) -> Measureme
         measurement,
         values=_on_grid(measurement.values, quanta),
         std_err={
-            name: _rounded_error(error) if 0 < error < math.inf else error
-            for name, error in measurement.std_err.items()
+            name: _rounded_error(error) if _is_known(error) else error for name, error in measurement.std_err.items()
         },
         rungs=tuple((share, _on_grid(values, quanta)) for share, values in measurement.rungs),
     )
@@ -73,6 +72,11 @@ def _rounded(measurement: Measurement, quanta: Mapping[str, float]) -> Measureme
 
 def _on_grid(values: Mapping[str, float], quanta: Mapping[str, float]) -> dict[str, float]:
     return {name: _nearest(value, quanta[name]) if name in quanta else value for name, value in values.items()}
+
+
+def _is_known(error: float) -> bool:
+    """Return whether a standard error is positive and finite; so is then its quantum."""
+    return 1e-300 < error < math.inf
 
 
 def _rounded_error(error: float) -> float:
