@@ -9,6 +9,7 @@ from typing import Any
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.retraining import fresh_seeds, promises, retrain
 from autopeft.studies.engine.session import open_ledger, read_snapshot
+from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -42,9 +43,15 @@ def recipes(settings: StudyFile) -> Iterator[tuple[str, Recipe]]:
 
 
 def check(settings: StudyFile, seeds: int, trained: Callable[[], None]) -> list[Kept]:
-    """Train every recipe of a study with `seeds` seeds that it has not used; `trained` is called after each recipe."""
+    """Train every recipe of a study with `seeds` seeds that it has not used; `trained` is called after each recipe.
+
+    Raises ConfigurationError for a study without a promise.
+    """
     found = []
-    for name, recipe in recipes(settings):
+    wanted = list(recipes(settings))
+    if not wanted:
+        raise ConfigurationError(f"{settings.path}: no finalist of this study has a promise")
+    for name, recipe in wanted:
         ((metric, promised),) = promises(recipe).items()
         assert promised.low is not None
         assert promised.high is not None
@@ -79,8 +86,8 @@ def to_markdown(found: Sequence[Kept]) -> str:
     groups = {study: [one for one in found if one.study == study] for study in dict.fromkeys(o.study for o in found)}
     for study, group in (groups | {"**all**": list(found)}).items():
         metrics = ", ".join(dict.fromkeys(one.metric for one in group))
-        width = sum(one.high - one.low for one in group) / len(group)
+        width = f"{sum(one.high - one.low for one in group) / len(group):.3f}" if "," not in metrics else ""
         inside = sum(one.inside for one in group)
         count = len({(one.study, one.candidate) for one in group})
-        lines.append(f"| {study} | {metrics} | {count} | {len(group)} | {inside} | {width:.3f} |")
+        lines.append(f"| {study} | {metrics} | {count} | {len(group)} | {inside} | {width} |")
     return "\n".join(lines) + "\n"

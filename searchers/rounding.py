@@ -22,7 +22,8 @@ def rounded(trials: Iterable[Trial]) -> tuple[Trial, ...]:
 
     The quantum of a metric is the largest power of two that is at most `SHARE` of the median standard error of these
     trials: one for all of them, because pruned trials have no standard error of their own, and because one grid keeps
-    the order of the values. Values at rungs are rounded like final ones. A metric without standard errors stays exact:
+    the order of their values. Trials that are rounded apart, such as those of an earlier study, have a grid of their
+    own. Values at rungs are rounded like final ones. A metric without standard errors stays exact:
     declared costs are, and the seconds of two measurements differ by more than their last digits.
 
     Rounding makes other last digits rare, not harmless: a value that changes by d is rounded to another multiple with

@@ -68,12 +68,15 @@ def unpackable_sites(model: nn.Module, backbone: Backbone, inputs: Mapping[str, 
     try:
         with _inputs_of(model, paths) as alone:
             model(**inputs)
-        with _inputs_of(model, paths) as packed:
-            model(**{name: torch.cat([tensor, tensor.flip(0)]) for name, tensor in inputs.items()})
     except ModelError:
         raise
     except Exception:  # a study stops with this error, because all its candidates have it
         return frozenset()
+    try:
+        with _inputs_of(model, paths) as packed:
+            model(**{name: torch.cat([tensor, tensor.flip(0)]) for name, tensor in inputs.items()})
+    except Exception:  # alone it works
+        return frozenset(site.name for site in sites)
     good = {path for path in paths if _cut_well(packed[path], alone[path])}
     return frozenset(site.name for site in sites if not {site.module, site.input_module} <= good)
 
@@ -97,15 +100,15 @@ def _inputs_of(model: nn.Module, paths: set[str]) -> Iterator[dict[str, list[Ten
     inputs: dict[str, list[Tensor]] = {path: [] for path in paths}
 
     def record(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             if not isinstance(output, Tensor):
                 kind = f"{type(module).__name__} returns a {type(output).__name__}"
                 raise ModelError(f"this model cannot take adapters: at {path}, {kind} instead of a tensor")
-            inputs[path].append(args[0])
+            inputs[path].append(next(each for each in (*args, *named.values()) if isinstance(each, Tensor)))
 
         return hook
 
-    handles = [model.get_submodule(path).register_forward_hook(record(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(record(path), with_kwargs=True) for path in paths]
     try:
         yield inputs
     finally:

@@ -40,6 +40,10 @@ class Reached(Exception):  # noqa: N818 - control flow
         self.output = output
 
 
+#: What it means for a study.
+SLOWER = "trainings take longer, with the same results"
+
+
 class LowerLayers:
     """The lower layers of a model. Call `obstacle` first: it learns the form of the layers' outputs."""
 
@@ -61,8 +65,7 @@ class LowerLayers:
         obstacle = lower.obstacle(lambda: evaluator.task.scores(evaluator.model, batch)["loss"], lengths)
         if obstacle is None:
             return lower, ()
-        why = f"candidates do not share the outputs of the layers below their adapters, because {obstacle}"
-        return None, (f"{why}: trainings take longer, with the same results",)
+        return None, (f"candidates do not share the outputs of the layers below their adapters, because {obstacle}",)
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor], depth: int) -> Tensor:
@@ -113,7 +116,7 @@ class LowerLayers:
             return f"the model cannot run on the rows ({type(error).__name__}: {error})"
         for number, passes in enumerate(outputs):
             if len(passes) != 1:
-                return f"layer {number} runs {len(passes)} times in a pass"
+                return f"layer {number} runs {len(passes)} times in a pass: {SLOWER}"
         ends = [passes[0] for passes in outputs]
         self._beside = [len(end) - 1 if isinstance(end, tuple) else None for end in ends]
         for depth, end in enumerate(ends, 1):
@@ -124,9 +127,9 @@ class LowerLayers:
                     found = losses()
                 last, same_last = (Activations.of(_hidden_states(e), lengths).rows for e in (ends[-1], again[-1][0]))
             except Exception as error:
-                return f"{reader} more than the output of layer {depth - 1} ({type(error).__name__}: {error})"
+                return f"{reader} more than the output of layer {depth - 1} ({type(error).__name__}): {SLOWER}"
             if not (close(same_last, last).all() and close(found, expected)):
-                return f"{reader} more than the output of layer {depth - 1}"
+                return f"{reader} more than the output of layer {depth - 1}: {SLOWER}"
         return None
 
     @contextmanager

@@ -78,6 +78,8 @@ class Recommendation:
     differences: Mapping[int, Estimate]
     #: The cheapest first.
     open: tuple[OpenCase, ...]
+    #: Whether no other contender costs less than the recommended one.
+    is_cheapest: bool
 
     def second_look(self, num_runs: int, num_seeds: int) -> tuple[frozenset[int], int]:
         """Return the trials that decide, and how many more seeds each of them gets from `num_runs` runs.
@@ -87,7 +89,7 @@ class Recommendation:
         """
         undecided = [case.trial for case in self.open if case.seeds is not None]
         racing = frozenset((self.best, *undecided) if undecided else ())
-        return racing, min(num_runs // len(racing), MOST_SEEDS - num_seeds) if racing else 0
+        return racing, min(num_runs // len(racing), max(0, MOST_SEEDS - num_seeds)) if racing else 0
 
     def reason(self, label: Callable[[int], str], metric: Metric) -> str:
         """Return in one or two sentences why this member is recommended; `label` names a trial."""
@@ -98,8 +100,10 @@ class Recommendation:
             text = f"{name} is the cheapest member shown to be within {margin} of the best, {best}: {found}."
         elif len(self.standings) == 1:
             text = f"{best} is the only member of the front."
+        elif self.is_cheapest:
+            text = f"{best} is the best, and the cheapest."
         elif not self.open:
-            text = f"{best} is the best, and every cheaper member is worse by more than {margin}."
+            text = f"{best} is the best; by estimate, every cheaper member is worse by more than {margin}."
         else:
             text = f"{best} is the best, and no cheaper member is shown to be within {margin} of it."
         if not self.open:
@@ -110,11 +114,15 @@ class Recommendation:
             needed = f"about {case.seeds} seeds of both would show whether it is ({case.num_seeds} now)"
         elif case.examples is not None:
             needed = (
-                f"more seeds cannot show whether it is, about {_round(case.examples):,} validation rows would"
-                f" ({case.num_examples:,} now), or a larger margin, recommend.within"
+                f"more seeds cannot show whether it is, about {_round(case.examples):,} validation rows"
+                f" ({case.num_examples:,} now) with {MOST_SEEDS} seeds would, or a larger margin, recommend.within"
             )
+        elif case.num_seeds == 1:
+            needed = "single runs cannot show whether it is"
         else:
-            needed = "its estimate is at the margin"
+            needed = (
+                "neither seeds nor rows within reason would show whether it is, but a larger margin, recommend.within"
+            )
         return f"{text} {label(case.trial)} is cheaper and may be within it, {found}: {needed}."
 
 
@@ -159,10 +167,10 @@ def recommend(
     Best is the highest mean. Another one is as good if the interval of their paired difference lies above -margin
     (non-inferiority: Wellek, Testing Statistical Hypotheses of Equivalence and Noninferiority, 2010, ch. 2). An
     interval that reaches 0 does not suffice: "not distinguishable" is not "as good". Where nothing cheaper is shown to
-    be as good, the best one is recommended. Each comparison errs with a probability of (1 - level) / 2, and the
-    finalists of a study are compared twice at most. So a cheaper member is recommended, although it is worse than the
-    best by more than the margin, with a probability of about 1 - level: `python -m autopeft.benchmarks coverage`. The
-    best one by estimate may itself not be the best.
+    be as good, the best one is recommended. A comparison calls a member as good that is not with a probability of at
+    most (1 - level) / 2. There are as many comparisons as cheaper members, and finalists are compared twice at most, so
+    these errors can add up; `python -m autopeft.benchmarks coverage` simulates how far they do. The best one by
+    estimate may itself not be the best.
 
     A contender with one run and no `spread` is never as good: its interval is about that one network. A contender with
     a score that is not finite (a diverged run) is worse. Raises ValueError if nobody is left.
@@ -201,12 +209,11 @@ def recommend(
 
     def case(contender: Contender) -> OpenCase:
         pair = contender.scores, best.scores, -margin
-        now, needed = differences[contender.trial].num_seeds, seeds_to_show(*pair, spread=spread, level=level)
         return OpenCase(
             trial=contender.trial,
-            num_seeds=now,
+            num_seeds=differences[contender.trial].num_seeds,
             num_examples=as_runs(best.scores).shape[1],
-            seeds=None if needed is None else max(needed, now + 1),
+            seeds=seeds_to_show(*pair, spread=spread, level=level),
             examples=examples_to_show(*pair, spread=spread, level=level),
         )
 
@@ -217,4 +224,5 @@ def recommend(
         standings=standings,
         differences=differences,
         open=tuple(case(contender) for contender in sorted(undecided, key=price)),
+        is_cheapest=all(chosen.costs <= contender.costs for contender in sound),
     )

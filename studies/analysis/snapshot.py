@@ -113,8 +113,9 @@ class Snapshot:
         for trial in self.trials:
             if trial.role == FINALIST and trial.of is not None and trial.state == "complete":
                 repeats.setdefault(trial.of, []).append(trial)
+        metrics = self.metrics
         return [
-            Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())), metrics=self.metrics)
+            Entry(trial=trial, repeats=tuple(repeats.get(trial.number, ())), metrics=metrics)
             for trial in self.trials
             if trial.of is None and trial.state == "complete"
         ]
@@ -186,14 +187,11 @@ class Snapshot:
         names = [o.name for o in self.objectives if o.is_quality]
         return names[0] if names else "accuracy"
 
-    def spread(self, split: str = "validation", metric: str | None = None) -> SeedSpread | None:
-        """Return the spread of a metric (default: the quality) between seeds, from all candidates with several seeds.
-
-        None if nothing was trained with several seeds.
-        """
+    def spread(self, split: str = "validation") -> SeedSpread | None:
+        """Return the spread of the quality between seeds, from all candidates with several seeds; None without any."""
         matched = [entry for by_name in self.matched_baselines().values() for entry in by_name.values()]
         repeated = [entry for entry in [*self.entries(), *matched] if len(entry.repeats) > 1]
-        scores = [entry.scores(metric or self.quality, split) for entry in repeated]
+        scores = [entry.scores(self.quality, split) for entry in repeated]
         return SeedSpread.of([runs for runs in scores if runs.size])
 
     def front(self) -> Front:
@@ -213,6 +211,7 @@ class Snapshot:
                 points[i] = [o.loss(value[o.name]) for o in self.objectives]
         on_front = non_dominated(points).tolist()
         found = self.recommendation([e for e, member in zip(entries, on_front, strict=True) if member], spread)
+        test_spread = self.spread("test")
         sign = 1.0 if self.metrics[self.quality].maximise else -1.0
         rows = []
         for entry, (value, std_err), member in zip(entries, values, on_front, strict=True):
@@ -231,7 +230,7 @@ class Snapshot:
                     seeds=tuple(run.seed for run in entry.runs),
                     standing=found.standings.get(number) if found else None,
                     difference=difference and difference.signed(sign),
-                    test=self.promise(entry, self.quality),
+                    test=self.promise(entry, test_spread),
                 )
             )
         if found is None:
@@ -241,7 +240,7 @@ class Snapshot:
             rows=tuple(rows),
             recommendation=found,
             reason=found.reason(labels.__getitem__, self.metrics[self.quality]),
-            left_out=self._left_out() if any(repeated) else (),
+            left_out=() if self.preliminary else self._left_out(),
         )
 
     def rows(self) -> list[FrontRow]:
@@ -294,7 +293,7 @@ class Snapshot:
         return sorted(front, key=lambda trial: sign * trial.values[self.quality])
 
     def _left_out(self) -> tuple[int, ...]:
-        repeated = {entry.trial.number for entry in self.entries() if entry.repeats}
+        repeated = {trial.of for trial in self.trials if trial.role == FINALIST}
         return tuple(trial.number for trial in self.search_front() if trial.number not in repeated)
 
     def entry(self, number: int) -> Entry:
@@ -304,17 +303,16 @@ class Snapshot:
                 return entry
         raise KeyError(number)
 
-    def promise(self, entry: Entry, metric: str) -> Estimate | None:
-        """Return the test score of `entry` and the prediction interval for one more training run with another seed.
+    def promise(self, entry: Entry, spread: SeedSpread | None) -> Estimate | None:
+        """Return the quality of `entry` on the test split, with the interval for one more run with another seed.
 
-        None if it was not scored on the test split or if no candidate was trained more than once.
+        `spread`: that of the test split. None if nothing was trained more than once, or this one was not scored there.
         """
-        scores = entry.scores(metric, "test")
-        spread = self.spread("test", metric)
+        scores = entry.scores(self.quality, "test") if spread is not None else np.empty(0)
         if not scores.size or spread is None:
             return None
         low, high = statistics.predictive_interval(scores, spread)
-        return replace(statistics.estimate(scores, spread=spread), low=low, high=high).signed(entry.sign(metric))
+        return replace(statistics.estimate(scores, spread=spread), low=low, high=high).signed(entry.sign(self.quality))
 
     def reference(self) -> Floats | None:
         """Return the hypervolume's reference point [objectives], in losses; None without a feasible trial."""

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, exp, inf, log, nan, sqrt
+from math import exp, inf, log, nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,6 +54,8 @@ GRID_FACTORS, GRID_DOFS = np.exp(np.linspace(-5, 4, 46)), np.array([1.0, 2.0, 4.
 COULL, PRICE = (0.0, 0.0, 1.0, 1.0), (-1.0, 1.0)
 #: More seeds than this are no advice.
 MOST_SEEDS = 20
+#: A bound for advice on examples.
+MOST_EXAMPLES = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,22 +161,34 @@ def seeds_to_show(
 ) -> int | None:
     """Return the number of seeds of each with which the interval of `paired_difference` would be above `at_least`.
 
-    It assumes that the difference and the spreads stay as they are. None if it takes more than `MOST_SEEDS`.
+    It is more than the smaller number at present, and assumes that the difference and the spreads stay as they are;
+    who has more seeds keeps them. None if it takes more than `MOST_SEEDS`, and without any spread between seeds: two
+    single runs say nothing of it.
     """
     terms = _difference(a, b, spread)
-    counts = range(terms.num_seeds, MOST_SEEDS + 1)
+    counts = range(terms.num_seeds + 1, MOST_SEEDS + 1) if terms.seeds else ()
     return next((n for n in counts if terms.with_seeds(n).estimate(level).low >= at_least), None)
 
 
 def examples_to_show(
     a: ArrayLike, b: ArrayLike, at_least: float, *, spread: SeedSpread | None = None, level: float = LEVEL
 ) -> int | None:
-    """Return the number of examples that would do it with `MOST_SEEDS` seeds; None if the difference is below."""
+    """Return the number of examples that would do it together with `MOST_SEEDS` seeds.
+
+    None if the spread between so many seeds alone is too wide, or if the difference is below `at_least`.
+    """
     terms = _difference(a, b, spread).with_seeds(MOST_SEEDS)
-    found = terms.estimate(level)
-    if not found.value > at_least:
+
+    def shown(num_examples: int) -> bool:
+        return terms.with_examples(num_examples).estimate(level).low >= at_least
+
+    if not terms.seeds or not shown(MOST_EXAMPLES):
         return None
-    return ceil(terms.num_examples * ((found.value - found.low) / (found.value - at_least)) ** 2)
+    low, high = 1, MOST_EXAMPLES
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if shown(middle) else (middle + 1, high)
+    return low
 
 
 def as_runs(scores: ArrayLike) -> Floats:
@@ -187,7 +201,7 @@ def as_runs(scores: ArrayLike) -> Floats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Terms:
-    """A sum of signed means and the terms of its variance; `seeds` and `noise` have one for each sample.
+    """A sum of signed means and the terms of its variance. `counts` (of seeds), `seeds`, `noise`: one per sample.
 
     `centre`: the middle of the interval.
     """
@@ -197,6 +211,7 @@ class _Terms:
     num_seeds: int
     num_examples: int
     examples: float
+    counts: tuple[int, ...] = ()
     seeds: tuple[float, ...] = ()
     noise: tuple[float, ...] = ()
     dofs: tuple[float, ...] = ()
@@ -227,16 +242,30 @@ class _Terms:
         )
 
     def with_seeds(self, count: int) -> _Terms:
-        """Return the terms that `count` seeds of each sample would have, if all variances stay as they are."""
-        share = self.num_seeds / count
-        without = max(0.0, self.examples - sum(self.noise))
+        """Return the terms that at least `count` seeds of each sample would have, if all variances stay as they are."""
+        counts = tuple(max(count, own) for own in self.counts)
+        shares = [own / more for own, more in zip(self.counts, counts, strict=True)]
+        noise = tuple(part * share for part, share in zip(self.noise, shares, strict=True))
         return replace(
             self,
             num_seeds=count,
-            examples=without + min(self.examples, sum(self.noise)) * share,
-            seeds=tuple(term * share for term in self.seeds),
+            examples=max(0.0, self.examples - sum(self.noise)) + sum(noise),
+            counts=counts,
+            seeds=tuple(term * share for term, share in zip(self.seeds, shares, strict=True)),
+            noise=noise,
+            dofs=tuple(dof + more - own for dof, own, more in zip(self.dofs, self.counts, counts, strict=True)),
+        )
+
+    def with_examples(self, count: int) -> _Terms:
+        """Return the terms for `count` examples; the part of the noise in the terms of the seeds shrinks with them."""
+        share = self.num_examples / count
+        noise = [min(term, part) for term, part in zip(self.seeds, self.noise, strict=True)]
+        return replace(
+            self,
+            num_examples=count,
+            examples=self.examples * share,
+            seeds=tuple(term - part * (1 - share) for term, part in zip(self.seeds, noise, strict=True)),
             noise=tuple(part * share for part in self.noise),
-            dofs=tuple(dof + count - self.num_seeds for dof in self.dofs),
         )
 
 
@@ -255,9 +284,11 @@ def _terms(signed: Sequence[tuple[int, Floats]], spread: SeedSpread | None) -> _
         return _Terms(value=nan, centre=nan, num_seeds=num_seeds, num_examples=num_examples, examples=nan)
     per_example = np.sum([sign * runs.mean(axis=0) for sign, runs in signed], axis=0)
     widened = per_example
-    if all(((runs == 0) | (runs == 1)).all() for runs in samples):
-        widened = np.append(per_example, COULL if len(samples) == 1 else PRICE)
-    seeds, noise, dofs = [], [], []
+    # The scores of a metric to minimise are negative.
+    if all(((runs == 0) | (abs(runs) == 1)).all() for runs in samples):
+        coull = np.array(COULL) * (-1.0 if (samples[0] < 0).any() else 1.0)
+        widened = np.append(per_example, coull if len(samples) == 1 else PRICE)
+    counts, seeds, noise, dofs = [], [], [], []
     for runs in samples:
         if spread is not None:
             variance, dof = spread.moderated(runs)
@@ -265,6 +296,7 @@ def _terms(signed: Sequence[tuple[int, Floats]], spread: SeedSpread | None) -> _
             variance, dof = float(runs.mean(axis=1).var(ddof=1)), len(runs) - 1
         else:
             continue
+        counts.append(len(runs))
         seeds.append(variance / len(runs))
         noise.append(_noise(runs) if len(runs) > 1 else 0.0)
         dofs.append(dof)
@@ -274,6 +306,7 @@ def _terms(signed: Sequence[tuple[int, Floats]], spread: SeedSpread | None) -> _
         num_seeds=num_seeds,
         num_examples=num_examples,
         examples=float(widened.var(ddof=1)) / len(widened),
+        counts=tuple(counts),
         seeds=tuple(seeds),
         noise=tuple(noise),
         dofs=tuple(dofs),

@@ -101,12 +101,8 @@ def print_front(snapshot: Snapshot) -> None:
     console = Console()
     # Without a terminal the width is free: a table cut at 80 columns is of no use in a log.
     Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
-    typer.echo(
-        f"{star}: recommended; ±: standard error over examples and seeds; as good: shown to be within the margin of the"
-        " best; tied: not distinguished from the best, but not shown to be as good either"
-    )
     for note in front_notes(snapshot, found):
-        typer.echo(note)
+        typer.echo(f"{star} {note}" if note.startswith("Recommended:") else note)
     mixtures = verdicts(snapshot)
     if mixtures:
         typer.echo("\nmixtures against their matched baselines")

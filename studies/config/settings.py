@@ -352,7 +352,8 @@ class FinalistSettings(Section):
     seeds: int = Field(
         default=3,
         ge=1,
-        description="seeds per finalist on average; from 3 on, half of the runs go to the finalists that decide",
+        description="seeds per finalist on average; each gets half of them, rounded up, and at least 2 of 2 or more;"
+        " the other runs go to the finalists that decide the recommendation",
     )
     most: int = Field(default=6, ge=1, description="largest number of finalists")
     controls: bool = Field(default=True, description="also train the matched baselines of mixtures of experts")

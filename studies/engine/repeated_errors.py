@@ -42,9 +42,13 @@ class Failures:
         return trial.number in self.held
 
     def release(self) -> list[int]:
-        """Hold no trial any longer; return the numbers of those that were held."""
+        """Hold no trial any longer, and begin to count anew; return the numbers of those that were held.
+
+        What the ledger has as failed is not trained again, so it cannot count towards a stop that promises that.
+        """
         numbers = list(self.held)
         self.held.clear()
+        self._failed.clear()
         return numbers
 
     def check(self, trials: Iterable[Trial]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.problem import FINALIST, Problem, Role, Trial
+from autopeft.search_space.problem import FINALIST, Problem, Role, RoleKind, Trial
 from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.search_space.spaces.presets import BASELINES
 from autopeft.search_space.spaces.space import SearchSpace
@@ -65,8 +65,13 @@ def deciding(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
     first = _fresh_seeds(plan)[: first_look(plan.finalist_seeds)]
     known = tuple(t for t in snapshot.trials if t.role != FINALIST or t.seed in first)
     found = replace(snapshot, trials=known).front().recommendation
-    num_runs = (plan.finalist_seeds - len(first)) * len(_finalists(plan, snapshot))
-    racing, each = found.second_look(num_runs, len(first)) if found else ((), 0)
+    if found is None:
+        return
+    racing, _ = found.second_look(0, len(first))
+    # An earlier version trained all seeds of all finalists.
+    others = sum(t.role == FINALIST and t.seed not in first and t.of not in racing for t in snapshot.trials)
+    num_runs = (plan.finalist_seeds - len(first)) * len(_finalists(plan, snapshot)) - others
+    _, each = found.second_look(max(0, num_runs), len(first))
     trials = [trial for trial in snapshot.trials if trial.number in racing]
     yield from _missing(snapshot, trials, range(first.stop, first.stop + each))
 
@@ -85,14 +90,23 @@ def _missing(snapshot: Snapshot, trials: Sequence[Trial], seeds: range) -> Itera
 
 
 def comparisons(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:
-    """Yield the missing matched baselines of every contender with mixtures, with its training and seeds."""
+    """Yield the missing matched baselines of every contender with mixtures, with its training and its own seeds."""
     existing = {(t.role, t.of, t.seed) for t in snapshot.trials}
     for trial in contenders(plan, snapshot) if plan.controls else ():
+        seeds = sorted(t.seed for t in snapshot.trials if t.role == FINALIST and t.of == trial.number)
         for name, architecture in controls(trial.candidate.architecture, snapshot.backbone).items():
             candidate = replace(trial.candidate, architecture=architecture)
-            for seed in _fresh_seeds(plan):
+            for seed in seeds:
                 if (Role("control", name), trial.number, seed) not in existing:
                     yield Planned(Role("control", name), candidate, seed, of=trial.number)
+
+
+#: What the final front needs, in this order: the kind of role, and the function that plans it.
+FINAL_PARTS: tuple[tuple[RoleKind, Callable[[StudyPlan, Snapshot], Iterator[Planned]]], ...] = (
+    ("finalist", finalists),
+    ("finalist", deciding),
+    ("control", comparisons),
+)
 
 
 def _fresh_seeds(plan: StudyPlan) -> range:
@@ -102,11 +116,11 @@ def _fresh_seeds(plan: StudyPlan) -> range:
 def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
     """Return the largest number of evaluations for the final front.
 
-    They are contenders, matched baselines of mixtures, and tuned baselines, each with every fresh seed.
+    They are all finalists with as many seeds on average, and three matched baselines for each run of a mixture.
     """
     mixed = any("experts" in choice.fields for choice in space.adapters.values())
     each = 1 + len(CONTROLS) * (mixed and plan.controls)
-    return (plan.most_finalists * each + len(plan.baselines)) * plan.finalist_seeds
+    return (plan.most_finalists + len(plan.baselines)) * plan.finalist_seeds * each
 
 
 def num_evaluations(plan: StudyPlan, problem: Problem) -> int:

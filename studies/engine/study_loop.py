@@ -32,15 +32,7 @@ from autopeft.searchers.halving import survivors
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan, weights_path
 from autopeft.studies.engine.repeated_errors import Failures
-from autopeft.studies.engine.scheduled_trials import (
-    Planned,
-    baselines,
-    comparisons,
-    deciding,
-    ended_as,
-    finalists,
-    num_evaluations,
-)
+from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, baselines, ended_as, num_evaluations
 from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger
@@ -50,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Consecutive proposals without an evaluation that end the search, because the space is exhausted or infeasible.
 MOST_REJECTIONS = 200
+#: Roles of the evaluations for the final front.
+FINAL_KINDS = frozenset(kind for kind, _ in FINAL_PARTS)
 #: Random candidates that are compared with the limits before a study starts.
 PROBES = 500
 
@@ -117,18 +111,13 @@ class StudyLoop:
             unfinished = self.ledger.unfinished(self.problem.objectives)
             self._evaluate_planned("baseline", unfinished, self._baselines(), watcher)
             self._search(unfinished, watcher)
-            searched = self.snapshot()
-            done = len(searched.evaluated)
-            finals = list(finalists(self.plan, searched))
-            controls = list(comparisons(self.plan, searched))
-            under_way = sum(t.role.kind in ("finalist", "control") for t in unfinished)
-            watcher.plan(done + len(finals) + len(controls) + under_way, done)
-            self._evaluate_planned("finalist", unfinished, finals, watcher)
-            self._evaluate_planned("control", unfinished, controls, watcher)
-            more = list(deciding(self.plan, self.snapshot()))
-            done = len(self.snapshot().evaluated)
-            watcher.plan(done + len(more), done)
-            self._evaluate_planned("finalist", (), more, watcher)
+            # What the final front needs; each part follows from those before it.
+            for kind, planned in FINAL_PARTS:
+                snapshot = self.snapshot()
+                done, found = len(snapshot.evaluated), list(planned(self.plan, snapshot))
+                watcher.plan(done + len(found) + sum(t.role.kind in FINAL_KINDS for t in unfinished), done)
+                self._evaluate_planned(kind, unfinished, found, watcher)
+                unfinished = [trial for trial in unfinished if trial.role.kind != kind]
         except OSError as error:
             raise UnusableEnvironmentError(f"{self.plan.output_folder}: {error.strerror or error}") from error
         snapshot = self.snapshot()
@@ -356,7 +345,7 @@ class StudyLoop:
         return (self.problem.limits.rejection(costs.values) if trial.role == SEARCH else None), costs
 
     def _request(self, trial: Trial) -> Request:
-        final = trial.role.kind in ("finalist", "control")
+        final = trial.role.kind in FINAL_KINDS
         share = self.plan.share if trial.role == SEARCH else 1.0
         return Request(
             candidate=trial.candidate,

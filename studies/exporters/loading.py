@@ -29,8 +29,8 @@ $variable = $auto_processor.from_pretrained(FOLDER)
 ```
 $remarks""")
 _ROWS = (
-    "train.jsonl and validation.jsonl have the rows of the study, as it read them: whoever gets this folder gets these"
-    " rows"
+    "train.jsonl and validation.jsonl have the rows of the study, read from its data at the export: whoever gets this"
+    " folder gets these rows"
 )
 
 

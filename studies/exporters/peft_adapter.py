@@ -30,7 +30,7 @@ class PeftAdapter(AveragingExporter):
     """An adapter in the format of HF peft, with LoRAs in the form that servers compute exactly (`serving.py`)."""
 
     name = "peft"
-    summary = "adapter_config.json and adapter_model.safetensors of HF peft, exact in servers too"
+    summary = "adapter_config.json and adapter_model.safetensors of HF peft, with LoRAs as servers compute them"
     for_servers: ClassVar[bool] = True
 
     @override

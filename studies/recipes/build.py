@@ -100,7 +100,7 @@ def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:
     found = {}
     for name, value in values.items():
         # Only the main quality has a promise: among many intervals, some would fail by chance.
-        promise = snapshot.promise(entry, name) if name == snapshot.quality else None
+        promise = snapshot.promise(entry, snapshot.spread("test")) if name == snapshot.quality else None
         if promise is not None:
             found[name] = Measured(
                 value=promise.value,

@@ -46,6 +46,11 @@ def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
             "The recommendation is preliminary: single runs favour candidates with a lucky seed. Missing: runs of the"
             " finalists with fresh seeds, which the study trains at its end."
         )
+    if front.reason is not None:
+        notes.append(
+            "±: standard error over examples and seeds; as good: shown to be within the margin of the best; tied: not"
+            " distinguished from the best, but not shown to be as good either."
+        )
     if front.left_out:
         shown = ", ".join(map(str, front.left_out[:10])) + ", ..." * (len(front.left_out) > 10)
         notes.append(

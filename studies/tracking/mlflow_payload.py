@@ -7,7 +7,9 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterable
 from importlib import metadata
+from math import nan
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 MAX_PARAM, MAX_TAG, MAX_NAME = 6000, 8000, 250
 
 STUDY_ROLE = "study"
+#: The first part of the names of metrics that only members of the front have.
+FRONT = "front/"
 FRONT_FILTER = "tags.`autopeft.pareto` = 'true'"
 
 
@@ -110,9 +114,14 @@ def _routing(found: Measurement) -> dict[str, float]:
     }
 
 
-def front_metrics(row: FrontRow, snapshot: Snapshot) -> dict[str, float]:
-    """Return the numbers of a member of the front, as all reports have them: means over fresh seeds, not one run's."""
-    return {_name(f"front/{name}"): value for name, value in row.numbers(snapshot.quality).items()}
+def front_metrics(row: FrontRow | None, snapshot: Snapshot, known: Iterable[str]) -> dict[str, float]:
+    """Return the numbers of a member of the front, as all reports have them: means over fresh seeds, not one run's.
+
+    Those among the `known` metrics of its run that it no longer has are NaN, because MLflow deletes no metric.
+    """
+    numbers = row.numbers(snapshot.quality) if row is not None and row.on_front else {}
+    gone = dict.fromkeys((name for name in known if name.startswith(FRONT)), nan)
+    return gone | {_name(FRONT + name): value for name, value in numbers.items()}
 
 
 def study_tags(snapshot: Snapshot) -> dict[str, str]:
@@ -145,7 +154,7 @@ def front_view(snapshot: Snapshot) -> tuple[str, str]:
     quality = snapshot.quality
     names = [objective.name for objective in snapshot.objectives]
     names += [f"{quality}_std_err", f"{quality}_difference", f"test_{quality}"]
-    metrics = [_name(f"front/{name}") for name in names]
+    metrics = [_name(FRONT + name) for name in names]
     state = {
         "searchFilter": f"{FRONT_FILTER} and tags.`autopeft.study_id` = '{snapshot.study_id}'",
         # Sorted by date, the UI folds the runs into their parent.

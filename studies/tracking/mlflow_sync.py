@@ -202,9 +202,9 @@ class _Runs:
         for trial in snapshot.ended:
             tags = mlflow_payload.trial_tags(trial, snapshot, by_trial.get(trial.number))
             self._write_child(snapshot, trial, {**tags, "mlflow.parentRunId": self.parent.id})
-        for row in front.members:
-            run = self.children[row.trial]
-            self._log(run, {}, self._changed(run, mlflow_payload.front_metrics(row, snapshot), len(snapshot.ended)))
+        for number, run in self.children.items():
+            values = mlflow_payload.front_metrics(by_trial.get(number), snapshot, run.metrics)
+            self._log(run, {}, self._changed(run, values, len(snapshot.ended)))
         self._write_parent(snapshot, front, final)
 
     def _write_child(self, snapshot: Snapshot, trial: Trial, tags: Mapping[str, str]) -> None:
@@ -263,7 +263,8 @@ class _Runs:
     @staticmethod
     def _changed(run: _TrackedRun, values: Mapping[str, float], step: int) -> list[Metric]:
         """Return the metrics whose latest value in MLflow is another one, as points at `step`."""
-        changed = {name: value for name, value in values.items() if run.metrics.get(name) != value}
+        # As text, NaN equals itself.
+        changed = {name: value for name, value in values.items() if str(run.metrics.get(name)) != str(value)}
         run.metrics |= changed
         at_ms = mlflow_payload.now_ms()
         return [mlflow_payload.metric(name, value, at_ms, step) for name, value in changed.items()]

@@ -66,7 +66,7 @@ def test_not_distinguishable_is_not_as_good() -> None:
     assert found.standings[11] == "tied"
     assert (found.recommended, found.open) == (10, ()), "its estimate is below the margin, whatever its interval"
     reason = found.reason(NAMES.__getitem__, METRICS["accuracy"])
-    assert reason == "full is the best, and every cheaper member is worse by more than 1.0 points."
+    assert reason == "full is the best; by estimate, every cheaper member is worse by more than 1.0 points."
 
 
 def test_a_member_that_may_be_as_good_is_named_with_what_would_decide() -> None:
@@ -91,7 +91,8 @@ def test_where_seeds_cannot_decide_examples_may() -> None:
     assert case.seeds is None
     assert case.examples is not None
     assert case.examples > 60
-    assert "validation rows would (60 now), or a larger margin" in found.reason(NAMES.__getitem__, METRICS["accuracy"])
+    reason = found.reason(NAMES.__getitem__, METRICS["accuracy"])
+    assert "validation rows (60 now) with 20 seeds would, or a larger margin, recommend.within." in reason
 
 
 def test_single_runs_show_nothing() -> None:
@@ -100,8 +101,14 @@ def test_single_runs_show_nothing() -> None:
     found = recommend(members, margin=0.02)
     assert found.recommended == found.best == 10
     assert found.standings == {10: "best", 11: "tied"}
-    assert found.open[0].seeds == 2
+    assert found.open[0].seeds is None
+    assert found.reason(NAMES.__getitem__, METRICS["accuracy"]).endswith("single runs cannot show whether it is.")
     assert recommend(members, margin=0.02, spread=known_spread(0.001)).recommended == 11
+
+
+def test_the_best_may_be_the_cheapest() -> None:
+    found = recommend([contender(10, 0.7, 1.0), contender(11, 0.6, 5.0)], margin=0.01)
+    assert found.reason(NAMES.__getitem__, METRICS["accuracy"]) == "full is the best, and the cheapest."
 
 
 def test_one_and_none() -> None:
@@ -128,6 +135,7 @@ def test_the_second_look_goes_to_those_that_decide() -> None:
     assert [case.trial for case in found.open] == [11]
     assert found.second_look(9, 2) == ({10, 11}, 4)
     assert found.second_look(100, 2) == ({10, 11}, 18), "no more than `MOST_SEEDS` in all"
+    assert found.second_look(100, 25) == ({10, 11}, 0)
     assert recommend(members[:1], margin=0.02).second_look(9, 2) == (frozenset(), 0)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from autopeft.studies.analysis.statistics import (
+    MOST_SEEDS,
     SeedSpread,
     estimate,
     examples_to_show,
@@ -210,8 +211,60 @@ def test_what_would_show_a_difference_does_show_it():
     assert ends[1] >= bound - 0.001
     assert seeds_to_show(now[1], now[0], 0.5, spread=spread) is None
     assert examples_to_show(now[1], now[0], 0.5, spread=spread) is None
-    few = [draw(rng, 2, rng.normal(0, 0.4, 20), 0.0, mean) for mean in (0.30, 0.299)]
-    assert examples_to_show(few[1], few[0], min(-0.01, 2 * paired_difference(few[1], few[0]).value)) > 20
+
+
+def exact_runs(rng, num_seeds, num_examples, mean, noise_sd=0.3):
+    """Runs without a spread between seeds, each with exactly this mean, and noise of exactly this size."""
+    noise = rng.normal(0, 1, (num_seeds, num_examples))
+    noise = (noise - noise.mean(axis=1, keepdims=True)) / noise.std(axis=1, keepdims=True)
+    return mean + noise_sd * noise
+
+
+def test_more_seeds_of_one_are_kept_when_the_other_gets_more():
+    """2 and 9 seeds: the term of the nine shrinks only once the others come to nine as well."""
+    rng, spread, bound = np.random.default_rng(1), known_spread(0.03), -0.035
+    best, other = exact_runs(rng, 9, 500, 0.5), exact_runs(rng, 2, 500, 0.495)
+    needed = seeds_to_show(other, best, bound, spread=spread)
+    assert needed is not None
+    assert needed > 2
+    ends = []
+    for count in (needed - 1, needed):
+        runs = exact_runs(rng, max(9, count), 500, 0.5), exact_runs(rng, count, 500, 0.495)
+        ends.append(paired_difference(runs[1], runs[0], spread=spread).low)
+    assert ends[0] < bound + 0.001
+    assert ends[1] > bound - 0.001
+
+
+def test_more_examples_do_not_take_away_the_spread_between_seeds():
+    rng, spread, bound = np.random.default_rng(1), known_spread(0.02), -0.02
+
+    def pair(num_seeds, num_examples):
+        """Runs that agree on every example, on which the two candidates differ."""
+        return [np.tile(exact_runs(rng, 1, num_examples, mean, noise_sd=0.4), (num_seeds, 1)) for mean in (0.5, 0.497)]
+
+    a, b = pair(2, 300)
+    assert seeds_to_show(b, a, bound, spread=spread) is None
+    needed = examples_to_show(b, a, bound, spread=spread)
+    assert needed is not None
+    assert needed > 300
+    runs = pair(MOST_SEEDS, needed)
+    assert paired_difference(runs[1], runs[0], spread=spread).low == pytest.approx(bound, abs=0.002)
+    # With a wide spread, no number of examples shows it.
+    assert examples_to_show(b, a, bound, spread=known_spread(0.05)) is None
+
+
+def test_single_runs_give_no_advice():
+    rng = np.random.default_rng(1)
+    a, b = exact_runs(rng, 1, 300, 0.5), exact_runs(rng, 1, 300, 0.5)
+    assert seeds_to_show(b, a, -1.0) is None
+    assert examples_to_show(b, a, -1.0) is None
+
+
+def test_a_metric_to_minimise_has_pseudo_examples_too():
+    scores = (np.arange(40) < 39).astype(float)
+    up, down = estimate(scores), estimate(-scores)
+    assert (down.value, down.std_err) == (-up.value, up.std_err)
+    assert (down.low, down.high) == (pytest.approx(-up.high), pytest.approx(-up.low))
 
 
 def test_estimate_of_one_run_is_the_classical_mean():

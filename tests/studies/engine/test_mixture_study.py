@@ -63,6 +63,9 @@ def test_the_spread_between_seeds_is_that_of_all_candidates(finished: tuple[Path
     assert compared
     found = snapshot.spread()
     assert found is not None
+    for number, by_name in snapshot.matched_baselines().items():
+        own = {t.seed for t in snapshot.trials if t.of == number and t.role.kind == "finalist"}
+        assert all({run.seed for run in entry.repeats} == own for entry in by_name.values())
     scores = [entry.scores(snapshot.quality) for entry in [*snapshot.entries(), *compared] if entry.repeats]
     expected = SeedSpread.of(scores)
     assert expected is not None

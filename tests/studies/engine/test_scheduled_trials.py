@@ -10,7 +10,7 @@ import numpy as np
 from autopeft.search_space.problem import FINALIST, Trial
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan
-from autopeft.studies.engine.scheduled_trials import Planned, deciding, finalists
+from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, deciding, finalists
 
 from ...support.tracked_study import TRIALS, snapshot, trial
 
@@ -73,6 +73,17 @@ def test_a_killed_study_goes_on_with_the_same_seeds() -> None:
         found = grown(first, more[:count])
         assert pairs([*more[:count], *deciding(PLAN, found)]) == pairs(more)
         assert not list(finalists(PLAN, found))
+
+
+def test_a_study_that_an_earlier_version_ended_is_ended() -> None:
+    """It had all seeds of all finalists: those of the others are spent, and the racing ones have theirs."""
+    all_seeds = [Planned(FINALIST, t.candidate, seed, of=t.number) for t in TRIALS[1:5] for seed in (1, 2, 3, 4)]
+    found = grown(study(), [one for one in all_seeds if one.of in QUALITIES])
+    assert pairs(list(deciding(PLAN, found))) == []
+
+
+def test_matched_baselines_have_the_seeds_of_their_mixture() -> None:
+    assert [kind for kind, _ in FINAL_PARTS] == ["finalist", "finalist", "control"], "after the second look"
 
 
 def test_what_is_decided_needs_no_second_look() -> None:

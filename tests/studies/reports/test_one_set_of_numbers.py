@@ -96,8 +96,10 @@ def test_every_report_has_the_same_numbers(
         # Table
         (line,) = (line for line in table.splitlines() if re.search(rf"│ {re.escape(label)} +│", line))
         columns = [cell.strip() for cell in line.split("│")]
-        value, error = map(float, columns[3].split(" ± "))
-        assert (value, error) == pytest.approx((numbers[quality], numbers[f"{quality}_std_err"]), rel=0.06)
+        for text, number in zip(
+            columns[3].split(" ± "), (numbers[quality], numbers[f"{quality}_std_err"]), strict=True
+        ):
+            assert float(text) == pytest.approx(number, abs=0.51 * 10.0 ** -len(text.partition(".")[2]))
         if gap is not None:
             assert f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})" in columns
         assert f"{test['value']:.4f} ± {test['std_err']:.4f}" in columns
@@ -107,6 +109,7 @@ def test_every_report_has_the_same_numbers(
         factor = 1 if quality == "loss" else 100
         assert float(page[label][2].split()[0]) == pytest.approx(factor * numbers[quality], abs=0.06)
         assert member["standing"] in page[label]
+        assert float(page[label][-2].split()[0]) == pytest.approx(factor * test["value"], abs=0.06)
         if gap is not None:
             shown = next(cell for cell in page[label] if " to " in cell)
             ends = [float(text) for text in re.findall(r"[-+][\d.e-]+", shown)]
@@ -118,6 +121,7 @@ def test_every_report_has_the_same_numbers(
         assert recipe.compared.metric == quality
         assert (recipe.compared.standing, recipe.compared.recommended) == (member["standing"], member["recommended"])
         assert recipe.compared.value == pytest.approx(numbers[quality])
+        assert recipe.compared.std_err == pytest.approx(numbers[f"{quality}_std_err"])
         assert (recipe.compared.difference is None) == (gap is None)
         if recipe.compared.difference is not None:
             assert recipe.compared.difference.model_dump() == pytest.approx(gap)

@@ -275,6 +275,27 @@ def test_the_filter_finds_exactly_the_front(store: Store) -> None:
     assert (run.data.tags["autopeft.of"], run.data.metrics["test/accuracy"]) == ("6", 0.85)
 
 
+def test_numbers_of_the_front_are_those_of_this_moment(store: Store) -> None:
+    """A member that leaves the front, or becomes its best one, keeps no number from before; NaN stands for none."""
+    again = [replace(trial(6 + i, quality, 16), role=FINALIST, of=4, seed=i) for i, quality in ((1, 0.6), (2, 0.62))]
+    other = [replace(trial(8 + i, quality, 4), role=FINALIST, of=2, seed=i) for i, quality in ((1, 0.66), (2, 0.7))]
+    tracker = store.tracker()
+    assert tracker.sync(snapshot())
+    before = store.child(2).data.metrics
+    assert before["front/accuracy_difference"] == pytest.approx(-0.1)
+    for _ in range(2):  # by this process, and by another one
+        assert tracker.sync(snapshot((*TRIALS, *again, *other)), final=True)
+        assert store.front() == {2}
+        now = store.child(2).data.metrics
+        assert now["front/accuracy"] == pytest.approx(0.68)
+        assert isnan(now["front/accuracy_difference"])
+        assert now["obj/accuracy"] == 0.7
+        gone = store.child(4).data.metrics
+        assert all(isnan(value) for name, value in gone.items() if name.startswith("front/"))
+        assert len(store.history(store.child(4), "front/accuracy")) == 2, "NaN is written once"
+        tracker = store.tracker()
+
+
 def test_studies_share_an_experiment(store: Store) -> None:
     for study_id in ("one", "two"):
         store.tracker().sync(snapshot(study_id=study_id))
