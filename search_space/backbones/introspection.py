@@ -369,9 +369,7 @@ def _check_by_hand(by_hand: Mapping[str, str], tree: Mapping[str, Any], stacks: 
             problems.append(f"{key!r}: no {what} {by_hand[key]!r}{did_you_mean(by_hand[key], known)}")
     roles = [role for role in LINEAR_ROLES if role in by_hand]
     if roles and "layers" not in by_hand:
-        problems.append(
-            "'layers' is missing: it is the path of the list of layers, to which the paths of roles are relative"
-        )
+        problems.append("'layers' is missing: the path of the list of layers, to which the paths of roles are relative")
     for role in roles:
         path, layers = by_hand[role], stacks.get(by_hand.get("layers", ""), ())
         absent = [layer for layer in layers if path not in layer.linears]

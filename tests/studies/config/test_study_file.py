@@ -547,7 +547,7 @@ def test_problems_with_a_model_have_lines_too(load, tmp_path):
         space_for(study, backbone())
     assert [line.replace(f"{tmp_path}/", "") for line in caught.value.problems] == [
         "study.yaml:6 space.adapters.lora.at: this model has no site with role 'mlp.gate';"
-        " it has attn.q, attn.v, mlp.up",
+        " it has attn.q, attn.v, mlp.up (its mlp is not gated: use mlp.up)",
         "study.yaml:7 space.adapters.lora.layers: no layer 9: the model has layers 0 to 3",
         "study.yaml:8 space.stages: must be between 1 and 4, the number of layers, got 30",
     ]
