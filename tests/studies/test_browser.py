@@ -157,8 +157,8 @@ def test_the_note_leads_to_the_front_and_its_numbers(browser: Browser, runs: str
     browser.open(target)
     found = browser.wait(TRIAL_LINKS, lambda found: len(found) >= len(FRONT))
     assert sorted(found) == names(FRONT)
-    text = browser.wait("return document.body.innerText", lambda text: "obj/accuracy_std_err" in text)
-    for column in ("obj/accuracy", "obj/accuracy_std_err", "obj/num_params", "autopeft.recommended", "2176"):
+    text = browser.wait("return document.body.innerText", lambda text: "front/accuracy_std_err" in text)
+    for column in ("front/accuracy", "front/accuracy_std_err", "front/num_params", "autopeft.recommended", "2176"):
         assert column in text
     browser.picture("mlflow-front")
 
@@ -193,7 +193,7 @@ def test_the_demo(browser: Browser, tmp_path: Path) -> None:
         browser.open(browser.wait("return document.querySelector('a[href*=viewStateShareKey]')?.href", bool))
         found = browser.wait(TRIAL_LINKS, lambda found: len(found) >= len(front))
         assert sorted(found) == sorted(run.info.run_name for run in front)
-        browser.wait("return document.body.innerText", lambda text: "obj/accuracy_std_err" in text)
+        browser.wait("return document.body.innerText", lambda text: "front/accuracy_std_err" in text)
         browser.picture("demo-mlflow")
     browser.open(Path(store.download_artifacts(parent.info.run_id, "pareto/front.html", str(tmp_path))).as_uri())
     points = "return document.querySelectorAll('.plotly .scatterlayer path.point').length"
