@@ -104,7 +104,7 @@ def test_a_front_without_fresh_seeds_is_preliminary(command: Command) -> None:
     for trials in (TRIALS, (*TRIALS, again[0], waiting)):
         text = " ".join(command("pareto", trials).split())
         assert "on the preliminary front" in text
-        assert "(*): recommended" in text
+        assert "(*) Recommended: " in text
         assert "recommendation is preliminary" in text
         assert "Missing: runs of the finalists with fresh seeds" in text
         assert all(row["preliminary"] is True for row in json.loads(command("pareto", trials, "--json")))
@@ -112,7 +112,7 @@ def test_a_front_without_fresh_seeds_is_preliminary(command: Command) -> None:
     final = (*TRIALS, *again)
     text = command("pareto", final)
     assert "preliminary" not in text
-    assert "\n*: recommended" in text
+    assert "\n* Recommended: " in text
     found = json.loads(command("pareto", final, "--json"))
     assert [(row["trial"], row["recommended"], row["preliminary"]) for row in found] == [(4, True, False)]
     assert {"trial", "key", "values", "std_err", "recommended", "summary"} <= found[0].keys()

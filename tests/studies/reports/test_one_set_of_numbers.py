@@ -96,10 +96,8 @@ def test_every_report_has_the_same_numbers(
         # Table
         (line,) = (line for line in table.splitlines() if re.search(rf"│ {re.escape(label)} +│", line))
         columns = [cell.strip() for cell in line.split("│")]
-        for text, number in zip(
-            columns[3].split(" ± "), (numbers[quality], numbers[f"{quality}_std_err"]), strict=True
-        ):
-            assert float(text) == pytest.approx(number, abs=0.51 * 10.0 ** -len(text.partition(".")[2]))
+        for text, exact in zip(columns[3].split(" ± "), (numbers[quality], numbers[f"{quality}_std_err"]), strict=True):
+            assert float(text) == pytest.approx(exact, abs=0.51 * 10.0 ** -len(text.partition(".")[2]))
         if gap is not None:
             assert f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})" in columns
         assert f"{test['value']:.4f} ± {test['std_err']:.4f}" in columns
