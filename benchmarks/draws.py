@@ -66,6 +66,8 @@ def draw(snapshot: Snapshot, seed: int, baseline: str) -> Draw:
         first, second = (snapshot.entry(row.trial).scores(quality, split) for row in (own, other))
         if not (first.size and second.size):
             return None
+        if own is other:
+            return Estimate(value=0.0, std_err=0.0, low=0.0, high=0.0, num_seeds=len(first))
         return paired_difference(first, second, spread=snapshot.spread(split))
 
     validation = difference("validation")
@@ -98,7 +100,7 @@ def to_markdown(draws: Sequence[Draw], metric: Metric, baseline: str) -> str:
     ]
     for one in draws:
         texts = [
-            "–" if found is None else difference_text(found, metric)
+            "–" if found is None else difference_text(found, metric) if found.std_err else "the same"
             for found in (one.validation_difference, one.test_difference)
         ]
         test = "–" if one.test is None else f"{one.test:.3f}"
