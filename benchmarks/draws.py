@@ -55,10 +55,10 @@ def ended(settings: StudyFile, watcher: Watcher) -> Snapshot:
 
 def draw(snapshot: Snapshot, seed: int, baseline: str) -> Draw:
     """Compare the recommended member of a study with a tuned baseline. Raises KeyError without it."""
-    rows = {row.label: row for row in snapshot.rows()}
-    other = rows[baseline]
-    own = next(row for row in rows.values() if row.recommended)
-    found = snapshot.front().recommendation
+    front = snapshot.front()
+    other = {row.label: row for row in front.rows}[baseline]
+    own = next(row for row in front.members if row.recommended)
+    found = front.recommendation
     assert found is not None
     quality = snapshot.quality
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 import optuna
 from typing_extensions import override
 
 from autopeft.benchmarks.contest import SilentWatcher
-from autopeft.evaluators.base import Costs, Evaluator, OnOutcome, Outcome, Progress, Request, Select
+from autopeft.evaluators.base import Costs, Evaluator, Outcome, Request
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.problem import COPY, COSTS, SEARCH, Problem, Trial, declared_costs
@@ -153,7 +154,7 @@ class _DepartureError(Exception):
 
 
 class _Untrained(Evaluator):
-    """An evaluator that knows what needs no model: declared costs."""
+    """An evaluator that knows what needs no model: declared costs. A replay has its outcomes from the ledger."""
 
     name = "recorded"
 
@@ -166,18 +167,11 @@ class _Untrained(Evaluator):
 
     @override
     def num_steps(self, request: Request) -> int:
-        raise NotImplementedError
+        raise AssertionError("a replay trains nothing: `_Replay` takes recorded outcomes")
 
     @override
-    def evaluate(
-        self,
-        requests: Sequence[Request],
-        progress: Progress | None = None,
-        *,
-        ended: OnOutcome | None = None,
-        select: Select | None = None,
-    ) -> list[Outcome]:
-        raise NotImplementedError
+    def evaluate(self, *requests: Any, **options: Any) -> list[Outcome]:
+        raise AssertionError("a replay trains nothing: `_Replay` takes recorded outcomes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

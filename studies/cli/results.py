@@ -37,7 +37,7 @@ def pareto(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
 
     _, _, snapshot = recorded(study, set_)
     if as_json:
-        print_json(front_data(snapshot))
+        print_json(front_data(snapshot, snapshot.front()))
     else:
         print_front(snapshot)
 

@@ -53,7 +53,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
             snapshot = study.run(view)
         files = write_report(snapshot, settings.output_folder / "report")
     if as_json:
-        print_json(front_data(snapshot))
+        print_json(front_data(snapshot, snapshot.front()))
         return
     print_front(snapshot)
     typer.echo(f"\npictures  {files[0]} (also front.png, curves.png and hypervolume.png in that folder)")

@@ -15,14 +15,13 @@ from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 
 
-def front_data(snapshot: Snapshot) -> list[dict[str, Any]]:
+def front_data(snapshot: Snapshot, front: Front) -> list[dict[str, Any]]:
     """Return the members of the front, best quality first, as `autopeft pareto --json` prints them.
 
     `preliminary`: see `Snapshot.preliminary`; it is the same for all members. `reason`: why the recommended member is
     recommended.
     """
     keys = {trial.number: trial.candidate.key for trial in snapshot.trials}
-    front = snapshot.front()
     return [
         {
             **row.to_dict(snapshot.quality),
@@ -80,11 +79,11 @@ def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
     notes = front_notes(snapshot, front)
     front_html(rows, snapshot.objectives, folder / "front.html", notes=notes, sections=sections, **about)
     front_png(rows, snapshot.objectives, folder / "front.png", **about)
-    _write_json(front_data(snapshot), folder / "front.json")
+    _write_json(front_data(snapshot, front), folder / "front.json")
     _write_csv(rows, snapshot.quality, folder / "front.csv")
     if found:
         _write_json([verdict.to_dict() for verdict in found], folder / "routing.json")
-    numbers = [row.trial for row in rows if row.on_front]
+    numbers = [row.trial for row in front.members]
     curves_png(snapshot.search_trials, numbers, folder / "curves.png", study=snapshot.study)
     files = ["front.html", "front.png", "front.json", "front.csv", "curves.png"] + ["routing.json"] * bool(found)
     corner = snapshot.reference()

@@ -231,7 +231,7 @@ class _Runs:
         points += self._audit(snapshot)
         self._log(run, {}, points)
         # The digest includes the values: they change when members of the front are trained again.
-        front = digest(front_data(snapshot))
+        front = digest(front_data(snapshot, found))
         if final or run.tags.get("autopeft.front") != front:
             self._write_artifacts(snapshot)
         recommended = [str(row.trial) for row in found.members if row.recommended]
