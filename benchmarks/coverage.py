@@ -23,6 +23,7 @@ from scipy.special import ndtr, ndtri
 
 from autopeft.studies.analysis.recommendation import POINT, Contender, first_look, recommend
 from autopeft.studies.analysis.statistics import SeedSpread, estimate, paired_difference, predictive_interval
+from autopeft.studies.reports.markdown import table
 
 Floats = NDArray[np.float64]
 #: Standard deviations of examples, interactions and, in the mean, seeds: on the probit scale, or of a loss in nats. The
@@ -227,25 +228,33 @@ def to_dict(intervals: Sequence[Coverage], found: Sequence[Choices]) -> dict[str
 
 def to_markdown(intervals: Sequence[Coverage], found: Sequence[Choices]) -> str:
     """Return both tables as Markdown."""
-    lines = [
-        "| metric | examples | seeds | spreads | mean | difference | new run |",
-        "|---|---:|---:|---|---:|---:|---:|",
-    ]
+    coverages = [("metric", "examples", "seeds", "spreads", "mean", "difference", "new run")]
     for one in intervals:
         at = one.setting
-        shares = " | ".join(f"{100 * share:.1f}" for share in (one.mean, one.difference, one.new_run))
-        name = f"{at.metric} {abs(at.quality):g}"
-        lines.append(f"| {name} | {at.num_examples:,} | {at.num_seeds} | {at.spreads} | {shares} |")
-    lines += [
-        "",
-        "| front | examples | seeds | cheaper | wrong | worse | cost | runs |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+        coverages.append(
+            (
+                f"{at.metric} {abs(at.quality):g}",
+                f"{at.num_examples:,}",
+                f"{at.num_seeds}",
+                at.spreads,
+                *_per_cent(one.mean, one.difference, one.new_run),
+            )
+        )
+    choices_made = [("front", "examples", "seeds", "cheaper", "wrong", "worse", "cost", "runs")]
     for row in found:
         where = row.situation
-        shares = " | ".join(f"{100 * share:.1f}" for share in (row.cheaper, row.wrong, row.worse))
-        lines.append(
-            f"| {where.front} | {where.num_examples:,} | {where.num_seeds} | {shares} | {row.cost:.2f} |"
-            f" {row.runs:.1f} |"
+        choices_made.append(
+            (
+                where.front,
+                f"{where.num_examples:,}",
+                f"{where.num_seeds}",
+                *_per_cent(row.cheaper, row.wrong, row.worse),
+                f"{row.cost:.2f}",
+                f"{row.runs:.1f}",
+            )
         )
-    return "\n".join(lines) + "\n"
+    return f"{table(coverages, right=(1, 2, 4, 5, 6))}\n\n{table(choices_made, right=range(1, 8))}\n"
+
+
+def _per_cent(first: float, second: float, third: float) -> tuple[str, str, str]:
+    return f"{100 * first:.1f}", f"{100 * second:.1f}", f"{100 * third:.1f}"

@@ -18,6 +18,7 @@ from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot, was_started
 from autopeft.studies.engine.watcher import Watcher
+from autopeft.studies.reports.markdown import table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,24 +95,21 @@ def to_dict(draws: Sequence[Draw]) -> list[dict[str, Any]]:
 
 def to_markdown(draws: Sequence[Draw], metric: Metric, baseline: str) -> str:
     """Return a row per draw and a sentence on all of them, as Markdown."""
-    lines = [
-        f"| seed | recommended | parameters | validation | minus {baseline} | test | minus {baseline} |",
-        "|---:|---|---:|---:|---|---:|---|",
-    ]
+    minus = f"minus {baseline}"
+    rows = [("seed", "recommended", "parameters", "validation", minus, "test", minus)]
     for one in draws:
         texts = [
             "–" if found is None else difference_text(found, metric) if found.std_err else "the same"
             for found in (one.validation_difference, one.test_difference)
         ]
         test = "–" if one.test is None else f"{one.test:.3f}"
-        cells = (f"{one.seed}", one.candidate, f"{one.num_params:,}", f"{one.quality:.3f}", texts[0], test, texts[1])
-        lines.append(f"| {' | '.join(cells)} |")
+        quality = f"{one.quality:.3f}"
+        rows.append((f"{one.seed}", one.candidate, f"{one.num_params:,}", quality, texts[0], test, texts[1]))
     good = sum(one.as_good for one in draws)
     sizes = [one.num_params for one in draws]
-    lines += [
-        "",
+    summary = (
         f"{good} of {len(draws)} recommended candidates are shown to be within {amount(draws[0].margin, metric)} of"
         f" {baseline} ({draws[0].baseline_num_params:,} parameters). They have {median(sizes):,.0f} parameters in the"
-        f" median, from {min(sizes):,} to {max(sizes):,}.",
-    ]
-    return "\n".join(lines) + "\n"
+        f" median, from {min(sizes):,} to {max(sizes):,}."
+    )
+    return f"{table(rows, right=(0, 2, 3, 5))}\n\n{summary}\n"

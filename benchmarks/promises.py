@@ -12,6 +12,7 @@ from autopeft.studies.engine.session import open_ledger, read_snapshot
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.recipe import Recipe
+from autopeft.studies.reports.markdown import table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,15 +80,12 @@ def to_dict(found: Sequence[Kept]) -> list[dict[str, Any]]:
 
 def to_markdown(found: Sequence[Kept]) -> str:
     """Return a row per study, and one for all of them, as Markdown."""
-    lines = [
-        "| study | metric | recipes | trainings | inside | mean width of the interval |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    rows = [("study", "metric", "recipes", "trainings", "inside", "mean width of the interval")]
     groups = {study: [one for one in found if one.study == study] for study in dict.fromkeys(o.study for o in found)}
     for study, group in (groups | {"**all**": list(found)}).items():
         metrics = ", ".join(dict.fromkeys(one.metric for one in group))
         width = f"{sum(one.high - one.low for one in group) / len(group):.3f}" if "," not in metrics else ""
         inside = sum(one.inside for one in group)
         count = len({(one.study, one.candidate) for one in group})
-        lines.append(f"| {study} | {metrics} | {count} | {len(group)} | {inside} | {width} |")
-    return "\n".join(lines) + "\n"
+        rows.append((study, metrics, f"{count}", f"{len(group)}", f"{inside}", width))
+    return table(rows, right=range(2, 6)) + "\n"

@@ -25,6 +25,7 @@ from autopeft.studies.engine.session import storage_url, was_started
 from autopeft.studies.engine.study_loop import StudyLoop
 from autopeft.studies.engine.watcher import Watcher
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
+from autopeft.studies.reports.markdown import table
 from autopeft.studies.storage.ledger import Ledger
 
 
@@ -227,15 +228,13 @@ def to_dict(found: Sequence[Stability], by: float) -> dict[str, object]:
 def to_markdown(found: Sequence[Stability], by: float) -> str:
     """Return the results as a table: "all", or the number of the first trial that is another one."""
     repeats = range(1, max(len(each.perturbed) for each in found) + 1)
-    lines = [
-        f"| study | trials | unperturbed | {' | '.join(f'repeat {k}' for k in repeats)} |",
-        "|---|---:|---:|" + "---:|" * len(repeats),
-    ]
+    rows = [["study", "trials", "unperturbed", *(f"repeat {k}" for k in repeats)]]
     for each in found:
         others = [each.first_other(kept) for kept in (each.unperturbed, *each.perturbed)]
         cells = ["all" if other is None else f"to {other}" for other in others]
-        lines.append(f"| {each.study} | {len(each.trials)} | {' | '.join(cells)} |")
-    lines += [
+        rows.append([each.study, f"{len(each.trials)}", *cells])
+    lines = [
+        table(rows, right=range(1, len(rows[0]))),
         "",
         f"Losses and their standard errors differ by up to {by:g} of their size. `all`: the replay proposes every trial"
         " as recorded; `to 12`: trial 12 is the first one that it does not.",
