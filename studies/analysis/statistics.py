@@ -11,8 +11,8 @@ with independent, zero-mean, random effects of examples and of seeds. The mean o
 
 and is estimated without bias by (MS_examples + MS_seeds - MS_noise) / (S N), the mean squares of the two-way
 layout without replication (Searle, Casella and McCulloch, Variance Components, 1992, ch. 4). MS_noise comes
-off because the spread of the examples' means and that of the seeds' means both contain the noise. Student's t
-with the degrees of freedom of Satterthwaite (1946) gives the intervals.
+off because the spread of the examples' means and that of the seeds' means both contain the noise. `_half_width`
+gives the intervals.
 
 Two or three seeds say little about a candidate's own spread, and candidates vary differently (a head alone hardly at
 all). So the variance of each is moderated towards that of all others, by as much as they are alike: `SeedSpread`.
@@ -38,15 +38,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import exp, inf, log, nan, sqrt
+from math import exp, inf, isinf, log, nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import digamma, gammaln, polygamma
-from scipy.stats import t as student_t
+from scipy.optimize import brentq
+from scipy.special import digamma, gammaincinv, gammaln, polygamma, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 LEVEL = 0.95
+#: Quantiles by which the unknown variance between seeds is integrated.
+POINTS = 128
 #: Grid of `SeedSpread`: variances as multiples of the pooled one, and degrees of freedom. With 16, candidates vary
 #: nearly alike; with 1, their spreads tell next to nothing about each other.
 GRID_FACTORS, GRID_DOFS = np.exp(np.linspace(-5, 4, 46)), np.array([1.0, 2.0, 4.0, 8.0, 16.0])
@@ -222,17 +224,15 @@ class _Terms:
         # The noise is part of all terms and counts once. The terms of the seeds estimate the variance without the part
         # of the examples, so they bound it from below. Without this bound it is 0 for two runs that are right on
         # opposite examples: the noise outweighs the seeds.
-        seeds, noise = sum(self.seeds), sum(self.noise)
-        variance = max(self.examples + seeds - noise, seeds, self.examples / 2)
-        if variance == 0.0:
-            return Estimate(value=self.value, std_err=0.0, low=self.value, high=self.value, num_seeds=self.num_seeds)
-        # The terms enter as they were measured: one that came out small without its noise is no surer for that. Spreads
-        # of two samples come from the same candidates, so their errors do not average out (unlike Satterthwaite's).
-        inverse = (self.examples / variance) ** 2 / (self.num_examples - 1)
-        if seeds > 0:
-            inverse += seeds / variance**2 * sum(term / dof for term, dof in zip(self.seeds, self.dofs, strict=True))
-        std_err = sqrt(variance)
-        margin = std_err * float(student_t.ppf(0.5 + level / 2, 1 / inverse))
+        seeds = sum(self.seeds)
+        examples = max(self.examples - sum(self.noise), self.examples / 2 - seeds, 0.0)
+        std_err = sqrt(examples + seeds)
+        margin = std_err
+        if std_err > 0.0:
+            # Spreads of two samples come from the same candidates, so their errors do not average out.
+            weighted = sum(term / dof for term, dof in zip(self.seeds, self.dofs, strict=True))
+            dof = seeds / weighted if weighted else inf
+            margin = _half_width(examples, seeds, self.num_examples - 1, dof, level)
         return Estimate(
             value=self.value,
             std_err=std_err,
@@ -269,6 +269,27 @@ class _Terms:
         )
 
 
+def _half_width(examples: float, seeds: float, examples_dof: float, seeds_dof: float, level: float) -> float:
+    """Return half the width of the interval of a mean with two terms of variance and their degrees of freedom.
+
+    The interval of Behrens and Fisher: the true variance between seeds is `seeds` times d / chi2(d). Given that, the
+    mean follows Student's t with the degrees of freedom of Satterthwaite (1946). His approximation for both terms is
+    too narrow with two seeds: where their estimate comes out small by chance, it has little weight there too.
+    """
+    shares = (np.arange(POINTS) + 0.5) / POINTS
+    factors = np.ones(1) if isinf(seeds_dof) else seeds_dof / (2 * gammaincinv(seeds_dof / 2, shares))
+    variances = examples + seeds * factors
+    scales = np.sqrt(variances)
+    dofs = examples_dof * (variances / examples) ** 2 if examples else inf
+    tail = (1 - level) / 2
+
+    def excess(width: float) -> float:
+        return float(stdtr(dofs, -width / scales).mean()) - tail
+
+    # The widest scale alone bounds the width; a little more, because both sides are rounded.
+    return float(brentq(excess, 0.0, 1.01 * scales.max() * -float(stdtrit(examples_dof, tail))))
+
+
 def _difference(a: ArrayLike, b: ArrayLike, spread: SeedSpread | None) -> _Terms:
     first, second = as_runs(a), as_runs(b)
     if first.shape[1] != second.shape[1]:
@@ -287,7 +308,8 @@ def _terms(signed: Sequence[tuple[int, Floats]], spread: SeedSpread | None) -> _
     # The scores of a metric to minimise are negative.
     if all(((runs == 0) | (abs(runs) == 1)).all() for runs in samples):
         coull = np.array(COULL) * (-1.0 if (samples[0] < 0).any() else 1.0)
-        widened = np.append(per_example, coull if len(samples) == 1 else PRICE)
+        # Those of a difference are made for pairs of single runs; a mean over several runs varies less.
+        widened = np.append(per_example, coull if len(samples) == 1 else np.array(PRICE) / sqrt(num_seeds))
     counts, seeds, noise, dofs = [], [], [], []
     for runs in samples:
         if spread is not None:
@@ -329,5 +351,5 @@ def predictive_interval(scores: ArrayLike, spread: SeedSpread, *, level: float =
     """
     runs = as_runs(scores)
     variance, dof = spread.moderated(runs)
-    margin = float(student_t.ppf(0.5 + level / 2, dof)) * sqrt(variance * (1 + 1 / len(runs)))
+    margin = float(stdtrit(dof, 0.5 + level / 2)) * sqrt(variance * (1 + 1 / len(runs)))
     return float(runs.mean()) - margin, float(runs.mean()) + margin
