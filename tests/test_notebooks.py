@@ -67,6 +67,7 @@ def test_the_readme(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "reviews" / "study.yaml").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook(notebook: Path, tmp_path: Path) -> None:
     cells = json.loads(notebook.read_text())["cells"]

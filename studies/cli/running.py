@@ -58,7 +58,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     print_front(snapshot)
     typer.echo(f"\npictures  {files[0]} (also front.png, curves.png and hypervolume.png in that folder)")
     if settings.tracking.enabled:
-        from autopeft.studies.tracking.mlflow_sync import ui_command
+        from autopeft.studies.tracking.uri import ui_command
 
         typer.echo(f"MLflow    {ui_command(settings.tracking_uri)}")
         typer.echo("          filter of the front: tags.`autopeft.pareto` = 'true'")

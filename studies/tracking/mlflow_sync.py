@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import Trial
@@ -26,6 +25,7 @@ from autopeft.studies.analysis.front import Front
 from autopeft.studies.analysis.snapshot import Snapshot, state_counts
 from autopeft.studies.reports.report import front_data, write_report
 from autopeft.studies.tracking import mlflow_payload
+from autopeft.studies.tracking.uri import absolute_uri, check_reachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,22 +38,10 @@ SUBNETS = "subnets.csv"
 
 # MLflow accepts 1000 of both together in a request.
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 900
+#: Largest share of a study's time for writing its pictures and tables while it runs.
+REPORT_SHARE = 0.1
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "infeasible": "FINISHED", "failed": "FAILED"}
-
-
-def absolute_uri(uri: str) -> str:
-    """Return `uri` with the path of an SQLite file made absolute, so that it is the same file from every folder."""
-    scheme, _, path = uri.partition(":///")
-    return f"{scheme}:///{Path(path).absolute()}" if scheme == "sqlite" and path else uri
-
-
-def ui_command(uri: str) -> str:
-    """Return the command line that opens the report."""
-    if uri.startswith("http"):
-        return f"python -m webbrowser {shlex.quote(uri)}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(absolute_uri(uri))} --port 5000"
 
 
 class Tracker:
@@ -123,8 +111,7 @@ class Tracker:
     def _connect(self) -> tuple[MlflowClient, str]:
         from mlflow import MlflowClient
 
-        if self.uri.startswith(DATABASES):
-            _check_database(self.uri)
+        check_reachable(self.uri)
         client = MlflowClient(tracking_uri=self.uri)
         found = client.get_experiment_by_name(self.experiment)
         if found is not None:
@@ -168,6 +155,7 @@ class _Runs:
         self.experiment_id = experiment_id
         self.parent = parent
         self.children = children
+        self._report_due = 0.0
 
     @classmethod
     def find(cls, client: MlflowClient, experiment_id: str, snapshot: Snapshot) -> _Runs:
@@ -232,14 +220,17 @@ class _Runs:
         self._log(run, {}, points)
         # The digest includes the values: they change when members of the front are trained again.
         front = digest(front_data(snapshot, found))
-        if final or run.tags.get("autopeft.front") != front:
+        changed = run.tags.get("autopeft.front") != front
+        if final or (changed and time.monotonic() >= self._report_due):
+            begun = time.monotonic()
             self._write_artifacts(snapshot)
+            self._tag(run, {"autopeft.front": front})
+            self._report_due = time.monotonic() + (time.monotonic() - begun) / REPORT_SHARE
         recommended = [str(row.trial) for row in found.members if row.recommended]
         self._tag(
             run,
             {
                 "autopeft.state": "complete" if final else "running",
-                "autopeft.front": front,
                 "autopeft.recommended": recommended[0] if recommended else "none",
                 "mlflow.note.content": mlflow_payload.note(snapshot, found, self.experiment_id),
             },
@@ -349,19 +340,6 @@ class _Runs:
         if changed:
             self.client.log_batch(run.id, tags=[RunTag(name, value) for name, value in changed.items()])
             run.tags |= changed
-
-
-def _check_database(uri: str) -> None:
-    """Raise at once if the database cannot be opened, which MLflow would try for almost two minutes."""
-    import sqlalchemy
-
-    url = sqlalchemy.make_url(uri)
-    options: dict[str, Any] = {}
-    if uri.startswith("sqlite"):
-        Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
-    elif uri.startswith(("postgresql", "mysql")):
-        options["connect_args"] = {"connect_timeout": 2}
-    sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options).connect().close()
 
 
 @contextmanager

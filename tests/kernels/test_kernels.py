@@ -288,9 +288,10 @@ def specialised(kernel: Any, args: tuple, options: dict, arch: int) -> tuple[Any
 SHARED_BYTES = 99 * 1024
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize("arch", [80, 90])
 def test_triton_kernels_fit_a_gpu(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No device is needed to compile. Neither registers nor shared memory overflow, products are tensor cores' and the
     loads of wide tensors take 16 bytes. Minutes for all; here every bucket of every kind of types, and what is special

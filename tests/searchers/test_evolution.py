@@ -356,6 +356,7 @@ def by_chance(problem: RaceProblem, trials: int) -> float:
     return median(problem.shares(map(problem.values, points))[-1] for points in drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["three", "per-layer"])
 def test_better_than_random(name: str) -> None:
     """With noise, in batches of 32. Evolution needs some hundred trials for it."""

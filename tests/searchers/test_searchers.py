@@ -299,6 +299,7 @@ def front_of(searcher: Searcher, num_trials: int) -> float:
     return hypervolume(trials)
 
 
+@pytest.mark.slow
 def test_model_based_search_and_evolution_beat_random_search() -> None:
     found = {}
     for name in ("random", "tpe", "nsga2"):

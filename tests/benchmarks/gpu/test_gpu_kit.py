@@ -242,6 +242,7 @@ def dry_run(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return found | {"exit": done.returncode, "stdout": done.stdout}
 
 
+@pytest.mark.slow
 def test_dry_run_on_a_bare_machine(dry_run: dict[str, Any]) -> None:
     """All phases; the one that needs more says so."""
     found = dry_run["phases"]
@@ -261,6 +262,7 @@ def test_dry_run_on_a_bare_machine(dry_run: dict[str, Any]) -> None:
     assert {row["model"] for row in found["step-overhead"]["rows"] if row.get("extrapolated")} == set(TARGETS)
 
 
+@pytest.mark.slow
 def test_the_demo_as_a_phase(tmp_path: Path) -> None:
     assert main(["--device", "cpu", "--minutes", "60", "--only", "demo", "--output", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "gpu.json").read_text())["phases"]["demo"]["rows"]
@@ -292,6 +294,7 @@ def test_without_results_nothing_is_claimed() -> None:
     assert "| measured" not in text
 
 
+@pytest.mark.slow
 def test_the_section_has_what_was_found(dry_run: dict[str, Any], tmp_path: Path) -> None:
     path = report.merge(of_a_card(dry_run), tmp_path)
     assert path.name == "gpu-nvidia-x1-80gb.json"
@@ -313,6 +316,7 @@ def test_the_section_has_what_was_found(dry_run: dict[str, Any], tmp_path: Path)
     assert "\n\n\n" not in text
 
 
+@pytest.mark.slow
 def test_a_failure_is_named(dry_run: dict[str, Any], tmp_path: Path) -> None:
     found = of_a_card(dry_run)
     rows = found["phases"]["kernel-parity"]["rows"]
@@ -327,6 +331,7 @@ def test_a_failure_is_named(dry_run: dict[str, Any], tmp_path: Path) -> None:
     assert "41 of 43" in text
 
 
+@pytest.mark.slow
 def test_a_second_run_replaces_its_phases_alone(dry_run: dict[str, Any], tmp_path: Path) -> None:
     first = of_a_card(dry_run)
     report.merge(first, tmp_path)
@@ -340,6 +345,7 @@ def test_a_second_run_replaces_its_phases_alone(dry_run: dict[str, Any], tmp_pat
     assert whole["phases"]["memory"]["rows"], "a run that found nothing takes nothing away"
 
 
+@pytest.mark.slow
 def test_what_is_no_measurement_is_refused(dry_run: dict[str, Any], tmp_path: Path) -> None:
     found = of_a_card(dry_run)
     without = json.loads(json.dumps(found))

@@ -520,6 +520,7 @@ def test_the_command(study: Path, capsys: Any) -> None:
     assert "packed+prefix, round 1 of 1" in err
 
 
+@pytest.mark.slow
 def test_the_ranking_part(study: Path) -> None:
     settings = load_study(study)
     watch = Silent()

@@ -180,6 +180,7 @@ def test_near_duplicates_and_the_many_texts_of_one_module_are_left_out():
     assert sum(row.module == "x.py" for row in selected) == build.MAX_PER_MODULE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.python_version() != build.BUILT_WITH, reason="the library of another Python")
 def test_a_rebuild_equals_the_committed_files():
     for split, built in build.build(Path(sysconfig.get_path("stdlib"))).items():

@@ -22,7 +22,8 @@ from mlflow.entities import Run
 
 from autopeft.search_space.problem import COPY, FINALIST
 from autopeft.studies.tracking import mlflow_sync
-from autopeft.studies.tracking.mlflow_sync import Tracker, absolute_uri, ui_command
+from autopeft.studies.tracking.mlflow_sync import Tracker
+from autopeft.studies.tracking.uri import absolute_uri, ui_command
 
 from ...support.tracked_study import FRONT, NUM_STEPS, OBJECTIVES, SETTINGS, TRIALS, mlflow_server, snapshot, trial
 
