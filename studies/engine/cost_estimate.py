@@ -110,9 +110,10 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
 
 
 def mean_share(plan: StudyPlan) -> float:
-    """Return the mean share of the training steps that a candidate of the search gets, given the rungs."""
+    """Return the mean share of the training steps that a candidate of the search gets, at most, given the rungs."""
+    keep = 1.0 if plan.keep == "auto" else plan.keep
     stops = (0.0, *plan.rungs, plan.share)
-    return sum((end - start) * plan.keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
+    return sum((end - start) * keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
 
 
 def _exportable(
