@@ -46,12 +46,13 @@ def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
     "cheapest_as_good", three quarters of the room are for trials that may be within the margin of the best.
     """
     trials = [trial for trial in snapshot.search_trials if trial.state == "complete"]
+    near = snapshot.within_reach(trials) if plan.goal == "cheapest_as_good" else trials
+    far = [trial for trial in trials if trial not in near]
+    most = plan.most_finalists
     chosen: list[Trial] = []
-    if plan.goal == "cheapest_as_good":
-        near = snapshot.within_reach(trials)
-        chosen = _front_by_front(snapshot, near, plan.most_finalists - plan.most_finalists // 4)
-    rest = [trial for trial in trials if trial not in chosen]
-    chosen += _front_by_front(snapshot, rest, plan.most_finalists - len(chosen))
+    for part, room in ((near, most - most // 4 if far else most), (far, most), (near, most)):
+        left = [trial for trial in part if trial not in chosen]
+        chosen += _front_by_front(snapshot, left, room - len(chosen))
     return snapshot.best_trials_first(chosen)
 
 

@@ -47,8 +47,8 @@ def test_it_is_the_expectation_that_it_says() -> None:
 
 
 def test_without_noise_it_is_the_saving_or_the_gain() -> None:
-    points = inputs(25, 3)
-    found = GaussianProcess.fit(points, losses_of(points), np.full(25, 1e-6), WIDTH, "smooth")
+    points = inputs(40, 3)
+    found = GaussianProcess.fit(points, losses_of(points), np.full(40, 1e-6), WIDTH, "smooth")
     found.model.likelihood.noise_covar.raw_noise.data.fill_(1e-7)
     baseline, others = points[:8], points[8:]
     losses, best = losses_of(points), losses_of(points)[:8].min()
