@@ -63,7 +63,8 @@ def hypervolume_improvement(
 def log_trainable(failures: SingleTaskGP, inputs: Tensor) -> Tensor:
     """Return the logarithm of the probability [b] that points can be trained; `failures`: above 0 where they cannot."""
     posterior = failures.posterior(inputs)
-    return torch.special.log_ndtr(-posterior.mean[:, 0] / posterior.variance[:, 0].sqrt())
+    found: Tensor = torch.special.log_ndtr(-posterior.mean[:, 0] / posterior.variance[:, 0].sqrt())
+    return found
 
 
 @contextmanager

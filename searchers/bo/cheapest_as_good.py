@@ -55,4 +55,5 @@ class CheapestAsGood:
         saving = (self.cheapest - log_costs).clamp_min(0.0)
         as_good = torch.special.ndtr((self.best + self.margin - mean) / deviation)
         gain = excess(-mean, deviation.expand_as(mean), -self.best.expand_as(mean))
-        return (as_good * saving + gain / self.margin).mean(0).clamp_min(TINY).log()
+        worth: Tensor = (as_good * saving + gain / self.margin).mean(0)
+        return worth.clamp_min(TINY).log()
