@@ -21,7 +21,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from autopeft.studies.analysis.recommendation import POINT, Contender, first_look, recommend
+from autopeft.search_space.metrics.base import POINT
+from autopeft.studies.analysis.recommendation import Contender, first_look, recommend
 from autopeft.studies.analysis.statistics import SeedSpread, estimate, paired_difference, predictive_interval
 from autopeft.studies.reports.markdown import table
 

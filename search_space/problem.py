@@ -25,6 +25,10 @@ Numbers = TypeVar("Numbers", float, "NDArray[np.float64]")
 #: "pruned": stopped at a rung; the measurement has the values there.
 TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
 
+#: What a search looks for. "front": all trade-offs between the objectives; "cheapest_as_good": the candidate with the
+#: lowest first cost whose first quality is within the margin of the best one.
+Goal = Literal["front", "cheapest_as_good"]
+
 #: Prior of a surrogate model. "smooth": every gene may matter a little; "sparse": few genes matter.
 SurrogateKind = Literal["smooth", "sparse"]
 
@@ -123,6 +127,9 @@ class Problem:
     default); `observed`, trials of this study that no searcher suggested, with genes of this space; `prior`, such
     trials of a related study; `surrogate`, the kind of model (None: the searcher's choice); `scored`, points with
     proxy scores.
+
+    `within`: the loss of quality that counts as none, in the unit of the metric; None: `Metric.default_margin`. Raises
+    ValueError for the goal "cheapest_as_good" without a quality or a cost among the objectives.
     """
 
     space: SearchSpace
@@ -135,6 +142,21 @@ class Problem:
     prior: tuple[Trial, ...] = ()
     surrogate: SurrogateKind | None = None
     scored: tuple[ScoredPoint, ...] = ()
+    goal: Goal = "front"
+    within: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.goal == "cheapest_as_good" and len({o.is_quality for o in self.objectives}) < 2:
+            raise ValueError('the goal "cheapest_as_good" needs a quality and a cost among the objectives')
+
+    def first(self, *, quality: bool) -> int:
+        """Return the index of the first objective that is a quality, or of the first cost. Raises StopIteration."""
+        return next(i for i, objective in enumerate(self.objectives) if objective.is_quality is quality)
+
+    def margin(self, best: float) -> float:
+        """Return the loss of the first quality that counts as none where its best value is `best`."""
+        default = self.objectives[self.first(quality=True)].metric.default_margin(best)
+        return default if self.within is None else self.within
 
     def violation(self, values: Mapping[str, float]) -> float:
         """Return the largest relative excess of `values` over the limits and bounds; <= 0 is feasible."""

@@ -32,6 +32,10 @@ TARGET, PREDICTION = "target", "prediction"
 TARGETS, PREDICTIONS = "targets", "predictions"
 
 
+#: A loss of quality that counts as none: a point of a share (accuracy, F1), one per cent of the best other value.
+POINT = PER_CENT = 0.01
+
+
 class MetricError(ValueError):
     """A metric cannot be computed; the message names it and the reason."""
 
@@ -46,6 +50,10 @@ class Metric:
     source: MetricSource
     summary: str
     bound: float | None = None
+
+    def default_margin(self, best: float) -> float:
+        """Return the loss of quality that counts as none where the best value is `best`, in the unit of the metric."""
+        return POINT if self.unit == "share" else PER_CENT * abs(best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The acquisition function: the expected improvement of the front's hypervolume by measuring at a point.
+"""The acquisition function of the goal "front": the expected improvement of its hypervolume by measuring at a point.
 
 Notation: n trials, D features, k declared objectives, m objectives in all, r baseline points, b points to score, s
 sampled fronts, c cells. An input row begins with D features and ends with the k declared losses, so that the exact
@@ -41,43 +41,36 @@ MOST_OBJECTIVES = 3
 TINY = 1e-300
 
 
-def acquisition(
+def hypervolume_improvement(
     models: Sequence[SingleTaskGP],
-    failures: SingleTaskGP | None,
     sources: Sequence[int],
     baseline: Tensor,
     pending: Tensor,
     reference: Tensor,
     seed: int,
 ) -> LogAcquisition:
-    """Return the logarithm of the acquisition value, as a function of inputs.
+    """Return the acquisition function of the goal "front".
 
     `models`: of the measured objectives, one at least; `sources`: for each objective the index of its model, or -1 - j
-    for the j-th declared one; `failures`: above 0 where a candidate cannot be trained; `reference` [m]: losses of the
-    hypervolume's corner, which includes the bounds on objectives. More than three objectives: qLogNParEGO, its weights
-    from the seed.
+    for the j-th declared one; `reference` [m]: losses of the hypervolume's corner, which includes the bounds on
+    objectives. More than three objectives: qLogNParEGO, its weights from the seed.
     """
-    with torch.no_grad(), _quiet():
-        if len(sources) > MOST_OBJECTIVES:
-            improvement = _scalarised(models, sources, baseline, pending, reference, seed)
-        else:
-            improvement = NoisyHypervolumeImprovement(models, sources, baseline, pending, reference, seed)
+    if len(sources) > MOST_OBJECTIVES:
+        return _scalarised(models, sources, baseline, pending, reference, seed)
+    return NoisyHypervolumeImprovement(models, sources, baseline, pending, reference, seed)
 
-    def evaluate(inputs: Tensor) -> Tensor:
-        with torch.no_grad(), _quiet():
-            found = improvement(inputs)
-            if failures is not None:
-                posterior = failures.posterior(inputs)
-                ratio = -posterior.mean[:, 0] / posterior.variance[:, 0].sqrt()
-                found = found + torch.special.log_ndtr(ratio)
-            return found
 
-    return evaluate
+def log_trainable(failures: SingleTaskGP, inputs: Tensor) -> Tensor:
+    """Return the logarithm of the probability [b] that points can be trained; `failures`: above 0 where they cannot."""
+    posterior = failures.posterior(inputs)
+    found: Tensor = torch.special.log_ndtr(-posterior.mean[:, 0] / posterior.variance[:, 0].sqrt())
+    return found
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
+def quiet() -> Iterator[None]:
+    """Compute without gradients and without the warnings that are expected here."""
+    with torch.no_grad(), warnings.catch_warnings():
         # Trials next to each other make covariances nearly singular; a jitter is added then.
         warnings.simplefilter("ignore", NumericalWarning)
         # Where all trials are infeasible the scalarised improvement is flat, and the library warns at every call.
@@ -155,7 +148,7 @@ class NoisyHypervolumeImprovement:
             if source >= 0:
                 mean, deviation = moments[source]
                 mean, deviation = -mean[:, :, None], deviation[None, :, None]
-                overlap = _excess(mean, deviation, lower) - _excess(mean, deviation, upper)
+                overlap = excess(mean, deviation, lower) - excess(mean, deviation, upper)
             else:
                 value = -declared[None, :, -1 - source, None]
                 overlap = torch.minimum(value, upper) - lower
@@ -163,7 +156,7 @@ class NoisyHypervolumeImprovement:
         return volume.sum(-1).mean(0).clamp_min(TINY).log()
 
 
-def _excess(mean: Tensor, deviation: Tensor, threshold: Tensor) -> Tensor:
+def excess(mean: Tensor, deviation: Tensor, threshold: Tensor) -> Tensor:
     """Return E[max(0, v - threshold)] of a normal v; 0 for an infinite threshold."""
     z = (mean - threshold) / deviation
     density = torch.exp(-0.5 * z.square()) * 0.3989422804014327

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autopeft.search_space.dominance import non_dominated
-from autopeft.search_space.problem import DECLARED, Measurement, Problem, Trial, declared_costs
+from autopeft.search_space.problem import DECLARED, Problem, Trial, declared_costs
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
+from autopeft.searchers.courses import Extrapolation, at_rung
 
 #: `Searcher.losses`.
 Losses = Callable[[Trial], list[float] | None]
 
-#: Least complete trials from which the final value is extrapolated from a rung's loss.
-LEAST_COURSES = 5
 #: Losses are clipped to the median plus this number of interquartile ranges: how bad a diverged training is, is noise
 #: that would dominate the fit.
 FARTHEST_RANGES = 4.0
@@ -107,9 +106,8 @@ class Observations:
     def _finish_courses(self, trials: Sequence[Trial], values: Rows, noise: Rows) -> None:
         """Replace the values of pruned trials by extrapolated final values, in `values` and `noise`.
 
-        A rung's loss is a cheaper signal of the final value: final = a + b loss + deviation, the first-order
-        autoregression of Kennedy and O'Hagan 2000, fitted on the complete trials that passed the same rung. The
-        variance of the deviations is the noise of the extrapolated value.
+        See `Extrapolation`; it is fitted on the complete trials that passed the same rung. The variance of the
+        deviations is the noise of the extrapolated value.
         """
         complete = [k for k, trial in enumerate(trials) if trial.state == "complete"]
         for i in self.modelled:
@@ -122,27 +120,13 @@ class Observations:
                     continue
                 share = trial.measurement.share
                 pairs = [
-                    (loss, values[c, i]) for c in complete if (loss := _rung(trials[c].measurement, share)) is not None
+                    (loss, values[c, i])
+                    for c in complete
+                    if (loss := at_rung(trials[c].measurement, share)) is not None
                 ]
-                own = _rung(trial.measurement, share)
-                if len(pairs) < LEAST_COURSES or own is None:
+                line = Extrapolation.of(*np.array(pairs, dtype=float).reshape(-1, 2).T)
+                own = at_rung(trial.measurement, share)
+                if line is None or own is None:
                     noise[k, i] = spread  # the value at the rung, with a large noise
                     continue
-                values[k, i], noise[k, i] = _extrapolated(np.array(pairs), own)
-
-
-def _extrapolated(pairs: Rows, loss: float) -> tuple[float, float]:
-    """Return the final value for a rung's loss, and the residual variance of the line through pairs [c, 2].
-
-    A lower loss at a rung never predicts a worse final value: a falling line is replaced by a flat one.
-    """
-    x, y = pairs.T
-    centred = x - x.mean()
-    slope = max(0.0, float(centred @ (y - y.mean()) / max(centred @ centred, 1e-12)))
-    residual = y - y.mean() - slope * centred
-    return float(y.mean() + slope * (loss - x.mean())), float(residual @ residual / (len(x) - 2)) + 1e-12
-
-
-def _rung(measurement: Measurement | None, share: float) -> float | None:
-    rungs: Mapping[float, Mapping[str, float]] = dict(measurement.rungs) if measurement is not None else {}
-    return rungs.get(share, {}).get("loss")
+                values[k, i], noise[k, i] = float(line(np.array(own))), line.variance

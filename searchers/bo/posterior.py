@@ -5,7 +5,7 @@ Notation: n trials, G genes, D features, m objectives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Problem
-from autopeft.searchers.bo.acquisition import acquisition
+from autopeft.searchers.bo.acquisition import hypervolume_improvement, log_trainable, quiet
 from autopeft.searchers.bo.acquisition_optimizer import Acquisition
+from autopeft.searchers.bo.cheapest_as_good import CheapestAsGood
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 from autopeft.searchers.bo.observations import Data, Observations
 from autopeft.searchers.bo.surrogate import GaussianProcess, relevance
@@ -32,6 +33,8 @@ SPARSE_TRIALS_PER_GENE = 3
 #: Variance of the labels -1 and 1 (failed). A process that interpolates their steps has lengthscales too short to
 #: predict anything at other points.
 LABEL_NOISE = 0.3
+#: A cost below this counts as this: logarithms need a positive number. It is below a byte and a nanosecond.
+LEAST_COST = 1e-9
 #: Genes whose relevance is in the diagnostics.
 SHOWN_GENES = 10
 
@@ -94,22 +97,58 @@ class ModelPosterior:
     # The proposal
 
     def acquisition(self, pending: Rows, seed: int) -> Acquisition:
-        """Return the acquisition function, given that `pending` [., G] are running."""
+        """Return the acquisition function of the problem's goal, given that `pending` [., G] are running."""
+        with quiet():
+            improvement = (self._savings if self.problem.goal == "cheapest_as_good" else self._growth)(pending, seed)
+
+        def evaluate(rows: Rows, active: Mask) -> Rows:
+            with quiet():
+                found = improvement(rows, active)
+                if self.failures is not None:
+                    found = found + log_trainable(self.failures.model, self.inputs(rows, active))
+                return found.numpy()
+
+        return evaluate
+
+    def _growth(self, pending: Rows, seed: int) -> Callable[[Rows, Mask], Tensor]:
         modelled = self.observations.modelled
         sources = [
             modelled.index(i) if i in self.processes else -1 - self.observations.declared.index(i)
             for i in range(len(self.problem.objectives))
         ]
-        evaluate = acquisition(
+        improvement = hypervolume_improvement(
             [self.processes[i].model for i in modelled],
-            None if self.failures is None else self.failures.model,
             sources,
             self.inputs(self.data.rows, self.data.active),
             self.inputs(pending, self.encoding.active(pending)),
             torch.as_tensor((self._reference() - self.centre) / self.scale),
             seed,
         )
-        return lambda rows, active: evaluate(self.inputs(rows, active)).numpy()
+        return lambda rows, active: improvement(self.inputs(rows, active))
+
+    def _savings(self, pending: Rows, seed: int) -> Callable[[Rows, Mask], Tensor]:
+        quality = self.problem.first(quality=True)
+        points = np.vstack([self.data.rows, pending])
+        active = self.encoding.active(points)
+        best = self.problem.objectives[quality].value(float(self.data.losses[:, quality].min()))
+        improvement = CheapestAsGood(
+            self.processes[quality].model,
+            self.inputs(points, active),
+            self._log_costs(points, active),
+            self.problem.margin(best) / self.scale[quality],
+            seed,
+        )
+        return lambda rows, active: improvement(self.inputs(rows, active), self._log_costs(rows, active))
+
+    def _log_costs(self, rows: Rows, active: Mask) -> Tensor:
+        """Return the logarithm of the first cost [n]; for a measured one, that of its prediction."""
+        i = self.problem.first(quality=False)
+        if i in self.processes:
+            mean = self.processes[i].model.posterior(self.inputs(rows, active)).mean[:, 0]
+            costs = mean.numpy() * self.scale[i] + self.centre[i]
+        else:
+            costs = self.encoding.costs(rows, active)[self.problem.objectives[i].name]
+        return torch.as_tensor(costs, dtype=torch.double).clamp_min(LEAST_COST).log()
 
     def _reference(self) -> Rows:
         """Return the reference point [m]: an objective's own, else the worst complete trial's loss plus 0.1 range.

@@ -26,13 +26,6 @@ from autopeft.studies.analysis.statistics import (
 #: How a member compares with the best one: "as good" is shown to be within the margin, "tied" is not distinguishable
 #: from it but not shown to be within the margin either, "worse" is neither.
 Standing = Literal["best", "as good", "tied", "worse"]
-#: The default margin: a point of a share (accuracy, F1), and one per cent of the best value of any other metric.
-POINT = PER_CENT = 0.01
-
-
-def default_margin(metric: Metric, best: float) -> float:
-    """Return the margin of a metric whose best value is `best`, in the unit of the metric."""
-    return POINT if metric.unit == "share" else PER_CENT * abs(best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

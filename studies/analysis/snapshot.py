@@ -75,7 +75,7 @@ class Snapshot:
     """A study at one moment.
 
     `trials`: every evaluation, in the order of the ledger. Values are in the metrics' own direction and unit. `within`:
-    the loss of quality that counts as none, in the unit of the metric; None: `default_margin`.
+    the loss of quality that counts as none, in the unit of the metric; None: `Metric.default_margin`.
     """
 
     study: str
@@ -279,18 +279,42 @@ class Snapshot:
         finite = [mean for mean in means if np.isfinite(mean)]
         if not finite:
             return None
-        margin = self.within
-        if margin is None:
-            margin = recommendation.default_margin(self.metrics[self.quality], max(finite))
-        return recommendation.recommend(contenders, margin=margin, spread=spread)
+        return recommendation.recommend(contenders, margin=self.margin(max(finite)), spread=spread)
 
     def search_front(self) -> list[Trial]:
         """Return the trials of the search that no other one dominates, each by its single run; best quality first."""
-        trials = [trial for trial in self.search_trials if trial.state == "complete"]
+        return self.front_of([trial for trial in self.search_trials if trial.state == "complete"])
+
+    def front_of(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the complete ones of `trials` that no other one dominates, by single runs; best quality first."""
         members = non_dominated(pareto.losses(trials, self.objectives))
+        return self.best_trials_first([trial for trial, member in zip(trials, members, strict=True) if member])
+
+    def best_trials_first(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Return complete trials in the order of their quality, by single runs."""
         sign = -1 if self.metrics[self.quality].maximise else 1
-        front = [trial for trial, member in zip(trials, members, strict=True) if member]
-        return sorted(front, key=lambda trial: sign * trial.values[self.quality])
+        return sorted(trials, key=lambda trial: sign * trial.values[self.quality])
+
+    def within_reach(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the trials whose quality may be within the margin of the best of them, each by its single run.
+
+        That is: the 95 % interval of the difference over the examples ends above the negative margin. The spread
+        between seeds comes on top; those who are tied only because of it are not among these.
+        """
+        scored = [Entry(trial=trial, metrics=self.metrics) for trial in self.best_trials_first(trials)]
+        if not scored or not scored[0].scores(self.quality).size:
+            return list(trials)
+        best = scored[0].scores(self.quality)
+        margin = self.margin(scored[0].trial.values[self.quality])
+        return [
+            entry.trial
+            for entry in scored
+            if statistics.paired_difference(entry.scores(self.quality), best).high >= -margin
+        ]
+
+    def margin(self, best: float) -> float:
+        """Return the loss of quality that counts as none where the best value is `best`."""
+        return self.metrics[self.quality].default_margin(best) if self.within is None else self.within
 
     def _left_out(self) -> tuple[int, ...]:
         repeated = {trial.of for trial in self.trials if trial.role == FINALIST}

@@ -64,6 +64,7 @@ def _packs(study: StudyFile) -> bool:
 
 def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     # Slow imports are local, so that `autopeft --help` does not wait for them.
+    from autopeft.search_space.problem import COSTS
     from autopeft.search_space.spaces.presets import BASELINES
     from autopeft.searchers import SEARCHERS
 
@@ -72,12 +73,16 @@ def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         yield ("search", "searcher"), f"unknown searcher {searcher!r}{did_you_mean(searcher, SEARCHERS)}"
     if rungs != sorted(set(rungs)):
         yield ("search", "rungs"), "must be in ascending order, without repetitions"
-    elif study.search.keep < 1.0 and not _packs(study):
+    elif study.search.keep != 1.0 and not _packs(study):
         yield ("search", "keep"), "needs evaluation.evaluator: packed, which trains the candidates of a batch together"
-    elif study.search.keep < 1.0 and not rungs:
+    elif study.search.keep != 1.0 and not rungs:
         yield ("search", "keep"), "needs search.rungs, the shares of the steps at which candidates are compared"
     elif rungs and rungs[-1] >= study.search.share:
         yield ("search", "rungs"), f"must be below search.share, which is {study.search.share}"
+    kinds = {objective.name in COSTS for objective in study.objectives}
+    for setting in ("goal", "keep"):
+        if getattr(study.search, setting) in ("cheapest_as_good", "auto") and len(kinds) < 2:
+            yield ("search", setting), "needs a quality and a cost among the objectives"
     if study.search.initial is not None and study.search.initial > study.search.trials:
         yield ("search", "initial"), f"must not be above search.trials, which is {study.search.trials}"
     if len(study.search.start) > study.search.trials:

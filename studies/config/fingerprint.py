@@ -19,7 +19,8 @@ def fingerprint(study: StudyFile) -> dict[str, Any]:
     dump = study.model_dump(mode="json")
     search = {key: dump["search"][key] for key in ("searcher", "share", "rungs", "keep", "batch")}
     # Later additions are left out if they are not set, so that older studies can be resumed.
-    search |= {key: dump["search"][key] for key in ("initial", "surrogate", "start", "prior") if dump["search"][key]}
+    later = ("goal", "initial", "surrogate", "start", "prior")
+    search |= {key: dump["search"][key] for key in later if dump["search"][key]}
     scores = study.proxy.model_dump(mode="json", exclude_defaults=True)
     starts_from_scores = issubclass(SEARCHERS[study.search.searcher], FromScores)
     found = {key: dump[key] for key in _LASTING} | {"search": search}

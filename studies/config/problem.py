@@ -31,6 +31,8 @@ def problem_for(study: StudyFile, backbone: Backbone) -> Problem:
     return Problem(
         space=space,
         objectives=study.objectives_list(),
+        goal=study.goal,
+        within=study.recommend.within,
         num_trials=study.search.trials,
         limits=limits,
         initial=study.search.initial,

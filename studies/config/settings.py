@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from autopeft.search_space.declaration import Granularity, Variation
-from autopeft.search_space.problem import SurrogateKind
+from autopeft.search_space.problem import Goal, SurrogateKind
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 
@@ -264,12 +264,19 @@ class SearchSettings(Section):
 
     searcher: str = Field(default="bo", description="algorithm that proposes the candidates")
     trials: int = Field(default=40, ge=1, description="number of candidates to evaluate")
+    goal: Goal | None = Field(
+        default=None,
+        description="cheapest_as_good: the cheapest candidate within recommend.within of the best, for the searcher bo;"
+        " front: all trade-offs; null: cheapest_as_good for one quality and one cost as objectives, else front",
+    )
     share: Share = Field(default=1.0, description="share of the training steps for each candidate")
     rungs: tuple[Share, ...] = Field(
         default=(), description="ascending shares of the steps at which the loss on held-out examples is measured"
     )
-    keep: Share = Field(
-        default=1.0, description="share of a batch that continues after each rung, by ranks of loss and costs; 1: all"
+    keep: Share | Literal["auto"] = Field(
+        default=1.0,
+        description="share of a batch that continues after each rung, by ranks of loss and costs; 1: all; auto: those"
+        " that may still be the best or the cheapest as good, compared with all trials so far",
     )
     batch: int = Field(
         default=8, ge=1, description="number of candidates that are proposed together and compared at the rungs"

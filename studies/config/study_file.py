@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, PrivateAttr
 
 from autopeft.search_space.metrics import ALWAYS, QUALITIES, Own, Quality
-from autopeft.search_space.problem import Objective
+from autopeft.search_space.problem import COSTS, Goal, Objective
 from autopeft.studies.config import settings
 from autopeft.studies.config.source import Keys, Source
 
@@ -133,6 +133,12 @@ class StudyFile(settings.Section):
             )
             for o in self.objectives
         )
+
+    @property
+    def goal(self) -> Goal:
+        """What the search looks for, `search.goal` or its default."""
+        costs = [objective.name in COSTS for objective in self.objectives]
+        return self.search.goal or ("cheapest_as_good" if sorted(costs) == [False, True] else "front")
 
     def render(self, path: Keys, what: str) -> str:
         """Return the problem `what` of the setting at `path` as `file:line key: what`."""

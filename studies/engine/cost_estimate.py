@@ -8,6 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.spaces.rules import left_out
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.plan import StudyPlan, plan_of
@@ -27,7 +28,8 @@ class CostEstimate:
     """Size, costs and exports of a study.
 
     `time_s`: estimated time of the whole study on this machine. `exportable`: share of sampled candidates that each
-    export target supports. `reasons`: one example per target of what it does not support. `notes`: see `Evaluator`.
+    export target supports. `reasons`: one example per target of what it does not support. `left_out`: see there.
+    `notes`: see `Evaluator`.
     """
 
     study: str
@@ -42,6 +44,7 @@ class CostEstimate:
     peak_memory_bytes: float
     exportable: dict[str, float]
     reasons: dict[str, str]
+    left_out: dict[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,6 +68,8 @@ class CostEstimate:
         for name, held in self.exportable.items():
             why = f"   e.g. {self.reasons[name]}" if name in self.reasons else ""
             lines.append(f"    {name:<12} {held:4.0%}{why}")
+        for rule, roles in self.left_out.items():
+            lines.append(f"  left out     {rule}, which many run by hand: no LoRA of its rank at {', '.join(roles)}")
         return lines
 
 
@@ -105,14 +110,16 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
         peak_memory_bytes=memory,
         exportable=exportable,
         reasons=reasons,
+        left_out=left_out(space),
         notes=evaluator.notes,
     )
 
 
 def mean_share(plan: StudyPlan) -> float:
-    """Return the mean share of the training steps that a candidate of the search gets, given the rungs."""
+    """Return the mean share of the training steps that a candidate of the search gets, at most, given the rungs."""
+    keep = 1.0 if plan.keep == "auto" else plan.keep
     stops = (0.0, *plan.rungs, plan.share)
-    return sum((end - start) * plan.keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
+    return sum((end - start) * keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
 
 
 def _exportable(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from autopeft.search_space.problem import Goal
     from autopeft.studies.config.study_file import StudyFile
 
 
@@ -15,9 +16,9 @@ class StudyPlan:
     """Evaluations besides the trials of the problem, the length of each training, and the output folder.
 
     `share`: share of the training steps that a candidate of the search gets. `rungs`: ascending shares of the steps;
-    after each, the share `keep` of a batch continues. `controls`: whether finalists with mixtures are compared with
-    matched baselines. Seeds: the search trains with `seed`, finalists with the next seeds, on average `finalist_seeds`
-    of them. `within`: see `Snapshot`.
+    after each, the share `keep` of a batch continues, or those that `racing` selects ("auto"). `controls`: whether
+    finalists with mixtures are compared with matched baselines. Seeds: the search trains with `seed`, finalists with
+    the next seeds, on average `finalist_seeds` of them. `goal`: see `Problem`. `within`: see `Snapshot`.
     """
 
     study: str
@@ -26,7 +27,7 @@ class StudyPlan:
     batch: int = 1
     share: float = 1.0
     rungs: tuple[float, ...] = ()
-    keep: float = 1.0
+    keep: float | Literal["auto"] = 1.0
     timeout_s: float | None = None
     baselines: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
@@ -34,6 +35,7 @@ class StudyPlan:
     most_finalists: int = 1
     finalist_seeds: int = 1
     controls: bool = False
+    goal: Goal = "front"
     within: float | None = None
 
 
@@ -55,6 +57,7 @@ def plan_of(settings: StudyFile) -> StudyPlan:
         most_finalists=finalists.most,
         finalist_seeds=finalists.seeds,
         controls=finalists.controls,
+        goal=settings.goal,
         within=settings.recommend.within,
     )
 

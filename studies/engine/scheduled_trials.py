@@ -39,12 +39,31 @@ def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
 
 
 def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
-    """Return at most `most_finalists` members of the search's front, spread over it and including the best."""
-    members = snapshot.search_front()
-    limit = plan.most_finalists
-    if len(members) <= limit:
-        return members
-    return [members[round(i * (len(members) - 1) / max(1, limit - 1))] for i in range(limit)]
+    """Return at most `most_finalists` trials of the search to be trained again, the best quality first.
+
+    They are the search's front and, while there is room, the front of all others, and so on: single runs decide on the
+    fronts, and one lucky run dominates many. A front without enough room is thinned over its length. With the goal
+    "cheapest_as_good", three quarters of the room are for trials that may be within the margin of the best.
+    """
+    trials = [trial for trial in snapshot.search_trials if trial.state == "complete"]
+    near = snapshot.within_reach(trials) if plan.goal == "cheapest_as_good" else trials
+    far = [trial for trial in trials if trial not in near]
+    most = plan.most_finalists
+    chosen: list[Trial] = []
+    for part, room in ((near, most - most // 4 if far else most), (far, most), (near, most)):
+        left = [trial for trial in part if trial not in chosen]
+        chosen += _front_by_front(snapshot, left, room - len(chosen))
+    return snapshot.best_trials_first(chosen)
+
+
+def _front_by_front(snapshot: Snapshot, trials: Sequence[Trial], room: int) -> list[Trial]:
+    chosen: list[Trial] = []
+    while room > len(chosen) and (front := snapshot.front_of([t for t in trials if t not in chosen])):
+        left = room - len(chosen)
+        if len(front) > left:
+            front = [front[round(i * (len(front) - 1) / max(1, left - 1))] for i in range(left)]
+        chosen += front
+    return chosen
 
 
 def finalists(plan: StudyPlan, snapshot: Snapshot) -> Iterator[Planned]:

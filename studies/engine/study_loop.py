@@ -29,6 +29,7 @@ from autopeft.search_space.spaces.location import locate
 from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.halving import survivors
+from autopeft.searchers.racing import continuing
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan, weights_path
 from autopeft.studies.engine.repeated_errors import Failures
@@ -302,7 +303,7 @@ class StudyLoop:
             self._end([self._ended(*pair, o) for pair, o in zip(weighed, outcomes, strict=True)], watcher)
 
     def _selection(self, costs: Sequence[Costs]) -> Select | None:
-        """Return the selection of successive halving, by the held-out loss and the costs among the objectives."""
+        """Return the selection at the rungs, by the held-out loss and the costs among the objectives."""
         keep = self.plan.keep
         if keep == 1.0 or not self.plan.rungs:
             return None
@@ -312,7 +313,11 @@ class StudyLoop:
             losses = [
                 [values["loss"], *(o.loss(costs[index].values[o.name]) for o in priced)] for index, values in found
             ]
-            return [found[place][0] for place in survivors(losses, keep)]
+            if isinstance(keep, str):
+                places = continuing(self.problem, self.trials.values(), rung, losses)
+            else:
+                places = survivors(losses, keep)
+            return [found[place][0] for place in places]
 
         return select
 

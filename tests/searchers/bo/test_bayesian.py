@@ -34,7 +34,8 @@ from autopeft.searchers import SEARCHERS
 from autopeft.searchers.bo.bayesian import Bayesian
 from autopeft.searchers.bo.encoding import Encoding
 from autopeft.searchers.bo.initial import num_initial
-from autopeft.searchers.bo.observations import LEAST_COURSES, Data, Observations
+from autopeft.searchers.bo.observations import Data, Observations
+from autopeft.searchers.courses import LEAST_COURSES
 from autopeft.testing.searchers import exact, run, stored
 from autopeft.testing.spaces import SMALL, encoder
 

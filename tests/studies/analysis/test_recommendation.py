@@ -11,7 +11,6 @@ from autopeft.search_space.problem import METRICS, Objective
 from autopeft.studies.analysis.recommendation import (
     Contender,
     costs,
-    default_margin,
     difference_text,
     first_look,
     recommend,
@@ -145,9 +144,9 @@ def test_first_look(seeds: int, first: int) -> None:
 
 
 def test_margins() -> None:
-    assert default_margin(METRICS["accuracy"], 0.6) == 0.01
-    assert default_margin(METRICS["macro-f1"], 0.6) == 0.01
-    assert default_margin(METRICS["loss"], -1.5) == pytest.approx(0.015)
+    assert METRICS["accuracy"].default_margin(0.6) == 0.01
+    assert METRICS["macro-f1"].default_margin(0.6) == 0.01
+    assert METRICS["loss"].default_margin(-1.5) == pytest.approx(0.015)
 
 
 def test_differences_are_told_in_the_direction_of_the_metric() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from autopeft.search_space.problem import FINALIST, Trial
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan
-from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, deciding, finalists
+from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, contenders, deciding, finalists
 
 from ...support.tracked_study import TRIALS, snapshot, trial
 
@@ -98,3 +98,25 @@ def test_members_of_the_search_front_that_were_left_out_are_named() -> None:
     found = grown(study(), list(finalists(few, study())))
     assert found.front().left_out == (2,)
     assert study().front().left_out == ()
+
+
+def numbers(plan: StudyPlan, found: Snapshot) -> list[int]:
+    return [one.number for one in contenders(plan, found)]
+
+
+def test_free_places_go_to_the_next_fronts() -> None:
+    """One lucky run dominates many: trial 3 is behind trial 2, and is trained again where there is room."""
+    assert numbers(PLAN, study()) == [4, 2, 1]
+    assert numbers(replace(PLAN, most_finalists=9), study()) == [4, 2, 3, 1]
+    assert numbers(replace(PLAN, most_finalists=2), study()) == [4, 1], "a front without room keeps its ends"
+
+
+def test_the_goal_gives_most_places_to_those_that_may_be_as_good() -> None:
+    cheap = [trial(10 + k, 0.3 + 0.02 * k, 1 + k) for k in range(4)]
+    near = [trial(20 + k, 0.74 + 0.02 * k, 9 + k) for k in range(3)]
+    found = snapshot([*cheap, *near, trial(30, 0.8, 16)], within=0.03)
+    wide = replace(PLAN, most_finalists=4)
+    assert numbers(wide, found) == [30, 21, 12, 10], "spread over the front"
+    aimed = replace(wide, goal="cheapest_as_good")
+    assert numbers(aimed, found) == [30, 21, 20, 13], "one place for the best of the others"
+    assert numbers(replace(aimed, most_finalists=9), found) == [30, 22, 21, 20, 13, 12, 11, 10]

@@ -1,0 +1,1 @@
+"""Whole studies against adapters that people make by hand, in equal time, on three data sets."""
