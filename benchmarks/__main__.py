@@ -13,13 +13,14 @@ from autopeft.benchmarks.cli.handmade import handmade
 from autopeft.benchmarks.cli.perturbing import perturb
 from autopeft.benchmarks.cli.promises import promises
 from autopeft.benchmarks.cli.racing import race, tabulate
+from autopeft.benchmarks.cli.rungs import rungs
 from autopeft.benchmarks.cli.speed import speed
 from autopeft.studies.cli.app import make_app, run_app
 
 app = make_app(
     "autopeft.benchmarks",
     "Benchmarks of autopeft itself. The published results are in benchmarks/results and in docs/.",
-    (speed, race, perturb, tabulate, audit, contest, handmade, draws, coverage, promises),
+    (speed, race, rungs, perturb, tabulate, audit, contest, handmade, draws, coverage, promises),
 )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_demo, print_result
+from autopeft.search_space.problem import Goal
 from autopeft.studies.cli.files import check_names, file_errors
 from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of
 from autopeft.studies.errors import ConfigurationError
@@ -33,6 +34,9 @@ def race(
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="Candidates that are proposed and measured together.")
     ] = 4,
+    goal: Annotated[
+        Goal, typer.Option("--goal", help="What the searchers look for, and what they are scored by.")
+    ] = "front",
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes with one thread each.")] = 1,
     results: Annotated[Path, typer.Option("--results", help="File of results; races in it are not run again.")] = Path(
         "races.jsonl"
@@ -83,7 +87,7 @@ def race(
         fitted = partial(models.compare, counts=counts)
         _print_each(built, fitted, len(counts) * len(KERNELS) * models.REPEATS, models.to_markdown, as_json)
         return
-    planned = races.planned(names, asked, seeds, trials, batch)
+    planned = races.planned(names, asked, seeds, trials, batch, goal)
     with BenchView() as view, file_errors():
         lacking = races.missing(planned, races.read(results))
         view.plan(len(lacking))
@@ -91,13 +95,17 @@ def race(
             view.stage(f"{len(lacking)} of {len(planned)} races")
         races.run_all(lacking, results, workers, lambda _: view.advance(1))
     keys = {name: problem.key for name, problem in built.items()}
-    ended = [e for e in races.read(results) if e.race.batch == batch and e.problem_key == keys.get(e.race.problem)]
+    ended = [
+        e
+        for e in races.read(results)
+        if (e.race.batch, e.race.goal) == (batch, goal) and e.problem_key == keys.get(e.race.problem)
+    ]
     curves = {name: found for name, found in report.curves_of(ended).items() if name in names}
     tables = [report.table_of(name, built[name].summary, curves[name]) for name in names]
     if picture is not None:
         with file_errors():
             report.picture({name: curves[name] for name in names}, picture)
-    print_result(as_json, lambda: report.to_dict(tables, batch), lambda: report.to_markdown(tables, batch))
+    print_result(as_json, lambda: report.to_dict(tables, batch, goal), lambda: report.to_markdown(tables, batch, goal))
 
 
 def _print_each(

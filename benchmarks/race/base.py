@@ -91,6 +91,23 @@ class RaceProblem:
             shares.append(hypervolume(found, self.reference) / self.best)
         return shares
 
+    def savings(self, values: Iterable[Mapping[str, float]]) -> list[float]:
+        """Return what the goal "cheapest_as_good" has reached after the first 1, 2, ... points.
+
+        That is the first cost of the cheapest point on the true front within the margin of the best, over that of the
+        cheapest one found: 1 is perfect, and 0 means that none within the margin has been found.
+        """
+        quality, cost = (self.problem.first(quality=wanted) for wanted in (True, False))
+        best = self.front[:, quality].min()
+        worst = best + self.problem.margin(self.problem.objectives[quality].value(float(best)))
+        goal = self.front[self.front[:, quality] <= worst, cost].min()
+        found, cheapest = [], np.inf
+        for point in map(self.losses, values):
+            if point[quality] <= worst:
+                cheapest = min(cheapest, point[cost])
+            found.append(float(goal / cheapest))
+        return found
+
 
 def pareto(points: ArrayLike) -> Floats:
     """Return the points of [n, m] that no other dominates, [k, m], in lexical order, each once."""

@@ -18,23 +18,25 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from autopeft.benchmarks.race.base import RaceProblem
+from autopeft.benchmarks.race.bo_front import BoFront
 from autopeft.benchmarks.race.gpsampler import GpSampler
 from autopeft.benchmarks.race.problems import PROBLEMS
-from autopeft.search_space.problem import COPY, SEARCH, Trial
+from autopeft.search_space.problem import COPY, SEARCH, Goal, Trial
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.studies.engine.scheduled_trials import ended_as
 from autopeft.studies.engine.study_loop import MOST_REJECTIONS
 from autopeft.studies.storage import json_lines
 
 #: Every searcher that can race.
-ARMS: dict[str, type[Searcher]] = {**SEARCHERS, GpSampler.name: GpSampler}
+ARMS: dict[str, type[Searcher]] = {**SEARCHERS, **{arm.name: arm for arm in (BoFront, GpSampler)}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
     """Settings of a race.
 
-    `problem`, `searcher`: names. `trials`: evaluations. `batch`: candidates that are measured at once.
+    `problem`, `searcher`: names. `trials`: evaluations. `batch`: candidates that are measured at once. `goal`: see
+    `Problem`; it decides what the race is scored by.
     """
 
     problem: str
@@ -42,15 +44,16 @@ class Race:
     seed: int
     trials: int
     batch: int
+    goal: Goal = "front"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaceResult:
     """Result of a race.
 
-    `curve`: after each evaluation, the share of the true front's hypervolume; shorter than `race.trials` where the
-    searcher ran out of candidates. `own_s`: seconds of each suggestion, also of those without an evaluation.
-    `problem_key`: see `RaceProblem.key`.
+    `curve`: the score after each evaluation, see `RaceProblem.shares` and `RaceProblem.savings`; shorter than
+    `race.trials` where the searcher ran out of candidates. `own_s`: seconds of each suggestion, also of those without
+    an evaluation. `problem_key`: see `RaceProblem.key`.
     """
 
     race: Race
@@ -75,7 +78,8 @@ def run(race: Race, problem: RaceProblem) -> RaceResult:
     course = _RunningRace(race, problem)
     while batch := course.fill():
         course.measure(batch)
-    curve = [round(share, 5) for share in problem.shares(course.truth)]
+    scores = problem.shares if race.goal == "front" else problem.savings
+    curve = [round(score, 5) for score in scores(course.truth)]
     own_s = [round(seconds, 5) for seconds in course.own_s]
     return RaceResult(race=race, problem_key=problem.key, curve=tuple(curve), own_s=tuple(own_s))
 
@@ -86,7 +90,7 @@ class _RunningRace:
     def __init__(self, race: Race, problem: RaceProblem) -> None:
         self.race = race
         self.problem = problem
-        self.searcher = ARMS[race.searcher](replace(problem.problem, num_trials=race.trials), race.seed)
+        self.searcher = ARMS[race.searcher](replace(problem.problem, num_trials=race.trials, goal=race.goal), race.seed)
         self.ended: dict[int, Trial] = {}
         self.by_key: dict[str, Trial] = {}
         self.truth: list[Mapping[str, float]] = []
@@ -165,10 +169,12 @@ def append(path: Path, result: RaceResult) -> None:
     json_lines.append(path, result.to_dict())
 
 
-def planned(problems: Sequence[str], searchers: Sequence[str], seeds: int, trials: int, batch: int) -> list[Race]:
+def planned(
+    problems: Sequence[str], searchers: Sequence[str], seeds: int, trials: int, batch: int, goal: Goal = "front"
+) -> list[Race]:
     """Return the races seed by seed, so that a benchmark that ends early has equally many of every searcher."""
     return [
-        Race(problem=problem, searcher=searcher, seed=seed, trials=trials, batch=batch)
+        Race(problem=problem, searcher=searcher, seed=seed, trials=trials, batch=batch, goal=goal)
         for seed in range(seeds)
         for problem in problems
         for searcher in searchers

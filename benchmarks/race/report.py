@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from autopeft.benchmarks.race.races import ARMS, RaceResult
+from autopeft.search_space.problem import Goal
 from autopeft.studies.analysis.medians import LEAST_SEEDS, Median, draws, median_of
 from autopeft.studies.analysis.pareto import Floats
 from autopeft.studies.reports import markdown
@@ -23,7 +24,7 @@ PACKAGES = ("optuna", "botorch", "torch", "scipy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearcherRow:
-    """A searcher on one problem. `shares`: median share of the true front's hypervolume, by number of evaluations.
+    """A searcher on one problem. `shares`: median score by number of evaluations; see `RaceResult.curve`.
 
     `own_s`: median seconds of a suggestion. `reaches`: evaluations until its median is that of `YARDSTICK` at the end.
     """
@@ -161,16 +162,28 @@ def _label(row: Curves | SearcherRow, rows: Sequence[Curves | SearcherRow]) -> s
 # Markdown and data
 
 
-def to_dict(tables: Sequence[RaceTable], batch: int) -> dict[str, Any]:
+def to_dict(tables: Sequence[RaceTable], batch: int, goal: Goal = "front") -> dict[str, Any]:
     """Return the tables as data."""
-    return {"batch": batch, "versions": versions_of(PACKAGES), "tables": [asdict(table) for table in tables]}
+    return {
+        "batch": batch,
+        "goal": goal,
+        "versions": versions_of(PACKAGES),
+        "tables": [asdict(table) for table in tables],
+    }
 
 
-def to_markdown(tables: Sequence[RaceTable], batch: int) -> str:
+SCORES = {
+    "front": "Share of the known front's hypervolume after so many evaluations",
+    "cheapest_as_good": "Cost of the cheapest candidate that is as good as the best, over that of the cheapest such"
+    " candidate among so many evaluations (0: none)",
+}
+
+
+def to_markdown(tables: Sequence[RaceTable], batch: int, goal: Goal = "front") -> str:
     """Return a section with a table for each problem."""
     used = ", ".join(f"{name} {number}" for name, number in versions_of(PACKAGES).items())
     head = (
-        "Share of the known front's hypervolume after so many evaluations: median over seeds, with the central 95 % of"
+        f"{SCORES[goal]}: median over seeds, with the central 95 % of"
         f" bootstrap draws of the seeds. Batches of {batch}; one thread per searcher; {used}."
     )
     return "\n\n".join([head, *map(_section, tables)]) + "\n"
@@ -246,7 +259,7 @@ def picture(curves: Mapping[str, Sequence[Curves]], path: str | PathLike[str]) -
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
         for panel in panels[::columns]:
-            panel.set_ylabel("share of the known front's hypervolume")
+            panel.set_ylabel("score")
         figure.legend(list(handles.values()), list(handles), loc="outside right upper")
         figure.savefig(path, format="png")
 

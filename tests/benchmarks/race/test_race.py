@@ -217,6 +217,26 @@ def test_races_are_kept(tmp_path: Path) -> None:
     assert races.missing(planned, [replace(entry, problem_key="old") for entry in known]) == planned
 
 
+def test_the_goal_decides_the_score() -> None:
+    """Every point of the front is evaluated, the dearest first: the score is 1 with the cheapest one as good."""
+    problem = SHRUNKEN["types"]()
+    quality, cost = problem.front[:, 0], problem.front[:, 1]
+    names = [objective.name for objective in problem.problem.objectives]
+    as_good = quality <= quality.min() + 0.01
+    points = [
+        {name: o.value(loss) for name, o, loss in zip(names, problem.problem.objectives, row, strict=True)}
+        for row in problem.front[np.argsort(-cost)]
+    ]
+    scores = problem.savings([{**points[-1]}, *points])
+    assert scores[0] == 0, "the cheapest of the front is not as good"
+    assert scores == sorted(scores)
+    assert scores[-1] == 1
+    assert scores.index(1) == as_good.sum()
+    aimed = races.run(replace(race("bo", trials=12), goal="cheapest_as_good"), problem)
+    assert all(0 <= score <= 1 for score in aimed.curve)
+    assert races.planned(["types"], ["bo"], 1, 12, 4, "cheapest_as_good")[0].goal == "cheapest_as_good"
+
+
 # The report
 
 
