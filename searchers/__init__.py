@@ -12,12 +12,13 @@ from autopeft.searchers.optuna_samplers import NsgaII, Random, Tpe
 from autopeft.searchers.scored.from_scores import FromScores
 from autopeft.searchers.scored.gated import Gated
 from autopeft.searchers.scored.proxied import Proxied
+from autopeft.searchers.scored.shrunk import Shrunk
 
 SEARCHERS: Registry[type[Searcher]] = Registry(
     "autopeft.searchers",
     Searcher,
     "name",
-    (Random, Qmc, Tpe, NsgaII, Evolution, Linas, Bayesian, Proxied, Gated, Grid),
+    (Random, Qmc, Tpe, NsgaII, Evolution, Linas, Bayesian, Proxied, Gated, Shrunk, Grid),
 )
 
 __all__ = ["SEARCHERS", "FromScores", "Searcher", "Suggestion"]

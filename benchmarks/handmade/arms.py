@@ -53,6 +53,7 @@ SEARCHES: Mapping[str, tuple[str, ...]] = {
     "tpe": ("search.searcher=tpe",),
     "before": ("search.goal=front", "search.rungs=[0.15, 0.4]", "search.keep=0.5"),
     "now": (START, "search.rungs=[0.15, 0.4]", "search.keep=auto"),
+    "shrink": (START, "search.rungs=[0.15, 0.4]", "search.keep=auto", "search.searcher=shrink", "proxy.subnets=500"),
     "now-goal": (START, "search.rungs=[0.15, 0.4]", "search.keep=auto", "search.goal=front"),
     "now-rungs": (START,),
     "now-start": ("search.rungs=[0.15, 0.4]", "search.keep=auto"),

@@ -1,6 +1,7 @@
 """What a searcher reports of its state with a trial: `searcher_state["diagnostics"]`, shown by status and report.
 
-- `phase`: "initial", "model" or "evolution"; the searcher `proxy` also has "audit" and "proxy", `gates` also "gates".
+- `phase`: "initial", "model" or "evolution"; the searcher `proxy` also has "audit" and "proxy", `gates` also "gates",
+  `shrink` also "shrink".
 - `note`: a sentence for the user, or empty.
 - `rank_correlation`, by metric: between the surrogate's predictions and the values of held-out trials.
 - `relevance`, by metric: each gene's share of the surrogate's sensitivity.

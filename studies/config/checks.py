@@ -100,6 +100,7 @@ def _proxy_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     from autopeft.searchers import SEARCHERS, FromScores
     from autopeft.searchers.scored.policies import POLICIES
     from autopeft.searchers.scored.proxied import Proxied
+    from autopeft.searchers.scored.shrunk import Shrunk
 
     proxy, searcher = study.proxy, study.search.searcher
     plain = [name for name, kind in SEARCHERS.items() if not issubclass(kind, FromScores)]
@@ -116,7 +117,7 @@ def _proxy_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         yield ("proxy", "distil"), "can be set only for classification with one label per row"
     if searcher in SEARCHERS and searcher not in plain and not _packs(study):
         yield ("search", "searcher"), f"{searcher} needs evaluation.evaluator: packed"
-    if searcher == Proxied.name:
+    if searcher in (Proxied.name, Shrunk.name):
         from autopeft.evaluators.proxies import PROXIES, TRAINED
 
         if proxy.score not in (scores := [*TRAINED, *PROXIES]):

@@ -63,6 +63,7 @@ ROWS = {
     "bo": Row(mixed_space, endless=False, num_trials=12),
     "proxy": Row(mixed_space, endless=False, num_trials=12),  # without scores: with some, in test_proxied.py
     "gates": Row(mixed_space, endless=False, num_trials=12),  # without proposals: with some, in test_gated.py
+    "shrink": Row(mixed_space, endless=False, num_trials=12),  # without scores: with some, in test_shrunk.py
     "grid": Row(short_space, endless=False),
 }
 every_searcher = pytest.mark.parametrize("name", ROWS)
