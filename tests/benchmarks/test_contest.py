@@ -95,7 +95,7 @@ def test_the_shipped_results_are_those_of_the_shipped_study() -> None:
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     entries = contest.read(results / "contest.jsonl")
     assert {entry.settings for entry in entries} == {
-        contest.study_key(load_study(DEMO, ["finalists.seeds=2", "search.keep=0.5"]))
+        contest.study_key(load_study(DEMO, ["finalists.seeds=2"]))
     }
     settings = load_study(DEMO)
     space = check(settings)[2]
