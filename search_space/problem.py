@@ -109,6 +109,10 @@ class Objective:
         return (self.loss(value) - self.loss(self.bound)) / (abs(self.bound) or 1.0)
 
 
+def _is_cost(objective: Objective) -> bool:
+    return not objective.is_quality and not objective.maximise
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPoint:
     """A point and its proxy score, lower is better. `costs`: predicted costs by metric, where a prediction exists."""
@@ -129,7 +133,7 @@ class Problem:
     proxy scores.
 
     `within`: the loss of quality that counts as none, in the unit of the metric; None: `Metric.default_margin`. Raises
-    ValueError for the goal "cheapest_as_good" without a quality or a cost among the objectives.
+    ValueError for the goal "cheapest_as_good" without a quality, or without a cost to minimise, among the objectives.
     """
 
     space: SearchSpace
@@ -146,12 +150,14 @@ class Problem:
     within: float | None = None
 
     def __post_init__(self) -> None:
-        if self.goal == "cheapest_as_good" and len({o.is_quality for o in self.objectives}) < 2:
-            raise ValueError('the goal "cheapest_as_good" needs a quality and a cost among the objectives')
+        if self.goal == "cheapest_as_good" and not (
+            any(o.is_quality for o in self.objectives) and any(_is_cost(o) for o in self.objectives)
+        ):
+            raise ValueError('the goal "cheapest_as_good" needs a quality and a cost to minimise among the objectives')
 
     def first(self, *, quality: bool) -> int:
-        """Return the index of the first objective that is a quality, or of the first cost. Raises StopIteration."""
-        return next(i for i, objective in enumerate(self.objectives) if objective.is_quality is quality)
+        """Return the index of the first quality, or of the first cost to minimise. Raises StopIteration."""
+        return next(i for i, o in enumerate(self.objectives) if (o.is_quality if quality else _is_cost(o)))
 
     def margin(self, best: float) -> float:
         """Return the loss of the first quality that counts as none where its best value is `best`."""

@@ -5,6 +5,8 @@ Notation: n trials, r baseline points, b points to score, s samples.
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from botorch.models import SingleTaskGP
 from botorch.utils.sampling import draw_sobol_normal_samples
@@ -38,14 +40,19 @@ class CheapestAsGood:
         log_costs: Tensor,
         margin: float,
         seed: int,
+        bound: float = inf,
     ) -> None:
-        """Condition on the points `baseline` [r, .] with `log_costs` [r]; `margin`: in the unit of the model's loss."""
+        """Condition on the points `baseline` [r, .] with `log_costs` [r].
+
+        `margin`, `bound`: in the unit of the model's loss; a loss above the bound is never as good.
+        """
         self.margin = margin
         normal = draw_sobol_normal_samples(len(baseline), SAMPLES, dtype=torch.double, seed=seed)
         posterior = Posterior.of(model)
         losses = posterior.joint(baseline, normal)
         self.best = losses.amin(1, keepdim=True)
-        as_good = losses <= self.best + margin
+        self.worst = (self.best + margin).clamp_max(bound)
+        as_good = losses <= self.worst
         self.cheapest = torch.where(as_good, log_costs, torch.inf).amin(1, keepdim=True)
         self.conditional = Conditional.of(posterior, baseline, losses)
 
@@ -53,7 +60,7 @@ class CheapestAsGood:
         """Return the logarithm of the expected worth [b] of inputs [b, .] with `log_costs` [b]."""
         mean, deviation = self.conditional(inputs)
         saving = (self.cheapest - log_costs).clamp_min(0.0)
-        as_good = torch.special.ndtr((self.best + self.margin - mean) / deviation)
+        as_good = torch.special.ndtr((self.worst - mean) / deviation)
         gain = excess(-mean, deviation.expand_as(mean), -self.best.expand_as(mean))
         worth: Tensor = (as_good * saving + gain / self.margin).mean(0)
         return worth.clamp_min(TINY).log()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -130,13 +131,16 @@ class ModelPosterior:
         quality = self.problem.first(quality=True)
         points = np.vstack([self.data.rows, pending])
         active = self.encoding.active(points)
-        best = self.problem.objectives[quality].value(float(self.data.losses[:, quality].min()))
+        objective = self.problem.objectives[quality]
+        best = objective.value(float(self.data.losses[:, quality].min()))
+        bound = inf if objective.bound is None else objective.loss(objective.bound)
         improvement = CheapestAsGood(
             self.processes[quality].model,
             self.inputs(points, active),
             self._log_costs(points, active),
             self.problem.margin(best) / self.scale[quality],
             seed,
+            (bound - self.centre[quality]) / self.scale[quality],
         )
         return lambda rows, active: improvement(self.inputs(rows, active), self._log_costs(rows, active))
 

@@ -79,10 +79,10 @@ def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         yield ("search", "keep"), "needs search.rungs, the shares of the steps at which candidates are compared"
     elif rungs and rungs[-1] >= study.search.share:
         yield ("search", "rungs"), f"must be below search.share, which is {study.search.share}"
-    kinds = {objective.name in COSTS for objective in study.objectives}
+    kinds = {objective.name in COSTS for objective in study.objectives if objective.name not in study.maximised_costs}
     for setting in ("goal", "keep"):
         if getattr(study.search, setting) in ("cheapest_as_good", "auto") and len(kinds) < 2:
-            yield ("search", setting), "needs a quality and a cost among the objectives"
+            yield ("search", setting), "needs a quality and a cost to minimise among the objectives"
     if study.search.initial is not None and study.search.initial > study.search.trials:
         yield ("search", "initial"), f"must not be above search.trials, which is {study.search.trials}"
     if len(study.search.start) > study.search.trials:

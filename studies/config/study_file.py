@@ -137,8 +137,14 @@ class StudyFile(settings.Section):
     @property
     def goal(self) -> Goal:
         """What the search looks for, `search.goal` or its default."""
-        costs = [objective.name in COSTS for objective in self.objectives]
-        return self.search.goal or ("cheapest_as_good" if sorted(costs) == [False, True] else "front")
+        kinds = sorted("cost" if o.name in COSTS else "quality" for o in self.objectives)
+        two = kinds == ["cost", "quality"] and not self.maximised_costs
+        return self.search.goal or ("cheapest_as_good" if two else "front")
+
+    @property
+    def maximised_costs(self) -> set[str]:
+        """The costs among the objectives that the study maximises, against their usual direction."""
+        return {o.name for o in self.objectives if o.name in COSTS and o.direction == "maximise"}
 
     def render(self, path: Keys, what: str) -> str:
         """Return the problem `what` of the setting at `path` as `file:line key: what`."""

@@ -94,9 +94,7 @@ def test_the_shipped_results_are_those_of_the_shipped_study() -> None:
     """So that a reader who repeats the command of docs/proxies.md finds what it says there."""
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     entries = contest.read(results / "contest.jsonl")
-    assert {entry.settings for entry in entries} == {
-        contest.study_key(load_study(DEMO, ["finalists.seeds=2"]))
-    }
+    assert {entry.settings for entry in entries} == {contest.study_key(load_study(DEMO, ["finalists.seeds=2"]))}
     settings = load_study(DEMO)
     space = check(settings)[2]
     found = [each for each in proxy_audit.references(table.read(table.SHIPPED), space.decode) if each.seeds > 1]

@@ -61,9 +61,9 @@ ROWS = {
     "evolution": Row(mixed_space, endless=False),
     "linas": Row(mixed_space, endless=False, num_trials=12),
     "bo": Row(mixed_space, endless=False, num_trials=12),
-    "proxy": Row(mixed_space, endless=False, num_trials=12),  # without scores: with some, in test_proxied.py
-    "gates": Row(mixed_space, endless=False, num_trials=12),  # without proposals: with some, in test_gated.py
-    "shrink": Row(mixed_space, endless=False, num_trials=12),  # without scores: with some, in test_shrunk.py
+    "proxy": Row(mixed_space, endless=False, num_trials=6),  # without scores: with some, in test_proxied.py
+    "gates": Row(mixed_space, endless=False, num_trials=6),  # without proposals: with some, in test_gated.py
+    "shrink": Row(mixed_space, endless=False, num_trials=6),  # without scores: with some, in test_shrunk.py
     "grid": Row(short_space, endless=False),
 }
 every_searcher = pytest.mark.parametrize("name", ROWS)

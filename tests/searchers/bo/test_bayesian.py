@@ -619,3 +619,43 @@ def test_what_is_known_beside_the_search_is_modelled_and_not_asked_for() -> None
     assert told._fit().data.rows.shape[0] == 10  # type: ignore[union-attr]
     keys = {trial.candidate.key for trial in known}
     assert all(space.decode(s.genes).key not in keys for s in told.suggest(3))
+
+
+@pytest.mark.slow
+def test_the_goal_finds_what_is_cheap_and_as_good() -> None:
+    """After twenty trials, it has a better best and a cheaper one that is as good than with the goal "front"."""
+    space = deep_space()
+    found: dict[str, tuple[float, float]] = {}
+    for goal in ("front", "cheapest_as_good"):
+        problem = Problem(space=space, objectives=(ACCURACY, PARAMS), num_trials=20, goal=goal)
+        bests, costs = [], []
+        for seed in range(3):
+            trials = run(Bayesian(problem, seed), 20, plausible)
+            values = [trial.values for trial in trials if trial.state == "complete"]
+            best = max(each["accuracy"] for each in values)
+            bests.append(best)
+            costs.append(min(each["num_params"] for each in values if each["accuracy"] >= best - 0.01))
+        found[goal] = median(bests), median(costs)
+    assert found["cheapest_as_good"][0] >= found["front"][0]
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [(ACCURACY,), (PARAMS, Objective.of("stored_bytes")), (ACCURACY, Objective.of("num_params", maximise=True))],
+)
+def test_the_goal_needs_a_quality_and_a_cost(objectives: tuple[Objective, ...]) -> None:
+    with pytest.raises(ValueError, match="a quality and a cost to minimise"):
+        Problem(space=layered_space(), objectives=objectives, num_trials=4, goal="cheapest_as_good")
+
+
+@pytest.mark.parametrize("cost", ["num_params", "latency_s"])
+def test_a_goal_with_a_declared_and_with_a_measured_cost(cost: str) -> None:
+    problem = problem_of(layered_space(), ACCURACY, Objective.of(cost), goal="cheapest_as_good", within=0.02)
+    trials = known(problem, 12)
+    (suggestion,) = asked(problem, trials)
+    assert told(suggestion)["phase"] == "model"
+    best = max(trial.values["accuracy"] for trial in trials)
+    cheapest = min(t.values["num_params"] for t in trials if t.values["accuracy"] >= best - 0.02)
+    cheaper = params(problem, suggestion.genes) < cheapest
+    better = believed(problem, trials, [suggestion.genes]).min() < -best + 0.02
+    assert cheaper or better

@@ -74,3 +74,17 @@ def test_a_dearer_point_that_cannot_be_better_is_worth_nothing() -> None:
     assert float(cheap.exp()) > 0.9
     assert float(same.exp()) < 0.1
     assert torch.isfinite(function(dear, log_costs(dear))).all()
+
+
+def test_beyond_the_bound_nothing_is_as_good() -> None:
+    """A cheaper point within the margin of the best, whose loss is above the bound of the objective."""
+    baseline = inputs(16, 0)
+    (found,) = surrogates(baseline, noise=1e-3)
+    best = baseline[int(losses_of(baseline).argmin())][None]
+    with quiet():
+        worth = [
+            float(CheapestAsGood(found.model, baseline, log_costs(baseline), 0.3, 0, bound)(best, log_costs(best) - 1))
+            for bound in (float("inf"), losses_of(baseline).min() - 1)
+        ]
+    assert worth[0] > -0.1
+    assert worth[1] < -3
