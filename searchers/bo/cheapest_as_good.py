@@ -53,7 +53,8 @@ class CheapestAsGood:
         self.best = losses.amin(1, keepdim=True)
         self.worst = (self.best + margin).clamp_max(bound)
         as_good = losses <= self.worst
-        self.cheapest = torch.where(as_good, log_costs, torch.inf).amin(1, keepdim=True)
+        # Where the bound rules all out, a saving counts from the dearest one.
+        self.cheapest = torch.where(as_good, log_costs, log_costs.max()).amin(1, keepdim=True)
         self.conditional = Conditional.of(posterior, baseline, losses)
 
     def __call__(self, inputs: Tensor, log_costs: Tensor) -> Tensor:
