@@ -87,7 +87,7 @@ def to_markdown(found: Sequence[Verified]) -> str:
     ]  # fmt: skip
     for one in comparisons(found):
         n = len(one.differences)
-        within = sum(d >= -POINT for d in one.differences)
+        within = sum(round(d, 9) >= -POINT for d in one.differences)
         share = binomtest(within, n).proportion_ci(method="wilson")
         mean, text = fmean(one.differences), ""
         if n > 2:
