@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from autopeft.search_space.problem import Problem, Trial
+from autopeft.search_space.problem import SEARCH, Objective, Problem, Trial
 from autopeft.searchers.courses import Extrapolation, at_rung
 
 #: A candidate stops where the probability that it ends as good is below this (docs/searchers.md, "Rungs").
@@ -17,11 +17,15 @@ LEAST_CHANCE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """A training at a rung: its held-out loss there, its cost, and its `final` loss of the quality once it has one."""
+    """A training at a rung: its held-out loss there, its cost, and its `final` loss of the quality once it has one.
+
+    `rival`: whether the search proposed it. A baseline may lie outside of the space, and be better than all in it.
+    """
 
     loss: float
     cost: float
     final: float | None = None
+    rival: bool = True
 
 
 def racing(batch: Sequence[Course], others: Sequence[Course], margin: float) -> list[int]:
@@ -30,15 +34,15 @@ def racing(batch: Sequence[Course], others: Sequence[Course], margin: float) -> 
     `others`: all trainings that ever were at this rung. What every one ends with is extrapolated from its loss here;
     the trainings that have ended show how well that works, so that many continue where the rung says little about the
     end. A candidate continues if it may be within `margin` of the best end, and if it is cheaper than all that are more
-    likely than not within the margin, or may itself be the best. So a cheaper one never stops a better one. All
-    continue while too few trainings have ended. A loss that is not finite stops.
+    likely than not within the margin, or may itself be the best. So a cheaper one never stops a better one. Only rivals
+    count in these comparisons. All continue while too few trainings have ended. A loss that is not finite stops.
     """
     finite = [i for i, course in enumerate(batch) if np.isfinite(course.loss)]
     known = [course for course in others if course.final is not None and np.isfinite([course.loss, course.final]).all()]
     line = Extrapolation.of(np.array([c.loss for c in known]), np.array([c.final for c in known], dtype=float))
-    if line is None:
+    if line is None or not finite:
         return finite
-    pool = [*(batch[i] for i in finite), *(course for course in others if np.isfinite(course.loss))]
+    pool = [*(batch[i] for i in finite), *(c for c in others if c.rival and np.isfinite(c.loss))]
     means = line(np.array([course.loss for course in pool]))
     deviations = np.full(len(pool), line.variance**0.5)
     for k, course in enumerate(pool):
@@ -59,18 +63,18 @@ def continuing(problem: Problem, trials: Iterable[Trial], rung: float, losses: S
     `trials`: of the study so far; `losses`: of each candidate, at the rung, then its costs in the order of the
     objectives.
     """
-    others = list(_courses(problem, trials, rung))
-    quality = problem.objectives[problem.first(quality=True)]
+    quality, cost = (problem.objectives[problem.first(quality=wanted)] for wanted in (True, False))
+    others = list(_courses(quality, cost, trials, rung))
     best = min((course.final for course in others if course.final is not None), default=0.0)
-    batch = [Course(loss=loss, cost=costs[0]) for loss, *costs in losses]
+    place = [objective for objective in problem.objectives if not objective.is_quality].index(cost)
+    batch = [Course(loss=loss, cost=costs[place]) for loss, *costs in losses]
     return racing(batch, others, problem.margin(quality.value(best)))
 
 
-def _courses(problem: Problem, trials: Iterable[Trial], rung: float) -> Iterator[Course]:
+def _courses(quality: Objective, cost: Objective, trials: Iterable[Trial], rung: float) -> Iterator[Course]:
     """Yield the courses of all trials that were at this rung, of the search and of the baselines."""
-    quality, cost = (problem.objectives[problem.first(quality=wanted)] for wanted in (True, False))
     for trial in trials:
         loss = at_rung(trial.measurement, rung)
         if loss is not None and trial.of is None:
             final = quality.loss(trial.values[quality.name]) if trial.state == "complete" else None
-            yield Course(loss=loss, cost=cost.loss(trial.values[cost.name]), final=final)
+            yield Course(loss=loss, cost=trial.values[cost.name], final=final, rival=trial.role == SEARCH)

@@ -41,6 +41,14 @@ def test_a_cheaper_one_never_stops_a_better_one() -> None:
     assert 0 in racing(batch, ENDED, MARGIN)
 
 
+def test_a_baseline_says_how_courses_end_but_stops_nobody() -> None:
+    """Full fine-tuning is better than all adapters here, and costs nothing in the example."""
+    far_better = [replace(c, final=(c.final or 0) - 0.3, cost=0.0, rival=False) for c in ENDED]
+    batch = [Course(loss=2.0, cost=1e5), Course(loss=0.9, cost=1e6)]
+    assert 1 in racing(batch, far_better, MARGIN)
+    assert racing([replace(batch[0], loss=2.4)], far_better, MARGIN) == [0], "one alone is the best that there is"
+
+
 def test_a_rung_that_says_nothing_stops_nobody_who_is_cheap() -> None:
     """Ends that have nothing to do with the loss at the rung."""
     noise = np.random.default_rng(0).normal(size=40)
