@@ -394,6 +394,20 @@ def test_halving_prunes_and_resumes(searcher: str, tmp_path: Path) -> None:
     assert facts(list(run(settings, resume=True).trials)) == facts(list(whole.trials))
 
 
+def test_racing_at_the_rungs_prunes_and_resumes(tmp_path: Path) -> None:
+    """With `keep: auto`, all of the first batch end, and later ones are compared with them; a stop changes nothing."""
+    search = {"searcher": "bo", "trials": 18, "batch": 6, "rungs": [0.5], "keep": "auto"}
+    changes = {"search": search, "finalists": {"seeds": 1, "most": 1}, "baselines": {"names": ["head"]}}
+    whole = run(load_study(save_study(tmp_path / "whole", **changes)))
+    states = [t.state for t in whole.search_trials if t.state != "infeasible"]
+    assert states[:6] == ["complete"] * 6
+    assert "pruned" in states[6:]
+    settings = load_study(save_study(tmp_path / "stopped", **changes))
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, watcher=Quiet(9))
+    assert facts(list(run(settings, resume=True).trials)) == facts(list(whole.trials))
+
+
 def test_one_by_one_and_packed_find_the_same(finished, tmp_path: Path) -> None:
     """The evaluator is no setting of what is found."""
     _, whole, _ = finished
