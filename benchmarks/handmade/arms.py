@@ -9,6 +9,7 @@ import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,7 @@ import torch
 from autopeft.benchmarks.contest import UNLIMITED, SilentWatcher
 from autopeft.benchmarks.handmade import returns
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.data.topics.build import write
+from autopeft.evaluators.data.topics.build import TopicRow, write
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import Trial
 from autopeft.studies.analysis.snapshot import summary
@@ -31,6 +32,7 @@ from autopeft.studies.engine.check import check
 from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.engine.scheduled_trials import baselines
 from autopeft.studies.engine.session import evaluator_for, open_study
+from autopeft.studies.errors import UserError
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
@@ -48,15 +50,16 @@ SETS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 START = "search.start=[{qv.rank: 8, ko.rank: 8, mlp.rank: 8}, {qv.rank: 8}, {mlp.rank: 8}]"
+RUNGS = ("search.rungs=[0.15, 0.4]", "search.keep=auto")
 #: The searches, as overrides of the study. "now" without one lever each: the levers' own shares.
 SEARCHES: Mapping[str, tuple[str, ...]] = {
     "tpe": ("search.searcher=tpe",),
     "before": ("search.goal=front", "search.rungs=[0.15, 0.4]", "search.keep=0.5"),
-    "now": (START, "search.rungs=[0.15, 0.4]", "search.keep=auto"),
-    "shrink": (START, "search.rungs=[0.15, 0.4]", "search.keep=auto", "search.searcher=shrink", "proxy.subnets=500"),
-    "now-goal": (START, "search.rungs=[0.15, 0.4]", "search.keep=auto", "search.goal=front"),
+    "now": (START, *RUNGS),
+    "shrink": (START, *RUNGS, "search.searcher=shrink", "proxy.subnets=500"),
+    "now-goal": (START, *RUNGS, "search.goal=front"),
     "now-rungs": (START,),
-    "now-start": ("search.rungs=[0.15, 0.4]", "search.keep=auto"),
+    "now-start": RUNGS,
 }
 SWEEP = "sweep"
 ARMS = (SWEEP, *SEARCHES)
@@ -94,9 +97,15 @@ def settings_of(data: str, seed: int, arm: str, folder: Path) -> StudyFile:
     """Return the study of an arm on a data set, with its output in `folder`."""
     overrides = [*SETS[data], *SEARCHES.get(arm, ()), f"seed={seed}", f"output={folder / 'study'}"]
     if data == "returns":
-        write(folder, returns.build(Path(sysconfig.get_path("purelib"))))
+        write(folder, _returns())
         overrides = [entry.replace("=", f"={folder}/") if ".jsonl" in entry else entry for entry in overrides]
     return load_study(STUDY, overrides)
+
+
+@cache
+def _returns() -> dict[str, list[TopicRow]]:
+    """Return the rows of `returns`; reading the sources of all packages takes long."""
+    return returns.build(Path(sysconfig.get_path("purelib")))
 
 
 def run(data: str, seed: int, arm: str, minutes: float) -> list[Verified]:
@@ -106,16 +115,20 @@ def run(data: str, seed: int, arm: str, minutes: float) -> list[Verified]:
         settings = settings_of(data, seed, arm, Path(name))
         splits, _, _ = check(settings)
         begun = time.process_time()
-        found = _swept(settings, splits) if arm == SWEEP else [_searched(arm, settings, splits, 60 * minutes)]
+        found = _swept(settings, splits) if arm == SWEEP else [(arm, *_searched(settings, splits, 60 * minutes))]
         took_s = time.process_time() - begun
         evaluator = evaluator_for(settings, splits)
         requests = [Request(candidate=chosen.candidate, seed=s, test=True) for _, chosen, _ in found for s in FRESH]
         outcomes = evaluator.evaluate(requests)
-    tests = [outcome.measurement.test["accuracy"] for outcome in outcomes if outcome.measurement is not None]
+    tests = []
+    for outcome in outcomes:
+        if outcome.measurement is None:
+            raise UserError(f"{arm} on {data}, seed {seed}: a verification {outcome.failure}: {outcome.reason}")
+        tests.append(outcome.measurement.test["accuracy"])
     return [
         Verified(
             data=data,
-            rows=digest([list(row) for row in splits.train]),
+            rows=digest(splits.train),
             seed=seed,
             arm=label,
             minutes=minutes,
@@ -143,7 +156,7 @@ def _swept(settings: StudyFile, splits: Splits) -> list[tuple[str, Trial, int]]:
     return [(f"{SWEEP}: {name}", trial, len(planned)) for name, (_, trial) in best.items()]
 
 
-def _searched(arm: str, settings: StudyFile, splits: Splits, allowed_s: float) -> tuple[str, Trial, int]:
+def _searched(settings: StudyFile, splits: Splits, allowed_s: float) -> tuple[Trial, int]:
     """Run a study whose search starts no batch after its share of `allowed_s`; return what it recommends."""
     search = settings.search.model_copy(update={"timeout_s": SEARCH_SHARE * allowed_s, "trials": UNLIMITED})
     own = settings.model_copy(
@@ -155,4 +168,4 @@ def _searched(arm: str, settings: StudyFile, splits: Splits, allowed_s: float) -
         snapshot = study.run(SilentWatcher())
     found = snapshot.front().recommendation
     assert found is not None
-    return arm, snapshot.entry(found.recommended).trial, len(snapshot.evaluated)
+    return snapshot.entry(found.recommended).trial, len(snapshot.evaluated)

@@ -54,8 +54,10 @@ def comparisons(found: Sequence[Verified]) -> list[Comparison]:
                 rules[where] = one
     rows = []
     names = list(dict.fromkeys(one.data for one in found))
+    groups = [[name] for name in names]
+    groups = [names, *groups] if len(names) > 1 else groups
     for arm in ARMS[1:]:
-        for data in ([name] for name in names) if len(names) < 2 else ([names, *([name] for name in names)]):
+        for data in groups:
             own = [one for one in found if one.arm == arm and one.data in data and (one.data, one.seed) in rules]
             if own:
                 best = [rules[one.data, one.seed] for one in own]

@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from autopeft.evaluators.data.topics.build import TopicRow, clean, near_duplicates, rank, words
-from autopeft.search_space.architecture import digest
+from autopeft.evaluators.data.topics.build import TopicRow, clean, distinct, rank, words
 
 #: Packages with many annotated functions, each with at most `MAX_PER_PACKAGE` rows per label.
 PACKAGES = (
@@ -45,25 +44,13 @@ def build(site_packages: Path) -> dict[str, list[TopicRow]]:
                 counts[row.label] += 1
                 rows.append(row)
     rows.sort(key=rank)
-    total: Counter[str] = Counter()
-    kept = []
-    for group in near_duplicates([row.text for row in rows]):
-        row = rows[group[0]]
-        if len({rows[i].label for i in group}) == 1 and total[row.label] < MAX_PER_LABEL:
-            total[row.label] += 1
-            kept.append(row)
-    kept.sort(key=rank)
+    kept = sorted(distinct(rows, MAX_PER_LABEL), key=rank)
     splits, start = {}, 0
     for name, share in SPLITS:
         end = start + round(share * len(kept))
         splits[name] = kept[start:end]
         start = end
     return splits
-
-
-def key_of(splits: dict[str, list[TopicRow]]) -> str:
-    """Return a digest of the rows."""
-    return digest([[name, [list(row) for row in rows]] for name, rows in splits.items()])
 
 
 def _documented(folder: Path) -> Iterator[TopicRow]:

@@ -24,6 +24,9 @@ from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 from autopeft.searchers.bo.observations import Data, Observations
 from autopeft.searchers.bo.surrogate import GaussianProcess, relevance
 
+#: From the inputs, rows and active genes of points to the logarithm [n] of their acquisition values.
+Improvement = Callable[[Tensor, Rows, Mask], Tensor]
+
 #: Below this many trials a correlation is not evidence against the model.
 LEAST_TRIALS_TO_DOUBT = 20
 #: Correlation, times the root of the trials, that a model must exceed: the one-sided 5 % point of a normal variable.
@@ -104,14 +107,15 @@ class ModelPosterior:
 
         def evaluate(rows: Rows, active: Mask) -> Rows:
             with quiet():
-                found = improvement(rows, active)
+                inputs = self.inputs(rows, active)
+                found = improvement(inputs, rows, active)
                 if self.failures is not None:
-                    found = found + log_trainable(self.failures.model, self.inputs(rows, active))
+                    found = found + log_trainable(self.failures.model, inputs)
                 return found.numpy()
 
         return evaluate
 
-    def _growth(self, pending: Rows, seed: int) -> Callable[[Rows, Mask], Tensor]:
+    def _growth(self, pending: Rows, seed: int) -> Improvement:
         modelled = self.observations.modelled
         sources = [
             modelled.index(i) if i in self.processes else -1 - self.observations.declared.index(i)
@@ -125,30 +129,31 @@ class ModelPosterior:
             torch.as_tensor((self._reference() - self.centre) / self.scale),
             seed,
         )
-        return lambda rows, active: improvement(self.inputs(rows, active))
+        return lambda inputs, rows, active: improvement(inputs)
 
-    def _savings(self, pending: Rows, seed: int) -> Callable[[Rows, Mask], Tensor]:
+    def _savings(self, pending: Rows, seed: int) -> Improvement:
         quality = self.problem.first(quality=True)
         points = np.vstack([self.data.rows, pending])
         active = self.encoding.active(points)
+        baseline = self.inputs(points, active)
         objective = self.problem.objectives[quality]
         best = objective.value(float(self.data.losses[:, quality].min()))
         bound = inf if objective.bound is None else objective.loss(objective.bound)
         improvement = CheapestAsGood(
             self.processes[quality].model,
-            self.inputs(points, active),
-            self._log_costs(points, active),
+            baseline,
+            self._log_costs(baseline, points, active),
             self.problem.margin(best) / self.scale[quality],
             seed,
             (bound - self.centre[quality]) / self.scale[quality],
         )
-        return lambda rows, active: improvement(self.inputs(rows, active), self._log_costs(rows, active))
+        return lambda inputs, rows, active: improvement(inputs, self._log_costs(inputs, rows, active))
 
-    def _log_costs(self, rows: Rows, active: Mask) -> Tensor:
+    def _log_costs(self, inputs: Tensor, rows: Rows, active: Mask) -> Tensor:
         """Return the logarithm of the first cost [n]; for a measured one, that of its prediction."""
         i = self.problem.first(quality=False)
         if i in self.processes:
-            mean = self.processes[i].model.posterior(self.inputs(rows, active)).mean[:, 0]
+            mean = self.processes[i].model.posterior(inputs).mean[:, 0]
             costs = mean.numpy() * self.scale[i] + self.centre[i]
         else:
             costs = self.encoding.costs(rows, active)[self.problem.objectives[i].name]

@@ -64,7 +64,7 @@ class Shrunk(FromScores):
         ended = [(trial.values[self._cost], losses) for trial in before if (losses := self.losses(trial)) is not None]
         if not ended:
             return np.zeros(0)
-        place = next(i for i, objective in enumerate(self.problem.objectives) if objective.is_quality)
+        place = self.problem.first(quality=True)
         objective = self.problem.objectives[place]
         best = min(losses[place] for _, losses in ended)
         worst = best + self.problem.margin(objective.value(best))

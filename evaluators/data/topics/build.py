@@ -146,12 +146,16 @@ def near_duplicates(texts: list[str]) -> list[list[int]]:
 def select(rows: Iterable[TopicRow]) -> list[TopicRow]:
     """Clean and select rows: one of near duplicates, or none if their labels differ; MAX_PER_LABEL per label."""
     rows = sorted({TopicRow(clean(row.text), row.label) for row in rows}, key=rank)
-    rows = [row for row in rows if len(words(row.text)) >= MIN_WORDS]
+    return distinct([row for row in rows if len(words(row.text)) >= MIN_WORDS], MAX_PER_LABEL)
+
+
+def distinct(rows: list[TopicRow], most_per_label: int) -> list[TopicRow]:
+    """Return one of near duplicates, the first, or none if their labels differ; at most so many of a label."""
     num_selected: Counter[str] = Counter()
     selected = []
     for group in near_duplicates([row.text for row in rows]):
         row = rows[group[0]]
-        if len({rows[index].label for index in group}) == 1 and num_selected[row.label] < MAX_PER_LABEL:
+        if len({rows[index].label for index in group}) == 1 and num_selected[row.label] < most_per_label:
             num_selected[row.label] += 1
             selected.append(row)
     return selected
