@@ -54,6 +54,13 @@ class Searcher(ABC):
     def suggest(self, count: int = 1) -> list[Suggestion]:
         """Return up to `count` points to evaluate next; fewer (or none) once the space is exhausted."""
 
+    def chance_of_cheaper(self, count: int, cost: float) -> float | None:
+        """Return the probability that one of the next `count` points is as good as the best and costs less than `cost`.
+
+        `cost`: loss of the first cost among the objectives. None where the searcher has no model that can tell.
+        """
+        return None
+
     def losses(self, trial: Trial) -> list[float] | None:
         """Return a trial's objectives, all to be minimised; None if a value is missing or not finite.
 

@@ -52,6 +52,9 @@ def race(
             "--surrogates", metavar="N,N", help="Measure only how well each surrogate predicts after N trials."
         ),
     ] = None,
+    outlook: Annotated[
+        bool, typer.Option("--outlook", help="Measure only whether the chances that `bo` gives its next batch hold.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run searchers on problems with a known front; report all races of these problems in the file of results."""
@@ -86,6 +89,17 @@ def race(
         counts = numbers_of("--surrogates", surrogates, least=2)
         fitted = partial(models.compare, counts=counts)
         _print_each(built, fitted, len(counts) * len(KERNELS) * models.REPEATS, models.to_markdown, as_json)
+        return
+    if outlook:
+        from autopeft.benchmarks.race.outlook import Forecast, forecasts, to_markdown
+
+        forecast: list[Forecast] = []
+        with BenchView() as view:
+            view.plan(seeds * len(names))
+            for race in races.planned(names, ("bo",), seeds, trials, batch, "cheapest_as_good"):
+                forecast += forecasts(race, built[race.problem])
+                view.advance(1)
+        print_result(as_json, lambda: list(map(asdict, forecast)), lambda: to_markdown(forecast))
         return
     planned = races.planned(names, asked, seeds, trials, batch, goal)
     with BenchView() as view, file_errors():

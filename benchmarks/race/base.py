@@ -108,6 +108,14 @@ class RaceProblem:
             found.append(float(goal / cheapest))
         return found
 
+    def cheapest(self, values: Sequence[Mapping[str, float]]) -> float:
+        """Return the first cost of the cheapest of these points that are within the margin of the best of them."""
+        quality, cost = (self.problem.first(quality=wanted) for wanted in (True, False))
+        points = np.array([self.losses(v) for v in values])
+        best = float(points[:, quality].min())
+        worst = best + self.problem.margin(self.problem.objectives[quality].value(best))
+        return float(points[points[:, quality] <= worst, cost].min())
+
 
 def pareto(points: ArrayLike) -> Floats:
     """Return the points of [n, m] that no other dominates, [k, m], in lexical order, each once."""

@@ -75,7 +75,7 @@ class RaceResult:
 
 def run(race: Race, problem: RaceProblem) -> RaceResult:
     """Run a race with the loop of `Study`, without rungs."""
-    course = _RunningRace(race, problem)
+    course = RunningRace(race, problem)
     while batch := course.fill():
         course.measure(batch)
     scores = problem.shares if race.goal == "front" else problem.savings
@@ -84,7 +84,7 @@ def run(race: Race, problem: RaceProblem) -> RaceResult:
     return RaceResult(race=race, problem_key=problem.key, curve=tuple(curve), own_s=tuple(own_s))
 
 
-class _RunningRace:
+class RunningRace:
     """A race in progress. `truth`: the noise-free values of the evaluated trials, in their order."""
 
     def __init__(self, race: Race, problem: RaceProblem) -> None:
@@ -135,6 +135,11 @@ class _RunningRace:
         for trial in batch:
             if trial.of is not None:
                 self.ended[trial.number] = ended_as(trial, self.ended[trial.of])
+
+    def chance_of_cheaper(self, cost: float) -> float | None:
+        """Return what the searcher says of its next batch; see `Searcher.chance_of_cheaper`."""
+        self.searcher.update([self.ended[number] for number in sorted(self.ended)])
+        return self.searcher.chance_of_cheaper(self.race.batch, cost)
 
     def _suggested(self, batch: Sequence[Trial]) -> Trial | None:
         begun = time.perf_counter()

@@ -92,6 +92,14 @@ class Bayesian(Searcher):
     def _suggestion(self, row: Rows, diagnostics: Mapping[str, Any]) -> Suggestion:
         return Suggestion(genes=self.encoding.assignment(row), state={"diagnostics": dict(diagnostics)})
 
+    @override
+    def chance_of_cheaper(self, count: int, cost: float) -> float | None:
+        posterior = self._fit()
+        if posterior is None or not posterior.better_than_chance:
+            return None
+        proposed = self.encoding.rows([suggestion.genes for suggestion in self.suggest(count)])
+        return posterior.chance_of_cheaper(proposed, cost, self.seed) if len(proposed) else 0.0
+
     # Constraints
 
     def _allowed(self, observed: Rows) -> Acquisition:

@@ -6,6 +6,7 @@ discrete genes are where `Domain.to_unit` puts them; an inactive gene has a posi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopeft.search_space.adapters.base import NUMBER_BITS
+from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int
 from autopeft.search_space.problem import DECLARED
 from autopeft.search_space.sharing import Shared, merged, shared_tensors
@@ -23,6 +25,7 @@ from autopeft.search_space.spaces.space import SearchSpace
 Rows = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+RATE = f"{TRAINING}learning_rate"
 #: Integer ranges of more values than this are searched in steps, like real ones.
 MOST_LEVELS = 64
 
@@ -61,7 +64,11 @@ class Encoding:
         self._sizes = {self._column[gene.size] for gene in space.genes if gene.size is not None}
         #: The gene of each feature.
         self.gene_of_feature: list[str] = []
+        #: The feature of a learning rate on a logarithmic scale, and the range of its logarithm; None without one.
+        self.rate: tuple[int, float] | None = None
         for gene in space.genes:
+            if gene.name == RATE and isinstance(gene.domain, Float) and gene.domain.log:
+                self.rate = len(self.gene_of_feature), math.log(gene.domain.high / gene.domain.low)
             self.gene_of_feature += [gene.name] * _num_columns(gene.domain)
         groups: dict[Any, list[Placement]] = {}
         for place in space.placements:
@@ -166,6 +173,16 @@ class Encoding:
                 columns.append(np.where(on, u, 0.5))
         return np.column_stack(columns).astype(float) if columns else np.zeros((len(rows), 0))
 
+    def inputs(self, rows: Rows, active: Mask, num_params: Rows) -> Rows:
+        """Return the features and, with a learning rate to search, the size [n, D + 1] that `surrogate.Tilted` needs.
+
+        The size is the logarithm of the parameters, in the unit of the rate's feature.
+        """
+        features = self.features(rows, active)
+        if self.rate is None:
+            return features
+        return np.column_stack([features, np.log(np.maximum(num_params, 1.0)) / self.rate[1]])
+
     def is_empty(self, rows: Rows, active: Mask) -> Mask:
         """Return for which rows no adapter is on, [n]."""
         empty = np.ones(len(rows), dtype=bool)
@@ -207,6 +224,13 @@ class Encoding:
             column = self._column[name]
             on &= active[:, column] & (np.abs(rows[:, column] - position) < 1e-9)
         return on
+
+
+def smallest(space: SearchSpace) -> list[Candidate]:
+    """Return the candidates of `Encoding.smallest` with an adapter; the smallest of the space is among them."""
+    encoding = Encoding(space)
+    found = (space.decode(encoding.assignment(row)) for row in encoding.smallest())
+    return [candidate for candidate in found if candidate.architecture]
 
 
 class _Group:

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf
+from math import inf, log
 from typing import Any
 
 import numpy as np
 import torch
+from botorch.utils.sampling import draw_sobol_normal_samples
 from torch import Tensor
 
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Problem
-from autopeft.searchers.bo.acquisition import hypervolume_improvement, log_trainable, quiet
+from autopeft.searchers.bo.acquisition import Posterior, hypervolume_improvement, log_trainable, quiet
 from autopeft.searchers.bo.acquisition_optimizer import Acquisition
 from autopeft.searchers.bo.cheapest_as_good import CheapestAsGood
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
@@ -39,6 +40,8 @@ SPARSE_TRIALS_PER_GENE = 3
 LABEL_NOISE = 0.3
 #: A cost below this counts as this: logarithms need a positive number. It is below a byte and a nanosecond.
 LEAST_COST = 1e-9
+#: Joint samples of the losses for a probability.
+CHANCE_SAMPLES = 512
 #: Genes whose relevance is in the diagnostics.
 SHOWN_GENES = 10
 
@@ -74,7 +77,7 @@ class ModelPosterior:
         centre = data.losses.mean(0)
         scale = np.where(np.ptp(data.losses, axis=0) > 0, data.losses.std(0), 1.0)
         inputs = _inputs(encoding, observations, prior, data.rows, data.active, centre, scale)
-        width = len(encoding.gene_of_feature)
+        width, rate = len(encoding.gene_of_feature), encoding.rate and encoding.rate[0]
         kinds = kinds_of(problem, len(data.rows))
         processes = {
             i: GaussianProcess.chosen(
@@ -83,7 +86,8 @@ class ModelPosterior:
                 data.noise[:, i] / scale[i] ** 2,
                 width,
                 kinds,
-                trend=width + column if prior else None,
+                rate=rate,
+                trend=width + (rate is not None) + column if prior else None,
             )
             for column, i in enumerate(observations.modelled)
         }
@@ -91,7 +95,7 @@ class ModelPosterior:
         if data.failed.any():
             labels = np.where(data.failed, 1.0, -1.0)
             tried = _inputs(encoding, observations, prior, data.tried, data.tried_active, centre, scale)
-            failures = GaussianProcess.fit(tried, labels, np.full(len(labels), LABEL_NOISE), width, "smooth")
+            failures = GaussianProcess.fit(tried, labels, np.full(len(labels), LABEL_NOISE), width, "smooth", rate)
         return cls(problem, encoding, data, observations, prior, centre, scale, processes, failures)
 
     def inputs(self, rows: Rows, active: Mask) -> Tensor:
@@ -159,6 +163,27 @@ class ModelPosterior:
             costs = self.encoding.costs(rows, active)[self.problem.objectives[i].name]
         return torch.as_tensor(costs, dtype=torch.double).clamp_min(LEAST_COST).log()
 
+    def chance_of_cheaper(self, proposed: Rows, cost: float, seed: int) -> float | None:
+        """Return the probability that one of the points [., G] is within the margin of the best and costs less.
+
+        The best of trials and proposed points. `cost`: loss of the first cost. None without a model of the quality.
+        """
+        quality = self.problem.first(quality=True)
+        if quality not in self.processes:
+            return None
+        points = np.vstack([self.data.rows, proposed])
+        active = self.encoding.active(points)
+        with quiet():
+            inputs = self.inputs(points, active)
+            posterior = Posterior.of(self.processes[quality].model)
+            normal = draw_sobol_normal_samples(len(points), CHANCE_SAMPLES, dtype=torch.double, seed=seed)
+            losses = posterior.joint(inputs, normal)
+            cheaper = self._log_costs(inputs, points, active)[len(self.data.rows) :] < log(max(cost, LEAST_COST)) - 1e-9
+        best = self.problem.objectives[quality].value(float(self.data.losses[:, quality].min()))
+        worst = losses.amin(1, keepdim=True) + self.problem.margin(best) / self.scale[quality]
+        found = (losses[:, len(self.data.rows) :] <= worst) & cheaper
+        return float(found.any(1).double().mean())
+
     def _reference(self) -> Rows:
         """Return the reference point [m]: an objective's own, else the worst complete trial's loss plus 0.1 range.
 
@@ -225,13 +250,14 @@ def kinds_of(problem: Problem, num_trials: int) -> tuple[str, ...]:
 
 def processes_of(encoding: Encoding, observations: Observations, data: Data) -> list[GaussianProcess]:
     """Fit a process to each measured objective, each over its own standardised losses."""
-    features = encoding.features(data.rows, data.active)
+    inputs = encoding.inputs(data.rows, data.active, encoding.costs(data.rows, data.active)["num_params"])
+    width, rate = len(encoding.gene_of_feature), encoding.rate and encoding.rate[0]
     found = []
     for i in observations.modelled:
         scale = data.losses[:, i].std() or 1.0
         losses = (data.losses[:, i] - data.losses[:, i].mean()) / scale
         noise = data.noise[:, i] / scale**2
-        found.append(GaussianProcess.fit(torch.as_tensor(features), losses, noise, features.shape[1], "smooth"))
+        found.append(GaussianProcess.fit(torch.as_tensor(inputs), losses, noise, width, "smooth", rate))
     return found
 
 
@@ -244,15 +270,15 @@ def _inputs(
     centre: Rows,
     scale: Rows,
 ) -> Tensor:
-    """Return [n, D + e + k]: features, a prior study's predictions of the measured objectives, and declared losses.
+    """Return [n, . + e + k]: `Encoding.inputs`, a prior study's predictions of the measured objectives, declared losses.
 
     The declared losses are standardised. e: processes of the prior study; k: declared objectives.
     """
     costs = encoding.costs(rows, active)
-    features = encoding.features(rows, active)
-    columns = [features]
+    own = encoding.inputs(rows, active, costs["num_params"])
+    columns = [own]
     with torch.no_grad():
-        columns += [process.model.posterior(torch.as_tensor(features)).mean.numpy() for process in prior]
+        columns += [process.model.posterior(torch.as_tensor(own)).mean.numpy() for process in prior]
     for i in observations.declared:
         objective = observations.problem.objectives[i]
         columns.append((objective.loss(costs[objective.name]) - centre[i]) / scale[i])

@@ -21,6 +21,7 @@ from autopeft.search_space.problem import (
 )
 from autopeft.studies.analysis import pareto, recommendation, statistics
 from autopeft.studies.analysis.front import Front, FrontRow
+from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.pareto import Floats
 from autopeft.studies.analysis.recommendation import Contender, Recommendation
 from autopeft.studies.analysis.statistics import Estimate, SeedSpread
@@ -88,6 +89,7 @@ class Snapshot:
     within: float | None = None
     #: Scores of the best constant prediction on the validation rows, by metric; empty where they are not known.
     constant: Mapping[str, float] = field(default_factory=dict)
+    outlook: Outlook | None = None
 
     @property
     def nothing_learnt(self) -> str | None:

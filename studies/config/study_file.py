@@ -47,6 +47,11 @@ class StudyFile(settings.Section):
     recommend: settings.RecommendSettings = settings.RecommendSettings()
     evaluation: settings.EvaluationSettings = settings.EvaluationSettings()
     tracking: settings.TrackingSettings = settings.TrackingSettings()
+    minutes: settings.Positive | None = Field(
+        default=None,
+        description="time for the whole study on this machine: sets search.trials, batch, rungs and keep,"
+        " finalists.seeds and most where this file does not; null: no limit",
+    )
     output: str | None = Field(
         default=None, description="folder of all results; default: runs/<study> beside this file"
     )

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.spaces.rules import left_out
+from autopeft.searchers.bo.encoding import smallest
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.engine.plan import StudyPlan, plan_of
+from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.engine.session import evaluator_for
+from autopeft.studies.engine.time_budget import Pace, fitted, mean_share, samples
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.recipes.build import bare_recipe, recipe_head_sites
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
     from autopeft.search_space.backbones.backbone import Backbone
-
-SAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,51 +73,34 @@ class CostEstimate:
 
 def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
     """Load the model, and measure a candidate of median size and the largest one. Writes no files."""
-    from autopeft.evaluators.base import Request
     from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations, num_finals
 
     evaluator = evaluator_for(settings, splits)
-    problem, backbone, plan = problem_for(settings, evaluator.backbone), evaluator.backbone, plan_of(settings)
-    space = problem.space
-    rng = Random(settings.seed)
-    largest = space.decode(space.largest())
-    drawn = [space.decode(space.sample(rng)) for _ in range(SAMPLES)]
-    samples = sorted((c for c in drawn if c.architecture), key=lambda c: c.architecture.num_params(backbone)) or [
-        largest
-    ]
-    typical = samples[len(samples) // 2]
-
-    measured = evaluator.costs(typical, frozenset({"step_s", "latency_s"})).values
+    backbone, space = evaluator.backbone, problem_for(settings, evaluator.backbone).space
+    largest, drawn = space.decode(space.largest()), samples(space, settings.seed)
+    pace = Pace.measured(evaluator, drawn[len(drawn) // 2])
+    num_baselines = len(list(baselines(plan_of(settings), space)))
+    settings = fitted(settings, pace, num_baselines)
+    problem, plan = problem_for(settings, backbone), plan_of(settings)
     memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]
-    finals, searched = num_finals(plan, space), problem.num_trials
-    full_runs = len(list(baselines(plan, space))) + finals
-    num_steps = evaluator.num_steps(Request(candidate=typical)) * (searched * mean_share(plan) + full_runs)
-    batch_size = evaluator.training(typical).batch_size
-    scored = len(splits.validation) * (searched + full_runs) + len(splits.test) * finals
-    exportable, reasons = _exportable(settings, splits, samples, backbone)
+    searched_s = problem.num_trials * pace.run_s(mean_share(plan))
+    exportable, reasons = _exportable(settings, splits, drawn, backbone)
     return CostEstimate(
         study=settings.study,
         cardinality=space.cardinality,
         num_genes=len(space.genes),
-        smallest_params=samples[0].architecture.num_params(backbone),
+        smallest_params=min(c.architecture.num_params(backbone) for c in (*drawn, *smallest(space))),
         largest_params=largest.architecture.num_params(backbone),
         backbone_params=backbone.num_params,
         evaluations=num_evaluations(plan, problem),
-        step_s=measured["step_s"],
-        time_s=num_steps * measured["step_s"] + scored / batch_size * measured["latency_s"],
+        step_s=pace.step_s,
+        time_s=num_baselines * pace.run_s() + searched_s + num_finals(plan, space) * pace.final_s,
         peak_memory_bytes=memory,
         exportable=exportable,
         reasons=reasons,
         left_out=left_out(space),
         notes=evaluator.notes,
     )
-
-
-def mean_share(plan: StudyPlan) -> float:
-    """Return the mean share of the training steps that a candidate of the search gets, at most, given the rungs."""
-    keep = 1.0 if plan.keep == "auto" else plan.keep
-    stops = (0.0, *plan.rungs, plan.share)
-    return sum((end - start) * keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
 
 
 def _exportable(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ruamel.yaml import YAML
 
 from autopeft.search_space.spaces.location import locate
+from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.loading import load_study, study_from_mapping
@@ -157,10 +158,16 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
             f"{settings.output_folder}: another process is running this study: wait until it ends"
         ) from None
     try:
+        if resume:
+            settings = as_started(settings)
         ledger = Ledger.open(storage_url(settings), settings.study, fingerprint(settings)) if resume else None
         if ledger is None:
             _check_new(settings)
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
+        if ledger is None:
+            from autopeft.studies.engine.time_budget import within_minutes
+
+            settings = within_minutes(settings, evaluator)
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator.metrics)
@@ -265,6 +272,20 @@ def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
     return recorded.model_copy(update={"recommend": settings.recommend})
 
 
+def as_started(settings: StudyFile) -> StudyFile:
+    """Return settings with what `minutes` decided when the study was started, where the file does not set it."""
+    if settings.minutes is None:
+        return settings
+    from autopeft.studies.engine.time_budget import unset
+
+    ledger = Ledger.open(storage_url(settings), settings.study)
+    recorded = recorded_settings(settings, ledger)
+    sections = ("search", "finalists")
+    return settings.model_copy(
+        update={name: unset(getattr(settings, name), **dict(getattr(recorded, name))) for name in sections}
+    )
+
+
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
     """Return the state of the study in its ledger; neither data nor weights are loaded."""
     return Snapshot(
@@ -276,6 +297,7 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
         trials=tuple(ledger.trials()),
         within=settings.recommend.within,
         constant=ledger.constant,
+        outlook=Outlook.read(ledger.outlook),
     )
 
 

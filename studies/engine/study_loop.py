@@ -28,12 +28,15 @@ from autopeft.search_space.problem import (
 from autopeft.search_space.spaces.location import locate
 from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
+from autopeft.searchers.bo.encoding import smallest
 from autopeft.searchers.halving import survivors
 from autopeft.searchers.racing import continuing
+from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan, weights_path
 from autopeft.studies.engine.repeated_errors import Failures
 from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, baselines, ended_as, num_evaluations
+from autopeft.studies.engine.time_budget import outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger
@@ -99,6 +102,7 @@ class StudyLoop:
             trials=tuple(self.failures.held.get(n, self.trials[n]) for n in sorted(self.trials)),
             within=self.plan.within,
             constant=self.ledger.constant,
+            outlook=Outlook.read(self.ledger.outlook),
         )
 
     def run(self, watcher: Watcher) -> Snapshot:
@@ -111,7 +115,7 @@ class StudyLoop:
         try:
             unfinished = self.ledger.unfinished(self.problem.objectives)
             self._evaluate_planned("baseline", unfinished, self._baselines(), watcher)
-            self._search(unfinished, watcher)
+            searcher = self._search(unfinished, watcher)
             # What the final front needs; each part follows from those before it.
             for kind, planned in FINAL_PARTS:
                 snapshot = self.snapshot()
@@ -121,6 +125,7 @@ class StudyLoop:
                 unfinished = [trial for trial in unfinished if trial.role.kind != kind]
         except OSError as error:
             raise UnusableEnvironmentError(f"{self.plan.output_folder}: {error.strerror or error}") from error
+        self.ledger.outlook = outlook_of(searcher, self.snapshot(), self.plan.batch)
         snapshot = self.snapshot()
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)
@@ -136,7 +141,7 @@ class StudyLoop:
 
     # The search
 
-    def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> None:
+    def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> Searcher:
         scored = () if self.scores is None else self.scores(self.problem, watcher.stage)
         problem = replace(self.problem, scored=scored, observed=tuple(self._prior_baselines()))
         searcher = self.searcher(problem, self.plan.seed)
@@ -157,6 +162,7 @@ class StudyLoop:
         self._record_failures()
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
             raise NoFeasibleCandidateError(self._why_nothing())
+        return searcher
 
     def _prior_baselines(self) -> Iterator[Trial]:
         """Yield complete baselines that are points of the space and were trained as long as the search's trials."""
@@ -239,8 +245,8 @@ class StudyLoop:
             return
         space, rng = self.problem.space, Random(self.plan.seed)
         probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
-        # The smallest non-empty candidate: if it is too large, no number of draws would help.
-        probes.append(space.decode(space.smallest()))
+        # If the smallest ones are too large, no number of draws would help.
+        probes += smallest(space)
         rejections = [(candidate, self._rejection(candidate)) for candidate in probes]
         if any(rejection is None for _, rejection in rejections):
             return

@@ -50,6 +50,9 @@ def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
             "±: standard error over examples and seeds; as good: shown to be within the margin of the best; tied: not"
             " distinguished from the best, but not shown to be as good either."
         )
+    outlook, found = snapshot.outlook, front.recommendation
+    if outlook is not None and found is not None and outlook.recommended == found.recommended:
+        notes.append(outlook.sentence)
     if front.left_out:
         shown = ", ".join(map(str, front.left_out[:10])) + ", ..." * (len(front.left_out) > 10)
         notes.append(

@@ -33,7 +33,7 @@ from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
 BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
-PRIOR_TRIALS, CONSTANT = "autopeft.earlier", "autopeft.constant"
+PRIOR_TRIALS, CONSTANT, OUTLOOK = "autopeft.earlier", "autopeft.constant", "autopeft.outlook"
 # Scores per example are long and read by programs alone, so they are compressed.
 PACKED = ("per_example", "test_per_example")
 
@@ -158,6 +158,17 @@ class Ledger:
     def constant(self) -> Mapping[str, float]:
         """The scores of the best constant prediction; empty for some tasks and in ledgers of earlier versions."""
         return dict(self._study.user_attrs.get(CONSTANT, {}))
+
+    @property
+    def outlook(self) -> Mapping[str, Any] | None:
+        """What `Outlook.read` reads, of the last run that came to its end; None before."""
+        found: Mapping[str, Any] | None = self._study.user_attrs.get(OUTLOOK)
+        return found
+
+    @outlook.setter
+    def outlook(self, found: Mapping[str, Any] | None) -> None:
+        with _readable_errors("written"):
+            self._study.set_user_attr(OUTLOOK, None if found is None else dict(found))
 
     def trials(self) -> list[Trial]:
         """Return every evaluation, ended or not, in order."""

@@ -1,0 +1,35 @@
+"""What more time would buy: the chance that a further batch of the search holds something cheaper that is as good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """The chance, by the searcher's model, that one of its next `trials` is as good as the best and costs less.
+
+    It is about the member `recommended`, in the front after the last run. `minutes`: what the trials would take, at the
+    speed of the search so far.
+    """
+
+    recommended: int
+    trials: int
+    minutes: float
+    chance: float
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any] | None) -> Outlook | None:
+        """Return the outlook of plain data, as `asdict` makes it."""
+        return None if data is None else cls(**data)
+
+    @property
+    def sentence(self) -> str:
+        """The outlook for reports."""
+        minutes = f"{self.minutes:.0f} min" if self.minutes >= 1 else "less than a minute"
+        return (
+            f"More time: by the search's model, {self.trials} more trials (about {minutes}) hold a cheaper one that is"
+            f" as good as the best with a chance of {self.chance:.0%}."
+        )
