@@ -95,7 +95,7 @@ class ModelPosterior:
         if data.failed.any():
             labels = np.where(data.failed, 1.0, -1.0)
             tried = _inputs(encoding, observations, prior, data.tried, data.tried_active, centre, scale)
-            failures = GaussianProcess.fit(tried, labels, np.full(len(labels), LABEL_NOISE), width, "smooth", rate)
+            failures = GaussianProcess.fit(tried, labels, np.full(len(labels), LABEL_NOISE), width, "smooth")
         return cls(problem, encoding, data, observations, prior, centre, scale, processes, failures)
 
     def inputs(self, rows: Rows, active: Mask) -> Tensor:
@@ -270,7 +270,7 @@ def _inputs(
     centre: Rows,
     scale: Rows,
 ) -> Tensor:
-    """Return [n, . + e + k]: `Encoding.inputs`, a prior study's predictions of the measured objectives, declared losses.
+    """Return [n, . + e + k]: `Encoding.inputs`, a prior study's predictions of measured objectives, declared losses.
 
     The declared losses are standardised. e: processes of the prior study; k: declared objectives.
     """
