@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_demo, print_result
+from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_table, print_result
 from autopeft.studies.cli.files import check_names, file_errors
 from autopeft.studies.cli.options import JsonOption, SetOption
 from autopeft.studies.errors import ConfigurationError
@@ -23,7 +23,9 @@ def audit(
     ] = None,
     study: Annotated[Path | None, typer.Option("--study", help=STUDY_HELP)] = None,
     set_: SetOption = None,
-    table: Annotated[Path | None, typer.Option("--table", help="Table of trainings; default: the demo's.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Table of trainings; default: benchmarks/race/table.csv.")
+    ] = None,
     epochs: Annotated[float, typer.Option("--epochs", min=0, help="Epochs of a supernet's training.")] = 2.0,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds of each arm.")] = 2,
     results: Annotated[Path, typer.Option("--results", help="File of scores; arms in it are not run again.")] = Path(
@@ -46,7 +48,7 @@ def audit(
 
     names = list(dict.fromkeys(arms or auditing.ARMS))
     check_names("arm", names, auditing.ARMS)
-    settings = load_study_or_demo(study, set_ or ())
+    settings = load_study_or_table(study, set_ or ())
     splits, _, space = check(settings)
     if latency:
         _audit_latency(settings, splits, latency, as_json)

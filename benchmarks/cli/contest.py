@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_demo, print_result
+from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_table, print_result
 from autopeft.studies.cli.files import check_names, file_errors
 from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of
 
@@ -35,7 +35,7 @@ def contest(
     names = names_of(searchers)
     check_names("searcher", names, SEARCHERS)
     numbers = numbers_of("--seeds", seeds)
-    settings = load_study_or_demo(study, [*(set_ or ()), f"search.searcher={names[0]}"])
+    settings = load_study_or_table(study, [*(set_ or ()), f"search.searcher={names[0]}"])
     splits, _, _ = check(settings)
     key = contests.study_key(settings)
     found = {outcome.key: outcome for outcome in contests.read(results) if outcome.settings == key}

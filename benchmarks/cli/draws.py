@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from autopeft.benchmarks.cli.shared import STUDY_HELP, load_study_or_demo, print_result
+from autopeft.benchmarks.cli.shared import print_result
 from autopeft.studies.cli.options import JsonOption, SetOption, numbers_of
 from autopeft.studies.errors import ConfigurationError
 
+DEMO = Path(str(files("autopeft.studies.examples") / "demo.yaml"))
+
 
 def draws(
-    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help=STUDY_HELP)] = None,
+    study: Annotated[Path, typer.Argument(help="Study file, or a folder with a study.yaml.")] = DEMO,
     set_: SetOption = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds of the studies, separated by commas.")] = "0,1,2,3,4",
     baseline: Annotated[str, typer.Option("--baseline", help="Baseline to compare with.")] = "lora-r8-qv",
@@ -25,14 +28,15 @@ def draws(
     """Run a study with several seeds, and compare what each recommends with a tuned baseline."""
     from autopeft.benchmarks import draws as several
     from autopeft.studies.cli.progress import ProgressView
+    from autopeft.studies.config.loading import load_study
 
-    first = load_study_or_demo(study, set_ or ())
+    first = load_study(study, set_ or ())
     if baseline not in first.baselines.names:
         raise ConfigurationError(f"--baseline {baseline}: the study has {', '.join(first.baselines.names) or 'none'}")
     snapshots, found = [], []
     for seed in numbers_of("--seeds", seeds):
         words = [f"seed={seed}", f"output={output.absolute() / str(seed)}", "tracking.enabled=false"]
-        settings = load_study_or_demo(study, [*(set_ or ()), *words])
+        settings = load_study(study, [*(set_ or ()), *words])
         with ProgressView() as view:
             snapshots.append(several.ended(settings, view))
         found.append(several.draw(snapshots[-1], seed, baseline))

@@ -16,7 +16,10 @@ def handmade(
     arms: Annotated[str, typer.Option("--arms", help="Names, separated by commas.")] = "sweep,tpe,before,now",
     data: Annotated[str, typer.Option("--data", help="Data sets, separated by commas.")] = "topics,domains,returns",
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds of the studies, separated by commas.")] = "0,1,2,3,4",
-    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Processor minutes of each study.")] = 5.0,
+    minutes: Annotated[
+        float,
+        typer.Option("--minutes", min=0.1, help="Processor minutes of each study; twice those that two cores take."),
+    ] = 10.0,
     results: Annotated[
         Path, typer.Option("--results", help="File of results; what is in it does not run again.")
     ] = Path("handmade.jsonl"),
@@ -37,7 +40,7 @@ def handmade(
         view.plan(len(left))
         for arm, name, seed in left:
             view.stage(f"{arm} on {name}, seed {seed}")
-            report.append(results, running.run(name, seed, arm, minutes))
+            report.append(results, running.run(name, seed, arm, minutes, report.read(results)))
             view.advance(1)
     found = [one for one in report.read(results) if one.data in sets and one.seed in numbers]
     print_result(as_json, lambda: report.to_dict(found), lambda: report.to_markdown(found))

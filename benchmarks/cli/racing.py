@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_demo, print_result
+from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_table, print_result
 from autopeft.search_space.problem import Goal
 from autopeft.studies.cli.files import check_names, file_errors
 from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of
@@ -91,7 +91,7 @@ def race(
         _print_each(built, fitted, len(counts) * len(KERNELS) * models.REPEATS, models.to_markdown, as_json)
         return
     if outlook:
-        from autopeft.benchmarks.race.outlook import Forecast, forecasts, to_markdown
+        from autopeft.benchmarks.forecasts import Forecast, forecasts, to_markdown
 
         forecast: list[Forecast] = []
         with BenchView() as view:
@@ -158,7 +158,7 @@ def tabulate(
     from autopeft.studies.engine.check import check
     from autopeft.studies.engine.session import evaluator_for
 
-    settings = load_study_or_demo(study, set_ or ())
+    settings = load_study_or_table(study, set_ or ())
     splits, _, space = check(settings)
     with BenchView() as view, file_errors():
         view.stage("loading")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,15 @@ from autopeft.studies.cli.options import print_json
 if TYPE_CHECKING:
     from autopeft.studies.config.study_file import StudyFile
 
-STUDY_HELP = "Study file, or a folder with a study.yaml; default: the demo's."
+STUDY_HELP = "Study file, or a folder with a study.yaml; default: benchmarks/race/table.yaml."
 
 
-def load_study_or_demo(study: Path | None, overrides: Iterable[str]) -> StudyFile:
-    """Load a study file, by default that of the demo, with `--set` overrides."""
+def load_study_or_table(study: Path | None, overrides: Iterable[str]) -> StudyFile:
+    """Load a study file, by default `race/table.yaml`, with `--set` overrides."""
+    from autopeft.benchmarks.race.table import STUDY
     from autopeft.studies.config.loading import load_study
 
-    return load_study(study or Path(str(files("autopeft.studies.examples") / "demo.yaml")), overrides)
+    return load_study(study or STUDY, overrides)
 
 
 def print_result(as_json: bool, to_data: Callable[[], Any], to_markdown: Callable[[], str]) -> None:

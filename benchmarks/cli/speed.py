@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_demo, print_result
+from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_table, print_result
 from autopeft.studies.cli.options import JsonOption, SetOption
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def speed(
 
     changes = {"device": device, "seed": seed}
     own = [f"{key}={value}" for key, value in changes.items() if value is not None]
-    settings = load_study_or_demo(study, [*(set_ or ()), *own])
+    settings = load_study_or_table(study, [*(set_ or ()), *own])
     splits, _, _ = check(settings)
     if experts:
         _experts(settings, splits, as_json)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -37,7 +37,9 @@ from autopeft.studies.errors import UserError
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
 
-STUDY = Path(str(files("autopeft.benchmarks.handmade"))) / "study.yaml"
+#: The demo's space has the rules in it.
+STUDY = Path(str(files("autopeft.studies.examples"))) / "demo.yaml"
+COMMON = ("baselines.names=[lora-all-linear, lora-r8-qv]", "finalists.most=4", "tracking.enabled=false")
 #: Data sets, as overrides of the study; `returns` is written to a folder first.
 SETS: Mapping[str, tuple[str, ...]] = {
     "topics": ("data.source=embedded",),
@@ -49,31 +51,32 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "data.test=test.jsonl",
     ),
 }
-START = "search.start=[{qv.rank: 8, ko.rank: 8, mlp.rank: 8}, {qv.rank: 8}, {mlp.rank: 8}]"
-RUNGS = ("search.rungs=[0.15, 0.4]", "search.keep=auto")
+NO_RUNGS = ("search.rungs=[]", "search.keep=1.0")
+NO_START = "search.start=[]"
 #: The searches, as overrides of the study. "now" without one lever each: the levers' own shares.
 SEARCHES: Mapping[str, tuple[str, ...]] = {
-    "tpe": ("search.searcher=tpe",),
-    "before": ("search.goal=front", "search.rungs=[0.15, 0.4]", "search.keep=0.5"),
-    "now": (START, *RUNGS),
-    "shrink": (START, *RUNGS, "search.searcher=shrink", "proxy.subnets=500"),
-    "now-goal": (START, *RUNGS, "search.goal=front"),
-    "now-rungs": (START,),
-    "now-start": RUNGS,
+    "tpe": ("search.searcher=tpe", *NO_RUNGS, NO_START),
+    "before": ("search.goal=front", "search.keep=0.5", NO_START),
+    "now": (),
+    "shrink": ("search.searcher=shrink", "proxy.subnets=500"),
+    "now-goal": ("search.goal=front",),
+    "now-rungs": NO_RUNGS,
+    "now-start": (NO_START,),
 }
 SWEEP = "sweep"
 ARMS = (SWEEP, *SEARCHES)
 #: Share of an arm's time for its search; the other part is for the finalists.
 SEARCH_SHARE = 0.6
-#: Seeds of the verification; no study reaches them.
-FRESH = (9001, 9002, 9003)
+#: Seeds of the verification; no study reaches them. The test scores of one seed spread by a point or two.
+FRESH = tuple(range(9001, 9007))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
     """What one arm recommends, and its test score with fresh seeds. `took_s`: processor seconds without them.
 
-    The arm "sweep" has a result for each of its rules; `arm` is then "sweep: NAME".
+    `rows`, `key`: digests of the training rows and of the candidate; equal ones are verified once. The arm "sweep" has a
+    result for each of its rules; `arm` is then "sweep: NAME".
     """
 
     data: str
@@ -84,6 +87,7 @@ class Verified:
     took_s: float
     trainings: int
     candidate: str
+    key: str
     num_params: float
     test: tuple[float, ...]
 
@@ -95,7 +99,7 @@ class Verified:
 
 def settings_of(data: str, seed: int, arm: str, folder: Path) -> StudyFile:
     """Return the study of an arm on a data set, with its output in `folder`."""
-    overrides = [*SETS[data], *SEARCHES.get(arm, ()), f"seed={seed}", f"output={folder / 'study'}"]
+    overrides = [*COMMON, *SETS[data], *SEARCHES.get(arm, ()), f"seed={seed}", f"output={folder / 'study'}"]
     if data == "returns":
         write(folder, _returns())
         overrides = [entry.replace("=", f"={folder}/") if ".jsonl" in entry else entry for entry in overrides]
@@ -108,8 +112,8 @@ def _returns() -> dict[str, list[TopicRow]]:
     return returns.build(Path(sysconfig.get_path("purelib")))
 
 
-def run(data: str, seed: int, arm: str, minutes: float) -> list[Verified]:
-    """Run one arm on one data set with one search seed, and verify what it recommends."""
+def run(data: str, seed: int, arm: str, minutes: float, known: Sequence[Verified] = ()) -> list[Verified]:
+    """Run one arm on one data set with one search seed, and verify what it recommends, unless it is `known`."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as name:
         settings = settings_of(data, seed, arm, Path(name))
@@ -117,28 +121,30 @@ def run(data: str, seed: int, arm: str, minutes: float) -> list[Verified]:
         begun = time.process_time()
         found = _swept(settings, splits) if arm == SWEEP else [(arm, *_searched(settings, splits, 60 * minutes))]
         took_s = time.process_time() - begun
-        evaluator = evaluator_for(settings, splits)
-        requests = [Request(candidate=chosen.candidate, seed=s, test=True) for _, chosen, _ in found for s in FRESH]
-        outcomes = evaluator.evaluate(requests)
-    tests = []
-    for outcome in outcomes:
-        if outcome.measurement is None:
-            raise UserError(f"{arm} on {data}, seed {seed}: a verification {outcome.failure}: {outcome.reason}")
-        tests.append(outcome.measurement.test["accuracy"])
+        rows, evaluator = digest(splits.train), evaluator_for(settings, splits)
+        tests = {one.key: one.test for one in known if one.rows == rows}
+        new = {c.key: c for _, trial, _ in found if (c := trial.candidate).key not in tests}
+        outcomes = evaluator.evaluate([Request(candidate=c, seed=s, test=True) for c in new.values() for s in FRESH])
+    for i, key in enumerate(new):
+        own = outcomes[len(FRESH) * i : len(FRESH) * (i + 1)]
+        tests[key] = tuple(outcome.measurement.test["accuracy"] for outcome in own if outcome.measurement is not None)
+        if len(tests[key]) < len(FRESH):
+            raise UserError(f"{arm} on {data}, seed {seed}: {new[key].key}: a verification failed")
     return [
         Verified(
             data=data,
-            rows=digest(splits.train),
+            rows=rows,
             seed=seed,
             arm=label,
             minutes=minutes,
             took_s=took_s,
             trainings=trainings,
             candidate=summary(chosen, evaluator.backbone),
+            key=chosen.candidate.key,
             num_params=chosen.candidate.architecture.num_params(evaluator.backbone),
-            test=tuple(tests[len(FRESH) * i : len(FRESH) * (i + 1)]),
+            test=tests[chosen.candidate.key],
         )
-        for i, (label, chosen, trainings) in enumerate(found)
+        for label, chosen, trainings in found
     ]
 
 

@@ -1,4 +1,4 @@
-"""A surrogate benchmark: the demo's space with a quality that is learnt from real trainings (`table.SHIPPED`).
+"""A surrogate benchmark: the space of `table.yaml` with a quality that is learnt from real trainings (`table.SHIPPED`).
 
 After Eggensperger et al. 2015 (Efficient benchmarking of hyperparameter optimizers via surrogates) and Zela et al. 2022
 (Surrogate NAS benchmarks). The model is an ensemble of trees, as in both: a Gaussian process would favour the searchers
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from autopeft.benchmarks.race.base import RaceProblem
-from autopeft.benchmarks.race.table import SHIPPED, TableRow, by_candidate, read
+from autopeft.benchmarks.race.table import SHIPPED, STUDY, TableRow, by_candidate, read
 from autopeft.search_space.domains import Choice
 from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.spaces.genes import TRAINING, Assignment
@@ -57,7 +56,7 @@ class FitQuality:
 
 def tabulated(path: Path = SHIPPED) -> RaceProblem:
     """Return the race problem of a table. Raises NoTableError for fewer than `LEAST` candidates."""
-    problem = demo_problem()
+    problem = table_problem()
     space, rows = problem.space, read(path)
     inputs, quality, weights = _examples(space, rows)
     if len(quality) < LEAST:
@@ -82,19 +81,19 @@ def tabulated(path: Path = SHIPPED) -> RaceProblem:
         return {"accuracy": float(predicted[place, step]), **costs[place]}
 
     summary = (
-        f"the demo's space by trees over {len(rows)} trainings of {fit.candidates} candidates; held-out rows:"
+        f"the space of table.yaml by trees over {len(rows)} trainings of {fit.candidates} candidates; held-out rows:"
         f" R2 {fit.r2:.2f}, Spearman {fit.spearman:.2f}; noise between seeds {noise:.4f}; front by enumeration"
     )
     points = {"accuracy": predicted.max(axis=1), "num_params": [c["num_params"] for c in costs]}
     return RaceProblem.of("table", summary, problem, values, {"accuracy": noise}, points)
 
 
-def demo_problem() -> Problem:
-    """Return the problem of `studies/examples/demo.yaml`."""
+def table_problem() -> Problem:
+    """Return the problem of `table.yaml`."""
     from autopeft.evaluators.backbones import describe_backbone
     from autopeft.studies.config.loading import load_study
 
-    study = load_study(Path(str(files("autopeft.studies.examples") / "demo.yaml")), environment={})
+    study = load_study(STUDY, environment={})
     return problem_for(study, describe_backbone(study.model_id, study.model.revision, study.task))
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from autopeft.search_space.problem import DECLARED, Measurement
 from autopeft.search_space.spaces.genes import Assignment
 
-#: The table that the project ships, over the space of `studies/examples/demo.yaml`.
-SHIPPED = Path(str(files("autopeft.benchmarks.race"))) / "demo.csv"
+#: The table that the project ships, and the study over whose space it is.
+SHIPPED = Path(str(files("autopeft.benchmarks.race"))) / "table.csv"
+STUDY = SHIPPED.with_suffix(".yaml")
 QUALITY = ("accuracy", "loss")
 #: Shares of the training steps at which the held-out loss is recorded.
 RUNGS = (0.15, 0.4)

@@ -1,7 +1,6 @@
 """Whole studies against each other: what their fronts are worth, and what may be said of it."""
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from autopeft.studies.analysis.medians import LEAST_SEEDS
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.check import check
 
-DEMO = Path(str(files("autopeft.studies.examples") / "demo.yaml"))
 OVERRIDES = ["objectives=[loss, num_params]"]
 OBJECTIVES = (Objective(name="loss", maximise=False), Objective(name="num_params", maximise=False))
 
@@ -55,7 +53,7 @@ def test_leads_are_paired_and_few_seeds_give_no_interval() -> None:
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     path = tmp_path / "contest.jsonl"
-    key = contest.study_key(load_study(DEMO, OVERRIDES))
+    key = contest.study_key(load_study(table.STUDY, OVERRIDES))
     entries = [
         ended("random", 3, (0.5, 100), settings=key),
         ended("nsga2", 3, (0.4, 200), (0.6, 50), settings=key, allowed_s=20.0),
@@ -94,8 +92,8 @@ def test_the_shipped_results_are_those_of_the_shipped_study() -> None:
     """So that a reader who repeats the command of docs/proxies.md finds what it says there."""
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     entries = contest.read(results / "contest.jsonl")
-    assert {entry.settings for entry in entries} == {contest.study_key(load_study(DEMO, ["finalists.seeds=2"]))}
-    settings = load_study(DEMO)
+    assert {entry.settings for entry in entries} == {contest.study_key(load_study(table.STUDY, ["finalists.seeds=2"]))}
+    settings = load_study(table.STUDY)
     space = check(settings)[2]
     found = [each for each in proxy_audit.references(table.read(table.SHIPPED), space.decode) if each.seeds > 1]
     entries = proxy_audit.read(results / "proxies.jsonl")

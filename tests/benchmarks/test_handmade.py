@@ -53,7 +53,7 @@ def test_the_space_contains_the_rules(tmp_path: Path) -> None:
 
 def verified(arm: str, seed: int, test: float, num_params: float) -> Verified:
     return Verified(
-        data="topics", rows="", seed=seed, arm=arm, minutes=5, took_s=300, trainings=20, candidate="lora",
+        data="topics", rows="", seed=seed, arm=arm, minutes=5, took_s=300, trainings=20, candidate="lora", key=arm,
         num_params=num_params, test=(test - 0.01, test + 0.01),
     )  # fmt: skip
 

@@ -320,9 +320,9 @@ def test_picture(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of the demo's space with made-up trainings: ranks help, in the upper layers more."""
-    path = tmp_path_factory.mktemp("table") / "demo.csv"
-    space = surrogate.demo_problem().space
+    """A table of its space with made-up trainings: ranks help, in the upper layers more."""
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    space = surrogate.table_problem().space
     rng, rows = Random(1), []
     for number, (genes, candidate) in enumerate(islice(collect.draws(space, 0), 150)):
         sizes = [(int(name[-1]) + 1) * math.log2(1 + float(v)) for name, v in genes.items() if ".rank.stages" in name]
