@@ -75,8 +75,8 @@ FRESH = tuple(range(9001, 9007))
 class Verified:
     """What one arm recommends, and its test score with fresh seeds. `took_s`: processor seconds without them.
 
-    `rows`, `key`: digests of the training rows and of the candidate; equal ones are verified once. The arm "sweep" has a
-    result for each of its rules; `arm` is then "sweep: NAME".
+    `rows`, `key`: digests of the training rows and of the candidate; equal ones are verified once. The arm "sweep" has
+    a result for each of its rules; `arm` is then "sweep: NAME".
     """
 
     data: str

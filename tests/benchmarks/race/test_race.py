@@ -431,6 +431,18 @@ def test_the_clock_starts_after_different_candidates() -> None:
     assert all(t.candidate.architecture for t in past)
 
 
+def test_forecasts(run: Callable[..., tuple[int, str, str]]) -> None:
+    asked = ("race", "types", "--outlook", "--seeds", "1", "--trials", "24", "--batch", "4")
+    code, out, _ = run(*asked, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [one["trials"] for one in found] == list(range(24 - 4 * (len(found) - 1), 25, 4)), "before each later batch"
+    assert len(found) >= 2
+    assert all(0 <= one["chance"] <= 1 and isinstance(one["held"], bool) for one in found)
+    code, out, _ = run(*asked)
+    assert out.startswith("| chance | forecasts | mean chance | held (95 %) |")
+
+
 @pytest.mark.parametrize(
     ("option", "head", "row", "num_rows"),
     [

@@ -659,3 +659,35 @@ def test_a_goal_with_a_declared_and_with_a_measured_cost(cost: str) -> None:
     cheaper = params(problem, suggestion.genes) < cheapest
     better = believed(problem, trials, [suggestion.genes]).min() < -best + 0.02
     assert cheaper or better
+
+
+@pytest.mark.parametrize("cost", ["num_params", "latency_s"])
+def test_the_chance_of_something_cheaper_is_that_of_the_model(cost: str) -> None:
+    problem = problem_of(layered_space(), ACCURACY, Objective.of(cost), goal="cheapest_as_good", within=0.02)
+    trials = known(problem, 12)
+    searcher = Bayesian(problem, 0)
+    searcher.update(trials)
+    costs = sorted(trial.values[cost] for trial in trials)
+    chances = [searcher.chance_of_cheaper(4, below) for below in (0.0, costs[4], 10 * costs[-1])]
+    assert chances == sorted(chances)
+    assert chances[0] == 0
+    # In the obvious way: draw from BoTorch's joint posterior, and look.
+    posterior = searcher._fit()
+    assert posterior is not None
+    proposed = searcher.encoding.rows([suggestion.genes for suggestion in searcher.suggest(4)])
+    points = np.vstack([posterior.data.rows, proposed])
+    active = searcher.encoding.active(points)
+    inputs = posterior.inputs(points, active)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        losses = posterior.processes[0].model.posterior(inputs).rsample(torch.Size([4000]))[..., 0].numpy()
+        losses = losses * posterior.scale[0] + posterior.centre[0]
+        cheaper = posterior._log_costs(inputs, points, active).numpy()[12:] < np.log(costs[4]) - 1e-9
+    found = (losses[:, 12:] <= losses.min(1, keepdims=True) + 0.02) & cheaper
+    assert chances[1] == pytest.approx(found.any(1).mean(), abs=0.05)
+
+
+def test_no_chance_is_named_without_a_model() -> None:
+    problem = problem_of(layered_space())
+    searcher = Bayesian(problem, 0)
+    assert searcher.chance_of_cheaper(4, 1e9) is None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autopeft.search_space import PRESETS, AdapterChoice, Choice, Float, Int, SearchSpace
 from autopeft.search_space.problem import declared_costs
 from autopeft.searchers.bo.acquisition_optimizer import TIE, Acquisition, keys_of, mutants, neighbours, propose
-from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
+from autopeft.searchers.bo.encoding import Encoding, Mask, Rows, smallest
 from autopeft.testing.spaces import SMALL, encoder
 
 from ...support.spaces import spaces
@@ -285,3 +285,22 @@ def test_neighbours_move_a_size_elsewhere() -> None:
     found = [encoding.assignment(other) for other in np.vstack(around)]
     assert {**point, "lora.rank.layers.0": 8, "lora.rank.layers.1": 1} in found
     assert any(not other["lora.rank.on.layers.0"] and other["lora.rank.on.layers.2"] for other in found)
+
+
+def test_the_smallest_candidates_have_an_adapter() -> None:
+    space = SearchSpace(
+        backbone=SMALL,
+        adapters={"lora": AdapterChoice(kind="lora", fields={"rank": Choice.of([0, 1, 8])}, vary={"rank": "layer"})},
+    )
+    found = [candidate.architecture.num_params(SMALL) for candidate in smallest(space)]
+    drawn = (space.decode(space.sample(Random(i))).architecture for i in range(500))
+    assert min(found) == min(drawing.num_params(SMALL) for drawing in drawn if drawing) > 0
+
+
+def test_the_size_is_in_the_unit_of_the_rate() -> None:
+    encoding = Encoding(SearchSpace(backbone=SMALL, adapters={"lora": AdapterChoice(kind="lora", fields={"rank": 4})},
+                                    training={"learning_rate": Float(low=1e-4, high=1e-2, log=True)}))  # fmt: skip
+    rows = encoding.rows([{"training.learning_rate": 1e-3}, {"training.learning_rate": 1e-2}])
+    inputs = encoding.inputs(rows, encoding.active(rows), np.array([1000.0, 10.0]))
+    # A rate ten times as high and a size a hundredth: with a tilt of 1/2 both are the same relative rate.
+    assert inputs[0, 0] + 0.5 * inputs[0, 1] == pytest.approx(inputs[1, 0] + 0.5 * inputs[1, 1])

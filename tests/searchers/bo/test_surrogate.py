@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autopeft.searchers.bo.surrogate import Floats, GaussianProcess, relevance
+from autopeft.searchers.bo.surrogate import Floats, GaussianProcess, Tilted, relevance, smooth
 
 every_kind = pytest.mark.parametrize("kind", ["smooth", "sparse"])
 UNKNOWN = float("nan")
@@ -155,3 +155,34 @@ def test_of_two_kinds_the_likelier_is_chosen() -> None:
     assert chosen.left_out_log_density() == pytest.approx(max(densities))
     assert densities[1] > densities[0]
     assert np.sort(kinds[1].lengthscales())[1] < 0.2 * np.median(kinds[1].lengthscales())
+
+
+# The learning rate relative to the size
+
+
+def test_the_tilted_kernel_is_its_base_at_moved_points() -> None:
+    points = torch.as_tensor(np.random.default_rng(0).random((7, 4)))
+    base = smooth(3)
+    kernel = Tilted(base, rate=1, size=3)
+    with torch.no_grad():
+        kernel.tilt.fill_(0.3)
+        moved = points.clone()
+        moved[:, 1] += 0.3 * points[:, 3]
+        assert torch.allclose(kernel(points).to_dense(), base(moved).to_dense())
+        assert torch.allclose(kernel(points, diag=True), base(moved, diag=True))
+    assert GaussianProcess.fit(
+        points, np.arange(7.0), np.full(7, UNKNOWN), 3, "smooth", rate=1
+    ).lengthscales().shape == (3,)
+
+
+@every_kind
+@pytest.mark.parametrize("tilt", [0.0, 0.4])
+def test_the_tilt_is_learnt(kind: str, tilt: float) -> None:
+    """The best rate falls with the size; what is learnt ranks unseen points better than without it."""
+    rng = np.random.default_rng(1)
+    rates, sizes = rng.random((2, 60))
+    # An input that tells the size only roughly, as the ranks of single layers do.
+    points = np.column_stack([rates, sizes + rng.normal(scale=0.1, size=60), sizes])
+    losses = standardised((rates + tilt * sizes - 0.6) ** 2)
+    surrogate = GaussianProcess.fit(torch.as_tensor(points), losses, np.full(60, UNKNOWN), 2, kind, rate=0)
+    assert surrogate.model.covar_module.tilt.item() == pytest.approx(tilt, abs=0.1)
