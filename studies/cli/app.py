@@ -57,6 +57,9 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoR
     Exit codes: 0 success, 1 failure, 2 wrong usage or configuration, 3 no feasible candidate, 4 unusable environment,
     130 interrupted.
     """
+    # torch's threads spin while they wait for each other. On cores that other programs use too, a training step then
+    # takes six times as long (docs/performance.md); on idle ones sleeping costs nothing. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # These warnings are addressed to developers of libraries; a user cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class CostEstimate:
     """Size, costs and exports of a study.
 
-    `time_s`: estimated time of the whole study on this machine. `exportable`: share of sampled candidates that each
+    `evaluations`: at most; `seeds`: of each finalist, on average. `time_s`: estimated time of the whole study on this
+    machine. `exportable`: share of sampled candidates that each
     export target supports. `reasons`: one example per target of what it does not support. `left_out`: see there.
     `notes`: see `Evaluator`.
     """
@@ -37,6 +38,10 @@ class CostEstimate:
     largest_params: int
     backbone_params: int
     evaluations: int
+    baselines: int
+    trials: int
+    batch: int
+    seeds: int
     step_s: float
     time_s: float
     peak_memory_bytes: float
@@ -53,12 +58,14 @@ class CostEstimate:
         """Return the estimate as text, line by line."""
         size = "continuous" if self.cardinality is None else f"{self.cardinality:,} architectures"
         share = self.largest_params / self.backbone_params
+        finals = self.evaluations - self.baselines - self.trials
         lines = [
             f"{self.study}",
             f"  space        {size}, {self.num_genes} genes (including training settings)",
             f"  parameters   {self.smallest_params:,} to {self.largest_params:,}"
             f" (the largest: {share:.2%} of the backbone)",
-            f"  evaluations  at most {self.evaluations}",
+            f"  evaluations  at most {self.evaluations}: {self.baselines} of baselines, {self.trials} trials in batches"
+            f" of {self.batch}, {finals} of finalists with {self.seeds} seeds",
             f"  time         about {_duration(self.time_s)}: {self.step_s:.3f} s per step, measured on this machine",
             f"  memory       about {self.peak_memory_bytes / 1e9:.2f} GB in a training step of the largest candidate",
             "  exportable   share of the space that a format supports",
@@ -93,6 +100,10 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
         largest_params=largest.architecture.num_params(backbone),
         backbone_params=backbone.num_params,
         evaluations=num_evaluations(plan, problem),
+        baselines=num_baselines,
+        trials=problem.num_trials,
+        batch=plan.batch,
+        seeds=plan.finalist_seeds,
         step_s=pace.step_s,
         time_s=num_baselines * pace.run_s() + searched_s + num_finals(plan, space) * pace.final_s,
         peak_memory_bytes=memory,
