@@ -18,7 +18,7 @@ import torch
 from autopeft.search_space.dominance import non_dominated
 from autopeft.search_space.problem import Objective, Trial
 from autopeft.studies.analysis.medians import LEAST_SEEDS, Median, median_of
-from autopeft.studies.analysis.pareto import corner, hypervolume
+from autopeft.studies.analysis.pareto import corner, hypervolume, scaled
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.fingerprint import key_of
 from autopeft.studies.config.settings import SearchSettings
@@ -149,7 +149,7 @@ class VolumeLead:
 def volumes(ended: Sequence[StudyOutcome], objectives: Sequence[Objective]) -> dict[tuple[str, int], float]:
     """Return each verified front's hypervolume as a share of that of all fronts together, with one reference point."""
     points = {
-        entry.key: np.array([[o.loss(values[o.name]) for o in objectives] for values in entry.front])
+        entry.key: scaled([[o.loss(values[o.name]) for o in objectives] for values in entry.front], objectives)
         for entry in ended
         if entry.front
     }

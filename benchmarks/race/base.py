@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import Measurement, Problem
 from autopeft.search_space.spaces.genes import Assignment
-from autopeft.studies.analysis.pareto import Floats, hypervolume
+from autopeft.studies.analysis.pareto import Floats, hypervolume, scaled
 
 #: The known front's nadir plus this share of its range is the corner up to which hypervolumes count, as in a study.
 MARGIN = 0.1
@@ -23,7 +23,7 @@ class RaceProblem:
     """A problem with a known answer.
 
     `values`: genes -> noise-free metrics, which no searcher sees; measurements have normal noise of `std_err`.
-    `front`: [n, m] losses of the true front; `reference`: [m]; `best`: the hypervolume of the front.
+    `front`: [n, m] losses of the true front; `reference`: [m], in coordinates; `best`: the hypervolume of the front.
     """
 
     name: str
@@ -48,7 +48,8 @@ class RaceProblem:
         """Return a problem whose front is that of `points`: columns [n] by objective, the true front among them."""
         table = np.stack([o.loss(np.asarray(points[o.name], dtype=float)) for o in problem.objectives], axis=1)
         front = pareto(table)
-        reference = front.max(axis=0) + MARGIN * np.ptp(front, axis=0)
+        spread = scaled(front, problem.objectives)
+        reference = spread.max(axis=0) + MARGIN * np.ptp(spread, axis=0)
         return cls(
             name=name,
             summary=summary,
@@ -57,17 +58,17 @@ class RaceProblem:
             std_err=std_err,
             front=front,
             reference=reference,
-            best=hypervolume(front, reference),
+            best=hypervolume(spread, reference),
         )
 
     @property
     def key(self) -> str:
-        """A digest of space, values and noise: results of two problems can be compared if it is the same."""
+        """A digest of space, values, noise and scores: results of two problems can be compared if it is the same."""
         space = self.problem.space
         genes = [[gene.name, repr(gene.domain)] for gene in space.genes]
         probes = [self.losses(self.values(space.sample(Random(seed)))) for seed in range(8)]
         numbers = [*self.std_err.values(), *self.front.ravel(), *np.ravel(probes)]
-        return digest([genes, [f"{number:.6g}" for number in numbers]])
+        return digest([genes, [f"{number:.6g}" for number in numbers], f"{self.best:.6g}"])
 
     def losses(self, values: Mapping[str, float]) -> list[float]:
         """Return the values of the objectives, all to be minimised."""
@@ -83,7 +84,8 @@ class RaceProblem:
         """Return the shares of the true front's hypervolume that the first 1, 2, ... points dominate."""
         shares: list[float] = []
         found = self.front[:0]
-        for point in (self.losses(v) for v in values):
+        points = [self.losses(v) for v in values]
+        for point in scaled(points, self.problem.objectives):
             if (found <= point).all(axis=1).any():
                 shares.append(shares[-1])
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.dominance import coordinates, non_dominated
 from autopeft.search_space.problem import DECLARED, Problem, Trial, declared_costs
 from autopeft.searchers.bo.encoding import Encoding, Mask, Rows
 from autopeft.searchers.courses import Extrapolation, at_rung
@@ -24,8 +24,8 @@ FARTHEST_RANGES = 4.0
 class Data:
     """The n trials that ended with values, and all N trials that show whether a candidate can be trained at all.
 
-    `rows` [n, G], `active` [n, G]; `losses` [n, m] of all objectives; `noise` [n, m] variances, NaN where unknown;
-    `complete` [n]: trained to the end; `tried` [N, G], `tried_active`, `failed` [N].
+    `rows` [n, G], `active` [n, G]; `losses` [n, m] of all objectives, as `coordinates`; `noise` [n, m] variances,
+    NaN where unknown; `complete` [n]: trained to the end; `tried` [N, G], `tried_active`, `failed` [N].
     """
 
     rows: Rows
@@ -66,6 +66,8 @@ class Observations:
         table = [trial for trial, _ in observed.values()]
         values = np.array([row for _, row in observed.values()])
         noise = np.array([self._noise(trial) for trial in table])
+        for i, objective in enumerate(self.problem.objectives):
+            values[:, i] = coordinates(values[:, i], objective)
         self._finish_courses(table, values, noise)
         for i in self.modelled:
             low, middle, high = np.quantile(values[:, i], [0.25, 0.5, 0.75])
@@ -101,7 +103,10 @@ class Observations:
     def _noise(self, trial: Trial) -> list[float]:
         assert trial.measurement is not None
         errors = trial.measurement.std_err
-        return [errors[o.name] ** 2 if o.name in errors else float("nan") for o in self.problem.objectives]
+        # The error of a logarithm is the relative error.
+        units = [1.0 if o.is_quality or o.maximise else trial.values[o.name] or 1.0 for o in self.problem.objectives]
+        found = zip(self.problem.objectives, units, strict=True)
+        return [(errors[o.name] / unit) ** 2 if o.name in errors else float("nan") for o, unit in found]
 
     def _finish_courses(self, trials: Sequence[Trial], values: Rows, noise: Rows) -> None:
         """Replace the values of pruned trials by extrapolated final values, in `values` and `noise`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, log
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from botorch.utils.sampling import draw_sobol_normal_samples
 from torch import Tensor
 
-from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.dominance import coordinates, non_dominated
 from autopeft.search_space.problem import Problem
 from autopeft.searchers.bo.acquisition import Posterior, hypervolume_improvement, log_trainable, quiet
 from autopeft.searchers.bo.acquisition_optimizer import Acquisition
@@ -38,8 +38,6 @@ SPARSE_TRIALS_PER_GENE = 3
 #: Variance of the labels -1 and 1 (failed). A process that interpolates their steps has lengthscales too short to
 #: predict anything at other points.
 LABEL_NOISE = 0.3
-#: A cost below this counts as this: logarithms need a positive number. It is below a byte and a nanosecond.
-LEAST_COST = 1e-9
 #: Joint samples of the losses for a probability.
 CHANCE_SAMPLES = 512
 #: Genes whose relevance is in the diagnostics.
@@ -154,14 +152,13 @@ class ModelPosterior:
         return lambda inputs, rows, active: improvement(inputs, self._log_costs(inputs, rows, active))
 
     def _log_costs(self, inputs: Tensor, rows: Rows, active: Mask) -> Tensor:
-        """Return the logarithm of the first cost [n]; for a measured one, that of its prediction."""
+        """Return the coordinate [n], a logarithm, of the first cost; for a measured one, the prediction of it."""
         i = self.problem.first(quality=False)
         if i in self.processes:
             mean = self.processes[i].model.posterior(inputs).mean[:, 0]
-            costs = mean.numpy() * self.scale[i] + self.centre[i]
-        else:
-            costs = self.encoding.costs(rows, active)[self.problem.objectives[i].name]
-        return torch.as_tensor(costs, dtype=torch.double).clamp_min(LEAST_COST).log()
+            return torch.as_tensor(mean.numpy() * self.scale[i] + self.centre[i])
+        objective = self.problem.objectives[i]
+        return torch.as_tensor(coordinates(self.encoding.costs(rows, active)[objective.name], objective))
 
     def chance_of_cheaper(self, proposed: Rows, cost: float, seed: int) -> float | None:
         """Return the probability that one of the points [., G] is within the margin of the best and costs less.
@@ -178,14 +175,15 @@ class ModelPosterior:
             posterior = Posterior.of(self.processes[quality].model)
             normal = draw_sobol_normal_samples(len(points), CHANCE_SAMPLES, dtype=torch.double, seed=seed)
             losses = posterior.joint(inputs, normal)
-            cheaper = self._log_costs(inputs, points, active)[len(self.data.rows) :] < log(max(cost, LEAST_COST)) - 1e-9
+            most = float(coordinates(cost, self.problem.objectives[self.problem.first(quality=False)]))
+            cheaper = self._log_costs(inputs, points, active)[len(self.data.rows) :] < most - 1e-9
         best = self.problem.objectives[quality].value(float(self.data.losses[:, quality].min()))
         worst = losses.amin(1, keepdim=True) + self.problem.margin(best) / self.scale[quality]
         found = (losses[:, len(self.data.rows) :] <= worst) & cheaper
         return float(found.any(1).double().mean())
 
     def _reference(self) -> Rows:
-        """Return the reference point [m]: an objective's own, else the worst complete trial's loss plus 0.1 range.
+        """Return the reference point [m]: an objective's own, else the worst complete trial's plus 0.1 range.
 
         Reports measure the hypervolume in the same way. It is never beyond an objective's bound.
         """
@@ -193,9 +191,9 @@ class ModelPosterior:
         corner: Rows = losses.max(0) + 0.1 * np.ptp(losses, axis=0)
         for i, objective in enumerate(self.problem.objectives):
             if objective.reference is not None:
-                corner[i] = objective.loss(objective.reference)
+                corner[i] = coordinates(objective.loss(objective.reference), objective)
             if objective.bound is not None:
-                corner[i] = min(corner[i], objective.loss(objective.bound))
+                corner[i] = min(corner[i], coordinates(objective.loss(objective.bound), objective))
         return corner
 
     @cached_property
@@ -281,5 +279,5 @@ def _inputs(
         columns += [process.model.posterior(torch.as_tensor(own)).mean.numpy() for process in prior]
     for i in observations.declared:
         objective = observations.problem.objectives[i]
-        columns.append((objective.loss(costs[objective.name]) - centre[i]) / scale[i])
+        columns.append((coordinates(objective.loss(costs[objective.name]), objective) - centre[i]) / scale[i])
     return torch.as_tensor(np.column_stack(columns))

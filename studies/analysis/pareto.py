@@ -1,4 +1,4 @@
-"""The Pareto front and its hypervolume. Points are rows of losses: every objective is minimised here.
+"""The Pareto front and its hypervolume. Points are rows of losses, or of their `coordinates` for a hypervolume.
 
 Notation: n points, m objectives.
 """
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 # inclusion-exclusion.
 from optuna._hypervolume import compute_hypervolume
 
-from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.dominance import coordinates, non_dominated
 from autopeft.search_space.problem import Objective, Trial
 
 Floats = NDArray[np.float64]
@@ -33,6 +33,12 @@ def losses(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
     return table
 
 
+def scaled(points: ArrayLike, objectives: Sequence[Objective]) -> Floats:
+    """Return the coordinates of losses [n, m]."""
+    table = np.asarray(points, dtype=float).reshape(-1, len(objectives))
+    return np.stack([coordinates(column, o) for column, o in zip(table.T, objectives, strict=True)], axis=1)
+
+
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Return the volume that the points [n, m] dominate, up to the reference point [m] (Zitzler and Thiele 1999).
 
@@ -45,16 +51,16 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
 
 def reference_point(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
-    """Return the `corner` [m], in losses, of the complete and feasible trials.
+    """Return the `corner` [m] of the complete and feasible trials.
 
     Points of one curve need one reference point: compute it once, from all trials.
     """
-    table = losses(trials, objectives)
+    table = scaled(losses(trials, objectives), objectives)
     return corner(table[~np.isnan(table).any(axis=1)], objectives)
 
 
 def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
-    """Return the reference point [m] of the hypervolume for losses [n, m].
+    """Return the reference point [m] of the hypervolume for points [n, m].
 
     It has an objective's own `reference` where one is declared, otherwise the worst value plus a tenth of the range (a
     tenth of the value itself if all are equal). Hypervolumes with different reference points cannot be compared.
@@ -63,7 +69,7 @@ def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
     ends = []
     for objective, column in zip(objectives, points.T, strict=True):
         if objective.reference is not None:
-            ends.append(objective.loss(objective.reference))
+            ends.append(float(coordinates(objective.loss(objective.reference), objective)))
         elif len(column):
             margin = 0.1 * (np.ptp(column) or abs(column[0]) or 1.0)
             ends.append(column.max() + margin)
@@ -74,7 +80,7 @@ def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
 
 def hypervolume_by_trial(trials: Sequence[Trial], objectives: Sequence[Objective], reference: ArrayLike) -> Floats:
     """Return the hypervolumes [n] of the first 1, 2, ..., n trials, in their order, for one `reference` point [m]."""
-    table = losses(trials, objectives)
+    table = scaled(losses(trials, objectives), objectives)
     curve = np.zeros(len(table))
     front = table[:0]
     for i, row in enumerate(table):

@@ -341,7 +341,7 @@ class Snapshot:
         return replace(statistics.estimate(scores, spread=spread), low=low, high=high).signed(entry.sign(self.quality))
 
     def reference(self) -> Floats | None:
-        """Return the hypervolume's reference point [objectives], in losses; None without a feasible trial."""
+        """Return the hypervolume's reference point [objectives], in coordinates; None without a feasible trial."""
         try:
             return pareto.reference_point(self.search_trials, self.objectives)
         except ValueError:

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from autopeft.evaluators.atomic import atomic_write
+from autopeft.search_space.dominance import from_coordinate
 from autopeft.search_space.problem import Objective, Trial
 from autopeft.studies.analysis.front import FrontRow
 from autopeft.studies.reports.axes import Axis, short
@@ -246,14 +247,14 @@ def hypervolume_png(
     *,
     study: str,
 ) -> None:
-    """Write the dominated hypervolume after each trial. `reference`: the reference point [objectives], in losses."""
+    """Write the dominated hypervolume after each trial. `reference`: its point [objectives], in coordinates."""
     corner = ", ".join(
-        f"{objective.name} {short(objective.value(loss))}"
-        for objective, loss in zip(objectives, reference, strict=True)
+        f"{objective.name} {short(objective.value(from_coordinate(end, objective)))}"
+        for objective, end in zip(objectives, reference, strict=True)
     )
     number = np.arange(1, len(values) + 1)
     with matplotlib.rc_context(STYLE):
-        subtitle = f"higher is better; reference point: {corner}"
+        subtitle = f"higher is better; costs count by their logarithm; reference point: {corner}"
         figure = _figure((8.0, 4.2), f"Hypervolume of {study}", subtitle)
         panel = figure.subplots()
         panel.fill_between(number, values, step="post", color=BLUE, alpha=0.12, linewidth=0)

@@ -1,6 +1,7 @@
 """Whole studies against each other: what their fronts are worth, and what may be said of it."""
 
 import json
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,17 @@ def ended(searcher: str, seed: int, *front: tuple[float, float], **fields: Any) 
 
 
 def test_volumes_are_shares_of_what_all_dominate_up_to_one_corner() -> None:
-    found = contest.volumes([ended("a", 0, (1.0, 0.0)), ended("b", 0, (0.0, 10.0)), ended("c", 0)], OBJECTIVES)
-    # The corner is (1.1, 11): a has 0.1 x 11, b 1.1 x 1, and 0.1 x 1 is in both.
+    found = contest.volumes([ended("a", 0, (1.0, 1.0)), ended("b", 0, (0.0, exp(10.0))), ended("c", 0)], OBJECTIVES)
+    # Costs count by their logarithm. The corner is (1.1, 11): a has 0.1 x 11, b 1.1 x 1, and 0.1 x 1 is in both.
     assert found == pytest.approx({("a", 0): 1.1 / 2.1, ("b", 0): 1.1 / 2.1, ("c", 0): 0.0})
 
 
 def test_a_declared_reference_is_the_corner() -> None:
     objectives = (
         Objective(name="loss", maximise=False, reference=2.0),
-        Objective(name="num_params", maximise=False, reference=20.0),
+        Objective(name="num_params", maximise=False, reference=exp(20.0)),
     )
-    found = contest.volumes([ended("a", 0, (1.0, 10.0)), ended("b", 0, (1.5, 15.0))], objectives)
+    found = contest.volumes([ended("a", 0, (1.0, exp(10.0))), ended("b", 0, (1.5, exp(15.0)))], objectives)
     assert found == pytest.approx({("a", 0): 1.0, ("b", 0): 0.25})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from math import nan
 
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.dominance import non_dominated
+from autopeft.search_space.dominance import from_coordinate, non_dominated
 from autopeft.search_space.problem import SEARCH, Measurement, Objective, Trial
-from autopeft.studies.analysis.pareto import hypervolume, hypervolume_by_trial, losses, reference_point
+from autopeft.studies.analysis.pareto import hypervolume, hypervolume_by_trial, losses, reference_point, scaled
 
 # Few values, so that ties and duplicates are common.
 tables = arrays(
@@ -113,23 +114,39 @@ def test_losses_turn_directions_and_blank_what_does_not_count():
 
 def test_reference_point_is_declared_or_a_tenth_beyond_the_worst():
     declared = Objective.of("accuracy", reference=0.4)
-    assert reference_point(TRIALS, [declared, PARAMS]) == pytest.approx([-0.4, 300 + 25])
-    assert reference_point(TRIALS, [ACCURACY, PARAMS]) == pytest.approx([-0.5 + 0.02, 325])
-    assert reference_point(TRIALS[:1], [ACCURACY, PARAMS]) == pytest.approx([-0.5 + 0.05, 110])
+    # Costs count by their logarithm: the range is from 50 to 300.
+    end = math.log(300 * 6**0.1)
+    assert reference_point(TRIALS, [declared, PARAMS]) == pytest.approx([-0.4, end])
+    assert reference_point(TRIALS, [ACCURACY, PARAMS]) == pytest.approx([-0.5 + 0.02, end])
+    assert reference_point(TRIALS[:1], [ACCURACY, PARAMS]) == pytest.approx([-0.5 + 0.05, 1.1 * math.log(100)])
 
 
 def test_reference_point_without_trials_must_be_declared():
     declared = [Objective.of("accuracy", reference=0.4), Objective.of("num_params", reference=1e6)]
-    assert reference_point([], declared).tolist() == [-0.4, 1e6]
+    assert reference_point([], declared).tolist() == [-0.4, math.log(1e6)]
     with pytest.raises(ValueError, match="num_params"):
         reference_point(TRIALS[1:2], [declared[0], PARAMS])
+
+
+def test_a_hypervolume_counts_ratios_of_costs() -> None:
+    """Half of the cost at any size is worth the same; the front itself is that of the costs."""
+    sizes = np.array([[-0.5, 0], [-0.5, 1], [-0.5, 1000], [-0.5, 2000], [-0.5, 1e6], [-0.5, 2e6]])
+    found = scaled(sizes, [ACCURACY, PARAMS])
+    assert found[:, 0].tolist() == [-0.5] * 6
+    assert np.diff(found[:, 1])[[0, 2, 4]] == pytest.approx([0, math.log(2), math.log(2)])
+    assert [from_coordinate(end, PARAMS) for end in found[2:, 1]] == pytest.approx(sizes[2:, 1])
+    assert from_coordinate(-0.5, ACCURACY) == -0.5
+    seconds = scaled([[-0.5, 0.0], [-0.5, 1e-3]], [ACCURACY, Objective.of("latency_s")])
+    assert seconds[:, 1] == pytest.approx([math.log(1e-9), math.log(1e-3)])
+    most = Objective.of("num_params", maximise=True)
+    assert scaled([[-7.0]], [most]).tolist() == [[-7.0]], "no cost to minimise"
 
 
 def test_hypervolume_by_trial_is_that_of_each_beginning():
     objectives = [ACCURACY, PARAMS]
     reference = reference_point(TRIALS, objectives)
     curve = hypervolume_by_trial(TRIALS, objectives, reference)
-    table = losses(TRIALS, objectives)
+    table = scaled(losses(TRIALS, objectives), objectives)
     assert curve == pytest.approx([hypervolume(table[: i + 1], reference) for i in range(len(table))])
     assert (np.diff(curve) >= 0).all()
     assert curve[1] == curve[0]
