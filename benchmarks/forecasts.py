@@ -28,7 +28,7 @@ class Forecast:
 
 
 def forecasts(race: Race, problem: RaceProblem) -> Iterator[Forecast]:
-    """Run a race, and yield a forecast before each batch that the searcher proposes by its model.
+    """Run a race, and yield a forecast before each batch that the searcher proposes wholly by its model.
 
     It is about a candidate that costs less than the cheapest one so far which is truly as good as the best, as the
     finalists of a study would find it.

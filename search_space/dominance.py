@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from autopeft.search_space.problem import DECLARED, Objective
 
-#: A measured cost below this counts as this in a hypervolume; it is below a byte and a nanosecond.
+#: A measured cost below this counts as this in a hypervolume: a nanosecond, and less than a byte.
 LEAST_MEASURED = 1e-9
 
 
@@ -29,13 +29,13 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
 
 
 def coordinates(losses: ArrayLike, objective: Objective) -> NDArray[np.float64]:
-    """Return losses of an objective on the scale on which hypervolumes are measured and pictures drawn.
+    """Return losses of an objective on the scale on which hypervolumes are measured.
 
     That is the natural logarithm for a cost to minimise: from 3,000 to 6,000 parameters is as far as from 30,000 to
     60,000. A count below 1 counts as 1. Other losses are unchanged.
     """
     found: NDArray[np.float64] = np.asarray(losses, dtype=float)
-    if objective.is_quality or objective.maximise:
+    if not objective.is_cost:
         return found
     least = 1.0 if objective.name in DECLARED else LEAST_MEASURED
     logarithms: NDArray[np.float64] = np.log(np.maximum(found, least))
@@ -44,4 +44,4 @@ def coordinates(losses: ArrayLike, objective: Objective) -> NDArray[np.float64]:
 
 def from_coordinate(coordinate: float, objective: Objective) -> float:
     """Return the loss at a coordinate."""
-    return coordinate if objective.is_quality or objective.maximise else math.exp(coordinate)
+    return math.exp(coordinate) if objective.is_cost else coordinate

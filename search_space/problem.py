@@ -61,7 +61,7 @@ def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, 
 class Objective:
     """A metric to optimise.
 
-    `bound`: worst value that the user accepts. `reference`: coordinate of the reference point of the hypervolume. Both
+    `bound`: worst value that the user accepts. `reference`: value at the reference point of the hypervolume. Both
     are in the direction and unit of the metric. `own`: the metric, if the user defined it and `METRICS` lacks it.
 
     All code that uses an objective minimises; only `loss` and `value` apply the direction.
@@ -94,6 +94,11 @@ class Objective:
         """Whether the metric is measured on held-out rows after training, with a sampling error."""
         return self.own is not None or self.name in QUALITIES
 
+    @property
+    def is_cost(self) -> bool:
+        """Whether it is a cost to minimise."""
+        return not self.is_quality and not self.maximise
+
     def loss(self, value: Numbers) -> Numbers:
         """Return `value` with its sign set so that lower is better."""
         return -value if self.maximise else value
@@ -107,10 +112,6 @@ class Objective:
         if self.bound is None:
             return -1.0
         return (self.loss(value) - self.loss(self.bound)) / (abs(self.bound) or 1.0)
-
-
-def _is_cost(objective: Objective) -> bool:
-    return not objective.is_quality and not objective.maximise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,13 +152,13 @@ class Problem:
 
     def __post_init__(self) -> None:
         if self.goal == "cheapest_as_good" and not (
-            any(o.is_quality for o in self.objectives) and any(_is_cost(o) for o in self.objectives)
+            any(o.is_quality for o in self.objectives) and any(o.is_cost for o in self.objectives)
         ):
             raise ValueError('the goal "cheapest_as_good" needs a quality and a cost to minimise among the objectives')
 
     def first(self, *, quality: bool) -> int:
         """Return the index of the first quality, or of the first cost to minimise. Raises StopIteration."""
-        return next(i for i, o in enumerate(self.objectives) if (o.is_quality if quality else _is_cost(o)))
+        return next(i for i, o in enumerate(self.objectives) if (o.is_quality if quality else o.is_cost))
 
     def margin(self, best: float) -> float:
         """Return the loss of the first quality that counts as none where its best value is `best`."""

@@ -54,10 +54,11 @@ class Searcher(ABC):
     def suggest(self, count: int = 1) -> list[Suggestion]:
         """Return up to `count` points to evaluate next; fewer (or none) once the space is exhausted."""
 
-    def chance_of_cheaper(self, count: int, cost: float) -> float | None:
-        """Return the probability that one of the next `count` points is as good as the best and costs less than `cost`.
+    def chance_of_cheaper(self, count: int, cost: float) -> tuple[int, float] | None:
+        """Return the number of the next points, at most `count`, and the probability that one of them is worth it.
 
-        `cost`: loss of the first cost among the objectives. None where the searcher has no model that can tell.
+        That is: it is as good as the best of the trials and these points, and costs less than `cost`, the loss of the
+        first cost to minimise. None where the searcher has no model that can tell.
         """
         return None
 

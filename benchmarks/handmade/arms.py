@@ -122,7 +122,7 @@ def run(data: str, seed: int, arm: str, minutes: float, known: Sequence[Verified
         found = _swept(settings, splits) if arm == SWEEP else [(arm, *_searched(settings, splits, 60 * minutes))]
         took_s = time.process_time() - begun
         rows, evaluator = digest(splits.train), evaluator_for(settings, splits)
-        tests = {one.key: one.test for one in known if one.rows == rows}
+        tests = {one.key: one.test for one in known if one.rows == rows and len(one.test) == len(FRESH)}
         new = {c.key: c for _, trial, _ in found if (c := trial.candidate).key not in tests}
         outcomes = evaluator.evaluate([Request(candidate=c, seed=s, test=True) for c in new.values() for s in FRESH])
     for i, key in enumerate(new):

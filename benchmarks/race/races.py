@@ -139,7 +139,8 @@ class RunningRace:
     def chance_of_cheaper(self, cost: float) -> float | None:
         """Return what the searcher says of its next batch; see `Searcher.chance_of_cheaper`."""
         self.searcher.update([self.ended[number] for number in sorted(self.ended)])
-        return self.searcher.chance_of_cheaper(self.race.batch, cost)
+        found = self.searcher.chance_of_cheaper(self.race.batch, cost)
+        return None if found is None else found[1]
 
     def _suggested(self, batch: Sequence[Trial]) -> Trial | None:
         begun = time.perf_counter()

@@ -52,7 +52,7 @@ def hypervolume_improvement(
     """Return the acquisition function of the goal "front".
 
     `models`: of the measured objectives, one at least; `sources`: for each objective the index of its model, or -1 - j
-    for the j-th declared one; `reference` [m]: losses of the hypervolume's corner, which includes the bounds on
+    for the j-th declared one; `reference` [m]: the hypervolume's corner, which includes the bounds on
     objectives. More than three objectives: qLogNParEGO, its weights from the seed.
     """
     if len(sources) > MOST_OBJECTIVES:

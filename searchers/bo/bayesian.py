@@ -70,8 +70,7 @@ class Bayesian(Searcher):
         number = len(observed)
         rng = np.random.default_rng([self.seed, number])
         allowed = self._allowed(observed)
-        counting = sum(trial.state in ("complete", "pruned") for trial in self.completed) + len(pending)
-        posterior = None if counting < num_initial(self.problem) else self._fit()
+        posterior = None if self._num_counting() + len(pending) < num_initial(self.problem) else self._fit()
         if posterior is None:
             for row in self._initial():
                 if np.isfinite(allowed(row[None], self.encoding.active(row[None])))[0]:
@@ -93,12 +92,18 @@ class Bayesian(Searcher):
         return Suggestion(genes=self.encoding.assignment(row), state={"diagnostics": dict(diagnostics)})
 
     @override
-    def chance_of_cheaper(self, count: int, cost: float) -> float | None:
-        posterior = self._fit()
+    def chance_of_cheaper(self, count: int, cost: float) -> tuple[int, float] | None:
+        objectives = self.problem.objectives
+        if not (any(o.is_quality for o in objectives) and any(o.is_cost for o in objectives)):
+            return None
+        posterior = None if self._num_counting() < num_initial(self.problem) else self._fit()
         if posterior is None or not posterior.better_than_chance:
             return None
         proposed = self.encoding.rows([suggestion.genes for suggestion in self.suggest(count)])
-        return posterior.chance_of_cheaper(proposed, cost, self.seed) if len(proposed) else 0.0
+        return len(proposed), posterior.chance_of_cheaper(proposed, cost, self.seed) if len(proposed) else 0.0
+
+    def _num_counting(self) -> int:
+        return sum(trial.state in ("complete", "pruned") for trial in self.completed)
 
     # Constraints
 

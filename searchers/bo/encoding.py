@@ -227,10 +227,10 @@ class Encoding:
 
 
 def smallest(space: SearchSpace) -> list[Candidate]:
-    """Return the candidates of `Encoding.smallest` with an adapter; the smallest of the space is among them."""
+    """Return small candidates with an adapter: each adapter alone, and `SearchSpace.smallest` if it has one."""
     encoding = Encoding(space)
-    found = (space.decode(encoding.assignment(row)) for row in encoding.smallest())
-    return [candidate for candidate in found if candidate.architecture]
+    points = [*(encoding.assignment(row) for row in encoding.smallest()), space.smallest()]
+    return [candidate for candidate in map(space.decode, points) if candidate.architecture]
 
 
 class _Group:

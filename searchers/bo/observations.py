@@ -104,7 +104,7 @@ class Observations:
         assert trial.measurement is not None
         errors = trial.measurement.std_err
         # The error of a logarithm is the relative error.
-        units = [1.0 if o.is_quality or o.maximise else trial.values[o.name] or 1.0 for o in self.problem.objectives]
+        units = [trial.values[o.name] or 1.0 if o.is_cost else 1.0 for o in self.problem.objectives]
         found = zip(self.problem.objectives, units, strict=True)
         return [(errors[o.name] / unit) ** 2 if o.name in errors else float("nan") for o, unit in found]
 

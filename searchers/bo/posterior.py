@@ -160,14 +160,13 @@ class ModelPosterior:
         objective = self.problem.objectives[i]
         return torch.as_tensor(coordinates(self.encoding.costs(rows, active)[objective.name], objective))
 
-    def chance_of_cheaper(self, proposed: Rows, cost: float, seed: int) -> float | None:
+    def chance_of_cheaper(self, proposed: Rows, cost: float, seed: int) -> float:
         """Return the probability that one of the points [., G] is within the margin of the best and costs less.
 
-        The best of trials and proposed points. `cost`: loss of the first cost. None without a model of the quality.
+        The best of trials and proposed points. `cost`: loss of the first cost to minimise.
         """
         quality = self.problem.first(quality=True)
-        if quality not in self.processes:
-            return None
+        objective, known = self.problem.objectives[quality], len(self.data.rows)
         points = np.vstack([self.data.rows, proposed])
         active = self.encoding.active(points)
         with quiet():
@@ -176,11 +175,17 @@ class ModelPosterior:
             normal = draw_sobol_normal_samples(len(points), CHANCE_SAMPLES, dtype=torch.double, seed=seed)
             losses = posterior.joint(inputs, normal)
             most = float(coordinates(cost, self.problem.objectives[self.problem.first(quality=False)]))
-            cheaper = self._log_costs(inputs, points, active)[len(self.data.rows) :] < most - 1e-9
-        best = self.problem.objectives[quality].value(float(self.data.losses[:, quality].min()))
+            cheaper = self._log_costs(inputs, points, active)[known:] < most - 1e-9
+            if self.failures is not None:
+                trainable = log_trainable(self.failures.model, inputs[known:]).exp()
+            else:
+                trainable = torch.ones(len(proposed), dtype=torch.double)
+        best = objective.value(float(self.data.losses[:, quality].min()))
         worst = losses.amin(1, keepdim=True) + self.problem.margin(best) / self.scale[quality]
-        found = (losses[:, len(self.data.rows) :] <= worst) & cheaper
-        return float(found.any(1).double().mean())
+        if objective.bound is not None:
+            worst = worst.clamp_max((objective.loss(objective.bound) - self.centre[quality]) / self.scale[quality])
+        found = (losses[:, known:] <= worst) & cheaper
+        return float(1 - (1 - found * trainable).prod(1).mean())
 
     def _reference(self) -> Rows:
         """Return the reference point [m]: an objective's own, else the worst complete trial's plus 0.1 range.

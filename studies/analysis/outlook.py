@@ -11,11 +11,13 @@ from typing import Any
 class Outlook:
     """The chance, by the searcher's model, that one of its next `trials` is as good as the best and costs less.
 
-    It is about the member `recommended`, in the front after the last run. `minutes`: what the trials would take, at the
-    speed of the search so far.
+    It is about the member `recommended` with this margin `after` so many evaluations of the search. `minutes`: what the
+    trials would take, at the speed of the search so far.
     """
 
     recommended: int
+    after: int
+    margin: float
     trials: int
     minutes: float
     chance: float
@@ -24,6 +26,10 @@ class Outlook:
     def read(cls, data: Mapping[str, Any] | None) -> Outlook | None:
         """Return the outlook of plain data, as `asdict` makes it."""
         return None if data is None else cls(**data)
+
+    def is_about(self, recommended: int, after: int, margin: float) -> bool:
+        """Return whether nothing has changed since: the recommended member, the evaluations, the margin."""
+        return (self.recommended, self.after, self.margin) == (recommended, after, margin)
 
     @property
     def sentence(self) -> str:

@@ -5,6 +5,7 @@ Notation: n points, m objectives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,8 +63,9 @@ def reference_point(trials: Sequence[Trial], objectives: Sequence[Objective]) ->
 def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
     """Return the reference point [m] of the hypervolume for points [n, m].
 
-    It has an objective's own `reference` where one is declared, otherwise the worst value plus a tenth of the range (a
-    tenth of the value itself if all are equal). Hypervolumes with different reference points cannot be compared.
+    It has an objective's own `reference` where one is declared, otherwise the worst value plus a tenth of the range (if
+    all are equal, a tenth more of a cost, or a tenth of another value). Hypervolumes with different reference points
+    cannot be compared.
     Raises ValueError if a reference is not declared and there is no point.
     """
     ends = []
@@ -71,7 +73,8 @@ def corner(points: Floats, objectives: Sequence[Objective]) -> Floats:
         if objective.reference is not None:
             ends.append(float(coordinates(objective.loss(objective.reference), objective)))
         elif len(column):
-            margin = 0.1 * (np.ptp(column) or abs(column[0]) or 1.0)
+            alone = math.log(1.1) if objective.is_cost else 0.1 * (abs(column[0]) or 1.0)
+            margin = 0.1 * np.ptp(column) or alone
             ends.append(column.max() + margin)
         else:
             raise ValueError(f"{objective.name}: no reference value is set and no feasible trial is complete")

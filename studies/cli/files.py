@@ -94,8 +94,7 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
     typer.echo(f"  sites  {sites}")
     typer.echo(f"  data   {rows} rows{kinds}")
     typer.echo(f"  space  {len(space.genes)} genes, {size}")
-    typer.echo(f"  search {settings.search.trials} trials by {settings.search.searcher}"
-               f" for {', '.join(o.name for o in settings.objectives)}")  # fmt: skip
+    typer.echo(f"  search {settings.search_words} for {', '.join(o.name for o in settings.objectives)}")
     if settings.search.prior is not None:
         typer.echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} are in this space")
 

@@ -87,9 +87,10 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     from autopeft.studies.analysis.snapshot import state_counts
     from autopeft.studies.cli.results import recorded
     from autopeft.studies.config.loading import load_study
-    from autopeft.studies.engine.session import is_running
+    from autopeft.studies.engine.session import as_started, is_running, was_started
 
     settings = load_study(study, set_ or ())  # the recorded settings lack a larger `search.trials` of `resume`
+    settings = as_started(settings) if was_started(settings) else settings
     running = is_running(settings)  # before the ledger is read: a trial that has ended by then is not interrupted
     _, _, snapshot = recorded(study, set_)
     interrupted = 0 if running else len(snapshot.unfinished)

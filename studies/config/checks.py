@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -83,9 +84,11 @@ def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     for setting in ("goal", "keep"):
         if getattr(study.search, setting) in ("cheapest_as_good", "auto") and len(kinds) < 2:
             yield ("search", setting), "needs a quality and a cost to minimise among the objectives"
-    if study.search.initial is not None and study.search.initial > study.search.trials:
+    # Without a number of its own, a study with `minutes` has as many trials as these need.
+    trials = study.search.trials if study.decides_trials else math.inf
+    if study.search.initial is not None and study.search.initial > trials:
         yield ("search", "initial"), f"must not be above search.trials, which is {study.search.trials}"
-    if len(study.search.start) > study.search.trials:
+    if len(study.search.start) > trials:
         yield ("search", "start"), f"has more entries than search.trials, which is {study.search.trials}"
     for i, entry in enumerate(study.search.start):
         if isinstance(entry, str) and entry not in BASELINES:

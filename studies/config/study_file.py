@@ -49,8 +49,9 @@ class StudyFile(settings.Section):
     tracking: settings.TrackingSettings = settings.TrackingSettings()
     minutes: settings.Positive | None = Field(
         default=None,
-        description="time for the whole study on this machine: sets search.trials, batch, rungs and keep,"
-        " finalists.seeds and most where this file does not; null: no limit",
+        description="time for the whole study on this machine: decides search.trials, batch, rungs and keep,"
+        " finalists.seeds and most where this file leaves them out, and ends the search in time for the finalists;"
+        " null: no limit",
     )
     output: str | None = Field(
         default=None, description="folder of all results; default: runs/<study> beside this file"
@@ -138,6 +139,19 @@ class StudyFile(settings.Section):
             )
             for o in self.objectives
         )
+
+    @property
+    def decides_trials(self) -> bool:
+        """Whether the file, and not `minutes`, decides the number of trials."""
+        return self.minutes is None or "trials" in self.search.model_fields_set
+
+    @property
+    def search_words(self) -> str:
+        """The number of trials and the searcher, for people."""
+        trials = (
+            f"{self.search.trials} trials" if self.decides_trials else f"as many trials as {self.minutes:g} min allow"
+        )
+        return f"{trials} by {self.search.searcher}"
 
     @property
     def goal(self) -> Goal:

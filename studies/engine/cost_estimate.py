@@ -80,14 +80,14 @@ class CostEstimate:
 
 def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
     """Load the model, and measure a candidate of median size and the largest one. Writes no files."""
-    from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations, num_finals
+    from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations, num_finals, runs_per_finalist
 
     evaluator = evaluator_for(settings, splits)
     backbone, space = evaluator.backbone, problem_for(settings, evaluator.backbone).space
     largest, drawn = space.decode(space.largest()), samples(space, settings.seed)
     pace = Pace.measured(evaluator, drawn[len(drawn) // 2])
     num_baselines = len(list(baselines(plan_of(settings), space)))
-    settings = fitted(settings, pace, num_baselines)
+    settings = fitted(settings, pace, num_baselines, runs_per_finalist(plan_of(settings), space))
     problem, plan = problem_for(settings, backbone), plan_of(settings)
     memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]
     searched_s = problem.num_trials * pace.run_s(mean_share(plan))

@@ -18,7 +18,8 @@ class StudyPlan:
     `share`: share of the training steps that a candidate of the search gets. `rungs`: ascending shares of the steps;
     after each, the share `keep` of a batch continues, or those that `racing` selects ("auto"). `controls`: whether
     finalists with mixtures are compared with matched baselines. Seeds: the search trains with `seed`, finalists with
-    the next seeds, on average `finalist_seeds` of them. `goal`: see `Problem`. `within`: see `Snapshot`.
+    the next seeds, on average `finalist_seeds` of them. `timeout_s` is that of the search, `minutes` that of the study.
+    `goal`: see `Problem`. `within`: see `Snapshot`.
     """
 
     study: str
@@ -29,6 +30,7 @@ class StudyPlan:
     rungs: tuple[float, ...] = ()
     keep: float | Literal["auto"] = 1.0
     timeout_s: float | None = None
+    minutes: float | None = None
     baselines: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
     full_learning_rates: tuple[float, ...] = ()
@@ -51,6 +53,7 @@ def plan_of(settings: StudyFile) -> StudyPlan:
         rungs=search.rungs,
         keep=search.keep,
         timeout_s=search.timeout_s,
+        minutes=settings.minutes,
         baselines=baselines.names,
         learning_rates=baselines.learning_rates,
         full_learning_rates=baselines.full_learning_rates,

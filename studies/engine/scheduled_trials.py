@@ -132,14 +132,15 @@ def _fresh_seeds(plan: StudyPlan) -> range:
     return range(plan.seed + 1, plan.seed + plan.finalist_seeds + 1)
 
 
-def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
-    """Return the largest number of evaluations for the final front.
-
-    They are all finalists with as many seeds on average, and three matched baselines for each run of a mixture.
-    """
+def runs_per_finalist(plan: StudyPlan, space: SearchSpace) -> int:
+    """Return the trainings for each seed of a finalist: its own, and with mixtures those of three matched baselines."""
     mixed = any("experts" in choice.fields for choice in space.adapters.values())
-    each = 1 + len(CONTROLS) * (mixed and plan.controls)
-    return (plan.most_finalists + len(plan.baselines)) * plan.finalist_seeds * each
+    return 1 + len(CONTROLS) * (mixed and plan.controls)
+
+
+def num_finals(plan: StudyPlan, space: SearchSpace) -> int:
+    """Return the largest number of evaluations for the final front: all finalists with as many seeds on average."""
+    return (plan.most_finalists + len(plan.baselines)) * plan.finalist_seeds * runs_per_finalist(plan, space)
 
 
 def num_evaluations(plan: StudyPlan, problem: Problem) -> int:

@@ -273,17 +273,27 @@ def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
 
 
 def as_started(settings: StudyFile) -> StudyFile:
-    """Return settings with what `minutes` decided when the study was started, where the file does not set it."""
+    """Return settings with what `minutes` decided when the study was started, where the file does not set it.
+
+    Raises ConfigurationError for other minutes than then.
+    """
+    from autopeft.studies.engine.time_budget import DECIDED, unset
+
+    recorded = recorded_settings(settings, open_ledger(settings))
+    if settings.minutes != recorded.minutes:
+        was, now = (f"{m:g}" if m is not None else "not set" for m in (recorded.minutes, settings.minutes))
+        raise ConfigurationError(
+            f"minutes: was {was} when the study was started, is {now}; to go on longer, leave it and set search.trials"
+        )
     if settings.minutes is None:
         return settings
-    from autopeft.studies.engine.time_budget import unset
-
-    ledger = Ledger.open(storage_url(settings), settings.study)
-    recorded = recorded_settings(settings, ledger)
-    sections = ("search", "finalists")
-    return settings.model_copy(
-        update={name: unset(getattr(settings, name), **dict(getattr(recorded, name))) for name in sections}
-    )
+    decided = {
+        section: unset(
+            getattr(settings, section), **{name: getattr(getattr(recorded, section), name) for name in names}
+        )
+        for section, names in DECIDED.items()
+    }
+    return settings.model_copy(update=decided)
 
 
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:

@@ -36,7 +36,7 @@ from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan, weights_path
 from autopeft.studies.engine.repeated_errors import Failures
 from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, baselines, ended_as, num_evaluations
-from autopeft.studies.engine.time_budget import outlook_of
+from autopeft.studies.engine.time_budget import is_over, outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger
@@ -230,8 +230,7 @@ class StudyLoop:
         return sum(t.role == SEARCH and t.state in ("complete", "pruned", "failed") for t in self.trials.values())
 
     def _out_of_time(self) -> bool:
-        limit = self.plan.timeout_s
-        return limit is not None and self.clock() - self.started > limit
+        return is_over(self.plan, self.problem.space, self.trials.values(), self.clock() - self.started)
 
     def _duplicate(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
         """Return a trial of the search with the same network and training, which is not evaluated again."""
@@ -257,7 +256,7 @@ class StudyLoop:
 
     def _why_nothing(self) -> str:
         reasons = [t.error or "a value exceeds an objective's bound" for t in self.trials.values() if t.role == SEARCH]
-        if not reasons and self._out_of_time():
+        if not reasons and self.plan.timeout_s is not None and self._out_of_time():
             limit = f"search.timeout_s ({self.plan.timeout_s:g} s)"
             return (
                 f"{limit} is too short: it ran out before a candidate was trained; baselines and scores also take time"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from autopeft.search_space.problem import COSTS, SEARCH
+from autopeft.search_space.problem import COSTS, SEARCH, Trial
 from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.settings import PACKED
 from autopeft.studies.engine.plan import StudyPlan, plan_of
-from autopeft.studies.engine.scheduled_trials import baselines
+from autopeft.studies.engine.scheduled_trials import baselines, num_finals, runs_per_finalist
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 SAMPLES = 100
 #: Share of the time after the baselines that goes to the finalists.
 FINALISTS_SHARE = 0.35
+#: Settings that `minutes` decides where the file leaves them out, by section.
+DECIDED = {"search": ("trials", "batch", "rungs", "keep"), "finalists": ("seeds", "most")}
 #: The recommendation needs at least these; more than `MOST_FINALISTS` hardly ever decide it.
 LEAST_TRIALS, LEAST_FINALISTS, MOST_FINALISTS = 8, 2, 8
 SEEDS = (3, 2)
@@ -87,52 +89,73 @@ def within_minutes(settings: StudyFile, evaluator: TrainingEvaluator) -> StudyFi
     space = problem_for(settings, evaluator.backbone).space
     drawn = samples(space, settings.seed)
     pace = Pace.measured(evaluator, drawn[len(drawn) // 2])
-    return fitted(settings, pace, len(list(baselines(plan_of(settings), space))))
+    plan = plan_of(settings)
+    return fitted(settings, pace, len(list(baselines(plan, space))), runs_per_finalist(plan, space))
 
 
 def mean_share(plan: StudyPlan) -> float:
-    """Return the mean share of the training steps that a candidate of the search gets, at most, given the rungs."""
-    keep = 1.0 if plan.keep == "auto" else plan.keep
+    """Return the mean share of the training steps that a candidate of the search gets, given the rungs."""
+    if plan.keep == "auto":
+        return RACING_SHARE * plan.share
     stops = (0.0, *plan.rungs, plan.share)
-    return sum((end - start) * keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
+    return sum((end - start) * plan.keep**rung for rung, (start, end) in enumerate(pairwise(stops)))
 
 
-def fitted(settings: StudyFile, pace: Pace, num_baselines: int) -> StudyFile:
-    """Return settings with everything that `minutes` decides and the file does not set.
+def fitted(settings: StudyFile, pace: Pace, num_baselines: int, runs_per_finalist: int = 1) -> StudyFile:
+    """Return settings with everything that `minutes` decides (`DECIDED`) and the file does not set.
 
     `num_baselines`: trainings of baselines, which come first. Of the time after them, finalists get
     `FINALISTS_SHARE`, with three seeds where that is enough for four of them, and the search the rest.
-    Raises ConfigurationError if too little is left for a search and its finalists.
+    `runs_per_finalist`: of each seed, with matched baselines. Raises ConfigurationError if too little is left.
     """
     if settings.minutes is None:
         return settings
-    own, plan, total_s = settings.finalists, plan_of(settings), 60 * settings.minutes
-    left_s = total_s - num_baselines * pace.run_s()
-    names = len(plan.baselines)
-    least_s = LEAST_TRIALS * pace.run_s(plan.share) + SEEDS[-1] * (LEAST_FINALISTS + names) * pace.final_s
-    if left_s < least_s:
-        needed = (total_s - left_s + least_s) / 60
-        raise ConfigurationError(
-            f"minutes: {settings.minutes:g} is too short on this machine: a training takes {pace.run_s():.0f} s, the"
-            f" {num_baselines} of the baselines {(total_s - left_s) / 60:.1f} min; the least is {needed:.1f}, or fewer"
-            " rows, epochs, baselines.names or baselines.learning_rates"
-        )
-    runs = int(FINALISTS_SHARE * left_s / pace.final_s)
+    own, total_s = settings.finalists, 60 * settings.minutes
+    baselines_s, names = num_baselines * pace.run_s(), len(settings.baselines.names)
+    left_s, final_s = total_s - baselines_s, runs_per_finalist * pace.final_s
+    least_trials = max(LEAST_TRIALS, settings.search.initial or 0, len(settings.search.start))
+    least_trials = settings.search.trials if "trials" in settings.search.model_fields_set else least_trials
+    runs = int(FINALISTS_SHARE * left_s / final_s)
     seeds = own.seeds if "seeds" in own.model_fields_set else SEEDS[runs < SEEDS[0] * (4 + names)]
     most = min(MOST_FINALISTS, max(LEAST_FINALISTS, runs // seeds - names))
     most = own.most if "most" in own.model_fields_set else most
-    search_s = left_s - seeds * (most + names) * pace.final_s
-    search = unset(settings.search, timeout_s=max(search_s, 1.0) + total_s - left_s)
-    racing = search_s > TRIALS_FOR_RUNGS * pace.run_s() and {o.name in COSTS for o in settings.objectives} == {
-        True,
-        False,
-    }
-    if racing and settings.evaluation.evaluator == PACKED and not {"rungs", "keep"} & search.model_fields_set:
-        search = unset(search, rungs=tuple(RUNGS), keep="auto")
-    share = RACING_SHARE * plan.share if search.keep == "auto" else mean_share(plan)
-    trials = min(MOST_TRIALS, max(LEAST_TRIALS, int(search_s / pace.run_s(share))))
-    search = unset(search, trials=trials, batch=max(1, min(8, trials // 4)))
+    search_s = left_s - seeds * (most + names) * final_s
+    search = settings.search
+    if search_s > TRIALS_FOR_RUNGS * pace.run_s() and _may_race(settings):
+        search = unset(search, rungs=RUNGS, keep="auto")
+    trial_s = pace.run_s(mean_share(plan_of(settings.model_copy(update={"search": search}))))
+    if search_s < least_trials * trial_s:
+        needed = (total_s - search_s + least_trials * trial_s) / 60
+        raise ConfigurationError(
+            f"minutes: {settings.minutes:g} is too short on this machine: a training takes {pace.run_s():.0f} s, the"
+            f" {num_baselines} of the baselines {baselines_s / 60:.1f} min, the finalists"
+            f" {seeds * (most + names) * final_s / 60:.1f} min, {least_trials} trials"
+            f" {least_trials * trial_s / 60:.1f} min; about {needed:.1f} would do, or fewer rows, epochs,"
+            " baselines.names or baselines.learning_rates"
+        )
+    search = unset(search, trials=min(MOST_TRIALS, int(search_s / trial_s)))
+    search = unset(search, batch=max(1, min(8, search.trials // 4)))
     return settings.model_copy(update={"search": search, "finalists": unset(own, seeds=seeds, most=most)})
+
+
+def _may_race(settings: StudyFile) -> bool:
+    """Return whether the rungs of `RUNGS` with `keep: auto` are possible, and the file sets neither."""
+    kinds = {o.name in COSTS for o in settings.objectives if o.name not in settings.maximised_costs}
+    free = not {"rungs", "keep"} & settings.search.model_fields_set and settings.search.share == 1.0
+    return free and kinds == {True, False} and settings.evaluation.evaluator == PACKED
+
+
+def is_over(plan: StudyPlan, space: SearchSpace, trials: Iterable[Trial], spent_s: float) -> bool:
+    """Return whether the search has to end: at its time limit, or because the finalists need what is left of `minutes`.
+
+    They are expected to take as long as the complete trials of the search so far.
+    """
+    if plan.timeout_s is not None and spent_s > plan.timeout_s:
+        return True
+    ended = [t.measurement.wall_s for t in trials if t.role == SEARCH and t.state == "complete" and t.measurement]
+    if plan.minutes is None or not ended:
+        return False
+    return spent_s + num_finals(plan, space) * sum(ended) / len(ended) > 60 * plan.minutes
 
 
 def unset(section: Any, **values: Any) -> Any:
@@ -141,15 +164,30 @@ def unset(section: Any, **values: Any) -> Any:
 
 
 def outlook_of(searcher: Searcher, snapshot: Snapshot, trials: int) -> Mapping[str, Any] | None:
-    """Return the outlook as plain data; None where the searcher has no model, or nothing is recommended."""
+    """Return the outlook as plain data.
+
+    None where the searcher has no model, or does not know the best member of the front or the recommended one: a
+    baseline outside of its space.
+    """
     found = snapshot.front().recommendation
-    cost = next((objective for objective in snapshot.objectives if not objective.is_quality), None)
+    cost = next((objective for objective in snapshot.objectives if objective.is_cost), None)
     if found is None or cost is None:
         return None
+    members = [snapshot.entry(number).trial for number in (found.best, found.recommended)]
+    known = {trial.candidate.key for trial in (*snapshot.search_trials, *searcher.problem.observed)}
     searcher.update(snapshot.search_trials)
-    chance = searcher.chance_of_cheaper(trials, cost.loss(snapshot.entry(found.recommended).trial.values[cost.name]))
+    chance = searcher.chance_of_cheaper(trials, cost.loss(members[-1].values[cost.name]))
     spent_s = [t.measurement.wall_s for t in snapshot.evaluated if t.role == SEARCH and t.measurement is not None]
-    if chance is None or not spent_s:
+    if chance is None or not spent_s or any(trial.candidate.key not in known for trial in members):
         return None
-    minutes = trials * sum(spent_s) / len(spent_s) / 60
-    return asdict(Outlook(recommended=found.recommended, trials=trials, minutes=minutes, chance=chance))
+    minutes = chance[0] * sum(spent_s) / len(spent_s) / 60
+    return asdict(
+        Outlook(
+            recommended=found.recommended,
+            after=sum(trial.role == SEARCH for trial in snapshot.evaluated),
+            margin=found.margin,
+            trials=chance[0],
+            minutes=minutes,
+            chance=chance[1],
+        )
+    )

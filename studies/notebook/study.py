@@ -146,8 +146,7 @@ class Study:
 
     def __repr__(self) -> str:
         objectives = ", ".join(objective.name for objective in self.settings.objectives)
-        search = f"{self.settings.search.trials} trials by {self.settings.search.searcher}"
-        return f"Study({self.settings.study!r}: {search} for {objectives}, in {self.folder})"
+        return f"Study({self.settings.study!r}: {self.settings.search_words} for {objectives}, in {self.folder})"
 
     def _checked(self) -> Splits:
         from autopeft.studies.engine.check import check

@@ -203,8 +203,8 @@ def note(snapshot: Snapshot, front: Front, experiment_id: str) -> str:
         "| `test/...` | scores on the test split (finalists only) |",
         "| `train/loss`, `rung/...` | training loss, and validation scores at the rungs; the step is a training step |",
         "| `routing/...` | mixtures only: mean over the sites; `routing.json` of the run has every site |",
-        "| `hypervolume` | dominated by the search's trials up to the step, a trial number; the picture names the "
-        "reference point |",
+        "| `hypervolume` | dominated by the search's trials up to the step, a trial number; costs count by their "
+        "logarithm; the picture names the reference point |",
         "| `hypervolume_so_far` | the same with the reference point of that moment; points are not comparable |",
         "| `surrogate/rank_correlation/...` | between the surrogate's predictions and values of held-out trials |",
         "| `autopeft.pareto` | whether the candidate is on the front (true, false) |",

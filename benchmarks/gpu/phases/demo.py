@@ -22,6 +22,7 @@ TOY = (
     "data.max_train_rows=40",
     "training.epochs=0.5",
     "search.trials=2",
+    "search.start=[]",
     "search.batch=2",
     "search.rungs=[0.5]",
     "baselines.names=[head]",

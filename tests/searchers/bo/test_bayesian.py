@@ -668,7 +668,9 @@ def test_the_chance_of_something_cheaper_is_that_of_the_model(cost: str) -> None
     searcher = Bayesian(problem, 0)
     searcher.update(trials)
     costs = sorted(trial.values[cost] for trial in trials)
-    chances = [searcher.chance_of_cheaper(4, below) for below in (0.0, costs[4], 10 * costs[-1])]
+    found = [searcher.chance_of_cheaper(4, below) for below in (0.0, costs[4], 10 * costs[-1])]
+    assert [count for count, _ in found] == [4, 4, 4]
+    chances = [chance for _, chance in found]
     assert chances == sorted(chances)
     assert chances[0] == 0
     # In the obvious way: draw from BoTorch's joint posterior, and look.
@@ -691,3 +693,7 @@ def test_no_chance_is_named_without_a_model() -> None:
     problem = problem_of(layered_space())
     searcher = Bayesian(problem, 0)
     assert searcher.chance_of_cheaper(4, 1e9) is None
+    costly = problem_of(layered_space(), ACCURACY, Objective.of("num_params", maximise=True))
+    searcher = Bayesian(costly, 0)
+    searcher.update(known(costly, 12))
+    assert searcher.chance_of_cheaper(4, 1e9) is None, "there is no cost to minimise"

@@ -118,7 +118,7 @@ def test_reference_point_is_declared_or_a_tenth_beyond_the_worst():
     end = math.log(300 * 6**0.1)
     assert reference_point(TRIALS, [declared, PARAMS]) == pytest.approx([-0.4, end])
     assert reference_point(TRIALS, [ACCURACY, PARAMS]) == pytest.approx([-0.5 + 0.02, end])
-    assert reference_point(TRIALS[:1], [ACCURACY, PARAMS]) == pytest.approx([-0.5 + 0.05, 1.1 * math.log(100)])
+    assert reference_point(TRIALS[:1], [ACCURACY, PARAMS]) == pytest.approx([-0.5 + 0.05, math.log(110)])
 
 
 def test_reference_point_without_trials_must_be_declared():
