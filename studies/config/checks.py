@@ -35,11 +35,42 @@ def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)
+    yield from _place_problems(study)
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """Return the message for a key that a section does not have."""
     return f"unknown key{did_you_mean(name, known)}"
+
+
+#: Characters that URLs of databases, or the libraries that read them, take for something else than part of a path.
+_NO_PART_OF_A_PATH = "?#%{}"
+#: Schemes that MLflow has a store for; a single letter is a drive.
+_TRACKING_SCHEMES = (
+    "http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc",
+)  # fmt: skip
+
+
+def _place_problems(study: StudyFile) -> Iterator[PlacedProblem]:
+    """Yield the problems of where results are kept."""
+    in_output = study.storage is None or (study.tracking.enabled and study.tracking.uri is None)
+    found = dict.fromkeys(c for c in str(study.output_folder) if c in _NO_PART_OF_A_PATH)
+    if in_output and found:
+        what = f"no database can be opened in {study.output_folder}, because of {' '.join(found)}: set another folder"
+        yield ("output",), what
+    if study.storage is not None:
+        scheme, _, path = study.storage.partition("://")
+        if scheme.split("+")[0] == "sqlite" and path.lstrip("/").split("?")[0] in ("", ":memory:"):
+            yield ("storage",), "a database in memory keeps nothing: name a file, such as sqlite:///ledger.db"
+    uri = study.tracking.uri
+    if study.tracking.enabled and uri is not None:
+        scheme = uri.partition(":")[0].split("+")[0] if ":" in uri else ""
+        if len(scheme) > 1 and scheme not in _TRACKING_SCHEMES:
+            is_address = uri.partition(":")[2].partition("/")[0].isdigit()
+            hint = f"; a server is http://{uri}" if is_address else did_you_mean(scheme, _TRACKING_SCHEMES)
+            yield ("tracking", "uri"), f"MLflow has no store for {scheme!r}{hint}"
+        elif scheme == "sqlite" and uri.partition("://")[2].lstrip("/") in ("", ":memory:"):
+            yield ("tracking", "uri"), "a database in memory keeps nothing: name a file, such as sqlite:///mlflow.db"
 
 
 def _evaluator_problems(study: StudyFile) -> Iterator[PlacedProblem]:

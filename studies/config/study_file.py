@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from autopeft.evaluators.tasks import Task
 
 FILE_NAME = "study.yaml"
+#: The ledger in the output folder, unless the study has a storage of its own.
+LEDGER = "ledger.db"
 
 
 class StudyFile(settings.Section):
@@ -88,9 +90,20 @@ class StudyFile(settings.Section):
         return Path(os.path.normpath(self.folder / Path(self.output or f"runs/{self.study}").expanduser()))
 
     @property
+    def storage_url(self) -> str:
+        """The Optuna storage of the ledger."""
+        return self._from_here(self.storage) if self.storage else f"sqlite:///{self.output_folder / LEDGER}"
+
+    @property
     def tracking_uri(self) -> str:
         """The URI of the MLflow server or database."""
-        return self.tracking.uri or f"sqlite:///{self.output_folder / 'mlflow.db'}"
+        uri = self.tracking.uri
+        return self._from_here(uri) if uri else f"sqlite:///{self.output_folder / 'mlflow.db'}"
+
+    def _from_here(self, uri: str) -> str:
+        """Return a URI in which the path of an SQLite file counts from the file's folder, as all paths do."""
+        scheme, found, path = uri.partition(":///")
+        return f"{scheme}:///{self.folder / path}" if found and scheme.startswith("sqlite") and path else uri
 
     @property
     def model_id(self) -> str:

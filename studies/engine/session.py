@@ -5,14 +5,18 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
+from sqlalchemy import make_url
 
+from autopeft.evaluators.atomic import atomic_write_text
+from autopeft.search_space.architecture import digest
 from autopeft.search_space.spaces.location import locate
 from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -20,7 +24,7 @@ from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
-from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.config.study_file import LEDGER, StudyFile
 from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
@@ -36,15 +40,11 @@ if TYPE_CHECKING:
     from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
 
 LEAST_FREE_BYTES = 50_000_000
-LOCK_FILE = ".lock"
+#: In the output folder: the lock, and the identity of the study whose results are there.
+LOCK_FILE, OWNER_FILE = ".lock", ".study"
 #: `is_running` holds the lock for a moment, and a study that starts in that moment waits.
 LOCK_TIMEOUT_S = 0.5
 PRIOR = ("search", "prior")
-
-
-def storage_url(settings: StudyFile) -> str:
-    """Return the Optuna storage of the ledger."""
-    return settings.storage or f"sqlite:///{settings.output_folder / 'ledger.db'}"
 
 
 def torch_device(requested: str) -> str:
@@ -145,22 +145,13 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
     Raises ConfigurationError if it exists (or does not, with `resume`), has changed or is running, and
     UnusableEnvironmentError if the folder cannot be written or the ledger cannot be read.
     """
-    from filelock import FileLock, Timeout
-
     from autopeft.studies.engine.study_loop import StudyLoop
 
     _check_folder(settings, resume)
-    lock = FileLock(settings.output_folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=LOCK_TIMEOUT_S)
-    except Timeout:
-        raise ConfigurationError(
-            f"{settings.output_folder}: another process is running this study: wait until it ends"
-        ) from None
-    try:
+    with _locked(settings):
         if resume:
             settings = as_started(settings)
-        ledger = Ledger.open(storage_url(settings), settings.study, fingerprint(settings)) if resume else None
+        ledger = Ledger.open(settings.storage_url, settings.study, fingerprint(settings)) if resume else None
         if ledger is None:
             _check_new(settings)
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
@@ -171,6 +162,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator.metrics)
+        _claim(settings, ledger)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         tracker = None
         if settings.tracking.enabled:
@@ -180,16 +172,69 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
             tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
         searcher, scores = searcher_for(settings, evaluator)
         yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores)
-    finally:
-        lock.release()
+
+
+@contextmanager
+def _locked(settings: StudyFile) -> Iterator[None]:
+    """Hold the locks of all that the study writes. Raises ConfigurationError if another process holds one."""
+    from filelock import FileLock, Timeout
+
+    with ExitStack() as held:
+        for path in _lock_paths(settings):
+            lock = FileLock(path)
+            try:
+                lock.acquire(timeout=LOCK_TIMEOUT_S)
+            except Timeout:
+                raise ConfigurationError(
+                    f"{settings.output_folder}: another process is running this study, or one with the same output:"
+                    " wait until it ends"
+                ) from None
+            held.callback(lock.release)
+        yield
+
+
+def _lock_paths(settings: StudyFile) -> list[Path]:
+    """Return the lock files: of the output folder, and of the study in a storage of its own.
+
+    The latter is beside the database; for a server it is in the folder for temporary files, so it excludes processes of
+    this machine alone.
+    """
+    paths = [settings.output_folder / LOCK_FILE]
+    if settings.storage is not None:
+        url = make_url(settings.storage_url)
+        key = f".{settings.study}.lock"
+        if not url.drivername.startswith("sqlite"):
+            name = digest([url.host, url.port, url.database])
+            paths.append(Path(tempfile.gettempdir()) / f"autopeft-{os.getuid()}-{name}{key}")
+        elif (database := Path(os.path.realpath(url.database or ""))).parent.is_dir():
+            paths.append(database.with_name(f".{database.name}{key}"))
+    return paths
+
+
+def _claim(settings: StudyFile, ledger: Ledger) -> None:
+    """Note whose results the output folder holds. Raises ConfigurationError if they are another study's.
+
+    Two studies in one storage may have one output folder by mistake, and would overwrite each other's weights.
+    """
+    note = settings.output_folder / OWNER_FILE
+    owner = note.read_text(encoding="utf-8") if note.is_file() else ledger.study_id
+    if owner != ledger.study_id:
+        raise ConfigurationError(
+            f"{settings.output_folder} holds the results of another study: set output to another folder"
+        )
+    atomic_write_text(note, ledger.study_id)
 
 
 def _check_new(settings: StudyFile) -> None:
     """Raise ConfigurationError if the output folder has a study; this check comes before slow imports."""
-    others = Ledger.names(storage_url(settings))
+    others = Ledger.names(settings.storage_url)
     if settings.study in others:
         raise ConfigurationError(
             f"{settings.output_folder} already holds the study {settings.study!r}: `autopeft resume` continues it"
+        )
+    if (settings.output_folder / OWNER_FILE).is_file():
+        raise ConfigurationError(
+            f"{settings.output_folder} holds the results of another study: set output to another folder, or delete it"
         )
     if others and settings.storage is None:
         raise ConfigurationError(
@@ -212,18 +257,18 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: 
         prior_trials=prior_trials(settings, problem),
         constant=constant_scores(settings.task_class, splits.train, splits.validation, splits.labels or (), metrics),
     )
-    return Ledger.create(storage_url(settings), settings.study, record)
+    return Ledger.create(settings.storage_url, settings.study, record)
 
 
 def _check_folder(settings: StudyFile, resume: bool) -> None:
     folder = settings.output_folder
-    if resume and not folder.is_dir():
+    if resume and not was_started(settings):
         raise ConfigurationError(f"{folder}: has no study to resume; `autopeft run` starts one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
         status = os.statvfs(folder)
     except OSError as error:
         raise UnusableEnvironmentError(f"{folder}: cannot be written: {error.strerror}") from error
@@ -235,19 +280,23 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
 
 def was_started(settings: StudyFile) -> bool:
     """Return whether this study has a ledger. Raises UnusableEnvironmentError if it cannot be read."""
-    if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
+    if settings.storage is None and not (settings.output_folder / LEDGER).is_file():
         return False
-    return settings.study in Ledger.names(storage_url(settings))
+    return settings.study in Ledger.names(settings.storage_url)
 
 
 def is_running(settings: StudyFile) -> bool:
-    """Return whether a process holds the study's lock; True where the file system cannot tell.
+    """Return whether a process holds a lock of the study; True where the file system cannot tell.
 
-    It requests a shared lock on the file, opened for reading, and releases it at once: it neither creates nor writes
+    It requests a shared lock on each file, opened for reading, and releases it at once: it neither creates nor writes
     the file, and two calls at the same moment do not meet each other.
     """
+    return any(map(_is_held, _lock_paths(settings)))
+
+
+def _is_held(lock: Path) -> bool:
     try:
-        with (settings.output_folder / LOCK_FILE).open("rb") as file:
+        with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -258,9 +307,9 @@ def is_running(settings: StudyFile) -> bool:
 
 def open_ledger(settings: StudyFile) -> Ledger:
     """Open the ledger for reading, also while the study runs. Raises ConfigurationError if it was never started."""
-    if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
+    if settings.storage is None and not (settings.output_folder / LEDGER).is_file():
         raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
-    return Ledger.open(storage_url(settings), settings.study)
+    return Ledger.open(settings.storage_url, settings.study)
 
 
 def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
