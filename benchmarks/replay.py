@@ -107,7 +107,7 @@ class Recording:
         ledger = Ledger(optuna.create_study(directions=["minimize"] * len(self.problem.objectives)))
         for trial in self.baselines:
             begun = ledger.begin(self.problem, trial.role, trial.candidate, seed=trial.seed)
-            ledger.finish(replace(trial, number=begun.number), self.problem.objectives)
+            ledger.finish([replace(trial, number=begun.number)], self.problem.objectives)
         return _Replay(self, ledger).kept()
 
 

@@ -34,6 +34,8 @@ TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
 BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
 PRIOR_TRIALS, CONSTANT, OUTLOOK = "autopeft.earlier", "autopeft.constant", "autopeft.outlook"
+#: Results of a batch on their way to its trials, by the trials' numbers.
+BATCH = "autopeft.batch"
 # Scores per example are long and read by programs alone, so they are compressed.
 PACKED = ("per_example", "test_per_example")
 
@@ -172,7 +174,9 @@ class Ledger:
 
     def trials(self) -> list[Trial]:
         """Return every evaluation, ended or not, in order."""
-        return [_read(frozen) for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
+        kept: Mapping[str, Any] = self._study.user_attrs.get(BATCH) or {}
+        found = [frozen for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
+        return [_read(frozen, kept.get(str(frozen.number))) for frozen in found]
 
     def begin(self, problem: Problem, role: Role, candidate: Candidate, **fields: Any) -> Trial:
         """Add a running trial; `fields` are further fields of `Trial`."""
@@ -188,8 +192,24 @@ class Ledger:
             self._study.add_trial(frozen)
         return trial
 
-    def finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
-        """Record how a trial ended. A repeated call changes nothing."""
+    def finish(self, trials: Sequence[Trial], objectives: Sequence[Objective]) -> None:
+        """Record how trials ended, all of them or none. A repeated call changes nothing.
+
+        The storage writes one trial at a time. So the results of several are first kept with the study, in one write,
+        and are read from there until all came to their trials.
+        """
+        if len(trials) > 1:
+            self._keep({str(trial.number): _result(trial) for trial in trials})
+        for trial in trials:
+            self._finish(trial, objectives)
+        if len(trials) > 1:
+            self._keep({})
+
+    def _keep(self, results: Mapping[str, Any]) -> None:
+        with _readable_errors("written"):
+            self._study.set_user_attr(BATCH, results)
+
+    def _finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
         frozen = self._study.get_trials(deepcopy=False)[trial.number]
         if frozen.state.is_finished():
             return
@@ -211,7 +231,7 @@ class Ledger:
         for trial in self.trials():
             frozen = self._study.get_trials(deepcopy=False)[trial.number]
             if trial.state != "running" and not frozen.state.is_finished():
-                self.finish(trial, objectives)
+                self._finish(trial, objectives)
             elif trial.state == "running":
                 running.append(trial)
         return running
@@ -317,9 +337,10 @@ def _read_prior(data: Mapping[str, Any]) -> Trial:
     return Trial(state="complete", measurement=measurement, **declared)
 
 
-def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
+def _read(frozen: optuna.trial.FrozenTrial, kept: Mapping[str, Any] | None) -> Trial:
+    """Read a trial. `kept`: its result where the study has it, see `Ledger.finish`."""
     declared = dict(frozen.user_attrs[TRIAL])
-    result = dict(frozen.user_attrs.get(RESULT, {}))
+    result = dict(frozen.user_attrs.get(RESULT) or kept or {})
     measurement = result.pop("measurement", None)
     if measurement is not None:
         measurement = dict(measurement)
