@@ -196,8 +196,7 @@ def _locked(settings: StudyFile) -> Iterator[None]:
 def _lock_paths(settings: StudyFile) -> list[Path]:
     """Return the lock files: of the output folder, and of the study in a storage of its own.
 
-    The latter is beside the database; for a server it is in the folder for temporary files, so it excludes processes of
-    this machine alone.
+    The latter is beside the database; for a server in the folder for temporary files, for this machine alone.
     """
     paths = [settings.output_folder / LOCK_FILE]
     if settings.storage is not None:
@@ -246,7 +245,9 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: 
     from autopeft.evaluators.tasks.constant import constant_scores
 
     text = io.StringIO()
-    YAML().dump(settings.model_dump(mode="json", exclude_none=True), text)
+    # Without the URIs: they are places, which may change, and may hold passwords, which reports would publish.
+    places = {"storage": True, "tracking": {"uri"}}
+    YAML().dump(settings.model_dump(mode="json", exclude_none=True, exclude=places), text)
     record = StudyRecord(
         objectives=problem.objectives,
         backbone=problem.space.backbone,
@@ -274,8 +275,9 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
         raise UnusableEnvironmentError(f"{folder}: cannot be written: {error.strerror}") from error
     free = status.f_bavail * status.f_frsize
     if free < LEAST_FREE_BYTES:
-        needed = f"a study needs at least {LEAST_FREE_BYTES / 1e6:.0f} MB"
-        raise UnusableEnvironmentError(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; {needed}")
+        raise UnusableEnvironmentError(
+            f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs {LEAST_FREE_BYTES / 1e6:.0f} MB"
+        )
 
 
 def was_started(settings: StudyFile) -> bool:
@@ -288,8 +290,7 @@ def was_started(settings: StudyFile) -> bool:
 def is_running(settings: StudyFile) -> bool:
     """Return whether a process holds a lock of the study; True where the file system cannot tell.
 
-    It requests a shared lock on each file, opened for reading, and releases it at once: it neither creates nor writes
-    the file, and two calls at the same moment do not meet each other.
+    It requests a shared lock on each file, opened for reading, and releases it at once: no file is made or written.
     """
     return any(map(_is_held, _lock_paths(settings)))
 
@@ -315,10 +316,11 @@ def open_ledger(settings: StudyFile) -> Ledger:
 def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
     """Return the settings with which the study was started; the file may have changed since.
 
-    The section `recommend` is that of the file: no trial depends on it.
+    Where results are, and the section `recommend`, are those of the file: no trial depends on them.
     """
     recorded = study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
-    return recorded.model_copy(update={"recommend": settings.recommend})
+    present = ("output", "storage", "tracking", "recommend")
+    return recorded.model_copy(update={name: getattr(settings, name) for name in present})
 
 
 def as_started(settings: StudyFile) -> StudyFile:

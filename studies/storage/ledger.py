@@ -28,6 +28,7 @@ from autopeft.search_space.problem import Measurement, Objective, Problem, Role,
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.config.fingerprint import differences
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
+from autopeft.studies.storage.urls import without_password
 
 # All data of an evaluation is in one attribute, so that a single write stores it.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
@@ -76,7 +77,9 @@ class Ledger:
         if name in _names(storage):
             study = optuna.load_study(study_name=name, storage=storage)
             if FINGERPRINT in study.user_attrs:
-                raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` continues it")
+                raise ConfigurationError(
+                    f"{without_password(url)} already holds the study {name!r}: `autopeft resume` continues it"
+                )
             optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
         directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in record.objectives]
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
@@ -101,11 +104,13 @@ class Ledger:
         names = _names(storage)
         if name not in names:
             others = f" (it holds {', '.join(map(repr, sorted(names)))})" if names else ""
-            raise ConfigurationError(f"{url} holds no study {name!r}{others}")
+            raise ConfigurationError(f"{without_password(url)} holds no study {name!r}{others}")
         study = optuna.load_study(study_name=name, storage=storage)
         recorded = study.user_attrs.get(FINGERPRINT)
         if recorded is None:
-            raise ConfigurationError(f"the study {name!r} in {url} was not made by autopeft, or never started")
+            raise ConfigurationError(
+                f"the study {name!r} in {without_password(url)} was not made by autopeft, or never started"
+            )
         # Through JSON, as the recorded one: it turns tuples into lists.
         changed = differences(recorded, json.loads(json.dumps(fingerprint))) if fingerprint is not None else []
         if changed:
@@ -241,9 +246,13 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     try:
         return _connect(url)
     except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:
-        raise ConfigurationError(f"storage {url!r}: {str(error).splitlines()[0]}") from error
+        shown = without_password(url)
+        said = str(error).splitlines()[0].replace(url, shown)
+        raise ConfigurationError(f"storage {shown!r}: {said}") from error
     except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        raise UnusableEnvironmentError(f"the ledger {url} cannot be used: {_reason(error)}") from error
+        raise UnusableEnvironmentError(
+            f"the ledger {without_password(url)} cannot be used: {_reason(error)}"
+        ) from error
 
 
 def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:

@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from autopeft.studies.storage.urls import without_password
+
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -16,7 +18,8 @@ def absolute_uri(uri: str) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """Return the command line that opens the report."""
+    """Return the command line that opens the report; a password is not shown."""
+    uri = without_password(uri)
     if uri.startswith("http"):
         return f"python -m webbrowser {shlex.quote(uri)}"
     return f"mlflow ui --backend-store-uri {shlex.quote(absolute_uri(uri))} --port 5000"
