@@ -246,8 +246,8 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: 
 
     text = io.StringIO()
     # Without the URIs: they are places, which may change, and may hold passwords, which reports would publish.
-    places = {"storage": True, "tracking": {"uri"}}
-    YAML().dump(settings.model_dump(mode="json", exclude_none=True, exclude=places), text)
+    dump = settings.model_dump(mode="json", exclude_none=True, exclude={"storage": True, "tracking": {"uri": True}})
+    YAML().dump(dump, text)
     record = StudyRecord(
         objectives=problem.objectives,
         backbone=problem.space.backbone,
@@ -288,10 +288,7 @@ def was_started(settings: StudyFile) -> bool:
 
 
 def is_running(settings: StudyFile) -> bool:
-    """Return whether a process holds a lock of the study; True where the file system cannot tell.
-
-    It requests a shared lock on each file, opened for reading, and releases it at once: no file is made or written.
-    """
+    """Return whether a process holds a lock of the study; True where the file system cannot tell. Writes nothing."""
     return any(map(_is_held, _lock_paths(settings)))
 
 
