@@ -13,6 +13,7 @@ from autopeft.search_space.metrics import ALWAYS, QUALITIES, Own, Quality
 from autopeft.search_space.problem import COSTS, Goal, Objective
 from autopeft.studies.config import settings
 from autopeft.studies.config.source import Keys, Source
+from autopeft.studies.urls import located, without_password
 
 if TYPE_CHECKING:
     from autopeft.evaluators.rows import DataConfig
@@ -59,7 +60,10 @@ class StudyFile(settings.Section):
         default=None, description="folder of all results; default: runs/<study> beside this file"
     )
     storage: str | None = Field(
-        default=None, description="Optuna storage URL; default: a database in the output folder"
+        default=None,
+        min_length=1,
+        description="Optuna storage URL, an SQLite path relative to this file;"
+        " default: a database in the output folder",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to train; auto: a GPU if there is one"
@@ -76,8 +80,9 @@ class StudyFile(settings.Section):
 
     @property
     def words(self) -> str:
-        """The study on a command line: its file, and the `--set` options that it was loaded with."""
-        return shlex.join([str(self.path), *(word for each in self._overrides for word in ("--set", each))])
+        """The study on a command line: its file, and the `--set` options that it was loaded with, without passwords."""
+        options = [word for each in self._overrides for word in ("--set", without_password(each))]
+        return shlex.join([str(self.path), *options])
 
     @property
     def folder(self) -> Path:
@@ -92,18 +97,13 @@ class StudyFile(settings.Section):
     @property
     def storage_url(self) -> str:
         """The Optuna storage of the ledger."""
-        return self._from_here(self.storage) if self.storage else f"sqlite:///{self.output_folder / LEDGER}"
+        return located(self.storage, self.folder) if self.storage else f"sqlite:///{self.output_folder / LEDGER}"
 
     @property
     def tracking_uri(self) -> str:
         """The URI of the MLflow server or database."""
         uri = self.tracking.uri
-        return self._from_here(uri) if uri else f"sqlite:///{self.output_folder / 'mlflow.db'}"
-
-    def _from_here(self, uri: str) -> str:
-        """Return a URI in which the path of an SQLite file counts from the file's folder, as all paths do."""
-        scheme, found, path = uri.partition(":///")
-        return f"{scheme}:///{self.folder / path}" if found and scheme.startswith("sqlite") and path else uri
+        return located(uri, self.folder) if uri else f"sqlite:///{self.output_folder / 'mlflow.db'}"
 
     @property
     def model_id(self) -> str:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
-from sqlalchemy import make_url
 
-from autopeft.evaluators.atomic import atomic_write_text
-from autopeft.search_space.architecture import digest
 from autopeft.search_space.spaces.location import locate
 from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -28,6 +24,7 @@ from autopeft.studies.config.study_file import LEDGER, StudyFile
 from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
+from autopeft.studies.storage.locks import check_owner, claim, is_held, lock_paths, locked
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
@@ -40,10 +37,6 @@ if TYPE_CHECKING:
     from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
 
 LEAST_FREE_BYTES = 50_000_000
-#: In the output folder: the lock, and the identity of the study whose results are there.
-LOCK_FILE, OWNER_FILE = ".lock", ".study"
-#: `is_running` holds the lock for a moment, and a study that starts in that moment waits.
-LOCK_TIMEOUT_S = 0.5
 PRIOR = ("search", "prior")
 
 
@@ -148,12 +141,13 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
     from autopeft.studies.engine.study_loop import StudyLoop
 
     _check_folder(settings, resume)
-    with _locked(settings):
+    with locked(settings.output_folder, settings.storage_url, settings.study):
         if resume:
             settings = as_started(settings)
         ledger = Ledger.open(settings.storage_url, settings.study, fingerprint(settings)) if resume else None
         if ledger is None:
             _check_new(settings)
+        check_owner(settings.output_folder, None if ledger is None else ledger.study_id)
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
         if ledger is None:
             from autopeft.studies.engine.time_budget import within_minutes
@@ -162,7 +156,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator.metrics)
-        _claim(settings, ledger)
+        claim(settings.output_folder, ledger.study_id)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         tracker = None
         if settings.tracking.enabled:
@@ -174,66 +168,12 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores)
 
 
-@contextmanager
-def _locked(settings: StudyFile) -> Iterator[None]:
-    """Hold the locks of all that the study writes. Raises ConfigurationError if another process holds one."""
-    from filelock import FileLock, Timeout
-
-    with ExitStack() as held:
-        for path in _lock_paths(settings):
-            lock = FileLock(path)
-            try:
-                lock.acquire(timeout=LOCK_TIMEOUT_S)
-            except Timeout:
-                raise ConfigurationError(
-                    f"{settings.output_folder}: another process is running this study, or one with the same output:"
-                    " wait until it ends"
-                ) from None
-            held.callback(lock.release)
-        yield
-
-
-def _lock_paths(settings: StudyFile) -> list[Path]:
-    """Return the lock files: of the output folder, and of the study in a storage of its own.
-
-    The latter is beside the database; for a server in the folder for temporary files, for this machine alone.
-    """
-    paths = [settings.output_folder / LOCK_FILE]
-    if settings.storage is not None:
-        url = make_url(settings.storage_url)
-        key = f".{settings.study}.lock"
-        if not url.drivername.startswith("sqlite"):
-            name = digest([url.host, url.port, url.database])
-            paths.append(Path(tempfile.gettempdir()) / f"autopeft-{os.getuid()}-{name}{key}")
-        elif (database := Path(os.path.realpath(url.database or ""))).parent.is_dir():
-            paths.append(database.with_name(f".{database.name}{key}"))
-    return paths
-
-
-def _claim(settings: StudyFile, ledger: Ledger) -> None:
-    """Note whose results the output folder holds. Raises ConfigurationError if they are another study's.
-
-    Two studies in one storage may have one output folder by mistake, and would overwrite each other's weights.
-    """
-    note = settings.output_folder / OWNER_FILE
-    owner = note.read_text(encoding="utf-8") if note.is_file() else ledger.study_id
-    if owner != ledger.study_id:
-        raise ConfigurationError(
-            f"{settings.output_folder} holds the results of another study: set output to another folder"
-        )
-    atomic_write_text(note, ledger.study_id)
-
-
 def _check_new(settings: StudyFile) -> None:
     """Raise ConfigurationError if the output folder has a study; this check comes before slow imports."""
     others = Ledger.names(settings.storage_url)
     if settings.study in others:
         raise ConfigurationError(
             f"{settings.output_folder} already holds the study {settings.study!r}: `autopeft resume` continues it"
-        )
-    if (settings.output_folder / OWNER_FILE).is_file():
-        raise ConfigurationError(
-            f"{settings.output_folder} holds the results of another study: set output to another folder, or delete it"
         )
     if others and settings.storage is None:
         raise ConfigurationError(
@@ -264,7 +204,7 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: 
 def _check_folder(settings: StudyFile, resume: bool) -> None:
     folder = settings.output_folder
     if resume and not was_started(settings):
-        raise ConfigurationError(f"{folder}: has no study to resume; `autopeft run` starts one")
+        raise ConfigurationError(f"{folder}: has no study {settings.study!r} to resume{_others(settings)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as probe:
@@ -280,6 +220,13 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
         )
 
 
+def _others(settings: StudyFile) -> str:
+    names = (
+        Ledger.names(settings.storage_url) if settings.storage or (settings.output_folder / LEDGER).is_file() else []
+    )
+    return f" (it holds {', '.join(map(repr, names))})" if names else "; `autopeft run` starts one"
+
+
 def was_started(settings: StudyFile) -> bool:
     """Return whether this study has a ledger. Raises UnusableEnvironmentError if it cannot be read."""
     if settings.storage is None and not (settings.output_folder / LEDGER).is_file():
@@ -289,18 +236,7 @@ def was_started(settings: StudyFile) -> bool:
 
 def is_running(settings: StudyFile) -> bool:
     """Return whether a process holds a lock of the study; True where the file system cannot tell. Writes nothing."""
-    return any(map(_is_held, _lock_paths(settings)))
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    return any(map(is_held, lock_paths(settings.output_folder, settings.storage_url, settings.study)))
 
 
 def open_ledger(settings: StudyFile) -> Ledger:
@@ -315,9 +251,9 @@ def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
 
     Where results are, and the section `recommend`, are those of the file: no trial depends on them.
     """
-    recorded = study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
-    present = ("output", "storage", "tracking", "recommend")
-    return recorded.model_copy(update={name: getattr(settings, name) for name in present})
+    recorded = YAML(typ="safe").load(ledger.settings)
+    present = settings.model_dump(mode="json", include={"output", "storage", "tracking", "recommend"})
+    return study_from_mapping({**recorded, **present}, settings.folder)
 
 
 def as_started(settings: StudyFile) -> StudyFile:

@@ -52,8 +52,7 @@ if TYPE_CHECKING:
 
 #: Consecutive proposals without an evaluation that end the search, because the space is exhausted or infeasible.
 MOST_REJECTIONS = 200
-#: The same for candidates in a row whose measured costs exceed a limit: each takes the time of its measurement.
-MOST_BEYOND_LIMITS = 50
+MOST_BEYOND_LIMITS = 50  # the same for candidates whose measured costs exceed a limit, in one process
 #: Roles of the evaluations for the final front.
 FINAL_KINDS = frozenset(kind for kind, _ in FINAL_PARTS)
 #: Random candidates that are compared with the limits before a study starts.
@@ -93,7 +92,7 @@ class StudyLoop:
 
     @property
     def backbone(self) -> Backbone:
-        """The frozen model's description."""
+        """The frozen model."""
         return self.problem.space.backbone
 
     def snapshot(self) -> Snapshot:
@@ -171,11 +170,13 @@ class StudyLoop:
         return searcher
 
     def _admitted(self, unfinished: Sequence[Trial]) -> Iterator[Trial]:
-        """Yield unfinished trials of the search; end those that a kill kept from being ruled out as in `_fill`."""
+        """Yield unfinished trials of the search; end those that a kill kept from being ended by `_fill`."""
         for trial in unfinished:
             rejection = self._rejection(trial.candidate) if trial.role == SEARCH else None
             if rejection is not None:
                 self._finish(replace(trial, state="infeasible", violation=rejection[0], error=rejection[1]))
+            elif trial.role == COPY and trial.of is not None and self.trials[trial.of].state != "running":
+                self._finish(ended_as(trial, self.trials[trial.of]))
             elif trial.role in (SEARCH, COPY):
                 yield trial
 

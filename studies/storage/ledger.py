@@ -7,7 +7,9 @@ that is killed at any moment continues with the same trial.
 from __future__ import annotations
 
 import base64
+import io
 import json
+import re
 import time
 import uuid
 import warnings
@@ -21,6 +23,7 @@ import optuna
 import sqlalchemy.exc
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
+from ruamel.yaml import YAML
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
@@ -28,14 +31,14 @@ from autopeft.search_space.problem import Measurement, Objective, Problem, Role,
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.config.fingerprint import differences
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
-from autopeft.studies.storage.urls import without_password
+from autopeft.studies.urls import without_password
 
 # All data of an evaluation is in one attribute, so that a single write stores it.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
 BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
 PRIOR_TRIALS, CONSTANT, OUTLOOK = "autopeft.earlier", "autopeft.constant", "autopeft.outlook"
-#: Results of a batch on their way to its trials, by the trials' numbers.
+#: Results of a batch on their way to its trials, by the trials' numbers, packed.
 BATCH = "autopeft.batch"
 # Scores per example are long and read by programs alone, so they are compressed.
 PACKED = ("per_example", "test_per_example")
@@ -135,8 +138,15 @@ class Ledger:
 
     @property
     def settings(self) -> str:
-        """The study file at the first run."""
-        return str(self._study.user_attrs[SETTINGS])
+        """The study file at the first run, without URIs, which may hold passwords; earlier versions recorded them."""
+        text = str(self._study.user_attrs[SETTINGS])
+        if not re.search(r"^(storage|  uri):", text, re.MULTILINE):
+            return text
+        settings = YAML().load(text)
+        settings.pop("storage", None)
+        settings.get("tracking", {}).pop("uri", None)
+        YAML().dump(settings, shown := io.StringIO())
+        return shown.getvalue()
 
     @property
     def backbone(self) -> Backbone:
@@ -179,7 +189,8 @@ class Ledger:
 
     def trials(self) -> list[Trial]:
         """Return every evaluation, ended or not, in order."""
-        kept: Mapping[str, Any] = self._study.user_attrs.get(BATCH) or {}
+        packed = self._study.user_attrs.get(BATCH)
+        kept: Mapping[str, Any] = _unpack(packed) if packed else {}
         found = [frozen for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
         return [_read(frozen, kept.get(str(frozen.number))) for frozen in found]
 
@@ -204,13 +215,13 @@ class Ledger:
         and are read from there until all came to their trials.
         """
         if len(trials) > 1:
-            self._keep({str(trial.number): _result(trial) for trial in trials})
+            self._keep(_pack({str(trial.number): _result(trial) for trial in trials}))
         for trial in trials:
             self._finish(trial, objectives)
         if len(trials) > 1:
-            self._keep({})
+            self._keep("")
 
-    def _keep(self, results: Mapping[str, Any]) -> None:
+    def _keep(self, results: str) -> None:
         with _readable_errors("written"):
             self._study.set_user_attr(BATCH, results)
 

@@ -24,9 +24,9 @@ from autopeft.studies.analysis.diagnostics import Diagnostics, diagnostics
 from autopeft.studies.analysis.front import Front
 from autopeft.studies.analysis.snapshot import Snapshot, state_counts
 from autopeft.studies.reports.report import front_data, write_report
-from autopeft.studies.storage.urls import without_password
 from autopeft.studies.tracking import mlflow_payload
 from autopeft.studies.tracking.uri import absolute_uri, check_reachable
+from autopeft.studies.urls import without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

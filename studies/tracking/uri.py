@@ -6,15 +6,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from autopeft.studies.storage.urls import without_password
+from autopeft.studies.urls import located, without_password
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def absolute_uri(uri: str) -> str:
-    """Return `uri` with the path of an SQLite file made absolute, so that it is the same file from every folder."""
-    scheme, _, path = uri.partition(":///")
-    return f"{scheme}:///{Path(path).absolute()}" if scheme == "sqlite" and path else uri
+    """Return `uri` with an absolute path, so that it is the same store from every folder."""
+    return located(uri, Path.cwd())
 
 
 def ui_command(uri: str) -> str:

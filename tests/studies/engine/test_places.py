@@ -10,7 +10,14 @@ import pytest
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.engine.check import check
-from autopeft.studies.engine.session import is_running, open_ledger, open_study, was_started
+from autopeft.studies.engine.session import (
+    is_running,
+    open_ledger,
+    open_study,
+    read_snapshot,
+    recorded_settings,
+    was_started,
+)
 from autopeft.studies.errors import ConfigurationError
 
 from ...support.tiny_study import save_study
@@ -37,15 +44,23 @@ def test_all_paths_count_from_the_study_file(tmp_path: Path, monkeypatch: pytest
     assert (other.storage_url, other.tracking_uri) == ("sqlite:////a/led.db", "http://server:5000")
 
 
-@pytest.mark.parametrize("name", ["q?lr=1", "p%20x", "a{b}", "c#d"])
+@pytest.mark.parametrize("name", ["q?lr=1", "p%20x", "a{b}"])
 def test_a_folder_that_no_database_can_be_in_is_refused(tmp_path: Path, name: str) -> None:
     assert "study.yaml:" in (said := problems(tmp_path / name))
     assert "output: no database can be opened in" in said
     path = save_study(tmp_path / "study", output=str(tmp_path / name / "runs"))
     with pytest.raises(StudyFileError, match="no database can be opened"):
         load_study(path)
-    there = load_study(path, ["storage=sqlite:///led.db", "tracking.enabled=false"])
+    overrides = ["storage=sqlite:///led.db", "tracking.enabled=false", "search.searcher=random", "search.trials=1"]
+    there = load_study(path, [*overrides, "finalists.seeds=1", "finalists.most=1"])
     assert there.output_folder == tmp_path / name / "runs", "without a database in it, it is only a folder"
+    run(there)
+    ledger = open_ledger(there)
+    assert read_snapshot(recorded_settings(there, ledger), ledger).front().rows
+    assert run(there, resume=True).study_id == ledger.study_id
+    save_study(tmp_path / name, output=str(tmp_path / "out"))
+    with pytest.raises(StudyFileError, match=r"storage: no database can be opened in .*: give an absolute path"):
+        load_study(tmp_path / name, ["storage=sqlite:///led.db"])
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite://"])
@@ -65,8 +80,31 @@ def test_a_ledger_in_memory_is_refused(tmp_path: Path, url: str) -> None:
 def test_a_tracking_server_that_cannot_be_is_refused(tmp_path: Path, uri: str, said: str) -> None:
     assert said in problems(tmp_path, f"tracking.uri={uri}", "tracking.enabled=true")
     load_study(save_study(tmp_path), [f"tracking.uri={uri}", "tracking.enabled=false"])
-    for fine in ("http://localhost:5000", "https://u:p@host/x", "mlruns", "file:mlruns", "postgresql+psycopg2://h/db"):
+    several = (
+        "https://u:p@host/x",
+        "mlruns",
+        "file:mlruns",
+        "postgresql+psycopg2://h/db",
+        "./a:b",
+        "/2024-01-01T10:00/x",
+    )
+    for fine in ("http://localhost:5000", "HTTP://host", *several):
         load_study(save_study(tmp_path), [f"tracking.uri={fine}", "tracking.enabled=true"])
+
+
+@pytest.mark.parametrize("url", ["ledger.db", "postgresql://u:p@h:port/db"])
+def test_what_is_no_url_is_refused(tmp_path: Path, url: str) -> None:
+    assert "storage: is not the URL of a database" in problems(tmp_path, f"storage={url}")
+
+
+def test_the_default_ledger_is_open_once_too(tmp_path: Path) -> None:
+    path = save_study(tmp_path / "study", **SHORT)
+    settings = load_study(path)
+    splits, _, _ = check(settings)
+    with open_study(settings, splits, resume=False):
+        second = load_study(path, [f"storage=sqlite:///{settings.output_folder / 'ledger.db'}", "output=other"])
+        with pytest.raises(ConfigurationError, match="another process"), open_study(second, splits, resume=True):
+            pass
 
 
 def test_one_storage_is_open_once(tmp_path: Path) -> None:
@@ -113,7 +151,7 @@ def test_one_output_folder_has_one_study(tmp_path: Path) -> None:
 def test_a_study_whose_output_folder_is_gone_goes_on(tmp_path: Path) -> None:
     path = save_study(tmp_path / "study", storage=f"sqlite:///{tmp_path}/led.db", **SHORT)
     settings = load_study(path)
-    with pytest.raises(ConfigurationError, match="no study to resume"):
+    with pytest.raises(ConfigurationError, match="no study 'tiny' to resume"):
         run(settings, resume=True)
     with pytest.raises(KeyboardInterrupt):
         run(settings, watcher=Quiet(stop_after=1))

@@ -11,10 +11,10 @@ from autopeft.studies.engine.check import check
 from autopeft.studies.engine.session import open_ledger, open_study, recorded_settings
 from autopeft.studies.errors import UserError
 from autopeft.studies.storage.ledger import Ledger
-from autopeft.studies.storage.urls import without_password
 from autopeft.studies.tracking.uri import ui_command
+from autopeft.studies.urls import keeps_nothing, located, without_password
 
-from ...support.tiny_study import save_study
+from ..support.tiny_study import save_study
 
 
 @pytest.mark.parametrize(
@@ -26,10 +26,46 @@ from ...support.tiny_study import save_study
         ("postgresql://me@host/db", "postgresql://me@host/db"),
         ("sqlite:////folder/a@b.db", "sqlite:////folder/a@b.db"),
         ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("http://me:s3@cret@host", "http://me:***@host"),
+        ("postgresql://me:s3/cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://host/db?user=me&password=s3cret&x=1", "postgresql://host/db?user=me&password=***&x=1"),
+        ("mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Ds3cret", "mssql+pyodbc:///?odbc_connect=***"),
+        ("storage=postgresql://me:s3cret@host/db", "storage=postgresql://me:***@host/db"),
     ],
 )
 def test_a_password_is_not_shown(url: str, shown: str) -> None:
     assert without_password(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("uri", "found"),
+    [
+        ("sqlite:///led.db", "sqlite:////here/led.db"),
+        ("sqlite+pysqlite:///a/led.db", "sqlite+pysqlite:////here/a/led.db"),
+        ("sqlite:////a/led.db", "sqlite:////a/led.db"),
+        ("sqlite:///file:/d/led.db?nolock=1&uri=true", "sqlite:///file:/d/led.db?nolock=1&uri=true"),
+        ("sqlite:///~/led.db", f"sqlite:///{Path.home()}/led.db"),
+        ("mlruns", "/here/mlruns"),
+        ("file:mlruns", "file:/here/mlruns"),
+        ("file:///mlruns", "file:///mlruns"),
+        ("http://host:5000", "http://host:5000"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+    ],
+)
+def test_where_a_uri_is(uri: str, found: str) -> None:
+    assert located(uri, Path("/here")) == found
+
+
+@pytest.mark.parametrize(
+    ("url", "nothing"),
+    [
+        ("sqlite://", True), ("sqlite:///:memory:", True), ("sqlite:///:memory:?cache=shared", True),
+        ("sqlite:///file::memory:?uri=true", True), ("sqlite:///file:x?mode=memory&uri=true", True),
+        ("sqlite:///led.db", False), ("postgresql://host", False),
+    ],
+)  # fmt: skip
+def test_what_keeps_nothing(url: str, nothing: bool) -> None:
+    assert keeps_nothing(url) == nothing
 
 
 @pytest.mark.parametrize(
