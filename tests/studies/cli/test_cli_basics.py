@@ -185,7 +185,7 @@ def test_validate_json_is_alone_on_stdout(study, run):
     assert code == 0
     assert summary["rows"]["train"] == 70
     assert summary["model"]["sites"]["attn.q"] == 6
-    assert "lora.rank.stages.0" in summary["space"]["genes"]
+    assert "qv.rank.stages.0" in summary["space"]["genes"]
 
 
 def test_validate_tells_domains_beside_labels(study, run):
@@ -199,14 +199,14 @@ def test_validate_tells_domains_beside_labels(study, run):
 
 
 def test_validate_reports_all_problems_of_the_file(study, run):
-    study.write_text(study.read_text().replace("trials: 24", "trails: 24").replace("rank: [0,", "rank: [0.5,"))
+    study.write_text(study.read_text().replace("trials: 24", "trails: 24").replace("rank: [0,", "rank: [0.5,", 1))
     code, out, err = run("validate", study)
     assert (code, out) == (2, "")
     lines = study.read_text().splitlines()
     rank = next(i for i, line in enumerate(lines, 1) if "rank: [0.5" in line)
     trails = next(i for i, line in enumerate(lines, 1) if "trails" in line)
     assert err.splitlines() == [
-        f"{study}:{rank} space.adapters.lora.rank: must be a whole number, got 0.5",
+        f"{study}:{rank} space.adapters.qv.rank: must be a whole number, got 0.5",
         f"{study}:{trails} search.trails: unknown key; did you mean 'trials'?",
     ]
 
@@ -230,7 +230,7 @@ def test_validate_reports_a_model_that_is_not_there(study, run):
 
 
 def test_validate_refuses_a_grid_that_is_too_large(study, run):
-    settings = ["--set", "search.searcher=grid", "--set", "space.adapters.lora.vary.rank=site"]
+    settings = ["--set", "search.searcher=grid", "--set", "space.adapters.qv.vary.rank=site"]
     code, _, err = run("validate", study, *settings)
     assert code == 2
     assert err.startswith("--set search.searcher: the grid has more than 100,000 points")

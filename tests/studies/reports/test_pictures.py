@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import struct
@@ -112,7 +113,7 @@ def test_curves_and_hypervolume(tmp_path):
         for number, losses in enumerate([(3.0, 2.0, 1.0), (3.0, nan, nan), (), (2.0, 1.5, 1.2), (nan,)])
     ]
     curves_png(trials, [0, 2], tmp_path / "curves.png", study="topics")
-    hypervolume_png([0.0, 1.5, 2.0], [-0.5, 1e5], OBJECTIVES[:2], tmp_path / "hv.png", study="topics")
+    hypervolume_png([0.0, 1.5, 2.0], [-0.5, math.log(1e5)], OBJECTIVES[:2], tmp_path / "hv.png", study="topics")
     assert png_size(tmp_path / "curves.png") == (1200, 750)
     assert png_size(tmp_path / "hv.png") == (1200, 630)
 
