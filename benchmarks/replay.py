@@ -21,7 +21,7 @@ from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.plan import StudyPlan, plan_of
-from autopeft.studies.engine.session import as_started, storage_url, was_started
+from autopeft.studies.engine.session import as_started, was_started
 from autopeft.studies.engine.study_loop import StudyLoop
 from autopeft.studies.engine.watcher import Watcher
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
@@ -56,7 +56,7 @@ class Recording:
         if not was_started(settings):
             raise ConfigurationError(f"{settings.output_folder}: has no study to replay; `autopeft run` makes one")
         settings = as_started(settings)
-        ledger = Ledger.open(storage_url(settings), settings.study, fingerprint(settings))
+        ledger = Ledger.open(settings.storage_url, settings.study, fingerprint(settings))
         trials = ledger.trials()
         searched = [trial for trial in trials if trial.role in (SEARCH, COPY)]
         if not searched or any(trial.state == "running" for trial in searched):
@@ -107,7 +107,7 @@ class Recording:
         ledger = Ledger(optuna.create_study(directions=["minimize"] * len(self.problem.objectives)))
         for trial in self.baselines:
             begun = ledger.begin(self.problem, trial.role, trial.candidate, seed=trial.seed)
-            ledger.finish(replace(trial, number=begun.number), self.problem.objectives)
+            ledger.finish([replace(trial, number=begun.number)], self.problem.objectives)
         return _Replay(self, ledger).kept()
 
 

@@ -74,6 +74,10 @@ def load_splits(data: DataConfig, task: str) -> Splits:
             rows[split], places[split] = found, [f"{name}{place}" for place in where]
         if not found and not wrong:
             problems.append(f"{name}: the {split} split is empty")
+        elif len(found) == 1 and split != "train" and not wrong:
+            problems.append(
+                f"{name}: the {split} split has one row; a score needs two at least, to have a standard error"
+            )
         problems += [f"{name}{place}: {what}" for place, what in wrong[:MOST_PROBLEMS_PER_FILE]]
         if len(wrong) > MOST_PROBLEMS_PER_FILE:
             problems.append(f"{name}: {len(wrong) - MOST_PROBLEMS_PER_FILE} more rows with problems")

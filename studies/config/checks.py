@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
@@ -16,6 +20,7 @@ from autopeft.studies.config.declaration import ANY_MODEL, declare
 from autopeft.studies.config.settings import PACKED
 from autopeft.studies.config.source import PlacedProblem
 from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.urls import keeps_nothing, located
 
 if TYPE_CHECKING:
     from autopeft.evaluators.tasks import Task
@@ -35,11 +40,59 @@ def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)
+    yield from _place_problems(study)
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """Return the message for a key that a section does not have."""
     return f"unknown key{did_you_mean(name, known)}"
+
+
+#: Characters that URLs of databases, or the libraries that read them, take for something else than part of a path.
+_NO_PART_OF_A_PATH = "?%{}"
+
+
+def _place_problems(study: StudyFile) -> Iterator[PlacedProblem]:
+    """Yield the problems of where results are kept."""
+    uri = study.tracking.uri if study.tracking.enabled else None
+    for path, url, default in (
+        (("storage",), study.storage, study.storage is None),
+        (("tracking", "uri"), uri, study.tracking.enabled and study.tracking.uri is None),
+    ):
+        relative = url is not None and located(url, Path("/a")) != located(url, Path("/b"))
+        folder = study.output_folder if default else study.folder if relative else Path("/")
+        found = dict.fromkeys(c for c in str(folder) if c in _NO_PART_OF_A_PATH)
+        if found:
+            what = f"no database can be opened in {folder}, because of {' '.join(found)} in its name"
+            yield (("output",), f"{what}: set another folder") if default else (path, f"{what}: give an absolute path")
+        if url is not None and keeps_nothing(url):
+            yield path, "a database in memory keeps nothing: name a file, such as sqlite:///results.db"
+    if study.storage is not None:
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        try:
+            make_url(study.storage)
+        except (ArgumentError, ValueError):
+            yield ("storage",), "is not the URL of a database, such as sqlite:///ledger.db"
+    if uri is not None and (said := _unknown_store(uri)):
+        yield ("tracking", "uri"), said
+
+
+def _unknown_store(uri: str) -> str | None:
+    """Return what is wrong with a URI that MLflow has no store for, not even in another package."""
+    scheme = urlparse(uri).scheme.split("+")[0]
+    known = {*_TRACKING_SCHEMES, *(entry.name for entry in entry_points(group="mlflow.tracking_store"))}
+    if len(scheme) < 2 or scheme in known:  # a letter is a drive
+        return None
+    is_address = re.fullmatch(r"[^/:]+:\d+(/.*)?", uri) is not None
+    hint = f"; a server is http://{uri}" if is_address else did_you_mean(scheme, known)
+    return f"MLflow has no store for {scheme!r}{hint}"
+
+
+_TRACKING_SCHEMES = (
+    "http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc",
+)  # fmt: skip
 
 
 def _evaluator_problems(study: StudyFile) -> Iterator[PlacedProblem]:

@@ -381,6 +381,9 @@ class TrackingSettings(Section):
 
     enabled: bool = Field(default=True, description="log the study to MLflow")
     uri: str | None = Field(
-        default=None, description="URI of the MLflow server; default: mlflow.db in the output folder"
+        default=None,
+        min_length=1,
+        description="URI of an MLflow server, database or folder, paths relative to this file;"
+        " default: mlflow.db in the output folder",
     )
     experiment: str | None = Field(default=None, description="MLflow experiment; default: the name of the study")

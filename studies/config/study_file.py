@@ -13,12 +13,15 @@ from autopeft.search_space.metrics import ALWAYS, QUALITIES, Own, Quality
 from autopeft.search_space.problem import COSTS, Goal, Objective
 from autopeft.studies.config import settings
 from autopeft.studies.config.source import Keys, Source
+from autopeft.studies.urls import located, without_password
 
 if TYPE_CHECKING:
     from autopeft.evaluators.rows import DataConfig
     from autopeft.evaluators.tasks import Task
 
 FILE_NAME = "study.yaml"
+#: The ledger in the output folder, unless the study has a storage of its own.
+LEDGER = "ledger.db"
 
 
 class StudyFile(settings.Section):
@@ -57,7 +60,10 @@ class StudyFile(settings.Section):
         default=None, description="folder of all results; default: runs/<study> beside this file"
     )
     storage: str | None = Field(
-        default=None, description="Optuna storage URL; default: a database in the output folder"
+        default=None,
+        min_length=1,
+        description="Optuna storage URL, an SQLite path relative to this file;"
+        " default: a database in the output folder",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to train; auto: a GPU if there is one"
@@ -74,8 +80,9 @@ class StudyFile(settings.Section):
 
     @property
     def words(self) -> str:
-        """The study on a command line: its file, and the `--set` options that it was loaded with."""
-        return shlex.join([str(self.path), *(word for each in self._overrides for word in ("--set", each))])
+        """The study on a command line: its file, and the `--set` options that it was loaded with, without passwords."""
+        options = [word for each in self._overrides for word in ("--set", without_password(each))]
+        return shlex.join([str(self.path), *options])
 
     @property
     def folder(self) -> Path:
@@ -88,9 +95,15 @@ class StudyFile(settings.Section):
         return Path(os.path.normpath(self.folder / Path(self.output or f"runs/{self.study}").expanduser()))
 
     @property
+    def storage_url(self) -> str:
+        """The Optuna storage of the ledger."""
+        return located(self.storage, self.folder) if self.storage else f"sqlite:///{self.output_folder / LEDGER}"
+
+    @property
     def tracking_uri(self) -> str:
         """The URI of the MLflow server or database."""
-        return self.tracking.uri or f"sqlite:///{self.output_folder / 'mlflow.db'}"
+        uri = self.tracking.uri
+        return located(uri, self.folder) if uri else f"sqlite:///{self.output_folder / 'mlflow.db'}"
 
     @property
     def model_id(self) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import FINALIST, Problem, Role, RoleKind, Trial
 from autopeft.search_space.spaces.controls import CONTROLS, controls
+from autopeft.search_space.spaces.location import locate
 from autopeft.search_space.spaces.presets import BASELINES
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.analysis.recommendation import first_look
@@ -36,6 +37,16 @@ def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
         for rate in own:
             candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
             yield Planned(Role("baseline", name), candidate, plan.seed)
+
+
+def observed(plan: StudyPlan, problem: Problem, trials: Iterable[Trial]) -> Iterator[Trial]:
+    """Yield complete baselines that are points of the space and were trained as long as the search's trials."""
+    for trial in trials:
+        if trial.role.kind == "baseline" and trial.state == "complete" and plan.share == 1.0:
+            within = trial.candidate.architecture and problem.limits.rejection(trial.values) is None
+            genes = locate(problem.space, trial.candidate) if within else None
+            if genes is not None:
+                yield replace(trial, genes=genes)
 
 
 def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:

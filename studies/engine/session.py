@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +20,11 @@ from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
-from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.config.study_file import LEDGER, StudyFile
 from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
+from autopeft.studies.storage.locks import check_owner, claim, is_held, lock_paths, locked
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
@@ -36,15 +37,7 @@ if TYPE_CHECKING:
     from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
 
 LEAST_FREE_BYTES = 50_000_000
-LOCK_FILE = ".lock"
-#: `is_running` holds the lock for a moment, and a study that starts in that moment waits.
-LOCK_TIMEOUT_S = 0.5
 PRIOR = ("search", "prior")
-
-
-def storage_url(settings: StudyFile) -> str:
-    """Return the Optuna storage of the ledger."""
-    return settings.storage or f"sqlite:///{settings.output_folder / 'ledger.db'}"
 
 
 def torch_device(requested: str) -> str:
@@ -145,24 +138,16 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
     Raises ConfigurationError if it exists (or does not, with `resume`), has changed or is running, and
     UnusableEnvironmentError if the folder cannot be written or the ledger cannot be read.
     """
-    from filelock import FileLock, Timeout
-
     from autopeft.studies.engine.study_loop import StudyLoop
 
     _check_folder(settings, resume)
-    lock = FileLock(settings.output_folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=LOCK_TIMEOUT_S)
-    except Timeout:
-        raise ConfigurationError(
-            f"{settings.output_folder}: another process is running this study: wait until it ends"
-        ) from None
-    try:
+    with locked(settings.output_folder, settings.storage_url, settings.study):
         if resume:
             settings = as_started(settings)
-        ledger = Ledger.open(storage_url(settings), settings.study, fingerprint(settings)) if resume else None
+        ledger = Ledger.open(settings.storage_url, settings.study, fingerprint(settings)) if resume else None
         if ledger is None:
             _check_new(settings)
+        check_owner(settings.output_folder, None if ledger is None else ledger.study_id)
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
         if ledger is None:
             from autopeft.studies.engine.time_budget import within_minutes
@@ -171,6 +156,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator.metrics)
+        claim(settings.output_folder, ledger.study_id)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         tracker = None
         if settings.tracking.enabled:
@@ -180,13 +166,11 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
             tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
         searcher, scores = searcher_for(settings, evaluator)
         yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores)
-    finally:
-        lock.release()
 
 
 def _check_new(settings: StudyFile) -> None:
     """Raise ConfigurationError if the output folder has a study; this check comes before slow imports."""
-    others = Ledger.names(storage_url(settings))
+    others = Ledger.names(settings.storage_url)
     if settings.study in others:
         raise ConfigurationError(
             f"{settings.output_folder} already holds the study {settings.study!r}: `autopeft resume` continues it"
@@ -201,7 +185,9 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: 
     from autopeft.evaluators.tasks.constant import constant_scores
 
     text = io.StringIO()
-    YAML().dump(settings.model_dump(mode="json", exclude_none=True), text)
+    # Without the URIs: they are places, which may change, and may hold passwords, which reports would publish.
+    dump = settings.model_dump(mode="json", exclude_none=True, exclude={"storage": True, "tracking": {"uri": True}})
+    YAML().dump(dump, text)
     record = StudyRecord(
         objectives=problem.objectives,
         backbone=problem.space.backbone,
@@ -212,64 +198,62 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: 
         prior_trials=prior_trials(settings, problem),
         constant=constant_scores(settings.task_class, splits.train, splits.validation, splits.labels or (), metrics),
     )
-    return Ledger.create(storage_url(settings), settings.study, record)
+    return Ledger.create(settings.storage_url, settings.study, record)
 
 
 def _check_folder(settings: StudyFile, resume: bool) -> None:
     folder = settings.output_folder
-    if resume and not folder.is_dir():
-        raise ConfigurationError(f"{folder}: has no study to resume; `autopeft run` starts one")
+    if resume and not was_started(settings):
+        raise ConfigurationError(f"{folder}: has no study {settings.study!r} to resume{_others(settings)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
         status = os.statvfs(folder)
     except OSError as error:
         raise UnusableEnvironmentError(f"{folder}: cannot be written: {error.strerror}") from error
     free = status.f_bavail * status.f_frsize
     if free < LEAST_FREE_BYTES:
-        needed = f"a study needs at least {LEAST_FREE_BYTES / 1e6:.0f} MB"
-        raise UnusableEnvironmentError(f"{folder}: only {free / 1e6:.0f} MB are free on this disk; {needed}")
+        raise UnusableEnvironmentError(
+            f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs {LEAST_FREE_BYTES / 1e6:.0f} MB"
+        )
+
+
+def _others(settings: StudyFile) -> str:
+    names = (
+        Ledger.names(settings.storage_url) if settings.storage or (settings.output_folder / LEDGER).is_file() else []
+    )
+    return f" (it holds {', '.join(map(repr, names))})" if names else "; `autopeft run` starts one"
 
 
 def was_started(settings: StudyFile) -> bool:
     """Return whether this study has a ledger. Raises UnusableEnvironmentError if it cannot be read."""
-    if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
+    if settings.storage is None and not (settings.output_folder / LEDGER).is_file():
         return False
-    return settings.study in Ledger.names(storage_url(settings))
+    return settings.study in Ledger.names(settings.storage_url)
 
 
 def is_running(settings: StudyFile) -> bool:
-    """Return whether a process holds the study's lock; True where the file system cannot tell.
-
-    It requests a shared lock on the file, opened for reading, and releases it at once: it neither creates nor writes
-    the file, and two calls at the same moment do not meet each other.
-    """
-    try:
-        with (settings.output_folder / LOCK_FILE).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    """Return whether a process holds a lock of the study; True where the file system cannot tell. Writes nothing."""
+    return any(map(is_held, lock_paths(settings.output_folder, settings.storage_url, settings.study)))
 
 
 def open_ledger(settings: StudyFile) -> Ledger:
     """Open the ledger for reading, also while the study runs. Raises ConfigurationError if it was never started."""
-    if settings.storage is None and not (settings.output_folder / "ledger.db").is_file():
+    if settings.storage is None and not (settings.output_folder / LEDGER).is_file():
         raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
-    return Ledger.open(storage_url(settings), settings.study)
+    return Ledger.open(settings.storage_url, settings.study)
 
 
 def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
     """Return the settings with which the study was started; the file may have changed since.
 
-    The section `recommend` is that of the file: no trial depends on it.
+    Where results are, and the section `recommend`, are those of the file: no trial depends on them.
     """
-    recorded = study_from_mapping(YAML(typ="safe").load(ledger.settings), settings.folder)
-    return recorded.model_copy(update={"recommend": settings.recommend})
+    recorded = YAML(typ="safe").load(ledger.settings)
+    present = settings.model_dump(mode="json", include={"output", "storage", "tracking", "recommend"})
+    return study_from_mapping({**recorded, **present}, settings.folder)
 
 
 def as_started(settings: StudyFile) -> StudyFile:

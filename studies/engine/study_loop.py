@@ -25,7 +25,6 @@ from autopeft.search_space.problem import (
     ScoredPoint,
     Trial,
 )
-from autopeft.search_space.spaces.location import locate
 from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
 from autopeft.searchers.bo.encoding import smallest
@@ -35,7 +34,14 @@ from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan, weights_path
 from autopeft.studies.engine.repeated_errors import Failures
-from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, baselines, ended_as, num_evaluations
+from autopeft.studies.engine.scheduled_trials import (
+    FINAL_PARTS,
+    Planned,
+    baselines,
+    ended_as,
+    num_evaluations,
+    observed,
+)
 from autopeft.studies.engine.time_budget import is_over, outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
 
 #: Consecutive proposals without an evaluation that end the search, because the space is exhausted or infeasible.
 MOST_REJECTIONS = 200
+MOST_BEYOND_LIMITS = 50  # the same for candidates whose measured costs exceed a limit, in one process
 #: Roles of the evaluations for the final front.
 FINAL_KINDS = frozenset(kind for kind, _ in FINAL_PARTS)
 #: Random candidates that are compared with the limits before a study starts.
@@ -56,10 +63,7 @@ ScoreFunction = Callable[[Problem, Stage], tuple[ScoredPoint, ...]]
 
 
 class StudyLoop:
-    """Runs or resumes a study, starting from the trials in its ledger.
-
-    `scores`: computes the scored candidates for a searcher that starts from them.
-    """
+    """Runs or resumes a study from the trials in its ledger. `scores`: for a searcher that starts from scores."""
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class StudyLoop:
 
     @property
     def backbone(self) -> Backbone:
-        """The frozen model's description."""
+        """The frozen model."""
         return self.problem.space.backbone
 
     def snapshot(self) -> Snapshot:
@@ -143,12 +147,11 @@ class StudyLoop:
 
     def _search(self, unfinished: Sequence[Trial], watcher: Watcher) -> Searcher:
         scored = () if self.scores is None else self.scores(self.problem, watcher.stage)
-        problem = replace(self.problem, scored=scored, observed=tuple(self._prior_baselines()))
-        searcher = self.searcher(problem, self.plan.seed)
-        pending = [trial for trial in unfinished if trial.role in (SEARCH, COPY)]
-        # A batch is filled one by one, and each suggestion depends on the earlier ones. So a killed study resumes with
-        # the same batch, wherever it stopped.
-        while batch := self._fill(pending, searcher):
+        known = tuple(observed(self.plan, self.problem, self.trials.values()))
+        searcher = self.searcher(replace(self.problem, scored=scored, observed=known), self.plan.seed)
+        pending, beyond_limits = list(self._admitted(unfinished)), 0
+        # Each suggestion depends on the earlier ones, so a killed study resumes with the same batch.
+        while beyond_limits < MOST_BEYOND_LIMITS and (batch := self._fill(pending, searcher)):
             searched = [trial for trial in batch if trial.role == SEARCH]
             # Trials that must be trained to the end come first, and rungs do not stop them.
             for whole in (True, False):
@@ -159,19 +162,23 @@ class StudyLoop:
                 if trial.role == COPY and trial.of is not None:
                     self._finish(ended_as(trial, self.trials[trial.of]))
             pending = []
+            ruled_out = all(self.trials[trial.number].state == "infeasible" for trial in searched)
+            beyond_limits = beyond_limits + len(searched) if ruled_out else 0
         self._record_failures()
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
             raise NoFeasibleCandidateError(self._why_nothing())
         return searcher
 
-    def _prior_baselines(self) -> Iterator[Trial]:
-        """Yield complete baselines that are points of the space and were trained as long as the search's trials."""
-        for trial in self.trials.values():
-            if trial.role.kind == "baseline" and trial.state == "complete" and self.plan.share == 1.0:
-                within = trial.candidate.architecture and self.problem.limits.rejection(trial.values) is None
-                genes = locate(self.problem.space, trial.candidate) if within else None
-                if genes is not None:
-                    yield replace(trial, genes=genes)
+    def _admitted(self, unfinished: Sequence[Trial]) -> Iterator[Trial]:
+        """Yield unfinished trials of the search; end those that a kill kept from being ended by `_fill`."""
+        for trial in unfinished:
+            rejection = self._rejection(trial.candidate) if trial.role == SEARCH else None
+            if rejection is not None:
+                self._finish(replace(trial, state="infeasible", violation=rejection[0], error=rejection[1]))
+            elif trial.role == COPY and trial.of is not None and self.trials[trial.of].state != "running":
+                self._finish(ended_as(trial, self.trials[trial.of]))
+            elif trial.role in (SEARCH, COPY):
+                yield trial
 
     def _fill(self, pending: Sequence[Trial], searcher: Searcher) -> list[Trial]:
         """Return the next batch: the trials `pending` and new ones, until it is full or the search has all its trials.
@@ -257,10 +264,8 @@ class StudyLoop:
     def _why_nothing(self) -> str:
         reasons = [t.error or "a value exceeds an objective's bound" for t in self.trials.values() if t.role == SEARCH]
         if not reasons and self.plan.timeout_s is not None and self._out_of_time():
-            limit = f"search.timeout_s ({self.plan.timeout_s:g} s)"
-            return (
-                f"{limit} is too short: it ran out before a candidate was trained; baselines and scores also take time"
-            )
+            limit = f"search.timeout_s ({self.plan.timeout_s:g} s) is too short: it ran out"
+            return f"{limit} before a candidate was trained; baselines and scores also take time"
         shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
         return f"none of {len(reasons)} candidates is feasible; reasons of the last ones:\n  {shown}"
 
@@ -299,8 +304,7 @@ class StudyLoop:
         def ended(index: int, outcome: Outcome) -> None:
             self._end([self._ended(*weighed[index], outcome)], watcher)
 
-        # The selection at a rung depends on the whole batch. So its trials are recorded together, and a killed study
-        # has either all of them or none.
+        # The selection at a rung depends on the whole batch, so its trials are recorded together: all of them or none.
         if select is None:
             self.evaluator.evaluate(requests, watcher.step, ended=ended)
         elif requests:
@@ -372,8 +376,7 @@ class StudyLoop:
         return self.problem.limits.rejection(self.evaluator.costs(candidate).values)
 
     def _end(self, trials: Sequence[Trial], watcher: Watcher) -> None:
-        for trial in trials:
-            self._finish(trial)
+        self._finish(*trials)
         snapshot = self.snapshot()
         if self.tracker is not None:
             self.tracker.sync(snapshot)
@@ -381,14 +384,12 @@ class StudyLoop:
             watcher.end(trial, snapshot)
         self.failures.check(self.trials.values())
 
-    def _finish(self, trial: Trial) -> None:
-        self.trials[trial.number] = trial
-        if not self.failures.holds(trial):
-            self.ledger.finish(trial, self.problem.objectives)
+    def _finish(self, *trials: Trial) -> None:
+        self.trials.update({trial.number: trial for trial in trials})
+        self.ledger.finish([trial for trial in trials if not self.failures.holds(trial)], self.problem.objectives)
 
     def _record_failures(self) -> None:
-        for number in self.failures.release():
-            self._finish(self.trials[number])
+        self._finish(*(self.trials[number] for number in self.failures.release()))
 
     def _save_weights(self, trial: Trial, outcome: Outcome) -> None:
         if outcome.weights is None or trial.of is None:

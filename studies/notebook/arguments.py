@@ -16,6 +16,7 @@ from autopeft.search_space.problem import METRICS
 from autopeft.studies.config.source import PlacedProblem, StudyFileError
 from autopeft.studies.config.written import space_section, training_section
 from autopeft.studies.notebook.tables import SPLITS, Tables, is_table, tables_of
+from autopeft.studies.urls import located
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 #: Settings and command-line options in messages, and the arguments that replace them; None: see `in_argument_terms`.
@@ -199,6 +200,10 @@ def _make_absolute(settings: dict[str, Any], tables: Tables) -> None:
         values = settings.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
             values[key] = _absolute(values[key])
+    tracking = settings.get("tracking")
+    for values, key in ((settings, "storage"), (tracking, "uri")):
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            values[key] = located(values[key], Path.cwd())
     if isinstance(settings.get("output"), str) and settings["output"] != ".":
         settings["output"] = _absolute(settings["output"])
     space = settings.get("space")

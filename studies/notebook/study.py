@@ -24,6 +24,7 @@ from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.notebook.arguments import in_argument_terms, settings_of
 from autopeft.studies.notebook.result import Result, errors_in_argument_terms
 from autopeft.studies.notebook.tables import Tables
+from autopeft.studies.urls import without_password
 
 if TYPE_CHECKING:
     import os
@@ -207,6 +208,8 @@ def _shown(settings: StudyFile) -> dict[str, Any]:
     """Return the settings with absolute paths, so that equal studies have equal forms."""
     shown: dict[str, Any] = json.loads(settings.model_dump_json())
     shown["output"] = str(settings.output_folder)
+    shown["storage"] = settings.storage and without_password(settings.storage_url)
+    shown["tracking"]["uri"] = settings.tracking.uri and without_password(settings.tracking_uri)
     shown["model"]["id"] = settings.model_id
     if settings.data.source == "files":
         for split in ("train", "validation", "test"):

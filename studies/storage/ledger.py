@@ -7,7 +7,9 @@ that is killed at any moment continues with the same trial.
 from __future__ import annotations
 
 import base64
+import io
 import json
+import re
 import time
 import uuid
 import warnings
@@ -21,6 +23,7 @@ import optuna
 import sqlalchemy.exc
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
+from ruamel.yaml import YAML
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
@@ -28,12 +31,15 @@ from autopeft.search_space.problem import Measurement, Objective, Problem, Role,
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.config.fingerprint import differences
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
+from autopeft.studies.urls import without_password
 
 # All data of an evaluation is in one attribute, so that a single write stores it.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
 BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
 PRIOR_TRIALS, CONSTANT, OUTLOOK = "autopeft.earlier", "autopeft.constant", "autopeft.outlook"
+#: Results of a batch on their way to its trials, by the trials' numbers, packed.
+BATCH = "autopeft.batch"
 # Scores per example are long and read by programs alone, so they are compressed.
 PACKED = ("per_example", "test_per_example")
 
@@ -74,7 +80,9 @@ class Ledger:
         if name in _names(storage):
             study = optuna.load_study(study_name=name, storage=storage)
             if FINGERPRINT in study.user_attrs:
-                raise ConfigurationError(f"{url} already holds the study {name!r}: `autopeft resume` continues it")
+                raise ConfigurationError(
+                    f"{without_password(url)} already holds the study {name!r}: `autopeft resume` continues it"
+                )
             optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
         directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in record.objectives]
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
@@ -99,11 +107,13 @@ class Ledger:
         names = _names(storage)
         if name not in names:
             others = f" (it holds {', '.join(map(repr, sorted(names)))})" if names else ""
-            raise ConfigurationError(f"{url} holds no study {name!r}{others}")
+            raise ConfigurationError(f"{without_password(url)} holds no study {name!r}{others}")
         study = optuna.load_study(study_name=name, storage=storage)
         recorded = study.user_attrs.get(FINGERPRINT)
         if recorded is None:
-            raise ConfigurationError(f"the study {name!r} in {url} was not made by autopeft, or never started")
+            raise ConfigurationError(
+                f"the study {name!r} in {without_password(url)} was not made by autopeft, or never started"
+            )
         # Through JSON, as the recorded one: it turns tuples into lists.
         changed = differences(recorded, json.loads(json.dumps(fingerprint))) if fingerprint is not None else []
         if changed:
@@ -128,8 +138,15 @@ class Ledger:
 
     @property
     def settings(self) -> str:
-        """The study file at the first run."""
-        return str(self._study.user_attrs[SETTINGS])
+        """The study file at the first run, without URIs, which may hold passwords; earlier versions recorded them."""
+        text = str(self._study.user_attrs[SETTINGS])
+        if not re.search(r"^(storage|  uri):", text, re.MULTILINE):
+            return text
+        settings = YAML().load(text)
+        settings.pop("storage", None)
+        settings.get("tracking", {}).pop("uri", None)
+        YAML().dump(settings, shown := io.StringIO())
+        return shown.getvalue()
 
     @property
     def backbone(self) -> Backbone:
@@ -172,7 +189,10 @@ class Ledger:
 
     def trials(self) -> list[Trial]:
         """Return every evaluation, ended or not, in order."""
-        return [_read(frozen) for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
+        packed = self._study.user_attrs.get(BATCH)
+        kept: Mapping[str, Any] = _unpack(packed) if packed else {}
+        found = [frozen for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
+        return [_read(frozen, kept.get(str(frozen.number))) for frozen in found]
 
     def begin(self, problem: Problem, role: Role, candidate: Candidate, **fields: Any) -> Trial:
         """Add a running trial; `fields` are further fields of `Trial`."""
@@ -188,8 +208,24 @@ class Ledger:
             self._study.add_trial(frozen)
         return trial
 
-    def finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
-        """Record how a trial ended. A repeated call changes nothing."""
+    def finish(self, trials: Sequence[Trial], objectives: Sequence[Objective]) -> None:
+        """Record how trials ended, all of them or none. A repeated call changes nothing.
+
+        The storage writes one trial at a time. So the results of several are first kept with the study, in one write,
+        and are read from there until all came to their trials.
+        """
+        if len(trials) > 1:
+            self._keep(_pack({str(trial.number): _result(trial) for trial in trials}))
+        for trial in trials:
+            self._finish(trial, objectives)
+        if len(trials) > 1:
+            self._keep("")
+
+    def _keep(self, results: str) -> None:
+        with _readable_errors("written"):
+            self._study.set_user_attr(BATCH, results)
+
+    def _finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
         frozen = self._study.get_trials(deepcopy=False)[trial.number]
         if frozen.state.is_finished():
             return
@@ -211,7 +247,7 @@ class Ledger:
         for trial in self.trials():
             frozen = self._study.get_trials(deepcopy=False)[trial.number]
             if trial.state != "running" and not frozen.state.is_finished():
-                self.finish(trial, objectives)
+                self._finish(trial, objectives)
             elif trial.state == "running":
                 running.append(trial)
         return running
@@ -221,9 +257,13 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     try:
         return _connect(url)
     except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:
-        raise ConfigurationError(f"storage {url!r}: {str(error).splitlines()[0]}") from error
+        shown = without_password(url)
+        said = str(error).splitlines()[0].replace(url, shown)
+        raise ConfigurationError(f"storage {shown!r}: {said}") from error
     except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        raise UnusableEnvironmentError(f"the ledger {url} cannot be used: {_reason(error)}") from error
+        raise UnusableEnvironmentError(
+            f"the ledger {without_password(url)} cannot be used: {_reason(error)}"
+        ) from error
 
 
 def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
@@ -317,9 +357,10 @@ def _read_prior(data: Mapping[str, Any]) -> Trial:
     return Trial(state="complete", measurement=measurement, **declared)
 
 
-def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
+def _read(frozen: optuna.trial.FrozenTrial, kept: Mapping[str, Any] | None) -> Trial:
+    """Read a trial. `kept`: its result where the study has it, see `Ledger.finish`."""
     declared = dict(frozen.user_attrs[TRIAL])
-    result = dict(frozen.user_attrs.get(RESULT, {}))
+    result = dict(frozen.user_attrs.get(RESULT) or kept or {})
     measurement = result.pop("measurement", None)
     if measurement is not None:
         measurement = dict(measurement)

@@ -26,6 +26,7 @@ from autopeft.studies.analysis.snapshot import Snapshot, state_counts
 from autopeft.studies.reports.report import front_data, write_report
 from autopeft.studies.tracking import mlflow_payload
 from autopeft.studies.tracking.uri import absolute_uri, check_reachable
+from autopeft.studies.urls import without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -79,7 +80,7 @@ class Tracker:
                 "MLflow cannot be reached (%s): the study continues, and the missing data will be written later",
                 _reason(error),
             )
-            LOGGER.debug("while writing to %s", self.uri, exc_info=True)
+            LOGGER.debug("while writing to %s", without_password(self.uri), exc_info=True)
             return False
         if self._pause_s:
             LOGGER.info("MLflow can be reached again; the missing data has been written")

@@ -6,17 +6,19 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from autopeft.studies.urls import located, without_password
+
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def absolute_uri(uri: str) -> str:
-    """Return `uri` with the path of an SQLite file made absolute, so that it is the same file from every folder."""
-    scheme, _, path = uri.partition(":///")
-    return f"{scheme}:///{Path(path).absolute()}" if scheme == "sqlite" and path else uri
+    """Return `uri` with an absolute path, so that it is the same store from every folder."""
+    return located(uri, Path.cwd())
 
 
 def ui_command(uri: str) -> str:
-    """Return the command line that opens the report."""
+    """Return the command line that opens the report; a password is not shown."""
+    uri = without_password(uri)
     if uri.startswith("http"):
         return f"python -m webbrowser {shlex.quote(uri)}"
     return f"mlflow ui --backend-store-uri {shlex.quote(absolute_uri(uri))} --port 5000"

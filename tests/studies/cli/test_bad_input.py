@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -145,14 +146,11 @@ def test_a_folder_that_cannot_be_written(cli, tmp_path: Path) -> None:
 
 def test_a_read_only_folder(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_study(tmp_path)
-    write = Path.write_bytes
 
-    def refuse(self: Path, data: bytes) -> int:
-        if self.name == ".write-test":  # permissions do not stop an administrator, so the system's answer is acted
-            raise OSError(30, "Read-only file system")
-        return write(self, data)
+    def refuse(**options: object) -> NoReturn:  # permissions do not stop an administrator, so the answer is acted
+        raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
     expect(cli("run", path), 4, "Read-only file system")
 
 
@@ -190,7 +188,7 @@ def test_storage_of_another_study(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, output="runs/one", **SHORT)
     assert cli("run", path, "--set", "search.trials=1")[0] == 0
     expect(cli("run", path, "--set", "study=other"), 2, "holds another study, 'tiny'")
-    expect(cli("resume", path, "--set", "study=other"), 2, "no study 'other'", "'tiny'")
+    expect(cli("resume", path, "--set", "study=other"), 2, "no study 'other' to resume", "it holds 'tiny'")
 
 
 def test_a_study_changed_between_run_and_resume(cli, tmp_path: Path) -> None:

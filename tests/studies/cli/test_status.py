@@ -14,7 +14,8 @@ from autopeft.search_space.problem import COPY, FINALIST, Trial
 from autopeft.studies.cli import results
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
-from autopeft.studies.engine.session import LOCK_FILE, is_running
+from autopeft.studies.engine.session import is_running
+from autopeft.studies.storage.locks import LOCK_FILE
 
 from ...support.tiny_study import save_study
 from ...support.tracked_study import TRIALS, snapshot, trial

@@ -16,6 +16,7 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.starting import assignment_of
 from autopeft.studies.engine.check import check
+from autopeft.studies.engine.scheduled_trials import observed
 from autopeft.studies.engine.session import open_ledger, open_study, prior_trials
 from autopeft.testing.spaces import SMALL
 
@@ -173,7 +174,7 @@ def test_baselines_that_the_search_could_have_asked_for_are_known_to_it(limit: i
     settings = load_study(save_study(tmp_path, **{**SHORT, **changes, "baselines": rates}))
     run(settings)
     with open_study(settings, check(settings)[0], resume=True) as study:
-        found = list(study._prior_baselines())
+        found = list(observed(study.plan, study.problem, study.trials.values()))
         told = [(str(trial.role), trial.candidate.training["learning_rate"]) for trial in found]
         assert told == [("baseline:lora-r8-qv", 1e-2)] * known
         assert all(study.problem.space.decode(t.genes).key == t.candidate.key for t in found)

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from autopeft.evaluators.backbones import load_backbone
+from autopeft.evaluators.base import Costs
 from autopeft.evaluators.data.splits import DataConfig, load_splits
 from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
+from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.declaration import AdapterChoice
 from autopeft.search_space.domains import Choice
-from autopeft.search_space.problem import Objective, Problem, Trial
+from autopeft.search_space.problem import Objective, Problem, Trial, declared_costs
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers import SEARCHERS
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -31,7 +33,7 @@ from autopeft.studies.engine.check import check
 from autopeft.studies.engine.plan import StudyPlan, plan_of, weights_path
 from autopeft.studies.engine.scheduled_trials import baselines, num_evaluations
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot, was_started
-from autopeft.studies.engine.study_loop import StudyLoop
+from autopeft.studies.engine.study_loop import MOST_BEYOND_LIMITS, StudyLoop
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.pick import pick
@@ -446,3 +448,21 @@ def test_a_study_of_python_parts_alone(tmp_path: Path) -> None:
     finalists = [trial for trial in snapshot.trials if trial.seed == 1]
     assert len(finalists) == 2, "the baseline and the best candidate"
     assert weights_path(tmp_path, next(row.trial for row in snapshot.rows() if row.recommended)).is_file()
+
+
+def test_a_limit_that_nothing_meets_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measured cost is known after its measurement alone, so candidates are proposed and ruled out, one by one."""
+    limits = {"latency_s": 1e-9}
+    settings = load_study(
+        save_study(tmp_path, constraints=limits, search={"searcher": "random", "trials": 4, "batch": 3})
+    )
+    monkeypatch.setattr(TrainingEvaluator, "costs", slow_costs)
+    with pytest.raises(NoFeasibleCandidateError, match="latency_s"):
+        run(settings)
+    ruled_out = [trial for trial in open_ledger(settings).trials() if trial.state == "infeasible"]
+    assert MOST_BEYOND_LIMITS <= len(ruled_out) <= 3 * MOST_BEYOND_LIMITS
+
+
+def slow_costs(self: TrainingEvaluator, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
+    values = declared_costs(candidate.architecture, self.backbone)
+    return Costs(values={**values, **dict.fromkeys(measured, 1.0)}, spread=dict.fromkeys(measured, 0.1))

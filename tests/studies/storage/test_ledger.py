@@ -86,7 +86,7 @@ def test_a_trial_comes_back_whole(problem: Problem, url: str) -> None:
     ledger = Ledger.create(url, "toy", record())
     trial = begin(ledger, problem, seed=3, searcher_state={"nsga2:generation": 1})
     ended = replace(trial, state="complete", measurement=MEASUREMENT, violation=-0.5)
-    ledger.finish(ended, OBJECTIVES)
+    ledger.finish([ended], OBJECTIVES)
     again = Ledger.open(url, "toy", {"seed": 0})
     assert again.trials() == [ended]
     assert again.backbone == backbone()
@@ -117,8 +117,8 @@ def test_constant_scores_are_kept_and_old_ledgers_have_none(url: str, monkeypatc
 def test_an_ended_trial_without_values(state: str, problem: Problem, url: str) -> None:
     ledger = Ledger.create(url, "toy", record())
     ended = replace(begin(ledger, problem), state=state, error="why", violation=1.0)
-    ledger.finish(ended, OBJECTIVES)
-    ledger.finish(ended, OBJECTIVES)  # repeating does no harm
+    ledger.finish([ended], OBJECTIVES)
+    ledger.finish([ended], OBJECTIVES)  # repeating does no harm
     assert Ledger.open(url, "toy").trials() == [ended]
     assert ledger.unfinished(OBJECTIVES) == []
 
@@ -129,7 +129,7 @@ def test_unfinished_trials_are_found_and_half_closed_ones_closed(problem: Proble
     # As a kill between the two steps of `finish` leaves it.
     ended = replace(written, state="complete", measurement=MEASUREMENT, violation=-1.0)
     tell, ledger._study.tell = ledger._study.tell, lambda *args, **kwargs: None
-    ledger.finish(ended, OBJECTIVES)
+    ledger.finish([ended], OBJECTIVES)
     ledger._study.tell = tell
     again = Ledger.open(url, "toy")
     assert again.unfinished(OBJECTIVES) == [running]
