@@ -151,10 +151,13 @@ class Problem:
     within: float | None = None
 
     def __post_init__(self) -> None:
-        if self.goal == "cheapest_as_good" and not (
-            any(o.is_quality for o in self.objectives) and any(o.is_cost for o in self.objectives)
-        ):
+        if self.goal == "cheapest_as_good" and not self.has_quality_and_cost:
             raise ValueError('the goal "cheapest_as_good" needs a quality and a cost to minimise among the objectives')
+
+    @property
+    def has_quality_and_cost(self) -> bool:
+        """Whether a quality and a cost to minimise are among the objectives."""
+        return any(o.is_quality for o in self.objectives) and any(o.is_cost for o in self.objectives)
 
     def first(self, *, quality: bool) -> int:
         """Return the index of the first quality, or of the first cost to minimise. Raises StopIteration."""

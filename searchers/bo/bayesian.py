@@ -93,8 +93,7 @@ class Bayesian(Searcher):
 
     @override
     def chance_of_cheaper(self, count: int, cost: float) -> tuple[int, float] | None:
-        objectives = self.problem.objectives
-        if not (any(o.is_quality for o in objectives) and any(o.is_cost for o in objectives)):
+        if not self.problem.has_quality_and_cost:
             return None
         posterior = None if self._num_counting() < num_initial(self.problem) else self._fit()
         if posterior is None or not posterior.better_than_chance:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from autopeft.search_space.problem import SEARCH, Trial
+from autopeft.studies.analysis.recommendation import Recommendation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +30,10 @@ class Outlook:
         """Return the outlook of plain data, as `asdict` makes it."""
         return None if data is None else cls(**data)
 
-    def is_about(self, recommended: int, after: int, margin: float) -> bool:
+    def is_about(self, found: Recommendation, evaluated: Iterable[Trial]) -> bool:
         """Return whether nothing has changed since: the recommended member, the evaluations, the margin."""
-        return (self.recommended, self.after, self.margin) == (recommended, after, margin)
+        now = found.recommended, num_searched(evaluated), found.margin
+        return (self.recommended, self.after, self.margin) == now
 
     @property
     def sentence(self) -> str:
@@ -39,3 +43,8 @@ class Outlook:
             f"More time: by the search's model, {self.trials} more trials (about {minutes}) hold a cheaper one that is"
             f" as good as the best with a chance of {self.chance:.0%}."
         )
+
+
+def num_searched(evaluated: Iterable[Trial]) -> int:
+    """Return the number of evaluations of the search."""
+    return sum(trial.role == SEARCH for trial in evaluated)

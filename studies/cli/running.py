@@ -131,9 +131,9 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
 
 def _search_progress(snapshot: Snapshot, planned: int) -> str:
     """Describe how many of the planned trials have ended, and how many candidates were rejected besides them."""
-    from autopeft.search_space.problem import SEARCH
+    from autopeft.studies.analysis.outlook import num_searched
 
-    ended = sum(trial.role == SEARCH for trial in snapshot.evaluated)
+    ended = num_searched(snapshot.evaluated)
     rejected = sum(trial.state == "infeasible" for trial in snapshot.search_trials)
     line = f"{ended} of {planned} trials" if ended <= planned else f"{ended} trials, more than the planned {planned}"
     return line + (f"; candidates rejected without training: {rejected}" if rejected else "")

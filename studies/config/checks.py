@@ -118,7 +118,6 @@ def _packs(study: StudyFile) -> bool:
 
 def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     # Slow imports are local, so that `autopeft --help` does not wait for them.
-    from autopeft.search_space.problem import COSTS
     from autopeft.search_space.spaces.presets import BASELINES
     from autopeft.searchers import SEARCHERS
 
@@ -133,9 +132,8 @@ def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         yield ("search", "keep"), "needs search.rungs, the shares of the steps at which candidates are compared"
     elif rungs and rungs[-1] >= study.search.share:
         yield ("search", "rungs"), f"must be below search.share, which is {study.search.share}"
-    kinds = {objective.name in COSTS for objective in study.objectives if objective.name not in study.maximised_costs}
     for setting in ("goal", "keep"):
-        if getattr(study.search, setting) in ("cheapest_as_good", "auto") and len(kinds) < 2:
+        if getattr(study.search, setting) in ("cheapest_as_good", "auto") and not study.has_quality_and_cost:
             yield ("search", setting), "needs a quality and a cost to minimise among the objectives"
     # Without a number of its own, a study with `minutes` has as many trials as these need.
     trials = study.search.trials if study.decides_trials else math.inf

@@ -174,6 +174,11 @@ class StudyFile(settings.Section):
         return self.search.goal or ("cheapest_as_good" if two else "front")
 
     @property
+    def has_quality_and_cost(self) -> bool:
+        """Whether a quality and a cost to minimise are among the objectives."""
+        return len({o.name in COSTS for o in self.objectives if o.name not in self.maximised_costs}) == 2
+
+    @property
     def maximised_costs(self) -> set[str]:
         """The costs among the objectives that the study maximises, against their usual direction."""
         return {o.name for o in self.objectives if o.name in COSTS and o.direction == "maximise"}

@@ -26,9 +26,8 @@ class CostEstimate:
     """Size, costs and exports of a study.
 
     `evaluations`: at most; `seeds`: of each finalist, on average. `time_s`: estimated time of the whole study on this
-    machine. `exportable`: share of sampled candidates that each
-    export target supports. `reasons`: one example per target of what it does not support. `left_out`: see there.
-    `notes`: see `Evaluator`.
+    machine. `exportable`: share of sampled candidates that each export target supports. `reasons`: one example per
+    target of what it does not support. `left_out`: see there. `notes`: see `Evaluator`.
     """
 
     study: str

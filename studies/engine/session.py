@@ -220,18 +220,19 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
         )
 
 
+def _has_storage(settings: StudyFile) -> bool:
+    """Return whether there may be a ledger: to ask a database file that is not there would make it."""
+    return settings.storage is not None or (settings.output_folder / LEDGER).is_file()
+
+
 def _others(settings: StudyFile) -> str:
-    names = (
-        Ledger.names(settings.storage_url) if settings.storage or (settings.output_folder / LEDGER).is_file() else []
-    )
+    names = Ledger.names(settings.storage_url) if _has_storage(settings) else []
     return f" (it holds {', '.join(map(repr, names))})" if names else "; `autopeft run` starts one"
 
 
 def was_started(settings: StudyFile) -> bool:
     """Return whether this study has a ledger. Raises UnusableEnvironmentError if it cannot be read."""
-    if settings.storage is None and not (settings.output_folder / LEDGER).is_file():
-        return False
-    return settings.study in Ledger.names(settings.storage_url)
+    return _has_storage(settings) and settings.study in Ledger.names(settings.storage_url)
 
 
 def is_running(settings: StudyFile) -> bool:
@@ -241,7 +242,7 @@ def is_running(settings: StudyFile) -> bool:
 
 def open_ledger(settings: StudyFile) -> Ledger:
     """Open the ledger for reading, also while the study runs. Raises ConfigurationError if it was never started."""
-    if settings.storage is None and not (settings.output_folder / LEDGER).is_file():
+    if not _has_storage(settings):
         raise ConfigurationError(f"{settings.output_folder}: this study was never started; `autopeft run` starts it")
     return Ledger.open(settings.storage_url, settings.study)
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from autopeft.search_space.problem import COSTS, SEARCH, Trial
-from autopeft.studies.analysis.outlook import Outlook
+from autopeft.search_space.problem import SEARCH, Trial
+from autopeft.studies.analysis.outlook import Outlook, num_searched
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.settings import PACKED
 from autopeft.studies.engine.plan import StudyPlan, plan_of
@@ -140,9 +140,8 @@ def fitted(settings: StudyFile, pace: Pace, num_baselines: int, runs_per_finalis
 
 def _may_race(settings: StudyFile) -> bool:
     """Return whether the rungs of `RUNGS` with `keep: auto` are possible, and the file sets neither."""
-    kinds = {o.name in COSTS for o in settings.objectives if o.name not in settings.maximised_costs}
     free = not {"rungs", "keep"} & settings.search.model_fields_set and settings.search.share == 1.0
-    return free and kinds == {True, False} and settings.evaluation.evaluator == PACKED
+    return free and settings.has_quality_and_cost and settings.evaluation.evaluator == PACKED
 
 
 def is_over(plan: StudyPlan, space: SearchSpace, trials: Iterable[Trial], spent_s: float) -> bool:
@@ -173,18 +172,22 @@ def outlook_of(searcher: Searcher, snapshot: Snapshot, trials: int) -> Mapping[s
     cost = next((objective for objective in snapshot.objectives if objective.is_cost), None)
     if found is None or cost is None:
         return None
+    if snapshot.outlook is not None and snapshot.outlook.is_about(found, snapshot.evaluated):
+        return asdict(snapshot.outlook)  # a finished study that is only shown again proposes nothing
     members = [snapshot.entry(number).trial for number in (found.best, found.recommended)]
     known = {trial.candidate.key for trial in (*snapshot.search_trials, *searcher.problem.observed)}
+    spent_s = [t.measurement.wall_s for t in snapshot.evaluated if t.role == SEARCH and t.measurement is not None]
+    if not spent_s or any(trial.candidate.key not in known for trial in members):
+        return None
     searcher.update(snapshot.search_trials)
     chance = searcher.chance_of_cheaper(trials, cost.loss(members[-1].values[cost.name]))
-    spent_s = [t.measurement.wall_s for t in snapshot.evaluated if t.role == SEARCH and t.measurement is not None]
-    if chance is None or not spent_s or any(trial.candidate.key not in known for trial in members):
+    if chance is None:
         return None
     minutes = chance[0] * sum(spent_s) / len(spent_s) / 60
     return asdict(
         Outlook(
             recommended=found.recommended,
-            after=sum(trial.role == SEARCH for trial in snapshot.evaluated),
+            after=num_searched(snapshot.evaluated),
             margin=found.margin,
             trials=chance[0],
             minutes=minutes,

@@ -10,7 +10,6 @@ from typing import Any
 
 from autopeft.evaluators.atomic import atomic_write, atomic_write_text
 from autopeft.search_space.metrics import Metric
-from autopeft.search_space.problem import SEARCH
 from autopeft.studies.analysis.front import Front, FrontRow
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -51,10 +50,9 @@ def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
             "±: standard error over examples and seeds; as good: shown to be within the margin of the best; tied: not"
             " distinguished from the best, but not shown to be as good either."
         )
-    if snapshot.outlook is not None and front.recommendation is not None:
-        ended = sum(trial.role == SEARCH for trial in snapshot.evaluated)
-        if snapshot.outlook.is_about(front.recommendation.recommended, ended, front.recommendation.margin):
-            notes.append(snapshot.outlook.sentence)
+    outlook, found = snapshot.outlook, front.recommendation
+    if outlook is not None and found is not None and outlook.is_about(found, snapshot.evaluated):
+        notes.append(outlook.sentence)
     if front.left_out:
         shown = ", ".join(map(str, front.left_out[:10])) + ", ..." * (len(front.left_out) > 10)
         notes.append(
