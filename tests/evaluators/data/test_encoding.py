@@ -71,7 +71,7 @@ def test_half_of_a_character_is_found_before_a_tokenizer_dies_of_it(tmp_path):
     write(
         tmp_path,
         train=[*texts("w1", "w2"), {"text": "w1 w2 w3 \ud83d w4", "label": "hot"}],
-        validation=texts("w3"),
+        validation=texts("w3", "w4"),
         test=[{"text": "w5 \ud83d\ude00", "label": "hot\udc00"}],
     )
     with pytest.raises(DataError) as error:
@@ -96,7 +96,7 @@ def test_every_row_that_a_template_refuses_has_its_line(tmp_path):
         chats("system", "user", "assistant"),
         chats("user", "user", "assistant"),
     )
-    write(tmp_path, train=[good, bad, other, bad, bad, bad, other], validation=[good], test=[good, bad])
+    write(tmp_path, train=[good, bad, other, bad, bad, bad, other], validation=[good] * 2, test=[good, bad])
     found = problems(tmp_path, splits_of(tmp_path, "causal-lm"), "causal-lm", 64, template=GEMMA)
     refused = "the model's chat template refuses the messages: "
     system = "System role not supported: write the text of the role 'system' into the first message of the role 'user'"
@@ -120,7 +120,11 @@ def test_the_lines_are_those_of_the_rows_that_were_drawn(tmp_path):
 
 
 def test_rows_that_the_model_cannot_read(tmp_path):
-    write(tmp_path, train=[{"text": "w1 w2"}, {"text": "w1 " * 300}, {"text": "w3"}], test=[{"text": "is " * 300}])
+    write(
+        tmp_path,
+        train=[{"text": "w1 w2"}, {"text": "w1 " * 300}, {"text": "w3"}],
+        test=[{"text": "is " * 300}, {"text": "w4"}],
+    )
     splits = splits_of(tmp_path, "causal-lm")
     long = "has more tokens than the model takes: set data.max_length to at most 256"
     assert problems(tmp_path, splits, "causal-lm", 2000) == [
@@ -162,7 +166,7 @@ class Fragile(TASKS["classification"]):  # type: ignore[misc]
 
 def test_any_error_of_a_tokenizer_has_the_line_of_its_row(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "classification", Fragile)
-    write(tmp_path, train=texts("w1", "w7 w1", "w2", "w7"), validation=texts("w3"), test=texts("w4"))
+    write(tmp_path, train=texts("w1", "w7 w1", "w2", "w7"), validation=texts("w3", "w4"), test=texts("w5", "w6"))
     splits = splits_of(tmp_path, "classification")
     what = "cannot be encoded: TypeError: TextEncodeInput must be"
     assert problems(tmp_path, splits, "classification") == [f"train.jsonl:2: {what} (also train.jsonl:4)"]
@@ -176,7 +180,7 @@ def test_any_error_of_a_tokenizer_has_the_line_of_its_row(tmp_path, monkeypatch)
 def test_many_distinct_problems_are_not_all_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(Fragile, "encode", lambda self, rows: [{}["no " + row["text"]] for row in rows])
     monkeypatch.setitem(TASKS, "classification", Fragile)
-    write(tmp_path, train=texts(*(f"w{i}" for i in range(8))), validation=texts("x"), test=texts("y"))
+    write(tmp_path, train=texts(*(f"w{i}" for i in range(8))), validation=texts("x", "x"), test=texts("y", "y"))
     found = problems(tmp_path, splits_of(tmp_path, "classification"), "classification")
     assert found[4:6] == ["train.jsonl:5: cannot be encoded: KeyError: 'no w4'", "train: 3 more problems of rows"]
     assert len(found) == 8
@@ -226,7 +230,7 @@ def test_cut_texts_are_counted(tmp_path):
 
 def test_the_length_for_most_rows_leaves_out_a_few(tmp_path):
     rows = [*("w1 w2" for _ in range(198)), "w3 " * 20, "w4 " * 30]
-    write(tmp_path, train=texts(*rows), validation=texts("w1"), test=texts("w2"))
+    write(tmp_path, train=texts(*rows), validation=texts("w1", "w2"), test=texts("w2", "w1"))
     encoded = encode(tmp_path, splits_of(tmp_path, "classification"), "classification", 10)
     assert encoded.truncation.enough == 4
     (warning,) = encoded.warnings()
@@ -243,7 +247,7 @@ def test_cut_pairs_lose_what_the_tokenizer_cuts(tmp_path):
 
 
 def test_nothing_would_be_left_of_a_text(tmp_path):
-    write(tmp_path, train=texts("w1", "w2"), validation=texts("w3"), test=texts("w4"))
+    write(tmp_path, train=texts("w1", "w2"), validation=texts("w3", "w4"), test=texts("w5", "w6"))
     splits = splits_of(tmp_path, "classification")
     what = "data.max_length: 2 is too short: the tokenizer adds 2 special tokens, so nothing of a text would be left"
     assert problems(tmp_path, splits, "classification", 2)[0] == f"train.jsonl:1: {what} (also train.jsonl:2)"
@@ -257,8 +261,8 @@ def prompts(*lengths: tuple[int, int]) -> list[dict[str, str]]:
 def test_cut_prompts_and_completions_are_counted(tmp_path):
     """Start and end of text add a token to each part."""
     words = byte_tokenizer(["x"], size=258)
-    write(tmp_path, train=prompts((3, 3), (9, 3), (3, 11), (3, 12), (3, 3), (3, 3)), validation=prompts((3, 3)),
-          test=prompts((3, 4)))  # fmt: skip
+    write(tmp_path, train=prompts((3, 3), (9, 3), (3, 11), (3, 12), (3, 3), (3, 3)), validation=prompts((3, 3), (3, 3)),
+          test=prompts((3, 4), (3, 4)))  # fmt: skip
     splits = splits_of(tmp_path, "causal-lm")
     encoded = encode_splits(TASKS["causal-lm"](words, 12, None), splits, Anything())
     cut = encoded.truncation
@@ -292,20 +296,23 @@ class Anything(nn.Module):
 def test_rows_without_a_token_to_predict(tmp_path):
     words = byte_tokenizer(["x"], size=258, begin=False)
     words.eos_token = None
-    write(tmp_path, train=[{"text": "ab"}, {"text": "a"}], validation=[{"text": "abc"}], test=[{"text": "abcd"}])
+    write(
+        tmp_path, train=[{"text": "ab"}, {"text": "a"}], validation=[{"text": "abc"}] * 2, test=[{"text": "abcd"}] * 2
+    )
     own, splits = TASKS["causal-lm"](words, 12, None), splits_of(tmp_path, "causal-lm")
     with pytest.raises(DataError) as error:
         encode_splits(own, splits, Anything())
     assert error.value.problems == ("train.jsonl:2: no token is left to predict: the row is too short",)
     with pytest.raises(DataError) as error:
         encode_splits(TASKS["causal-lm"](words, 1, None), splits, Anything())
-    assert "test.jsonl:1: data.max_length: 1 is too short: no token is left to predict" in error.value.problems
+    short = "test.jsonl:1: data.max_length: 1 is too short: no token is left to predict (also test.jsonl:2)"
+    assert short in error.value.problems
 
 
 def test_fields_that_a_template_leaves_out_are_counted(tmp_path):
     chat = chats("user", "assistant")["messages"]
     weighted = {"messages": [chat[0], {**chat[1], "weight": 1}], "tools": [{"type": "function"}], "system": "be short"}
-    write(tmp_path, train=[{"messages": chat}, weighted, weighted], test=[{"messages": chat}])
+    write(tmp_path, train=[{"messages": chat}, weighted, weighted], test=[{"messages": chat}] * 2)
     encoded = encode(tmp_path, splits_of(tmp_path, "causal-lm"), "causal-lm", 100, template=GEMMA)
     left_out, shares = "the model's chat template does not write it", "2 of 3 train and 2 of 3 validation rows"
     assert list(encoded.warnings()) == [
@@ -321,7 +328,12 @@ def test_fields_that_a_template_leaves_out_are_counted(tmp_path):
 
 
 def test_texts_in_a_language_that_the_tokenizer_does_not_know(tmp_path):
-    write(tmp_path, train=texts("w1 uno dos", "w2 w3 tres"), validation=texts("w4"), test=texts("uno w5 w6 dos"))
+    write(
+        tmp_path,
+        train=texts("w1 uno dos", "w2 w3 tres"),
+        validation=texts("w4", "w5"),
+        test=texts("uno w5 w6 dos", "w6"),
+    )
     encoded = encode(tmp_path, splits_of(tmp_path, "classification"), "classification")
     assert list(encoded.warnings()) == [
         "most of a text is not read, in 1 of 2 train rows: the model's tokenizer does not know its words: use a model"
@@ -333,7 +345,9 @@ def test_texts_in_a_language_that_the_tokenizer_does_not_know(tmp_path):
 
 
 def test_rows_are_encoded_once(tmp_path, monkeypatch):
-    write(tmp_path, train=texts(*(f"w{i}" for i in range(20))), validation=texts("w21"), test=texts("w22"))
+    write(
+        tmp_path, train=texts(*(f"w{i}" for i in range(20))), validation=texts("w21", "w22"), test=texts("w23", "w24")
+    )
     splits = splits_of(tmp_path, "classification")
     monkeypatch.setattr(encoding, "CHUNK", 8)
     folder = str(save_model(tmp_path / "model"))
@@ -344,7 +358,7 @@ def test_rows_are_encoded_once(tmp_path, monkeypatch):
 
     seen: list[tuple[int, int]] = []
     encoded = encode_splits(task(16), splits, loaded.model, lambda done, total: seen.append((done, total)))
-    assert seen == [(8, 22), (16, 22), (20, 22), (21, 22), (22, 22)]
+    assert seen == [(8, 24), (16, 24), (20, 24), (22, 24), (24, 24)]
     known = replace(splits, encoded=encoded)
     assert encode_splits(task(16), known, loaded.model) is encoded
     assert encode_splits(task(8), known, loaded.model) is not encoded

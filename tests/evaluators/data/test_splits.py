@@ -113,7 +113,7 @@ def test_all_problems_come_at_once(folder):
 
 def test_labels_that_training_lacks(folder):
     jsonl(folder / "validation.jsonl", [{"text": "x", "label": "z"}, {"text": "y", "label": "a"}])
-    jsonl(folder / "test.jsonl", [{"text": "u", "label": "y"}])
+    jsonl(folder / "test.jsonl", [{"text": "u", "label": "y"}, {"text": "v", "label": "b"}])
     assert problems(folder) == [
         "validation.jsonl: labels 'z' do not occur in the training split, which has 'a', 'b'",
         "test.jsonl: labels 'y' do not occur in the training split, which has 'a', 'b'",
@@ -131,7 +131,7 @@ def test_labels_that_differ_by_spaces(folder):
     ]
     jsonl(folder / "train.jsonl", [{"text": "x", "tags": ["a", "a "]}])
     for file in ("validation.jsonl", "test.jsonl"):
-        jsonl(folder / file, [{"text": file, "tags": ["a"]}])
+        jsonl(folder / file, [{"text": file, "tags": ["a"]}] * 2)
     assert problems(folder, labels="tags") == [
         "train.jsonl:1: label 'a ' differs from 'a' in train.jsonl:1 only by surrounding spaces: remove the spaces"
     ]
@@ -174,8 +174,8 @@ def test_targets_of_a_regression(folder):
 def test_pairs(folder):
     rows = [{"text": f"a {i}", "other": f"b {i}", "label": "ab"[i % 2]} for i in range(6)]
     jsonl(folder / "train.jsonl", rows)
-    jsonl(folder / "validation.jsonl", [{"text": "a 0", "other": "c", "label": "a"}])
-    jsonl(folder / "test.jsonl", [{"text": "a 1", "other": "b 1", "label": "a"}])
+    jsonl(folder / "validation.jsonl", [{"text": f"a {i}", "other": "c", "label": "a"} for i in range(2)])
+    jsonl(folder / "test.jsonl", [{"text": "a 1", "other": other, "label": "a"} for other in ("b 1", "d")])
     splits = load(folder, text_pair="other")
     assert splits.train[0] == {"text": "a 0", "text_pair": "b 0", "label": "a"}
     assert splits.warnings == ("1 input occurs in both train and test: the scores will be too optimistic",), "as a pair"
@@ -199,7 +199,7 @@ def test_several_labels(folder):
     drawn = load(folder, labels="tags", max_train_rows=3)
     assert {label for row in drawn.train for label in row["labels"]} == {"10", "a", "b"}
 
-    jsonl(folder / "validation.jsonl", [{"text": "x", "tags": ["z", "a"]}])
+    jsonl(folder / "validation.jsonl", [{"text": "x", "tags": ["z", "a"]}] * 2)
     found = "validation.jsonl: labels 'z' do not occur in the training split, which has '10', 'a', 'b'"
     assert problems(folder, labels="tags") == [found]
     wrong = [{"tags": "a"}, {"tags": None}, {"tags": ["a", " "]}, {"tags": [["a"]]}]
@@ -211,7 +211,7 @@ def test_several_labels(folder):
         "validation.jsonl:4: field 'tags' must be a list of labels (texts or whole numbers), got [['a']]",
     ]
     for file in FILES.values():
-        jsonl(folder / file, [{"text": file, "tags": []}])
+        jsonl(folder / file, [{"text": file, "tags": []}] * 2)
     assert problems(folder, labels="tags") == [
         "train.jsonl: no row has a label: multi-label classification needs at least one label"
     ]
@@ -231,7 +231,7 @@ def test_several_labels_of_the_hub(monkeypatch):
 
 def test_one_label_only(folder):
     for file in FILES.values():
-        jsonl(folder / file, [{"text": "x", "label": "a"}])
+        jsonl(folder / file, [{"text": "x", "label": "a"}] * 2)
     assert problems(folder) == ["train.jsonl: all rows have the label 'a': classification needs at least two labels"]
 
 
@@ -247,8 +247,8 @@ ODD = [
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_every_format_gives_the_same_rows(folder, suffix):
     jsonl(folder / "train.jsonl", ODD)
-    jsonl(folder / "validation.jsonl", ODD[:1])
-    jsonl(folder / "test.jsonl", ODD[1:2])
+    jsonl(folder / "validation.jsonl", ODD[:2])
+    jsonl(folder / "test.jsonl", ODD[1:3])
     expected = load(folder)
     assert [row["text"] for row in expected.train] == [row["text"] for row in ODD]
     # Whole numbers are labels, in the order of their values.
@@ -328,7 +328,7 @@ def test_lines_of_json(folder):
 def test_own_column_names(folder):
     jsonl(folder / "train.jsonl", [{"sentence": "x", "text": "-", "topic": "a"}, {"sentence": "y", "topic": "b"}])
     for file in ("validation.jsonl", "test.jsonl"):
-        jsonl(folder / file, [{"sentence": "z", "topic": "b"}])
+        jsonl(folder / file, [{"sentence": "z", "topic": "b"}] * 2)
     assert load(folder, text="sentence", label="topic").train[0] == {"text": "x", "label": "a"}
 
 
@@ -422,7 +422,7 @@ def test_domains_that_are_missing_or_none(mixed):
 
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])
 def test_domains_that_training_lacks(mixed, task):
-    jsonl(mixed / "validation.jsonl", [MIXED[0] | {"text": "x", "source": "blogs"}])
+    jsonl(mixed / "validation.jsonl", [MIXED[0] | {"text": "x", "source": "blogs"}] * 2)
     assert problems(mixed, task, domain="source") == [
         "validation.jsonl: domains 'blogs' do not occur in the training split, which has 'mail', 'news'"
     ]
@@ -500,7 +500,7 @@ def test_inputs_in_two_splits_are_named(folder):
     shared = ROWS[:2]
     jsonl(folder / "train.jsonl", [*ROWS])
     jsonl(folder / "validation.jsonl", [{"text": "new", "label": "a"}, *shared])
-    jsonl(folder / "test.jsonl", [{"text": "new", "label": "b"}])
+    jsonl(folder / "test.jsonl", [{"text": text, "label": "b"} for text in ("new", "newer")])
     assert load(folder).warnings == (
         "2 inputs occur in both train and validation: the scores will be too optimistic",
         "1 input occurs in both validation and test: the scores will be too optimistic",
@@ -513,7 +513,7 @@ def test_leaks_of_chats_are_sought_in_what_is_answered(folder):
         return [{"messages": messages}]
 
     jsonl(folder / "train.jsonl", chat("yes"))
-    jsonl(folder / "validation.jsonl", chat("no"))
+    jsonl(folder / "validation.jsonl", [*chat("no"), {"text": "new"}])
     (warning,) = load(folder, "causal-lm").warnings
     assert warning.startswith("1 input occurs in both train and validation")
 
