@@ -8,7 +8,6 @@ from pathlib import Path
 
 from autopeft.evaluators.base import Outcome, Request
 from autopeft.search_space.metrics import ALWAYS, QUALITIES
-from autopeft.studies.config.fingerprint import changes
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
 from autopeft.studies.recipes.parts import Measured
@@ -41,7 +40,6 @@ def retrain(
     `trust_code`: permit the code of the recipe's own metrics. Raises ConfigurationError for a model or data that
     differs from the recipe and for code without permission, and UserError if a run fails.
     """
-    from autopeft.evaluators import contents
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.data.splits import load_splits
     from autopeft.evaluators.training.train import TrainEvaluator
@@ -73,14 +71,12 @@ def retrain(
             backbone=recipe.host,
         )
         evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length, metrics)
-    if recipe.contents is not None:
-        found = {"rows": contents.of_rows(splits), "weights": loaded.weights()}
-        if changed := changes(recipe.contents.model_dump(), found):
-            raise ConfigurationError(
-                "data or model differ from those of the recipe's study, so its promises are not about them:\n  "
-                + "\n  ".join(changed)
-                + "\nrestore them, or remove `contents` from the recipe to train it all the same"
-            )
+    if recipe.contents is not None and (changed := recipe.contents.changes(splits, loaded.weights())):
+        raise ConfigurationError(
+            "data or model differ from those of the recipe's study, so its promises are not about them:\n  "
+            + "\n  ".join(changed)
+            + "\nrestore them, or remove `contents` from the recipe to train it all the same"
+        )
     requests = [Request(candidate=recipe.candidate, seed=seed, test=True, keep_weights=True) for seed in seeds]
     runs = []
     for seed, outcome in zip(seeds, evaluator.evaluate(requests, progress), strict=True):

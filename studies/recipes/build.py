@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -77,6 +79,8 @@ def bare_recipe(
     **fields: Any,
 ) -> Recipe:
     """Return the recipe of any candidate of the study, trained or not."""
+    if Path(settings.model_id).is_dir():  # it may have moved with its study
+        backbone = replace(backbone, id=settings.model_id)
     return Recipe.of(
         backbone=backbone,
         candidate=candidate,

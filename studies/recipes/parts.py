@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from autopeft.search_space.metrics import Own
+from autopeft.studies.config.fingerprint import changes
 from autopeft.studies.config.settings import DataSettings
 
 if TYPE_CHECKING:
     from autopeft.evaluators import rows
+    from autopeft.evaluators.data.splits import Splits
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -121,6 +123,12 @@ class Contents(Part):
 
     rows: dict[str, RowsDigest]
     weights: str
+
+    def changes(self, splits: Splits, weights: str | None = None) -> list[str]:
+        """Return what has changed since, a sentence for each. `weights`: the digest of a model, if it is compared."""
+        from autopeft.evaluators.contents import of_rows
+
+        return changes(self.model_dump(), {"rows": of_rows(splits), "weights": weights or self.weights})
 
 
 class Provenance(Part):
