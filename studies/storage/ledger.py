@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any
 
 import optuna
@@ -160,8 +161,8 @@ class Ledger:
         """Return the names of the studies in a storage, except those that were killed during their creation."""
         storage = _storage(url)
         with _readable_errors("read"):
-            summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
-        return [summary.study_name for summary in summaries if FINGERPRINT in summary.user_attrs]
+            studies = storage.get_all_studies()  # Optuna's summaries of studies read all trials
+        return [study.study_name for study in studies if FINGERPRINT in study.user_attrs]
 
     @property
     def study_id(self) -> str:
@@ -260,8 +261,7 @@ class Ledger:
         try:
             return list(self._study.get_trials(deepcopy=False))
         except ValueError:  # one record that is not JSON keeps Optuna from reading any
-            storage, study_id = self._study._storage, self._study._study_id
-            return [_or_none(storage, study_id, number) for number in range(storage.get_n_trials(study_id))]
+            return list(_one_by_one(self._study._storage, self._study._study_id))
 
     def begin(self, problem: Problem, role: Role, candidate: Candidate, **fields: Any) -> Trial:
         """Add a running trial; `fields` are further fields of `Trial`."""
@@ -322,11 +322,16 @@ class Ledger:
         return running
 
 
-def _or_none(storage: BaseStorage, study_id: int, number: int) -> FrozenTrial | None:
-    try:
-        return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study_id, number))
-    except ValueError:
-        return None
+def _one_by_one(storage: BaseStorage, study_id: int) -> Iterator[FrozenTrial | None]:
+    for number in count():
+        try:
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        except KeyError:
+            return
+        try:
+            yield storage.get_trial(trial_id)
+        except ValueError:
+            yield None
 
 
 def _read(number: int, frozen: FrozenTrial | None, kept: Mapping[str, Any] | None) -> Trial:
