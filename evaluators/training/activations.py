@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autopeft.evaluators import contents
 from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.backbones.backbone import Backbone
@@ -132,8 +133,7 @@ def fingerprint(model: nn.Module, backbone: Backbone) -> str:
     for name, tensor in tensors:
         if name.startswith(tuple(f"{head}." for head in backbone.head_modules)):
             continue
-        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        contents.update(hashed, [(name, tensor)])
     config: Any = model.config
     device = next(model.parameters()).device.type
     words = [config.to_json_string(), str(config._attn_implementation), device]

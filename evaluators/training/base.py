@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from autopeft.evaluators import contents
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
@@ -62,6 +63,7 @@ class TrainingEvaluator(Attaching):
     def __init__(
         self, loaded: LoadedBackbone, task: str, splits: Splits, max_length: int, metrics: Sequence[Quality] = ALWAYS
     ) -> None:
+        self.loaded = loaded
         self.model = loaded.model
         self.backbone = loaded.backbone
         self.pretrained_head = loaded.pretrained_head
@@ -126,6 +128,10 @@ class TrainingEvaluator(Attaching):
     def longest_batch(self, candidate: Candidate) -> Batch:
         order = sorted(range(len(self.lengths["train"])), key=lambda i: self.lengths["train"][i])
         return self.batch("train", order[-self.training(candidate).batch_size :])
+
+    def contents(self) -> dict[str, str]:
+        """Return digests of the encoded rows and of the weights, before any training."""
+        return {"encoding": contents.of_examples(self.task, self.examples), "weights": self.loaded.weights()}
 
     def is_bare(self, candidate: Candidate) -> bool:
         """Return whether the candidate is the frozen model without adapters and without a task head."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from autopeft.search_space.problem import SEARCH, Trial
 from autopeft.studies.analysis.recommendation import Recommendation
+from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.versions import newer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,9 @@ class Outlook:
 
     @classmethod
     def read(cls, data: Mapping[str, Any] | None) -> Outlook | None:
-        """Return the outlook of plain data, as `asdict` makes it."""
+        """Return the outlook of plain data, as `asdict` makes it. Raises ConfigurationError for unknown fields."""
+        if unknown := (data or {}).keys() - {field.name for field in fields(cls)}:
+            raise ConfigurationError(newer(f"the outlook in the ledger has the field {min(unknown)!r}"))
         return None if data is None else cls(**data)
 
     def is_about(self, found: Recommendation, evaluated: Iterable[Trial]) -> bool:

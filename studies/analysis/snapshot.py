@@ -90,6 +90,8 @@ class Snapshot:
     #: Scores of the best constant prediction on the validation rows, by metric; empty where they are not known.
     constant: Mapping[str, float] = field(default_factory=dict)
     outlook: Outlook | None = None
+    #: Trials that are damaged or cannot be compared with the others, by number, and why; they are not in `trials`.
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def nothing_learnt(self) -> str | None:

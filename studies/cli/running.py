@@ -102,6 +102,7 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
                 "study": snapshot.study,
                 "trials": dict(state_counts(snapshot.trials)),
                 "interrupted": interrupted,
+                "left_out": {str(number): why for number, why in snapshot.left_out.items()},
                 "hypervolume": curve[-1] if curve else 0.0,
                 "diagnostics": latest[0].to_dict() if latest else None,
             }
@@ -117,6 +118,8 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     typer.echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
     if interrupted:
         typer.echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
+    for number, why in snapshot.left_out.items():
+        typer.echo(f"  left out     trial {number}: {why}")
     typer.echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
     typer.echo(f"  front        {members} candidates{' (preliminary)' * snapshot.preliminary}")
     typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")

@@ -1,4 +1,4 @@
-"""Fingerprints of settings: trials can be compared only under the same fingerprint."""
+"""Fingerprints of settings and of contents: trials can be compared only where both are the same."""
 
 from __future__ import annotations
 
@@ -47,6 +47,44 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
                 lines += differences(old[name], new[name], path)
         return lines
     return [] if old == new else [f"{key}: was {_text(old)}, is {_text(new)}"]
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the changes of what a study reads since it was started, a sentence for each.
+
+    Both are digests and facts by what they are about, as `evaluators/contents.py` and `open_study` compute them. What
+    one of them lacks is not compared.
+    """
+
+    def changed(key: str) -> bool:
+        return key in then and key in now and then[key] != now[key]
+
+    lines = []
+    if changed("rows"):
+        for split, found in now["rows"].items():
+            before = then["rows"].get(split, found)
+            if found["rows"] != before["rows"]:
+                lines.append(f"{split} rows: {found['rows']:,} now, {before['rows']:,} at the start")
+            elif found != before:
+                lines.append(f"{split} rows: the {found['rows']:,} rows have other contents or another order now")
+    lines += [
+        f"{names}: {_words(now[names])} now, {_words(then[names])} at the start"
+        for names in ("labels", "domains", "device")
+        if changed(names)
+    ]
+    if changed("config"):
+        lines += differences(then["config"], now["config"], "model.config")
+    if changed("weights"):
+        lines.append("model: it has other weights now")
+    if changed("encoding") and not changed("rows") and not changed("labels"):
+        lines.append("tokenizer: it makes other inputs of the same rows now")
+    if changed("given"):
+        lines.append("given: the pretrained LoRAs have other contents now")
+    return lines
+
+
+def _words(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,8 @@ from autopeft.evaluators.base import Outcome, Request
 from autopeft.search_space.metrics import ALWAYS, QUALITIES
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
-from autopeft.studies.recipes.recipe import Measured, Recipe
+from autopeft.studies.recipes.parts import Measured
+from autopeft.studies.recipes.recipe import Recipe
 
 #: Tolerance of promises: studies store scores per example with four decimals. If the seed makes no difference, as with
 #: pretrained LoRAs, the promised interval has no other width.
@@ -70,6 +71,12 @@ def retrain(
             backbone=recipe.host,
         )
         evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length, metrics)
+    if recipe.contents is not None and (changed := recipe.contents.changes(splits, loaded.weights())):
+        raise ConfigurationError(
+            "data or model differ from those of the recipe's study, so its promises are not about them:\n  "
+            + "\n  ".join(changed)
+            + "\nrestore them, or remove `contents` from the recipe to train it all the same"
+        )
     requests = [Request(candidate=recipe.candidate, seed=seed, test=True, keep_weights=True) for seed in seeds]
     runs = []
     for seed, outcome in zip(seeds, evaluator.evaluate(requests, progress), strict=True):

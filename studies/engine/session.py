@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
@@ -25,13 +25,13 @@ from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
 from autopeft.studies.storage.locks import check_owner, claim, is_held, lock_paths, locked
+from autopeft.studies.versions import newer
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
     from autopeft.evaluators.training.base import TrainingEvaluator
     from autopeft.evaluators.training.packed import PackedEvaluator
     from autopeft.search_space.backbones.backbone import Backbone
-    from autopeft.search_space.metrics import Quality
     from autopeft.search_space.problem import Problem, Trial
     from autopeft.searchers import Searcher
     from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
@@ -148,14 +148,19 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         if ledger is None:
             _check_new(settings)
         check_owner(settings.output_folder, None if ledger is None else ledger.study_id)
+        contents = _contents(settings, splits)
+        if ledger is not None:
+            ledger.check_contents(contents)  # before the model is loaded, which may not fit the ledger's description
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
         if ledger is None:
             from autopeft.studies.engine.time_budget import within_minutes
 
             settings = within_minutes(settings, evaluator)
         problem = problem_for(settings, evaluator.backbone)
+        contents |= evaluator.contents() | _given(problem)
         if ledger is None:
-            ledger = _new_ledger(settings, problem, splits, evaluator.metrics)
+            ledger = _new_ledger(settings, problem, splits, evaluator, contents)
+        ledger.keep_contents(contents)
         claim(settings.output_folder, ledger.study_id)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         tracker = None
@@ -181,7 +186,34 @@ def _check_new(settings: StudyFile) -> None:
         )
 
 
-def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: Sequence[Quality]) -> Ledger:
+def _contents(settings: StudyFile, splits: Splits) -> dict[str, Any]:
+    """Return what is known of the study's contents before its model is loaded; see `changes`."""
+    from autopeft.evaluators import contents
+    from autopeft.evaluators.backbones import raw_config
+
+    with inputs_checked():
+        config = raw_config(settings.model_id, settings.model.revision)
+    return {
+        "rows": contents.of_rows(splits),
+        "labels": splits.labels and list(splits.labels),
+        "domains": splits.domains and list(splits.domains),
+        "device": torch_device(settings.device),
+        "config": config,
+    }
+
+
+def _given(problem: Problem) -> dict[str, Any]:
+    from autopeft.evaluators import contents
+    from autopeft.search_space.adapters.given import CONFIG, WEIGHTS
+
+    folders = [folder for choice in problem.space.adapters.values() for folder in choice.given]
+    return {"given": contents.of_folders(folders, (CONFIG, WEIGHTS))} if folders else {}
+
+
+def _new_ledger(
+    settings: StudyFile, problem: Problem, splits: Splits, evaluator: TrainingEvaluator, contents: Mapping[str, Any]
+) -> Ledger:
+    from autopeft.evaluators.attachment.heads import head_sites
     from autopeft.evaluators.tasks.constant import constant_scores
 
     text = io.StringIO()
@@ -196,7 +228,11 @@ def _new_ledger(settings: StudyFile, problem: Problem, splits: Splits, metrics: 
         settings=text.getvalue(),
         fingerprint=fingerprint(settings),
         prior_trials=prior_trials(settings, problem),
-        constant=constant_scores(settings.task_class, splits.train, splits.validation, splits.labels or (), metrics),
+        constant=constant_scores(
+            settings.task_class, splits.train, splits.validation, splits.labels or (), evaluator.metrics
+        ),
+        contents=contents,
+        head_sites=head_sites(evaluator.model, evaluator.backbone),
     )
     return Ledger.create(settings.storage_url, settings.study, record)
 
@@ -254,7 +290,12 @@ def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
     """
     recorded = YAML(typ="safe").load(ledger.settings)
     present = settings.model_dump(mode="json", include={"output", "storage", "tracking", "recommend"})
-    return study_from_mapping({**recorded, **present}, settings.folder)
+    try:
+        return study_from_mapping({**recorded, **present}, settings.folder)
+    except StudyFileError as error:
+        if "unknown key" not in str(error):
+            raise
+        raise ConfigurationError(newer(f"the settings in the ledger: {error}")) from error
 
 
 def as_started(settings: StudyFile) -> StudyFile:
@@ -293,6 +334,7 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
         within=settings.recommend.within,
         constant=ledger.constant,
         outlook=Outlook.read(ledger.outlook),
+        left_out=ledger.left_out(),
     )
 
 

@@ -78,7 +78,7 @@ class StudyLoop:
         self.problem = problem
         self.evaluator = evaluator
         self.searcher = searcher
-        self.ledger = ledger
+        self.ledger, self.left_out = ledger, ledger.left_out()
         self.tracker = tracker
         self.plan = plan
         self.scores = scores
@@ -86,8 +86,7 @@ class StudyLoop:
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
         self.failures = Failures(problem.space.backbone)
-        #: Returns seconds, for the study's timeout.
-        self.clock: Callable[[], float] = time.monotonic
+        self.clock: Callable[[], float] = time.monotonic  # in seconds, for the study's timeout
         self.started = self.clock()
 
     @property
@@ -107,6 +106,7 @@ class StudyLoop:
             within=self.plan.within,
             constant=self.ledger.constant,
             outlook=Outlook.read(self.ledger.outlook),
+            left_out=self.left_out,
         )
 
     def run(self, watcher: Watcher) -> Snapshot:

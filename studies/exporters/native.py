@@ -37,11 +37,13 @@ class Native(Exporter):
 
 
 def bare_backbone(recipe: Recipe) -> LoadedBackbone:
-    """Return the recipe's transformers model without adapters, in evaluation mode. Raises ModelError.
+    """Return the recipe's transformers model without adapters, in evaluation mode.
 
-    Its configuration has the settings of the task's variant, such as the problem type.
+    Its configuration has the settings of the task's variant, such as the problem type. Raises ModelError, also for a
+    model that has changed since the study.
     """
     from autopeft.evaluators.backbones import load_backbone
+    from autopeft.evaluators.errors import ModelError
 
     origin = recipe.backbone
     loaded = load_backbone(
@@ -52,6 +54,11 @@ def bare_backbone(recipe: Recipe) -> LoadedBackbone:
         dtype=origin.dtype,
         backbone=recipe.host,  # its sites may have been named by hand
     )
+    if recipe.contents is not None and loaded.weights() != recipe.contents.weights:
+        raise ModelError(
+            f"{origin.id}: the model differs from the one that the study trained, so the weights do not fit it: restore"
+            " it, or export to native, which needs no model"
+        )
     config: Any = loaded.model.config
     for name, value in recipe.task_class.model_settings(recipe.labels).items():
         setattr(config, name, value)

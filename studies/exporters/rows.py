@@ -43,6 +43,8 @@ def _rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     splits = load_splits(recipe.data.for_loading(), recipe.task)
     if recipe.labels is not None and splits.labels != recipe.labels:
         raise DataError([f"the data has changed: it has the labels {splits.labels}, the recipe has {recipe.labels}"])
+    if recipe.contents is not None and (changed := recipe.contents.changes(splits)):
+        raise DataError([f"the data has changed: {what}" for what in changed])
     return {split: getattr(splits, split) for split in SPLITS}
 
 

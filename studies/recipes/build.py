@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -12,16 +14,17 @@ from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.studies.analysis.front import interval
 from autopeft.studies.analysis.snapshot import Entry, Snapshot
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.recipes.recipe import (
+from autopeft.studies.recipes.parts import (
     Averaged,
     Comparison,
+    Contents,
     Difference,
     Measured,
     OwnMetric,
     Provenance,
-    Recipe,
     RecipeData,
 )
+from autopeft.studies.recipes.recipe import Recipe
 from autopeft.studies.storage.ledger import Ledger
 from autopeft.studies.versions import version_of, versions_of
 
@@ -34,7 +37,9 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
     """Return the recipe of a complete trial, with promises if it was trained with several seeds."""
     entry = snapshot.entry(number)
     backbone, labels = snapshot.backbone, ledger.labels
-    sites = recipe_head_sites(settings, labels, backbone)
+    # The recorded ones: the model may have changed or be gone.
+    recorded = ledger.head_sites
+    sites = recipe_head_sites(settings, labels, backbone) if recorded is None else recorded
     return bare_recipe(
         settings,
         labels,
@@ -51,6 +56,7 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
         measured=_measured(snapshot, entry),
         averaged=_averaged(entry, snapshot.quality),
         compared=_compared(snapshot, number),
+        contents=_contents(ledger.contents),
     )
 
 
@@ -73,6 +79,8 @@ def bare_recipe(
     **fields: Any,
 ) -> Recipe:
     """Return the recipe of any candidate of the study, trained or not."""
+    if Path(settings.model_id).is_dir():  # it may have moved with its study
+        backbone = replace(backbone, id=settings.model_id)
     return Recipe.of(
         backbone=backbone,
         candidate=candidate,
@@ -90,6 +98,11 @@ def bare_recipe(
         ),
         **fields,
     )
+
+
+def _contents(recorded: Mapping[str, Any]) -> Contents | None:
+    """Return what `train` and `verify` compare of a study's contents; None for a ledger without them."""
+    return Contents(rows=recorded["rows"], weights=recorded["weights"]) if recorded else None
 
 
 def _measured(snapshot: Snapshot, entry: Entry) -> dict[str, Measured]:

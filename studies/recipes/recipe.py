@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
+    Field,
     PlainSerializer,
     PlainValidator,
     SerializerFunctionWrapHandler,
@@ -29,21 +29,34 @@ from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
-from autopeft.search_space.metrics import Own
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 from autopeft.studies.config.checks import unknown_key
-from autopeft.studies.config.settings import DataSettings, TaskName
+from autopeft.studies.config.settings import TaskName
 from autopeft.studies.config.source import Source, StudyFileError, read
 from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.recipes.parts import (
+    Averaged,
+    Comparison,
+    Contents,
+    Dtype,
+    Measured,
+    OwnMetric,
+    Part,
+    Provenance,
+    RecipeBackbone,
+    RecipeData,
+)
+from autopeft.studies.versions import newer
 
 if TYPE_CHECKING:
-    from autopeft.evaluators import rows
     from autopeft.evaluators.tasks import Task
 
-SCHEMA_VERSION = 1
-Dtype = Literal["float32", "bfloat16", "float16"]
+#: Version 2 has `contents`.
+SCHEMA_VERSION: Literal[2] = 2
+#: Fields that were added to version 1, and are left out if they are empty.
+LATER = ("metrics", "compared", "contents")
 
 _HEADER = """\
 autopeft recipe. `autopeft train` trains it, `autopeft verify` trains it again and checks what it promises,
@@ -57,6 +70,7 @@ _COMMENTS = {
     "metrics": "code of the study's user that `autopeft train` and `verify` run with --trust-code alone",
     "measured": "low and high: where one more training run with another seed is promised to end",
     "compared": "the front of the study: means over fresh seeds, and the difference to its best member",
+    "contents": "digests of what the study read: `train` and `verify` refuse other rows and another model",
     "averaged": "validation scores with all experts of every mixture weighted alike after the training",
 }
 
@@ -101,116 +115,13 @@ def _without_defaults(site: Site) -> dict[str, Any]:
     return {f.name: getattr(site, f.name) for f in fields(Site) if getattr(site, f.name) != f.default}
 
 
-class _Part(BaseModel):
-    """Base of the parts of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class RecipeBackbone(_Part):
-    """The frozen model, as in `Backbone`."""
-
-    id: str
-    revision: str | None = None
-    family: str
-    hidden_size: int
-    num_layers: int
-    num_params: int
-    causal: bool = False
-    dtype: Dtype = "float32"
-
-
-class RecipeData(DataSettings):
-    """The data section of the study file; names of files are relative to `folder`."""
-
-    folder: str = "."
-
-    def path(self, split: str) -> Path:
-        """Return the file of a split, for the source "files"."""
-        return Path(self.folder) / Path(getattr(self, split)).expanduser()
-
-    def for_loading(self) -> rows.DataConfig:
-        """Return the argument of `load_splits`."""
-        from autopeft.evaluators.rows import DataConfig
-
-        given = {name: value for name, value in self if value is not None}
-        return DataConfig(**{**given, "folder": Path(self.folder)})
-
-
-class Measured(_Part):
-    """A measured value. `low` and `high`: the promised interval for one run with a new seed, or None."""
-
-    value: float
-    std_err: float | None = None
-    low: float | None = None
-    high: float | None = None
-    split: Literal["train", "validation", "test"]
-    seeds: tuple[int, ...] = ()
-
-
-class Difference(_Part):
-    """A difference of means with its 95 % interval."""
-
-    value: float
-    std_err: float
-    low: float
-    high: float
-
-
-class Comparison(_Part):
-    """The place of the candidate on the front of its study, by its validation scores of one metric.
-
-    `value`: the mean over fresh seeds. `difference`: to the best member, None for that one. `standing`: see
-    `analysis/recommendation.py`.
-    """
-
-    metric: str
-    value: float
-    std_err: float
-    standing: str
-    recommended: bool
-    difference: Difference | None = None
-
-
-class Averaged(_Part):
-    """Validation scores, as means over the same runs: `value` with equal gates, `routed` with the routers."""
-
-    value: float
-    routed: float
-    seeds: tuple[int, ...]
-
-
-class OwnMetric(_Part):
-    """A user-defined metric: module:function, in the folder of the data or installed.
-
-    Its code runs only with the explicit consent of the user.
-    """
-
-    function: str
-    direction: Literal["maximise", "minimise"] = "maximise"
-
-    def declared(self, name: str) -> Own:
-        """Return the metric without loading its code. Raises MetricError."""
-        return Own.declared(name, self.function, self.direction == "maximise")
-
-
-class Provenance(_Part):
-    """The origin of a recipe. `packages`: versions by name. `created`: time in ISO 8601."""
-
-    study: str
-    trial: int
-    autopeft: str
-    packages: dict[str, str] = {}
-    created: str
-
-
 Spec = Annotated[AdapterSpec, PlainValidator(_spec), PlainSerializer(lambda spec: spec.to_dict())]
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """A configuration with everything to rebuild, train and verify it."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     backbone: RecipeBackbone
     task: TaskName
     labels: tuple[str, ...] | None = None
@@ -221,10 +132,11 @@ class Recipe(_Part):
     training: Annotated[Training, _declared(Training), PlainSerializer(asdict)]
     data: RecipeData
     seed: int = 0
-    metrics: dict[str, OwnMetric] = {}
-    measured: dict[str, Measured] = {}
-    averaged: dict[str, Averaged] = {}
+    metrics: dict[str, OwnMetric] = Field(default_factory=dict)
+    measured: dict[str, Measured] = Field(default_factory=dict)
+    averaged: dict[str, Averaged] = Field(default_factory=dict)
     compared: Comparison | None = None
+    contents: Contents | None = None
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -250,7 +162,7 @@ class Recipe(_Part):
     @model_serializer(mode="wrap")
     def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out empty later additions, so that older recipes stay equal."""
-        return {name: value for name, value in default(self).items() if name not in ("metrics", "compared") or value}
+        return {name: value for name, value in default(self).items() if name not in LATER or value}
 
     def maximises(self, name: str) -> bool:
         """Return whether more of a metric is better. Raises KeyError for an unknown metric, and MetricError."""
@@ -353,7 +265,7 @@ class Recipe(_Part):
             raise RecipeError(error.problems) from None
         version = source.data.get("schema_version", SCHEMA_VERSION)
         if isinstance(version, int) and version > SCHEMA_VERSION:
-            what = f"version {version} is newer than this autopeft supports ({SCHEMA_VERSION}): upgrade autopeft"
+            what = newer(f"the recipe has version {version}, this autopeft reads up to {SCHEMA_VERSION}")
             raise RecipeError([source.render(("schema_version",), what)])
         try:
             return cls.model_validate(source.data)
@@ -368,6 +280,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "measured": Measured,
     "averaged": Averaged,
     "compared": Comparison,
+    "contents": Contents,
     "provenance": Provenance,
 }
 

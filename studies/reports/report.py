@@ -10,6 +10,7 @@ from typing import Any
 
 from autopeft.evaluators.atomic import atomic_write, atomic_write_text
 from autopeft.search_space.metrics import Metric
+from autopeft.studies.analysis.comparable import left_out_notes
 from autopeft.studies.analysis.front import Front, FrontRow
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -35,7 +36,7 @@ def front_data(snapshot: Snapshot, front: Front) -> list[dict[str, Any]]:
 
 def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
     """Return sentences on the front: the recommendation and its reason, what is preliminary, and what is missing."""
-    notes = []
+    notes = left_out_notes(snapshot.left_out)
     if snapshot.nothing_learnt is not None:
         notes.append(f"Nothing learnt: {snapshot.nothing_learnt}.")
     if front.reason is not None:

@@ -6,32 +6,35 @@ that is killed at any moment continues with the same trial.
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import re
 import time
 import uuid
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from ruamel.yaml import YAML
 
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.backbones.backbone import Backbone
-from autopeft.search_space.problem import Measurement, Objective, Problem, Role, Trial
+from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.problem import Objective, Problem, Role, Trial
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
-from autopeft.studies.config.fingerprint import differences
+from autopeft.studies.analysis.comparable import incomparable
+from autopeft.studies.config.fingerprint import changes, differences
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
+from autopeft.studies.storage import records
 from autopeft.studies.urls import without_password
+from autopeft.studies.versions import newer
 
 # All data of an evaluation is in one attribute, so that a single write stores it.
 TRIAL, RESULT = "autopeft.trial", "autopeft.result"
@@ -40,8 +43,9 @@ BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.do
 PRIOR_TRIALS, CONSTANT, OUTLOOK = "autopeft.earlier", "autopeft.constant", "autopeft.outlook"
 #: Results of a batch on their way to its trials, by the trials' numbers, packed.
 BATCH = "autopeft.batch"
-# Scores per example are long and read by programs alone, so they are compressed.
-PACKED = ("per_example", "test_per_example")
+CONTENTS, VERSION, HEAD = "autopeft.contents", "autopeft.version", "autopeft.head"
+#: The version of the form of ledgers that this code writes. Ledgers without one are of version 0.
+LEDGER_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class StudyRecord:
     `settings`: the study file at the first run. `prior_trials`: copies of the trials of the study `search.prior`, with
     the fields that a searcher reads. They are copied because the prior study may continue, move or be deleted, and the
     proposals after an interruption must not depend on that. `constant`: scores of the best constant prediction, see
-    `constant_scores`.
+    `constant_scores`. `contents`: what the study reads, see `changes`. `head_sites`: the linears of the task head.
     """
 
     objectives: Sequence[Objective]
@@ -62,6 +66,8 @@ class StudyRecord:
     domains: tuple[str, ...] | None = None
     prior_trials: Sequence[Trial] = ()
     constant: Mapping[str, float] = field(default_factory=dict)
+    contents: Mapping[str, Any] = field(default_factory=dict)
+    head_sites: Sequence[Site] = ()
 
 
 class Ledger:
@@ -95,14 +101,20 @@ class Ledger:
         study.set_user_attr(LABELS, record.labels and list(record.labels))
         if record.domains is not None:
             study.set_user_attr(DOMAINS, list(record.domains))
-        study.set_user_attr(PRIOR_TRIALS, _pack([_declared_prior(trial) for trial in record.prior_trials]))
+        study.set_user_attr(PRIOR_TRIALS, records.pack(list(map(records.declared_prior, record.prior_trials))))
         study.set_user_attr(CONSTANT, dict(record.constant))
+        study.set_user_attr(CONTENTS, dict(record.contents))
+        study.set_user_attr(HEAD, [asdict(site) for site in record.head_sites])
+        study.set_user_attr(VERSION, LEDGER_VERSION)
         study.set_user_attr(FINGERPRINT, dict(record.fingerprint))  # last: a study that has it is complete
         return cls(study)
 
     @classmethod
     def open(cls, url: str, name: str, fingerprint: Mapping[str, Any] | None = None) -> Ledger:
-        """Open a study. Given a `fingerprint`, raises ConfigurationError that names every setting that changed."""
+        """Open a study. Given a `fingerprint`, raises ConfigurationError that names every setting that changed.
+
+        Raises it for a ledger of a newer version, too.
+        """
         storage = _storage(url)
         names = _names(storage)
         if name not in names:
@@ -114,8 +126,12 @@ class Ledger:
             raise ConfigurationError(
                 f"the study {name!r} in {without_password(url)} was not made by autopeft, or never started"
             )
-        # Through JSON, as the recorded one: it turns tuples into lists.
-        changed = differences(recorded, json.loads(json.dumps(fingerprint))) if fingerprint is not None else []
+        version = study.user_attrs.get(VERSION, 0)
+        if version > LEDGER_VERSION:
+            raise ConfigurationError(
+                newer(f"the ledger of {name!r} has version {version}, this autopeft reads up to {LEDGER_VERSION}")
+            )
+        changed = differences(recorded, _plain(fingerprint)) if fingerprint is not None else []
         if changed:
             raise ConfigurationError(
                 "the study was started with other settings, so its trials are not comparable with new ones:\n  "
@@ -123,13 +139,30 @@ class Ledger:
             )
         return cls(study)
 
+    def check_contents(self, found: Mapping[str, Any]) -> None:
+        """Raise ConfigurationError that names what has changed of the contents since the study was started."""
+        changed = changes(self._study.user_attrs.get(CONTENTS, {}), _plain(found))
+        if changed:
+            raise ConfigurationError(
+                "what the study reads has changed since it was started, so its trials are not comparable with new"
+                " ones:\n  " + "\n  ".join(changed) + "\nrestore it, or start another study with another output"
+            )
+
+    def keep_contents(self, found: Mapping[str, Any]) -> None:
+        """Check the contents, and record them in the ledger of an earlier version, which has none."""
+        self.check_contents(found)
+        if not self._study.user_attrs.get(CONTENTS):
+            with _readable_errors("written"):
+                self._study.set_user_attr(CONTENTS, dict(found))
+                self._study.set_user_attr(VERSION, LEDGER_VERSION)
+
     @staticmethod
     def names(url: str) -> list[str]:
         """Return the names of the studies in a storage, except those that were killed during their creation."""
         storage = _storage(url)
         with _readable_errors("read"):
-            summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
-        return [summary.study_name for summary in summaries if FINGERPRINT in summary.user_attrs]
+            studies = storage.get_all_studies()  # Optuna's summaries of studies read all trials
+        return [study.study_name for study in studies if FINGERPRINT in study.user_attrs]
 
     @property
     def study_id(self) -> str:
@@ -151,7 +184,20 @@ class Ledger:
     @property
     def backbone(self) -> Backbone:
         """The description of the frozen model."""
-        return Backbone.from_dict(self._study.user_attrs[BACKBONE])
+        with records.reading("the model's description in the ledger"):
+            return Backbone.from_dict(self._study.user_attrs[BACKBONE])
+
+    @property
+    def head_sites(self) -> tuple[Site, ...] | None:
+        """The linears of the task head; None in ledgers of versions that did not store them."""
+        found = self._study.user_attrs.get(HEAD)
+        with records.reading("the task head in the ledger"):
+            return None if found is None else tuple(Site(**site) for site in found)
+
+    @property
+    def contents(self) -> Mapping[str, Any]:
+        """What the study read when it was started; empty in ledgers of versions that did not store it."""
+        return dict(self._study.user_attrs.get(CONTENTS, {}))
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -169,7 +215,8 @@ class Ledger:
     def prior_trials(self) -> tuple[Trial, ...]:
         """The trials of the prior study at the start of this one; see `StudyRecord`."""
         packed = self._study.user_attrs.get(PRIOR_TRIALS)
-        return tuple(_read_prior(data) for data in _unpack(packed)) if packed else ()
+        with records.reading("a trial of the prior study in the ledger"):
+            return tuple(records.read_prior(data) for data in records.unpack(packed)) if packed else ()
 
     @property
     def constant(self) -> Mapping[str, float]:
@@ -188,21 +235,43 @@ class Ledger:
             self._study.set_user_attr(OUTLOOK, None if found is None else dict(found))
 
     def trials(self) -> list[Trial]:
-        """Return every evaluation, ended or not, in order."""
+        """Return every evaluation, ended or not, in order, without those that `left_out` names."""
+        return self._readable()[0]
+
+    def left_out(self) -> dict[int, str]:
+        """Return by their numbers the trials that are damaged or cannot be compared with the others, and why."""
+        return self._readable()[1]
+
+    def _readable(self) -> tuple[list[Trial], dict[int, str]]:
         packed = self._study.user_attrs.get(BATCH)
-        kept: Mapping[str, Any] = _unpack(packed) if packed else {}
-        found = [frozen for frozen in self._study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs]
-        return [_read(frozen, kept.get(str(frozen.number))) for frozen in found]
+        kept: Mapping[str, Any] = records.unpack(packed) if packed else {}
+        found, damaged = [], {}
+        for number, frozen in enumerate(self._frozen()):
+            if frozen is not None and TRIAL not in frozen.user_attrs:
+                continue
+            try:
+                found.append(_read(number, frozen, kept.get(str(number))))
+            except records.DamagedError as error:
+                damaged[number] = str(error)
+        left_out = damaged | incomparable(found, self._study.metric_names or (), self.backbone, damaged)
+        return [trial for trial in found if trial.number not in left_out], dict(sorted(left_out.items()))
+
+    def _frozen(self) -> list[FrozenTrial | None]:
+        """Return all trials of the storage by their numbers; None for those that Optuna cannot read."""
+        try:
+            return list(self._study.get_trials(deepcopy=False))
+        except ValueError:  # one record that is not JSON keeps Optuna from reading any
+            return list(_one_by_one(self._study._storage, self._study._study_id))
 
     def begin(self, problem: Problem, role: Role, candidate: Candidate, **fields: Any) -> Trial:
         """Add a running trial; `fields` are further fields of `Trial`."""
-        trial = Trial(number=len(self._study.get_trials(deepcopy=False)), role=role, candidate=candidate, **fields)
+        trial = Trial(number=len(self._frozen()), role=role, candidate=candidate, **fields)
         domains = {gene.name: gene.domain for gene in problem.space.genes}
         frozen = create_trial(
             state=TrialState.RUNNING,
             params={name: to_optuna(domains[name], value) for name, value in trial.genes.items()},
             distributions={name: distribution(domains[name]) for name in trial.genes},
-            user_attrs={TRIAL: _declared(trial)},
+            user_attrs={TRIAL: records.declared(trial)},
         )
         with _readable_errors("written"):
             self._study.add_trial(frozen)
@@ -215,7 +284,7 @@ class Ledger:
         and are read from there until all came to their trials.
         """
         if len(trials) > 1:
-            self._keep(_pack({str(trial.number): _result(trial) for trial in trials}))
+            self._keep(records.pack({str(trial.number): records.result_of(trial) for trial in trials}))
         for trial in trials:
             self._finish(trial, objectives)
         if len(trials) > 1:
@@ -226,12 +295,12 @@ class Ledger:
             self._study.set_user_attr(BATCH, results)
 
     def _finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
-        frozen = self._study.get_trials(deepcopy=False)[trial.number]
-        if frozen.state.is_finished():
+        frozen = self._frozen()[trial.number]
+        if frozen is None or frozen.state.is_finished():
             return
         with _readable_errors("written"):
             handle = optuna.trial.Trial(self._study, frozen._trial_id)
-            handle.set_user_attr(RESULT, _result(trial))
+            handle.set_user_attr(RESULT, records.result_of(trial))
             if trial.state == "complete":
                 assert trial.measurement is not None
                 if "limits" not in frozen.constraints:
@@ -245,12 +314,34 @@ class Ledger:
         """Return the trials that were running when the study stopped; close those that have a result already."""
         running = []
         for trial in self.trials():
-            frozen = self._study.get_trials(deepcopy=False)[trial.number]
-            if trial.state != "running" and not frozen.state.is_finished():
+            frozen = self._frozen()[trial.number]
+            if trial.state != "running" and frozen is not None and not frozen.state.is_finished():
                 self._finish(trial, objectives)
             elif trial.state == "running":
                 running.append(trial)
         return running
+
+
+def _one_by_one(storage: BaseStorage, study_id: int) -> Iterator[FrozenTrial | None]:
+    for number in count():
+        try:
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        except KeyError:
+            return
+        try:
+            yield storage.get_trial(trial_id)
+        except ValueError:
+            yield None
+
+
+def _read(number: int, frozen: FrozenTrial | None, kept: Mapping[str, Any] | None) -> Trial:
+    """Read a trial. `kept`: its result where the study has it, see `Ledger.finish`. Raises DamagedError."""
+    if frozen is None:
+        raise records.DamagedError("its record is not JSON")
+    result = frozen.user_attrs.get(RESULT) or kept or {}
+    if frozen.state.is_finished() and not result:
+        raise records.DamagedError("its result is missing")
+    return records.read(number, frozen.user_attrs[TRIAL], result)
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
@@ -297,76 +388,13 @@ def _readable_errors(what: str) -> Iterator[None]:
         ) from error
 
 
+def _plain(data: Any) -> Any:
+    """Return data as JSON has it, as in the ledger: tuples become lists."""
+    return json.loads(json.dumps(data))
+
+
 def _reason(error: BaseException) -> str:
     """Return the database's message from below the layers of libraries."""
     while getattr(error, "orig", None) is None and error.__cause__ is not None:
         error = error.__cause__
     return str(getattr(error, "orig", None) or error).splitlines()[0]
-
-
-def _declared(trial: Trial) -> dict[str, Any]:
-    return {
-        "role": str(trial.role),
-        "candidate": trial.candidate.to_dict(),
-        "genes": dict(trial.genes),
-        "seed": trial.seed,
-        "of": trial.of,
-        "searcher_state": dict(trial.searcher_state),
-    }
-
-
-def _result(trial: Trial) -> dict[str, Any]:
-    measurement = None
-    if trial.measurement is not None:
-        measurement = trial.measurement.to_dict()
-        for name in PACKED:
-            measurement[name] = _pack(measurement[name])
-    return {
-        "state": trial.state,
-        "error": trial.error,
-        "violation": trial.violation,
-        "measurement": measurement,
-    }
-
-
-def _pack(data: Any) -> str:
-    return base64.b85encode(zlib.compress(json.dumps(data).encode())).decode()
-
-
-def _unpack(text: str) -> Any:
-    return json.loads(zlib.decompress(base64.b85decode(text)))
-
-
-def _declared_prior(trial: Trial) -> dict[str, Any]:
-    assert trial.measurement is not None
-    return {
-        "number": trial.number,
-        "role": str(trial.role),
-        "candidate": trial.candidate.to_dict(),
-        "genes": dict(trial.genes),
-        "values": dict(trial.values),
-        "std_err": dict(trial.measurement.std_err),
-    }
-
-
-def _read_prior(data: Mapping[str, Any]) -> Trial:
-    declared = dict(data)
-    measurement = Measurement(values=declared.pop("values"), std_err=declared.pop("std_err"))
-    declared["role"] = Role.parse(declared["role"])
-    declared["candidate"] = Candidate.from_dict(declared["candidate"])
-    return Trial(state="complete", measurement=measurement, **declared)
-
-
-def _read(frozen: optuna.trial.FrozenTrial, kept: Mapping[str, Any] | None) -> Trial:
-    """Read a trial. `kept`: its result where the study has it, see `Ledger.finish`."""
-    declared = dict(frozen.user_attrs[TRIAL])
-    result = dict(frozen.user_attrs.get(RESULT) or kept or {})
-    measurement = result.pop("measurement", None)
-    if measurement is not None:
-        measurement = dict(measurement)
-        for name in PACKED:
-            measurement[name] = _unpack(measurement[name])
-        result["measurement"] = Measurement.from_dict(measurement)
-    declared["role"] = Role.parse(declared["role"])
-    declared["candidate"] = Candidate.from_dict(declared["candidate"])
-    return Trial(number=frozen.number, **declared, **result)

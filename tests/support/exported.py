@@ -32,7 +32,8 @@ from autopeft.evaluators.attachment.heads import head_sites
 from autopeft.evaluators.backbones import load_backbone
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.studies.recipes.recipe import Measured, Provenance, Recipe
+from autopeft.studies.recipes.parts import Measured, Provenance
+from autopeft.studies.recipes.recipe import Recipe
 
 WORDS = ("[PAD]", "[EOS]", "[UNK]", *(f"w{i}" for i in range(40)))
 LABELS = ("cold", "hot", "warm")

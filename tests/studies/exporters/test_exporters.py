@@ -52,7 +52,8 @@ from autopeft.studies.exporters import EXPORTERS, Assessment, ExportError, nativ
 from autopeft.studies.exporters import axolotl as axolotl_target
 from autopeft.studies.exporters.base import State
 from autopeft.studies.exporters.peft_config import plan
-from autopeft.studies.recipes.recipe import Averaged, Recipe, RecipeData
+from autopeft.studies.recipes.parts import Averaged, RecipeData
+from autopeft.studies.recipes.recipe import Recipe
 from autopeft.testing import check_exporter
 
 from ...support.exported import CLASSIFIERS, MODELS, logits, make_recipe, save_model, token_ids, trained

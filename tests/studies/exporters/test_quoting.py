@@ -16,7 +16,8 @@ from autopeft.evaluators.data.splits import SPLITS
 from autopeft.search_space.adapters import Lora
 from autopeft.studies.exporters import EXPORTERS, trl_script
 from autopeft.studies.exporters.axolotl import CONFIG_FILE
-from autopeft.studies.recipes.recipe import OwnMetric, Recipe
+from autopeft.studies.recipes.parts import OwnMetric
+from autopeft.studies.recipes.recipe import Recipe
 
 from ...support.exported import LABELS, make_recipe, save_model, trained
 

@@ -13,7 +13,8 @@ from autopeft.evaluators.base import Outcome
 from autopeft.search_space.adapters import Bottleneck, Lora, Norm
 from autopeft.studies.engine.retraining import Retrained, promises_met
 from autopeft.studies.errors import UserError
-from autopeft.studies.recipes.recipe import SCHEMA_VERSION, Averaged, Measured, Recipe, RecipeError
+from autopeft.studies.recipes.parts import Averaged, Measured
+from autopeft.studies.recipes.recipe import SCHEMA_VERSION, Recipe, RecipeError
 
 from ...support.exported import make_recipe, save_model
 
@@ -148,7 +149,7 @@ def test_all_problems_come_at_once(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     newer = f"schema_version: {SCHEMA_VERSION + 1}\nunheard_of: 1"
     path = edited(recipe, tmp_path / "recipe.yaml", f"schema_version: {SCHEMA_VERSION}", newer)
-    with pytest.raises(RecipeError, match="newer than this autopeft supports") as caught:
+    with pytest.raises(RecipeError, match="made by a newer version of autopeft: upgrade") as caught:
         Recipe.load(path)
     assert "unheard_of" not in str(caught.value)
 

@@ -1,0 +1,141 @@
+"""The parts of a recipe, apart from its architecture and its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from autopeft.search_space.metrics import Own
+from autopeft.studies.config.fingerprint import changes
+from autopeft.studies.config.settings import DataSettings
+
+if TYPE_CHECKING:
+    from autopeft.evaluators import rows
+    from autopeft.evaluators.data.splits import Splits
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Part(BaseModel):
+    """Base of the parts of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RecipeBackbone(Part):
+    """The frozen model, as in `Backbone`."""
+
+    id: str
+    revision: str | None = None
+    family: str
+    hidden_size: int
+    num_layers: int
+    num_params: int
+    causal: bool = False
+    dtype: Dtype = "float32"
+
+
+class RecipeData(DataSettings):
+    """The data section of the study file; names of files are relative to `folder`."""
+
+    folder: str = "."
+
+    def path(self, split: str) -> Path:
+        """Return the file of a split, for the source "files"."""
+        return Path(self.folder) / Path(getattr(self, split)).expanduser()
+
+    def for_loading(self) -> rows.DataConfig:
+        """Return the argument of `load_splits`."""
+        from autopeft.evaluators.rows import DataConfig
+
+        given = {name: value for name, value in self if value is not None}
+        return DataConfig(**{**given, "folder": Path(self.folder)})
+
+
+class Measured(Part):
+    """A measured value. `low` and `high`: the promised interval for one run with a new seed, or None."""
+
+    value: float
+    std_err: float | None = None
+    low: float | None = None
+    high: float | None = None
+    split: Literal["train", "validation", "test"]
+    seeds: tuple[int, ...] = ()
+
+
+class Difference(Part):
+    """A difference of means with its 95 % interval."""
+
+    value: float
+    std_err: float
+    low: float
+    high: float
+
+
+class Comparison(Part):
+    """The place of the candidate on the front of its study, by its validation scores of one metric.
+
+    `value`: the mean over fresh seeds. `difference`: to the best member, None for that one. `standing`: see
+    `analysis/recommendation.py`.
+    """
+
+    metric: str
+    value: float
+    std_err: float
+    standing: str
+    recommended: bool
+    difference: Difference | None = None
+
+
+class Averaged(Part):
+    """Validation scores, as means over the same runs: `value` with equal gates, `routed` with the routers."""
+
+    value: float
+    routed: float
+    seeds: tuple[int, ...]
+
+
+class OwnMetric(Part):
+    """A user-defined metric: module:function, in the folder of the data or installed.
+
+    Its code runs only with the explicit consent of the user.
+    """
+
+    function: str
+    direction: Literal["maximise", "minimise"] = "maximise"
+
+    def declared(self, name: str) -> Own:
+        """Return the metric without loading its code. Raises MetricError."""
+        return Own.declared(name, self.function, self.direction == "maximise")
+
+
+class RowsDigest(Part):
+    """The number of the rows of a split, and their digest."""
+
+    rows: int
+    digest: str
+
+
+class Contents(Part):
+    """What the study read, see `evaluators/contents.py`: a path does not tell whether rows or weights have changed."""
+
+    rows: dict[str, RowsDigest]
+    weights: str
+
+    def changes(self, splits: Splits, weights: str | None = None) -> list[str]:
+        """Return what has changed since, a sentence for each. `weights`: the digest of a model, if it is compared."""
+        from autopeft.evaluators.contents import of_rows
+
+        return changes(self.model_dump(), {"rows": of_rows(splits), "weights": weights or self.weights})
+
+
+class Provenance(Part):
+    """The origin of a recipe. `packages`: versions by name. `created`: time in ISO 8601."""
+
+    study: str
+    trial: int
+    autopeft: str
+    packages: dict[str, str] = {}
+    created: str
