@@ -22,8 +22,8 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import LEDGER, StudyFile
 from autopeft.studies.engine.plan import plan_of
-from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
-from autopeft.studies.storage.ledger import Ledger, StudyRecord
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, file_errors
+from autopeft.studies.storage.ledger import GO_ON, Ledger, StudyRecord
 from autopeft.studies.storage.locks import check_owner, claim, is_held, lock_paths, locked
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = problem_for(settings, evaluator.backbone)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator.metrics)
-        claim(settings.output_folder, ledger.study_id)
+        with file_errors(GO_ON):
+            claim(settings.output_folder, ledger.study_id)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         tracker = None
         if settings.tracking.enabled:
@@ -205,6 +206,11 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
     folder = settings.output_folder
     if resume and not was_started(settings):
         raise ConfigurationError(f"{folder}: has no study {settings.study!r} to resume{_others(settings)}")
+    check_disk(folder)
+
+
+def check_disk(folder: Path) -> None:
+    """Make the folder. Raises UnusableEnvironmentError if it cannot be written or its disk is almost full."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as probe:
@@ -216,7 +222,7 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
     free = status.f_bavail * status.f_frsize
     if free < LEAST_FREE_BYTES:
         raise UnusableEnvironmentError(
-            f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs {LEAST_FREE_BYTES / 1e6:.0f} MB"
+            f"{folder}: only {free / 1e6:.0f} MB are free on this disk; it takes {LEAST_FREE_BYTES / 1e6:.0f} MB"
         )
 
 

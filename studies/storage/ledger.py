@@ -42,6 +42,8 @@ PRIOR_TRIALS, CONSTANT, OUTLOOK = "autopeft.earlier", "autopeft.constant", "auto
 BATCH = "autopeft.batch"
 # Scores per example are long and read by programs alone, so they are compressed.
 PACKED = ("per_example", "test_per_example")
+#: What to do after an error of the disk or of the database.
+GO_ON = "finished trials are safe, and `autopeft resume` goes on once this is mended"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +69,10 @@ class StudyRecord:
 class Ledger:
     """The trials of one study. Use `create` or `open`."""
 
-    def __init__(self, study: optuna.Study) -> None:
+    def __init__(self, study: optuna.Study, url: str) -> None:
         self._study = study
+        #: For messages.
+        self._shown = without_password(url)
 
     @classmethod
     def create(cls, url: str, name: str, record: StudyRecord) -> Ledger:
@@ -77,34 +81,35 @@ class Ledger:
         Raises ConfigurationError if there is a study of that name, UnusableEnvironmentError for an unusable storage.
         """
         storage = _storage(url)
-        if name in _names(storage):
+        if name in _names(storage, url):
             study = optuna.load_study(study_name=name, storage=storage)
             if FINGERPRINT in study.user_attrs:
                 raise ConfigurationError(
                     f"{without_password(url)} already holds the study {name!r}: `autopeft resume` continues it"
                 )
-            optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
+            with _readable_errors(url, "written"):
+                optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
         directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in record.objectives]
-        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-        with warnings.catch_warnings():
+        with _readable_errors(url, "written"), warnings.catch_warnings():
+            study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([o.name for o in record.objectives])
-        study.set_user_attr(IDENTITY, uuid.uuid4().hex)
-        study.set_user_attr(SETTINGS, record.settings)
-        study.set_user_attr(BACKBONE, record.backbone.to_dict())
-        study.set_user_attr(LABELS, record.labels and list(record.labels))
-        if record.domains is not None:
-            study.set_user_attr(DOMAINS, list(record.domains))
-        study.set_user_attr(PRIOR_TRIALS, _pack([_declared_prior(trial) for trial in record.prior_trials]))
-        study.set_user_attr(CONSTANT, dict(record.constant))
-        study.set_user_attr(FINGERPRINT, dict(record.fingerprint))  # last: a study that has it is complete
-        return cls(study)
+            study.set_user_attr(IDENTITY, uuid.uuid4().hex)
+            study.set_user_attr(SETTINGS, record.settings)
+            study.set_user_attr(BACKBONE, record.backbone.to_dict())
+            study.set_user_attr(LABELS, record.labels and list(record.labels))
+            if record.domains is not None:
+                study.set_user_attr(DOMAINS, list(record.domains))
+            study.set_user_attr(PRIOR_TRIALS, _pack([_declared_prior(trial) for trial in record.prior_trials]))
+            study.set_user_attr(CONSTANT, dict(record.constant))
+            study.set_user_attr(FINGERPRINT, dict(record.fingerprint))  # last: a study that has it is complete
+        return cls(study, url)
 
     @classmethod
     def open(cls, url: str, name: str, fingerprint: Mapping[str, Any] | None = None) -> Ledger:
         """Open a study. Given a `fingerprint`, raises ConfigurationError that names every setting that changed."""
         storage = _storage(url)
-        names = _names(storage)
+        names = _names(storage, url)
         if name not in names:
             others = f" (it holds {', '.join(map(repr, sorted(names)))})" if names else ""
             raise ConfigurationError(f"{without_password(url)} holds no study {name!r}{others}")
@@ -121,13 +126,13 @@ class Ledger:
                 "the study was started with other settings, so its trials are not comparable with new ones:\n  "
                 + "\n  ".join(changed)
             )
-        return cls(study)
+        return cls(study, url)
 
     @staticmethod
     def names(url: str) -> list[str]:
         """Return the names of the studies in a storage, except those that were killed during their creation."""
         storage = _storage(url)
-        with _readable_errors("read"):
+        with _readable_errors(url, "read"):
             summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
         return [summary.study_name for summary in summaries if FINGERPRINT in summary.user_attrs]
 
@@ -184,7 +189,7 @@ class Ledger:
 
     @outlook.setter
     def outlook(self, found: Mapping[str, Any] | None) -> None:
-        with _readable_errors("written"):
+        with _readable_errors(self._shown, "written"):
             self._study.set_user_attr(OUTLOOK, None if found is None else dict(found))
 
     def trials(self) -> list[Trial]:
@@ -204,7 +209,7 @@ class Ledger:
             distributions={name: distribution(domains[name]) for name in trial.genes},
             user_attrs={TRIAL: _declared(trial)},
         )
-        with _readable_errors("written"):
+        with _readable_errors(self._shown, "written"):
             self._study.add_trial(frozen)
         return trial
 
@@ -222,14 +227,14 @@ class Ledger:
             self._keep("")
 
     def _keep(self, results: str) -> None:
-        with _readable_errors("written"):
+        with _readable_errors(self._shown, "written"):
             self._study.set_user_attr(BATCH, results)
 
     def _finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
         frozen = self._study.get_trials(deepcopy=False)[trial.number]
         if frozen.state.is_finished():
             return
-        with _readable_errors("written"):
+        with _readable_errors(self._shown, "written"):
             handle = optuna.trial.Trial(self._study, frozen._trial_id)
             handle.set_user_attr(RESULT, _result(trial))
             if trial.state == "complete":
@@ -281,19 +286,19 @@ def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
         return _connect(url, tries - 1)
 
 
-def _names(storage: optuna.storages.RDBStorage) -> list[str]:
-    with _readable_errors("read"):
+def _names(storage: optuna.storages.RDBStorage, url: str) -> list[str]:
+    with _readable_errors(url, "read"):
         return optuna.get_all_study_names(storage)
 
 
 @contextmanager
-def _readable_errors(what: str) -> Iterator[None]:
+def _readable_errors(url: str, what: str) -> Iterator[None]:
     """Raise UnusableEnvironmentError with the database's message: a full disk, a broken file, a server that is gone."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise UnusableEnvironmentError(
-            f"the ledger cannot be {what}: {_reason(error)}; stored trials are safe, and `autopeft resume` continues"
+            f"the ledger {without_password(url)} cannot be {what}: {_reason(error)}; {GO_ON}"
         ) from error
 
 
