@@ -63,8 +63,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     A reader sees the old file or the new one, never a part; among concurrent writers, the last to finish wins. After
     an exception in the block, including KeyboardInterrupt, `path` is unchanged and the temporary file is removed. As
     with `open(path, "w")`, links are followed, and permissions come from the existing file or else from the umask. The
-    data is not flushed to the disk: a power failure can leave a damaged file. Raises errors of the disk as `disk_errors`
-    does.
+    data is not flushed to the disk: a power failure can leave a damaged file. Errors of the disk are raised as
+    `disk_errors` raises them.
     """
     target = Path(os.path.realpath(path))
     temporary = _beside(target)

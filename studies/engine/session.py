@@ -135,8 +135,8 @@ def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[typ
 def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[StudyLoop]:
     """Open a study and lock it against a second process.
 
-    Raises ConfigurationError if it exists (or does not, with `resume`), has changed or is running, and
-    UnusableEnvironmentError if the folder cannot be written or the ledger cannot be read.
+    Raises ConfigurationError if it exists (or does not, with `resume`), has changed, is running or can never be
+    tracked, and UnusableEnvironmentError if the folder cannot be written or the ledger cannot be read.
     """
     from autopeft.studies.engine.study_loop import StudyLoop
 
@@ -148,6 +148,13 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         if ledger is None:
             _check_new(settings)
         check_owner(settings.output_folder, None if ledger is None else ledger.study_id)
+        tracker = None
+        if settings.tracking.enabled:
+            from autopeft.studies.tracking.mlflow_sync import Tracker
+
+            experiment = settings.tracking.experiment or settings.study
+            tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
+            tracker.begin()
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
         if ledger is None:
             from autopeft.studies.engine.time_budget import within_minutes
@@ -159,12 +166,6 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         with file_errors(GO_ON):
             claim(settings.output_folder, ledger.study_id)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
-        tracker = None
-        if settings.tracking.enabled:
-            from autopeft.studies.tracking.mlflow_sync import Tracker
-
-            experiment = settings.tracking.experiment or settings.study
-            tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
         searcher, scores = searcher_for(settings, evaluator)
         yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores)
 

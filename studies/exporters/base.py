@@ -83,8 +83,9 @@ class Exporter(ABC):
     ) -> Assessment:
         """Write the export, with the recipe beside it, to `folder`: completely or not at all.
 
-        `force` replaces an earlier export, and no other folder. `beside`: further text files by name. Raises ExportError: the format cannot hold the recipe,
-        weights are missing or of another recipe, `folder` is in use, or it cannot be written.
+        `force` replaces an earlier export, and no other folder. `beside`: further text files by name. Raises
+        ExportError: the format cannot hold the recipe, weights are missing or of another recipe, `folder` is in use, or
+        it cannot be written.
         """
         fit = self.assess(recipe)
         if fit.level == "unsupported":
