@@ -32,7 +32,10 @@ _LASTING_CODES = frozenset(
 )  # fmt: skip
 #: The same without a code of their own: another version's database, another kind of file, the folder store, a server
 #: that is no MLflow.
-_LASTING_WORDS = ("database schema", "not a database", "unable to open database file", "maintenance mode", "valid JSON")
+_LASTING_WORDS = (
+    "database schema", "locate revision", "not a database", "unable to open database file", "maintenance mode",
+    "valid JSON",
+)  # fmt: skip
 _LASTING_ERRNOS = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM})
 
 
@@ -141,7 +144,9 @@ def _holds_nothing(path: Path) -> bool:
     # Opened for writing, SQLite first undoes what a killed process began, so that no journal is left for another file.
     with closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S)) as database:
         found = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        tables = [name for (name,) in found if not name.startswith(("alembic_", "sqlite_"))]
+        tables = {name for (name,) in found if not name.startswith(("alembic_", "sqlite_"))}
+        if "experiments" in tables:
+            tables.discard("workspaces")  # MLflow's tables begin with a row there, before there is any experiment
         return not any(database.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in tables)
 
 
