@@ -265,7 +265,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
         shown = without_password(url)
         said = str(error).splitlines()[0].replace(url, shown)
         raise ConfigurationError(f"storage {shown!r}: {said}") from error
-    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
         raise UnusableEnvironmentError(
             f"the ledger {without_password(url)} cannot be used: {_reason(error)}"
         ) from error

@@ -20,6 +20,7 @@ from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.tracking import store, worker
 from autopeft.studies.tracking.mlflow_sync import Tracker
 
+from ...support.full_disk import full_after
 from ...support.tracked_study import FRONT, TRIALS, snapshot
 
 ALL = 1 + len(TRIALS)
@@ -145,6 +146,35 @@ def test_two_studies_begin_with_one_new_database(
         thread.join()
     assert seen == {"one": (1,), "two": (1,)}
     assert len(made) == 1
+
+
+# A disk that fills up
+
+
+def test_a_full_disk_loses_nothing(empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def folder(name: str) -> tuple[str, Path]:
+        (tmp_path / name).mkdir()
+        shutil.copy(empty_store, tmp_path / name / "mlflow.db")
+        return f"sqlite:///{tmp_path}/{name}/mlflow.db", tmp_path / name
+
+    uri, place = folder("whole")
+    with full_after(-1) as writes:
+        assert Tracker(uri, "p", place).sync(snapshot(), final=True)
+    files = sorted(file.name for file in place.rglob("*") if file.is_file())
+    assert len(files) > 10
+    for at in range(0, len(writes), len(writes) // 8):
+        uri, place = folder(str(at))
+        tracker = Tracker(uri, "p", place)
+        caplog.clear()
+        with full_after(at):
+            assert not tracker.sync(snapshot())
+        (record,) = caplog.records
+        assert "No space left on device" in record.getMessage(), writes[at]
+        assert str(tmp_path) in record.getMessage(), writes[at]
+        assert tracker.sync(snapshot(), final=True)
+        assert len(runs(place / "mlflow.db")) == ALL
+        assert {run.info.status for run in runs(place / "mlflow.db")} == {"FINISHED", "FAILED"}
+        assert sorted(file.name for file in place.rglob("*") if file.is_file()) == files
 
 
 # An experiment that was deleted
