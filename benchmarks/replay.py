@@ -104,7 +104,7 @@ class Recording:
     def kept(self) -> int:
         """Search again over these outcomes; return how many trials it proposes as recorded before another one."""
         # Like the study's own, but in memory.
-        ledger = Ledger(optuna.create_study(directions=["minimize"] * len(self.problem.objectives)))
+        ledger = Ledger(optuna.create_study(directions=["minimize"] * len(self.problem.objectives)), "in memory")
         for trial in self.baselines:
             begun = ledger.begin(self.problem, trial.role, trial.candidate, seed=trial.seed)
             ledger.finish([replace(trial, number=begun.number)], self.problem.objectives)

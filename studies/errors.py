@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A failure at run time; its text says how to repair it."""
@@ -29,3 +32,13 @@ class UnusableEnvironmentError(UserError):
     """This machine lacks something that the command needs: a package, a GPU, a writable folder."""
 
     exit_code = 4
+
+
+@contextmanager
+def file_errors(then: str = "") -> Iterator[None]:
+    """Turn an OSError into an UnusableEnvironmentError that names the file. `then`: what is safe, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise UnusableEnvironmentError(f"{where}{error.strerror or error}{then and f'; {then}'}") from error

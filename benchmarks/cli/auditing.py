@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_table, print_result
-from autopeft.studies.cli.files import check_names, file_errors
+from autopeft.studies.cli.files import check_names
 from autopeft.studies.cli.options import JsonOption, SetOption
-from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.errors import ConfigurationError, file_errors
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits

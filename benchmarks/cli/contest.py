@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_table, print_result
-from autopeft.studies.cli.files import check_names, file_errors
+from autopeft.studies.cli.files import check_names
 from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of
+from autopeft.studies.errors import file_errors
 
 
 def contest(

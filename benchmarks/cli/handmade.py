@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from autopeft.benchmarks.cli.shared import BenchView, print_result
-from autopeft.studies.cli.files import check_names, file_errors
+from autopeft.studies.cli.files import check_names
 from autopeft.studies.cli.options import JsonOption, names_of, numbers_of
+from autopeft.studies.errors import file_errors
 
 
 def handmade(

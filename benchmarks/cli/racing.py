@@ -13,9 +13,9 @@ import typer
 
 from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_table, print_result
 from autopeft.search_space.problem import Goal
-from autopeft.studies.cli.files import check_names, file_errors
+from autopeft.studies.cli.files import check_names
 from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of
-from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.errors import ConfigurationError, file_errors
 
 if TYPE_CHECKING:
     from autopeft.benchmarks.race.base import RaceProblem

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{options.file}: {type(problem).__name__}: {problem}", file=sys.stderr)
             return 1
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_section(text, section(load(RESULTS))), encoding="utf-8")
+    atomic_write_text(PAGE, with_section(text, section(load(RESULTS))))
     return 0
 
 

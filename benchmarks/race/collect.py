@@ -17,6 +17,7 @@ from random import Random
 
 from autopeft.benchmarks.race import table
 from autopeft.benchmarks.race.table import RUNGS, TableRow
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.training.base import TrainingEvaluator
 from autopeft.search_space.architecture import Candidate, digest
@@ -142,4 +143,4 @@ def write_provenance(path: Path, found: dict[str, object]) -> None:
             f"{beside.name}: the table was made with other inputs, packages or machine: "
             "add rows there, or write another table"
         )
-    beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    atomic_write_text(beside, json.dumps(found, indent=2) + "\n")

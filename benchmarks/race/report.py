@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from autopeft.benchmarks.race.races import ARMS, RaceResult
+from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.problem import Goal
 from autopeft.studies.analysis.medians import LEAST_SEEDS, Median, draws, median_of
 from autopeft.studies.analysis.pareto import Floats
@@ -261,7 +262,8 @@ def picture(curves: Mapping[str, Sequence[Curves]], path: str | PathLike[str]) -
         for panel in panels[::columns]:
             panel.set_ylabel("score")
         figure.legend(list(handles.values()), list(handles), loc="outside right upper")
-        figure.savefig(path, format="png")
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def _band(shares: Floats) -> tuple[Floats, Floats]:

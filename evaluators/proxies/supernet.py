@@ -191,8 +191,9 @@ class Supernet(Proxy):
             "optimizer": optimizer.state_dict(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            torch.save(state, temporary)
+        # Into an open file: to a name, torch writes by itself and does not say what the disk lacks.
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     @torch.no_grad()
     def _restored(self, path: Path | None, key: str, optimizer: AdamW) -> list[list[float]]:

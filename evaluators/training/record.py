@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from autopeft.evaluators.atomic import disk_error
 from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request
 from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, Quality
 from autopeft.search_space.metrics.base import standard_error
@@ -85,7 +86,12 @@ class Record:
 
 
 def failure(request: Request, error: Exception) -> Outcome:
-    """Turn an exception into the outcome of its candidate, so that other candidates continue."""
+    """Turn an exception into the outcome of its candidate, so that other candidates continue.
+
+    Raises an error of the disk as OSError: it is no fault of the candidate, which succeeds once there is space.
+    """
+    if (of_the_disk := disk_error(error)) is not None:
+        raise of_the_disk from error
     if isinstance(error, OutOfMemoryError):
         return Outcome(failure="infeasible", reason=str(error))
     if isinstance(error, TrainingFailedError):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
-from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
+from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from autopeft.evaluators.data.splits import Splits
@@ -33,16 +33,6 @@ PresetOption = Annotated[
 ]
 
 
-@contextmanager
-def file_errors() -> Iterator[None]:
-    """Turn an OSError into an UnusableEnvironmentError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UnusableEnvironmentError(f"{where}{error.strerror or error}") from error
-
-
 def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
     """Write a commented study file that is ready to run."""
     templates = {Path(file.name).stem: file for file in (files("autopeft.studies.config") / "templates").iterdir()
@@ -56,8 +46,9 @@ def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
     text = templates[preset].read_text(encoding="utf-8")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text.replace(PLACEHOLDER, name))
+        if path.exists():
+            raise FileExistsError
+        atomic_write_text(path, text.replace(PLACEHOLDER, name))
     except FileExistsError:
         existing = path if path.exists() else folder
         raise ConfigurationError(f"{existing} already exists; nothing was written") from None

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.cli.options import JsonOption, print_json
-from autopeft.studies.errors import ConfigurationError, UserError
+from autopeft.studies.errors import UserError
 
 if TYPE_CHECKING:
     from autopeft.studies.engine.retraining import Retrained
@@ -30,23 +29,26 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Random seed; default: the recipe's.")] = None,
     device: DeviceOption = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run.")] = False,
     trust_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe from scratch; write the adapter and its test scores."""
     from autopeft.studies.engine.retraining import promises_met
+    from autopeft.studies.engine.session import check_disk
     from autopeft.studies.exporters import EXPORTERS
+    from autopeft.studies.exporters.base import check_folder
     from autopeft.studies.recipes.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     folder = out or recipe.parent / "trained"
-    if folder.exists() and any(folder.iterdir()) and not force:
-        raise ConfigurationError(f"{folder} is not empty (--force replaces an earlier run)")
+    # Before the training, which would be lost.
+    check_folder(folder, force)
+    check_disk(folder.parent)
     run = _retrain(loaded, [loaded.seed if seed is None else seed], device, trust_code)[0]
-    EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
     metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": promises_met(loaded, [run])}
-    atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    beside = {"metrics.json": json.dumps(metrics, indent=2) + "\n"}
+    EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force, beside=beside)
     if as_json:
         print_json(metrics)
         return

@@ -43,7 +43,8 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     from autopeft.studies.cli.progress import ProgressView
     from autopeft.studies.cli.results import print_front
     from autopeft.studies.engine.session import open_study
-    from autopeft.studies.reports.report import front_data, write_report
+    from autopeft.studies.errors import file_errors
+    from autopeft.studies.reports.report import REPORT_LATER, front_data, write_report
 
     splits, _, _ = checked(settings)
     with interruptible(settings) as stop_if_asked, open_study(settings, splits, resume=resume) as study:
@@ -51,7 +52,8 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
             typer.echo(f"warning: {note}", err=True)
         with ProgressView(between=stop_if_asked) as view:
             snapshot = study.run(view)
-        files = write_report(snapshot, settings.output_folder / "report")
+        with file_errors(REPORT_LATER):
+            files = write_report(snapshot, settings.output_folder / "report")
     if as_json:
         print_json(front_data(snapshot, snapshot.front()))
         return

@@ -77,6 +77,10 @@ def _place_problems(study: StudyFile) -> Iterator[PlacedProblem]:
             yield ("storage",), "is not the URL of a database, such as sqlite:///ledger.db"
     if uri is not None and (said := _unknown_store(uri)):
         yield ("tracking", "uri"), said
+    experiment = study.tracking.experiment or study.study
+    if study.tracking.enabled and len(experiment) > _LONGEST_EXPERIMENT:
+        where = ("tracking", "experiment") if study.tracking.experiment else ("study",)
+        yield where, f"MLflow takes names of at most {_LONGEST_EXPERIMENT} characters, this has {len(experiment)}"
 
 
 def _unknown_store(uri: str) -> str | None:
@@ -90,6 +94,7 @@ def _unknown_store(uri: str) -> str | None:
     return f"MLflow has no store for {scheme!r}{hint}"
 
 
+_LONGEST_EXPERIMENT = 500
 _TRACKING_SCHEMES = (
     "http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc",
 )  # fmt: skip

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopeft.evaluators.atomic import atomic_write, atomic_write_text
+from autopeft.evaluators.atomic import atomic_write, atomic_write_text, disk_errors
 from autopeft.evaluators.base import OutOfMemoryError, memory_errors
 from autopeft.evaluators.costs.predictor import ADDITIVE, CostTable
 from autopeft.evaluators.proxies import PROXIES
@@ -331,8 +331,9 @@ class ScoreTable:
         rows: list[dict[str, str]] = []
         if beside.read() is not None:
             with suppress(OSError, ValueError), path.open(encoding="utf-8", newline="") as file:
-                # A killed study may have left an incomplete line.
-                rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in COLUMNS)]
+                # A killed study, or a full disk, may have left an incomplete line.
+                whole = [line for line in file if line.endswith("\n")]
+                rows = [row for row in csv.DictReader(whole) if all(row.get(name) for name in COLUMNS)]
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -343,7 +344,7 @@ class ScoreTable:
 
     def append(self, points: Sequence[Point], values: Sequence[float]) -> None:
         """Add points and their scores."""
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             for point, value in zip(points, values, strict=True):
                 costs = {name: point.costs[name] for name in DECLARED}

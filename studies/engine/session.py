@@ -22,8 +22,8 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import LEDGER, StudyFile
 from autopeft.studies.engine.plan import plan_of
-from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
-from autopeft.studies.storage.ledger import Ledger, StudyRecord
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, file_errors
+from autopeft.studies.storage.ledger import GO_ON, Ledger, StudyRecord
 from autopeft.studies.storage.locks import check_owner, claim, is_held, lock_paths, locked
 from autopeft.studies.versions import newer
 
@@ -135,8 +135,8 @@ def searcher_for(settings: StudyFile, evaluator: TrainingEvaluator) -> tuple[typ
 def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator[StudyLoop]:
     """Open a study and lock it against a second process.
 
-    Raises ConfigurationError if it exists (or does not, with `resume`), has changed or is running, and
-    UnusableEnvironmentError if the folder cannot be written or the ledger cannot be read.
+    Raises ConfigurationError if it exists (or does not, with `resume`), has changed, is running or can never be
+    tracked, and UnusableEnvironmentError if the folder cannot be written or the ledger cannot be read.
     """
     from autopeft.studies.engine.study_loop import StudyLoop
 
@@ -148,6 +148,13 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         if ledger is None:
             _check_new(settings)
         check_owner(settings.output_folder, None if ledger is None else ledger.study_id)
+        tracker = None
+        if settings.tracking.enabled:
+            from autopeft.studies.tracking.mlflow_sync import Tracker
+
+            experiment = settings.tracking.experiment or settings.study
+            tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
+            tracker.begin()
         contents = _contents(settings, splits)
         if ledger is not None:
             ledger.check_contents(contents)  # before the model is loaded, which may not fit the ledger's description
@@ -161,14 +168,9 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator, contents)
         ledger.keep_contents(contents)
-        claim(settings.output_folder, ledger.study_id)
+        with file_errors(GO_ON):
+            claim(settings.output_folder, ledger.study_id)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
-        tracker = None
-        if settings.tracking.enabled:
-            from autopeft.studies.tracking.mlflow_sync import Tracker
-
-            experiment = settings.tracking.experiment or settings.study
-            tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
         searcher, scores = searcher_for(settings, evaluator)
         yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores)
 
@@ -241,6 +243,11 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
     folder = settings.output_folder
     if resume and not was_started(settings):
         raise ConfigurationError(f"{folder}: has no study {settings.study!r} to resume{_others(settings)}")
+    check_disk(folder)
+
+
+def check_disk(folder: Path) -> None:
+    """Make the folder. Raises UnusableEnvironmentError if it cannot be written or its disk is almost full."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as probe:
@@ -252,7 +259,7 @@ def _check_folder(settings: StudyFile, resume: bool) -> None:
     free = status.f_bavail * status.f_frsize
     if free < LEAST_FREE_BYTES:
         raise UnusableEnvironmentError(
-            f"{folder}: only {free / 1e6:.0f} MB are free on this disk; a study needs {LEAST_FREE_BYTES / 1e6:.0f} MB"
+            f"{folder}: only {free / 1e6:.0f} MB are free on this disk; it takes {LEAST_FREE_BYTES / 1e6:.0f} MB"
         )
 
 

@@ -44,8 +44,8 @@ from autopeft.studies.engine.scheduled_trials import (
 )
 from autopeft.studies.engine.time_budget import is_over, outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
-from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
-from autopeft.studies.storage.ledger import Ledger
+from autopeft.studies.errors import NoFeasibleCandidateError, file_errors
+from autopeft.studies.storage.ledger import GO_ON, Ledger
 
 if TYPE_CHECKING:
     from autopeft.studies.tracking.mlflow_sync import Tracker
@@ -116,7 +116,7 @@ class StudyLoop:
         """
         self._check_feasible()
         watcher.plan(num_evaluations(self.plan, self.problem), len(self.snapshot().evaluated))
-        try:
+        with file_errors(GO_ON):
             unfinished = self.ledger.unfinished(self.problem.objectives)
             self._evaluate_planned("baseline", unfinished, self._baselines(), watcher)
             searcher = self._search(unfinished, watcher)
@@ -127,8 +127,6 @@ class StudyLoop:
                 watcher.plan(done + len(found) + sum(t.role.kind in FINAL_KINDS for t in unfinished), done)
                 self._evaluate_planned(kind, unfinished, found, watcher)
                 unfinished = [trial for trial in unfinished if trial.role.kind != kind]
-        except OSError as error:
-            raise UnusableEnvironmentError(f"{self.plan.output_folder}: {error.strerror or error}") from error
         self.ledger.outlook = outlook_of(searcher, self.snapshot(), self.plan.batch)
         snapshot = self.snapshot()
         if self.tracker is not None:

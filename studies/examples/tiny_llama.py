@@ -22,6 +22,8 @@ from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from autopeft.evaluators.atomic import atomic_write_text, disk_errors
+
 KNOWN_STEPS = (1, 2, 3)
 NEW_STEPS = (4, 5, 6)
 SHOWN = (2, 3, 4, 5)
@@ -170,8 +172,8 @@ def write(folder: Path, num_steps: int = 600) -> None:
     words.save_pretrained(folder / "model")
     for split, found in splits().items():
         text = "".join(json.dumps(row) + "\n" for row in found)
-        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    (folder / "study.yaml").write_text(STUDY, encoding="utf-8")
+        atomic_write_text(folder / f"{split}.jsonl", text)
+    atomic_write_text(folder / "study.yaml", STUDY)  # last: without it all is written again
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -184,8 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = parser.parse_args(arguments).folder
     transformers_logging.disable_progress_bar()
     try:
-        write(folder)
-    except FileExistsError as error:
+        with disk_errors(folder):
+            write(folder)
+    except OSError as error:
         parser.error(str(error))
     print(f"{folder}: wrote model, data and study.yaml; now: autopeft run {folder / 'study.yaml'}")
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from autopeft.evaluators.atomic import atomic_folder
@@ -78,11 +79,13 @@ class Exporter(ABC):
         *,
         allow_lossy: bool = False,
         force: bool = False,
+        beside: Mapping[str, str] = MappingProxyType({}),
     ) -> Assessment:
         """Write the export, with the recipe beside it, to `folder`: completely or not at all.
 
-        `force` replaces an earlier export, and no other folder. Raises ExportError: the format cannot hold the recipe,
-        weights are missing or of another recipe, `folder` is in use, or it cannot be written.
+        `force` replaces an earlier export, and no other folder. `beside`: further text files by name. Raises
+        ExportError: the format cannot hold the recipe, weights are missing or of another recipe, `folder` is in use, or
+        it cannot be written.
         """
         fit = self.assess(recipe)
         if fit.level == "unsupported":
@@ -97,11 +100,13 @@ class Exporter(ABC):
 
         folder = Path(folder)
         try:
-            _check_folder(folder, force)
+            check_folder(folder, force)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(folder) as temporary:
                 remarks = self.write(recipe, state or {}, temporary)
                 recipe.save(temporary / RECIPE_FILE)
+                for name, text in beside.items():
+                    (temporary / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from error
         except (ModelError, DataError) as error:
@@ -113,7 +118,8 @@ def _refusal(opening: str, fit: Assessment) -> str:
     return "\n  ".join((opening, *fit.lost))
 
 
-def _check_folder(folder: Path, force: bool) -> None:
+def check_folder(folder: Path, force: bool) -> None:
+    """Raise ExportError if `folder` is in use by anything but an earlier export that `force` may replace."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -20,7 +20,7 @@ from autopeft.studies.config.fingerprint import differences
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import FILE_NAME, StudyFile
-from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.errors import ConfigurationError, file_errors
 from autopeft.studies.notebook.arguments import in_argument_terms, settings_of
 from autopeft.studies.notebook.result import Result, errors_in_argument_terms
 from autopeft.studies.notebook.tables import Tables
@@ -115,7 +115,8 @@ class Study:
 
         from autopeft.studies.cli.progress import ProgressView, stopping_between_steps
         from autopeft.studies.engine.session import open_study, was_started
-        from autopeft.studies.reports.report import write_report
+        from autopeft.studies.reports.report import REPORT_LATER, write_report
+        from autopeft.studies.storage.ledger import GO_ON
 
         with errors_in_argument_terms():
             self._check_folder()
@@ -126,7 +127,8 @@ class Study:
                 stopping_between_steps(*signals) as stop_if_asked,
                 open_study(self.settings, splits, resume=was_started(self.settings)) as study,
             ):
-                self._write()
+                with file_errors(GO_ON):
+                    self._write()
                 for note in study.evaluator.notes:
                     warnings.warn(note, stacklevel=2)
                 if isinstance(progress, bool):
@@ -134,7 +136,8 @@ class Study:
                         snapshot = study.run(view)
                 else:
                     snapshot = study.run(progress)
-                write_report(snapshot, self.settings.output_folder / "report")
+                with file_errors(REPORT_LATER):
+                    write_report(snapshot, self.settings.output_folder / "report")
         return Result(self.settings, snapshot)
 
     def result(self) -> Result:

@@ -15,6 +15,9 @@ from autopeft.studies.analysis.front import Front, FrontRow
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 
+#: What to do after an error of the disk.
+REPORT_LATER = "all trials are safe, and `autopeft resume` writes the report once this is mended"
+
 
 def front_data(snapshot: Snapshot, front: Front) -> list[dict[str, Any]]:
     """Return the members of the front, best quality first, as `autopeft pareto --json` prints them.

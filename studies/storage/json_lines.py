@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autopeft.evaluators.atomic import disk_errors
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the entries of the file; none if there is no file."""
@@ -23,7 +25,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
     """Add an entry on a line of its own, even after an incomplete line. Raises OSError."""
-    with path.open("a+b") as file:
+    with disk_errors(path), path.open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)
             if file.read(1) != b"\n":

@@ -46,6 +46,8 @@ BATCH = "autopeft.batch"
 CONTENTS, VERSION, HEAD = "autopeft.contents", "autopeft.version", "autopeft.head"
 #: The version of the form of ledgers that this code writes. Ledgers without one are of version 0.
 LEDGER_VERSION = 1
+#: What to do after an error of the disk or of the database.
+GO_ON = "finished trials are safe, and `autopeft resume` goes on once this is mended"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +75,10 @@ class StudyRecord:
 class Ledger:
     """The trials of one study. Use `create` or `open`."""
 
-    def __init__(self, study: optuna.Study) -> None:
+    def __init__(self, study: optuna.Study, url: str) -> None:
         self._study = study
+        #: For messages.
+        self._shown = without_password(url)
 
     @classmethod
     def create(cls, url: str, name: str, record: StudyRecord) -> Ledger:
@@ -83,31 +87,32 @@ class Ledger:
         Raises ConfigurationError if there is a study of that name, UnusableEnvironmentError for an unusable storage.
         """
         storage = _storage(url)
-        if name in _names(storage):
+        if name in _names(storage, url):
             study = optuna.load_study(study_name=name, storage=storage)
             if FINGERPRINT in study.user_attrs:
                 raise ConfigurationError(
                     f"{without_password(url)} already holds the study {name!r}: `autopeft resume` continues it"
                 )
-            optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
+            with _readable_errors(url, "written"):
+                optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
         directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in record.objectives]
-        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-        with warnings.catch_warnings():
+        with _readable_errors(url, "written"), warnings.catch_warnings():
+            study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([o.name for o in record.objectives])
-        study.set_user_attr(IDENTITY, uuid.uuid4().hex)
-        study.set_user_attr(SETTINGS, record.settings)
-        study.set_user_attr(BACKBONE, record.backbone.to_dict())
-        study.set_user_attr(LABELS, record.labels and list(record.labels))
-        if record.domains is not None:
-            study.set_user_attr(DOMAINS, list(record.domains))
-        study.set_user_attr(PRIOR_TRIALS, records.pack(list(map(records.declared_prior, record.prior_trials))))
-        study.set_user_attr(CONSTANT, dict(record.constant))
-        study.set_user_attr(CONTENTS, dict(record.contents))
-        study.set_user_attr(HEAD, [asdict(site) for site in record.head_sites])
-        study.set_user_attr(VERSION, LEDGER_VERSION)
-        study.set_user_attr(FINGERPRINT, dict(record.fingerprint))  # last: a study that has it is complete
-        return cls(study)
+            study.set_user_attr(IDENTITY, uuid.uuid4().hex)
+            study.set_user_attr(SETTINGS, record.settings)
+            study.set_user_attr(BACKBONE, record.backbone.to_dict())
+            study.set_user_attr(LABELS, record.labels and list(record.labels))
+            if record.domains is not None:
+                study.set_user_attr(DOMAINS, list(record.domains))
+            study.set_user_attr(PRIOR_TRIALS, records.pack(list(map(records.declared_prior, record.prior_trials))))
+            study.set_user_attr(CONSTANT, dict(record.constant))
+            study.set_user_attr(CONTENTS, dict(record.contents))
+            study.set_user_attr(HEAD, [asdict(site) for site in record.head_sites])
+            study.set_user_attr(VERSION, LEDGER_VERSION)
+            study.set_user_attr(FINGERPRINT, dict(record.fingerprint))  # last: a study that has it is complete
+        return cls(study, url)
 
     @classmethod
     def open(cls, url: str, name: str, fingerprint: Mapping[str, Any] | None = None) -> Ledger:
@@ -116,7 +121,7 @@ class Ledger:
         Raises it for a ledger of a newer version, too.
         """
         storage = _storage(url)
-        names = _names(storage)
+        names = _names(storage, url)
         if name not in names:
             others = f" (it holds {', '.join(map(repr, sorted(names)))})" if names else ""
             raise ConfigurationError(f"{without_password(url)} holds no study {name!r}{others}")
@@ -137,7 +142,7 @@ class Ledger:
                 "the study was started with other settings, so its trials are not comparable with new ones:\n  "
                 + "\n  ".join(changed)
             )
-        return cls(study)
+        return cls(study, url)
 
     def check_contents(self, found: Mapping[str, Any]) -> None:
         """Raise ConfigurationError that names what has changed of the contents since the study was started."""
@@ -152,7 +157,7 @@ class Ledger:
         """Check the contents, and record them in the ledger of an earlier version, which has none."""
         self.check_contents(found)
         if not self._study.user_attrs.get(CONTENTS):
-            with _readable_errors("written"):
+            with _readable_errors(self._shown, "written"):
                 self._study.set_user_attr(CONTENTS, dict(found))
                 self._study.set_user_attr(VERSION, LEDGER_VERSION)
 
@@ -160,7 +165,7 @@ class Ledger:
     def names(url: str) -> list[str]:
         """Return the names of the studies in a storage, except those that were killed during their creation."""
         storage = _storage(url)
-        with _readable_errors("read"):
+        with _readable_errors(url, "read"):
             studies = storage.get_all_studies()  # Optuna's summaries of studies read all trials
         return [study.study_name for study in studies if FINGERPRINT in study.user_attrs]
 
@@ -231,7 +236,7 @@ class Ledger:
 
     @outlook.setter
     def outlook(self, found: Mapping[str, Any] | None) -> None:
-        with _readable_errors("written"):
+        with _readable_errors(self._shown, "written"):
             self._study.set_user_attr(OUTLOOK, None if found is None else dict(found))
 
     def trials(self) -> list[Trial]:
@@ -273,7 +278,7 @@ class Ledger:
             distributions={name: distribution(domains[name]) for name in trial.genes},
             user_attrs={TRIAL: records.declared(trial)},
         )
-        with _readable_errors("written"):
+        with _readable_errors(self._shown, "written"):
             self._study.add_trial(frozen)
         return trial
 
@@ -291,14 +296,14 @@ class Ledger:
             self._keep("")
 
     def _keep(self, results: str) -> None:
-        with _readable_errors("written"):
+        with _readable_errors(self._shown, "written"):
             self._study.set_user_attr(BATCH, results)
 
     def _finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
         frozen = self._frozen()[trial.number]
         if frozen is None or frozen.state.is_finished():
             return
-        with _readable_errors("written"):
+        with _readable_errors(self._shown, "written"):
             handle = optuna.trial.Trial(self._study, frozen._trial_id)
             handle.set_user_attr(RESULT, records.result_of(trial))
             if trial.state == "complete":
@@ -351,7 +356,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
         shown = without_password(url)
         said = str(error).splitlines()[0].replace(url, shown)
         raise ConfigurationError(f"storage {shown!r}: {said}") from error
-    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
         raise UnusableEnvironmentError(
             f"the ledger {without_password(url)} cannot be used: {_reason(error)}"
         ) from error
@@ -372,19 +377,19 @@ def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
         return _connect(url, tries - 1)
 
 
-def _names(storage: optuna.storages.RDBStorage) -> list[str]:
-    with _readable_errors("read"):
+def _names(storage: optuna.storages.RDBStorage, url: str) -> list[str]:
+    with _readable_errors(url, "read"):
         return optuna.get_all_study_names(storage)
 
 
 @contextmanager
-def _readable_errors(what: str) -> Iterator[None]:
+def _readable_errors(url: str, what: str) -> Iterator[None]:
     """Raise UnusableEnvironmentError with the database's message: a full disk, a broken file, a server that is gone."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise UnusableEnvironmentError(
-            f"the ledger cannot be {what}: {_reason(error)}; stored trials are safe, and `autopeft resume` continues"
+            f"the ledger {without_password(url)} cannot be {what}: {_reason(error)}; {GO_ON}"
         ) from error
 
 

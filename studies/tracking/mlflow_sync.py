@@ -8,11 +8,10 @@ study at a time.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +22,12 @@ from autopeft.search_space.problem import Trial
 from autopeft.studies.analysis.diagnostics import Diagnostics, diagnostics
 from autopeft.studies.analysis.front import Front
 from autopeft.studies.analysis.snapshot import Snapshot, state_counts
+from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.reports.report import front_data, write_report
 from autopeft.studies.tracking import mlflow_payload
-from autopeft.studies.tracking.uri import absolute_uri, check_reachable
+from autopeft.studies.tracking.store import connect, environment, keep_artifacts, lasting, mlflow_settings, reason
+from autopeft.studies.tracking.uri import absolute_uri
+from autopeft.studies.tracking.worker import Worker
 from autopeft.studies.urls import without_password
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ LOGGER = logging.getLogger(__name__)
 
 #: The table of scored candidates, in a study's folder.
 SUBNETS = "subnets.csv"
+#: The folder of artifacts, in a study's folder.
+ARTIFACTS = "mlartifacts"
 
 # MLflow accepts 1000 of both together in a request.
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 900
@@ -55,46 +59,79 @@ class Tracker:
         self.uri = absolute_uri(uri)
         self.experiment = experiment
         self.folder = Path(folder).absolute()
+        self._worker = Worker()
         self._runs: _Runs | None = None
         #: Above 0 while MLflow cannot be reached.
         self._pause_s = 0.0
         self._retry_at = 0.0
 
+    def begin(self) -> None:
+        """Connect for the first time. Raises ConfigurationError for what can never work; logs other failures."""
+        try:
+            self._do(self._connect)
+        except Exception as error:
+            why = lasting(error)
+            if why is not None:
+                where = "" if why.startswith("tracking.") else f"tracking.uri {without_password(self.uri)!r}: "
+                raise ConfigurationError(
+                    f"{where}{why}; with `--set tracking.enabled=false` the study goes on without MLflow"
+                ) from error
+            self._failed(error, final=False)
+
     def sync(self, snapshot: Snapshot, *, final: bool = False) -> bool:
         """Write the parts of `snapshot` that MLflow lacks; return whether it worked. Failures are logged, never raised.
 
         After a failure, the next attempt follows after a pause, unless the sync is `final`. A final sync looks up all
-        runs again and ends the parent run; a later sync that is not final reopens it.
+        runs again and ends the parent run; a later sync that is not final reopens it. The time that it waits for a
+        server is limited.
         """
         if not final and time.monotonic() < self._retry_at:
             return False
         try:
-            with _mlflow_settings():
-                self._sync(snapshot, final)
+            self._do(lambda: self._sync(snapshot, final), last=final)
         except Exception as error:
-            level = logging.WARNING if final or not self._pause_s else logging.INFO
-            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if self._pause_s else FIRST_PAUSE_S
-            self._retry_at = time.monotonic() + self._pause_s
-            LOGGER.log(
-                level,
-                "MLflow cannot be reached (%s): the study continues, and the missing data will be written later",
-                _reason(error),
-            )
-            LOGGER.debug("while writing to %s", without_password(self.uri), exc_info=True)
+            self._failed(error, final)
             return False
         if self._pause_s:
             LOGGER.info("MLflow can be reached again; the missing data has been written")
         self._pause_s, self._retry_at = 0.0, 0.0
         return True
 
+    def _do(self, work: Callable[[], object], last: bool = False) -> None:
+        with mlflow_settings():  # it imports MLflow, which takes seconds and is no fault of a server
+            if self.uri.startswith(("sqlite", "file:", "/")):
+                work()
+            else:
+                self._worker.do(work, last=last)
+
+    def _failed(self, error: Exception, final: bool) -> None:
+        """Log a failure, and plan the next attempt."""
+        level = logging.WARNING if final or not self._pause_s else logging.INFO
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if self._pause_s else FIRST_PAUSE_S
+        self._retry_at = time.monotonic() + self._pause_s
+        why = lasting(error)
+        later = "`autopeft resume` writes the missing data"
+        if why is not None:
+            LOGGER.log(level, "MLflow refuses the study's data (%s): once this is mended, %s", why, later)
+        else:
+            what = later if final else "the study continues, and the missing data will be written later"
+            LOGGER.log(level, "MLflow cannot be reached (%s): %s", reason(error, self.uri), what)
+        LOGGER.debug("while writing to %s", without_password(self.uri), exc_info=error)
+
+    def _connect(self) -> tuple[MlflowClient, str]:
+        # A short timeout to find out whether the server answers.
+        with environment(MLFLOW_HTTP_REQUEST_TIMEOUT="3", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
+            client, experiment_id = connect(self.uri, self.experiment, self.folder / ARTIFACTS)
+        return self._worker.watched(client), experiment_id
+
     def _sync(self, snapshot: Snapshot, final: bool) -> None:
-        # A short timeout to find out whether the server answers, then a long one for large requests.
-        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="3", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
-            client, experiment_id = self._connect()
-        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1"):
+        client, experiment_id = self._connect()
+        # A long timeout for large requests.
+        with environment(MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1"):
             runs, self._runs = self._runs, None
             if runs is None or final:
-                runs = _Runs.find(client, experiment_id, snapshot)
+                keep = partial(keep_artifacts, self.uri, self.folder / ARTIFACTS)
+                runs = _Runs.find(client, experiment_id, snapshot, keep)
                 self._write_subnets(runs)
             runs.write(snapshot, final)
         # Assigned last: after a sync that failed midway, the next one looks up what MLflow has.
@@ -108,20 +145,6 @@ class Tracker:
         table = self.folder / SUBNETS
         if table.is_file():
             runs.client.log_artifact(runs.parent.id, str(table), "proxy")
-
-    def _connect(self) -> tuple[MlflowClient, str]:
-        from mlflow import MlflowClient
-
-        check_reachable(self.uri)
-        client = MlflowClient(tracking_uri=self.uri)
-        found = client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return client, found.experiment_id
-        # Without a server, MLflow would put artifacts into ./mlruns; that folder changes its own default store.
-        location = None if self.uri.startswith("http") else (self.folder / "mlartifacts").as_uri()
-        # For an experiment of this kind the UI opens the table of runs.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return client, client.create_experiment(self.experiment, artifact_location=location, tags=tags)
 
 
 @dataclass(slots=True)
@@ -150,17 +173,29 @@ class _Runs:
     """The runs of one study. A child whose status is RUNNING has not been written completely."""
 
     def __init__(
-        self, client: MlflowClient, experiment_id: str, parent: _TrackedRun, children: dict[int, _TrackedRun]
+        self,
+        client: MlflowClient,
+        experiment_id: str,
+        parent: _TrackedRun,
+        children: dict[int, _TrackedRun],
+        keep: Callable[[Iterable[Run]], None],
     ) -> None:
         self.client = client
         self.experiment_id = experiment_id
+        self.keep = keep
         self.parent = parent
         self.children = children
         self._report_due = 0.0
 
     @classmethod
-    def find(cls, client: MlflowClient, experiment_id: str, snapshot: Snapshot) -> _Runs:
-        """Look the runs up by their tags; create the parent if there is none."""
+    def find(
+        cls,
+        client: MlflowClient,
+        experiment_id: str,
+        snapshot: Snapshot,
+        keep: Callable[[Iterable[Run]], None],
+    ) -> _Runs:
+        """Look the runs up by their tags; create the parent if there is none. `keep`: see `keep_artifacts`."""
         found: list[_TrackedRun] = []
         token: str | None = ""
         while token is not None:
@@ -170,6 +205,7 @@ class _Runs:
                 max_results=1000,
                 page_token=token or None,
             )
+            keep(page)
             found += map(_TrackedRun.of, page)
             token = page.token or None
         children = {int(run.tags["autopeft.trial"]): run for run in found if "autopeft.trial" in run.tags}
@@ -181,8 +217,10 @@ class _Runs:
             before_s = max((t.measurement.wall_s for t in snapshot.ended if t.measurement), default=0.0)
             start_ms = mlflow_payload.now_ms() - round(1000 * before_s)
             tags = {**mlflow_payload.study_tags(snapshot), "autopeft.role": mlflow_payload.STUDY_ROLE}
-            parent = _TrackedRun.of(client.create_run(experiment_id, start_ms, tags, snapshot.study))
-        return cls(client, experiment_id, parent, children)
+            made = client.create_run(experiment_id, start_ms, tags, snapshot.study)
+            keep([made])
+            parent = _TrackedRun.of(made)
+        return cls(client, experiment_id, parent, children, keep)
 
     def write(self, snapshot: Snapshot, final: bool) -> None:
         """Write the difference between `snapshot` and these runs."""
@@ -201,7 +239,9 @@ class _Runs:
         run = self.children.get(trial.number)
         if run is None:
             start_ms, name = mlflow_payload.now_ms() - wall_ms, mlflow_payload.run_name(trial, snapshot)
-            run = _TrackedRun.of(self.client.create_run(self.experiment_id, start_ms, dict(tags), name))
+            made = self.client.create_run(self.experiment_id, start_ms, dict(tags), name)
+            self.keep([made])
+            run = _TrackedRun.of(made)
             self.children[trial.number] = run
         if run.running:
             # Times count from the start in MLflow, so writing everything a second time changes nothing.
@@ -341,38 +381,3 @@ class _Runs:
         if changed:
             self.client.log_batch(run.id, tags=[RunTag(name, value) for name, value in changed.items()])
             run.tags |= changed
-
-
-@contextmanager
-def _mlflow_settings() -> Iterator[None]:
-    """Keep MLflow from sending telemetry, printing to stdout and logging errors that it also raises."""
-    with _environment(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true"):
-        import mlflow  # noqa: F401  (it sets the level of its logger as it is imported)
-
-        logger = logging.getLogger("mlflow")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables inside the block, except those that the user has set."""
-    mine = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(mine)
-    try:
-        yield
-    finally:
-        for name in mine:
-            os.environ.pop(name, None)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of the innermost error, which MLflow wraps in pages of text."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -92,6 +92,15 @@ def test_a_tracking_server_that_cannot_be_is_refused(tmp_path: Path, uri: str, s
         load_study(save_study(tmp_path), [f"tracking.uri={fine}", "tracking.enabled=true"])
 
 
+def test_a_name_that_mlflow_does_not_take_is_refused(tmp_path: Path) -> None:
+    said = "MLflow takes names of at most 500 characters, this has 501"
+    found = problems(tmp_path, "tracking.enabled=true", f"tracking.experiment={'x' * 501}")
+    assert f"tracking.experiment: {said}" in found
+    assert f"study: {said}" in problems(tmp_path, "tracking.enabled=true", f"study={'x' * 501}")
+    for fine in (f"tracking.experiment={'x' * 500}", f"study={'x' * 501}"):
+        load_study(save_study(tmp_path), [fine, f"tracking.enabled={'true' if '.' in fine else 'false'}"])
+
+
 @pytest.mark.parametrize("url", ["ledger.db", "postgresql://u:p@h:port/db"])
 def test_what_is_no_url_is_refused(tmp_path: Path, url: str) -> None:
     assert "storage: is not the URL of a database" in problems(tmp_path, f"storage={url}")

@@ -436,18 +436,6 @@ def test_a_server_that_does_not_answer(store: Store, caplog: pytest.LogCaptureFi
         check_out_of_reach(Tracker(uri, "topics-project", store.folder), caplog, "timed out")
 
 
-def test_a_folder_that_is_not_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").touch()
-    check_out_of_reach(Tracker(f"sqlite:///{tmp_path}/file/mlflow.db", "p", tmp_path), caplog, "file")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tmp_path.chmod(0o500)
-    check_out_of_reach(Tracker(f"sqlite:///{tmp_path}/mlflow.db", "p", tmp_path), caplog, "unable to open")
-    tmp_path.chmod(0o700)
-
-
 def test_a_database_that_cannot_be_written(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     journal = store.folder / "mlflow.db-journal"
     journal.mkdir()  # SQLite wants a file of that name for every transaction
