@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -51,7 +51,8 @@ def stopping_between_steps(*signals: signal.Signals) -> Iterator[Callable[[], No
             raise KeyboardInterrupt
         asked = True
         # Not `sys.stderr`: the signal may have interrupted a write to its buffer.
-        os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
+        with suppress(OSError):  # a closed pipe
+            os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
 
     def stop_if_asked() -> None:
         nonlocal stepping

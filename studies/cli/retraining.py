@@ -10,6 +10,7 @@ import typer
 
 from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.cli.options import JsonOption, print_json
+from autopeft.studies.cli.streams import echo
 from autopeft.studies.errors import ConfigurationError, UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def train(
         print_json(metrics)
         return
     _print(loaded, [run])
-    typer.echo(f"adapter, recipe and metrics in {folder}")
+    echo(f"adapter, recipe and metrics in {folder}")
 
 
 def verify(
@@ -77,7 +78,7 @@ def verify(
         _print(loaded, runs)
     if not all(verdicts.values()):
         raise UserError("the recipe performs worse than promised")
-    typer.echo("the recipe performs as promised", err=as_json)
+    echo("the recipe performs as promised", err=as_json)
 
 
 def _retrain(recipe: Recipe, seeds: list[int], device: str, trust_code: bool) -> list[Retrained]:
@@ -110,9 +111,9 @@ def _print(recipe: Recipe, runs: list[Retrained]) -> None:
     from autopeft.studies.engine.retraining import promises_met
 
     for run in runs:
-        typer.echo(f"seed {run.seed}: " + ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items()))
+        echo(f"seed {run.seed}: " + ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items()))
     verdicts = promises_met(recipe, runs)
     for name, (low, high) in _promised(recipe).items():
         mean = sum(run.test[name] for run in runs) / len(runs)
         verdict = "as promised" if verdicts[name] else "WORSE THAN PROMISED"
-        typer.echo(f"test {name}: mean {mean:.4f}, promised interval {low:.4f} to {high:.4f}: {verdict}")
+        echo(f"test {name}: mean {mean:.4f}, promised interval {low:.4f} to {high:.4f}: {verdict}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
+from autopeft.studies.cli.streams import echo
 
 if TYPE_CHECKING:
     from autopeft.studies.analysis.snapshot import Snapshot
@@ -48,7 +49,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     splits, _, _ = checked(settings)
     with interruptible(settings) as stop_if_asked, open_study(settings, splits, resume=resume) as study:
         for note in study.evaluator.notes:
-            typer.echo(f"warning: {note}", err=True)
+            echo(f"warning: {note}", err=True)
         with ProgressView(between=stop_if_asked) as view:
             snapshot = study.run(view)
         files = write_report(snapshot, settings.output_folder / "report")
@@ -56,13 +57,13 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
         print_json(front_data(snapshot, snapshot.front()))
         return
     print_front(snapshot)
-    typer.echo(f"\npictures  {files[0]} (also front.png, curves.png and hypervolume.png in that folder)")
+    echo(f"\npictures  {files[0]} (also front.png, curves.png and hypervolume.png in that folder)")
     if settings.tracking.enabled:
         from autopeft.studies.tracking.uri import ui_command
 
-        typer.echo(f"MLflow    {ui_command(settings.tracking_uri)}")
-        typer.echo("          filter of the front: tags.`autopeft.pareto` = 'true'")
-    typer.echo(f"export    autopeft export {settings.words} --pick recommended --to peft")
+        echo(f"MLflow    {ui_command(settings.tracking_uri)}")
+        echo("          filter of the front: tags.`autopeft.pareto` = 'true'")
+    echo(f"export    autopeft export {settings.words} --pick recommended --to peft")
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
         with stopping_between_steps(signal.SIGINT, signal.SIGTERM) as stop_if_asked:
             yield stop_if_asked
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; finished work is saved. Continue with: autopeft resume {settings.words}", err=True)
+        echo(f"\ninterrupted; finished work is saved. Continue with: autopeft resume {settings.words}", err=True)
         sys.exit(130)
 
 
@@ -114,19 +115,19 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
         "interrupted": interrupted,
     }
     counts = [f"{count} {state}" for state, count in states.items() if count]
-    typer.echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
+    echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
     if interrupted:
-        typer.echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
-    typer.echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
-    typer.echo(f"  front        {members} candidates{' (preliminary)' * snapshot.preliminary}")
-    typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
+        echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
+    echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
+    echo(f"  front        {members} candidates{' (preliminary)' * snapshot.preliminary}")
+    echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
     train_s = sum(t.measurement.train_s for t in snapshot.evaluated if t.measurement)
     wall_s = sum(t.measurement.wall_s for t in snapshot.evaluated if t.measurement)
     if wall_s:
-        typer.echo(f"  time         {wall_s:,.0f} s of evaluations, {train_s / wall_s:.0%} of it in training steps")
+        echo(f"  time         {wall_s:,.0f} s of evaluations, {train_s / wall_s:.0%} of it in training steps")
     for found in latest:
         for heading, line in found.lines(num_held_out(snapshot.trials, found.trial, settings.search.batch)):
-            typer.echo(f"  {heading:<11}  {line}")
+            echo(f"  {heading:<11}  {line}")
 
 
 def _search_progress(snapshot: Snapshot, planned: int) -> str:
@@ -152,6 +153,6 @@ def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = Fal
         print_json({**found.to_dict(), **losses(splits)})
         return
     for note in found.notes:
-        typer.echo(f"warning: {note}", err=True)
+        echo(f"warning: {note}", err=True)
     for line in found.lines():
-        typer.echo(line)
+        echo(line)
