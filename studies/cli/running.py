@@ -93,7 +93,7 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     settings = load_study(study, set_ or ())  # the recorded settings lack a larger `search.trials` of `resume`
     settings = as_started(settings) if was_started(settings) else settings
     running = is_running(settings)  # before the ledger is read: a trial that has ended by then is not interrupted
-    _, _, snapshot = recorded(study, set_)
+    _, ledger, snapshot = recorded(study, set_)
     interrupted = 0 if running else len(snapshot.unfinished)
     curve = snapshot.hypervolume()
     latest = diagnostics(snapshot.trials)[-1:]
@@ -118,7 +118,7 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
     if interrupted:
         echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
-    echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
+    echo(f"  search       {_search_progress(snapshot, max(settings.search.trials, ledger.planned))}")
     echo(f"  front        {members} candidates{' (preliminary)' * snapshot.preliminary}")
     echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
     train_s = sum(t.measurement.train_s for t in snapshot.evaluated if t.measurement)
@@ -136,7 +136,8 @@ def _search_progress(snapshot: Snapshot, planned: int) -> str:
 
     ended = num_searched(snapshot.evaluated)
     rejected = sum(trial.state == "infeasible" for trial in snapshot.search_trials)
-    line = f"{ended} of {planned} trials" if ended <= planned else f"{ended} trials, more than the planned {planned}"
+    # An earlier version did not record what `resume --set search.trials=...` asked for.
+    line = f"{ended} of {max(ended, planned)} trials"
     return line + (f"; candidates rejected without training: {rejected}" if rejected else "")
 
 
