@@ -17,6 +17,7 @@ from autopeft.search_space.problem import FINALIST, SEARCH, Objective, Trial
 from autopeft.studies.analysis.diagnostics import diagnostics
 from autopeft.studies.analysis.snapshot import Snapshot, summary
 from autopeft.studies.cli.display import ProgressDisplay
+from autopeft.studies.errors import cause
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -135,11 +136,14 @@ class ProgressView(ProgressDisplay):
         """Print the line of a trial that has ended."""
         if trial.state != "infeasible":
             self.done += 1
-        members = sum(row.on_front for row in snapshot.rows())
+        try:
+            line, members = self._line(trial, snapshot), sum(row.on_front for row in snapshot.rows())
+        except Exception as error:  # the trial is in the ledger, whatever its line lacks
+            line, members = f"{_name(trial):>24}  {trial.state} (its line cannot be shown: {cause(error)})", 0
         self.progress.update(
             self.task, completed=self.done, done=self.done, front=f"front of {members}" if members else ""
         )
-        self.print(self._line(trial, snapshot))
+        self.print(line)
 
     def _line(self, trial: Trial, snapshot: Snapshot) -> str:
         opening = f"{_name(trial):>24}  "

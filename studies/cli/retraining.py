@@ -11,7 +11,7 @@ import typer
 from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.studies.cli.options import JsonOption, print_json
 from autopeft.studies.cli.streams import echo
-from autopeft.studies.errors import ConfigurationError, UserError
+from autopeft.studies.errors import ConfigurationError, UserError, cause
 
 if TYPE_CHECKING:
     from autopeft.studies.engine.retraining import Retrained
@@ -38,14 +38,19 @@ def train(
     """Train a recipe from scratch; write the adapter and its test scores."""
     from autopeft.studies.engine.retraining import promises_met
     from autopeft.studies.exporters import EXPORTERS
+    from autopeft.studies.exporters.base import check_folder
     from autopeft.studies.recipes.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     folder = out or recipe.parent / "trained"
-    if folder.exists() and any(folder.iterdir()) and not force:
+    if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ConfigurationError(f"{folder} is not empty (--force replaces an earlier run)")
+    check_folder(folder, force)
     run = _retrain(loaded, [loaded.seed if seed is None else seed], device, trust_code)[0]
-    EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
+    try:
+        EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force)
+    except Exception as error:
+        raise UserError(f"{cause(error)}\n{_rescued(run, folder)}") from error
     metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": promises_met(loaded, [run])}
     atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if as_json:
@@ -79,6 +84,23 @@ def verify(
     if not all(verdicts.values()):
         raise UserError("the recipe performs worse than promised")
     echo("the recipe performs as promised", err=as_json)
+
+
+def _rescued(run: Retrained, folder: Path) -> str:
+    """Save the weights of a training whose export failed, and return a sentence about it."""
+    from safetensors.torch import save_file
+
+    from autopeft.evaluators.atomic import atomic_write
+
+    scores = ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items())
+    path = folder.with_name(f"{folder.name}-weights.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            save_file(dict(run.outcome.weights or {}), temporary)
+    except Exception as error:
+        return f"the training has ended ({scores}), but its weights cannot be saved: {path}: {cause(error)}"
+    return f"the training has ended ({scores}); its weights are in {path}"
 
 
 def _retrain(recipe: Recipe, seeds: list[int], device: str, trust_code: bool) -> list[Retrained]:

@@ -12,6 +12,7 @@ import typer
 
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
 from autopeft.studies.cli.streams import echo
+from autopeft.studies.errors import UserError, cause
 
 if TYPE_CHECKING:
     from autopeft.studies.analysis.snapshot import Snapshot
@@ -52,12 +53,20 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
             echo(f"warning: {note}", err=True)
         with ProgressView(between=stop_if_asked) as view:
             snapshot = study.run(view)
-        files = write_report(snapshot, settings.output_folder / "report")
+        report = write_report(snapshot, settings.output_folder / "report")
+    for problem in report.problems:
+        echo(f"warning: {problem}", err=True)
     if as_json:
         print_json(front_data(snapshot, snapshot.front()))
         return
-    print_front(snapshot)
-    echo(f"\npictures  {files[0]} (also front.png, curves.png and hypervolume.png in that folder)")
+    try:
+        print_front(snapshot)
+    except Exception as error:
+        if isinstance(error, OSError):  # stdout itself
+            raise
+        echo(f"warning: the table of the front cannot be shown ({cause(error)}); the study has ended", err=True)
+    if report.files:
+        echo(f"\nreport    {report.files[0].parent}: {', '.join(path.name for path in report.files)}")
     if settings.tracking.enabled:
         from autopeft.studies.tracking.uri import ui_command
 
@@ -80,6 +89,11 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
     except KeyboardInterrupt:
         echo(f"\ninterrupted; finished work is saved. Continue with: autopeft resume {settings.words}", err=True)
         sys.exit(130)
+    except UserError:
+        raise
+    except Exception:
+        echo(f"finished work is saved; `autopeft resume {settings.words}` goes on after this error:", err=True)
+        raise
 
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:

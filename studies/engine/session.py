@@ -23,7 +23,7 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import LEDGER, StudyFile
 from autopeft.studies.engine.plan import plan_of
-from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, cause
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
 from autopeft.studies.storage.locks import check_owner, claim, is_held, lock_paths, locked
 
@@ -151,7 +151,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
             _check_new(settings)
         check_owner(settings.output_folder, None if ledger is None else ledger.study_id)
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
-        pace = _pace(settings, evaluator, ledger)
+        pace = pace_of(settings, evaluator, ledger)
         if ledger is None:
             from autopeft.studies.engine.time_budget import within_minutes
 
@@ -171,7 +171,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores, pace)
 
 
-def _pace(settings: StudyFile, evaluator: TrainingEvaluator, ledger: Ledger | None) -> Pace | None:
+def pace_of(settings: StudyFile, evaluator: TrainingEvaluator, ledger: Ledger | None) -> Pace | None:
     """Measure a training where the study has a time limit and no training of its search has ended yet.
 
     Raises UnusableEnvironmentError if that fails and `minutes` has to decide the study by it.
@@ -187,8 +187,8 @@ def _pace(settings: StudyFile, evaluator: TrainingEvaluator, ledger: Ledger | No
         if ledger is not None or settings.minutes is None:
             return None
         raise UnusableEnvironmentError(
-            "minutes: a training of median size cannot be measured, so nothing says how many fit"
-            f" ({type(error).__name__}: {error}); leave minutes out and set search.trials"
+            f"minutes: a training of median size cannot be measured ({cause(error)}), so nothing says how many fit;"
+            " leave minutes out and set search.trials"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -42,12 +43,13 @@ from autopeft.studies.engine.scheduled_trials import (
 )
 from autopeft.studies.engine.time_budget import Pace, TimeUsed, is_over, outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
-from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
+from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError, cause
 from autopeft.studies.storage.ledger import Ledger
 
 if TYPE_CHECKING:
     from autopeft.studies.tracking.mlflow_sync import Tracker
 
+LOGGER = logging.getLogger(__name__)
 #: Consecutive proposals without an evaluation that end the search, because the space is exhausted or infeasible.
 MOST_REJECTIONS = 200
 MOST_BEYOND_LIMITS = 50  # the same for candidates whose measured costs exceed a limit, in one process
@@ -134,7 +136,12 @@ class StudyLoop:
                 unfinished = [trial for trial in unfinished if trial.role.kind != kind]
         except OSError as error:
             raise UnusableEnvironmentError(f"{self.plan.output_folder}: {error.strerror or error}") from error
-        self.ledger.outlook = outlook_of(searcher, self.snapshot(), self.plan.batch)
+        try:
+            outlook = outlook_of(searcher, self.snapshot(), self.plan.batch)
+        except Exception as error:  # all trainings have ended, and nothing else needs the searcher's model
+            outlook = None
+            LOGGER.warning("the report does not say what more time would buy: %s", cause(error))
+        self.ledger.outlook = outlook
         snapshot = self.snapshot()
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)

@@ -97,7 +97,7 @@ class Exporter(ABC):
 
         folder = Path(folder)
         try:
-            _check_folder(folder, force)
+            check_folder(folder, force)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(folder) as temporary:
                 remarks = self.write(recipe, state or {}, temporary)
@@ -113,7 +113,8 @@ def _refusal(opening: str, fit: Assessment) -> str:
     return "\n  ".join((opening, *fit.lost))
 
 
-def _check_folder(folder: Path, force: bool) -> None:
+def check_folder(folder: Path, force: bool) -> None:
+    """Raise ExportError if `folder` is a file, or is not empty and holds no earlier export that `force` may replace."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -134,7 +134,8 @@ class Study:
                         snapshot = study.run(view)
                 else:
                     snapshot = study.run(progress)
-                write_report(snapshot, self.settings.output_folder / "report")
+                for problem in write_report(snapshot, self.settings.output_folder / "report").problems:
+                    warnings.warn(problem, stacklevel=2)
         return Result(self.settings, snapshot)
 
     def result(self) -> Result:
