@@ -30,7 +30,6 @@ from autopeft.searchers.halving import survivors
 from autopeft.searchers.racing import continuing
 from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
-from autopeft.studies.config.problem import check_feasible
 from autopeft.studies.engine.plan import StudyPlan, weights_path
 from autopeft.studies.engine.repeated_errors import Failures
 from autopeft.studies.engine.scheduled_trials import (
@@ -115,7 +114,6 @@ class StudyLoop:
 
         Raises NoFeasibleCandidateError, RepeatedError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
         """
-        check_feasible(self.problem, self._rejection, self.plan.seed)
         self.ledger.planned = self.problem.num_trials
         with self.time.count("study"):
             return self._run(watcher)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autopeft.evaluators.base import Costs
+from autopeft.evaluators.base import Costs, Outcome
 from autopeft.evaluators.training.base import TrainingEvaluator
+from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.architecture import Candidate
 from autopeft.studies.cli import results
 from autopeft.studies.cli.app import main
@@ -154,7 +156,7 @@ def test_a_line_that_fails_stops_no_study(tmp_path: Path, command: Command, monk
 def test_an_error_in_the_search_says_how_to_go_on(
     study: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_loop, "check_feasible", broken)
+    monkeypatch.setattr(study_loop, "num_evaluations", broken)
     code, _, err = command("resume", study)
     assert code == 1
     assert "finished work is saved" in err
@@ -187,3 +189,18 @@ def test_weights_are_kept_if_their_export_fails(
     assert (code, "has no earlier export to replace" in err) == (1, True), "said before the training"
     code, _, err = command("train", recipe, "--out", recipe)
     assert (code, "is a file, not a folder" in err) == (1, True)
+
+
+def test_verify_says_what_the_other_seeds_reached(
+    study: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("export", study, "--to", "native", "--out", tmp_path / "made")[0] == 0
+    evaluate = TrainEvaluator.evaluate
+
+    def second_fails(self: TrainEvaluator, requests: Any, *more: Any, **named: Any) -> list[Outcome]:
+        return [evaluate(self, requests[:1], *more, **named)[0], Outcome(failure="failed", reason="diverged")]
+
+    monkeypatch.setattr(TrainEvaluator, "evaluate", second_fails)
+    code, _, err = command("verify", tmp_path / "made" / "recipe.yaml")
+    assert code == 1
+    assert re.search(r"training with seed 4 failed: diverged\nseed 3: test loss \d", err), err
