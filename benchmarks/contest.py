@@ -80,7 +80,7 @@ class SilentWatcher:
 def run(settings: StudyFile, splits: Splits, searcher: str, seed: int, allowed_s: float | None) -> StudyOutcome:
     """Run a study without baselines and tracking, in a temporary folder.
 
-    It starts no batch of trials after `allowed_s`; running trials and the finalists are not limited.
+    `allowed_s` limits the search; the finalists come on top.
     """
     torch.set_num_threads(1)
     search = {"searcher": searcher, "timeout_s": allowed_s}
@@ -98,8 +98,7 @@ def run(settings: StudyFile, splits: Splits, searcher: str, seed: int, allowed_s
         )
         begin = time.process_time()
         with open_study(own, splits, resume=False) as study:
-            study.clock = time.process_time
-            study.started = begin
+            study.time.clock = time.process_time
             try:
                 snapshot = study.run(SilentWatcher())
             except NoFeasibleCandidateError:  # the front is empty

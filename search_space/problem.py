@@ -34,7 +34,10 @@ SurrogateKind = Literal["smooth", "sparse"]
 
 
 def _costs(*rows: tuple[str, str, MetricSource, str]) -> dict[str, Metric]:
-    return {row[0]: Metric(name=row[0], unit=row[1], maximise=False, source=row[2], summary=row[3]) for row in rows}
+    return {
+        row[0]: Metric(name=row[0], unit=row[1], maximise=False, source=row[2], summary=row[3], bound=0.0)
+        for row in rows
+    }
 
 
 COSTS: dict[str, Metric] = _costs(

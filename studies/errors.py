@@ -28,6 +28,14 @@ class RepeatedError(UserError):
     """Trainings of a study fail with the same error, which is thus not the fault of single candidates."""
 
 
+def cause(error: BaseException) -> str:
+    """Return an exception in one line, for a message about what it kept from being made."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = next(iter(str(error).strip().splitlines()), "")
+    return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
 class UnusableEnvironmentError(UserError):
     """This machine lacks something that the command needs: a package, a GPU, a writable folder."""
 

@@ -10,6 +10,7 @@ import typer
 from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_table, print_result
 from autopeft.studies.cli.files import check_names
 from autopeft.studies.cli.options import JsonOption, SetOption
+from autopeft.studies.cli.streams import echo
 from autopeft.studies.errors import ConfigurationError, file_errors
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def audit(
                     refused[name] = str(error)
                 view.advance(1)
     for name, reason in refused.items():
-        typer.echo(f"{name} has no scores: {reason}", err=True)
+        echo(f"{name} has no scores: {reason}", err=True)
     entries = [e for e in auditing.matching(auditing.read(results), settings, every) if e.arm in names]
     reports = auditing.reports(entries, rows, every)
     print_result(

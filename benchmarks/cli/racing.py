@@ -15,6 +15,7 @@ from autopeft.benchmarks.cli.shared import STUDY_HELP, BenchView, load_study_or_
 from autopeft.search_space.problem import Goal
 from autopeft.studies.cli.files import check_names
 from autopeft.studies.cli.options import JsonOption, SetOption, names_of, numbers_of
+from autopeft.studies.cli.streams import echo
 from autopeft.studies.errors import ConfigurationError, file_errors
 
 if TYPE_CHECKING:
@@ -173,4 +174,4 @@ def tabulate(
         collect.collect(evaluator, output, lacking, lambda: view.advance(1))
     failed = collect.missing(space, table.read(output), seed=seed, candidates=candidates, repeated=repeated)
     lacks = f", {len(failed)} failed" if failed else ""
-    typer.echo(f"{output}: {len(table.read(output))} rows{lacks}")
+    echo(f"{output}: {len(table.read(output))} rows{lacks}")

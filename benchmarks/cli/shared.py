@@ -8,12 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
 from autopeft.studies.cli.display import ProgressDisplay
 from autopeft.studies.cli.options import print_json
+from autopeft.studies.cli.streams import echo
 
 if TYPE_CHECKING:
     from autopeft.studies.config.study_file import StudyFile
@@ -34,7 +34,7 @@ def print_result(as_json: bool, to_data: Callable[[], Any], to_markdown: Callabl
     if as_json:
         print_json(to_data())
     else:
-        typer.echo(to_markdown(), nl=False)
+        echo(to_markdown().rstrip())
 
 
 class BenchView(ProgressDisplay):

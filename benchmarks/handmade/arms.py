@@ -169,14 +169,13 @@ def _swept(settings: StudyFile, splits: Splits) -> list[tuple[str, Trial, int]]:
 
 
 def _searched(settings: StudyFile, splits: Splits, allowed_s: float) -> tuple[Trial, int]:
-    """Run a study whose search starts no batch after its share of `allowed_s`; return what it recommends."""
+    """Run a study whose search takes its share of `allowed_s`; return what it recommends."""
     search = settings.search.model_copy(update={"timeout_s": SEARCH_SHARE * allowed_s, "trials": UNLIMITED})
     own = settings.model_copy(
         update={"search": search, "baselines": settings.baselines.model_copy(update={"names": ()})}
     )
     with open_study(own, splits, resume=False) as study:
-        study.clock = time.process_time
-        study.started = time.process_time()
+        study.time.clock = time.process_time
         snapshot = study.run(SilentWatcher())
     found = snapshot.front().recommendation
     assert found is not None

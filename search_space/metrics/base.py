@@ -42,7 +42,7 @@ class MetricError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A number that an evaluator reports. `bound`: the best possible value, if there is one."""
+    """A number that an evaluator reports. `bound`, `worst`: the best and the worst possible value, if there are any."""
 
     name: str
     unit: str
@@ -50,6 +50,7 @@ class Metric:
     source: MetricSource
     summary: str
     bound: float | None = None
+    worst: float | None = None
 
     def default_margin(self, best: float) -> float:
         """Return the loss of quality that counts as none where the best value is `best`, in the unit of the metric."""

@@ -28,6 +28,7 @@ class MacroF1(OverSet):
     unit: str = "share"
     maximise: bool = True
     bound: float | None = 1.0
+    worst: float | None = 0.0
     expression: str = 'f1_score(targets, predictions, average="macro", zero_division=0)'
     summary: str = "F1 score of each class on the validation examples, averaged over the classes"
 

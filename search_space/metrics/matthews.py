@@ -24,6 +24,7 @@ class Matthews(OverSet):
     unit: str = ""
     maximise: bool = True
     bound: float | None = 1.0
+    worst: float | None = -1.0
     expression: str = "matthews_corrcoef(targets, predictions)"
     summary: str = "Matthews correlation of targets and predictions on the validation examples: 0 is chance"
 

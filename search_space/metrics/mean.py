@@ -9,6 +9,7 @@ ACCURACY = PerExample(
     unit="share",
     maximise=True,
     bound=1.0,
+    worst=0.0,
     summary="correct validation examples (of several labels: all of them), or an example's correct completion tokens",
     expression="accuracy_score(targets, predictions)",
 )

@@ -19,6 +19,7 @@ from autopeft.studies.cli.files import init, schema, validate
 from autopeft.studies.cli.results import export, pareto
 from autopeft.studies.cli.retraining import train, verify
 from autopeft.studies.cli.running import plan, resume, run, status
+from autopeft.studies.cli.streams import adapted_streams, echo
 from autopeft.studies.errors import UnusableEnvironmentError, UserError
 
 DEBUG = "AUTOPEFT_DEBUG"
@@ -63,11 +64,13 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoR
     # These warnings are addressed to developers of libraries; a user cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        app(args=arguments, prog_name=name)
+        with adapted_streams():
+            app(args=arguments, prog_name=name)
     except Exception as error:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             raise
-        print(explain(error), file=sys.stderr)
+        with adapted_streams():
+            echo(explain(error), err=True)
         sys.exit(exit_code(error))
     sys.exit(0)
 

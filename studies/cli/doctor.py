@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from autopeft.studies.cli.options import JsonOption, print_json
+from autopeft.studies.cli.streams import echo
 from autopeft.studies.errors import UnusableEnvironmentError
 
 GIB = 2**30
@@ -42,7 +44,9 @@ def doctor(
         print_json([asdict(row) for row in rows])
     else:
         for row in rows:
-            typer.echo(f"{typer.style(f'{row.status:4}', fg=MARKS[row.status])}  {row.what:24}  {row.found}")
+            mark = f"{row.status:4}"
+            mark = typer.style(mark, fg=MARKS[row.status]) if sys.stdout.isatty() else mark
+            echo(f"{mark}  {row.what:24}  {row.found}")
     failed = [row.what for row in rows if row.status == "fail"]
     if failed:
         raise UnusableEnvironmentError(f"this installation is not usable: {', '.join(failed)}")

@@ -13,6 +13,7 @@ import typer
 from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
+from autopeft.studies.cli.streams import echo
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def init(folder: FolderArgument, preset: PresetOption = "study") -> None:
         raise ConfigurationError(f"{existing} already exists; nothing was written") from None
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
-    typer.echo(f"wrote {path}\nnext:  autopeft validate {path}\n       autopeft run {path}")
+    echo(f"wrote {path}\nnext:  autopeft validate {path}\n       autopeft run {path}")
 
 
 def schema() -> None:
@@ -79,15 +80,15 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
     values = {"labels": splits.labels, "domains": splits.domains}
     kinds = "".join(f", {len(found)} {what}" for what, found in values.items() if found)
     sites = ", ".join(f"{count} {role}" for role, count in summary["model"]["sites"].items())
-    typer.echo(f"{settings.study}: no problems found")
-    typer.echo(f"  model  {backbone.id} ({backbone.family}): {backbone.num_layers} layers,"
+    echo(f"{settings.study}: no problems found")
+    echo(f"  model  {backbone.id} ({backbone.family}): {backbone.num_layers} layers,"
                f" {backbone.num_params:,} parameters")  # fmt: skip
-    typer.echo(f"  sites  {sites}")
-    typer.echo(f"  data   {rows} rows{kinds}")
-    typer.echo(f"  space  {len(space.genes)} genes, {size}")
-    typer.echo(f"  search {settings.search_words} for {', '.join(o.name for o in settings.objectives)}")
+    echo(f"  sites  {sites}")
+    echo(f"  data   {rows} rows{kinds}")
+    echo(f"  space  {len(space.genes)} genes, {size}")
+    echo(f"  search {settings.search_words} for {', '.join(o.name for o in settings.objectives)}")
     if settings.search.prior is not None:
-        typer.echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} are in this space")
+        echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} are in this space")
 
 
 def checked(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
@@ -102,7 +103,7 @@ def checked(settings: StudyFile) -> tuple[Splits, Backbone, SearchSpace]:
         task = bar.add_task("reading the rows", total=None)
         found = check(settings, lambda done, total: bar.update(task, completed=done, total=total))
     for warning in found[0].warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
     return found
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from autopeft.studies.cli.streams import echo, is_unicode
 from autopeft.studies.errors import ConfigurationError
 
 StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file, or a folder with a study.yaml.")]
@@ -35,6 +35,5 @@ def numbers_of(option: str, text: str, least: int = 0) -> list[int]:
 
 
 def print_json(data: Any) -> None:
-    """Print data as indented JSON on stdout."""
-    json.dump(data, sys.stdout, indent=2, ensure_ascii=False)
-    print()
+    """Print data as indented JSON on stdout, with escapes where it does not take every character."""
+    echo(json.dumps(data, indent=2, ensure_ascii=not is_unicode()))

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from autopeft.search_space.problem import FINALIST, SEARCH, Objective, Trial
 from autopeft.studies.analysis.diagnostics import diagnostics
 from autopeft.studies.analysis.snapshot import Snapshot, summary
 from autopeft.studies.cli.display import ProgressDisplay
+from autopeft.studies.errors import cause
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -51,7 +52,8 @@ def stopping_between_steps(*signals: signal.Signals) -> Iterator[Callable[[], No
             raise KeyboardInterrupt
         asked = True
         # Not `sys.stderr`: the signal may have interrupted a write to its buffer.
-        os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
+        with suppress(OSError):  # a closed pipe
+            os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
 
     def stop_if_asked() -> None:
         nonlocal stepping
@@ -134,11 +136,14 @@ class ProgressView(ProgressDisplay):
         """Print the line of a trial that has ended."""
         if trial.state != "infeasible":
             self.done += 1
-        members = sum(row.on_front for row in snapshot.rows())
+        try:
+            line, members = self._line(trial, snapshot), sum(row.on_front for row in snapshot.rows())
+        except Exception as error:  # the trial is in the ledger, whatever its line lacks
+            line, members = f"{_name(trial):>24}  {trial.state} (its line cannot be shown: {cause(error)})", 0
         self.progress.update(
             self.task, completed=self.done, done=self.done, front=f"front of {members}" if members else ""
         )
-        self.print(self._line(trial, snapshot))
+        self.print(line)
 
     def _line(self, trial: Trial, snapshot: Snapshot) -> str:
         opening = f"{_name(trial):>24}  "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
+from autopeft.studies.cli.streams import echo, on_stdout
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _say_left_out(snapshot: Snapshot) -> None:
     from autopeft.studies.analysis.comparable import left_out_notes
 
     for note in left_out_notes(snapshot.left_out):
-        typer.echo(note, err=True)
+        echo(note, err=True)
 
 
 def recorded(study: Path, set_: list[str] | None) -> tuple[StudyFile, Ledger, Snapshot]:
@@ -103,19 +104,19 @@ def print_front(snapshot: Snapshot) -> None:
                 row.standing or "-",
                 f"{test.value:.4f} ± {test.std_err:.4f}" if test else "-",
             ]
-            table.add_row(star if row.recommended else "", row.label, *figures, row.summary)
+            table.add_row(star if row.recommended else "", *map(on_stdout, (row.label, *figures, row.summary)))
         if position == 0:
             table.add_section()
     console = Console()
     # Without a terminal the width is free: a table cut at 80 columns is of no use in a log.
     Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
     for note in front_notes(snapshot, found):
-        typer.echo(f"{star} {note}" if note.startswith("Recommended:") else note)
+        echo(f"{star} {note}" if note.startswith("Recommended:") else note)
     mixtures = verdicts(snapshot)
     if mixtures:
-        typer.echo("\nmixtures against their matched baselines")
+        echo("\nmixtures against their matched baselines")
     for line in (line for verdict in mixtures for line in verdict.lines(snapshot.metrics[snapshot.quality])):
-        typer.echo(f"  {line}")
+        echo(f"  {line}")
 
 
 def export(
@@ -145,12 +146,12 @@ def export(
         found = {"fit": fit.level, "lost": list(fit.lost), "remarks": list(fit.remarks)}
         print_json({"trial": number, "target": to, **found, "folder": str(folder)})
         return
-    typer.echo(f"trial {number} as {to} ({fit.level}) in {folder}")
+    echo(f"trial {number} as {to} ({fit.level}) in {folder}")
     for name in files:
-        typer.echo(f"  {name}")
+        echo(f"  {name}")
     for line in fit.lost:
-        typer.echo(f"  lost: {line}")
+        echo(f"  lost: {line}")
     for line in fit.remarks:
-        typer.echo(f"  note: {line}")
-    typer.echo(f"train again:       autopeft train {folder / 'recipe.yaml'}")
-    typer.echo(f"check its promise: autopeft verify {folder / 'recipe.yaml'}")
+        echo(f"  note: {line}")
+    echo(f"train again:       autopeft train {folder / 'recipe.yaml'}")
+    echo(f"check its promise: autopeft verify {folder / 'recipe.yaml'}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autopeft.studies.cli.options import JsonOption, print_json
-from autopeft.studies.errors import UserError
+from autopeft.studies.cli.streams import echo
+from autopeft.studies.errors import UserError, cause
 
 if TYPE_CHECKING:
     from autopeft.studies.engine.retraining import Retrained
@@ -48,12 +49,15 @@ def train(
     run = _retrain(loaded, [loaded.seed if seed is None else seed], device, trust_code)[0]
     metrics = {"seed": run.seed, "test": run.test, "promised": _promised(loaded), "kept": promises_met(loaded, [run])}
     beside = {"metrics.json": json.dumps(metrics, indent=2) + "\n"}
-    EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force, beside=beside)
+    try:
+        EXPORTERS["native"].export(loaded, run.outcome.weights, folder, force=force, beside=beside)
+    except Exception as error:
+        raise UserError(f"{cause(error)}\n{_rescued(run, folder)}") from error
     if as_json:
         print_json(metrics)
         return
     _print(loaded, [run])
-    typer.echo(f"adapter, recipe and metrics in {folder}")
+    echo(f"adapter, recipe and metrics in {folder}")
 
 
 def verify(
@@ -79,7 +83,24 @@ def verify(
         _print(loaded, runs)
     if not all(verdicts.values()):
         raise UserError("the recipe performs worse than promised")
-    typer.echo("the recipe performs as promised", err=as_json)
+    echo("the recipe performs as promised", err=as_json)
+
+
+def _rescued(run: Retrained, folder: Path) -> str:
+    """Save the weights of a training whose export failed, and return a sentence about it."""
+    from safetensors.torch import save_file
+
+    from autopeft.evaluators.atomic import atomic_write
+
+    scores = ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items())
+    path = folder.with_name(f"{folder.name}-weights.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            save_file(dict(run.outcome.weights or {}), temporary)
+    except Exception as error:
+        return f"the training has ended ({scores}), but its weights cannot be saved: {path}: {cause(error)}"
+    return f"the training has ended ({scores}); its weights are in {path}"
 
 
 def _retrain(recipe: Recipe, seeds: list[int], device: str, trust_code: bool) -> list[Retrained]:
@@ -112,9 +133,9 @@ def _print(recipe: Recipe, runs: list[Retrained]) -> None:
     from autopeft.studies.engine.retraining import promises_met
 
     for run in runs:
-        typer.echo(f"seed {run.seed}: " + ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items()))
+        echo(f"seed {run.seed}: " + ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items()))
     verdicts = promises_met(recipe, runs)
     for name, (low, high) in _promised(recipe).items():
         mean = sum(run.test[name] for run in runs) / len(runs)
         verdict = "as promised" if verdicts[name] else "WORSE THAN PROMISED"
-        typer.echo(f"test {name}: mean {mean:.4f}, promised interval {low:.4f} to {high:.4f}: {verdict}")
+        echo(f"test {name}: mean {mean:.4f}, promised interval {low:.4f} to {high:.4f}: {verdict}")

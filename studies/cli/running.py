@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
+from autopeft.studies.cli.streams import echo
+from autopeft.studies.errors import UserError, cause
 
 if TYPE_CHECKING:
     from autopeft.studies.analysis.snapshot import Snapshot
@@ -43,28 +45,34 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     from autopeft.studies.cli.progress import ProgressView
     from autopeft.studies.cli.results import print_front
     from autopeft.studies.engine.session import open_study
-    from autopeft.studies.errors import file_errors
-    from autopeft.studies.reports.report import REPORT_LATER, front_data, write_report
+    from autopeft.studies.reports.report import front_data, write_report
 
     splits, _, _ = checked(settings)
     with interruptible(settings) as stop_if_asked, open_study(settings, splits, resume=resume) as study:
         for note in study.evaluator.notes:
-            typer.echo(f"warning: {note}", err=True)
+            echo(f"warning: {note}", err=True)
         with ProgressView(between=stop_if_asked) as view:
             snapshot = study.run(view)
-        with file_errors(REPORT_LATER):
-            files = write_report(snapshot, settings.output_folder / "report")
+        report = write_report(snapshot, settings.output_folder / "report")
+    for problem in report.problems:
+        echo(f"warning: {problem}", err=True)
     if as_json:
         print_json(front_data(snapshot, snapshot.front()))
         return
-    print_front(snapshot)
-    typer.echo(f"\npictures  {files[0]} (also front.png, curves.png and hypervolume.png in that folder)")
+    try:
+        print_front(snapshot)
+    except Exception as error:
+        if isinstance(error, OSError):  # stdout itself
+            raise
+        echo(f"warning: the table of the front cannot be shown ({cause(error)}); the study has ended", err=True)
+    if report.files:
+        echo(f"\nreport    {report.files[0].parent}: {', '.join(path.name for path in report.files)}")
     if settings.tracking.enabled:
         from autopeft.studies.tracking.uri import ui_command
 
-        typer.echo(f"MLflow    {ui_command(settings.tracking_uri)}")
-        typer.echo("          filter of the front: tags.`autopeft.pareto` = 'true'")
-    typer.echo(f"export    autopeft export {settings.words} --pick recommended --to peft")
+        echo(f"MLflow    {ui_command(settings.tracking_uri)}")
+        echo("          filter of the front: tags.`autopeft.pareto` = 'true'")
+    echo(f"export    autopeft export {settings.words} --pick recommended --to peft")
 
 
 @contextmanager
@@ -79,8 +87,13 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
         with stopping_between_steps(signal.SIGINT, signal.SIGTERM) as stop_if_asked:
             yield stop_if_asked
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; finished work is saved. Continue with: autopeft resume {settings.words}", err=True)
+        echo(f"\ninterrupted; finished work is saved. Continue with: autopeft resume {settings.words}", err=True)
         sys.exit(130)
+    except UserError:
+        raise
+    except Exception:
+        echo(f"finished work is saved; `autopeft resume {settings.words}` goes on after this error:", err=True)
+        raise
 
 
 def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
@@ -94,7 +107,7 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
     settings = load_study(study, set_ or ())  # the recorded settings lack a larger `search.trials` of `resume`
     settings = as_started(settings) if was_started(settings) else settings
     running = is_running(settings)  # before the ledger is read: a trial that has ended by then is not interrupted
-    _, _, snapshot = recorded(study, set_)
+    _, ledger, snapshot = recorded(study, set_)
     interrupted = 0 if running else len(snapshot.unfinished)
     curve = snapshot.hypervolume()
     latest = diagnostics(snapshot.trials)[-1:]
@@ -117,21 +130,21 @@ def status(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
         "interrupted": interrupted,
     }
     counts = [f"{count} {state}" for state, count in states.items() if count]
-    typer.echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
+    echo(f"{snapshot.study}: evaluations: {', '.join(counts) or 'none yet'}")
     if interrupted:
-        typer.echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
+        echo(f"  interrupted  no process runs this study; `autopeft resume {settings.words}` trains them again")
     for number, why in snapshot.left_out.items():
-        typer.echo(f"  left out     trial {number}: {why}")
-    typer.echo(f"  search       {_search_progress(snapshot, settings.search.trials)}")
-    typer.echo(f"  front        {members} candidates{' (preliminary)' * snapshot.preliminary}")
-    typer.echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
+        echo(f"  left out     trial {number}: {why}")
+    echo(f"  search       {_search_progress(snapshot, max(settings.search.trials, ledger.planned))}")
+    echo(f"  front        {members} candidates{' (preliminary)' * snapshot.preliminary}")
+    echo(f"  hypervolume  {curve[-1]:.6g}" if curve else "  hypervolume  none yet")
     train_s = sum(t.measurement.train_s for t in snapshot.evaluated if t.measurement)
     wall_s = sum(t.measurement.wall_s for t in snapshot.evaluated if t.measurement)
     if wall_s:
-        typer.echo(f"  time         {wall_s:,.0f} s of evaluations, {train_s / wall_s:.0%} of it in training steps")
+        echo(f"  time         {wall_s:,.0f} s of evaluations, {train_s / wall_s:.0%} of it in training steps")
     for found in latest:
         for heading, line in found.lines(num_held_out(snapshot.trials, found.trial, settings.search.batch)):
-            typer.echo(f"  {heading:<11}  {line}")
+            echo(f"  {heading:<11}  {line}")
 
 
 def _search_progress(snapshot: Snapshot, planned: int) -> str:
@@ -140,7 +153,8 @@ def _search_progress(snapshot: Snapshot, planned: int) -> str:
 
     ended = num_searched(snapshot.evaluated)
     rejected = sum(trial.state == "infeasible" for trial in snapshot.search_trials)
-    line = f"{ended} of {planned} trials" if ended <= planned else f"{ended} trials, more than the planned {planned}"
+    # An earlier version did not record what `resume --set search.trials=...` asked for.
+    line = f"{ended} of {max(ended, planned)} trials"
     return line + (f"; candidates rejected without training: {rejected}" if rejected else "")
 
 
@@ -157,6 +171,6 @@ def plan(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = Fal
         print_json({**found.to_dict(), **losses(splits)})
         return
     for note in found.notes:
-        typer.echo(f"warning: {note}", err=True)
+        echo(f"warning: {note}", err=True)
     for line in found.lines():
-        typer.echo(line)
+        echo(line)

@@ -13,11 +13,11 @@ from urllib.parse import urlparse
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
-from autopeft.search_space.metrics import QUALITIES, MetricError, Own, Quality
+from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, Own, Quality
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
-from autopeft.studies.config.settings import PACKED
+from autopeft.studies.config.settings import PACKED, ObjectiveSettings
 from autopeft.studies.config.source import PlacedProblem
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.urls import keeps_nothing, located
@@ -198,12 +198,20 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
             metric = QUALITIES[name]
             if not metric.computable(task.columns):
                 yield ("objectives", i), f"{name} {_needs(metric, task)}"
-            bound, best = objective.bound, metric.bound
-            if bound is not None and best is not None and (bound > best if metric.maximise else bound < best):
+            if (objective.direction or _direction(metric)) != _direction(metric):
                 yield (
-                    ("objectives", i, "bound"),
-                    f"no candidate can reach {bound:g}: the best possible {name} is {best:g}",
+                    ("objectives", i, "direction"),
+                    f"a better {name} is {'larger' if metric.maximise else 'smaller'}: leave the direction out",
                 )
+        if name in METRICS:
+            yield from _beyond(i, objective, METRICS[name])
+    first = next((QUALITIES[name] for name in names if name in QUALITIES), None)
+    within = study.recommend.within
+    if within and first and first.bound is not None and first.worst is not None:
+        low, high = sorted((first.bound, first.worst))
+        if within >= high - low:
+            what = f"counts every loss of {first.name} as none, from {low:g} to {high:g}: give a smaller margin"
+            yield ("recommend", "within"), what
     if all(name in METRICS and name not in QUALITIES for name in names):
         quality = " or ".join(_computable(task))
         yield ("objectives",), f"must contain {quality}: if all objectives are costs, the best candidate has no adapter"
@@ -218,6 +226,24 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         if not metric.computable(task.columns):
             what = f"your own metrics need targets and predictions, which only {' or '.join(_able(metric))} has"
             yield ("metrics", name), what
+
+
+def _direction(metric: Metric) -> str:
+    return "maximise" if metric.maximise else "minimise"
+
+
+def _beyond(i: int, objective: ObjectiveSettings, metric: Metric) -> Iterator[PlacedProblem]:
+    """Yield values of an objective that are better than the best possible value of its metric."""
+    best, sign = metric.bound, 1 if metric.maximise else -1
+    if best is None or (objective.direction or _direction(metric)) != _direction(metric):
+        return
+    bound, reference = objective.bound, objective.reference
+    if bound is not None and sign * (bound - best) > 0:
+        what = f"no candidate can reach {bound:g}: the best possible {metric.name} is {best:g}"
+        yield ("objectives", i, "bound"), what
+    if reference is not None and sign * (reference - best) >= 0:
+        what = f"no candidate can be better than {reference:g}: the best possible {metric.name} is {best:g}"
+        yield ("objectives", i, "reference"), what
 
 
 def _able(metric: Quality) -> list[str]:

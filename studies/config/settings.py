@@ -299,7 +299,11 @@ class SearchSettings(Section):
         min_length=1,
         description="file or folder of an earlier study on a related task, whose trials guide the first proposals",
     )
-    timeout_s: Positive | None = Field(default=None, description="time limit in seconds")
+    timeout_s: Positive | None = Field(
+        default=None,
+        description="seconds that the search may take over all runs of the study, without its baselines and finalists;"
+        " by the measured pace of a training no candidate is begun that would exceed them, except for the first",
+    )
 
 
 class ProxySettings(Section):

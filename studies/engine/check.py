@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING
 
 from autopeft.evaluators.backbones import load_processor, skeleton
@@ -13,16 +14,23 @@ from autopeft.evaluators.errors import DataError, ModelError
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
+from autopeft.search_space.limits import Limits
 from autopeft.search_space.metrics import MetricError, Own
+from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers import SEARCHERS
+from autopeft.searchers.bo.encoding import smallest
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import prior_trials
+from autopeft.studies.errors import NoFeasibleCandidateError
 
 if TYPE_CHECKING:
     from torch import nn
+
+#: Random candidates that are compared with the limits before a study starts.
+PROBES = 500
 
 
 def check(
@@ -31,7 +39,7 @@ def check(
     """Read and encode the data, test the study's own metrics on it, describe the model, and build the space.
 
     The splits have their encoded rows, and warnings about what is lost of them. `progress`: as of `encode_splits`.
-    Raises StudyFileError with every problem.
+    Raises StudyFileError with every problem, and NoFeasibleCandidateError.
     """
     problems: list[str] = []
     splits = model = backbone = space = None
@@ -81,7 +89,27 @@ def check(
     assert splits is not None
     assert backbone is not None
     assert space is not None
+    _check_feasible(settings, problem)
     return splits, backbone, space
+
+
+def _check_feasible(settings: StudyFile, problem: Problem) -> None:
+    """Raise NoFeasibleCandidateError if no candidate's declared costs meet the limits and the objectives' bounds."""
+    bounds = {o.name: o.bound for o in problem.objectives if o.is_cost and o.bound is not None}
+    if not (bounds or problem.limits.maxima):
+        return
+    maxima = {**bounds, **problem.limits.maxima}
+    limits = Limits({name: min(most, bounds.get(name, most)) for name, most in maxima.items()})
+    space, rng = problem.space, Random(settings.seed)
+    probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
+    # If the smallest ones are too large, no number of draws would help.
+    architectures = [candidate.architecture for candidate in (*probes, *smallest(space)) if candidate.architecture]
+    rejections = [limits.rejection(declared_costs(architecture, space.backbone)) for architecture in architectures]
+    if None in rejections:
+        return
+    _, reason = min((found for found in rejections if found), default=(1.0, "none has an adapter"))
+    what = f"no candidate meets the constraints; the closest of {PROBES} random candidates: {reason}"
+    raise NoFeasibleCandidateError(settings.render(("constraints" if problem.limits.maxima else "objectives",), what))
 
 
 def _encoded(

@@ -11,8 +11,9 @@ from autopeft.searchers.bo.encoding import smallest
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.plan import plan_of
-from autopeft.studies.engine.session import evaluator_for
+from autopeft.studies.engine.session import evaluator_for, pace_of
 from autopeft.studies.engine.time_budget import Pace, fitted, mean_share, samples
+from autopeft.studies.errors import cause
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.recipes.build import bare_recipe, recipe_head_sites
 
@@ -26,8 +27,9 @@ class CostEstimate:
     """Size, costs and exports of a study.
 
     `evaluations`: at most; `seeds`: of each finalist, on average. `time_s`: estimated time of the whole study on this
-    machine. `exportable`: share of sampled candidates that each export target supports. `reasons`: one example per
-    target of what it does not support. `left_out`: see there. `notes`: see `Evaluator`.
+    machine. A measured value is None if it cannot be measured; `notes` then has the cause. `exportable`: share of
+    sampled candidates that each export target supports. `reasons`: one example per target of what it does not support.
+    `left_out`: see there. `notes`: also those of `Evaluator`.
     """
 
     study: str
@@ -41,9 +43,9 @@ class CostEstimate:
     trials: int
     batch: int
     seeds: int
-    step_s: float
-    time_s: float
-    peak_memory_bytes: float
+    step_s: float | None
+    time_s: float | None
+    peak_memory_bytes: float | None
     exportable: dict[str, float]
     reasons: dict[str, str]
     left_out: dict[str, tuple[str, ...]]
@@ -65,10 +67,14 @@ class CostEstimate:
             f" (the largest: {share:.2%} of the backbone)",
             f"  evaluations  at most {self.evaluations}: {self.baselines} of baselines, {self.trials} trials in batches"
             f" of {self.batch}, {finals} of finalists with {self.seeds} seeds",
-            f"  time         about {_duration(self.time_s)}: {self.step_s:.3f} s per step, measured on this machine",
-            f"  memory       about {self.peak_memory_bytes / 1e9:.2f} GB in a training step of the largest candidate",
-            "  exportable   share of the space that a format supports",
         ]
+        if self.time_s is not None:
+            measured = f"{self.step_s:.3f} s per step, measured on this machine"
+            lines.append(f"  time         about {_duration(self.time_s)}: {measured}")
+        if self.peak_memory_bytes is not None:
+            size = f"{self.peak_memory_bytes / 1e9:.2f} GB"
+            lines.append(f"  memory       about {size} in a training step of the largest candidate")
+        lines.append("  exportable   share of the space that a format supports")
         for name, held in self.exportable.items():
             why = f"   e.g. {self.reasons[name]}" if name in self.reasons else ""
             lines.append(f"    {name:<12} {held:4.0%}{why}")
@@ -84,12 +90,26 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
     evaluator = evaluator_for(settings, splits)
     backbone, space = evaluator.backbone, problem_for(settings, evaluator.backbone).space
     largest, drawn = space.decode(space.largest()), samples(space, settings.seed)
-    pace = Pace.measured(evaluator, drawn[len(drawn) // 2])
-    num_baselines = len(list(baselines(plan_of(settings), space)))
-    settings = fitted(settings, pace, num_baselines, runs_per_finalist(plan_of(settings), space))
+    num_baselines, notes = len(list(baselines(plan_of(settings), space))), list(evaluator.notes)
+    pace = memory = None
+    if settings.minutes is not None:
+        pace = pace_of(settings, evaluator, None)
+        assert pace is not None
+        settings = fitted(settings, pace, num_baselines, runs_per_finalist(plan_of(settings), space))
+    else:
+        try:
+            pace = Pace.typical(settings, evaluator)
+        except Exception as error:
+            notes.append(f"the time of a training of median size cannot be measured: {cause(error)}")
     problem, plan = problem_for(settings, backbone), plan_of(settings)
-    memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]
-    searched_s = problem.num_trials * pace.run_s(mean_share(plan))
+    try:
+        memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]
+    except Exception as error:
+        notes.append(f"the memory of the largest candidate cannot be measured: {cause(error)}")
+    time_s = None
+    if pace is not None:
+        searched_s = problem.num_trials * pace.run_s(mean_share(plan))
+        time_s = num_baselines * pace.run_s() + searched_s + num_finals(plan, space) * pace.final_s
     exportable, reasons = _exportable(settings, splits, drawn, backbone)
     return CostEstimate(
         study=settings.study,
@@ -103,13 +123,13 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
         trials=problem.num_trials,
         batch=plan.batch,
         seeds=plan.finalist_seeds,
-        step_s=pace.step_s,
-        time_s=num_baselines * pace.run_s() + searched_s + num_finals(plan, space) * pace.final_s,
+        step_s=None if pace is None else pace.step_s,
+        time_s=time_s,
         peak_memory_bytes=memory,
         exportable=exportable,
         reasons=reasons,
         left_out=left_out(space),
-        notes=evaluator.notes,
+        notes=tuple(notes),
     )
 
 

@@ -78,11 +78,18 @@ def retrain(
             + "\nrestore them, or remove `contents` from the recipe to train it all the same"
         )
     requests = [Request(candidate=recipe.candidate, seed=seed, test=True, keep_weights=True) for seed in seeds]
-    runs = []
+    runs, failed = [], []
     for seed, outcome in zip(seeds, evaluator.evaluate(requests, progress), strict=True):
         if outcome.measurement is None:
-            raise UserError(f"training with seed {seed} {outcome.failure}: {outcome.reason}")
-        runs.append(Retrained(seed=seed, test=dict(outcome.measurement.test), outcome=outcome))
+            failed.append(f"training with seed {seed} {outcome.failure}: {outcome.reason}")
+        else:
+            runs.append(Retrained(seed=seed, test=dict(outcome.measurement.test), outcome=outcome))
+    if failed:
+        ended = [
+            f"seed {run.seed}: " + ", ".join(f"test {name} {value:.4f}" for name, value in run.test.items())
+            for run in runs
+        ]
+        raise UserError("\n".join((*failed, *ended)))
     return runs
 
 

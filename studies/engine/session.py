@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from autopeft.search_space.problem import SEARCH
 from autopeft.search_space.spaces.location import locate
 from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -22,7 +23,7 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import LEDGER, StudyFile
 from autopeft.studies.engine.plan import plan_of
-from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, file_errors
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, cause, file_errors
 from autopeft.studies.storage.ledger import GO_ON, Ledger, StudyRecord
 from autopeft.studies.storage.locks import check_owner, claim, is_held, lock_paths, locked
 from autopeft.studies.versions import newer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from autopeft.search_space.problem import Problem, Trial
     from autopeft.searchers import Searcher
     from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
+    from autopeft.studies.engine.time_budget import Pace
 
 LEAST_FREE_BYTES = 50_000_000
 PRIOR = ("search", "prior")
@@ -159,10 +161,11 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         if ledger is not None:
             ledger.check_contents(contents)  # before the model is loaded, which may not fit the ledger's description
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
+        pace = pace_of(settings, evaluator, ledger)
         if ledger is None:
             from autopeft.studies.engine.time_budget import within_minutes
 
-            settings = within_minutes(settings, evaluator)
+            settings = within_minutes(settings, evaluator, pace)
         problem = problem_for(settings, evaluator.backbone)
         contents |= evaluator.contents() | _given(problem)
         if ledger is None:
@@ -172,7 +175,28 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
             claim(settings.output_folder, ledger.study_id)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         searcher, scores = searcher_for(settings, evaluator)
-        yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores)
+        yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores, pace)
+
+
+def pace_of(settings: StudyFile, evaluator: TrainingEvaluator, ledger: Ledger | None) -> Pace | None:
+    """Measure a training where the study has a time limit and no training of its search has ended yet.
+
+    Raises UnusableEnvironmentError if that fails and `minutes` has to decide the study by it.
+    """
+    from autopeft.studies.engine.time_budget import Pace
+
+    timed = settings.minutes is not None or settings.search.timeout_s is not None
+    if not timed or (ledger is not None and any(t.role == SEARCH and t.measurement for t in ledger.trials())):
+        return None
+    try:
+        return Pace.typical(settings, evaluator)
+    except Exception as error:
+        if ledger is not None or settings.minutes is None:
+            return None
+        raise UnusableEnvironmentError(
+            f"minutes: a training of median size cannot be measured ({cause(error)}), so nothing says how many fit;"
+            " leave minutes out and set search.trials"
+        ) from error
 
 
 def _check_new(settings: StudyFile) -> None:
@@ -308,11 +332,12 @@ def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
 def as_started(settings: StudyFile) -> StudyFile:
     """Return settings with what `minutes` decided when the study was started, where the file does not set it.
 
-    Raises ConfigurationError for other minutes than then.
+    A larger number of trials than then is asked for without a limit. Raises ConfigurationError for other minutes.
     """
     from autopeft.studies.engine.time_budget import DECIDED, unset
 
     recorded = recorded_settings(settings, open_ledger(settings))
+    more = settings.decides_trials and settings.search.trials > recorded.search.trials
     if settings.minutes != recorded.minutes:
         was, now = (f"{m:g}" if m is not None else "not set" for m in (recorded.minutes, settings.minutes))
         raise ConfigurationError(
@@ -326,7 +351,7 @@ def as_started(settings: StudyFile) -> StudyFile:
         )
         for section, names in DECIDED.items()
     }
-    return settings.model_copy(update=decided)
+    return settings.model_copy(update={**decided, "minutes": None if more else settings.minutes})
 
 
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:

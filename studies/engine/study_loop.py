@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from random import Random
 from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
@@ -27,7 +26,6 @@ from autopeft.search_space.problem import (
 )
 from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.base import WHOLE
-from autopeft.searchers.bo.encoding import smallest
 from autopeft.searchers.halving import survivors
 from autopeft.searchers.racing import continuing
 from autopeft.studies.analysis.outlook import Outlook
@@ -42,28 +40,30 @@ from autopeft.studies.engine.scheduled_trials import (
     num_evaluations,
     observed,
 )
-from autopeft.studies.engine.time_budget import is_over, outlook_of
+from autopeft.studies.engine.time_budget import Pace, TimeUsed, is_over, outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
-from autopeft.studies.errors import NoFeasibleCandidateError, file_errors
+from autopeft.studies.errors import NoFeasibleCandidateError, cause, file_errors
 from autopeft.studies.storage.ledger import GO_ON, Ledger
 
 if TYPE_CHECKING:
     from autopeft.studies.tracking.mlflow_sync import Tracker
 
+LOGGER = logging.getLogger(__name__)
 #: Consecutive proposals without an evaluation that end the search, because the space is exhausted or infeasible.
 MOST_REJECTIONS = 200
 MOST_BEYOND_LIMITS = 50  # the same for candidates whose measured costs exceed a limit, in one process
 #: Roles of the evaluations for the final front.
 FINAL_KINDS = frozenset(kind for kind, _ in FINAL_PARTS)
-#: Random candidates that are compared with the limits before a study starts.
-PROBES = 500
 
 #: Computes the scored candidates of a problem.
 ScoreFunction = Callable[[Problem, Stage], tuple[ScoredPoint, ...]]
 
 
 class StudyLoop:
-    """Runs or resumes a study from the trials in its ledger. `scores`: for a searcher that starts from scores."""
+    """Runs or resumes a study from the trials in its ledger.
+
+    `scores`: for a searcher that starts from scores. `pace`: of a training, for a time limit before any has ended.
+    """
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class StudyLoop:
         tracker: Tracker | None,
         plan: StudyPlan,
         scores: ScoreFunction | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.problem = problem
         self.evaluator = evaluator
@@ -86,8 +87,8 @@ class StudyLoop:
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
         self.failures = Failures(problem.space.backbone)
-        self.clock: Callable[[], float] = time.monotonic  # in seconds, for the study's timeout
-        self.started = self.clock()
+        self.pace = pace
+        self.time = TimeUsed(ledger)
 
     @property
     def backbone(self) -> Backbone:
@@ -114,12 +115,17 @@ class StudyLoop:
 
         Raises NoFeasibleCandidateError, RepeatedError, UnusableEnvironmentError (the disk) and KeyboardInterrupt.
         """
-        self._check_feasible()
+        self.ledger.planned = self.problem.num_trials
+        with self.time.count("study"):
+            return self._run(watcher)
+
+    def _run(self, watcher: Watcher) -> Snapshot:
         watcher.plan(num_evaluations(self.plan, self.problem), len(self.snapshot().evaluated))
         with file_errors(GO_ON):
             unfinished = self.ledger.unfinished(self.problem.objectives)
             self._evaluate_planned("baseline", unfinished, self._baselines(), watcher)
-            searcher = self._search(unfinished, watcher)
+            with self.time.count("search"):
+                searcher = self._search(unfinished, watcher)
             # What the final front needs; each part follows from those before it.
             for kind, planned in FINAL_PARTS:
                 snapshot = self.snapshot()
@@ -127,7 +133,12 @@ class StudyLoop:
                 watcher.plan(done + len(found) + sum(t.role.kind in FINAL_KINDS for t in unfinished), done)
                 self._evaluate_planned(kind, unfinished, found, watcher)
                 unfinished = [trial for trial in unfinished if trial.role.kind != kind]
-        self.ledger.outlook = outlook_of(searcher, self.snapshot(), self.plan.batch)
+        try:
+            outlook = outlook_of(searcher, self.snapshot(), self.plan.batch)
+        except Exception as error:  # all trainings have ended, and nothing else needs the searcher's model
+            outlook = None
+            LOGGER.warning("the report does not say what more time would buy: %s", cause(error))
+        self.ledger.outlook = outlook
         snapshot = self.snapshot()
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)
@@ -162,6 +173,7 @@ class StudyLoop:
             pending = []
             ruled_out = all(self.trials[trial.number].state == "infeasible" for trial in searched)
             beyond_limits = beyond_limits + len(searched) if ruled_out else 0
+            self.time.save()
         self._record_failures()
         if not any(t.state == "complete" and t.violation <= 0 for t in self.trials.values() if t.role == SEARCH):
             raise NoFeasibleCandidateError(self._why_nothing())
@@ -195,7 +207,7 @@ class StudyLoop:
         while (
             num_admitted() < min(end, self.problem.num_trials)
             and rejected < MOST_REJECTIONS
-            and not self._out_of_time()
+            and not self._out_of_time(num_admitted() and 1 + sum(trial.role == SEARCH for trial in batch))
         ):
             suggestion = self._suggestion(searcher, batch)
             if suggestion is None:
@@ -234,8 +246,8 @@ class StudyLoop:
     def _num_searched(self) -> int:
         return sum(t.role == SEARCH and t.state in ("complete", "pruned", "failed") for t in self.trials.values())
 
-    def _out_of_time(self) -> bool:
-        return is_over(self.plan, self.problem.space, self.trials.values(), self.clock() - self.started)
+    def _out_of_time(self, more: int) -> bool:
+        return is_over(self.plan, self.problem.space, self.trials.values(), self.time, more, self.pace)
 
     def _duplicate(self, candidate: Candidate, batch: Sequence[Trial]) -> Trial | None:
         """Return a trial of the search with the same network and training, which is not evaluated again."""
@@ -243,27 +255,11 @@ class StudyLoop:
         searched = (t for t in self.trials.values() if t.role == SEARCH and (t.state != "running" or t in batch))
         return next((t for t in searched if t.candidate.key == key), None)
 
-    def _check_feasible(self) -> None:
-        """Raise NoFeasibleCandidateError before the first training if no candidate can meet the limits."""
-        if not self.problem.limits.maxima:
-            return
-        space, rng = self.problem.space, Random(self.plan.seed)
-        probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
-        # If the smallest ones are too large, no number of draws would help.
-        probes += smallest(space)
-        rejections = [(candidate, self._rejection(candidate)) for candidate in probes]
-        if any(rejection is None for _, rejection in rejections):
-            return
-        _, reason = min((o for c, o in rejections if o and c.architecture), default=(1.0, "none has an adapter"))
-        raise NoFeasibleCandidateError(
-            f"no candidate meets the constraints; the closest of {PROBES} random candidates: {reason}"
-        )
-
     def _why_nothing(self) -> str:
         reasons = [t.error or "a value exceeds an objective's bound" for t in self.trials.values() if t.role == SEARCH]
-        if not reasons and self.plan.timeout_s is not None and self._out_of_time():
+        if not reasons and self.plan.timeout_s is not None and self._out_of_time(0):
             limit = f"search.timeout_s ({self.plan.timeout_s:g} s) is too short: it ran out"
-            return f"{limit} before a candidate was trained; baselines and scores also take time"
+            return f"{limit} before a candidate was trained; the scores of `proxy` take time, too"
         shown = "\n  ".join(dict.fromkeys(reasons[-5:]))
         return f"none of {len(reasons)} candidates is feasible; reasons of the last ones:\n  {shown}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from random import Random
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from autopeft.searchers import Searcher
     from autopeft.studies.analysis.snapshot import Snapshot
     from autopeft.studies.config.study_file import StudyFile
+    from autopeft.studies.storage.ledger import Ledger
 
 #: Random candidates whose median size is typical of a space.
 SAMPLES = 100
@@ -64,6 +67,12 @@ class Pace:
             test_s=row_s * len(evaluator.examples["test"]),
         )
 
+    @classmethod
+    def typical(cls, settings: StudyFile, evaluator: TrainingEvaluator) -> Pace:
+        """Measure a candidate of median size of the study's space."""
+        drawn = samples(problem_for(settings, evaluator.backbone).space, settings.seed)
+        return cls.measured(evaluator, drawn[len(drawn) // 2])
+
     def run_s(self, share: float = 1.0) -> float:
         """Return the seconds of a training of this share of the steps."""
         return share * self.steps_s + self.validation_s
@@ -82,14 +91,45 @@ def samples(space: SearchSpace, seed: int) -> list[Candidate]:
     return sorted(found, key=lambda candidate: candidate.architecture.num_params(space.backbone))
 
 
-def within_minutes(settings: StudyFile, evaluator: TrainingEvaluator) -> StudyFile:
-    """Measure a training of median size, and return the settings that fit into `minutes`; see `fitted`."""
+class TimeUsed:
+    """The seconds that the parts of a study have used, over all its runs: "study" as a whole, and its "search".
+
+    The ledger has them as they were at the last `save`. A kill loses those after it.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        #: Returns seconds.
+        self.clock: Callable[[], float] = time.monotonic
+        self._before = ledger.used_s
+        self._since: dict[str, float] = {}
+
+    def __getitem__(self, part: str) -> float:
+        begun = self._since.get(part)
+        return self._before.get(part, 0.0) + (0.0 if begun is None else self.clock() - begun)
+
+    @contextmanager
+    def count(self, part: str) -> Iterator[None]:
+        """Count the time of the block."""
+        self._since[part] = self.clock()
+        try:
+            yield
+        finally:
+            self._before = self.save()
+            self._since = dict.fromkeys(self._since.keys() - {part}, self.clock())
+
+    def save(self) -> Mapping[str, float]:
+        """Write the seconds so far to the ledger, and return them."""
+        self.ledger.used_s = found = {part: self[part] for part in {*self._before, *self._since}}
+        return found
+
+
+def within_minutes(settings: StudyFile, evaluator: TrainingEvaluator, pace: Pace | None) -> StudyFile:
+    """Return the settings that fit into `minutes` at this pace; see `fitted`."""
     if settings.minutes is None:
         return settings
-    space = problem_for(settings, evaluator.backbone).space
-    drawn = samples(space, settings.seed)
-    pace = Pace.measured(evaluator, drawn[len(drawn) // 2])
-    plan = plan_of(settings)
+    assert pace is not None
+    space, plan = problem_for(settings, evaluator.backbone).space, plan_of(settings)
     return fitted(settings, pace, len(list(baselines(plan, space))), runs_per_finalist(plan, space))
 
 
@@ -144,17 +184,31 @@ def _may_race(settings: StudyFile) -> bool:
     return free and settings.has_quality_and_cost and settings.evaluation.evaluator == PACKED
 
 
-def is_over(plan: StudyPlan, space: SearchSpace, trials: Iterable[Trial], spent_s: float) -> bool:
-    """Return whether the search has to end: at its time limit, or because the finalists need what is left of `minutes`.
+def is_over(
+    plan: StudyPlan,
+    space: SearchSpace,
+    trials: Iterable[Trial],
+    used: TimeUsed | Mapping[str, float],
+    more: int,
+    pace: Pace | None = None,
+) -> bool:
+    """Return whether the search has to end rather than train `more` candidates: they would exceed a time limit.
 
-    They are expected to take as long as the complete trials of the search so far.
+    Each is expected to take as long as the trainings of the search so far, the first ones as long as by `pace`. The
+    limit is `timeout_s` for the search alone; `minutes` for the study with its finalists, which are expected to take as
+    long as the complete trials of the search.
     """
-    if plan.timeout_s is not None and spent_s > plan.timeout_s:
+    searched = [t for t in trials if t.role == SEARCH and t.measurement is not None]
+    one_s = _mean_s(searched) or (0.0 if pace is None else pace.run_s(mean_share(plan)))
+    if plan.timeout_s is not None and used["search"] + more * one_s > plan.timeout_s:
         return True
-    ended = [t.measurement.wall_s for t in trials if t.role == SEARCH and t.state == "complete" and t.measurement]
-    if plan.minutes is None or not ended:
-        return False
-    return spent_s + num_finals(plan, space) * sum(ended) / len(ended) > 60 * plan.minutes
+    finals_s = num_finals(plan, space) * _mean_s([t for t in searched if t.state == "complete"])
+    return plan.minutes is not None and used["study"] + more * one_s + finals_s > 60 * plan.minutes
+
+
+def _mean_s(trials: Iterable[Trial]) -> float:
+    found = [trial.measurement.wall_s for trial in trials if trial.measurement is not None]
+    return sum(found) / len(found) if found else 0.0
 
 
 def unset(section: Any, **values: Any) -> Any:

@@ -119,7 +119,7 @@ def _refusal(opening: str, fit: Assessment) -> str:
 
 
 def check_folder(folder: Path, force: bool) -> None:
-    """Raise ExportError if `folder` is in use by anything but an earlier export that `force` may replace."""
+    """Raise ExportError if `folder` is a file, or is not empty and holds no earlier export that `force` may replace."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -115,7 +115,7 @@ class Study:
 
         from autopeft.studies.cli.progress import ProgressView, stopping_between_steps
         from autopeft.studies.engine.session import open_study, was_started
-        from autopeft.studies.reports.report import REPORT_LATER, write_report
+        from autopeft.studies.reports.report import write_report
         from autopeft.studies.storage.ledger import GO_ON
 
         with errors_in_argument_terms():
@@ -136,8 +136,8 @@ class Study:
                         snapshot = study.run(view)
                 else:
                     snapshot = study.run(progress)
-                with file_errors(REPORT_LATER):
-                    write_report(snapshot, self.settings.output_folder / "report")
+                for problem in write_report(snapshot, self.settings.output_folder / "report").problems:
+                    warnings.warn(problem, stacklevel=2)
         return Result(self.settings, snapshot)
 
     def result(self) -> Result:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,20 @@ from autopeft.studies.analysis.comparable import left_out_notes
 from autopeft.studies.analysis.front import Front, FrontRow
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.errors import cause
 
-#: What to do after an error of the disk.
-REPORT_LATER = "all trials are safe, and `autopeft resume` writes the report once this is mended"
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The files that were written, and the causes why others were not, by file."""
+
+    files: list[Path]
+    failed: dict[Path, str]
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each file that could not be made."""
+        return [f"{path}: cannot be made ({why}); the results are in the ledger" for path, why in self.failed.items()]
 
 
 def front_data(snapshot: Snapshot, front: Front) -> list[dict[str, Any]]:
@@ -66,39 +78,56 @@ def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
     return notes
 
 
-def write_report(snapshot: Snapshot, folder: Path) -> list[Path]:
-    """Write the report's files and return their paths; without a complete trial, write none. Raises OSError.
+def write_report(snapshot: Snapshot, folder: Path) -> Report:
+    """Write the report's files; without a complete trial, write none. A file that cannot be made stops no other one.
 
     They are `front.html`, `front.png`, `front.csv`, `front.json` and `curves.png`; `hypervolume.png` where there is a
     feasible trial, and `routing.json` where mixtures have matched baselines. Each is whole at every moment.
     """
-    from autopeft.studies.reports.page import front_html
-    from autopeft.studies.reports.pictures import curves_png, front_png, hypervolume_png
+    report = Report([], {})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in _writers(snapshot):
+            try:
+                write(folder / name)
+                report.files.append(folder / name)
+            except Exception as error:  # the results are in the ledger, whatever a picture lacks
+                report.failed[folder / name] = cause(error)
+    except Exception as error:
+        report.failed[folder] = cause(error)
+    return report
 
-    front = snapshot.front()
+
+def _writers(snapshot: Snapshot) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Yield the name of each file, and the function that writes it to a path."""
+    from autopeft.studies.reports import page, pictures
+
+    front, study, objectives = snapshot.front(), snapshot.study, snapshot.objectives
     rows = front.rows
     if not rows:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    about: dict[str, Any] = {"study": snapshot.study, "num_evaluations": len(snapshot.evaluated)}
+        return
+    about: dict[str, Any] = {"study": study, "num_evaluations": len(snapshot.evaluated)}
     found = verdicts(snapshot)
-    sections = [_routing(found, snapshot.metrics[snapshot.quality])] if found else []
-    notes = front_notes(snapshot, front)
-    front_html(rows, snapshot.objectives, folder / "front.html", notes=notes, sections=sections, **about)
-    front_png(rows, snapshot.objectives, folder / "front.png", **about)
-    _write_json(front_data(snapshot, front), folder / "front.json")
-    _write_csv(rows, snapshot.quality, folder / "front.csv")
-    if found:
-        _write_json([verdict.to_dict() for verdict in found], folder / "routing.json")
+
+    def front_html(path: Path) -> None:
+        sections = [_routing(found, snapshot.metrics[snapshot.quality])] if found else []
+        page.front_html(rows, objectives, path, notes=front_notes(snapshot, front), sections=sections, **about)
+
+    yield "front.html", front_html
+    yield "front.png", lambda path: pictures.front_png(rows, objectives, path, **about)
+    yield "front.json", lambda path: _write_json(front_data(snapshot, front), path)
+    yield "front.csv", lambda path: _write_csv(rows, snapshot.quality, path)
     numbers = [row.trial for row in front.members]
-    curves_png(snapshot.search_trials, numbers, folder / "curves.png", study=snapshot.study)
-    files = ["front.html", "front.png", "front.json", "front.csv", "curves.png"] + ["routing.json"] * bool(found)
+    yield "curves.png", lambda path: pictures.curves_png(snapshot.search_trials, numbers, path, study=study)
+    if found:
+        yield "routing.json", lambda path: _write_json([verdict.to_dict() for verdict in found], path)
     corner = snapshot.reference()
     if corner is not None:
-        values = snapshot.hypervolume()
-        hypervolume_png(values, corner.tolist(), snapshot.objectives, folder / "hypervolume.png", study=snapshot.study)
-        files.append("hypervolume.png")
-    return [folder / name for name in files]
+        worst = corner.tolist()
+        yield (
+            "hypervolume.png",
+            lambda path: pictures.hypervolume_png(snapshot.hypervolume(), worst, objectives, path, study=study),
+        )
 
 
 def _routing(found: Sequence[Verdict], quality: Metric) -> tuple[str, list[str], Any]:

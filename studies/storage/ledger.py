@@ -41,6 +41,7 @@ TRIAL, RESULT = "autopeft.trial", "autopeft.result"
 FINGERPRINT, IDENTITY, SETTINGS = "autopeft.fingerprint", "autopeft.id", "autopeft.settings"
 BACKBONE, LABELS, DOMAINS = "autopeft.backbone", "autopeft.labels", "autopeft.domains"
 PRIOR_TRIALS, CONSTANT, OUTLOOK = "autopeft.earlier", "autopeft.constant", "autopeft.outlook"
+PLANNED, USED = "autopeft.planned", "autopeft.used_s"
 #: Results of a batch on their way to its trials, by the trials' numbers, packed.
 BATCH = "autopeft.batch"
 CONTENTS, VERSION, HEAD = "autopeft.contents", "autopeft.version", "autopeft.head"
@@ -92,6 +93,10 @@ class Ledger:
             if FINGERPRINT in study.user_attrs:
                 raise ConfigurationError(
                     f"{without_password(url)} already holds the study {name!r}: `autopeft resume` continues it"
+                )
+            if study.get_trials(deepcopy=False):
+                raise ConfigurationError(
+                    f"{without_password(url)} holds a study {name!r} that another program made: choose another name"
                 )
             with _readable_errors(url, "written"):
                 optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
@@ -157,9 +162,8 @@ class Ledger:
         """Check the contents, and record them in the ledger of an earlier version, which has none."""
         self.check_contents(found)
         if not self._study.user_attrs.get(CONTENTS):
-            with _readable_errors(self._shown, "written"):
-                self._study.set_user_attr(CONTENTS, dict(found))
-                self._study.set_user_attr(VERSION, LEDGER_VERSION)
+            self._set(CONTENTS, dict(found))
+            self._set(VERSION, LEDGER_VERSION)
 
     @staticmethod
     def names(url: str) -> list[str]:
@@ -236,8 +240,29 @@ class Ledger:
 
     @outlook.setter
     def outlook(self, found: Mapping[str, Any] | None) -> None:
+        self._set(OUTLOOK, None if found is None else dict(found))
+
+    @property
+    def planned(self) -> int:
+        """The number of trials that the last run was to make; 0 before, and in ledgers of earlier versions."""
+        return int(self._study.user_attrs.get(PLANNED, 0))
+
+    @planned.setter
+    def planned(self, trials: int) -> None:
+        self._set(PLANNED, trials)
+
+    @property
+    def used_s(self) -> Mapping[str, float]:
+        """The seconds that the parts of the study have used, over all runs; see `TimeUsed`."""
+        return dict(self._study.user_attrs.get(USED, {}))
+
+    @used_s.setter
+    def used_s(self, used_s: Mapping[str, float]) -> None:
+        self._set(USED, dict(used_s))
+
+    def _set(self, name: str, value: Any) -> None:
         with _readable_errors(self._shown, "written"):
-            self._study.set_user_attr(OUTLOOK, None if found is None else dict(found))
+            self._study.set_user_attr(name, value)
 
     def trials(self) -> list[Trial]:
         """Return every evaluation, ended or not, in order, without those that `left_out` names."""
@@ -289,15 +314,11 @@ class Ledger:
         and are read from there until all came to their trials.
         """
         if len(trials) > 1:
-            self._keep(records.pack({str(trial.number): records.result_of(trial) for trial in trials}))
+            self._set(BATCH, records.pack({str(trial.number): records.result_of(trial) for trial in trials}))
         for trial in trials:
             self._finish(trial, objectives)
         if len(trials) > 1:
-            self._keep("")
-
-    def _keep(self, results: str) -> None:
-        with _readable_errors(self._shown, "written"):
-            self._study.set_user_attr(BATCH, results)
+            self._set(BATCH, "")
 
     def _finish(self, trial: Trial, objectives: Sequence[Objective]) -> None:
         frozen = self._frozen()[trial.number]

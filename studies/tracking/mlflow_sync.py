@@ -358,7 +358,7 @@ class _Runs:
 
     def _write_artifacts(self, snapshot: Snapshot) -> None:
         with TemporaryDirectory() as folder:
-            for file in write_report(snapshot, Path(folder)):
+            for file in write_report(snapshot, Path(folder)).files:
                 self.client.log_artifact(self.parent.id, str(file), "pareto" if file.stem == "front" else None)
         for last in diagnostics(snapshot.trials)[-1:]:
             self.client.log_dict(self.parent.id, last.to_dict(), "surrogate.json")

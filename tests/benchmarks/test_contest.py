@@ -72,7 +72,7 @@ def invoked(*words: object) -> int:
 
 
 def test_what_is_in_the_file_is_reported_and_not_run_again(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = results.read_text()
+    before = results.read_text(encoding="utf-8")
     words = ["--searchers", "random, nsga2", "--seeds", "3", "--results", results]
     words += ["--set", *OVERRIDES]
     assert invoked(*words) == 0
@@ -80,7 +80,7 @@ def test_what_is_in_the_file_is_reported_and_not_run_again(results: Path, capsys
     assert invoked(*words, "--json") == 0
     data = json.loads(capsys.readouterr().out)
     assert {study["searcher"] for study in data["studies"]} == {"random", "nsga2"}
-    assert results.read_text() == before
+    assert results.read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize("seeds", ["", "1,x", "-1", "1.5"])

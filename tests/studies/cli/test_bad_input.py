@@ -115,7 +115,17 @@ def test_data(name: str, cli, tmp_path: Path) -> None:
 
 def test_a_constraint_that_nothing_meets(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, constraints={"num_params": 3}, **SHORT)
-    expect(cli("run", path), 3, "no candidate meets the constraints", "num_params", "limit 3")
+    for command in ("validate", "run"):
+        expect(cli(command, path), 3, "no candidate meets the constraints", "constraints:", "num_params", "limit 3")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_bound_of_a_declared_cost_that_nothing_meets(cli, tmp_path: Path) -> None:
+    """A bound does not keep a candidate from its training: without this check, the study would train all in vain."""
+    path = save_study(tmp_path, objectives=["accuracy", {"name": "num_params", "bound": 3}], **SHORT)
+    expect(cli("validate", path), 3, "no candidate meets the constraints", "objectives:", "limit 3")
+    path = save_study(tmp_path, objectives=["accuracy", {"name": "num_params", "bound": 64}], **SHORT)
+    assert cli("validate", path)[0] == 0
 
 
 def test_a_measured_constraint_that_nothing_meets(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -34,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
 def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run a command on a study with these trials, and return the text on stdout."""
 
-    def command(name: str, trials: tuple[Trial, ...], *more: str) -> str:
-        found = (load_study(folder), None, snapshot(trials))
+    def command(name: str, trials: tuple[Trial, ...], *more: str, planned: int = 0) -> str:
+        found = (load_study(folder), SimpleNamespace(planned=planned), snapshot(trials))
         monkeypatch.setattr(results, "recorded", lambda study, set_: found)
         with pytest.raises(SystemExit) as exit_:
             main([name, str(folder), *more])
@@ -61,9 +62,11 @@ def test_the_search_counts_planned_trials(command: Command) -> None:
 
 
 def test_the_search_never_has_more_than_all_trials(command: Command) -> None:
-    """`resume --set search.trials=8` leaves the study file as it is."""
-    text = command("status", TRIALS, "--set", "search.trials=3")
-    assert "search       5 trials, more than the planned 3\n" in text
+    """`resume --set search.trials=8` leaves the study file as it is; the ledger has what it was."""
+    fewer = ("--set", "search.trials=3")
+    assert "search       5 of 5 trials\n" in command("status", TRIALS, *fewer)
+    assert "search       5 of 8 trials\n" in command("status", TRIALS, *fewer, planned=8)
+    assert "search       5 of 9 trials\n" in command("status", TRIALS, "--set", "search.trials=9", planned=8)
 
 
 def test_evaluations_are_trainings(command: Command) -> None:

@@ -304,6 +304,31 @@ WRONG = [
         "objectives: [accuracy, {name: loss, direction: up}]",
         "6 objectives.1.direction: must be 'maximise' or",
     ),
+    (
+        "objectives: [{name: accuracy, direction: minimise}, num_params]",
+        "6 objectives.0.direction: a better accuracy is larger: leave the direction out",
+    ),
+    (
+        "objectives: [{name: accuracy, bound: 1.5}, num_params]",
+        "6 objectives.0.bound: no candidate can reach 1.5: the best possible accuracy is 1",
+    ),
+    (
+        "objectives: [{name: accuracy, reference: 1.0}, num_params]",
+        "6 objectives.0.reference: no candidate can be better than 1: the best possible accuracy is 1",
+    ),
+    (
+        "objectives: [accuracy, {name: num_params, bound: -5}]",
+        "6 objectives.1.bound: no candidate can reach -5: the best possible num_params is 0",
+    ),
+    (
+        "objectives: [loss, {name: latency_s, reference: 0}]",
+        "6 objectives.1.reference: no candidate can be better than 0: the best possible latency_s is 0",
+    ),
+    ("recommend: {within: 1}", "6 recommend.within: counts every loss of accuracy as none, from 0 to 1"),
+    (
+        "objectives: [matthews, num_params]\nrecommend: {within: 2.5}",
+        "7 recommend.within: counts every loss of matthews as none, from -1 to 1",
+    ),
     ("constraints: {num_params: -1}", "6 constraints.num_params: must be greater than 0"),
     ("constraints: {parameters: 1}", "6 constraints.parameters: unknown key; "),
     (

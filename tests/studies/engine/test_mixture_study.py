@@ -118,7 +118,7 @@ def test_what_is_printed_and_written(
     assert "mixtures against their matched baselines" in out
     assert "against average" in out
     assert "busiest expert" in out
-    files = write_report(snapshot, tmp_path)
+    files = write_report(snapshot, tmp_path).files
     assert tmp_path / "routing.json" in files
     told = json.loads((tmp_path / "routing.json").read_text())
     assert [verdict["trial"] for verdict in told] == [verdict.trial for verdict in verdicts(snapshot)]

@@ -134,7 +134,9 @@ def test_a_study_keeps_what_its_minutes_decided(tmp_path: Path, monkeypatch: pyt
     def changed(**search: Any) -> StudyFile:
         return settings.model_copy(update={"search": settings.search.model_copy(update=search)})
 
-    assert as_started(changed(trials=trials + 5)).search.trials == trials + 5, "a number that the user sets counts"
+    asked = as_started(changed(trials=trials + 5))
+    assert (asked.search.trials, asked.minutes) == (trials + 5, None), "more trials are asked for without a limit"
+    assert as_started(settings).minutes == 20
     assert as_started(changed(searcher="nsga2")).search.searcher == "nsga2", "only what was decided comes back"
     with pytest.raises(ConfigurationError, match="minutes: was 20 when the study was started, is 40"):
         as_started(settings.model_copy(update={"minutes": 40.0}))
@@ -151,11 +153,61 @@ def test_the_search_ends_in_time_for_the_finalists() -> None:
         return [replace(one, role=SEARCH, state=state, measurement=replace(one.measurement, wall_s=wall_s))]
 
     # 8 runs of finalists: 2 of the search and 2 baselines, with 2 seeds each.
-    assert not is_over(plan, space, trials(wall_s=30.0), spent_s=359.0)
-    assert is_over(plan, space, trials(wall_s=30.0), spent_s=361.0)
-    assert not is_over(plan, space, trials(wall_s=30.0, state="failed"), spent_s=361.0)
-    assert not is_over(replace(plan, minutes=None), space, trials(wall_s=30.0), spent_s=1e9)
-    assert is_over(replace(plan, minutes=None, timeout_s=5.0), space, [], spent_s=6.0)
+    one = trials(wall_s=30.0)
+    assert not is_over(plan, space, one, {"study": 299.0}, more=2)
+    assert is_over(plan, space, one, {"study": 301.0}, more=2)
+    assert not is_over(plan, space, trials(wall_s=30.0, state="pruned"), {"study": 539.0}, more=2)
+    assert not is_over(replace(plan, minutes=None), space, one, {"study": 1e9, "search": 1e9}, more=2)
+
+
+def test_no_training_is_begun_that_would_exceed_the_limit_of_the_search() -> None:
+    settings = study(search={"timeout_s": 100})
+    plan, space = plan_of(settings), space_for(settings, SMALL)
+    ended = [replace(one, role=SEARCH, measurement=replace(one.measurement, wall_s=s)) for one, s in (
+        (TRIALS[0], 10.0), (TRIALS[1], 30.0))]  # fmt: skip
+    used = {"search": 35.0, "study": 1e9}
+    assert [is_over(plan, space, ended, used, more) for more in (3, 4)] == [False, True], "20 s each"
+    assert [is_over(plan, space, [], used, more, PACE) for more in (5, 6)] == [False, True], "11 s, as measured"
+    halved = replace(plan, rungs=(0.5,), keep=0.5)
+    assert [is_over(halved, space, [], used, more, PACE) for more in (7, 8)] == [False, True], "8.5 s with a rung"
+    assert not is_over(plan, space, ended, used, more=0), "the first training has its chance"
+    assert is_over(plan, space, ended, used | {"search": 101.0}, more=0)
+
+
+def test_the_time_of_the_search_is_kept_over_resumes(tmp_path: Path) -> None:
+    """Each step takes a second of this clock; baselines and finalists are not the search's time."""
+    limits = {"searcher": "random", "trials": 40, "batch": 4}
+    settings = load_study(save_study(tmp_path / "study", search=limits | {"timeout_s": 1000}))
+    splits, _, _ = check(settings)
+
+    class Clock(Quiet):
+        now_s = 0.0
+
+        def step(self, done: int, total: int) -> None:
+            type(self).now_s += 1.0
+            super().step(done, total)
+
+    def go(settings: StudyFile, *, resume: bool, stop_after: int | None = None) -> tuple[int, float]:
+        """The number of trials of the search, and the seconds of the search by the ledger."""
+        with open_study(settings, splits, resume=resume) as loop:
+            loop.time.clock = lambda: Clock.now_s
+            loop.pace = None  # no estimate: only what has passed counts
+            if stop_after is None:
+                loop.run(Clock())
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    loop.run(Clock(stop_after=stop_after))
+            return loop._num_searched(), loop.ledger.used_s["search"]
+
+    num, used_s = go(settings, resume=False, stop_after=10)
+    before_s = Clock.now_s
+    assert 0 < used_s < before_s, "the baselines came before"
+    timed = load_study(settings.path, [f"search.timeout_s={used_s + 1}"])
+    more, now_s = go(timed, resume=True)
+    assert more <= num + limits["batch"], "the batch that was interrupted, and no other"
+    assert now_s < Clock.now_s - before_s + used_s, "the finalists came after"
+    assert go(timed, resume=True) == (more, pytest.approx(now_s)), "a further resume adds nothing"
+    assert go(load_study(settings.path, ["search.trials=13"]), resume=True)[0] == max(more, 13)
 
 
 def test_reports_say_what_more_time_would_buy(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def edited(recipe: Recipe, path: Path, old: str, new: str) -> Path:
     recipe.save(path)
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 
 from autopeft.search_space import Backbone, Choice, Float, Measurement, Objective, Problem, SearchSpace, Site
@@ -150,6 +151,22 @@ def test_a_study_killed_while_it_was_made_is_made_anew(url: str) -> None:
     with pytest.raises(ConfigurationError, match="never started"):
         Ledger.open(url, "toy")
     assert Ledger.create(url, "toy", record()).trials() == []
+
+
+def test_a_study_of_another_program_is_left_alone(problem: Problem, url: str) -> None:
+    theirs = optuna.create_study(storage=url, study_name="toy")
+    theirs.ask()
+    with pytest.raises(ConfigurationError, match=r"'toy' that another program made: choose another name"):
+        Ledger.create(url, "toy", record())
+    assert len(optuna.load_study(storage=url, study_name="toy").trials) == 1
+
+
+def test_the_time_and_the_trials_of_the_last_run_are_kept(url: str) -> None:
+    ledger = Ledger.create(url, "toy", record())
+    assert (ledger.planned, ledger.used_s) == (0, {}), "as in ledgers of earlier versions"
+    ledger.planned, ledger.used_s = 12, {"search": 1.5}
+    again = Ledger.open(url, "toy")
+    assert (again.planned, again.used_s) == (12, {"search": 1.5})
 
 
 def test_changed_settings_are_named(url: str) -> None:
