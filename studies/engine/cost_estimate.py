@@ -11,8 +11,8 @@ from autopeft.searchers.bo.encoding import smallest
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.plan import plan_of
-from autopeft.studies.engine.session import evaluator_for, pace_of
-from autopeft.studies.engine.time_budget import Pace, fitted, mean_share, samples
+from autopeft.studies.engine.session import evaluator_for
+from autopeft.studies.engine.time_budget import Pace, fitted, mean_share, pace_of, samples
 from autopeft.studies.errors import cause
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.recipes.build import bare_recipe, recipe_head_sites

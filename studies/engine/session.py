@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
-from autopeft.search_space.problem import SEARCH
 from autopeft.search_space.spaces.location import locate
 from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -23,8 +22,9 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import LEDGER, StudyFile
 from autopeft.studies.engine.plan import plan_of
-from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, cause, file_errors
-from autopeft.studies.storage.ledger import GO_ON, Ledger, StudyRecord
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, file_errors
+from autopeft.studies.storage.database import GO_ON
+from autopeft.studies.storage.ledger import Ledger, StudyRecord
 from autopeft.studies.storage.locks import check_owner, claim, is_held, lock_paths, locked
 from autopeft.studies.versions import newer
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from autopeft.search_space.problem import Problem, Trial
     from autopeft.searchers import Searcher
     from autopeft.studies.engine.study_loop import ScoreFunction, StudyLoop
-    from autopeft.studies.engine.time_budget import Pace
 
 LEAST_FREE_BYTES = 50_000_000
 PRIOR = ("search", "prior")
@@ -141,6 +140,7 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
     tracked, and UnusableEnvironmentError if the folder cannot be written or the ledger cannot be read.
     """
     from autopeft.studies.engine.study_loop import StudyLoop
+    from autopeft.studies.engine.time_budget import pace_of, within_minutes
 
     _check_folder(settings, resume)
     with locked(settings.output_folder, settings.storage_url, settings.study):
@@ -163,8 +163,6 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
         pace = pace_of(settings, evaluator, ledger)
         if ledger is None:
-            from autopeft.studies.engine.time_budget import within_minutes
-
             settings = within_minutes(settings, evaluator, pace)
         problem = problem_for(settings, evaluator.backbone)
         contents |= evaluator.contents() | _given(problem)
@@ -176,27 +174,6 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
         searcher, scores = searcher_for(settings, evaluator)
         yield StudyLoop(problem, evaluator, searcher, ledger, tracker, plan_of(settings), scores, pace)
-
-
-def pace_of(settings: StudyFile, evaluator: TrainingEvaluator, ledger: Ledger | None) -> Pace | None:
-    """Measure a training where the study has a time limit and no training of its search has ended yet.
-
-    Raises UnusableEnvironmentError if that fails and `minutes` has to decide the study by it.
-    """
-    from autopeft.studies.engine.time_budget import Pace
-
-    timed = settings.minutes is not None or settings.search.timeout_s is not None
-    if not timed or (ledger is not None and any(t.role == SEARCH and t.measurement for t in ledger.trials())):
-        return None
-    try:
-        return Pace.typical(settings, evaluator)
-    except Exception as error:
-        if ledger is not None or settings.minutes is None:
-            return None
-        raise UnusableEnvironmentError(
-            f"minutes: a training of median size cannot be measured ({cause(error)}), so nothing says how many fit;"
-            " leave minutes out and set search.trials"
-        ) from error
 
 
 def _check_new(settings: StudyFile) -> None:

@@ -43,7 +43,8 @@ from autopeft.studies.engine.scheduled_trials import (
 from autopeft.studies.engine.time_budget import Pace, TimeUsed, is_over, outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, cause, file_errors
-from autopeft.studies.storage.ledger import GO_ON, Ledger
+from autopeft.studies.storage.database import GO_ON
+from autopeft.studies.storage.ledger import Ledger
 
 if TYPE_CHECKING:
     from autopeft.studies.tracking.mlflow_sync import Tracker

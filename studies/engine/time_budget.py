@@ -16,7 +16,7 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.settings import PACKED
 from autopeft.studies.engine.plan import StudyPlan, plan_of
 from autopeft.studies.engine.scheduled_trials import baselines, num_finals, runs_per_finalist
-from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, cause
 
 if TYPE_CHECKING:
     from autopeft.evaluators.training.base import TrainingEvaluator
@@ -81,6 +81,25 @@ class Pace:
     def final_s(self) -> float:
         """Seconds of a finalist's training."""
         return self.run_s() + self.test_s
+
+
+def pace_of(settings: StudyFile, evaluator: TrainingEvaluator, ledger: Ledger | None) -> Pace | None:
+    """Measure a training where the study has a time limit and no training of its search has ended yet.
+
+    Raises UnusableEnvironmentError if that fails and `minutes` has to decide the study by it.
+    """
+    timed = settings.minutes is not None or settings.search.timeout_s is not None
+    if not timed or (ledger is not None and any(t.role == SEARCH and t.measurement for t in ledger.trials())):
+        return None
+    try:
+        return Pace.typical(settings, evaluator)
+    except Exception as error:
+        if ledger is not None or settings.minutes is None:
+            return None
+        raise UnusableEnvironmentError(
+            f"minutes: a training of median size cannot be measured ({cause(error)}), so nothing says how many fit;"
+            " leave minutes out and set search.trials"
+        ) from error
 
 
 def samples(space: SearchSpace, seed: int) -> list[Candidate]:

@@ -116,7 +116,7 @@ class Study:
         from autopeft.studies.cli.progress import ProgressView, stopping_between_steps
         from autopeft.studies.engine.session import open_study, was_started
         from autopeft.studies.reports.report import write_report
-        from autopeft.studies.storage.ledger import GO_ON
+        from autopeft.studies.storage.database import GO_ON
 
         with errors_in_argument_terms():
             self._check_folder()

@@ -9,18 +9,13 @@ from __future__ import annotations
 import io
 import json
 import re
-import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from typing import Any
 
 import optuna
-import sqlalchemy.exc
-from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ruamel.yaml import YAML
@@ -31,8 +26,9 @@ from autopeft.search_space.problem import Objective, Problem, Role, Trial
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.analysis.comparable import incomparable
 from autopeft.studies.config.fingerprint import changes, differences
-from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
+from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.storage import records
+from autopeft.studies.storage.database import connect, names_in, one_by_one, readable_errors
 from autopeft.studies.urls import without_password
 from autopeft.studies.versions import newer
 
@@ -47,8 +43,6 @@ BATCH = "autopeft.batch"
 CONTENTS, VERSION, HEAD = "autopeft.contents", "autopeft.version", "autopeft.head"
 #: The version of the form of ledgers that this code writes. Ledgers without one are of version 0.
 LEDGER_VERSION = 1
-#: What to do after an error of the disk or of the database.
-GO_ON = "finished trials are safe, and `autopeft resume` goes on once this is mended"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +81,8 @@ class Ledger:
 
         Raises ConfigurationError if there is a study of that name, UnusableEnvironmentError for an unusable storage.
         """
-        storage = _storage(url)
-        if name in _names(storage, url):
+        storage = connect(url)
+        if name in names_in(storage, url):
             study = optuna.load_study(study_name=name, storage=storage)
             if FINGERPRINT in study.user_attrs:
                 raise ConfigurationError(
@@ -98,10 +92,10 @@ class Ledger:
                 raise ConfigurationError(
                     f"{without_password(url)} holds a study {name!r} that another program made: choose another name"
                 )
-            with _readable_errors(url, "written"):
+            with readable_errors(url, "written"):
                 optuna.delete_study(study_name=name, storage=storage)  # killed during its creation: it has no trials
         directions = [StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in record.objectives]
-        with _readable_errors(url, "written"), warnings.catch_warnings():
+        with readable_errors(url, "written"), warnings.catch_warnings():
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([o.name for o in record.objectives])
@@ -125,8 +119,8 @@ class Ledger:
 
         Raises it for a ledger of a newer version, too.
         """
-        storage = _storage(url)
-        names = _names(storage, url)
+        storage = connect(url)
+        names = names_in(storage, url)
         if name not in names:
             others = f" (it holds {', '.join(map(repr, sorted(names)))})" if names else ""
             raise ConfigurationError(f"{without_password(url)} holds no study {name!r}{others}")
@@ -168,8 +162,8 @@ class Ledger:
     @staticmethod
     def names(url: str) -> list[str]:
         """Return the names of the studies in a storage, except those that were killed during their creation."""
-        storage = _storage(url)
-        with _readable_errors(url, "read"):
+        storage = connect(url)
+        with readable_errors(url, "read"):
             studies = storage.get_all_studies()  # Optuna's summaries of studies read all trials
         return [study.study_name for study in studies if FINGERPRINT in study.user_attrs]
 
@@ -261,7 +255,7 @@ class Ledger:
         self._set(USED, dict(used_s))
 
     def _set(self, name: str, value: Any) -> None:
-        with _readable_errors(self._shown, "written"):
+        with readable_errors(self._shown, "written"):
             self._study.set_user_attr(name, value)
 
     def trials(self) -> list[Trial]:
@@ -291,7 +285,7 @@ class Ledger:
         try:
             return list(self._study.get_trials(deepcopy=False))
         except ValueError:  # one record that is not JSON keeps Optuna from reading any
-            return list(_one_by_one(self._study._storage, self._study._study_id))
+            return list(one_by_one(self._study._storage, self._study._study_id))
 
     def begin(self, problem: Problem, role: Role, candidate: Candidate, **fields: Any) -> Trial:
         """Add a running trial; `fields` are further fields of `Trial`."""
@@ -303,7 +297,7 @@ class Ledger:
             distributions={name: distribution(domains[name]) for name in trial.genes},
             user_attrs={TRIAL: records.declared(trial)},
         )
-        with _readable_errors(self._shown, "written"):
+        with readable_errors(self._shown, "written"):
             self._study.add_trial(frozen)
         return trial
 
@@ -324,7 +318,7 @@ class Ledger:
         frozen = self._frozen()[trial.number]
         if frozen is None or frozen.state.is_finished():
             return
-        with _readable_errors(self._shown, "written"):
+        with readable_errors(self._shown, "written"):
             handle = optuna.trial.Trial(self._study, frozen._trial_id)
             handle.set_user_attr(RESULT, records.result_of(trial))
             if trial.state == "complete":
@@ -348,18 +342,6 @@ class Ledger:
         return running
 
 
-def _one_by_one(storage: BaseStorage, study_id: int) -> Iterator[FrozenTrial | None]:
-    for number in count():
-        try:
-            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        except KeyError:
-            return
-        try:
-            yield storage.get_trial(trial_id)
-        except ValueError:
-            yield None
-
-
 def _read(number: int, frozen: FrozenTrial | None, kept: Mapping[str, Any] | None) -> Trial:
     """Read a trial. `kept`: its result where the study has it, see `Ledger.finish`. Raises DamagedError."""
     if frozen is None:
@@ -370,57 +352,6 @@ def _read(number: int, frozen: FrozenTrial | None, kept: Mapping[str, Any] | Non
     return records.read(number, frozen.user_attrs[TRIAL], result)
 
 
-def _storage(url: str) -> optuna.storages.RDBStorage:
-    try:
-        return _connect(url)
-    except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:
-        shown = without_password(url)
-        said = str(error).splitlines()[0].replace(url, shown)
-        raise ConfigurationError(f"storage {shown!r}: {said}") from error
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
-        raise UnusableEnvironmentError(
-            f"the ledger {without_password(url)} cannot be used: {_reason(error)}"
-        ) from error
-
-
-def _connect(url: str, tries: int = 3) -> optuna.storages.RDBStorage:
-    """Connect to the database, again after a failure.
-
-    Two processes that open a new database at once (`run`, and `status` beside it) both try to create its tables. The
-    slower one fails in one of several ways and finds the tables at the next attempt.
-    """
-    try:
-        return optuna.storages.RDBStorage(url)
-    except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError):
-        if tries == 1:
-            raise
-        time.sleep(0.2)
-        return _connect(url, tries - 1)
-
-
-def _names(storage: optuna.storages.RDBStorage, url: str) -> list[str]:
-    with _readable_errors(url, "read"):
-        return optuna.get_all_study_names(storage)
-
-
-@contextmanager
-def _readable_errors(url: str, what: str) -> Iterator[None]:
-    """Raise UnusableEnvironmentError with the database's message: a full disk, a broken file, a server that is gone."""
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise UnusableEnvironmentError(
-            f"the ledger {without_password(url)} cannot be {what}: {_reason(error)}; {GO_ON}"
-        ) from error
-
-
 def _plain(data: Any) -> Any:
     """Return data as JSON has it, as in the ledger: tuples become lists."""
     return json.loads(json.dumps(data))
-
-
-def _reason(error: BaseException) -> str:
-    """Return the database's message from below the layers of libraries."""
-    while getattr(error, "orig", None) is None and error.__cause__ is not None:
-        error = error.__cause__
-    return str(getattr(error, "orig", None) or error).splitlines()[0]
