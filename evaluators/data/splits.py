@@ -27,6 +27,8 @@ from autopeft.evaluators.tasks import TASKS, Task
 
 SPLITS = ("train", "validation", "test")
 MOST_PROBLEMS_PER_FILE = 5
+#: Longer names of labels are sorted as texts, even if they are numbers.
+MOST_DIGITS = 1000
 NO_OBJECT = "not a JSON object"
 
 
@@ -132,7 +134,8 @@ def _values(rows: list[Row], names_of: NamesOf) -> tuple[str, ...]:
 
 def _natural(value: str) -> tuple[bool, int, str]:
     """Return a sorting key: numbers by value, before names in alphabetical order."""
-    number = value.removeprefix("-").isdecimal()
+    # Python reads no longer numbers from text.
+    number = len(value) < MOST_DIGITS and value.removeprefix("-").isdecimal()
     return not number, int(value) if number else 0, value
 
 
@@ -217,7 +220,7 @@ def _read(data: DataConfig, name: str, split: str) -> PlacedRows:
     elif data.source == FILES:
         path = Path(data.folder) / Path(name).expanduser()
         if not path.is_file():
-            raise ValueError("no such file")
+            raise ValueError("is a folder or a pipe, not a file" if path.exists() else "no such file")
         yield from _file(path)
     else:
         yield from _hub(data, name)
@@ -249,8 +252,8 @@ def _jsonl(lines: Iterable[str]) -> PlacedRows:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = f"not valid JSON: {error.msg}"
+        except (ValueError, RecursionError) as error:
+            row = f"not valid JSON: {_json_problem(error)}"
         else:
             row = row if isinstance(row, dict) else NO_OBJECT
         yield f":{number}", row
@@ -259,11 +262,17 @@ def _jsonl(lines: Iterable[str]) -> PlacedRows:
 def _json_array(text: str) -> PlacedRows:
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        yield f":{error.lineno}", f"not valid JSON: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        yield f":{getattr(error, 'lineno', 1)}", f"not valid JSON: {_json_problem(error)}"
     else:
         for position, row in enumerate(rows):
             yield f"[{position}]", row if isinstance(row, dict) else NO_OBJECT
+
+
+def _json_problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _csv(lines: Iterable[str]) -> PlacedRows:
