@@ -29,6 +29,8 @@ SPLITS = ("train", "validation", "test")
 MOST_PROBLEMS_PER_FILE = 5
 #: Longer names of labels are sorted as texts, even if they are numbers.
 MOST_DIGITS = 1000
+#: Rows of a Parquet file, which may claim any number of them in a few bytes.
+MOST_ROWS = 10_000_000
 NO_OBJECT = "not a JSON object"
 
 
@@ -288,13 +290,17 @@ def _csv(lines: Iterable[str]) -> PlacedRows:
 
 
 def _parquet(path: Path) -> PlacedRows:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_table
+    from pyarrow.parquet import ParquetFile
 
     try:
-        rows = read_table(path).to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"not a Parquet file: {_first_line(error)}") from error
+        with ParquetFile(path) as file:
+            count = file.metadata.num_rows
+            rows = file.read().to_pylist() if count <= MOST_ROWS else []
+    # pyarrow's own, and those of Python for a value that it does not have, such as a date after the year 9999.
+    except Exception as error:
+        raise ValueError(f"not a Parquet file that can be read: {_first_line(error)}") from error
+    if count > MOST_ROWS:
+        raise ValueError(f"has {count:,} rows; a file may have {MOST_ROWS:,}")
     for number, row in enumerate(rows, start=1):
         yield f":{number}", row
 

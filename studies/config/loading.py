@@ -24,7 +24,7 @@ def load_study(
 ) -> StudyFile:
     """Read and check a study file, or the `study.yaml` of a folder. Raises StudyFileError with every problem."""
     path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / FILE_NAME if os.path.isdir(path) else path  # False for names that are too long
     overrides = tuple(overrides)
     study = _checked(read(path, overrides, environment), path)
     study._overrides = overrides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def _step(node: Any, word: str) -> str | int:
 def _text(path: Path, most_bytes: int) -> str:
     """Return the text of a file. Raises StudyFileError, also for what is no regular file: a pipe may never end."""
     try:
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not path.is_file():
             raise StudyFileError([f"{path}: is not a file; give a study file, or a folder with one called study.yaml"])
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)
