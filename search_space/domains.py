@@ -15,6 +15,9 @@ from typing import Any
 
 Value = int | float | str | bool
 
+#: Largest size, count and number of a setting: far above all that can be trained, and small enough to calculate with.
+MOST = 1_000_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Float:

@@ -31,7 +31,7 @@ class Training:
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("weight_decay", self.weight_decay, 0)
         check_at_least("max_grad_norm", self.max_grad_norm, 0)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs must be positive, got {self.epochs}")
+        for name, value in (("learning_rate", self.learning_rate), ("epochs", self.epochs)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+            check_at_least(name, value, 0)

@@ -27,6 +27,10 @@ from autopeft.evaluators.tasks import TASKS, Task
 
 SPLITS = ("train", "validation", "test")
 MOST_PROBLEMS_PER_FILE = 5
+#: Longer names of labels are sorted as texts, even if they are numbers.
+MOST_DIGITS = 1000
+#: Rows of a Parquet file, which may claim any number of them in a few bytes.
+MOST_ROWS = 10_000_000
 NO_OBJECT = "not a JSON object"
 
 
@@ -132,7 +136,8 @@ def _values(rows: list[Row], names_of: NamesOf) -> tuple[str, ...]:
 
 def _natural(value: str) -> tuple[bool, int, str]:
     """Return a sorting key: numbers by value, before names in alphabetical order."""
-    number = value.removeprefix("-").isdecimal()
+    # Python reads no longer numbers from text.
+    number = len(value) < MOST_DIGITS and value.removeprefix("-").isdecimal()
     return not number, int(value) if number else 0, value
 
 
@@ -217,7 +222,7 @@ def _read(data: DataConfig, name: str, split: str) -> PlacedRows:
     elif data.source == FILES:
         path = Path(data.folder) / Path(name).expanduser()
         if not path.is_file():
-            raise ValueError("no such file")
+            raise ValueError("is a folder or a pipe, not a file" if path.exists() else "no such file")
         yield from _file(path)
     else:
         yield from _hub(data, name)
@@ -249,8 +254,8 @@ def _jsonl(lines: Iterable[str]) -> PlacedRows:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = f"not valid JSON: {error.msg}"
+        except (ValueError, RecursionError) as error:
+            row = f"not valid JSON: {_json_problem(error)}"
         else:
             row = row if isinstance(row, dict) else NO_OBJECT
         yield f":{number}", row
@@ -259,11 +264,17 @@ def _jsonl(lines: Iterable[str]) -> PlacedRows:
 def _json_array(text: str) -> PlacedRows:
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        yield f":{error.lineno}", f"not valid JSON: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        yield f":{getattr(error, 'lineno', 1)}", f"not valid JSON: {_json_problem(error)}"
     else:
         for position, row in enumerate(rows):
             yield f"[{position}]", row if isinstance(row, dict) else NO_OBJECT
+
+
+def _json_problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _csv(lines: Iterable[str]) -> PlacedRows:
@@ -279,13 +290,17 @@ def _csv(lines: Iterable[str]) -> PlacedRows:
 
 
 def _parquet(path: Path) -> PlacedRows:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_table
+    from pyarrow.parquet import ParquetFile
 
     try:
-        rows = read_table(path).to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"not a Parquet file: {_first_line(error)}") from error
+        with ParquetFile(path) as file:
+            count = file.metadata.num_rows
+            rows = file.read().to_pylist() if count <= MOST_ROWS else []
+    # pyarrow's own, and those of Python for a value that it does not have, such as a date after the year 9999.
+    except Exception as error:
+        raise ValueError(f"not a Parquet file that can be read: {_first_line(error)}") from error
+    if count > MOST_ROWS:
+        raise ValueError(f"has {count:,} rows; a file may have {MOST_ROWS:,}")
     for number, row in enumerate(rows, start=1):
         yield f":{number}", row
 

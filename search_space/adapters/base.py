@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.domains import MOST
 from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -243,10 +244,12 @@ def _owner(kind: type[AdapterSpec], method: str) -> type:
     return next(owner for owner in kind.__mro__ if method in vars(owner))
 
 
-def check_at_least(name: str, value: float, low: float) -> None:
-    """Raise ValueError unless `value` is a number of at least `low`."""
+def check_at_least(name: str, value: float, low: float, high: float = MOST) -> None:
+    """Raise ValueError unless `value` is a number of at least `low`, and not beyond what anybody trains."""
     if isinstance(value, bool) or not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
+    if value > high:
+        raise ValueError(f"{name} must be at most {high:,}, got {value!r}")
 
 
 def check_probability(name: str, value: float) -> None:

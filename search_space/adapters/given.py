@@ -14,7 +14,9 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autopeft.search_space.adapters.peft_patterns import PatternError, Patterns
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.domains import MOST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,13 +49,13 @@ class GivenError(ValueError):
 class Given:
     """A folder that peft's `save_pretrained` wrote.
 
-    `shapes`: (R, D_in, D_out) by the path of the module; `keys`: keys of the tensors by path and name ("A", "B");
-    `others`: keys of tensors that do not belong to a LoRA.
+    `shapes`: (R, D_in, D_out) by the path of the module; `scales`: the factor of B A by the same path; `keys`: keys of
+    the tensors by path and name ("A", "B"); `others`: keys of tensors that do not belong to a LoRA.
     """
 
     folder: Path
-    config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int, int]]
+    scales: Mapping[str, float]
     keys: Mapping[tuple[str, str], str]
     others: tuple[str, ...]
 
@@ -79,11 +81,17 @@ class Given:
         heads = [f".{head}." for head in backbone.head_modules]
         return [name for name in (*apart, *self.others) if not any(head in f".{name}." for head in heads)]
 
-    def scale(self, path: str) -> float:
-        """Return the factor of B A at the module `path`."""
-        rank = self.shapes[path][0]
-        alpha = _of_pattern(self.config.get("alpha_pattern") or {}, path, self.config["lora_alpha"])
-        return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
+    def check(self, site: Site) -> None:
+        """Raise GivenError if the LoRA for `site`, if there is one, has other features than the site."""
+        path = self.at(site)
+        if path is None:
+            return
+        rank, inner, outer = self.shapes[path]
+        if (inner, outer) != (site.in_features, site.out_features):
+            raise GivenError(
+                f"{self.folder}: {path} has {inner} input and {outer} output features and rank {rank}; {site.name} has"
+                f" {site.in_features} input and {site.out_features} output features"
+            )
 
 
 @lru_cache(maxsize=64)
@@ -96,18 +104,26 @@ def read(folder: str) -> Given:
 
     path = Path(folder)
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        for file in (path / CONFIG, path / WEIGHTS):
+            if not file.is_file():
+                raise GivenError(f"{file}: no such file; given takes folders that peft's save_pretrained wrote")
+        config = _config(path / CONFIG)
         found: dict[str, dict[str, tuple[int, ...]]] = {}
         names: dict[tuple[str, str], str] = {}
         others: list[str] = []
         with safe_open(path / WEIGHTS, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (not a mapping)
                 if match := _KEY.fullmatch(key):
-                    found.setdefault(match["module"], {})[match["factor"]] = tuple(tensors.get_slice(key).get_shape())
+                    tensor = tensors.get_slice(key)
+                    if not tensor.get_dtype().startswith(("F", "BF")):
+                        raise GivenError(f"{path / WEIGHTS}: {key} has no real numbers, but {tensor.get_dtype()}")
+                    found.setdefault(match["module"], {})[match["factor"]] = tuple(tensor.get_shape())
                     names[match["module"], match["factor"]] = key
                 else:
                     others.append(key)
-    except (OSError, ValueError, SafetensorError) as error:
+    except GivenError:
+        raise
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise GivenError(f"{folder}: is not a readable peft adapter: {error}") from None
     if config.get("peft_type") != "LORA":
         raise GivenError(
@@ -123,10 +139,95 @@ def read(folder: str) -> Given:
             f"{folder}: init_lora_weights: {start} changes the weights of the model, so this LoRA does not "
             "fit the original model; save it with path_initial_model_for_weight_conversion"
         )
-    shapes = {module: (*own["A"], own["B"][0]) for module, own in found.items() if len(own) == 2}
-    if not shapes:
+    if not found:
         raise GivenError(f"{folder}: {WEIGHTS} has no LoRA weights")
-    return Given(path, config, shapes, names, tuple(others))  # type: ignore[arg-type]
+    if len(found) > MOST_MODULES:
+        raise GivenError(f"{path / WEIGHTS}: has LoRAs of {len(found):,} modules; it may have {MOST_MODULES:,}")
+    shapes = {module: _shape(path / WEIGHTS, module, own) for module, own in found.items()}
+    return Given(path, shapes, _scales(path / CONFIG, config, shapes), names, tuple(others))
+
+
+#: Modules of a model that a LoRA may adapt.
+MOST_MODULES = 5000
+MOST_CONFIG_BYTES = 1_000_000
+
+_PATTERN = "an object of patterns and numbers"
+_MODULES = "a text or a list of texts"
+#: What the settings that are read may be, besides null.
+_TYPES: Mapping[str, str] = {
+    "r": "a number",
+    "lora_alpha": "a number",
+    "use_rslora": "true or false",
+    "bias": "a text",
+    "rank_pattern": _PATTERN,
+    "alpha_pattern": _PATTERN,
+    "target_modules": _MODULES,
+    "exclude_modules": _MODULES,
+}
+
+
+def _is(value: Any, what: str) -> bool:
+    if what == "a number":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < abs(value) <= MOST
+    if what == "true or false":
+        return isinstance(value, bool)
+    if what == _PATTERN:
+        return isinstance(value, dict) and all(_is(entry, "a number") for entry in value.values())
+    texts = value if what == _MODULES and isinstance(value, list) else [value]
+    return all(isinstance(text, str) for text in texts)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """Return the settings of a LoRA without those that are null. Raises GivenError."""
+    if file.stat().st_size > MOST_CONFIG_BYTES:
+        raise GivenError(f"{file}: is larger than {MOST_CONFIG_BYTES:,} bytes, so it is no configuration of a LoRA")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise GivenError(f"{file}: is nested too deeply") from None
+    except ValueError as error:
+        raise GivenError(f"{file}: is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise GivenError(f"{file}: is not a JSON object")
+    config = {name: value for name, value in config.items() if value is not None}
+    for name, what in _TYPES.items():
+        if name in config and not _is(config[name], what):
+            most = f" up to {MOST:,}" if what in ("a number", _PATTERN) else ""
+            raise GivenError(f"{file}: {name} must be {what}{most}, got {config[name]!r:.40}")
+    return config
+
+
+def _shape(file: Path, module: str, own: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
+    """Return (R, D_in, D_out) of a pair of tensors. Raises GivenError."""
+    shapes = " and ".join(f"lora_{name} {list(shape)}" for name, shape in sorted(own.items()))
+    if len(own) < 2 or any(len(shape) != 2 or not all(shape) for shape in own.values()):
+        raise GivenError(f"{file}: {module} needs matrices lora_A [rank, in] and lora_B [out, rank], has {shapes}")
+    (rank, inner), (outer, other) = own["A"], own["B"]
+    if rank != other:
+        raise GivenError(f"{file}: the tensors of {module} differ in rank: {shapes}")
+    return rank, inner, outer
+
+
+def _scales(file: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int, int]]) -> Mapping[str, float]:
+    """Return the factor of B A by the path of the module. Raises GivenError if peft would not load these LoRAs."""
+    patterns, scales = Patterns(), {}
+    targets, excluded = config.get("target_modules", "all-linear"), config.get("exclude_modules", ())
+    try:
+        for path, (rank, _, _) in shapes.items():
+            if not patterns.names(targets, path) or (excluded and patterns.names(excluded, path)):
+                raise GivenError(f"{file}: target_modules or exclude_modules leave out {path}, which has weights")
+            said = patterns.value(config.get("rank_pattern", {}), path, config.get("r", rank))
+            if said != rank:
+                raise GivenError(f"{file}: says rank {said} for {path}, whose tensors have rank {rank}")
+            alpha = patterns.value(config.get("alpha_pattern", {}), path, config.get("lora_alpha", PEFT_ALPHA))
+            scales[path] = float(alpha) / (sqrt(rank) if config.get("use_rslora") else rank)
+    except PatternError as error:
+        raise GivenError(f"{file}: {error}") from None
+    return scales
+
+
+#: peft's default of `lora_alpha`.
+PEFT_ALPHA = 8
 
 
 def sites_of(folders: Sequence[str], backbone: Backbone) -> list[Site]:
@@ -160,28 +261,18 @@ def stacked(folders: Sequence[str], site: Site, name: str, rank: int) -> Tensor:
         path = one.at(site)
         if path is None:
             continue
-        own, inner, outer = one.shapes[path]
-        if (inner, outer) != (site.in_features, site.out_features) or own > rank:
-            raise GivenError(
-                f"{folder}: {path} has {inner} input and {outer} output features and rank {own}; {site.name} has"
-                f" {site.in_features} input and {site.out_features} output features, and the largest rank is {rank}"
-            )
+        one.check(site)
+        own = one.shapes[path][0]
+        if own > rank:
+            raise GivenError(f"{folder}: {path} has rank {own}, but the largest rank is {rank}")
         with safe_open(one.folder / WEIGHTS, framework="pt") as tensors:
             tensor = tensors.get_tensor(one.keys[path, name]).float()
         if name == "A":
             values[e, :own] = tensor
         else:
-            values[e, :, :own] = one.scale(path) * tensor
+            values[e, :, :own] = one.scales[path] * tensor
     return values
 
 
 def _same(path: str, module: str) -> bool:
     return path == module or path.endswith(f".{module}") or module.endswith(f".{path}")
-
-
-def _of_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Return the value for the module `path` by peft's rule: the first pattern that matches, or the default."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default

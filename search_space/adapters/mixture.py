@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from autopeft.search_space.call import Call, Values
 
+#: Experts of one site, and as many shared ones.
+MOST_EXPERTS = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture(AdapterSpec):
@@ -71,8 +74,8 @@ class Mixture(AdapterSpec):
     def __post_init__(self) -> None:
         if not self.expert.can_be_expert:
             raise ValueError(f"an adapter of kind {self.expert.kind!r} cannot be an expert")
-        check_at_least("experts", self.experts, 1)
-        check_at_least("shared_experts", self.shared_experts, 0)
+        check_at_least("experts", self.experts, 1, MOST_EXPERTS)
+        check_at_least("shared_experts", self.shared_experts, 0, MOST_EXPERTS)
         check_one_of("router", self.router, ROUTERS)
         check_at_least("top_k", self.top_k, 1)
         if not 0.0 < self.top_p <= 1.0:

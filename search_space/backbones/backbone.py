@@ -10,6 +10,8 @@ from autopeft.search_space.spelling import did_you_mean
 
 LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ROLES = (*LINEAR_ROLES, "attn", "mlp", "norm", "embed", "backbone", "head")
+#: Layers that a model may have: four times as many as large published ones.
+MOST_LAYERS = 500
 
 # Ends of the path of the first norm of a layer.
 _AHEAD_OF_ATTENTION = ("ln_1", "input_layernorm", "layernorm_before")

@@ -25,6 +25,9 @@ from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, w
 from autopeft.search_space.spaces.genes import TRAINING, Assignment, Condition, Gate, Gene
 from autopeft.search_space.spaces.placement import Placement, numbered
 
+#: Places for adapters, each a site and an adapter that may sit there: a hundred layers with ten adapters have 7000.
+MOST_PLACES = 50_000
+
 
 class SearchSpace:
     """Genes compiled from a declaration over one backbone.
@@ -54,6 +57,10 @@ class SearchSpace:
         if problems:
             raise SpaceError(problems)
         self._sites = {name: sites_of(choice, backbone) for name, choice in self.adapters.items()}
+        places = sum(len(sites) * self._weight(name) for name, sites in self._sites.items())
+        if places > MOST_PLACES:
+            what = f"has {places:,} places for adapters and experts; a space may have {MOST_PLACES:,}: shorten `at`"
+            raise SpaceError([(("adapters",), f"{what}, `layers` or `experts`")])
         self._gates = {
             (name, site.name): self._gates_of(name, site) for name, sites in self._sites.items() for site in sites
         }
@@ -67,6 +74,13 @@ class SearchSpace:
         #: Every adapter at every site where it may sit.
         self.placements: tuple[Placement, ...] = tuple(self._place())
         self._by_name = {gene.name: gene for gene in self.genes}
+
+    def _weight(self, name: str) -> int:
+        """Return how many places an adapter at a site counts for: more if each expert has a rank, a tenth for each."""
+        if "expert" not in self.adapters[name].vary.values():
+            return 1
+        experts = [self._counts(name, key) for key in ("shared_experts", "experts")]
+        return 1 + sum(max(counts) * len(counts) for counts in experts) // 10
 
     # Declaration -> genes
 
@@ -361,4 +375,11 @@ def _all(gates: Sequence[Gate]) -> Condition:
 
 def _absorb(conditions: set[Condition]) -> frozenset[Condition]:
     """Drop conditions that imply another, weaker one."""
-    return frozenset(c for c in conditions if not any(other < c for other in conditions))
+    by_length: dict[int, set[Condition]] = {}
+    for condition in conditions:
+        by_length.setdefault(len(condition), set()).add(condition)
+    return frozenset(
+        condition
+        for condition in conditions
+        if not any(other < condition for n, shorter in by_length.items() if n < len(condition) for other in shorter)
+    )

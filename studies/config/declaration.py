@@ -139,9 +139,13 @@ def _given(
     try:
         rank = max(read(one).rank for one in given)
         sites = sites_of(given, backbone)
+        for site in sites if backbone.id != ANY_MODEL else ():
+            for one in given:
+                read(one).check(site)
     except GivenError as error:
         problems.append(((*path, "given"), str(error)))
-        return choice
+        # A mixture nevertheless, so that its other settings are no problems too.
+        return replace(choice, fields={**choice.fields, "experts": len(given)})
     at = choice.at or tuple(dict.fromkeys(site.role for site in sites))
     # At other sites, a router would be trained over experts without effect.
     names = None if backbone.id == ANY_MODEL else frozenset(site.name for site in sites)

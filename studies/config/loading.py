@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from autopeft.studies.config import checks, settings
 from autopeft.studies.config.source import Keys, Source, StudyFileError, read
 from autopeft.studies.config.study_file import FILE_NAME, StudyFile
+from autopeft.studies.config.yaml_text import unfit
 
 
 def load_study(
@@ -23,7 +24,7 @@ def load_study(
 ) -> StudyFile:
     """Read and check a study file, or the `study.yaml` of a folder. Raises StudyFileError with every problem."""
     path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / FILE_NAME if os.path.isdir(path) else path  # False for names that are too long
     overrides = tuple(overrides)
     study = _checked(read(path, overrides, environment), path)
     study._overrides = overrides
@@ -39,10 +40,8 @@ def study_from_mapping(data: Mapping[str, Any], folder: str | Path = ".") -> Stu
 def _checked(source: Source, path: Path) -> StudyFile:
     # A section whose entries are all commented out is null in YAML.
     data = {key: value for key, value in source.data.items() if value is not None}
-    try:
-        json.dumps(data, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise StudyFileError([f"{source.name}: a text has an unpaired surrogate (\\ud800 to \\udfff)"]) from None
+    if out_of_reach := [source.render(keys, what) if keys else f"{source.name}:1 {what}" for keys, what in unfit(data)]:
+        raise StudyFileError(source.problems + out_of_reach)
     study, found, removed = _salvaged(data)
     study._file = path  # some settings are paths relative to it
     for keys, what in checks.problems_of(study):
@@ -68,13 +67,16 @@ def _salvaged(data: dict[str, Any]) -> tuple[StudyFile, list[tuple[Keys, str]], 
         try:
             return StudyFile.model_validate_json(json.dumps(data)), problems, removed
         except ValidationError as error:
-            found = list(_found(error, data))
+            found, reason = list(_found(error, data)), error
         if not removed:
             problems = [(path, what) for path, what, _ in found]
+        before = json.dumps(data)
         for _, _, culprit in found:
             removed.append(culprit)
             _remove(data, culprit)
         data.setdefault("study", "unnamed")
+        if json.dumps(data) == before:  # nothing left to remove: what is wrong has no entry of its own
+            raise reason
 
 
 # Errors of pydantic in terms of the study file
@@ -108,7 +110,7 @@ def _found(error: ValidationError, data: Any) -> Iterator[tuple[Keys, str, Keys]
                 continue
             what = f"needs at least {context['min_length']} entries, has {given}"
         elif kind == "too_long":
-            what = f"may have {context['max_length']} entries, has {context['actual_length']}"
+            what = f"may have {context['max_length']} entries, has {len(_entry(data, path))}"
         # pydantic reports a problem of a union once per member.
         if path not in seen:
             seen.add(path)

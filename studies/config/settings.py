@@ -22,12 +22,20 @@ from pydantic import (
     model_validator,
 )
 
+from autopeft.search_space.backbones.backbone import MOST_LAYERS
 from autopeft.search_space.declaration import Granularity, Variation
+from autopeft.search_space.domains import MOST
 from autopeft.search_space.problem import Goal, SurrogateKind
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 
 Positive = Annotated[float, Field(gt=0)]
+#: A number of trials, runs or members.
+Count = Annotated[int, Field(ge=1, le=MOST)]
+#: Minutes or seconds.
+Duration = Annotated[float, Field(gt=0, le=1e9)]
+#: Adapters, groups or metrics by name, and members of a group.
+MOST_NAMED = 100
 #: Names become parts of the names of genes, where dots are separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -128,7 +136,7 @@ class DataSettings(Section):
     )
     prompt: str = Field(default="prompt", description="column of the prompt (causal-lm)")
     completion: str = Field(default="completion", description="column of the text to learn (causal-lm)")
-    max_length: int = Field(default=64, ge=1, description="largest number of tokens per row; longer rows are cut")
+    max_length: Count = Field(default=64, description="largest number of tokens per row; longer rows are cut")
     max_train_rows: int | None = Field(
         default=None,
         ge=1,
@@ -179,7 +187,7 @@ class AdapterSettings(Section):
 class OneOfSettings(Section):
     """Exactly one of these adapters is present."""
 
-    members: tuple[str, ...] = Field(min_length=1, description="names of adapters of this space")
+    members: tuple[str, ...] = Field(min_length=1, max_length=MOST_NAMED, description="names of adapters of this space")
     per: Granularity = Field(default="model", description="how often the choice is made")
     optional: bool = Field(default=False, description="allow that none of them is present")
 
@@ -188,12 +196,15 @@ class SpaceSettings(Section):
     """Adapters with their possible sizes and places. A preset can be combined with your own adapters."""
 
     preset: str | None = Field(default=None, description="a published space to start from")
-    adapters: dict[Name, AdapterSettings] = Field(default={}, description="adapters by name")
-    one_of: dict[Name, OneOfSettings] = Field(default={}, description="groups that exclude each other, by name")
+    adapters: dict[Name, AdapterSettings] = Field(default={}, max_length=MOST_NAMED, description="adapters by name")
+    one_of: dict[Name, OneOfSettings] = Field(
+        default={}, max_length=MOST_NAMED, description="groups that exclude each other, by name"
+    )
     layer_gate: bool | None = Field(default=None, description="one on/off bit per layer that all adapters share")
     stages: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_LAYERS,
         description="number of equal groups of layers for the granularity stage; default: as in the preset, or 4",
     )
 
@@ -263,7 +274,7 @@ class SearchSettings(Section):
     """The search."""
 
     searcher: str = Field(default="bo", description="algorithm that proposes the candidates")
-    trials: int = Field(default=40, ge=1, description="number of candidates to evaluate")
+    trials: Count = Field(default=40, description="number of candidates to evaluate")
     goal: Goal | None = Field(
         default=None,
         description="cheapest_as_good: the cheapest candidate within recommend.within of the best, for the searcher bo;"
@@ -278,12 +289,11 @@ class SearchSettings(Section):
         description="share of a batch that continues after each rung, by ranks of loss and costs; 1: all; auto: those"
         " that may still be the best or the cheapest as good, compared with all trials so far",
     )
-    batch: int = Field(
-        default=8, ge=1, description="number of candidates that are proposed together and compared at the rungs"
+    batch: Count = Field(
+        default=8, description="number of candidates that are proposed together and compared at the rungs"
     )
-    initial: int | None = Field(
+    initial: Count | None = Field(
         default=None,
-        ge=1,
         description="number of space-filling points before the searcher uses its model; null: the searcher's default",
     )
     surrogate: SurrogateKind | None = Field(
@@ -299,7 +309,7 @@ class SearchSettings(Section):
         min_length=1,
         description="file or folder of an earlier study on a related task, whose trials guide the first proposals",
     )
-    timeout_s: Positive | None = Field(
+    timeout_s: Duration | None = Field(
         default=None,
         description="seconds that the search may take over all runs of the study, without its baselines and finalists;"
         " by the measured pace of a training no candidate is begun that would exceed them, except for the first",
@@ -313,10 +323,10 @@ class ProxySettings(Section):
         default="supernet",
         description="supernet: held-out loss with shared weights; gates: trained gates; or an untrained proxy",
     )
-    subnets: int = Field(default=2000, ge=1, description="candidates to score")
+    subnets: Count = Field(default=2000, description="candidates to score")
     search: str = Field(default="evolution", description="searcher that proposes the candidates to score")
     policy: str = Field(default="fair", description="selection of the subnets that train in each step")
-    epochs: Positive | None = Field(
+    epochs: Annotated[float, Field(gt=0, le=MOST)] | None = Field(
         default=None,
         description="passes over the training rows to train the proxy itself; null: as for a candidate",
     )
@@ -333,9 +343,7 @@ class EvaluationSettings(Section):
         default=PACKED,
         description="packed: several candidates side by side on one backbone; train: one after the other",
     )
-    pack: int | None = Field(
-        default=None, ge=1, description="candidates per pack; null: as many as fit into the memory"
-    )
+    pack: Count | None = Field(default=None, description="candidates per pack; null: as many as fit into the memory")
     cache_bytes: int = Field(
         default=10**9, ge=0, description="memory to cache the outputs of the layers below all adapters; 0: no cache"
     )
@@ -360,13 +368,12 @@ class BaselineSettings(Section):
 class FinalistSettings(Section):
     """Members of the front that are trained again with several seeds, for error bars."""
 
-    seeds: int = Field(
+    seeds: Count = Field(
         default=3,
-        ge=1,
         description="seeds per finalist on average; each gets half of them, rounded up, and at least 2 of 2 or more;"
         " the other runs go to the finalists that decide the recommendation",
     )
-    most: int = Field(default=6, ge=1, description="largest number of finalists")
+    most: Count = Field(default=6, description="largest number of finalists")
     controls: bool = Field(default=True, description="also train the matched baselines of mixtures of experts")
 
 

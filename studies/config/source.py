@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
+from autopeft.studies.config.yaml_text import MOST_BYTES, MOST_VALUES, UnreadableError, load
 from autopeft.studies.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "AUTOPEFT__"
@@ -48,9 +47,9 @@ class Source:
     def override(self, key: str, text: str, origin: str) -> None:
         """Set the value at a dotted `key`; `text` is YAML. Case and hyphens of names are ignored."""
         try:
-            value = _plain(YAML(typ="safe", pure=True).load(text))
-        except YAMLError as error:
-            self.problems.append(f"{origin}: not valid YAML: {_reason(error)}")
+            value = _plain(load(text, "safe"))
+        except UnreadableError as error:
+            self.problems.append(f"{origin}: {error}")
             return
         *parents, last = key.split(".")
         node: Any = self.data
@@ -115,20 +114,18 @@ class Source:
         return line, True
 
 
-def read(path: Path, overrides: Iterable[str], environment: Mapping[str, str]) -> Source:
-    """Read the file and apply the environment and the overrides ("a.b=3"). Raises StudyFileError."""
+def read(
+    path: Path, overrides: Iterable[str], environment: Mapping[str, str], most_values: int = MOST_VALUES
+) -> Source:
+    """Read the file and apply the environment and the overrides ("a.b=3"). Raises StudyFileError.
+
+    `most_values`: the most keys and values of the file, and 25 bytes of text for each.
+    """
     try:
-        document = YAML(pure=True).load(StringIO(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise StudyFileError([f"{path}: no such file; `autopeft init NAME` writes one"]) from None
-    except UnicodeDecodeError:
-        raise StudyFileError([f"{path}: not UTF-8 text"]) from None
-    except OSError as error:
-        raise StudyFileError([f"{path}: {error.strerror}"]) from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise StudyFileError([f"{where} not valid YAML: {_reason(error)}"]) from None
+        document = load(_text(path, most_values * MOST_BYTES // MOST_VALUES), most_values=most_values)
+    except UnreadableError as error:
+        where = f"{path}" if error.line is None else f"{path}:{error.line}"
+        raise StudyFileError([f"{where} {error}"]) from None
     source = Source(str(path), document)
     for name in sorted(environment):
         if name.startswith(ENVIRONMENT_PREFIX):
@@ -151,9 +148,24 @@ def _step(node: Any, word: str) -> str | int:
     return word if word in node else next(alike, word)
 
 
-def _reason(error: YAMLError) -> str:
-    text = error.problem if isinstance(error, MarkedYAMLError) and error.problem else str(error)
-    return text.strip().splitlines()[0]
+def _text(path: Path, most_bytes: int) -> str:
+    """Return the text of a file. Raises StudyFileError, also for what is no regular file: a pipe may never end."""
+    try:
+        if os.path.exists(path) and not path.is_file():
+            raise StudyFileError([f"{path}: is not a file; give a study file, or a folder with one called study.yaml"])
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+    except FileNotFoundError:
+        raise StudyFileError([f"{path}: no such file; `autopeft init NAME` writes one"]) from None
+    except (OSError, ValueError) as error:
+        raise StudyFileError([f"{path}: {getattr(error, 'strerror', None) or error}"]) from None
+    if len(content) > most_bytes:
+        raise StudyFileError([f"{path}: is larger than {most_bytes:,} bytes, so it is no study file"])
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise StudyFileError([f"{path}:{line} not UTF-8 text: save the file as UTF-8"]) from None
 
 
 def _plain(node: Any) -> Any:
@@ -166,5 +178,7 @@ def _plain(node: Any) -> Any:
         return bool(node)
     if node is None or isinstance(node, bool):
         return node
-    # Dates and tagged values become text.
-    return next((plain(node) for plain in (int, float) if isinstance(node, plain)), str(node))
+    for plain in (int, float):
+        if isinstance(node, plain):
+            return plain(node)
+    return str(node)  # dates and tagged values become text

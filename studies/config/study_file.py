@@ -40,6 +40,7 @@ class StudyFile(settings.Section):
     )
     metrics: dict[settings.Name, str] | None = Field(
         default=None,
+        max_length=settings.MOST_NAMED,
         description="your own metrics by name, each a module:function in a module next to this file",
     )
     constraints: settings.ConstraintSettings = settings.ConstraintSettings()
@@ -50,7 +51,7 @@ class StudyFile(settings.Section):
     recommend: settings.RecommendSettings = settings.RecommendSettings()
     evaluation: settings.EvaluationSettings = settings.EvaluationSettings()
     tracking: settings.TrackingSettings = settings.TrackingSettings()
-    minutes: settings.Positive | None = Field(
+    minutes: settings.Duration | None = Field(
         default=None,
         description="time for the whole study on this machine: decides search.trials, batch, rungs and keep,"
         " finalists.seeds and most where this file leaves them out, and ends the search in time for the finalists;"
@@ -109,7 +110,7 @@ class StudyFile(settings.Section):
     def model_id(self) -> str:
         """`model.id`; a folder relative to the file becomes absolute."""
         beside = self.folder / Path(self.model.id).expanduser()
-        return str(beside) if beside.is_dir() or self.model.id.startswith((".", "~")) else self.model.id
+        return str(beside) if os.path.isdir(beside) or self.model.id.startswith((".", "~")) else self.model.id
 
     def data_settings(self) -> DataConfig:
         """Return the argument of `load_splits`; splits on the hub have their usual names by default."""

@@ -512,7 +512,7 @@ def test_file_that_is_no_mapping(problems):
         ("study: [s\n", "study.yaml:2 not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("study: s\n\tseed: 1\n", "study.yaml:2 not valid YAML: "),
         ("study: s\nseed: 1\nseed: 2\n", 'study.yaml:3 not valid YAML: found duplicate key "seed"'),
-        ("study: \x01\n", "study.yaml not valid YAML: unacceptable character"),
+        ("study: s\nseed: \x01\n", "study.yaml:2 not valid YAML: unacceptable character"),
     ],
 )
 def test_yaml_errors(problems, text, problem):
@@ -530,7 +530,7 @@ def test_missing_file(tmp_path):
 
 def test_text_that_is_no_unicode(problems):
     assert problems(MINIMAL + r'output: "\ud800"') == [
-        r"study.yaml: a text has an unpaired surrogate (\ud800 to \udfff)"
+        r"study.yaml:6 output: has an unpaired surrogate (\ud800 to \udfff)"
     ]
 
 
