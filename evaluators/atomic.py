@@ -10,9 +10,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
+from socket import gethostname
 from stat import S_IMODE
 from uuid import uuid4
+from zlib import crc32
 
 #: Errors of the disk itself: it is full, a quota or the largest size of a file is reached, it is broken or read-only.
 _OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
@@ -23,6 +26,9 @@ _IN_WORDS = {
     "disk I/O error": errno.EIO,
     "attempt to write a readonly database": errno.EROFS,
 }
+
+#: End of the name of a folder that is being replaced.
+OLD = ".old"
 
 
 def disk_error(error: BaseException) -> OSError | None:
@@ -105,7 +111,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if not folder.exists():
                 temporary.rename(folder)
                 return
-            aside = temporary.with_name(f"{temporary.name}.old")
+            aside = temporary.with_name(temporary.name + OLD)
             folder.rename(aside)
             try:
                 temporary.rename(folder)
@@ -118,5 +124,31 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    # The same folder is the same file system; a hidden name matches no pattern for results.
-    return path.with_name(f".{path.name}.{uuid4().hex}")
+    """Return an unused name in the same folder, which is the same file system; hidden, it matches no pattern.
+
+    What a killed process of this machine left there is removed; other writers of the same file keep theirs.
+    """
+    machine = f"{crc32(gethostname().encode()):08x}"
+    for left in path.parent.glob(f".{escape(path.name)}.{machine}-*"):
+        owner = left.name.removeprefix(f".{path.name}.{machine}-").partition("-")[0]
+        if not owner.isdecimal() or _is_alive(int(owner)):
+            continue
+        if left.name.endswith(OLD) and not path.exists():  # killed between the two renames
+            left.rename(path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{machine}-{os.getpid()}-{uuid4().hex[:12]}")
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # there, this would interrupt the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True

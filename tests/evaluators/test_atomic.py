@@ -2,8 +2,10 @@
 
 import errno
 import os
+import signal
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.figure
@@ -182,5 +184,65 @@ def test_a_failing_rename_leaves_the_old_folder(
     monkeypatch.setattr(Path, "rename", fail_second)
     with pytest.raises(type(error)), atomic_folder(folder) as temporary:
         (temporary / "new").write_text("new")
+    assert names(folder) == ["old"]
+    assert names(folder.parent) == ["export"]
+
+
+def killed(work: Callable[[], None]) -> None:
+    """Run `work` in a process that SIGKILL ends within it."""
+    child = os.fork()
+    if not child:
+        work()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_write(tmp_path: Path) -> None:
+    path, export = tmp_path / "found [1].json", tmp_path / "export"
+
+    def file() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("a part")
+            die()
+
+    def folder() -> None:
+        with atomic_folder(export) as temporary:
+            (temporary / "new").write_text("a part")
+            die()
+
+    killed(file)
+    killed(folder)
+    assert len(names(tmp_path)) == 2, "each left something"
+    with atomic_write(path) as mine:
+        atomic_write_text(path, "of another one, meanwhile")
+        assert mine.exists(), "a living writer keeps its file"
+        mine.write_text("whole")
+    with atomic_folder(export) as temporary:
+        (temporary / "new").write_text("whole")
+    assert names(tmp_path) == ["export", "found [1].json"]
+    assert path.read_text() == "whole"
+
+
+def test_a_folder_whose_replacement_was_killed_comes_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def once(self: Path, target: Path) -> None:
+        rename(self, target)
+        die()
+
+    def replace() -> None:
+        monkeypatch.setattr(Path, "rename", once)
+        with atomic_folder(folder) as temporary:
+            (temporary / "new").write_text("new")
+
+    killed(replace)
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="amid"), atomic_folder(folder):
+        raise ValueError("amid the next one")
     assert names(folder) == ["old"]
     assert names(folder.parent) == ["export"]
