@@ -22,13 +22,14 @@ OUTPUT ?= runs/gpu
 # More words for the kit, such as --only kernel-parity,kernel-speed.
 GPU_ARGS ?=
 
-.PHONY: help install demo test slow-test lint browser-test gpu file-map clean
+.PHONY: help install demo test slow-test chaos lint browser-test gpu file-map clean
 
 help:
 	@echo "make demo          a complete search, offline, on the CPU"
 	@echo "make test          the tests and the import rules"
 	@echo "make lint          ruff, mypy and the import rules"
 	@echo "make slow-test     the tests that take minutes or start servers"
+	@echo "make chaos         kill studies, fill their disk and spoil their files, for an hour"
 	@echo "make browser-test  the tests that need a web browser (Chromium)"
 	@echo "make gpu           test and measure everything on a GPU in eight minutes (DEVICE=cpu: a dry run)"
 	@echo "make install       only fill .venv (PYTHON=python3.12 picks the interpreter)"
@@ -71,6 +72,9 @@ lint: $(STAMP) $(LINK)
 
 slow-test: $(STAMP)
 	@$(BIN)/pytest --quiet -m slow
+
+chaos: $(STAMP)
+	@$(BIN)/pytest --quiet -m chaos -n $(WORKERS) --dist loadgroup
 
 browser-test: demo
 	@$(BIN)/pytest --quiet -m browser
