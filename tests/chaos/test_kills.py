@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import sqlite3
 import sys
@@ -73,6 +74,8 @@ STUDIES: dict[str, dict[str, Any]] = {
     "one-by-one": searched("tpe", search={"batch": 1}),
     "storage": searched("random", storage="sqlite:///elsewhere.db"),
 }
+#: Names of unfinished files.
+TEMPORARY = re.compile(r"^\..*-\d+-[0-9a-f]{12}(\.old)?$")
 #: How a study is killed, twice: at writes, or at random moments; see `deaths`.
 CHAINS = ("before writes", "after writes", "random")
 
@@ -183,7 +186,7 @@ def outcome(study: Path) -> dict[str, Any]:
         "weights": files(settings.output_folder / "weights"),
         "exported": files(folder / "exported"),
         "trained": files(folder / "trained"),
-        "left": sorted(path.name for path in folder.rglob("*") if ".tmp" in path.name),
+        "temporary": sorted(path.name for path in folder.rglob("*") if TEMPORARY.search(path.name)),
         "tracked": tracked(folder / "mlflow.db", settings.study),
     }
 
@@ -191,7 +194,7 @@ def outcome(study: Path) -> dict[str, Any]:
 def files(folder: Path) -> dict[str, Any]:
     """Return what the files in a folder hold, by name: tensors, or the text without the folder's name and times."""
     found: dict[str, Any] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("[!.]*") if path.is_file()):
         if path.suffix == ".safetensors":
             data: Any = load_file(path)
         else:
