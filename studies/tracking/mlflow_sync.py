@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from autopeft.evaluators.atomic import disk_error
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import Trial
 from autopeft.studies.analysis.diagnostics import Diagnostics, diagnostics
@@ -115,7 +116,8 @@ class Tracker:
             LOGGER.log(level, "MLflow refuses the study's data (%s): once this is mended, %s", why, later)
         else:
             what = later if final else "the study continues, and the missing data will be written later"
-            LOGGER.log(level, "MLflow cannot be reached (%s): %s", reason(error, self.uri), what)
+            done = "reached" if disk_error(error) is None else "written"
+            LOGGER.log(level, "MLflow cannot be %s (%s): %s", done, reason(error, self.uri), what)
         LOGGER.debug("while writing to %s", without_password(self.uri), exc_info=error)
 
     def _connect(self) -> tuple[MlflowClient, str]:

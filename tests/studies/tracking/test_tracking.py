@@ -408,13 +408,13 @@ def test_it_leaves_the_process_as_it_was(store: Store) -> None:
 # Out of reach
 
 
-def check_out_of_reach(tracker: Tracker, caplog: pytest.LogCaptureFixture, reason: str) -> None:
+def check_out_of_reach(tracker: Tracker, caplog: pytest.LogCaptureFixture, reason: str, what: str = "reached") -> None:
     began = time.monotonic()
     assert not tracker.sync(snapshot())
     assert time.monotonic() - began < 3.5
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith("MLflow cannot be reached (")
+    assert record.getMessage().startswith(f"MLflow cannot be {what} (")
     assert reason in record.getMessage()
     assert "the study continues, and the missing data will be written later" in record.getMessage()
 
@@ -440,7 +440,7 @@ def test_a_database_that_cannot_be_written(store: Store, caplog: pytest.LogCaptu
     journal = store.folder / "mlflow.db-journal"
     journal.mkdir()  # SQLite wants a file of that name for every transaction
     tracker = store.tracker()
-    check_out_of_reach(tracker, caplog, "disk I/O error")
+    check_out_of_reach(tracker, caplog, f"{store.uri}: Input/output error", "written")
     journal.rmdir()
     assert tracker.sync(snapshot(), final=True)
     assert store.front() == set(FRONT)
