@@ -208,9 +208,7 @@ def _shape(file: Path, module: str, own: Mapping[str, tuple[int, ...]]) -> tuple
     return rank, inner, outer
 
 
-def _scales(
-    file: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int, int]]
-) -> Mapping[str, float]:
+def _scales(file: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int, int]]) -> Mapping[str, float]:
     """Return the factor of B A by the path of the module. Raises GivenError if peft would not load these LoRAs."""
     patterns, scales = Patterns(), {}
     targets, excluded = config.get("target_modules", "all-linear"), config.get("exclude_modules", ())

@@ -55,8 +55,9 @@ class Patterns:
                 raise TimeoutError
             return regex.match(anchored, path, timeout=left_s) is not None
         except TimeoutError:
-            raise PatternError(f"the pattern {pattern!r:.80} takes too long to match: write it without nested * or +") \
-                from None
+            raise PatternError(
+                f"the pattern {pattern!r:.80} takes too long to match: write it without nested * or +"
+            ) from None
         except (regex.error, RecursionError) as error:
             raise PatternError(f"the pattern {pattern!r:.80} is no regular expression: {error}") from None
 

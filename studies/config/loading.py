@@ -40,9 +40,7 @@ def study_from_mapping(data: Mapping[str, Any], folder: str | Path = ".") -> Stu
 def _checked(source: Source, path: Path) -> StudyFile:
     # A section whose entries are all commented out is null in YAML.
     data = {key: value for key, value in source.data.items() if value is not None}
-    if out_of_reach := [
-        source.render(keys, what) if keys else f"{source.name}:1 {what}" for keys, what in unfit(data)
-    ]:
+    if out_of_reach := [source.render(keys, what) if keys else f"{source.name}:1 {what}" for keys, what in unfit(data)]:
         raise StudyFileError(source.problems + out_of_reach)
     study, found, removed = _salvaged(data)
     study._file = path  # some settings are paths relative to it

@@ -196,9 +196,7 @@ class SpaceSettings(Section):
     """Adapters with their possible sizes and places. A preset can be combined with your own adapters."""
 
     preset: str | None = Field(default=None, description="a published space to start from")
-    adapters: dict[Name, AdapterSettings] = Field(
-        default={}, max_length=MOST_NAMED, description="adapters by name"
-    )
+    adapters: dict[Name, AdapterSettings] = Field(default={}, max_length=MOST_NAMED, description="adapters by name")
     one_of: dict[Name, OneOfSettings] = Field(
         default={}, max_length=MOST_NAMED, description="groups that exclude each other, by name"
     )
@@ -341,9 +339,7 @@ class EvaluationSettings(Section):
         default=PACKED,
         description="packed: several candidates side by side on one backbone; train: one after the other",
     )
-    pack: Count | None = Field(
-        default=None, description="candidates per pack; null: as many as fit into the memory"
-    )
+    pack: Count | None = Field(default=None, description="candidates per pack; null: as many as fit into the memory")
     cache_bytes: int = Field(
         default=10**9, ge=0, description="memory to cache the outputs of the layers below all adapters; 0: no cache"
     )

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+#: Keys and values of a recipe, which has a dozen for each site and adapter of a model of any depth.
+MOST_VALUES = 200_000
+
 _HEADER = """\
 autopeft recipe. `autopeft train` trains it, `autopeft verify` trains it again and checks what it promises,
 `autopeft export` writes it in the formats of other tools.
@@ -348,7 +351,7 @@ class Recipe(_Part):
         if not path.is_file():
             raise RecipeError([f"{path}: no such file"])
         try:
-            source = read(path, (), {})
+            source = read(path, (), {}, MOST_VALUES)
         except StudyFileError as error:
             raise RecipeError(error.problems) from None
         version = source.data.get("schema_version", SCHEMA_VERSION)

@@ -110,8 +110,8 @@ def _changed(rng: Random, data: Any, value: Callable[[], Any]) -> Any:
     elif isinstance(node, list):
         node.insert(last, node[last] if how == "double" else value())
     elif how == "rename":
-        node[rng.choice((last.upper(), last + "s", last[1:] or "x", "", "a b", "a.b", "é", "-", "1", "x" * 5000))] = node.pop(
-            last
+        node[rng.choice((last.upper(), last + "s", last[1:] or "x", "", "a b", "a.b", "é", "-", "1", "x" * 5000))] = (
+            node.pop(last)
         )
     else:
         node[rng.choice(("extra", "seed", "rank", last * 2))] = value()
@@ -124,7 +124,9 @@ def _mangled(rng: Random, content: bytes) -> bytes:
         return b"\x00"
     at, other = sorted(rng.randrange(len(content) + 1) for _ in range(2))
     other = min(other, at + rng.choice((1, 3, 20, 400)))
-    odd = rng.choice((b"\x00", b"\xff", b"\xed\xa0\x80", b"\r", b"\n", b"\t", b" ", b'"', b"{", b"[", b":", b"#", b"\xef\xbb\xbf"))
+    odd = rng.choice(
+        (b"\x00", b"\xff", b"\xed\xa0\x80", b"\r", b"\n", b"\t", b" ", b'"', b"{", b"[", b":", b"#", b"\xef\xbb\xbf")
+    )
     return rng.choice(
         (
             content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :],
@@ -166,7 +168,9 @@ def study_data() -> list[dict[str, Any]]:
         output="out",
         storage="sqlite:///ledger.db",
     )  # fmt: skip
-    preset = settings(space={"preset": "autopeft"}, search={"searcher": "proxy", "trials": 4}, proxy={"subnets": 20, "epochs": 1})
+    preset = settings(
+        space={"preset": "autopeft"}, search={"searcher": "proxy", "trials": 4}, proxy={"subnets": 20, "epochs": 1}
+    )
     return [plain, rich, preset]
 
 
@@ -190,7 +194,9 @@ def mutated_study(seed: int, number: int, bases: list[dict[str, Any]]) -> bytes:
     if rng.random() < 0.1:
         text = _bomb(rng) + "study: s\n"
     if rng.random() < 0.03:
-        text = rng.choice(("", "---\n", "%YAML 1.1\n---\n", "- ", "# x\n" * 9, "[" * 2000, "a: " * 200, "\n".join(map(str, range(9)))))
+        text = rng.choice(
+            ("", "---\n", "%YAML 1.1\n---\n", "- ", "# x\n" * 9, "[" * 2000, "a: " * 200, "\n".join(map(str, range(9))))
+        )
     content = text.encode("utf-8", "surrogatepass")
     for _ in range(rng.choice((0, 0, 0, 0, 1, 3))):
         content = _mangled(rng, content)
@@ -260,7 +266,11 @@ def mutated_data(seed: int, number: int) -> tuple[str, str, bytes]:
 
     def value() -> Any:
         if form in ("jsonl", "json") and rng.random() < 0.2:
-            snippets.append(rng.choice(("1" * 5000, "[" * 100_000, "NaN", "-Infinity", "1e999", '{"a":' * 2000, "'a'", "// x", "\x00")))
+            snippets.append(
+                rng.choice(
+                    ("1" * 5000, "[" * 100_000, "NaN", "-Infinity", "1e999", '{"a":' * 2000, "'a'", "// x", "\x00")
+                )
+            )
             return RAW.format(len(snippets) - 1)
         return rng.choice(_values(rng))
 
@@ -449,7 +459,9 @@ def main() -> None:
         else:
             found = run(chaos, asked.studies, asked.data, progress=True)
             print(f"{asked.studies:,} study files and {asked.data:,} data files with the seed {asked.seed}:")
-            print(f"{dict(found.ends)} in {monotonic() - start:.0f} s; the slowest, {found.slowest}, {found.slowest_s:.1f} s")
+            print(
+                f"{dict(found.ends)} in {monotonic() - start:.0f} s; the slowest, {found.slowest}, {found.slowest_s:.1f} s"
+            )
     for failure in found.failures:
         print(failure)
     sys.exit(bool(found.failures))
