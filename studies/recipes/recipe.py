@@ -58,6 +58,9 @@ SCHEMA_VERSION: Literal[2] = 2
 #: Fields that were added to version 1, and are left out if they are empty.
 LATER = ("metrics", "compared", "contents")
 
+#: Keys and values of a recipe, which has a dozen for each site and adapter of a model of any depth.
+MOST_VALUES = 200_000
+
 _HEADER = """\
 autopeft recipe. `autopeft train` trains it, `autopeft verify` trains it again and checks what it promises,
 `autopeft export` writes it in the formats of other tools.
@@ -260,7 +263,7 @@ class Recipe(Part):
         if not path.is_file():
             raise RecipeError([f"{path}: no such file"])
         try:
-            source = read(path, (), {})
+            source = read(path, (), {}, MOST_VALUES)
         except StudyFileError as error:
             raise RecipeError(error.problems) from None
         version = source.data.get("schema_version", SCHEMA_VERSION)
