@@ -19,16 +19,18 @@ GPU_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 DEVICE ?= cuda
 MINUTES ?= 8
 OUTPUT ?= runs/gpu
+CHAOS_ARGS ?=
 # More words for the kit, such as --only kernel-parity,kernel-speed.
 GPU_ARGS ?=
 
-.PHONY: help install demo test slow-test lint browser-test gpu file-map clean
+.PHONY: help install demo test slow-test chaos lint browser-test gpu file-map clean
 
 help:
 	@echo "make demo          a complete search, offline, on the CPU"
 	@echo "make test          the tests and the import rules"
 	@echo "make lint          ruff, mypy and the import rules"
 	@echo "make slow-test     the tests that take minutes or start servers"
+	@echo "make chaos         12,000 mutated study files and data files, ten minutes"
 	@echo "make browser-test  the tests that need a web browser (Chromium)"
 	@echo "make gpu           test and measure everything on a GPU in eight minutes (DEVICE=cpu: a dry run)"
 	@echo "make install       only fill .venv (PYTHON=python3.12 picks the interpreter)"
@@ -71,6 +73,10 @@ lint: $(STAMP) $(LINK)
 
 slow-test: $(STAMP)
 	@$(BIN)/pytest --quiet -m slow
+
+# A line for each part; CHAOS_ARGS are more words for all of them, such as --seed 1.
+chaos: $(STAMP) $(LINK)
+	@PYTHONPATH=.typecheck HF_HUB_OFFLINE=1 $(BIN)/python -m autopeft.tests.chaos.mutations $(CHAOS_ARGS)
 
 browser-test: demo
 	@$(BIN)/pytest --quiet -m browser
