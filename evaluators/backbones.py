@@ -120,9 +120,10 @@ def _check_config(model_id: str, revision: str | None) -> None:
     """Raise ModelError for a configuration that is no JSON object, or has numbers that no model has."""
     path = resolve(model_id)
     file = Path(path) / "config.json"
-    if file.exists() and not file.is_file():
+    # Of the functions of os.path, none raises for a name of the hub that is too long for a file.
+    if os.path.exists(file) and not os.path.isfile(file):
         raise ModelError(f"{file}: is not a file")
-    if file.is_file() and file.stat().st_size > MOST_CONFIG_BYTES:
+    if os.path.isfile(file) and file.stat().st_size > MOST_CONFIG_BYTES:
         raise ModelError(f"{file}: is larger than {MOST_CONFIG_BYTES:,} bytes, so it is no configuration of a model")
     with _quiet(), _errors(model_id, "the configuration"):
         found, _ = PretrainedConfig.get_config_dict(path, revision=revision)

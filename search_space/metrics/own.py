@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def _module(name: str, folder: Path) -> ModuleType:
     sys.path.insert(0, str(folder))
     try:
         importlib.invalidate_caches()
-        if not file.is_file():
+        if not os.path.isfile(file):  # False for a name that is too long
             return importlib.import_module(name)
         unique = f"_own_metric_{sha256(str(file).encode()).hexdigest()[:12]}_{name}"
         spec = importlib.util.spec_from_file_location(unique, file)

@@ -13,8 +13,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
 from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.scanner import RoundTripScanner, Scanner, ScannerError
 
-#: Limits of a study file, far above any that people write. docs/study-files.md states them.
+#: Limits of a study file, far above any that people write. README.md states them.
 MOST_BYTES = 250_000
 MOST_DEPTH = 50
 #: Keys and values of a file; those behind an alias count wherever it stands.
@@ -42,6 +43,7 @@ def load(text: str, typ: Literal["rt", "safe"] = "rt", most_values: int = MOST_V
     """
     yaml = YAML(typ=typ, pure=True)
     yaml.max_depth = MOST_DEPTH
+    yaml.Scanner = _RoundTripScanner if typ == "rt" else _SafeScanner
     yaml.Composer = _Composer
     yaml.Constructor = _RoundTrip if typ == "rt" else _Safe
     yaml.composer.most_values = most_values
@@ -92,6 +94,24 @@ def _unfit(value: Any) -> str | None:
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             return "has an unpaired surrogate (\\ud800 to \\udfff)"
     return None
+
+
+class _Shallow:
+    """Limits brackets inside each other: of these, the scanner reads a thousand before the composer sees the first."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any, to_push: str) -> None:
+        scanner: Any = self
+        if len(scanner.flow_context) >= MOST_DEPTH:
+            raise ScannerError(None, None, f"is nested deeper than {MOST_DEPTH}", scanner.reader.get_mark())
+        super().fetch_flow_collection_start(TokenClass, to_push)  # type: ignore[misc]
+
+
+class _RoundTripScanner(_Shallow, RoundTripScanner):
+    pass
+
+
+class _SafeScanner(_Shallow, Scanner):
+    pass
 
 
 class _Composer(Composer):

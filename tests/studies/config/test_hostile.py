@@ -47,7 +47,8 @@ MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("study: s\nspace: " + "[" * 300 + "]" * 300, f"study.yaml:2 not valid YAML: is nested deeper than {MOST_DEPTH}"),
+        ("study: s\nspace: " + "[" * 300 + "]" * 300,
+        f"study.yaml:2 not valid YAML: is nested deeper than {MOST_DEPTH}"),
         ("space: " + "{a: " * 3000 + "}" * 3000, "study.yaml:1 not valid YAML: is nested deeper than"),
         ("\n".join(" " * i + "a:" for i in range(300)), "study.yaml:50 not valid YAML: is nested deeper than"),
         (BOMB, "study.yaml:5 not valid YAML: has more than 10,000 keys and values, those behind aliases included"),
@@ -77,9 +78,11 @@ MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 
         (START + "minutes: 1e300", "study.yaml:6 minutes: must be less than"),
         (START + "minutes: 1e999", "study.yaml:6 minutes: must be a finite number"),
         (START + "training: {epochs: 1e308}", "study.yaml:6 training.epochs: epochs must be at most 1,000,000"),
-        (START + "training: {learning_rate: {low: 1, high: 1e99}}", "training.learning_rate: learning_rate must be at"),
+        (START + "training: {learning_rate: {low: 1, high: 1e99}}",
+        "training.learning_rate: learning_rate must be at"),
         (START.replace("4", str(10**18)), "study.yaml:5 space.adapters.lora.rank: rank must be at most 1,000,000"),
-        (START.replace("[1, 4]", f"{{low: 1, high: {10**18}}}"), "study.yaml:5 space.adapters.lora.rank: rank must be"),
+        (START.replace("[1, 4]", f"{{low: 1, high: {10**18}}}"),
+        "study.yaml:5 space.adapters.lora.rank: rank must be"),
         (
             START + f"      experts: {{low: 1, high: {10**12}}}\n      vary: {{rank: expert}}\n",
             f"study.yaml:6 space.adapters.lora.experts: experts must be at most {MOST_EXPERTS}",
@@ -124,7 +127,7 @@ def test_what_is_no_file(tmp_path):
         with pytest.raises(StudyFileError, match="is not a file; give a study file"):
             load_study(path, (), {})
     for path in ("a\0b", "a" * 300):
-        with pytest.raises(StudyFileError, match="null byte|name too long"):
+        with pytest.raises(StudyFileError, match=r"null byte|name too long"):
             load_study(path, (), {})
 
 
