@@ -122,7 +122,7 @@ def process(words: list[str], log: Path, death: Death, writes: Path) -> int:
         return child
     status = 1
     try:
-        sys.stdout = sys.stderr = log.open("a")
+        sys.stdout = sys.stderr = log.open("a", encoding="utf-8")
         watch(death, writes)
         main(words)
     except SystemExit as ended:
@@ -144,7 +144,7 @@ def watch(death: Death, writes: Path) -> None:
         def wrapped(*arguments: Any, **keywords: Any) -> Any:
             nonlocal made
             own, made = made, made + 1
-            with writes.open("a") as file:
+            with writes.open("a", encoding="utf-8") as file:
                 file.write(f"{owner.__name__}.{name}\n")
             if own == death.write and not death.after:
                 os.kill(os.getpid(), signal.SIGKILL)
