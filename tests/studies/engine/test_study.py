@@ -280,7 +280,7 @@ def test_a_study_that_was_killed_while_it_was_made_begins_anew(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("autopeft.studies.storage.ledger._pack", killed)  # between the first attribute and the last
+        patch.setattr("autopeft.studies.storage.records.pack", killed)  # between the first attribute and the last
         with pytest.raises(KeyboardInterrupt):
             run(settings)
     assert not was_started(settings)
