@@ -96,7 +96,7 @@ def test_unknown_suffix_and_encoding(folder):
     assert problems(folder) == ["train.jsonl: not UTF-8 text: invalid continuation byte at byte 10"]
     (folder / "train.parquet").write_bytes(b"nothing of the kind")
     (problem,) = problems(folder, train="train.parquet")
-    assert problem.startswith("train.parquet: not a Parquet file: ")
+    assert problem.startswith("train.parquet: not a Parquet file that can be read: ")
 
 
 def test_all_problems_come_at_once(folder):
