@@ -92,7 +92,7 @@ def load_splits(data: DataConfig, task: str) -> Splits:
             spelt = _first_places(rows, places, kind.labels_of)
             problems += _spaced("label", spelt)
             warnings += _cased("label", spelt)
-            problems += _unseen(rows, "label", kind.labels_of, labels, data)
+            problems += _unseen(rows, places, "label", kind.labels_of, labels, data)
             if problem := kind.label_problem(labels):
                 problems.append(f"{data.train}: {problem}")
         if data.domain_field is not None:
@@ -100,7 +100,7 @@ def load_splits(data: DataConfig, task: str) -> Splits:
             spelt = _first_places(rows, places, _domains_of)
             problems += _spaced("domain", spelt)
             warnings += _cased("domain", spelt)
-            problems += _unseen(rows, "domain", _domains_of, domains, data)
+            problems += _unseen(rows, places, "domain", _domains_of, domains, data)
         problems += _too_few(data, labels or (), domains or ())
     if problems:
         raise DataError(problems)
@@ -142,14 +142,22 @@ def _natural(value: str) -> tuple[bool, int, str]:
 
 
 def _unseen(
-    rows: dict[str, list[Row]], what: str, names_of: NamesOf, trained: tuple[str, ...], data: DataConfig
+    rows: dict[str, list[Row]],
+    places: dict[str, list[str]],
+    what: str,
+    names_of: NamesOf,
+    trained: tuple[str, ...],
+    data: DataConfig,
 ) -> Iterator[str]:
     for split in rows:
         unseen = [name for name in _values(rows[split], names_of) if name not in trained]
         if unseen:
+            first = next(
+                at for at, row in zip(places[split], rows[split], strict=True) if {*names_of(row)} - {*trained}
+            )
             yield (
-                f"{getattr(data, split)}: {what}s {', '.join(map(repr, unseen[:5]))} do not occur in the training"
-                f" split, which has {', '.join(map(repr, trained[:20]))}"
+                f"{first}: {what}s {', '.join(map(repr, unseen[:5]))} do not occur in the training split, {data.train},"
+                f" which has {', '.join(map(repr, trained[:20]))}"
             )
 
 

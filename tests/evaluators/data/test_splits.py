@@ -115,8 +115,8 @@ def test_labels_that_training_lacks(folder):
     jsonl(folder / "validation.jsonl", [{"text": "x", "label": "z"}, {"text": "y", "label": "a"}])
     jsonl(folder / "test.jsonl", [{"text": "u", "label": "y"}, {"text": "v", "label": "b"}])
     assert problems(folder) == [
-        "validation.jsonl: labels 'z' do not occur in the training split, which has 'a', 'b'",
-        "test.jsonl: labels 'y' do not occur in the training split, which has 'a', 'b'",
+        "validation.jsonl:1: labels 'z' do not occur in the training split, train.jsonl, which has 'a', 'b'",
+        "test.jsonl:1: labels 'y' do not occur in the training split, train.jsonl, which has 'a', 'b'",
     ]
 
 
@@ -127,7 +127,7 @@ def test_labels_that_differ_by_spaces(folder):
         "train.jsonl:7: label 'a ' differs from 'a' in train.jsonl:1 only by surrounding spaces: remove the spaces",
         "train.jsonl:8: label '\\tb' differs from 'b' in train.jsonl:2 only by surrounding spaces: remove the spaces",
         "test.jsonl:2: label ' a' differs from 'a' in train.jsonl:1 only by surrounding spaces: remove the spaces",
-        "test.jsonl: labels ' a' do not occur in the training split, which has '\\tb', 'a', 'a ', 'b'",
+        "test.jsonl:2: labels ' a' do not occur in the training split, train.jsonl, which has '\\tb', 'a', 'a ', 'b'",
     ]
     jsonl(folder / "train.jsonl", [{"text": "x", "tags": ["a", "a "]}])
     for file in ("validation.jsonl", "test.jsonl"):
@@ -200,7 +200,7 @@ def test_several_labels(folder):
     assert {label for row in drawn.train for label in row["labels"]} == {"10", "a", "b"}
 
     jsonl(folder / "validation.jsonl", [{"text": "x", "tags": ["z", "a"]}] * 2)
-    found = "validation.jsonl: labels 'z' do not occur in the training split, which has '10', 'a', 'b'"
+    found = "validation.jsonl:1: labels 'z' do not occur in the training split, train.jsonl, which has '10', 'a', 'b'"
     assert problems(folder, labels="tags") == [found]
     wrong = [{"tags": "a"}, {"tags": None}, {"tags": ["a", " "]}, {"tags": [["a"]]}]
     jsonl(folder / "validation.jsonl", [{"text": "x", **row} for row in wrong])
@@ -424,7 +424,7 @@ def test_domains_that_are_missing_or_none(mixed):
 def test_domains_that_training_lacks(mixed, task):
     jsonl(mixed / "validation.jsonl", [MIXED[0] | {"text": "x", "source": "blogs"}] * 2)
     assert problems(mixed, task, domain="source") == [
-        "validation.jsonl: domains 'blogs' do not occur in the training split, which has 'mail', 'news'"
+        "validation.jsonl:1: domains 'blogs' do not occur in the training split, train.jsonl, which has 'mail', 'news'"
     ]
 
 
