@@ -26,7 +26,7 @@ from autopeft.studies.engine.study_loop import StudyLoop
 from autopeft.studies.engine.watcher import Watcher
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 from autopeft.studies.reports.markdown import table
-from autopeft.studies.storage.ledger import Ledger
+from autopeft.studies.storage.ledger import BACKBONE, Ledger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,9 @@ class Recording:
     def kept(self) -> int:
         """Search again over these outcomes; return how many trials it proposes as recorded before another one."""
         # Like the study's own, but in memory.
-        ledger = Ledger(optuna.create_study(directions=["minimize"] * len(self.problem.objectives)), "in memory")
+        study = optuna.create_study(directions=["minimize"] * len(self.problem.objectives))
+        study.set_user_attr(BACKBONE, self.problem.space.backbone.to_dict())
+        ledger = Ledger(study, "in memory")
         for trial in self.baselines:
             begun = ledger.begin(self.problem, trial.role, trial.candidate, seed=trial.seed)
             ledger.finish([replace(trial, number=begun.number)], self.problem.objectives)

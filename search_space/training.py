@@ -34,4 +34,4 @@ class Training:
         for name, value in (("learning_rate", self.learning_rate), ("epochs", self.epochs)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-            check_at_least(name, value, 0)
+        check_at_least("epochs", self.epochs, 0)

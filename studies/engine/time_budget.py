@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from random import Random
@@ -133,9 +133,12 @@ class TimeUsed:
         self._since[part] = self.clock()
         try:
             yield
-        finally:
-            self._before = self.save()
-            self._since = dict.fromkeys(self._since.keys() - {part}, self.clock())
+        except BaseException:
+            with suppress(UnusableEnvironmentError):  # of the same full disk: the first error says more
+                self.save()
+            raise
+        self._before = self.save()
+        self._since = dict.fromkeys(self._since.keys() - {part}, self.clock())
 
     def save(self) -> Mapping[str, float]:
         """Write the seconds so far to the ledger, and return them."""

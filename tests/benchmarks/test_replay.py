@@ -26,7 +26,7 @@ from autopeft.studies.engine.study_loop import StudyLoop
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
 from autopeft.testing.spaces import SMALL
 
-BEFORE = Path(__file__).parents[1] / "studies" / "before"
+BEFORE = Path(__file__).parents[1] / "studies" / "before" / "folders"
 ERROR = 0.03
 
 
@@ -218,6 +218,7 @@ def test_studies_that_cannot_be_replayed(
 def test_a_search_that_goes_on(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with sqlite3.connect(study / "runs" / "tiny" / "ledger.db") as ledger:
         ledger.execute("DELETE FROM trial_user_attributes WHERE key = 'autopeft.result' AND trial_id = 4")
+        ledger.execute("UPDATE trials SET state = 'RUNNING' WHERE trial_id = 4")
     ledger.close()
     assert invoked(study) == 2
     assert "its search has not ended: `autopeft resume` ends it" in capsys.readouterr().err

@@ -18,16 +18,18 @@ _STATEMENTS = ("INSERT", "UPDATE", "DELETE", "CREATE", "ALTER", "DROP")
 
 
 class _Disk:
-    """What is written while `watched`. `space`: the number of writes that succeed; below 0, all of them."""
+    """What is written while `watched`. `end`: the number of writes that succeed, or a part of the first that fails."""
 
     def __init__(self) -> None:
-        self.watched, self.space = False, -1
+        self.watched, self.is_full = False, False
+        self.end: int | str | None = None
         self.writes: list[str] = []
 
     def write(self, what: str, error: Exception) -> None:
         if not self.watched:
             return
-        if 0 <= self.space <= len(self.writes):
+        self.is_full |= self.end in what if isinstance(self.end, str) else self.end == len(self.writes)
+        if self.is_full:
             raise error
         self.writes.append(what)
 
@@ -53,9 +55,12 @@ sqlalchemy.event.listen(sqlalchemy.Engine, "do_executemany", _DISK.on_statement)
 
 
 @contextmanager
-def full_after(space: int) -> Iterator[list[str]]:
-    """Let the disk be full after this number of writes; yield the writes that succeed. Below 0 it is never full."""
-    _DISK.writes, _DISK.space, _DISK.watched = [], space, True
+def full_from(end: int | str | None) -> Iterator[list[str]]:
+    """Let the disk be full from a write on, counted from 0, or the first with this part; yield those that succeed.
+
+    None: it is never full.
+    """
+    _DISK.writes, _DISK.end, _DISK.is_full, _DISK.watched = [], end, False, True
     try:
         yield _DISK.writes
     finally:

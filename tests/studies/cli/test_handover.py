@@ -67,7 +67,7 @@ def test_train_repeats_the_study_run(study: Path, tmp_path: Path, capsys: pytest
     assert printed["kept"] == {"accuracy": True}
     assert (tmp_path / "native" / "trained" / "adapter.safetensors").is_file()
     assert json.loads((tmp_path / "native" / "trained" / "metrics.json").read_text()) == printed
-    assert call("train", tmp_path / "native" / "recipe.yaml") == 2, "it does not write over an earlier run"
+    assert call("train", tmp_path / "native" / "recipe.yaml") == 1, "it does not write over an earlier run"
 
 
 def test_verify_takes_new_seeds_and_judges(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

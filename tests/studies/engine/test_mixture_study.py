@@ -240,8 +240,8 @@ def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.Captu
             match=r"the data does not fit the recipe: it has the domains .*, the recipe has \('mail', 'news'\)",
         ):
             retrain(recipe, [1])
-        # Recipes from before domains were kept.
-        assert retrain(recipe.model_copy(update={"domains": None}), [1])
+        # Recipes from before domains and contents were kept.
+        assert retrain(recipe.model_copy(update={"domains": None, "contents": None}), [1])
 
 
 @pytest.mark.parametrize(
