@@ -9,7 +9,8 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from glob import escape
 from pathlib import Path
 from socket import gethostname
@@ -128,18 +129,28 @@ def _beside(path: Path) -> Path:
 
     What a killed process of this machine left there is removed; other writers of the same file keep theirs.
     """
-    machine = f"{crc32(gethostname().encode()):08x}"
+    machine = _machine()
     for left in path.parent.glob(f".{escape(path.name)}.{machine}-*"):
         owner = left.name.removeprefix(f".{path.name}.{machine}-").partition("-")[0]
         if not owner.isdecimal() or _is_alive(int(owner)):
             continue
-        if left.name.endswith(OLD) and not path.exists():  # killed between the two renames
-            left.rename(path)
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        with suppress(OSError):  # another writer was faster, or it belongs to another user
+            if left.name.endswith(OLD) and not path.exists():  # killed between the two renames
+                left.rename(path)
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
     return path.with_name(f".{path.name}.{machine}-{os.getpid()}-{uuid4().hex[:12]}")
+
+
+@cache
+def _machine() -> str:
+    """Return a name for all processes that see the same numbers of processes, in eight characters."""
+    namespace = ""
+    with suppress(OSError):  # containers with one host name may have numbers of their own
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{crc32(f'{gethostname()} {namespace}'.encode()):08x}"
 
 
 def _is_alive(process: int) -> bool:
@@ -149,6 +160,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
+    except (OSError, OverflowError):  # of another user, or not ours
         return True
     return True

@@ -109,9 +109,11 @@ def _quiet() -> Iterator[None]:
 MOST_CONFIG_BYTES = 10_000_000
 MOST_SIZE = 100_000_000
 MOST_LABELS = 100_000
-MOST_MODULES = 100_000
-_LAYERS = re.compile(r"layers?$|^depth|_blocks$|_groups$|group_num$")
+MOST_MODULES = 150_000
+_LAYERS = re.compile(r"(^|_)layers?$|^depth|_blocks$|_groups$|group_num$")
 _SIZES = re.compile(r"size|dim|heads|experts|positions|embeddings|n_embd|n_inner|n_ctx|d_model|d_ff|d_kv")
+#: Entries whose keys are no settings.
+_NAMES_OF_USERS = ("label2id", "id2label", "task_specific_params")
 #: For each number of a configuration that is limited: the names of the settings and the limit.
 _MOST = ((_LAYERS, MOST_LAYERS), (re.compile("num_labels"), MOST_LABELS), (_SIZES, MOST_SIZE))
 
@@ -133,7 +135,7 @@ def _check_config(model_id: str, revision: str | None) -> None:
     while todo:
         name, value = todo.pop()
         if isinstance(value, dict):
-            todo += value.items()
+            todo += [pair for pair in value.items() if pair[0] not in _NAMES_OF_USERS]
         elif isinstance(value, list):
             todo += [(name, entry) for entry in value]
         elif isinstance(value, (int, float)):

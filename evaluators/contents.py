@@ -1,6 +1,7 @@
 """Digests of what a study reads: rows, their encoding, weights. A path or a name is no identity: what is there changes.
 
-The digests of equal contents are equal in all file formats, on all devices and in all versions of the libraries.
+The digests of equal contents are equal in all file formats and on all devices. They read tensors by the names, and
+batches in the form, that the installed libraries give them, so an upgrade of these can change them.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def names_of(row: Row, name: str, what: str) -> list[str]:
     return [each for each in found if each is not None]
 
 
-def check_characters(row: Row) -> None:
+def check_values(row: Row) -> None:
     """Raise ValueError for what JSON can hold but nothing else: half of a surrogate pair in a text, or deep nesting."""
     for text in _texts_in(row):
         try:

@@ -19,7 +19,7 @@ from autopeft.evaluators.rows import (
     DataConfig,
     MissingFieldError,
     Row,
-    check_characters,
+    check_values,
     name_of,
     named_classes,
 )
@@ -345,7 +345,7 @@ def _canonical(
             canonical = task.row(row, data)
             if data.domain_field is not None:
                 canonical["domain"] = name_of(row, data.domain_field, "domain")
-            check_characters(canonical)
+            check_values(canonical)
             rows.append(canonical)
             places.append(place)
             unread.append(task.unread(row, data))

@@ -245,7 +245,7 @@ def _owner(kind: type[AdapterSpec], method: str) -> type:
 
 
 def check_at_least(name: str, value: float, low: float, high: float = MOST) -> None:
-    """Raise ValueError unless `value` is a number of at least `low`, and not beyond what anybody trains."""
+    """Raise ValueError unless `value` is a number of at least `low`, and at most `high`, beyond what anybody trains."""
     if isinstance(value, bool) or not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
     if value > high:

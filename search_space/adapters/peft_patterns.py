@@ -9,14 +9,15 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from math import prod
-from time import process_time
+from time import thread_time
 from typing import Any
 
 #: Limits of one pattern: its characters, and the product of its counts such as {2,8}, as many copies as a match needs.
 MOST_CHARACTERS = 1000
 MOST_COPIES = 1000
-#: Time of the processor for all patterns of one configuration, in seconds.
+#: Time of the processor for all patterns of one configuration, in seconds; plain ones do not count.
 MATCHING_S = 0.5
+_PLAIN = re.compile(r"[\w.]{1,300}")
 
 
 class PatternError(ValueError):
@@ -27,7 +28,8 @@ class Patterns:
     """Matching of patterns within `MATCHING_S` from the first to the last."""
 
     def __init__(self) -> None:
-        self._end = process_time() + MATCHING_S
+        self._left_s = MATCHING_S
+        self._checked: set[str] = set()
 
     def value(self, pattern: Mapping[str, Any], path: str, default: Any) -> Any:
         """Return the value for the module `path`: of the first pattern that matches, or the default.
@@ -48,18 +50,24 @@ class Patterns:
     def _matches(self, anchored: str, pattern: str, path: str) -> bool:
         import regex
 
-        _check(pattern)
+        if _PLAIN.fullmatch(pattern):  # such as the names of modules, of which a configuration may have hundreds
+            return re.match(anchored, path) is not None
+        if pattern not in self._checked:
+            _check(pattern)
+            self._checked.add(pattern)
+        start = thread_time()
         try:
-            left_s = self._end - process_time()
-            if left_s <= 0:
+            if self._left_s <= 0:
                 raise TimeoutError
-            return regex.match(anchored, path, timeout=left_s) is not None
+            return regex.match(anchored, path, timeout=self._left_s) is not None
         except TimeoutError:
             raise PatternError(
                 f"the pattern {pattern!r:.80} takes too long to match: write it without nested * or +"
             ) from None
         except (regex.error, RecursionError) as error:
             raise PatternError(f"the pattern {pattern!r:.80} is no regular expression: {error}") from None
+        finally:
+            self._left_s -= thread_time() - start
 
 
 def _check(pattern: str) -> None:

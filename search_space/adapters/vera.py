@@ -45,7 +45,7 @@ class Vera(AdapterSpec):
     def __post_init__(self) -> None:
         check_at_least("rank", self.rank, 1)
         check_probability("dropout", self.dropout)
-        check_at_least("projection_key", self.projection_key, 0)
+        check_at_least("projection_key", self.projection_key, 0, 2**63 - 1)
 
     @override
     def parameters(self, site: Site) -> dict[str, Parameter]:

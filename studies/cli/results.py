@@ -38,13 +38,14 @@ def pareto(study: StudyArgument, set_: SetOption = None, as_json: JsonOption = F
 
     _, _, snapshot = recorded(study, set_)
     if as_json:
-        _say_left_out(snapshot)
+        say_left_out(snapshot)
         print_json(front_data(snapshot, snapshot.front()))
     else:
         print_front(snapshot)
 
 
-def _say_left_out(snapshot: Snapshot) -> None:
+def say_left_out(snapshot: Snapshot) -> None:
+    """Name the trials that are left out, on stderr."""
     from autopeft.studies.analysis.comparable import left_out_notes
 
     for note in left_out_notes(snapshot.left_out):
@@ -138,7 +139,7 @@ def export(
     if to not in EXPORTERS:
         raise ConfigurationError(f"--to {to}: unknown format{did_you_mean(to, EXPORTERS)}")
     settings, ledger, snapshot = recorded(study, set_)
-    _say_left_out(snapshot)
+    say_left_out(snapshot)
     number = picked(snapshot, pick)
     folder, fit = export_trial(settings, ledger, snapshot, number, to, out, allow_lossy=allow_lossy, force=force)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -10,7 +10,7 @@ import typer
 
 from autopeft.studies.cli.options import JsonOption, print_json
 from autopeft.studies.cli.streams import echo
-from autopeft.studies.errors import UserError, cause
+from autopeft.studies.errors import UserError, cause, file_errors
 
 if TYPE_CHECKING:
     from autopeft.studies.engine.retraining import Retrained
@@ -42,7 +42,7 @@ def train(
     from autopeft.studies.recipes.recipe import Recipe
 
     loaded = Recipe.load(recipe)
-    folder = out or recipe.parent / "trained"
+    folder = (out or recipe.parent / "trained").absolute()
     # Before the training, which would be lost.
     check_folder(folder, force)
     check_disk(folder.parent)
@@ -111,7 +111,7 @@ def _retrain(recipe: Recipe, seeds: list[int], device: str, trust_code: bool) ->
     from autopeft.studies.engine.session import torch_device
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with file_errors(), Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"training with seed {', '.join(map(str, seeds))}", total=None)
         return retrain(
             recipe,

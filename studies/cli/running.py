@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,7 +43,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     """Start or resume a study and print its front."""
     from autopeft.studies.cli.files import checked
     from autopeft.studies.cli.progress import ProgressView
-    from autopeft.studies.cli.results import print_front
+    from autopeft.studies.cli.results import print_front, say_left_out
     from autopeft.studies.engine.session import open_study
     from autopeft.studies.reports.report import front_data, write_report
 
@@ -57,6 +57,7 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     for problem in report.problems:
         echo(f"warning: {problem}", err=True)
     if as_json:
+        say_left_out(snapshot)
         print_json(front_data(snapshot, snapshot.front()))
         return
     try:
@@ -92,7 +93,11 @@ def interruptible(settings: StudyFile) -> Iterator[Callable[[], None]]:
     except UserError:
         raise
     except Exception:
-        echo(f"finished work is saved; `autopeft resume {settings.words}` goes on after this error:", err=True)
+        from autopeft.studies.engine.session import was_started
+
+        with suppress(Exception):  # the error itself says more
+            if was_started(settings):
+                echo(f"finished work is saved; `autopeft resume {settings.words}` goes on after this error:", err=True)
         raise
 
 

@@ -72,10 +72,12 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for names in ("labels", "domains", "device")
         if changed(names)
     ]
+    if changed("device"):
+        lines[-1] += f"; set device to {then['device']} to go on there"
     if changed("config"):
         lines += differences(then["config"], now["config"], "model.config")
     if changed("weights"):
-        lines.append("model: it has other weights now")
+        lines.append("model: it has other weights now, or another version of transformers names them otherwise")
     if changed("encoding") and not changed("rows") and not changed("labels"):
         lines.append("tokenizer: it makes other inputs of the same rows now")
     if changed("given"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -101,13 +102,16 @@ def _check_feasible(settings: StudyFile, problem: Problem) -> None:
     maxima = {**bounds, **problem.limits.maxima}
     limits = Limits({name: min(most, bounds.get(name, most)) for name, most in maxima.items()})
     space, rng = problem.space, Random(settings.seed)
-    probes = [space.decode(space.sample(rng)) for _ in range(PROBES)]
+    probes = (space.decode(space.sample(rng)) for _ in range(PROBES))
+    rejections = []
     # If the smallest ones are too large, no number of draws would help.
-    architectures = [candidate.architecture for candidate in (*probes, *smallest(space)) if candidate.architecture]
-    rejections = [limits.rejection(declared_costs(architecture, space.backbone)) for architecture in architectures]
-    if None in rejections:
-        return
-    _, reason = min((found for found in rejections if found), default=(1.0, "none has an adapter"))
+    for candidate in chain(smallest(space), probes):
+        if candidate.architecture:
+            rejection = limits.rejection(declared_costs(candidate.architecture, space.backbone))
+            if rejection is None:
+                return
+            rejections.append(rejection)
+    _, reason = min(rejections, default=(1.0, "none has an adapter"))
     what = f"no candidate meets the constraints; the closest of {PROBES} random candidates: {reason}"
     raise NoFeasibleCandidateError(settings.render(("constraints" if problem.limits.maxima else "objectives",), what))
 

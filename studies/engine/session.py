@@ -150,6 +150,9 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         if ledger is None:
             _check_new(settings)
         check_owner(settings.output_folder, None if ledger is None else ledger.study_id)
+        contents = _contents(settings, splits)
+        if ledger is not None:
+            ledger.check_contents(contents)  # before the model is loaded, which may not fit the ledger's description
         tracker = None
         if settings.tracking.enabled:
             from autopeft.studies.tracking.mlflow_sync import Tracker
@@ -157,15 +160,15 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
             experiment = settings.tracking.experiment or settings.study
             tracker = Tracker(settings.tracking_uri, experiment, settings.output_folder)
             tracker.begin()
-        contents = _contents(settings, splits)
-        if ledger is not None:
-            ledger.check_contents(contents)  # before the model is loaded, which may not fit the ledger's description
         evaluator = evaluator_for(settings, splits, None if ledger is None else ledger.backbone)
+        contents |= evaluator.contents()
+        if ledger is not None:
+            ledger.check_contents(contents)  # before anything is trained
         pace = pace_of(settings, evaluator, ledger)
         if ledger is None:
             settings = within_minutes(settings, evaluator, pace)
         problem = problem_for(settings, evaluator.backbone)
-        contents |= evaluator.contents() | _given(problem)
+        contents |= _given(problem)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator, contents)
         ledger.keep_contents(contents)

@@ -11,7 +11,8 @@ import json
 import re
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from autopeft.search_space.problem import Objective, Problem, Role, Trial
 from autopeft.searchers.optuna_samplers import distribution, to_optuna
 from autopeft.studies.analysis.comparable import incomparable
 from autopeft.studies.config.fingerprint import changes, differences
-from autopeft.studies.errors import ConfigurationError
+from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError
 from autopeft.studies.storage import records
 from autopeft.studies.storage.database import connect, names_in, one_by_one, readable_errors
 from autopeft.studies.urls import without_password
@@ -187,14 +188,14 @@ class Ledger:
     @property
     def backbone(self) -> Backbone:
         """The description of the frozen model."""
-        with records.reading("the model's description in the ledger"):
+        with _reading("the model's description in the ledger"):
             return Backbone.from_dict(self._study.user_attrs[BACKBONE])
 
     @property
     def head_sites(self) -> tuple[Site, ...] | None:
         """The linears of the task head; None in ledgers of versions that did not store them."""
         found = self._study.user_attrs.get(HEAD)
-        with records.reading("the task head in the ledger"):
+        with _reading("the task head in the ledger"):
             return None if found is None else tuple(Site(**site) for site in found)
 
     @property
@@ -218,7 +219,7 @@ class Ledger:
     def prior_trials(self) -> tuple[Trial, ...]:
         """The trials of the prior study at the start of this one; see `StudyRecord`."""
         packed = self._study.user_attrs.get(PRIOR_TRIALS)
-        with records.reading("a trial of the prior study in the ledger"):
+        with _reading("a trial of the prior study in the ledger"):
             return tuple(records.read_prior(data) for data in records.unpack(packed)) if packed else ()
 
     @property
@@ -282,10 +283,11 @@ class Ledger:
 
     def _frozen(self) -> list[FrozenTrial | None]:
         """Return all trials of the storage by their numbers; None for those that Optuna cannot read."""
-        try:
-            return list(self._study.get_trials(deepcopy=False))
-        except ValueError:  # one record that is not JSON keeps Optuna from reading any
-            return list(one_by_one(self._study._storage, self._study._study_id))
+        with readable_errors(self._shown, "read"):
+            try:
+                return list(self._study.get_trials(deepcopy=False))
+            except ValueError:  # one record that is not JSON keeps Optuna from reading any
+                return list(one_by_one(self._study._storage, self._study._study_id))
 
     def begin(self, problem: Problem, role: Role, candidate: Candidate, **fields: Any) -> Trial:
         """Add a running trial; `fields` are further fields of `Trial`."""
@@ -340,6 +342,16 @@ class Ledger:
             elif trial.state == "running":
                 running.append(trial)
         return running
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Raise UnusableEnvironmentError for a record without which nothing can be read."""
+    try:
+        with records.reading(what):
+            yield
+    except records.DamagedError as error:
+        raise UnusableEnvironmentError(f"{error}: restore a copy of the ledger, or start another study") from error
 
 
 def _read(number: int, frozen: FrozenTrial | None, kept: Mapping[str, Any] | None) -> Trial:

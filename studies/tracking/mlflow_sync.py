@@ -99,11 +99,16 @@ class Tracker:
         return True
 
     def _do(self, work: Callable[[], object], last: bool = False) -> None:
-        with mlflow_settings():  # it imports MLflow, which takes seconds and is no fault of a server
-            if self.uri.startswith(("sqlite", "file:", "/")):
+        def settled() -> None:
+            with mlflow_settings():
                 work()
-            else:
-                self._worker.do(work, last=last)
+
+        if self.uri.startswith(("sqlite", "file:", "/")):
+            settled()
+            return
+        with mlflow_settings():  # it imports MLflow, which takes seconds and is no fault of a server
+            pass
+        self._worker.do(settled, last=last)
 
     def _failed(self, error: Exception, final: bool) -> None:
         """Log a failure, and plan the next attempt."""
@@ -360,7 +365,10 @@ class _Runs:
 
     def _write_artifacts(self, snapshot: Snapshot) -> None:
         with TemporaryDirectory() as folder:
-            for file in write_report(snapshot, Path(folder)).files:
+            report = write_report(snapshot, Path(folder))
+            for path, why in report.failed.items():
+                LOGGER.warning("MLflow gets no %s: it cannot be made (%s)", path.name, why)
+            for file in report.files:
                 self.client.log_artifact(self.parent.id, str(file), "pareto" if file.stem == "front" else None)
         for last in diagnostics(snapshot.trials)[-1:]:
             self.client.log_dict(self.parent.id, last.to_dict(), "surrogate.json")

@@ -380,7 +380,7 @@ class Chaos:
         signal.signal(signal.SIGALRM, _stop)
         signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
         signal.setitimer(signal.ITIMER_REAL, WAITING * LIMIT_S)
-        faulthandler.dump_traceback_later(12 * LIMIT_S, exit=True)  # for what no signal interrupts
+        faulthandler.dump_traceback_later(60, exit=True)  # for what no signal interrupts
         try:
             try:
                 with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():

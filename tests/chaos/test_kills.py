@@ -238,8 +238,10 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     child = os.fork()
     if not child:
-        mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-        os._exit(0)
+        try:
+            mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+        finally:
+            os._exit(0)
     assert wait(child) == 0
     return path
 

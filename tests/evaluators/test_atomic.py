@@ -192,8 +192,10 @@ def killed(work: Callable[[], None]) -> None:
     """Run `work` in a process that SIGKILL ends within it."""
     child = os.fork()
     if not child:
-        work()
-        os._exit(1)
+        try:
+            work()
+        finally:
+            os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
 

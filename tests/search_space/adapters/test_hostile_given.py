@@ -158,3 +158,12 @@ def test_the_time_is_that_of_all_patterns_together():
         for _ in range(1000):
             patterns.names(r"(?:\w|\w)*[!?]", "a" * 14)
     assert process_time() - start < MATCHING_S + 1
+
+
+def test_a_pattern_for_every_module_is_no_matter() -> None:
+    """As peft's EVA writes: the whole names of all modules of 80 layers."""
+    paths = [f"model.layers.{layer}.{part}" for layer in range(80) for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    ranks = {path: i for i, path in enumerate(paths)}
+    patterns = Patterns()
+    for _ in ("rank_pattern", "alpha_pattern"):
+        assert [patterns.value(ranks, path, None) for path in paths] == list(range(320))

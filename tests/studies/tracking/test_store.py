@@ -21,7 +21,7 @@ from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.tracking import store, worker
 from autopeft.studies.tracking.mlflow_sync import Tracker
 
-from ...support.full_disk import full_after
+from ...support.full_disk import full_from
 from ...support.tracked_study import FRONT, TRIALS, snapshot
 
 ALL = 1 + len(TRIALS)
@@ -159,7 +159,7 @@ def test_a_full_disk_loses_nothing(empty_store: Path, tmp_path: Path, caplog: py
         return f"sqlite:///{tmp_path}/{name}/mlflow.db", tmp_path / name
 
     uri, place = folder("whole")
-    with full_after(-1) as writes:
+    with full_from(None) as writes:
         assert Tracker(uri, "p", place).sync(snapshot(), final=True)
     files = sorted(file.name for file in place.rglob("*") if file.is_file())
     assert len(files) > 10
@@ -167,7 +167,7 @@ def test_a_full_disk_loses_nothing(empty_store: Path, tmp_path: Path, caplog: py
         uri, place = folder(str(at))
         tracker = Tracker(uri, "p", place)
         caplog.clear()
-        with full_after(at):
+        with full_from(at):
             assert not tracker.sync(snapshot())
         (record,) = caplog.records
         assert "No space left on device" in record.getMessage(), writes[at]
@@ -325,14 +325,14 @@ def test_a_slow_server_does_not_hold_up_a_study(
         tracker = Tracker(uri, "p", tmp_path)
         began = time.monotonic()
         tracker.begin()
-        assert time.monotonic() - began < 5, "MLflow may have to be imported"
+        assert time.monotonic() - began < 30, "MLflow may have to be imported"
         assert len(caplog.records) == 1
         assert LATER in caplog.records[0].getMessage()
         began = time.monotonic()
         for _ in range(50):  # it pauses, and does not wait each time
             assert not tracker.sync(snapshot())
         assert not tracker.sync(snapshot(), final=True)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
     assert "`autopeft resume` writes the missing data" in caplog.records[-1].getMessage()
     path = Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
     resumed = Tracker(f"sqlite:///{path}", "p", tmp_path)
