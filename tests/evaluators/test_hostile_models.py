@@ -47,7 +47,8 @@ def test_names_of_labels_are_no_settings(config: Path) -> None:
     """Labels of ImageNet, for instance."""
     labels = {"tape player": 848, "one layer": 501, "size": 10**9}
     names = {"label2id": labels, "id2label": {str(i): name for name, i in labels.items()}}
-    config.write_text(json.dumps(json.loads(config.read_text()) | names), encoding="utf-8")
+    found = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(found | names), encoding="utf-8")
     assert skeleton(str(config.parent)).config.num_hidden_layers == 3
 
 

@@ -87,7 +87,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights": (
         other_weights,
-        "model: it has other weights now, or another version of",
+        "model: it has other weights now, or another version of transformers names them otherwise",
     ),
     "tokenizer": (other_tokenizer, "tokenizer: it makes other inputs of the same rows now"),
 }
