@@ -42,6 +42,7 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.slow
 def test_the_readme(tmp_path: Path) -> None:
     save_model(tmp_path / "my-model", initializer_range=0.3, hidden_size=32)
     rng = Random(0)

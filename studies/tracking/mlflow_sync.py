@@ -366,8 +366,9 @@ class _Runs:
     def _write_artifacts(self, snapshot: Snapshot) -> None:
         with TemporaryDirectory() as folder:
             report = write_report(snapshot, Path(folder))
-            for path, why in report.failed.items():
-                LOGGER.warning("MLflow gets no %s: it cannot be made (%s)", path.name, why)
+            if report.failed:
+                names, whys = ", ".join(path.name for path in report.failed), list(report.failed.values())
+                LOGGER.warning("MLflow gets no %s, which cannot be made (%s)", names, whys[0])
             for file in report.files:
                 self.client.log_artifact(self.parent.id, str(file), "pareto" if file.stem == "front" else None)
         for last in diagnostics(snapshot.trials)[-1:]:

@@ -115,6 +115,7 @@ def test_genes_with_one_value(name: str) -> None:
     assert {t.genes["lora.rank.on"] for t in trials} == {True, False}
 
 
+@pytest.mark.slow
 def test_suggestions_do_not_depend_on_the_process() -> None:
     """Hashes of strings differ between processes, and so may the order of sets."""
     code = (

@@ -66,6 +66,7 @@ def phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Phase]:
     return {name: Phase(name, f"phase_{name.replace(' ', '_')}", limits.get(name, 60.0), "a test") for name in BODIES}
 
 
+@pytest.mark.slow
 def test_a_phase_that_goes_wrong_leaves_all_others_with_results(phases: dict[str, Phase], tmp_path: Path) -> None:
     said: list[str] = []
     results = run_kit(list(phases.values()), tmp_path / "out", device="cpu", commit="abc", say=said.append)

@@ -502,6 +502,7 @@ def test_memory_is_shown_where_it_was_measured() -> None:
 # The whole of it
 
 
+@pytest.mark.slow
 def test_the_command(study: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as exited:
         cli.main(["speed", str(study), *QUICK, "--json", "--seed", "4"])

@@ -402,6 +402,7 @@ def fails_above(limit: float, problem: Problem, number: int, genes: Assignment, 
 FIXED = {"training.learning_rate": 0.01}
 
 
+@pytest.mark.slow
 def test_regions_where_training_fails_are_avoided() -> None:
     """Two fifths of the space fail, and the nearer to them, the better. Without a process for what fails, nearly all
     proposals are in vain.
@@ -564,6 +565,7 @@ def test_diagnostics() -> None:
 # Worth its time
 
 
+@pytest.mark.slow
 def test_it_finds_in_twenty_trials_what_random_search_does_not_find_in_forty() -> None:
     problem = replace(problem_of(deep_space()), num_trials=40)
     found = [hypervolume(run(Bayesian(problem, seed), 20, plausible)) for seed in range(3)]

@@ -175,6 +175,7 @@ def test_a_study(finished: tuple[StudyFile, Snapshot]) -> None:
     assert any(row.on_front for row in snapshot.rows())
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_what_was_proposed(
     finished: tuple[StudyFile, Snapshot], tmp_path: Path, sweeps: list[Sequence[float]]
 ) -> None:
@@ -187,6 +188,7 @@ def test_killed_it_goes_on_with_what_was_proposed(
     assert facts(list(snapshot.trials)) == facts(list(finished[1].trials))
 
 
+@pytest.mark.slow
 def test_killed_amid_the_gates(finished: tuple[StudyFile, Snapshot], tmp_path: Path) -> None:
     settings = load_study(gated_study(tmp_path))
     with pytest.raises(KeyboardInterrupt):

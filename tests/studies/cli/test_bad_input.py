@@ -170,6 +170,7 @@ def test_no_disk_space_at_the_start(cli, tmp_path: Path, monkeypatch: pytest.Mon
     expect(cli("run", path), 4, "are free on this disk")
 
 
+@pytest.mark.slow
 def test_no_disk_space_on_the_way(tmp_path: Path) -> None:
     """Files may grow to 150 kB here: the ledger hits that within the study. What it holds is sound and is resumed."""
     path = save_study(tmp_path, **SHORT)

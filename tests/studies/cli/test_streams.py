@@ -77,6 +77,7 @@ def command(*arguments: object, **streams: object) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 def test_a_study_ends_though_nobody_reads(tmp_path: Path) -> None:
     """As in `autopeft run ... 2>&1 | head -1`, and on a stream without ±."""
     path = save_study(tmp_path, **SHORT)

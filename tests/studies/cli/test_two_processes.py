@@ -22,6 +22,7 @@ LONG = {"search": {"searcher": "random", "trials": 4, "batch": 2}, "finalists": 
         "training": {"learning_rate": [0.03, 0.1], "epochs": 100, "batch_size": 8}}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_however_it_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
