@@ -118,8 +118,8 @@ _NAMES_OF_USERS = ("label2id", "id2label", "task_specific_params")
 _MOST = ((_LAYERS, MOST_LAYERS), (re.compile("num_labels"), MOST_LABELS), (_SIZES, MOST_SIZE))
 
 
-def _check_config(model_id: str, revision: str | None) -> None:
-    """Raise ModelError for a configuration that is no JSON object, or has numbers that no model has."""
+def _entries(model_id: str, revision: str | None) -> dict[str, Any]:
+    """Return the entries of config.json. Raises ModelError if it is no JSON object or has numbers that no model has."""
     path = resolve(model_id)
     file = Path(path) / "config.json"
     # Of the functions of os.path, none raises for a name of the hub that is too long for a file.
@@ -128,20 +128,21 @@ def _check_config(model_id: str, revision: str | None) -> None:
     if os.path.isfile(file) and file.stat().st_size > MOST_CONFIG_BYTES:
         raise ModelError(f"{file}: is larger than {MOST_CONFIG_BYTES:,} bytes, so it is no configuration of a model")
     with _quiet(), _errors(model_id, "the configuration"):
-        found, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+        found: Any = PretrainedConfig.get_config_dict(path, revision=revision)[0]
     if not isinstance(found, dict):
         raise ModelError(f"{model_id}: config.json is not a JSON object")
-    todo: list[tuple[str, Any]] = [("", found)]
-    while todo:
-        name, value = todo.pop()
+    stack: list[tuple[str, Any]] = [("", found)]
+    while stack:
+        name, value = stack.pop()
         if isinstance(value, dict):
-            todo += [pair for pair in value.items() if pair[0] not in _NAMES_OF_USERS]
+            stack += [pair for pair in value.items() if pair[0] not in _NAMES_OF_USERS]
         elif isinstance(value, list):
-            todo += [(name, entry) for entry in value]
+            stack += [(name, entry) for entry in value]
         elif isinstance(value, (int, float)):
             most = next((most for names, most in _MOST if names.search(name)), None)
             if most is not None and not value <= most:
                 raise ModelError(f"{model_id}: config.json has {name}: {value:.4g}; a model may have {most:,}")
+    return found
 
 
 @contextmanager
@@ -167,13 +168,11 @@ def raw_config(model_id: str, revision: str | None = None) -> dict[str, Any]:
 
     They are read from the file: what transformers makes of it depends on its version.
     """
-    with _quiet(), _errors(model_id, "the configuration"):
-        config, _ = PretrainedConfig.get_config_dict(resolve(model_id), revision=revision)
-    return {key: value for key, value in config.items() if key not in BESIDE_THE_MODEL}
+    return {key: value for key, value in _entries(model_id, revision).items() if key not in BESIDE_THE_MODEL}
 
 
 def _config(model_id: str, revision: str | None) -> Any:
-    _check_config(model_id, revision)
+    _entries(model_id, revision)
     with _quiet(), _errors(model_id, "the configuration"):
         # Without this argument, transformers asks on the terminal whether to run the code of a checkpoint.
         config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, trust_remote_code=False)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ModelError(ValueError):
     """A model that cannot be loaded; the message says why."""
 

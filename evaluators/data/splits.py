@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from autopeft.evaluators.data.losses import Encoded, Unread
-from autopeft.evaluators.errors import DataError
+from autopeft.evaluators.errors import DataError, first_line
 from autopeft.evaluators.rows import (
     EMBEDDED_IN,
     FILES,
@@ -306,7 +306,7 @@ def _parquet(path: Path) -> PlacedRows:
             rows = file.read().to_pylist() if count <= MOST_ROWS else []
     # pyarrow's own, and those of Python for a value that it does not have, such as a date after the year 9999.
     except Exception as error:
-        raise ValueError(f"not a Parquet file that can be read: {_first_line(error)}") from error
+        raise ValueError(f"not a Parquet file that can be read: {first_line(error)}") from error
     if count > MOST_ROWS:
         raise ValueError(f"has {count:,} rows; a file may have {MOST_ROWS:,}")
     for number, row in enumerate(rows, start=1):
@@ -319,14 +319,10 @@ def _hub(data: DataConfig, name: str) -> PlacedRows:
     try:
         rows = load_dataset(data.source, split=name, revision=data.revision)
     except Exception as error:  # the hub's client has many exceptions: connection, not found, gated, bad split
-        raise ValueError(f"{data.source} could not be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{data.source} could not be loaded: {first_line(error)}") from error
     fields = [field for field in (data.label, data.labels, data.domain_field) if field and field in rows.features]
     for place, row in enumerate(rows):
         yield f"[{place}]", {**row, **{field: named_classes(rows.features[field], row[field]) for field in fields}}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Checking

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from autopeft.evaluators.errors import DataError
+from autopeft.evaluators.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,9 +92,8 @@ def prompt_and_answer(
         prompt = _written(tokenizer, messages[:-1], tools, add_generation_prompt=True)
         whole = _written(tokenizer, messages, tools)
     except Exception as error:  # a template may raise any exception: a refusal, a missing field, a wrong type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = _advice(tokenizer, messages, tools)
-        raise DataError([f"the model's chat template refuses the messages: {reason}{advice}"]) from error
+        raise DataError([f"the model's chat template refuses the messages: {first_line(error)}{advice}"]) from error
     if not whole.startswith(prompt):
         same = next(i for i, letter in enumerate(prompt) if whole[i : i + 1] != letter)
         raise DataError(

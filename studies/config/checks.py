@@ -50,6 +50,10 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
 
 #: Characters that URLs of databases, or the libraries that read them, take for something else than part of a path.
 _NO_PART_OF_A_PATH = "?%{}"
+_LONGEST_EXPERIMENT = 500
+_TRACKING_SCHEMES = (
+    "http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc",
+)  # fmt: skip
 
 
 def _place_problems(study: StudyFile) -> Iterator[PlacedProblem]:
@@ -92,12 +96,6 @@ def _unknown_store(uri: str) -> str | None:
     is_address = re.fullmatch(r"[^/:]+:\d+(/.*)?", uri) is not None
     hint = f"; a server is http://{uri}" if is_address else did_you_mean(scheme, known)
     return f"MLflow has no store for {scheme!r}{hint}"
-
-
-_LONGEST_EXPERIMENT = 500
-_TRACKING_SCHEMES = (
-    "http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc",
-)  # fmt: skip
 
 
 def _evaluator_problems(study: StudyFile) -> Iterator[PlacedProblem]:

@@ -64,9 +64,9 @@ def load(text: str, typ: Literal["rt", "safe"] = "rt", most_values: int = MOST_V
 
 def unfit(data: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Yield path and problem of each text and number of `data` that no setting can have."""
-    todo: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
-    while todo:
-        path, value = todo.pop()
+    stack: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
+    while stack:
+        path, value = stack.pop()
         if len(path) > MOST_DEPTH:
             yield path[:3], f"is nested deeper than {MOST_DEPTH}"
             return  # data of Python may contain itself
@@ -76,9 +76,9 @@ def unfit(data: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
             for key in value:
                 if problem := _unfit(key):
                     yield path, f"has a key that {problem}"
-            todo += [((*path, key), entry) for key, entry in value.items() if not _unfit(key)]
+            stack += [((*path, key), entry) for key, entry in value.items() if not _unfit(key)]
         elif isinstance(value, (list, tuple)):
-            todo += [((*path, position), entry) for position, entry in enumerate(value)]
+            stack += [((*path, position), entry) for position, entry in enumerate(value)]
         elif problem := _unfit(value):
             yield path, problem
 

@@ -171,7 +171,8 @@ def open_study(settings: StudyFile, splits: Splits, *, resume: bool) -> Iterator
         contents |= _given(problem)
         if ledger is None:
             ledger = _new_ledger(settings, problem, splits, evaluator, contents)
-        ledger.keep_contents(contents)
+        else:
+            ledger.keep_contents(contents)
         with file_errors(GO_ON):
             claim(settings.output_folder, ledger.study_id)
         problem = replace(problem, prior=ledger.prior_trials)  # a resumed study has the same prior
@@ -336,17 +337,18 @@ def as_started(settings: StudyFile) -> StudyFile:
 
 def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
     """Return the state of the study in its ledger; neither data nor weights are loaded."""
+    trials, left_out = ledger.readable()
     return Snapshot(
         study=settings.study,
         study_id=ledger.study_id,
         settings=ledger.settings,
         objectives=settings.objectives_list(),
         backbone=ledger.backbone,
-        trials=tuple(ledger.trials()),
+        trials=tuple(trials),
         within=settings.recommend.within,
         constant=ledger.constant,
         outlook=Outlook.read(ledger.outlook),
-        left_out=ledger.left_out(),
+        left_out=left_out,
     )
 
 

@@ -80,13 +80,14 @@ class StudyLoop:
         self.problem = problem
         self.evaluator = evaluator
         self.searcher = searcher
-        self.ledger, self.left_out = ledger, ledger.left_out()
+        self.ledger = ledger
         self.tracker = tracker
         self.plan = plan
         self.scores = scores
         wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.maxima]
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
-        self.trials: dict[int, Trial] = {trial.number: trial for trial in ledger.trials()}
+        trials, self.left_out = ledger.readable()
+        self.trials: dict[int, Trial] = {trial.number: trial for trial in trials}
         self.failures = Failures(problem.space.backbone)
         self.pace = pace
         self.time = TimeUsed(ledger)

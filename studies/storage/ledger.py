@@ -146,7 +146,7 @@ class Ledger:
 
     def check_contents(self, found: Mapping[str, Any]) -> None:
         """Raise ConfigurationError that names what has changed of the contents since the study was started."""
-        changed = changes(self._study.user_attrs.get(CONTENTS, {}), _plain(found))
+        changed = changes(self.contents, _plain(found))
         if changed:
             raise ConfigurationError(
                 "what the study reads has changed since it was started, so its trials are not comparable with new"
@@ -156,7 +156,7 @@ class Ledger:
     def keep_contents(self, found: Mapping[str, Any]) -> None:
         """Check the contents, and record them in the ledger of an earlier version, which has none."""
         self.check_contents(found)
-        if not self._study.user_attrs.get(CONTENTS):
+        if not self.contents:
             self._set(CONTENTS, dict(found))
             self._set(VERSION, LEDGER_VERSION)
 
@@ -260,14 +260,11 @@ class Ledger:
             self._study.set_user_attr(name, value)
 
     def trials(self) -> list[Trial]:
-        """Return every evaluation, ended or not, in order, without those that `left_out` names."""
-        return self._readable()[0]
+        """Return every evaluation, ended or not, in order, without those that are left out; see `readable`."""
+        return self.readable()[0]
 
-    def left_out(self) -> dict[int, str]:
-        """Return by their numbers the trials that are damaged or cannot be compared with the others, and why."""
-        return self._readable()[1]
-
-    def _readable(self) -> tuple[list[Trial], dict[int, str]]:
+    def readable(self) -> tuple[list[Trial], dict[int, str]]:
+        """Return `trials`, and by their numbers those left out: damaged or not to be compared with them, and why."""
         packed = self._study.user_attrs.get(BATCH)
         kept: Mapping[str, Any] = records.unpack(packed) if packed else {}
         found, damaged = [], {}
@@ -334,9 +331,9 @@ class Ledger:
 
     def unfinished(self, objectives: Sequence[Objective]) -> list[Trial]:
         """Return the trials that were running when the study stopped; close those that have a result already."""
-        running = []
+        running, all_frozen = [], self._frozen()
         for trial in self.trials():
-            frozen = self._frozen()[trial.number]
+            frozen = all_frozen[trial.number]
             if trial.state != "running" and frozen is not None and not frozen.state.is_finished():
                 self._finish(trial, objectives)
             elif trial.state == "running":

@@ -92,7 +92,6 @@ class Death:
 class Whole:
     """A study, its export and its training that nothing ended, to compare with."""
 
-    folder: Path
     writes: dict[str, list[str]] = field(default_factory=dict)
     took_s: dict[str, float] = field(default_factory=dict)
     outcome: Any = None
@@ -262,7 +261,7 @@ def whole(
     name = request.param
     folder = tmp_path_factory.mktemp(name)
     study = prepared(name, folder / "study", migrated)
-    found = Whole(folder=study.parent)
+    found = Whole()
     for command, words in commands(study).items():
         begun, writes = time.monotonic(), folder / f"{command}.txt"
         writes.touch()

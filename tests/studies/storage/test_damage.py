@@ -159,7 +159,7 @@ def test_a_damaged_trial_is_left_out_and_named(
     key, change, said = DAMAGED[what]
     number, before = searched(settings), len(open_ledger(settings).trials())
     edit(settings, "trial_user_attributes", key, number, change)
-    assert said in open_ledger(settings).left_out()[number]
+    assert said in open_ledger(settings).readable()[1][number]
     assert f"left out     trial {number}: " in command(capsys, "status", settings)[0]
     assert str(number) in json.loads(command(capsys, "status", settings, "--json")[0])["left_out"]
     note = f"Left out: trial {number}: "

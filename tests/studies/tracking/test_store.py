@@ -28,13 +28,6 @@ ALL = 1 + len(TRIALS)
 LATER = "the missing data will be written later"
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 def runs(path: Path, study_id: str = "5d2f") -> list[Run]:
     client = MlflowClient(f"sqlite:///{path}")
     experiment = client.get_experiment_by_name("p")
@@ -291,20 +284,19 @@ def server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
             thread.join()
 
 
-def a_byte_at_a_time(connection: socket.socket) -> None:
+def a_byte_at_a_time(
+    connection: socket.socket,
+    opening: bytes = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n",
+) -> None:
     connection.recv(65536)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n")
+    connection.sendall(opening)
     for _ in range(900):
         connection.sendall(b" ")
         time.sleep(0.2)
 
 
 def headers_a_byte_at_a_time(connection: socket.socket) -> None:
-    connection.recv(65536)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-    for _ in range(900):
-        connection.sendall(b"x")
-        time.sleep(0.2)
+    a_byte_at_a_time(connection, b"HTTP/1.1 200 OK\r\nX: ")
 
 
 def never(connection: socket.socket) -> None:

@@ -31,14 +31,6 @@ FRONT_FILTER = "tags.`autopeft.pareto` = 'true'"
 NOWHERE = "http://127.0.0.1:9"
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow takes seconds to make its tables; every test starts from a copy."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 class Store:
     """A store in a folder of its own, and what the tests ask it."""
 
