@@ -21,7 +21,7 @@ from autopeft.studies.analysis.medians import LEAST_SEEDS, Median, median_of
 from autopeft.studies.analysis.pareto import corner, hypervolume, scaled
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.fingerprint import key_of
-from autopeft.studies.config.settings import SearchSettings
+from autopeft.studies.config.sections.search import SearchSettings
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import open_study
 from autopeft.studies.errors import NoFeasibleCandidateError

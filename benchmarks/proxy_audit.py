@@ -24,7 +24,7 @@ from autopeft.search_space.problem import Objective
 from autopeft.searchers.scored.policies import POLICIES
 from autopeft.searchers.scored.ranking import LEAST_RANKED, PICKED, RankCorrelation, rank_correlation
 from autopeft.studies.config.problem import problem_for
-from autopeft.studies.config.settings import ProxySettings
+from autopeft.studies.config.sections.search import ProxySettings
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.proxy_scores import architectures_only, build_proxy, score_key
 from autopeft.studies.reports.markdown import table

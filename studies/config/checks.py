@@ -17,7 +17,8 @@ from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, Own, Q
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
-from autopeft.studies.config.settings import PACKED, ObjectiveSettings
+from autopeft.studies.config.sections.search import ObjectiveSettings
+from autopeft.studies.config.sections.training import PACKED
 from autopeft.studies.config.source import PlacedProblem
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.urls import keeps_nothing, located

@@ -19,7 +19,8 @@ from autopeft.search_space.domains import Choice, Domain, Float, Int, Value
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
-from autopeft.studies.config.settings import AdapterSettings, Range
+from autopeft.studies.config.sections.base import Range
+from autopeft.studies.config.sections.space import AdapterSettings
 from autopeft.studies.config.source import PlacedProblem
 
 if TYPE_CHECKING:

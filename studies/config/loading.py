@@ -13,7 +13,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from autopeft.studies.config import checks, settings
+from autopeft.studies.config import checks
+from autopeft.studies.config.sections.base import Range
 from autopeft.studies.config.source import Keys, Source, StudyFileError, read
 from autopeft.studies.config.study_file import FILE_NAME, StudyFile
 from autopeft.studies.config.yaml_text import unfit
@@ -140,8 +141,8 @@ def _section(location: Keys) -> type[BaseModel]:
     """Return the section at `location`; names and positions of entries belong to the section of the entries."""
     section: type[BaseModel] = StudyFile
     for key in location:
-        if key == settings.Range.__name__:
-            section = settings.Range
+        if key == Range.__name__:
+            section = Range
         elif key in section.model_fields:
             section = next(_sections(section.model_fields[str(key)].annotation), section)
     return section

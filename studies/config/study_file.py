@@ -11,7 +11,19 @@ from pydantic import Field, PrivateAttr
 
 from autopeft.search_space.metrics import ALWAYS, QUALITIES, Own, Quality
 from autopeft.search_space.problem import COSTS, Goal, Objective
-from autopeft.studies.config import settings
+from autopeft.studies.config.sections.base import MOST_NAMED, Duration, Name, Section
+from autopeft.studies.config.sections.inputs import DataSettings, ModelSettings, TaskName
+from autopeft.studies.config.sections.results import RecommendSettings, TrackingSettings
+from autopeft.studies.config.sections.search import (
+    BaselineSettings,
+    ConstraintSettings,
+    FinalistSettings,
+    ObjectiveSettings,
+    ProxySettings,
+    SearchSettings,
+)
+from autopeft.studies.config.sections.space import SpaceSettings
+from autopeft.studies.config.sections.training import EvaluationSettings, TrainingSettings
 from autopeft.studies.config.source import Keys, Source
 from autopeft.studies.urls import located, without_password
 
@@ -24,34 +36,34 @@ FILE_NAME = "study.yaml"
 LEDGER = "ledger.db"
 
 
-class StudyFile(settings.Section):
+class StudyFile(Section):
     """The settings of one study."""
 
-    study: settings.Name = Field(description="name of the study: letters, digits, - and _")
+    study: Name = Field(description="name of the study: letters, digits, - and _")
     seed: int = Field(default=0, ge=0, lt=2**31, description="random seed; the same seed gives the same study")
-    task: settings.TaskName = Field(default="classification", description="learning task")
-    model: settings.ModelSettings = settings.ModelSettings()
-    data: settings.DataSettings = settings.DataSettings()
-    space: settings.SpaceSettings = settings.SpaceSettings()
-    training: settings.TrainingSettings = settings.TrainingSettings()
-    objectives: Annotated[tuple[settings.ObjectiveSettings, ...], Field(min_length=2, max_length=4)] = Field(
-        default=(settings.ObjectiveSettings(name="accuracy"), settings.ObjectiveSettings(name="num_params")),
+    task: TaskName = Field(default="classification", description="learning task")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    space: SpaceSettings = SpaceSettings()
+    training: TrainingSettings = TrainingSettings()
+    objectives: Annotated[tuple[ObjectiveSettings, ...], Field(min_length=2, max_length=4)] = Field(
+        default=(ObjectiveSettings(name="accuracy"), ObjectiveSettings(name="num_params")),
         description="two to four metrics that span the front",
     )
-    metrics: dict[settings.Name, str] | None = Field(
+    metrics: dict[Name, str] | None = Field(
         default=None,
-        max_length=settings.MOST_NAMED,
+        max_length=MOST_NAMED,
         description="your own metrics by name, each a module:function in a module next to this file",
     )
-    constraints: settings.ConstraintSettings = settings.ConstraintSettings()
-    search: settings.SearchSettings = settings.SearchSettings()
-    proxy: settings.ProxySettings = settings.ProxySettings()
-    baselines: settings.BaselineSettings = settings.BaselineSettings()
-    finalists: settings.FinalistSettings = settings.FinalistSettings()
-    recommend: settings.RecommendSettings = settings.RecommendSettings()
-    evaluation: settings.EvaluationSettings = settings.EvaluationSettings()
-    tracking: settings.TrackingSettings = settings.TrackingSettings()
-    minutes: settings.Duration | None = Field(
+    constraints: ConstraintSettings = ConstraintSettings()
+    search: SearchSettings = SearchSettings()
+    proxy: ProxySettings = ProxySettings()
+    baselines: BaselineSettings = BaselineSettings()
+    finalists: FinalistSettings = FinalistSettings()
+    recommend: RecommendSettings = RecommendSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    minutes: Duration | None = Field(
         default=None,
         description="time for the whole study on this machine: decides search.trials, batch, rungs and keep,"
         " finalists.seeds and most where this file leaves them out, and ends the search in time for the finalists;"

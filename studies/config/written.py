@@ -13,7 +13,8 @@ from autopeft.search_space.declaration import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Float, Int
 from autopeft.search_space.training import Training
 from autopeft.studies.config.declaration import domain, scalar_type
-from autopeft.studies.config.settings import AdapterSettings, OneOfSettings, Range, SpaceSettings
+from autopeft.studies.config.sections.base import Range
+from autopeft.studies.config.sections.space import AdapterSettings, OneOfSettings, SpaceSettings
 from autopeft.studies.config.source import PlacedProblem
 
 DOMAINS = (Float, Int, Choice)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from autopeft.search_space.problem import SEARCH, Trial
 from autopeft.studies.analysis.outlook import Outlook, num_searched
 from autopeft.studies.config.problem import problem_for
-from autopeft.studies.config.settings import PACKED
+from autopeft.studies.config.sections.training import PACKED
 from autopeft.studies.engine.plan import StudyPlan, plan_of
 from autopeft.studies.engine.scheduled_trials import baselines, num_finals, runs_per_finalist
 from autopeft.studies.errors import ConfigurationError, UnusableEnvironmentError, cause

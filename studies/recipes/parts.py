@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from autopeft.search_space.metrics import Own
 from autopeft.studies.config.fingerprint import changes
-from autopeft.studies.config.settings import DataSettings
+from autopeft.studies.config.sections.inputs import DataSettings
 
 if TYPE_CHECKING:
     from autopeft.evaluators import rows

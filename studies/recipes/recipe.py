@@ -33,7 +33,7 @@ from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 from autopeft.studies.config.checks import unknown_key
-from autopeft.studies.config.settings import TaskName
+from autopeft.studies.config.sections.inputs import TaskName
 from autopeft.studies.config.source import Source, StudyFileError, read
 from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.recipes.parts import (

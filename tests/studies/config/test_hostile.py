@@ -11,7 +11,7 @@ from autopeft.search_space.adapters.mixture import MOST_EXPERTS
 from autopeft.search_space.backbones.backbone import MOST_LAYERS
 from autopeft.search_space.domains import MOST
 from autopeft.studies.config.loading import load_study, study_from_mapping
-from autopeft.studies.config.settings import MOST_NAMED
+from autopeft.studies.config.sections.base import MOST_NAMED
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.yaml_text import MOST_BYTES, MOST_CHARACTERS, MOST_DEPTH, MOST_ENTRIES, MOST_VALUES
 

@@ -20,7 +20,9 @@ from autopeft.studies.config.fingerprint import differences, fingerprint
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.problem import problem_for, space_for
 from autopeft.studies.config.schema import json_schema
-from autopeft.studies.config.settings import ConstraintSettings, DataSettings, ModelSettings, TrainingSettings
+from autopeft.studies.config.sections.inputs import DataSettings, ModelSettings
+from autopeft.studies.config.sections.search import ConstraintSettings
+from autopeft.studies.config.sections.training import TrainingSettings
 from autopeft.studies.config.source import StudyFileError
 from autopeft.testing.spaces import encoder
 

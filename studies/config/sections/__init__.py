@@ -1,0 +1,1 @@
+"""The sections of a study file. Their descriptions become the JSON schema."""

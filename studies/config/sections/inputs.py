@@ -1,0 +1,94 @@
+"""The sections about what a study reads: its task, model and data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+
+from autopeft.search_space.spelling import did_you_mean
+from autopeft.studies.config.sections.base import (
+    Count,
+    Section,
+)
+
+
+def _known_task(name: str) -> str:
+    from autopeft.evaluators.tasks import TASKS
+
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}{did_you_mean(name, TASKS)}")
+    return name
+
+
+#: A registered task.
+TaskName = Annotated[str, AfterValidator(_known_task)]
+
+
+class ModelSettings(Section):
+    """The frozen transformer."""
+
+    id: str = Field(
+        default="embedded",
+        min_length=1,
+        description="embedded (a small English encoder), a folder, or a hub id",
+    )
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="type of its weights")
+    modules: dict[str, str] | None = Field(
+        default=None, description="paths of its modules by role, for a model family that is not recognised"
+    )
+
+
+class DataSettings(Section):
+    """Rows for training, selection and test. Only finalists are scored on the test rows."""
+
+    source: str = Field(
+        default="embedded",
+        min_length=1,
+        description="embedded (topics of docstrings), embedded-domains (four kinds of text with a question each),"
+        " files, or the id of a hub dataset",
+    )
+    revision: str | None = Field(default=None, description="commit or tag on the hub")
+    train: str | None = Field(default=None, description="file (.jsonl, .csv, .parquet) or, on the hub, split")
+    validation: str | None = Field(default=None, description="the same, for rows on which candidates are compared")
+    test: str | None = Field(default=None, description="the same, for the final front")
+    text: str = Field(default="text", description="column of the text")
+    text_pair: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of a second text that is read together with the first, for pairs; null: none",
+    )
+    label: str = Field(default="label", description="column of the class")
+    labels: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of a list with any number of classes, in place of label; null: each row has one class",
+    )
+    domain: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column with the data set or task of a row; null: none, except that embedded-domains has its own",
+    )
+    prompt: str = Field(default="prompt", description="column of the prompt (causal-lm)")
+    completion: str = Field(default="completion", description="column of the text to learn (causal-lm)")
+    max_length: Count = Field(default=64, description="largest number of tokens per row; longer rows are cut")
+    max_train_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="size of a fixed random training subset with every label and domain; null: all rows",
+    )
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later additions that are not set, so that older studies, scores and recipes keep their keys."""
+        return {name: value for name, value in default(self).items() if name not in _LATER or value is not None}
+
+
+#: Settings that were added after the first version of the file.
+_LATER = ("domain", "text_pair", "labels")

@@ -1,0 +1,50 @@
+"""The sections about trainings: their settings, and how candidates are evaluated."""
+
+from __future__ import annotations
+
+from pydantic import (
+    Field,
+)
+
+from autopeft.search_space.training import Training
+from autopeft.studies.config.sections.base import (
+    Count,
+    Range,
+    Section,
+    Setting,
+)
+
+#: The default evaluator, which supports every setting.
+PACKED = "packed"
+_DEFAULTS = Training()
+
+
+class TrainingSettings(Section):
+    """How each candidate is trained. Search the learning rate: the best one depends on the adapter's size."""
+
+    learning_rate: Setting = Field(
+        default=Range(low=5e-4, high=1e-2, log=True), description="peak learning rate of AdamW"
+    )
+    weight_decay: Setting = Field(default=_DEFAULTS.weight_decay, description="decoupled weight decay")
+    epochs: Setting = Field(default=_DEFAULTS.epochs, description="passes over the training rows")
+    batch_size: Setting = Field(default=_DEFAULTS.batch_size, description="rows per step")
+    warmup: Setting = Field(default=_DEFAULTS.warmup, description="share of the steps with a rising learning rate")
+    schedule: Setting = Field(default=_DEFAULTS.schedule, description="linear, cosine or constant")
+    max_grad_norm: Setting = Field(default=_DEFAULTS.max_grad_norm, description="clip of the gradient norm; 0: none")
+
+
+class EvaluationSettings(Section):
+    """How candidates are trained. It changes the duration of a study but not its results, except for rounding."""
+
+    evaluator: str = Field(
+        default=PACKED,
+        description="packed: several candidates side by side on one backbone; train: one after the other",
+    )
+    pack: Count | None = Field(default=None, description="candidates per pack; null: as many as fit into the memory")
+    cache_bytes: int = Field(
+        default=10**9, ge=0, description="memory to cache the outputs of the layers below all adapters; 0: no cache"
+    )
+    cache_folder: str | None = Field(default=None, description="folder to cache them on disk across studies")
+    cache_folder_bytes: int = Field(
+        default=10**10, ge=0, description="size limit of this folder; the least recently used go first"
+    )
