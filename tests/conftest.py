@@ -1,8 +1,10 @@
 """Settings for every test. The libraries read them when they are imported, so they come before any of these."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+# Studies commit often, and on a disk each commit of SQLite waits for it: up to a hundred times as long as in memory. A
+# killed process leaves its files in memory as on a disk.
+MEMORY, NEEDED_BYTES = Path("/dev/shm"), 4 * 10**9
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > NEEDED_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 # After the settings. The GPU kit runs tests where these are not installed.
 if find_spec("jaxtyping") and find_spec("beartype"):
