@@ -21,7 +21,8 @@ class Lengths:
     """The lengths of a split's rows in tokens, before they are cut.
 
     `percentiles`: by per cent of the rows, the length that so many do not exceed. `learnt`: tokens with a loss, after
-    the cut; None for a task with one target per row. `cut_rows`, `cut_tokens`: what `data.max_length` cuts.
+    the cut; None for a task with one target per row. `cut_rows`, `cut_tokens`: what `data.max_length` cuts;
+    `cut_learnt`: the tokens with a loss among them.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Lengths:
     learnt: int | None
     cut_rows: int
     cut_tokens: int
+    cut_learnt: int
 
     @classmethod
     def of(cls, task: Task, examples: Sequence[Example]) -> Lengths:
@@ -47,6 +49,7 @@ class Lengths:
             learnt=sum(map(sum, learnt)) if learnt else None,
             cut_rows=sum(cut is not None for cut in cuts),
             cut_tokens=sum(lost),
+            cut_learnt=sum(cut.learnt for cut in cuts if cut is not None),
         )
 
     def to_dict(self) -> dict[str, Any]:

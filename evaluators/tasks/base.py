@@ -38,11 +38,13 @@ BESIDE_THE_MODEL = ("targets", "domains")
 class Cut:
     """The numbers of tokens that `max_length` cut off a row.
 
-    `prompt`: of what has no loss. `text`: of the rest. `no_prompt`: whether nothing of the prompt is left.
+    `prompt`: of what precedes the first token with a loss. `text`: of the rest. `learnt`: of these, those with a loss
+    of their own. `no_prompt`: whether nothing of the prompt is left.
     """
 
     prompt: int = 0
     text: int = 0
+    learnt: int = 0
     no_prompt: bool = False
 
 

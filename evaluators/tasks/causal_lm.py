@@ -110,8 +110,8 @@ class CausalLM(TextTask):
                 known["input"] = "leave out data.prompt and data.completion, and Alpaca's template has it"
         else:
             known = _MEDIA
-        read = (data.prompt, data.completion, data.text, data.domain_field)
-        read = (*read, system_column(row, data)) if by_column or by_name else read
+        read = [data.prompt, data.completion, data.text, data.domain_field]
+        read += [system_column(row, data)] if by_column or by_name else []
         return {name: advice for name, advice in known.items() if row.get(name) and name not in read}
 
     @override
@@ -157,7 +157,8 @@ class CausalLM(TextTask):
         if len(ids) > self.max_length:
             example["cut"] = Cut(
                 prompt=cut_prompt,
-                text=max(len(ids) - cut_prompt - self.max_length, 0),
+                text=max(len(ids) - kept.stop, 0),
+                learnt=sum(learnt[kept.stop :]),
                 no_prompt=0 < first <= cut_prompt,
             )
         return {**example, "unread": unread} if unread else example

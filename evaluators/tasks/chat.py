@@ -139,7 +139,12 @@ _OF_MESSAGES = "the model's chat template does not write it"
 
 
 def template_words(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] | None) -> frozenset[str]:
-    """Return the words of the chat template, among them the names of all fields and roles that it treats."""
+    """Return the words of the chat template, among them the names of all fields and roles that it treats.
+
+    Raises DataError if there is no template.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError([NO_TEMPLATE])
     return _words(str(tokenizer.get_chat_template(tools=None if tools is None else list(tools))))
 
 

@@ -32,6 +32,7 @@ _REWRITTEN = (
     "the model's chat template writes an earlier answer otherwise once later messages follow, such as without its"
     " <think> block: that answer is not learnt; one row per answer would have it learnt"
 )
+_ENDLESS = "the model's chat template writes none, so the model does not learn to stop"
 _FIRST = "nothing precedes it, so it answers nothing: it is not learnt"
 
 
@@ -68,7 +69,8 @@ def learnt_turns(
     changed: DataError | None = None
     for i, prompt, end in turns:
         # Some templates write the end-of-text token after the last message, whoever's it is (Phi 3).
-        end = end if text.startswith(end) else end.removesuffix(tokenizer.eos_token or "")
+        without = end.removesuffix(tokenizer.eos_token or "")
+        end = without if text.startswith(without) and not text.startswith(end) else end
         span = None
         if not end.startswith(prompt):
             changed = DataError([first_change(prompt, end)])
@@ -81,6 +83,9 @@ def learnt_turns(
         else:
             unread |= unread_parts(tokenizer, messages[: i + 1], tools, end[len(prompt) :])
             spans.append(span)
+            content = messages[i]["content"].strip()
+            if content and end.rstrip().endswith(content):
+                unread["the end of an answer"] = _ENDLESS
     if not spans:
         raise changed or DataError(["no answer is left to learn: the model's chat template rewrites them all"])
     return Conversation(text, spans, unread)

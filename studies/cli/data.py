@@ -83,10 +83,8 @@ def _table(lengths: Mapping[str, Lengths]) -> Iterator[str]:
     for split, found in lengths.items():
         if found.cut_rows:
             rows, tokens = found.cut_rows / found.rows, found.cut_tokens / found.tokens
-            yield (
-                f"data.max_length cuts {found.cut_rows:,} {split} rows ({rows:.1%}),"
-                f" {found.cut_tokens:,} tokens ({tokens:.1%})"
-            )
+            learnt = f", {found.cut_learnt:,} of them learnt" if found.cut_learnt else ""
+            yield f"cut off {split}: {found.cut_rows:,} rows ({rows:.1%}), {found.cut_tokens:,} tokens ({tokens:.1%}){learnt}"
 
 
 def _print_row(console: Console, row: ShownRow, *, tokens: bool, full: bool) -> None:
