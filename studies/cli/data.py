@@ -84,7 +84,8 @@ def _table(lengths: Mapping[str, Lengths]) -> Iterator[str]:
         if found.cut_rows:
             rows, tokens = found.cut_rows / found.rows, found.cut_tokens / found.tokens
             learnt = f", {found.cut_learnt:,} of them learnt" if found.cut_learnt else ""
-            yield f"cut off {split}: {found.cut_rows:,} rows ({rows:.1%}), {found.cut_tokens:,} tokens ({tokens:.1%}){learnt}"
+            counts = f"{found.cut_rows:,} rows ({rows:.1%}), {found.cut_tokens:,} tokens ({tokens:.1%})"
+            yield f"cut off {split}: {counts}{learnt}"
 
 
 def _print_row(console: Console, row: ShownRow, *, tokens: bool, full: bool) -> None:

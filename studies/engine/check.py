@@ -43,7 +43,7 @@ def check(
     The splits have their encoded rows, and warnings about what is lost of them. `progress`: as of `encode_splits`.
     Raises StudyFileError with every problem, and NoFeasibleCandidateError.
     """
-    settings = _reading_as_started(settings)
+    settings = reading_as_started(settings)
     problems: list[str] = []
     splits = model = backbone = space = None
     try:
@@ -96,7 +96,7 @@ def check(
     return splits, backbone, space
 
 
-def _reading_as_started(settings: StudyFile) -> StudyFile:
+def reading_as_started(settings: StudyFile) -> StudyFile:
     """Return settings that read rows as the study did when it was started, where the file does not say how."""
     if not settings.task_class.has_turns or not was_started(settings):
         return settings

@@ -316,7 +316,7 @@ def test_fields_that_a_template_leaves_out_are_counted(tmp_path):
     encoded = encode(tmp_path, splits_of(tmp_path, "causal-lm"), "causal-lm", 100, template=GEMMA)
     left_out, shares = "the model's chat template does not write it", "2 of 3 train and 2 of 3 validation rows"
     assert list(encoded.warnings()) == [
-        f"system is not read, in {shares}: make it the first message, with the role 'system'",
+        f"system is not read, in {shares}: name the column of the system prompt in data.system",
         f"messages.weight is not read, in {shares}: {left_out}",
         f"tools is not read, in {shares}: {left_out}",
     ]

@@ -90,7 +90,7 @@ def test_bad_training_file(folder, content, expected):
 def test_unknown_suffix_and_encoding(folder):
     (folder / "train.txt").write_text("x")
     assert problems(folder, train="train.txt") == [
-        "train.txt: files of type '.txt' are not supported: use .jsonl, .csv or .parquet"
+        "train.txt: files of type '.txt' are not supported: use .jsonl, .json, .csv or .parquet"
     ]
     (folder / "train.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
     assert problems(folder) == ["train.jsonl: not UTF-8 text: invalid continuation byte at byte 10"]

@@ -178,7 +178,7 @@ def test_what_precedes_the_first_answer_loses_its_beginning_if_the_answer_would_
     assert "[answer</s>]" in marked(example)
     example = encoded(LLAMA, turns("question", "a long answer to it"), max_length=4)
     assert example["cut"].no_prompt
-    with pytest.raises(DataError, match="data.max_length: 1 is too short: no token is left to predict"):
+    with pytest.raises(DataError, match=r"data\.max_length: 1 is too short: no token is left to predict"):
         encoded(LLAMA, TWO, max_length=1)
 
 
