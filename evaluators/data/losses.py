@@ -32,7 +32,7 @@ class Unread:
 class Truncation:
     """What `data.max_length` cuts off the rows; numbers of rows are by split.
 
-    `rows`: that lose tokens, `tokens`: how many in all. `prompts`: that lose the beginning of their prompt,
+    `rows`: that lose tokens, `tokens`: how many in all, `learnt`: those of them with a loss. `prompts`: that lose the beginning of their prompt,
     `no_prompt`: that lose all of it. `ends`: that lose the end of the text or completion, and with it the end-of-text
     token. `enough`: the `data.max_length` that keeps 99 % of all rows whole, as far as the model takes it.
     """
@@ -40,6 +40,7 @@ class Truncation:
     max_length: int
     enough: int
     tokens: int
+    learnt: int = 0
     rows: Counter[str]
     prompts: Counter[str]
     no_prompt: Counter[str]
@@ -63,6 +64,7 @@ class Encoded:
                 "max_length": cut.max_length,
                 "max_length_for_99_percent": cut.enough,
                 "tokens": cut.tokens,
+                "learnt_tokens": cut.learnt,
                 **{
                     name: self._by_split(rows)
                     for name, rows in (
@@ -92,8 +94,9 @@ class Encoded:
                 if rows
             ]
             enough = f"; {cut.enough} would keep 99 % of the rows whole" if cut.enough > cut.max_length else ""
+            learnt = f", {cut.learnt:,} of them learnt" if cut.learnt else ""
             yield (
-                f"data.max_length: {cut.max_length} cuts {self._shares(cut.rows)}, {cut.tokens:,} tokens in all:"
+                f"data.max_length: {cut.max_length} cuts {self._shares(cut.rows)}, {cut.tokens:,} tokens in all{learnt}:"
                 f" {', '.join(details)}{enough}"
             )
         for name, lost in self.unread.items():

@@ -178,13 +178,13 @@ def test_columns_of_other_formats(cli, tmp_path: Path) -> None:
     shares = "2 of 4 train, 2 of 4 validation and 2 of 4 test rows"
     advice = "leave out data.prompt and data.completion, and Alpaca's template has it"
     assert err == f"warning: input is not read, in {shares}: {advice}\n"
-    rows = [{"question": f"question {i}", "answer": "answer"} for i in range(4)]
+    rows = [{"query": f"question {i}", "response": "answer"} for i in range(4)]
     code, _, err = cli("validate", causal_study(tmp_path / "unset", rows))
     assert code == 2
     assert (
         "train.jsonl:1: a row needs the fields 'prompt' and 'completion', or 'messages', or 'text'; this row has" in err
     )
-    assert "'question', 'answer': set data.prompt: question and data.completion: answer\n" in err
+    assert "'query', 'response': set data.prompt: query and data.completion: response\n" in err
     turns = [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]
     path = causal_study(tmp_path / "sharegpt", [{"conversations": turns}] * 4, LLAMA)
     assert cli("validate", path)[::2] == (0, "")
