@@ -271,8 +271,8 @@ def test_cut_prompts_and_completions_are_counted(tmp_path):
     assert (cut.no_prompt, cut.ends) == ({"train": 2}, {"train": 1})
     assert cut.tokens == 2 + 4 + (4 + 1)
     assert list(encoded.warnings()) == [
-        "data.max_length: 12 cuts 3 of 6 train rows, 11 tokens in all, 1 of them learnt: 1 lose the beginning of their prompt, 2 lose"
-        " their whole prompt, 1 lose their end; 17 would keep 99 % of the rows whole"
+        "data.max_length: 12 cuts 3 of 6 train rows, 11 tokens in all, 1 of them learnt: 1 lose the beginning of their"
+        " prompt, 2 lose their whole prompt, 1 lose their end; 17 would keep 99 % of the rows whole"
     ]
     # When most rows have lost their prompt, nothing is left to learn from it.
     splits = replace(splits, train=splits.train[2:5], places={})
