@@ -205,12 +205,12 @@ class CausalLM(TextTask):
         found = [learnt_turns(self.tokenizer, row["messages"], row.get("tools")) for row in rows]
         if not found:
             return
-        settings = {"add_special_tokens": False, "return_offsets_mapping": self.tokenizer.is_fast, "verbose": False}
-        encoded = self.tokenizer([each.text for each in found], **settings)
+        fast = getattr(self.tokenizer, "is_fast", False)  # then it knows the places of tokens
+        texts = [each.text for each in found]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         for i, each in enumerate(found):
-            ids = encoded["input_ids"][i]
-            learnt = learnt_tokens(encoded["offset_mapping"][i], each.spans) if self.tokenizer.is_fast else None
-            yield (ids, learnt, each.unread) if learnt else self._in_pieces(each)
+            learnt = learnt_tokens(encoded["offset_mapping"][i], each.spans) if fast else None
+            yield (encoded["input_ids"][i], learnt, each.unread) if learnt else self._in_pieces(each)
 
     def _in_pieces(self, conversation: Conversation) -> _Encoded:
         """Encode the answers and what is between them one by one: no token reaches from one into the next."""

@@ -26,11 +26,11 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "functio
 _OTHER_NAMES = {
     "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant",
 }  # fmt: skip
-#: A character that no text has: it shows where a template writes the end of a message.
+#: A character for private use, which hardly a text has: it shows where a template writes the end of a message.
 _MARK = "\ue000"
 _REWRITTEN = (
-    "the model's chat template writes an earlier answer otherwise once later messages follow, such as without its"
-    " <think> block: that answer is not learnt; one row per answer would have it learnt"
+    "the model's chat template writes it otherwise than after its prompt for generation, such as without a <think>"
+    " block once later messages follow: it is not learnt; one row per answer may have it learnt"
 )
 _ENDLESS = "the model's chat template writes none, so the model does not learn to stop"
 _FIRST = "nothing precedes it, so it answers nothing: it is not learnt"
@@ -71,24 +71,26 @@ def learnt_turns(
         # Some templates write the end-of-text token after the last message, whoever's it is (Phi 3).
         without = end.removesuffix(tokenizer.eos_token or "")
         end = without if text.startswith(without) and not text.startswith(end) else end
-        span = None
+        span, answer = None, end[len(prompt) :]
         if not end.startswith(prompt):
             changed = DataError([first_change(prompt, end)])
         elif text.startswith(end):
             span = (len(prompt), len(end))
         else:
-            span = _moved(tokenizer, messages, i, tools, text, end[len(prompt) :])
-        if span is None:
-            unread["an earlier answer in 'messages'"] = _REWRITTEN
-        else:
-            unread |= unread_parts(tokenizer, messages[: i + 1], tools, end[len(prompt) :])
-            spans.append(span)
-            content = messages[i]["content"].strip()
-            if content and end.rstrip().endswith(content):
-                unread["the end of an answer"] = _ENDLESS
+            span = _moved(tokenizer, messages, i, tools, text, answer)
+        if span is None or not answer.strip():
+            unread["a whole answer in 'messages'"] = _REWRITTEN
+            continue
+        spans.append(span)
+        unread |= unread_parts(tokenizer, messages[: i + 1], tools, answer)
+        content = messages[i]["content"].strip()
+        if content and not messages[i].get("tool_calls") and not any(word in answer for word in content.split()):
+            raise DataError(["nothing is left of the answer: the model's chat template does not write texts"])
+        if content and end.rstrip().endswith(content):
+            unread["the end of an answer"] = _ENDLESS
     if not spans:
-        raise changed or DataError(["no answer is left to learn: the model's chat template rewrites them all"])
-    return Conversation(text, spans, unread)
+        raise changed or DataError(["no answer is left to learn: the model's chat template writes none as it is asked"])
+    return Conversation(text, sorted(spans), unread)
 
 
 def _check_roles(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:

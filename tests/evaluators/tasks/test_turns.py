@@ -16,7 +16,7 @@ from ...support.chat_templates import EARLY_MISTRAL, GEMMA, LLAMA, MARKED, MISTR
 from ...support.tiny_models import byte_tokenizer
 from .test_chat import CALL, CALLED, SYSTEM, THOUGHT, TOOL, TWO, tokenizer, turns
 
-LEFT_OUT = "an earlier answer in 'messages'"
+LEFT_OUT = "a whole answer in 'messages'"
 
 
 def encoded(template: str | None, messages: list[dict[str, Any]], max_length: int = 500, **row: Any) -> Example:
@@ -79,7 +79,7 @@ def test_answers_that_lose_their_reasoning_later_are_not_learnt():
     assert marked(example) == (
         "<|user|>\nq1</s><|assistant|>\na1</s><|user|>\nq2</s><|assistant|>\n[<think>\nt2\n</think>\n\na2</s>]"
     )
-    assert "that answer is not learnt" in example["unread"][LEFT_OUT]
+    assert "it is not learnt" in example["unread"][LEFT_OUT]
     # All steps after the last question keep theirs.
     steps = [
         *turns("q"),
@@ -200,6 +200,11 @@ CHANGES = "the model's chat template changes the text before the last message wh
         (LLAMA, [{"role": "narrator", "content": "a"}, *TWO], "unknown role 'narrator': the roles are system, user,"),
         ("{{ messages | length }}", TWO, f"{CHANGES}'3' is no longer there"),
         ("{{ messages[-1].role }}{{ add_generation_prompt }}", TWO, CHANGES),
+        # As templates for texts and images do.
+        ("{% for m in messages %}<|{{ m.role }}|></s>{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '' }}",
+         TWO, "nothing is left of the answer: the model's chat template does not write texts"),
+        ("{{ bos_token }}{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", TWO,
+         "no answer is left to learn: the model's chat template writes none as it is asked"),
         (GEMMA, [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}],
          "nothing is left of the answer: the model's chat template does not write 'tool_calls'"),
     ],
@@ -214,6 +219,23 @@ def test_conversations_that_cannot_be_learnt(template, messages, problem):
 def test_a_role_that_the_template_names_is_known():
     named = LLAMA.replace("m.role == 'tool'", "m.role in ('tool', 'narrator')")
     assert "<|ipython|>it rains</s>" in marked(encoded(named, [{"role": "narrator", "content": "it rains"}, *TWO]))
+
+
+def test_a_template_that_reverses_the_conversation():
+    newest_first = (
+        "{% for m in messages[::-1] %}{{ '[A]' if m.role == 'assistant' else '[Q]' }}{{ m.content }}</s>{% endfor %}"
+    )
+    with pytest.raises(DataError, match="changes the text before the last message when it follows"):
+        encoded(newest_first, TWO)
+    # System prompts that move to the front change nothing of the answers.
+    to_the_front = (
+        "{% for m in messages if m.role == 'system' %}{{ m.content }}</s>{% endfor %}"
+        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert marked(encoded(to_the_front, [*TWO[:2], SYSTEM, *TWO[2:]])) == (
+        "be short</s><|user|>q1</s><|assistant|>[a1</s>]<|user|>q2</s><|assistant|>[a2</s>]"
+    )
 
 
 def test_a_template_that_writes_no_end_of_turn():

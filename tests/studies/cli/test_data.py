@@ -101,7 +101,7 @@ def test_what_is_not_learnt_is_a_warning(cli, tmp_path):
     thoughts = [{**turn, "content": f"<think>\nhm\n</think>\n\n{turn['content']}"} for turn in TURNS[1::2]]
     messages: list[dict[str, Any]] = [TURNS[0], thoughts[0], TURNS[2], thoughts[1]]
     out, err = cli("data", causal_study(tmp_path, [{"messages": messages}] * 4, QWEN, max_length=200), "--rows", 1)
-    assert "warning: an earlier answer in 'messages' is not read, in 4 of 4 train" in err
+    assert "warning: a whole answer in 'messages' is not read, in 4 of 4 train" in err
     assert "answer one</s><|user|>\nand?</s><|assistant|>\n[[<think>\nhm\n</think>\n\nno</s>]]" in out
 
 
