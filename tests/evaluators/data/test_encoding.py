@@ -116,7 +116,7 @@ def test_the_lines_are_those_of_the_rows_that_were_drawn(tmp_path):
     at = next(i for i, row in enumerate(splits.train) if len(row["messages"]) == 3)
     assert first.startswith(f"{splits.places['train'][at]}: the model's chat template refuses")
     line = int(splits.places["train"][at].removeprefix("train.jsonl:"))
-    assert rows[line - 1] == splits.train[at]
+    assert rows[line - 1]["messages"] == splits.train[at]["messages"]
 
 
 def test_rows_that_the_model_cannot_read(tmp_path):

@@ -462,8 +462,9 @@ def test_causal_rows(folder):
         {"prompt": "a", "completion": "b"},
         {"text": "c"},
         {"text": "d"},
-        {"messages": chat},
+        {"messages": chat, "turns": "all"},
     ]
+    assert load(folder, "causal-lm", train_on_turns="last").train[3] == {"messages": chat}
     frame = pandas.DataFrame({"messages": [splits.train[3]["messages"]]})
     frame.to_parquet(folder / "train.parquet")
     assert load(folder, "causal-lm", train="train.parquet").train == splits.train[3:]
@@ -482,8 +483,8 @@ def test_causal_rows(folder):
         ),
         ({"messages": "a"}, "'messages' must be a list of objects"),
         ({"messages": ["a", "b"]}, "'messages' must be a list of objects"),
-        ({"messages": [{"role": "user", "content": "a"}] * 2}, "'messages' must end with a message of the role"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "'messages' must end with a message of the role"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, "'messages' must have a message of the role"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "'messages' must have a message of the role"),
         ({"messages": [{"role": "user", "content": None}]}, "message 0: 'role' and 'content' must be texts"),
     ],
 )

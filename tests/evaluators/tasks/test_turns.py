@@ -201,7 +201,7 @@ CHANGES = "the model's chat template changes the text before the last message wh
         ("{{ messages | length }}", TWO, f"{CHANGES}'3' is no longer there"),
         ("{{ messages[-1].role }}{{ add_generation_prompt }}", TWO, CHANGES),
         # As templates for texts and images do.
-        ("{% for m in messages %}<|{{ m.role }}|></s>{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '' }}",
+        ("{% for m in messages %}<|{{ m.role }}|></s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{%endif%}",
          TWO, "nothing is left of the answer: the model's chat template does not write texts"),
         ("{{ bos_token }}{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", TWO,
          "no answer is left to learn: the model's chat template writes none as it is asked"),
