@@ -575,3 +575,23 @@ def test_failure_of_the_hub(monkeypatch, message):
     reason = message.split("\n")[0] or "ConnectionError"
     assert error.value.problems[0] == f"train: org/data could not be loaded: {reason}"
     assert len(error.value.problems) == 3
+
+
+def test_an_array_of_conversations(folder):
+    """The form in which ShareGPT's rows are shared."""
+    rows = [
+        {"id": str(i), "conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]}
+        for i in range(3)
+    ]
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.json").write_text(json.dumps(rows, indent=2))
+    files = {split: f"{split}.json" for split in ("train", "validation", "test")}
+    assert load(folder, "causal-lm", **files).train[2] == {
+        "messages": [{"role": "user", "content": "q2"}, {"role": "assistant", "content": "a"}],
+        "turns": "all",
+    }
+    rows[1]["conversations"][0]["from"] = "narrator"
+    (folder / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError) as error:
+        load(folder, "causal-lm", **files)
+    assert error.value.problems[0].startswith("train.json[1]: message 0: unknown 'from' 'narrator': known are human")
