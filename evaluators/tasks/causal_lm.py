@@ -57,6 +57,7 @@ class CausalLM(TextTask):
     peft_task_type = "CAUSAL_LM"
     trainer = "SFTTrainer"
     has_turns = True
+    targets_per_token = ("labels",)
 
     @override
     @classmethod
@@ -222,6 +223,13 @@ class CausalLM(TextTask):
             ids += piece
             learnt += [bool(i % 2)] * len(piece)
         return ids, learnt, conversation.unread
+
+    @override
+    def shortened(self, example: Example, most: int) -> Example:
+        # The end of what is learnt: a question without an answer may follow.
+        last = max(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+        end = {name: example[name][: last + 1] for name in ("input_ids", "labels")}
+        return super().shortened({**example, **end}, most)
 
     @override
     def learnt(self, example: Example) -> list[bool]:

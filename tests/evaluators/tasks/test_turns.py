@@ -182,6 +182,14 @@ def test_what_precedes_the_first_answer_loses_its_beginning_if_the_answer_would_
         encoded(LLAMA, TWO, max_length=1)
 
 
+def test_a_shortened_conversation_ends_with_what_is_learnt():
+    words = tokenizer(LLAMA)
+    own = CausalLM(words, 500, None)
+    short = own.shortened(encoded(LLAMA, [*TWO, *turns("a question without an answer")]), 8)
+    assert marked(short).endswith("[a2</s>]")
+    assert own.length(short) == len(short["labels"]) == 8
+
+
 # Refusals
 
 CHANGES = "the model's chat template changes the text before the last message when it follows: "
