@@ -15,7 +15,7 @@ def with_first_meanings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in a ledger with what it did where it lacks a setting whose default is another one now."""
     from autopeft.evaluators.tasks import TASKS
 
-    data, task = recorded.get("data", {}), recorded.get("task")
+    data, task = recorded.get("data", {}), str(recorded.get("task"))
     if task not in TASKS or not TASKS[task].has_turns or "train_on_turns" in data:
         return dict(recorded)
     return {**recorded, "data": {**data, "train_on_turns": FIRST_TURNS}}
