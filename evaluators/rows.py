@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 EMBEDDED = "embedded"
 EMBEDDED_DOMAINS = "embedded-domains"
@@ -28,6 +28,8 @@ class DataConfig:
     `labels`: the field of a list of labels, in place of `label`; it makes the rows multi-label. This is a setting and
     not inferred from the rows, because a list in a single row by mistake must raise an error and not change the loss.
     `domain`: the field with the data set or task of a row, for rows from several.
+    `messages`: the field of a conversation. `system`: the field of its system prompt, or None. `train_on_turns`: the
+    assistant's turns of a conversation that have a loss, all of them or the last.
     `max_train_rows`: the size of a random training subset, which is always the same and includes every label and every
     domain.
     """
@@ -44,6 +46,9 @@ class DataConfig:
     domain: str | None = None
     prompt: str = "prompt"
     completion: str = "completion"
+    messages: str = "messages"
+    system: str | None = None
+    train_on_turns: Literal["all", "last"] = "all"
     max_length: int = 64
     max_train_rows: int | None = None
     folder: Path = Path(".")

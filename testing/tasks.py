@@ -27,6 +27,9 @@ def check_task(task: Task, rows: Sequence[Row], model: nn.Module) -> None:
     assert len(examples) == len(rows), f"{name}: {len(examples)} examples for {len(rows)} rows"
     lengths = [task.length(example) for example in examples]
     assert all(lengths), f"{name}: an example has the length 0"
+    for example, length in zip(examples, lengths, strict=True):
+        learnt = task.learnt(example)
+        assert learnt is None or len(learnt) == length, f"{name}: learnt has {len(learnt or ())} for {length} positions"
     batch = task.collate(examples)
     for tensor_name, tensor in batch.items():
         assert len(tensor) == len(rows), f"{name}: {tensor_name} is {list(tensor.shape)} for {len(rows)} rows"

@@ -124,6 +124,7 @@ def _truncation(task: Task, examples: Mapping[str, Sequence[Example]], limit: in
         max_length=task.max_length,
         enough=min(lengths[math.ceil(WHOLE * len(lengths)) - 1], limit),
         tokens=sum(map(_lost, everything)),
+        learnt=sum(cut.learnt for cut in _cuts(everything)),
         rows=rows(lambda cut: True),
         prompts=rows(lambda cut: cut.prompt),
         no_prompt=rows(lambda cut: cut.no_prompt),

@@ -32,14 +32,16 @@ class Unread:
 class Truncation:
     """What `data.max_length` cuts off the rows; numbers of rows are by split.
 
-    `rows`: that lose tokens, `tokens`: how many in all. `prompts`: that lose the beginning of their prompt,
-    `no_prompt`: that lose all of it. `ends`: that lose the end of the text or completion, and with it the end-of-text
-    token. `enough`: the `data.max_length` that keeps 99 % of all rows whole, as far as the model takes it.
+    `rows`: that lose tokens, `tokens`: how many in all, `learnt`: those of them with a loss. `prompts`: that lose the
+    beginning of their prompt, `no_prompt`: that lose all of it. `ends`: that lose the end of the text or completion,
+    and with it the end-of-text token. `enough`: the `data.max_length` that keeps 99 % of all rows whole, as far as the
+    model takes it.
     """
 
     max_length: int
     enough: int
     tokens: int
+    learnt: int = 0
     rows: Counter[str]
     prompts: Counter[str]
     no_prompt: Counter[str]
@@ -63,6 +65,7 @@ class Encoded:
                 "max_length": cut.max_length,
                 "max_length_for_99_percent": cut.enough,
                 "tokens": cut.tokens,
+                "learnt_tokens": cut.learnt,
                 **{
                     name: self._by_split(rows)
                     for name, rows in (
@@ -92,9 +95,10 @@ class Encoded:
                 if rows
             ]
             enough = f"; {cut.enough} would keep 99 % of the rows whole" if cut.enough > cut.max_length else ""
+            learnt = f", {cut.learnt:,} of them learnt" if cut.learnt else ""
             yield (
-                f"data.max_length: {cut.max_length} cuts {self._shares(cut.rows)}, {cut.tokens:,} tokens in all:"
-                f" {', '.join(details)}{enough}"
+                f"data.max_length: {cut.max_length} cuts {self._shares(cut.rows)}, {cut.tokens:,} tokens in all"
+                f"{learnt}: {', '.join(details)}{enough}"
             )
         for name, lost in self.unread.items():
             yield f"{name} is not read, in {self._shares(lost.rows)}: {lost.advice}"

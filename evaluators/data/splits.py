@@ -250,7 +250,7 @@ def _file(path: Path) -> PlacedRows:
         elif suffix == ".parquet":
             yield from _parquet(path)
         else:
-            raise ValueError(f"files of type {path.suffix!r} are not supported: use .jsonl, .csv or .parquet")
+            raise ValueError(f"files of type {path.suffix!r} are not supported: use .jsonl, .json, .csv or .parquet")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
 

@@ -38,11 +38,13 @@ BESIDE_THE_MODEL = ("targets", "domains")
 class Cut:
     """The numbers of tokens that `max_length` cut off a row.
 
-    `prompt`: of what has no loss. `text`: of the rest. `no_prompt`: whether nothing of the prompt is left.
+    `prompt`: of what precedes the first token with a loss. `text`: of the rest. `learnt`: of these, those with a loss
+    of their own. `no_prompt`: whether nothing of the prompt is left.
     """
 
     prompt: int = 0
     text: int = 0
+    learnt: int = 0
     no_prompt: bool = False
 
 
@@ -77,6 +79,8 @@ class Task(ABC):
     problem_type: ClassVar[str | None] = None
     #: Whether the softmax of the logits [N, C] is a distribution over the labels, as distillation requires.
     distils: ClassVar[bool] = False
+    #: Whether rows may be conversations, of which `DataConfig.train_on_turns` says what is learnt.
+    has_turns: ClassVar[bool] = False
     #: The trainer of other libraries for the same loss on the same rows. None: training scripts cannot be exported.
     trainer: ClassVar[Literal["Trainer", "SFTTrainer"] | None] = None
 
@@ -193,6 +197,10 @@ class Task(ABC):
     def domain(self, row: Row) -> dict[str, int]:
         """Return the entry `domain` of a row's example, an index; empty if there are no domains."""
         return {"domain": self.domains.index(row["domain"])} if self.domains else {}
+
+    def learnt(self, example: Example) -> list[bool] | None:
+        """Return which positions of an example have a loss; None where the example has a single target."""
+        return None
 
     @abstractmethod
     def length(self, example: Example) -> int:

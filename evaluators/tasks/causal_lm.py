@@ -6,6 +6,7 @@ Notation: N examples, T tokens (padded), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -13,8 +14,10 @@ from typing_extensions import override
 from autopeft.evaluators.errors import DataError, ModelError
 from autopeft.evaluators.rows import EMBEDDED_IN, DataConfig, Row, field_names, text_of
 from autopeft.evaluators.tasks.base import IGNORED, Batch, Cut, Example, Scored
-from autopeft.evaluators.tasks.chat import messages_of, prompt_and_answer, tools_of, unread_parts
+from autopeft.evaluators.tasks.chat import prompt_and_answer, unread_parts
+from autopeft.evaluators.tasks.conversations import alpaca_of, column_of, conversation_of, is_alpaca, system_column
 from autopeft.evaluators.tasks.text import TextTask
+from autopeft.evaluators.tasks.turns import Conversation, learnt_tokens, learnt_turns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,17 +29,20 @@ if TYPE_CHECKING:
 _SYSTEM = ("system", "system_prompt")
 _MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "causal-lm reads texts only")
 #: Usual columns of a prompt and its completion.
-_PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"),
-          ("input", "output"))  # fmt: skip
+_PAIRS = (("instruction", "response"), ("question", "answer"), ("query", "response"), ("input", "output"))
+
+
+#: The tokens of a row, which of them are learnt, and the parts of the row that nothing reads.
+_Encoded = tuple[list[int], Sequence[bool], Mapping[str, str]]
+
+
+def _after(prompt: list[int], answer: list[int], unread: Mapping[str, str]) -> _Encoded:
+    """Return tokens of which the answer alone is learnt."""
+    return [*prompt, *answer], [False] * len(prompt) + [True] * len(answer), unread
 
 
 def _other_format(row: Row) -> str:
     """Return what to do about the row of another tool's format, as the end of an error; "" for an unknown one."""
-    if "conversations" in row:
-        return (
-            ": rename 'conversations' to 'messages', their 'from' to 'role' (human: user, gpt: assistant) and their"
-            " 'value' to 'content'"
-        )
     for prompt, completion in _PAIRS:
         if prompt in row and completion in row:
             return f": set data.prompt: {prompt} and data.completion: {completion}"
@@ -50,6 +56,7 @@ class CausalLM(TextTask):
     auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
     trainer = "SFTTrainer"
+    has_turns = True
     targets_per_token = ("labels",)
 
     @override
@@ -68,32 +75,44 @@ class CausalLM(TextTask):
     def row(cls, row: Row, data: DataConfig) -> Row:
         """Return a row in TRL's formats: prompt and completion (loss on the completion), messages, or text.
 
-        Rows with messages may have tools, as JSON schemas.
+        Rows with messages may have tools, as JSON schemas. ShareGPT's conversations become messages, Alpaca's columns a
+        prompt and a completion.
         """
-        if "messages" in row:
-            tools = {"tools": tools_of(row["tools"])} if row.get("tools") else {}
-            return {"messages": messages_of(row["messages"]), **tools}
+        if data.messages in row:
+            return conversation_of(row, data.messages, data)
         if data.prompt in row or data.completion in row:
             return {"prompt": text_of(row, data.prompt), "completion": text_of(row, data.completion)}
         if data.text in row:
             return {"text": text_of(row, data.text)}
+        if column := column_of(row, data):
+            return conversation_of(row, column, data)
+        if is_alpaca(row):
+            return alpaca_of(row, data)
         raise ValueError(
-            f"a row needs the fields {data.prompt!r} and {data.completion!r}, or 'messages', or {data.text!r}; this"
-            f" row has {field_names(row)}{_other_format(row)}"
+            f"a row needs the fields {data.prompt!r} and {data.completion!r}, or {data.messages!r}, or {data.text!r};"
+            f" this row has {field_names(row)}{_other_format(row)}"
         )
 
     @override
     @classmethod
     def unread(cls, row: Row, data: DataConfig) -> Mapping[str, str]:
-        if "messages" in row:
-            known = {**_MEDIA, **dict.fromkeys(_SYSTEM, "make it the first message, with the role 'system'")}
+        by_column = data.messages in row
+        # ShareGPT's and Alpaca's rows are known by their columns.
+        by_name = not any(name in row for name in (data.messages, data.prompt, data.completion, data.text))
+        if by_column or by_name:
+            known = {**_MEDIA, **dict.fromkeys(_SYSTEM, "name the column of the system prompt in data.system")}
+            known |= {"history": "make rows with 'messages'"} if by_name else {}
         elif data.prompt in row:
             known = {**_MEDIA, **dict.fromkeys((*_SYSTEM, "history", "tools"), "make rows with 'messages'")}
+            if data.system:
+                known[data.system] = "make rows with 'messages'"
             if data.prompt == "instruction":  # the columns of Alpaca and of Dolly
-                known |= dict.fromkeys(("input", "context"), "write it into 'instruction', as the model will see it")
+                known["context"] = "write it into 'instruction', as the model will see it"
+                known["input"] = "leave out data.prompt and data.completion, and Alpaca's template has it"
         else:
             known = _MEDIA
-        read = (data.prompt, data.completion, data.text, data.domain_field)
+        read = [data.prompt, data.completion, data.text, data.domain_field]
+        read += [system_column(row, data)] if by_column or by_name else []
         return {name: advice for name, advice in known.items() if row.get(name) and name not in read}
 
     @override
@@ -115,33 +134,38 @@ class CausalLM(TextTask):
     @override
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         # The tokenizer is much faster with many texts at once.
-        chats = iter(self._chats([row for row in rows if "messages" in row]))
+        whole = iter(self._conversations([row for row in rows if "turns" in row]))
+        chats = iter(self._chats([row for row in rows if "messages" in row and "turns" not in row]))
         others = iter(self._plain([row for row in rows if "messages" not in row]))
-        return [self._example(row, *next(chats if "messages" in row else others)) for row in rows]
+        return [
+            self._example(row, *next(whole if "turns" in row else chats if "messages" in row else others))
+            for row in rows
+        ]
 
-    def _example(self, row: Row, prompt: list[int], completion: list[int], unread: Mapping[str, str]) -> dict[str, Any]:
-        if len(prompt[:1]) + len(completion) < 2 or not completion:  # no token precedes the first one
+    def _example(self, row: Row, ids: list[int], learnt: Sequence[bool], unread: Mapping[str, str]) -> dict[str, Any]:
+        """Return the example of a row with these tokens, of which those marked in `learnt` have a loss."""
+        first = learnt.index(True) if True in learnt else len(ids)
+        if len(ids) < 2 or not any(learnt[1:]):  # no token precedes the first one
             raise DataError(["no token is left to predict: the row is too short"])
-        # A long prompt is cut at its beginning, because the completion has the loss.
-        num_prompt = min(len(prompt), max(self.max_length - len(completion), 0))
-        labels = [*[IGNORED] * num_prompt, *completion][: self.max_length]
-        if len(labels) < 2:
+        # What precedes the first answer is cut at its beginning, so that the answer stays; the rest at its end.
+        num_answer = next((i for i in range(first, len(ids)) if not learnt[i]), len(ids)) - first
+        cut_prompt = min(first, max(first + num_answer - self.max_length, 0))
+        kept = slice(cut_prompt, cut_prompt + self.max_length)
+        labels = [token if has_loss else IGNORED for token, has_loss in zip(ids[kept], learnt[kept], strict=True)]
+        if all(label == IGNORED for label in labels[1:]):
             raise DataError([f"data.max_length: {self.max_length} is too short: no token is left to predict"])
-        example = {
-            "input_ids": [*prompt[len(prompt) - num_prompt :], *completion][: self.max_length],
-            "labels": labels,
-            **self.domain(row),
-        }
-        if len(prompt) + len(completion) > self.max_length:
+        example = {"input_ids": ids[kept], "labels": labels, **self.domain(row)}
+        if len(ids) > self.max_length:
             example["cut"] = Cut(
-                prompt=len(prompt) - num_prompt,
-                text=max(len(completion) - self.max_length, 0),
-                no_prompt=bool(prompt) and not num_prompt,
+                prompt=cut_prompt,
+                text=max(len(ids) - kept.stop, 0),
+                learnt=sum(learnt[kept.stop :]),
+                no_prompt=0 < first <= cut_prompt,
             )
         return {**example, "unread": unread} if unread else example
 
-    def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int], Mapping[str, str]]]:
-        """Yield the tokens of prompt and completion, or none and the tokens of the text; the end of text is learnt."""
+    def _plain(self, rows: Sequence[Row]) -> Iterator[_Encoded]:
+        """Yield the tokens of rows of which the completion or the text is learnt, with the end of text."""
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
         prompts = iter(self._open([row["prompt"] for row in rows if "prompt" in row]))
@@ -152,7 +176,7 @@ class CausalLM(TextTask):
             if ids[: len(prompt)] != prompt:
                 # A token would span the boundary, but a generation that continues the prompt cannot produce it.
                 (completion,) = self._ids([row["completion"]], add_special_tokens=False)
-            yield prompt, [*completion, *end], {}
+            yield _after(prompt, [*completion, *end], {})
 
     def _open(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts that may continue: with special tokens at the beginning, none at the end."""
@@ -163,8 +187,8 @@ class CausalLM(TextTask):
         found: list[list[int]] = self.tokenizer(list(texts), verbose=False, **settings)["input_ids"] if texts else []
         return found
 
-    def _chats(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int], Mapping[str, str]]]:
-        """Yield the tokens before the last message, those of the last message, and parts that are not read.
+    def _chats(self, rows: Sequence[Row]) -> Iterator[_Encoded]:
+        """Yield the tokens of conversations of which the last message is learnt, and parts that are not read.
 
         The template supplies all special tokens, also at the end.
         """
@@ -175,7 +199,42 @@ class CausalLM(TextTask):
             texts += [prompt, answer]
             unread.append(unread_parts(self.tokenizer, messages, tools, answer))
         ids = self._ids(texts, add_special_tokens=False)
-        return zip(ids[::2], ids[1::2], unread, strict=True)
+        return map(_after, ids[::2], ids[1::2], unread)
+
+    def _conversations(self, rows: Sequence[Row]) -> Iterator[_Encoded]:
+        """Yield the tokens of conversations of which all answers are learnt, and parts that are not read."""
+        found = [learnt_turns(self.tokenizer, row["messages"], row.get("tools")) for row in rows]
+        if not found:
+            return
+        fast = getattr(self.tokenizer, "is_fast", False)  # then it knows the places of tokens
+        texts = [each.text for each in found]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        for i, each in enumerate(found):
+            learnt = learnt_tokens(encoded["offset_mapping"][i], each.spans) if fast else None
+            yield (encoded["input_ids"][i], learnt, each.unread) if learnt else self._in_pieces(each)
+
+    def _in_pieces(self, conversation: Conversation) -> _Encoded:
+        """Encode the answers and what is between them one by one: no token reaches from one into the next."""
+        ids: list[int] = []
+        learnt: list[bool] = []
+        edges = [0, *chain.from_iterable(conversation.spans), len(conversation.text)]
+        pieces = [conversation.text[start:end] for start, end in pairwise(edges)]
+        for i, piece in enumerate(self._ids(pieces, add_special_tokens=False)):
+            ids += piece
+            learnt += [bool(i % 2)] * len(piece)
+        return ids, learnt, conversation.unread
+
+    @override
+    def shortened(self, example: Example, most: int) -> Example:
+        # The end of what is learnt: a question without an answer may follow.
+        last = max(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+        end = {name: example[name][: last + 1] for name in ("input_ids", "labels")}
+        return super().shortened({**example, **end}, most)
+
+    @override
+    def learnt(self, example: Example) -> list[bool]:
+        # The first token has no other before it that could predict it.
+        return [i > 0 and label != IGNORED for i, label in enumerate(example["labels"])]
 
     @override
     def targets(self, examples: Sequence[Example], width: int) -> Tensor:

@@ -1,19 +1,18 @@
-"""Conversations: reading of `messages` and `tools`, and the chat template, which writes them as one text."""
+"""The chat template, which writes the messages of a conversation as one text: its prompts, answers and refusals."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from autopeft.evaluators.errors import DataError, first_line
+from autopeft.evaluators.tasks.conversations import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, Any]
 
 NO_TEMPLATE = (
     "rows with 'messages' need a chat template, but the model's tokenizer has none: use the model's variant for chats,"
@@ -25,56 +24,7 @@ _REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 _SHOWN = 20
 
 
-# Reading
-
-
-def messages_of(value: Any) -> list[Message]:
-    """Return messages whose content is a text, with all other fields of theirs. Raises ValueError."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError("'messages' must be a list of objects with 'role' and 'content'")
-    messages = []
-    for number, message in enumerate(value):
-        # Parquet gives every message the fields of all messages.
-        message = {name: entry for name, entry in message.items() if entry is not None}
-        calls = message.get("tool_calls", [])
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise ValueError(f"message {number}: 'tool_calls' must be a list of objects")
-        content = message.get("content", "" if calls else None)
-        content = _joined_parts(content, number) if isinstance(content, list) else content
-        if not isinstance(message.get("role"), str) or not isinstance(content, str):
-            raise ValueError(f"message {number}: 'role' and 'content' must be texts")
-        messages.append({"role": message.pop("role"), **message, "content": content})
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError("'messages' must end with a message of the role 'assistant' that answers an earlier message")
-    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
-        raise ValueError("the last message, the answer to learn, is empty")
-    return messages
-
-
-def _joined_parts(parts: list[Any], number: int) -> str:
-    texts = []
-    for part in parts:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"message {number}: its content has a part of the type {kind!r}, but only texts are read")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def tools_of(value: Any) -> list[dict[str, Any]]:
-    """Return tools as JSON schemas, from a list or its JSON text. Raises ValueError."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'tools' is not valid JSON: {error.msg}") from None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError("'tools' must be a list of JSON schemas, one object per tool")
-    return value
-
-
-# The chat template
+# Texts
 
 
 def prompt_and_answer(
@@ -86,31 +36,63 @@ def prompt_and_answer(
     prompt for generation. Raises DataError if the template refuses the messages, or writes the prompt otherwise when
     the answer follows.
     """
-    if tokenizer.chat_template is None:
-        raise DataError([NO_TEMPLATE])
-    try:
-        prompt = _written(tokenizer, messages[:-1], tools, add_generation_prompt=True)
-        whole = _written(tokenizer, messages, tools)
-    except Exception as error:  # a template may raise any exception: a refusal, a missing field, a wrong type
-        advice = _advice(tokenizer, messages, tools)
-        raise DataError([f"the model's chat template refuses the messages: {first_line(error)}{advice}"]) from error
+    prompt, whole = prompt_and_whole(tokenizer, messages, tools)
     if not whole.startswith(prompt):
-        same = next(i for i, letter in enumerate(prompt) if whole[i : i + 1] != letter)
-        raise DataError(
-            [f"the model's chat template changes the text before the last message when it follows:"
-             f" {prompt[same : same + _SHOWN]!r} is no longer there, so the answer cannot be cut off: use rows with a"
-             " prompt and a completion, or a chat template that only appends"]
-        )  # fmt: skip
+        raise DataError([first_change(prompt, whole)])
     return prompt, whole[len(prompt) :]
 
 
-def _written(
+def prompt_and_whole(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None
+) -> tuple[str, str]:
+    """Return the text that asks for the last message, and that of all messages.
+
+    Raises DataError if there is no template, or if it refuses the messages.
+    """
+    with _refusals(tokenizer, messages, tools):
+        prompt = written(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+        return prompt, written(tokenizer, messages, tools)
+
+
+def whole_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None
+) -> str:
+    """Return the text of all messages. Raises DataError as `prompt_and_whole` does."""
+    with _refusals(tokenizer, messages, tools):
+        return written(tokenizer, messages, tools)
+
+
+@contextmanager
+def _refusals(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None
+) -> Iterator[None]:
+    if tokenizer.chat_template is None:
+        raise DataError([NO_TEMPLATE])
+    try:
+        yield
+    except Exception as error:  # a template may raise any exception: a refusal, a missing field, a wrong type
+        advice = _advice(tokenizer, messages, tools)
+        raise DataError([f"the model's chat template refuses the messages: {first_line(error)}{advice}"]) from error
+
+
+def first_change(prompt: str, whole: str) -> str:
+    """Return the problem of a text that does not begin with its prompt."""
+    same = next(i for i, letter in enumerate(prompt) if whole[i : i + 1] != letter)
+    return (
+        f"the model's chat template changes the text before the last message when it follows:"
+        f" {prompt[same : same + _SHOWN]!r} is no longer there, so the answer cannot be cut off: use rows with a"
+        " prompt and a completion, or a chat template that only appends"
+    )
+
+
+def written(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     tools: Sequence[dict[str, Any]] | None,
     *,
     add_generation_prompt: bool = False,
 ) -> str:
+    """Return the text of messages. A template may raise any exception."""
     text = tokenizer.apply_chat_template(
         list(messages),
         tools=None if tools is None else list(tools),
@@ -119,6 +101,9 @@ def _written(
     )
     assert isinstance(text, str)
     return text
+
+
+# Parts that are not read
 
 
 def unread_parts(
@@ -131,7 +116,7 @@ def unread_parts(
 
     `answer`: the text of the last message as the template wrote it. Raises DataError if nothing of it is left.
     """
-    words = _words(str(tokenizer.get_chat_template(tools=None if tools is None else list(tools))))
+    words = template_words(tokenizer, tools)
     names = {name for message in messages for name, value in message.items() if value} - {"role", "content"}
     unread = {
         f"messages.{name}": _OF_MESSAGES
@@ -151,6 +136,16 @@ def unread_parts(
 
 
 _OF_MESSAGES = "the model's chat template does not write it"
+
+
+def template_words(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] | None) -> frozenset[str]:
+    """Return the words of the chat template, among them the names of all fields and roles that it treats.
+
+    Raises DataError if there is no template.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError([NO_TEMPLATE])
+    return _words(str(tokenizer.get_chat_template(tools=None if tools is None else list(tools))))
 
 
 @lru_cache(maxsize=8)
@@ -195,9 +190,9 @@ def _advice(
 
     def takes(messages: Sequence[Message]) -> bool:
         try:
-            _written(tokenizer, messages[:-1], tools, add_generation_prompt=True)
-            _written(tokenizer, messages, tools)
-        except Exception:  # as in `prompt_and_answer`
+            written(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+            written(tokenizer, messages, tools)
+        except Exception:  # as in `_refusals`
             return False
         return True
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from autopeft.studies.cli.data import data
 from autopeft.studies.cli.doctor import doctor
 from autopeft.studies.cli.files import init, schema, validate
 from autopeft.studies.cli.results import export, pareto
@@ -25,7 +26,7 @@ from autopeft.studies.errors import UnusableEnvironmentError, UserError
 DEBUG = "AUTOPEFT_DEBUG"
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
-    init, validate, plan, run, resume, status, pareto, export, train, verify, schema, doctor,
+    init, validate, data, plan, run, resume, status, pareto, export, train, verify, schema, doctor,
 )  # fmt: skip
 
 

@@ -271,12 +271,16 @@ def _data_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     for split in _SPLITS:
         name = getattr(study.data, split)
         if study.data.source == "files" and name is None:
-            yield ("data", split), "is missing: set it to a file (.jsonl, .csv or .parquet)"
+            yield ("data", split), "is missing: set it to a file (.jsonl, .json, .csv or .parquet)"
         if study.data.source in _EMBEDDED and name is not None:
             yield (
                 ("data", split),
                 "cannot be set: the embedded data has this split; to use your files, set data.source to files",
             )
+    if not study.task_class.has_turns:
+        for setting in ("messages", "system", "train_on_turns"):
+            if setting in study.data.model_fields_set:
+                yield ("data", setting), "can be set only for causal-lm, whose rows may be conversations"
     yield from study.task_class.problems(study.data_settings(), study.model.id)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from autopeft.search_space.metrics import ALWAYS, QUALITIES, Own, Quality
 from autopeft.search_space.problem import COSTS, Goal, Objective
@@ -85,6 +85,17 @@ class StudyFile(Section):
     _source: Source = PrivateAttr(default_factory=lambda: Source("", {}))
     _file: Path = PrivateAttr(default_factory=lambda: Path.cwd() / FILE_NAME)
     _overrides: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="after")
+    def _with_turns(self) -> Self:
+        """Say which turns are learnt, so that ledgers and recipes have it; the key stays one that the file lacks."""
+        from autopeft.evaluators.tasks import TASKS
+
+        if TASKS[self.task].has_turns and self.data.train_on_turns is None:
+            fields_set = self.data.model_fields_set
+            data = DataSettings.model_construct(fields_set, **{**dict(self.data), "train_on_turns": "all"})
+            object.__setattr__(self, "data", data)
+        return self
 
     @property
     def path(self) -> Path:

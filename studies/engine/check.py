@@ -21,10 +21,11 @@ from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.bo.encoding import smallest
+from autopeft.studies.config.earlier import with_turns_of
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
-from autopeft.studies.engine.session import prior_trials
+from autopeft.studies.engine.session import open_ledger, prior_trials, recorded_settings, was_started
 from autopeft.studies.errors import NoFeasibleCandidateError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def check(
     The splits have their encoded rows, and warnings about what is lost of them. `progress`: as of `encode_splits`.
     Raises StudyFileError with every problem, and NoFeasibleCandidateError.
     """
+    settings = reading_as_started(settings)
     problems: list[str] = []
     splits = model = backbone = space = None
     try:
@@ -92,6 +94,13 @@ def check(
     assert space is not None
     _check_feasible(settings, problem)
     return splits, backbone, space
+
+
+def reading_as_started(settings: StudyFile) -> StudyFile:
+    """Return settings that read rows as the study did when it was started, where the file does not say how."""
+    if not settings.task_class.has_turns or not was_started(settings):
+        return settings
+    return with_turns_of(recorded_settings(settings, open_ledger(settings)), settings)
 
 
 def _check_feasible(settings: StudyFile, problem: Problem) -> None:

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from autopeft.search_space.spaces.location import locate
 from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.config.earlier import with_first_meanings, with_turns_of
 from autopeft.studies.config.fingerprint import fingerprint
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.problem import problem_for
@@ -303,7 +304,7 @@ def recorded_settings(settings: StudyFile, ledger: Ledger) -> StudyFile:
     recorded = YAML(typ="safe").load(ledger.settings)
     present = settings.model_dump(mode="json", include={"output", "storage", "tracking", "recommend"})
     try:
-        return study_from_mapping({**recorded, **present}, settings.folder)
+        return study_from_mapping({**with_first_meanings(recorded), **present}, settings.folder)
     except StudyFileError as error:
         if "unknown key" not in str(error):
             raise
@@ -324,6 +325,7 @@ def as_started(settings: StudyFile) -> StudyFile:
         raise ConfigurationError(
             f"minutes: was {was} when the study was started, is {now}; to go on longer, leave it and set search.trials"
         )
+    settings = with_turns_of(recorded, settings)
     if settings.minutes is None:
         return settings
     decided = {

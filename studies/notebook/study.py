@@ -153,14 +153,15 @@ class Study:
         return f"Study({self.settings.study!r}: {self.settings.search_words} for {objectives}, in {self.folder})"
 
     def _checked(self) -> Splits:
-        from autopeft.studies.engine.check import check
+        from autopeft.studies.engine.check import check, reading_as_started
 
         with _arguments_named():
             if self._tables.files:
                 # All checks read files; tables with problems must not leave files behind.
                 with TemporaryDirectory() as draft:
                     self._tables.write(Path(draft))
-                    splits, _, _ = check(study_from_mapping(self._mapping, draft))
+                    in_draft = study_from_mapping(self._mapping, draft)
+                    splits, _, _ = check(in_draft.model_copy(update={"data": reading_as_started(self.settings).data}))
             else:
                 splits, _, _ = check(self.settings)
         for warning in (*self._tables.warnings, *splits.warnings):

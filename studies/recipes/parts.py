@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from autopeft.search_space.metrics import Own
+from autopeft.studies.config.earlier import FIRST_TURNS
 from autopeft.studies.config.fingerprint import changes
 from autopeft.studies.config.sections.inputs import DataSettings
 
@@ -50,7 +51,7 @@ class RecipeData(DataSettings):
         """Return the argument of `load_splits`."""
         from autopeft.evaluators.rows import DataConfig
 
-        given = {name: value for name, value in self if value is not None}
+        given = {"train_on_turns": FIRST_TURNS} | {name: value for name, value in self if value is not None}
         return DataConfig(**{**given, "folder": Path(self.folder)})
 
 

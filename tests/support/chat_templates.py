@@ -82,3 +82,19 @@ R1 = """\
   {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|><think>\\n' }}{% endif %}"""
+
+#: Writes the end of text after the last message (Phi 3).
+PHI = """\
+{%- for m in messages %}{{- '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{% else %}{{- eos_token }}{% endif %}"""
+
+#: Marks the answers (SmolLM 3).
+MARKED = """\
+{{- bos_token }}
+{%- for m in messages %}
+  {{- '<|' + m.role + '|>' }}
+  {%- if m.role == 'assistant' %}{% generation %}{{- m.content + '</s>' }}{% endgeneration %}
+  {%- else %}{{- m.content + '</s>' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"""

@@ -55,7 +55,7 @@ class DataSettings(Section):
         " files, or the id of a hub dataset",
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
-    train: str | None = Field(default=None, description="file (.jsonl, .csv, .parquet) or, on the hub, split")
+    train: str | None = Field(default=None, description="file (.jsonl, .json, .csv, .parquet) or, on the hub, split")
     validation: str | None = Field(default=None, description="the same, for rows on which candidates are compared")
     test: str | None = Field(default=None, description="the same, for the final front")
     text: str = Field(default="text", description="column of the text")
@@ -77,6 +77,17 @@ class DataSettings(Section):
     )
     prompt: str = Field(default="prompt", description="column of the prompt (causal-lm)")
     completion: str = Field(default="completion", description="column of the text to learn (causal-lm)")
+    messages: str = Field(
+        default="messages", min_length=1, description="column of a conversation, OpenAI's or ShareGPT's (causal-lm)"
+    )
+    system: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of a system prompt (causal-lm); null: system, in the rows of ShareGPT and Alpaca",
+    )
+    train_on_turns: Literal["all", "last"] | None = Field(
+        default=None, description="turns of the assistant that are learnt: all or the last (causal-lm); null: all"
+    )
     max_length: Count = Field(default=64, description="largest number of tokens per row; longer rows are cut")
     max_train_rows: int | None = Field(
         default=None,
@@ -87,8 +98,15 @@ class DataSettings(Section):
     @model_serializer(mode="wrap")
     def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out later additions that are not set, so that older studies, scores and recipes keep their keys."""
-        return {name: value for name, value in default(self).items() if name not in _LATER or value is not None}
+        return {name: value for name, value in default(self).items() if value not in _LATER.get(name, ())}
 
 
-#: Settings that were added after the first version of the file.
-_LATER = ("domain", "text_pair", "labels")
+#: Settings that were added after the first version of the file, with the values that say what was done before.
+_LATER: dict[str, tuple[str | None, ...]] = {
+    "domain": (None,),
+    "text_pair": (None,),
+    "labels": (None,),
+    "messages": ("messages",),
+    "system": (None,),
+    "train_on_turns": (None, "last"),
+}

@@ -116,7 +116,7 @@ def test_the_lines_are_those_of_the_rows_that_were_drawn(tmp_path):
     at = next(i for i, row in enumerate(splits.train) if len(row["messages"]) == 3)
     assert first.startswith(f"{splits.places['train'][at]}: the model's chat template refuses")
     line = int(splits.places["train"][at].removeprefix("train.jsonl:"))
-    assert rows[line - 1] == splits.train[at]
+    assert rows[line - 1]["messages"] == splits.train[at]["messages"]
 
 
 def test_rows_that_the_model_cannot_read(tmp_path):
@@ -219,6 +219,7 @@ def test_cut_texts_are_counted(tmp_path):
         "max_length": 8,
         "max_length_for_99_percent": 14,
         "tokens": 18,
+        "learnt_tokens": 0,
         "rows": {"train": 2, "validation": 2, "test": 0},
         "rows_with_cut_prompt": {"train": 0, "validation": 0, "test": 0},
         "rows_without_prompt": {"train": 0, "validation": 0, "test": 0},
@@ -270,8 +271,8 @@ def test_cut_prompts_and_completions_are_counted(tmp_path):
     assert (cut.no_prompt, cut.ends) == ({"train": 2}, {"train": 1})
     assert cut.tokens == 2 + 4 + (4 + 1)
     assert list(encoded.warnings()) == [
-        "data.max_length: 12 cuts 3 of 6 train rows, 11 tokens in all: 1 lose the beginning of their prompt, 2 lose"
-        " their whole prompt, 1 lose their end; 17 would keep 99 % of the rows whole"
+        "data.max_length: 12 cuts 3 of 6 train rows, 11 tokens in all, 1 of them learnt: 1 lose the beginning of their"
+        " prompt, 2 lose their whole prompt, 1 lose their end; 17 would keep 99 % of the rows whole"
     ]
     # When most rows have lost their prompt, nothing is left to learn from it.
     splits = replace(splits, train=splits.train[2:5], places={})
@@ -316,7 +317,7 @@ def test_fields_that_a_template_leaves_out_are_counted(tmp_path):
     encoded = encode(tmp_path, splits_of(tmp_path, "causal-lm"), "causal-lm", 100, template=GEMMA)
     left_out, shares = "the model's chat template does not write it", "2 of 3 train and 2 of 3 validation rows"
     assert list(encoded.warnings()) == [
-        f"system is not read, in {shares}: make it the first message, with the role 'system'",
+        f"system is not read, in {shares}: name the column of the system prompt in data.system",
         f"messages.weight is not read, in {shares}: {left_out}",
         f"tools is not read, in {shares}: {left_out}",
     ]

@@ -90,7 +90,7 @@ def test_bad_training_file(folder, content, expected):
 def test_unknown_suffix_and_encoding(folder):
     (folder / "train.txt").write_text("x")
     assert problems(folder, train="train.txt") == [
-        "train.txt: files of type '.txt' are not supported: use .jsonl, .csv or .parquet"
+        "train.txt: files of type '.txt' are not supported: use .jsonl, .json, .csv or .parquet"
     ]
     (folder / "train.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
     assert problems(folder) == ["train.jsonl: not UTF-8 text: invalid continuation byte at byte 10"]
@@ -462,8 +462,9 @@ def test_causal_rows(folder):
         {"prompt": "a", "completion": "b"},
         {"text": "c"},
         {"text": "d"},
-        {"messages": chat},
+        {"messages": chat, "turns": "all"},
     ]
+    assert load(folder, "causal-lm", train_on_turns="last").train[3] == {"messages": chat}
     frame = pandas.DataFrame({"messages": [splits.train[3]["messages"]]})
     frame.to_parquet(folder / "train.parquet")
     assert load(folder, "causal-lm", train="train.parquet").train == splits.train[3:]
@@ -482,8 +483,8 @@ def test_causal_rows(folder):
         ),
         ({"messages": "a"}, "'messages' must be a list of objects"),
         ({"messages": ["a", "b"]}, "'messages' must be a list of objects"),
-        ({"messages": [{"role": "user", "content": "a"}] * 2}, "'messages' must end with a message of the role"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "'messages' must end with a message of the role"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, "'messages' must have a message of the role"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "'messages' must have a message of the role"),
         ({"messages": [{"role": "user", "content": None}]}, "message 0: 'role' and 'content' must be texts"),
     ],
 )
@@ -574,3 +575,23 @@ def test_failure_of_the_hub(monkeypatch, message):
     reason = message.split("\n")[0] or "ConnectionError"
     assert error.value.problems[0] == f"train: org/data could not be loaded: {reason}"
     assert len(error.value.problems) == 3
+
+
+def test_an_array_of_conversations(folder):
+    """The form in which ShareGPT's rows are shared."""
+    rows = [
+        {"id": str(i), "conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]}
+        for i in range(3)
+    ]
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.json").write_text(json.dumps(rows, indent=2))
+    files = {split: f"{split}.json" for split in ("train", "validation", "test")}
+    assert load(folder, "causal-lm", **files).train[2] == {
+        "messages": [{"role": "user", "content": "q2"}, {"role": "assistant", "content": "a"}],
+        "turns": "all",
+    }
+    rows[1]["conversations"][0]["from"] = "narrator"
+    (folder / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError) as error:
+        load(folder, "causal-lm", **files)
+    assert error.value.problems[0].startswith("train.json[1]: message 0: unknown 'from' 'narrator': known are human")

@@ -151,7 +151,7 @@ def test_reasoning_in_a_field_of_its_own_under_any_of_its_names():
 
 
 def read(**row: Any) -> Any:
-    return CausalLM.row(row, DataConfig())
+    return CausalLM.row(row, DataConfig(train_on_turns="last"))
 
 
 def test_contents_of_several_parts():

@@ -171,23 +171,49 @@ def test_calls_of_tools_are_learnt_or_missed(cli, tmp_path: Path) -> None:
 
 def test_columns_of_other_formats(cli, tmp_path: Path) -> None:
     rows = [{"instruction": f"question {i}", "input": "x" * (i % 2), "output": "answer"} for i in range(4)]
+    path = causal_study(tmp_path / "alpaca", rows, max_length=250)
+    assert cli("validate", path)[::2] == (0, "")
+    code, _, err = cli("validate", path, "--set", "data.prompt=instruction", "--set", "data.completion=output")
+    assert code == 0
+    shares = "2 of 4 train, 2 of 4 validation and 2 of 4 test rows"
+    advice = "leave out data.prompt and data.completion, and Alpaca's template has it"
+    assert err == f"warning: input is not read, in {shares}: {advice}\n"
+    rows = [{"query": f"question {i}", "response": "answer"} for i in range(4)]
     code, _, err = cli("validate", causal_study(tmp_path / "unset", rows))
     assert code == 2
     assert (
         "train.jsonl:1: a row needs the fields 'prompt' and 'completion', or 'messages', or 'text'; this row has" in err
     )
-    assert "'instruction', 'output': set data.prompt: instruction and data.completion: output\n" in err
-    path = causal_study(tmp_path / "set", rows, prompt="instruction", completion="output")
-    code, _, err = cli("validate", path)
-    assert code == 0
-    shares = "2 of 4 train, 2 of 4 validation and 2 of 4 test rows"
-    assert err == (f"warning: input is not read, in {shares}: write it into 'instruction', as the model will see it\n")
+    assert "'query', 'response': set data.prompt: query and data.completion: response\n" in err
     turns = [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]
-    code, _, err = cli("validate", causal_study(tmp_path / "sharegpt", [{"conversations": turns}]))
+    path = causal_study(tmp_path / "sharegpt", [{"conversations": turns}] * 4, LLAMA)
+    assert cli("validate", path)[::2] == (0, "")
+
+
+def test_all_problems_of_conversations_have_their_line(cli, tmp_path: Path) -> None:
+    """Those of the form first: rows that no template is asked about."""
+    good, user = chat(), {"role": "user", "content": "question"}
+    rows = [
+        good,
+        {"messages": [user]},
+        {"messages": [user, {"role": "assistant", "content": " "}]},
+        {"conversations": [{"from": "narrator", "value": "question"}]},
+    ]
+    code, _, err = cli("validate", causal_study(tmp_path / "form", rows, LLAMA))
     assert code == 2
-    assert (
-        "this row has 'conversations': rename 'conversations' to 'messages', their 'from' to 'role' (human: user" in err
-    )
+    for problem in (
+        "train.jsonl:2: 'messages' must have a message of the role 'assistant' that answers an earlier message",
+        "train.jsonl:3: message 1: an answer to learn is empty: remove it, or the row",
+        "train.jsonl:4: message 0: unknown 'from' 'narrator': known are human, ",
+        "test.jsonl:4: message 0: unknown 'from' 'narrator'",
+    ):
+        assert problem in err
+    rows = [good, {"messages": [*good["messages"], {"role": "bot", "content": "answer"}]}, good,
+            {"messages": [{"role": "narrator", "content": "question"}, *good["messages"]]}]  # fmt: skip
+    code, _, err = cli("validate", causal_study(tmp_path / "roles", rows, LLAMA))
+    assert code == 2
+    assert "train.jsonl:2: the role 'bot' is called 'assistant' in chat templates: rename it" in err
+    assert "train.jsonl:4: unknown role 'narrator': the roles are system, user, assistant and tool" in err
 
 
 def test_the_second_text_of_a_pair(cli, tmp_path: Path) -> None:
