@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from autopeft.evaluators.errors import DataError, ModelError
-from autopeft.evaluators.rows import EMBEDDED_IN, DataConfig, Row, field_names, text_of
+from autopeft.evaluators.gguf import EMBEDDED_LLM
+from autopeft.evaluators.rows import EMBEDDED_FUNCTIONS, EMBEDDED_IN, DataConfig, Row, field_names, text_of
 from autopeft.evaluators.tasks.base import IGNORED, Batch, Cut, Example, Scored
 from autopeft.evaluators.tasks.chat import messages_of, prompt_and_answer, tools_of, unread_parts
 from autopeft.evaluators.tasks.text import TextTask
@@ -54,10 +55,12 @@ class CausalLM(TextTask):
     @override
     @classmethod
     def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
-        if data.source in EMBEDDED_IN:
-            yield ("data", "source"), "the embedded data is for classification: set data.source to your own data"
+        if data.source in EMBEDDED_IN and data.source != EMBEDDED_FUNCTIONS:
+            what = f"set data.source to {EMBEDDED_FUNCTIONS} or to your own data"
+            yield ("data", "source"), f"the embedded data is for classification: {what}"
         if model_id == "embedded":
-            yield ("model", "id"), "the embedded model is an encoder: set model.id to a causal language model"
+            what = f"set model.id to {EMBEDDED_LLM} or to another causal language model"
+            yield ("model", "id"), f"the embedded model is an encoder: {what}"
         for name in ("text_pair", "labels"):
             if getattr(data, name) is not None:
                 yield ("data", name), "can be set only for classification"
