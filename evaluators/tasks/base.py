@@ -46,6 +46,15 @@ class Cut:
     no_prompt: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompted:
+    """The tokens before a text that a model is to generate, and those of the example's own text, the reference."""
+
+    prompt: Sequence[int]
+    reference: Sequence[int]
+    domain: int = 0
+
+
 def model_inputs(batch: Batch) -> Batch:
     """Return the tensors of a batch that the model reads."""
     return {name: tensor for name, tensor in batch.items() if name not in BESIDE_THE_MODEL}
@@ -193,6 +202,10 @@ class Task(ABC):
     def domain(self, row: Row) -> dict[str, int]:
         """Return the entry `domain` of a row's example, an index; empty if there are no domains."""
         return {"domain": self.domains.index(row["domain"])} if self.domains else {}
+
+    def prompted(self, example: Example) -> Prompted | None:
+        """Return the prompt of an example, after which a model generates a text; None if there is none."""
+        return None
 
     @abstractmethod
     def length(self, example: Example) -> int:

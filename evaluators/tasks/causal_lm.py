@@ -13,7 +13,7 @@ from typing_extensions import override
 from autopeft.evaluators.errors import DataError, ModelError
 from autopeft.evaluators.gguf import EMBEDDED_LLM
 from autopeft.evaluators.rows import EMBEDDED_FUNCTIONS, EMBEDDED_IN, DataConfig, Row, field_names, text_of
-from autopeft.evaluators.tasks.base import IGNORED, Batch, Cut, Example, Scored
+from autopeft.evaluators.tasks.base import IGNORED, Batch, Cut, Example, Prompted, Scored
 from autopeft.evaluators.tasks.chat import messages_of, prompt_and_answer, tools_of, unread_parts
 from autopeft.evaluators.tasks.text import TextTask
 
@@ -178,6 +178,16 @@ class CausalLM(TextTask):
             unread.append(unread_parts(self.tokenizer, messages, tools, answer))
         ids = self._ids(texts, add_special_tokens=False)
         return zip(ids[::2], ids[1::2], unread, strict=True)
+
+    @override
+    def prompted(self, example: Example) -> Prompted | None:
+        """Return all before the last tokens with a loss, and these."""
+        labels = example["labels"]
+        end = max(i for i, label in enumerate(labels) if label != IGNORED) + 1
+        start = next((i + 1 for i in range(end - 1, -1, -1) if labels[i] == IGNORED), 0)
+        ids = example["input_ids"]
+        found = Prompted(prompt=ids[:start], reference=ids[start:end], domain=example.get("domain", 0))
+        return found if start else None
 
     @override
     def targets(self, examples: Sequence[Example], width: int) -> Tensor:

@@ -32,6 +32,7 @@ from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan, weights_path
 from autopeft.studies.engine.repeated_errors import Failures
+from autopeft.studies.engine.samples import Samples, write_samples
 from autopeft.studies.engine.scheduled_trials import (
     FINAL_PARTS,
     Planned,
@@ -91,6 +92,7 @@ class StudyLoop:
         self.failures = Failures(problem.space.backbone)
         self.pace = pace
         self.time = TimeUsed(ledger)
+        self.samples: Samples | None = None
 
     @property
     def backbone(self) -> Backbone:
@@ -142,6 +144,7 @@ class StudyLoop:
             LOGGER.warning("the report does not say what more time would buy: %s", cause(error))
         self.ledger.outlook = outlook
         snapshot = self.snapshot()
+        self.samples = write_samples(self.evaluator, snapshot, self.plan.output_folder)
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)
         if not any(row.on_front for row in snapshot.rows()):

@@ -369,7 +369,7 @@ class _Runs:
             if report.failed:
                 names, whys = ", ".join(path.name for path in report.failed), list(report.failed.values())
                 LOGGER.warning("MLflow gets no %s, which cannot be made (%s)", names, whys[0])
-            for file in report.files:
+            for file in (*report.files, *(self.folder / "report").glob("samples.*")):
                 self.client.log_artifact(self.parent.id, str(file), "pareto" if file.stem == "front" else None)
         for last in diagnostics(snapshot.trials)[-1:]:
             self.client.log_dict(self.parent.id, last.to_dict(), "surrogate.json")

@@ -23,7 +23,6 @@ from autopeft.evaluators.data.topics.build import (
     FOREIGN_FOLDERS,
     near_duplicates,
     to_jsonl,
-    words,
     write,
 )
 

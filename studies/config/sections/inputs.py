@@ -36,8 +36,8 @@ class ModelSettings(Section):
     id: str = Field(
         default="embedded",
         min_length=1,
-        description="embedded (a small English encoder), embedded-llm (SmolLM2-135M-Instruct), a folder, a GGUF file, or a"
-        " hub id",
+        description="embedded (a small English encoder), embedded-llm (SmolLM2-135M-Instruct), a folder, a GGUF file,"
+        " or a hub id",
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="type of its weights")
