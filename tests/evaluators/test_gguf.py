@@ -9,21 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-gguf_package = pytest.importorskip("gguf")
-
-from gguf import GGMLQuantizationType as Kind
-
 from autopeft.evaluators import gguf
-from autopeft.evaluators.backbones import (
-    describe_backbone,
-    load_backbone,
-    load_processor,
-    raw_config,
-    resolve,
-)
+from autopeft.evaluators.backbones import describe_backbone, load_backbone, load_processor, raw_config, resolve
 from autopeft.evaluators.errors import MissingPackageError, ModelError
 
 from ..support.tiny_gguf import TEMPLATE, write_gguf
+
+gguf_package = pytest.importorskip("gguf")
 
 IDS = torch.arange(3, 43).view(4, 10)
 
@@ -40,8 +32,8 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q8_0, Kind.F16])
-def test_a_file_loads_with_the_weights_that_it_holds(kind: Kind, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16"])
+def test_a_file_loads_with_the_weights_that_it_holds(kind: str, tmp_path: Path) -> None:
     truth = write_gguf(tmp_path / "tiny.gguf", kind)
     loaded = load_backbone(str(tmp_path / "tiny.gguf"), task="causal-lm")
     state: Any = loaded.model.state_dict()
@@ -87,7 +79,7 @@ def test_the_copy_is_made_once_for_each_content(tmp_path: Path, cache: Path, mon
         moved = tmp_path / "moved.gguf"
         moved.write_bytes(file.read_bytes())
         assert resolve(str(moved)) == first
-    write_gguf(file, Kind.Q8_0)
+    write_gguf(file, "Q8_0")
     assert resolve(str(file)) != first
     assert raw_config(str(file)) == config
     assert len(list(cache.iterdir())) == 2, "nothing incomplete is left"
@@ -114,7 +106,7 @@ def test_what_cannot_be_read_is_refused_by_name(case: str, tmp_path: Path, cache
 
 def test_a_type_that_cannot_be_dequantised_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.delitem(gguf_package.quants._type_traits, Kind.Q4_1)
+    monkeypatch.delitem(gguf_package.quants._type_traits, gguf_package.GGMLQuantizationType.Q4_1)
     with pytest.raises(ModelError, match=r"Dequantization for Q4_1 is not yet implemented; convert it with llama\.cpp"):
         resolve(str(tmp_path / "tiny.gguf"))
 

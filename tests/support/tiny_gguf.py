@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .tiny_models import byte_tokenizer, seeded
 
-WORDS = "the quick brown fox jumps over the lazy dog and reads a book about functions".split()
+WORDS = ("the quick brown fox jumps over the lazy dog", "a book about functions")
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
     " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -49,14 +48,16 @@ def _permuted(weight: Tensor, heads: int) -> Tensor:
 
 def write_gguf(
     path: Path,
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q4_1,
+    kind: str = "Q4_1",
     architecture: str = "llama",
     layers: int | None = None,
 ) -> LlamaForCausalLM:
-    """Write a random Llama; return it with the weights that the file holds, dequantised.
+    """Write a random Llama with matrices of the type `kind`; return it with the weights of the file, dequantised.
 
     `architecture` and `layers` (the number that the header claims) may be wrong, for files that must be refused.
     """
+    import gguf
+
     tokenizer = byte_tokenizer(WORDS, size=320, begin=False)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     model: Any = seeded(LlamaForCausalLM, LlamaConfig(**CONFIG, vocab_size=len(tokenizer)))
@@ -93,7 +94,7 @@ def write_gguf(
                 heads = CONFIG["num_attention_heads" if "attn_q" in key else "num_key_value_heads"]
                 permuted = _permuted(tensor, heads)
             values = permuted.numpy()
-            used = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
+            used = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else gguf.GGMLQuantizationType[kind]
             packed = gguf.quantize(values, used)
             writer.add_tensor(key, packed, raw_dtype=used)
             read = torch.from_numpy(np.array(gguf.dequantize(packed, used)))

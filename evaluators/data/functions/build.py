@@ -28,7 +28,7 @@ from autopeft.evaluators.data.topics.build import (
 
 __all__ = ["BUILT_WITH", "SPLITS", "build", "to_jsonl", "write"]
 
-MAX_ROWS = {"train": 800, "validation": 240, "test": 240}
+MAX_ROWS = {"train": 800, "validation": 160, "test": 240}
 SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}  # shares of the rows, as far as whole modules allow
 MAX_PER_MODULE = 20  # or a few modules (turtle, tkinter, _pydecimal) would outweigh all others
 MAX_SOURCE = 170  # characters; a chat then has some 110 tokens
