@@ -59,7 +59,8 @@ def write_gguf(
     import gguf
 
     tokenizer = byte_tokenizer(WORDS, size=320, begin=False)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    # transformers adds the first one to a tokenizer of this kind that lacks it.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]})
     model: Any = seeded(LlamaForCausalLM, LlamaConfig(**CONFIG, vocab_size=len(tokenizer)))
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")

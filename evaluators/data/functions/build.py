@@ -28,7 +28,7 @@ from autopeft.evaluators.data.topics.build import (
 
 __all__ = ["BUILT_WITH", "SPLITS", "build", "to_jsonl", "write"]
 
-MAX_ROWS = {"train": 800, "validation": 160, "test": 240}
+MAX_ROWS = {"train": 800, "validation": 160, "test": 160}
 SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}  # shares of the rows, as far as whole modules allow
 MAX_PER_MODULE = 20  # or a few modules (turtle, tkinter, _pydecimal) would outweigh all others
 MAX_SOURCE = 170  # characters; a chat then has some 110 tokens
@@ -90,8 +90,8 @@ def rank(text: str) -> str:
 def select(found: Iterable[Function]) -> list[Function]:
     """Return one of functions whose docstring or source are near duplicates; at most MAX_PER_MODULE of a module."""
     members = sorted(set(found), key=lambda each: (rank(each.source), each))
-    for text_of in (lambda each: each.docstring, lambda each: each.source):
-        groups = near_duplicates([text_of(each) for each in members])
+    for field in ("docstring", "source"):
+        groups = near_duplicates([str(getattr(each, field)) for each in members])
         members = [members[i] for i in sorted(group[0] for group in groups)]
     count: Counter[str] = Counter()
     selected = []

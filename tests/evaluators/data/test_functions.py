@@ -76,7 +76,7 @@ def test_each_row_is_a_chat_of_three_messages_with_either_question() -> None:
 
 
 def test_the_splits_have_hundreds_of_rows_and_both_questions_in_like_shares() -> None:
-    assert {split: len(rows) for split, rows in ROWS.items()} == {"train": 732, "validation": 240, "test": 240}
+    assert {split: len(rows) for split, rows in ROWS.items()} == {"train": 732, "validation": 160, "test": 160}
     for rows in ROWS.values():
         asked = [user["content"].startswith(build.ASKS_DOCSTRING) for _, user, _ in rows]
         assert 0.4 < sum(asked) / len(asked) < 0.6
@@ -87,7 +87,9 @@ def test_no_question_and_no_docstring_has_a_near_duplicate_in_any_split() -> Non
     assert len({user["content"] for _, user, _ in rows}) == len(rows)
     docstrings = [answer["content"] for _, user, answer in rows if user["content"].startswith(build.ASKS_DOCSTRING)]
     docstrings += [user["content"] for _, user, _ in rows if user["content"].startswith(build.ASKS_NAME)]
-    assert all(len(group) == 1 for group in near_duplicates([text.removeprefix(build.ASKS_NAME) for text in docstrings]))
+    assert all(
+        len(group) == 1 for group in near_duplicates([text.removeprefix(build.ASKS_NAME) for text in docstrings])
+    )
     sources = [user["content"] for _, user, _ in rows if user["content"].startswith(build.ASKS_DOCSTRING)]
     assert all(
         len(group) == 1 for group in near_duplicates([text.removeprefix(build.ASKS_DOCSTRING) for text in sources])
@@ -98,17 +100,20 @@ def test_functions_are_read_without_docstring_comments_and_decorators() -> None:
     found = list(build.functions(SOURCE.encode(), "queue.py"))
     assert found == [
         build.Function(
-            "size", "def size(self):\n    return len(self.items)", "Return the number of items in the queue.", "queue.py"
+            "size",
+            "def size(self):\n    return len(self.items)",
+            "Return the number of items in the queue.",
+            "queue.py",
         )
     ]
 
 
 def test_a_module_is_in_one_split(tmp_path: Path) -> None:
-    names = "red green blue black white amber coral ivory olive plum".split()
+    names = ["red", "green", "blue", "black", "white", "amber", "coral", "ivory", "olive", "plum"]
     for module in names:
         body = "".join(
             f'def {module}_{other}(x):\n    """Paint the {module} {other} of x."""\n    return {module} + {other}\n\n'
-            for other in "door wall roof floor".split()
+            for other in ["door", "wall", "roof", "floor"]
         )
         (tmp_path / f"{module}.py").write_text(body)
     splits = build.split(build.select(build.read(tmp_path)))
