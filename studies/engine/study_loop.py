@@ -32,7 +32,6 @@ from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.engine.plan import StudyPlan, weights_path
 from autopeft.studies.engine.repeated_errors import Failures
-from autopeft.studies.engine.samples import Samples, write_samples
 from autopeft.studies.engine.scheduled_trials import (
     FINAL_PARTS,
     Planned,
@@ -44,6 +43,7 @@ from autopeft.studies.engine.scheduled_trials import (
 from autopeft.studies.engine.time_budget import Pace, TimeUsed, is_over, outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, cause, file_errors
+from autopeft.studies.reports.samples import Samples, write_samples
 from autopeft.studies.storage.database import GO_ON
 from autopeft.studies.storage.ledger import Ledger
 
@@ -144,7 +144,7 @@ class StudyLoop:
             LOGGER.warning("the report does not say what more time would buy: %s", cause(error))
         self.ledger.outlook = outlook
         snapshot = self.snapshot()
-        self.samples = write_samples(self.evaluator, snapshot, self.plan.output_folder)
+        self.samples = write_samples(self.evaluator, snapshot, weights_path, self.plan.output_folder)
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)
         if not any(row.on_front for row in snapshot.rows()):

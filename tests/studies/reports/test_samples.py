@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autopeft.studies.cli import app
 from autopeft.studies.config.loading import load_study
-from autopeft.studies.engine import samples
 from autopeft.studies.engine.check import check
+from autopeft.studies.reports import samples
 
 from ...support.tiny_gguf import write_gguf
 from ...support.tiny_study import write_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +17,6 @@ from autopeft.evaluators.atomic import atomic_write_text
 from autopeft.evaluators.base import Evaluator, Request
 from autopeft.evaluators.tasks import Prompted
 from autopeft.studies.analysis.snapshot import Entry, Snapshot
-from autopeft.studies.engine.plan import weights_path
 from autopeft.studies.errors import cause
 
 if TYPE_CHECKING:
@@ -75,11 +74,14 @@ def _shortened(text: str, width: int = 96) -> str:
     return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
-def write_samples(evaluator: Evaluator, snapshot: Snapshot, output_folder: Path) -> Samples | None:
+def write_samples(
+    evaluator: Evaluator, snapshot: Snapshot, weights_path: Callable[[Path, int], Path], output_folder: Path
+) -> Samples | None:
     """Generate the samples and write `samples.json` and `samples.md` into the folder of the report.
 
-    None for tasks without texts to generate, for rows without prompts, and without a recommended member whose weights
-    are kept. Nothing else depends on the samples, so a failure is a warning.
+    `weights_path`: returns the file of a trial's weights in the output folder. None for tasks without texts to
+    generate, for rows without prompts, and without a recommended member whose weights are kept. Nothing else depends on
+    the samples, so a failure is a warning.
     """
     from autopeft.evaluators.training.base import TrainingEvaluator
 
@@ -87,7 +89,8 @@ def write_samples(evaluator: Evaluator, snapshot: Snapshot, output_folder: Path)
     if not isinstance(evaluator, TrainingEvaluator) or recommendation is None:
         return None
     try:
-        found = _samples(evaluator, snapshot.entry(recommendation.recommended), output_folder)
+        weights = weights_path(output_folder, recommendation.recommended)
+        found = _samples(evaluator, snapshot.entry(recommendation.recommended), weights)
         if found is not None:
             folder = output_folder / "report"
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,11 +102,10 @@ def write_samples(evaluator: Evaluator, snapshot: Snapshot, output_folder: Path)
     return found
 
 
-def _samples(evaluator: TrainingEvaluator, entry: Entry, output_folder: Path) -> Samples | None:
+def _samples(evaluator: TrainingEvaluator, entry: Entry, weights: Path) -> Samples | None:
     task = evaluator.task
     every = [(i, task.prompted(example)) for i, example in enumerate(evaluator.examples["validation"])]
     with_prompts = [(i, found) for i, found in every if found is not None]
-    weights = weights_path(output_folder, entry.trial.number)
     if not with_prompts or not weights.is_file():
         return None
     chosen = with_prompts[:: max(1, len(with_prompts) // MOST_SAMPLES)][:MOST_SAMPLES]
