@@ -159,4 +159,4 @@ def test_the_demo_of_the_language_model_is_valid() -> None:
     assert backbone.id == "embedded-llm"
     assert not splits.warnings
     assert {"lora-all-linear", "lora-r8-qv"} == set(settings.baselines.names)
-    assert len(space.genes) == 4
+    assert {gene.name.split(".")[0] for gene in space.genes} == {"qv", "ko", "mlp", "training"}
