@@ -48,9 +48,11 @@ class Architecture:
         """Return the architecture with these adapters by site name, in any order."""
         rows = []
         for site in sorted(adapters):
-            specs = sorted(adapters[site], key=site_sort_key)
+            specs = tuple(adapters[site])
+            if len(specs) > 1:  # one needs no key, which would take longer than the rest
+                specs = tuple(sorted(specs, key=site_sort_key))
             if specs:
-                rows.append((site, tuple(specs)))
+                rows.append((site, specs))
         return cls(tuple(rows))
 
     def __iter__(self) -> Iterator[tuple[str, AdapterSpec]]:

@@ -28,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle
 from math import sqrt
 from weakref import WeakKeyDictionary
@@ -95,6 +96,47 @@ def _restored(attachment: Attachment) -> Iterator[None]:
             stream.set_state(state)
         attachment.train(modes[0])
         model.train(modes[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Seconds of a training step and of a forward pass of one batch.
+
+    `spread`: interquartile range of the step's times, relative to their median. `share`: share of the batch's rows that
+    were measured; the seconds are those of all rows, by proportion.
+    """
+
+    step_s: float
+    forward_s: float
+    spread: float
+    share: float
+
+
+def step_times(attachment: Attachment, task: Task, batch: Batch, within_s: float) -> StepTimes:
+    """Measure a training step and a forward pass within about `within_s` seconds, or two steps of one row if longer.
+
+    Other than `measure`, it needs no control: it says how long trainings take now, also beside other work.
+    """
+    begun, rows = time.perf_counter(), len(batch["targets"])
+    with _restored(attachment):
+        attachment.train()
+        one = _Bench(attachment, task, {name: tensor[:1] for name, tensor in batch.items()})
+        step = one.training_step()
+        one.timed(step)
+        # Room for a first step, two repeats, and as many forward passes, which take a third of a step.
+        fitting = int(within_s / (3 * 4 / 3 * one.timed(step)))
+        measured = max(1, min(rows, fitting))
+        bench = _Bench(attachment, task, {name: tensor[:measured] for name, tensor in batch.items()})
+        step = bench.training_step()
+        left_s = within_s - (time.perf_counter() - begun)
+        step_s, spread_s = _sample(lambda: bench.timed(step), least=2, within_s=0.6 * left_s)
+        attachment.eval()
+        left_s = within_s - (time.perf_counter() - begun)
+        forward_s, _ = _sample(lambda: bench.timed(bench.forward), least=2, within_s=left_s)
+    scale = rows / measured
+    return StepTimes(
+        step_s=scale * step_s, forward_s=scale * forward_s, spread=spread_s / step_s, share=measured / rows
+    )
 
 
 def step_bytes(attachment: Attachment, task: Task, batch: Batch) -> int:
@@ -239,14 +281,19 @@ _METHODS: dict[str, Callable[[_Bench], tuple[float, float]]] = {
 }
 
 
-def _sample(draw: Callable[[], float]) -> tuple[float, float]:
-    """Return median and interquartile range of `draw()`, repeated after a warm-up until the median is precise."""
+def _sample(
+    draw: Callable[[], float], *, least: int = MIN_REPEATS, within_s: float | None = None
+) -> tuple[float, float]:
+    """Return median and interquartile range of `draw()`, repeated after a warm-up until the median is precise.
+
+    `within_s`: default `MAX_SECONDS`. `least`: repeats, at least two, that it makes even if they take longer.
+    """
     draw()
-    end = time.perf_counter() + MAX_SECONDS
+    end = time.perf_counter() + (MAX_SECONDS if within_s is None else within_s)
     drawn: list[float] = []
     while True:
         drawn.append(draw())
-        if len(drawn) < MIN_REPEATS:
+        if len(drawn) < least:
             continue
         low, median, high = statistics.quantiles(drawn, n=4, method="inclusive")
         # For normal values, the standard error of the median is 1.25 sigma / sqrt(n) and the range is 1.35 sigma.

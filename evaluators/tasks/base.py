@@ -211,6 +211,10 @@ class Task(ABC):
     def length(self, example: Example) -> int:
         """Return the number of positions of an example in the model's layers."""
 
+    def shortened(self, example: Example, most: int) -> Example:
+        """Return the example with at most `most` positions if the task can cut it, for tests of the model itself."""
+        return example
+
     @abstractmethod
     def inputs(self, examples: Sequence[Example]) -> Batch:
         """Return the padded inputs of the model, each [N, ...]."""

@@ -51,6 +51,7 @@ class CausalLM(TextTask):
     auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
     trainer = "SFTTrainer"
+    targets_per_token = ("labels",)
 
     @override
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
@@ -26,6 +26,8 @@ class TextTask(Task):
 
     processor_name = "tokenizer"
     auto_processor = "AutoTokenizer"
+    #: Entries of an example with a target per token.
+    targets_per_token: ClassVar[tuple[str, ...]] = ()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -121,6 +123,12 @@ class TextTask(Task):
     @override
     def length(self, example: Example) -> int:
         return len(example["input_ids"])
+
+    @override
+    def shortened(self, example: Example, most: int) -> Example:
+        # The end, where the completions of language models are.
+        tokens = ("input_ids", *_PER_TOKEN, *self.targets_per_token)
+        return {name: value[-most:] if name in tokens else value for name, value in example.items()}
 
     @override
     def inputs(self, examples: Sequence[Example]) -> Batch:

@@ -17,7 +17,7 @@ from autopeft.evaluators import contents
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
-from autopeft.evaluators.costs.measurement import measure
+from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
@@ -31,6 +31,8 @@ from autopeft.search_space.training import Training
 EVALUATION_BATCH_SIZE = 64
 #: Approximate number of validation examples that are scored at a rung.
 RUNG_EXAMPLES = 256
+#: Positions of the two rows of a small batch, at most.
+SMALL_LENGTHS = (16, 12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,11 @@ class TrainingEvaluator(Attaching):
             found = measure(attachment, self.task, self.typical_batch(candidate), measured)
         return Costs(values={**values, **found.values}, spread=found.spread)
 
+    def pace(self, candidate: Candidate, within_s: float) -> StepTimes:
+        """Measure a training step and a forward pass within about `within_s` seconds."""
+        with memory_errors(), self.attach(Request(candidate=candidate)) as attachment:
+            return step_times(attachment, self.task, self.typical_batch(candidate), within_s)
+
     def typical_batch(self, candidate: Candidate) -> Batch:
         """Return a training batch of median length; it depends only on the candidate's batch size."""
         size = self.training(candidate).batch_size
@@ -120,9 +127,14 @@ class TrainingEvaluator(Attaching):
         return self.batch("train", batches[len(batches) // 2])
 
     def small_batch(self) -> tuple[Batch, list[int]]:
-        """Return a batch of two short training rows of different lengths, if there are any, and their lengths."""
+        """Return a batch of two short training rows of different lengths, if there are any, and their lengths.
+
+        Long rows are cut: what it tests of a model does not depend on them, but takes a pass for each of its layers.
+        """
         rows = batching.short_rows(self.lengths["train"])
-        return self.batch("train", rows), [self.lengths["train"][row] for row in rows]
+        examples = [self.examples["train"][row] for row in rows]
+        short = [self.task.shortened(one, most) for one, most in zip(examples, SMALL_LENGTHS, strict=False)]
+        return self._collated(short), list(map(self.task.length, short))
 
     @override
     def longest_batch(self, candidate: Candidate) -> Batch:
@@ -152,8 +164,10 @@ class TrainingEvaluator(Attaching):
 
     def batch(self, split: str, indices: Sequence[int]) -> Batch:
         """Return these examples of a split as one batch on the device."""
-        batch = self.task.collate([self.examples[split][i] for i in indices])
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return self._collated([self.examples[split][i] for i in indices])
+
+    def _collated(self, examples: Sequence[Example]) -> Batch:
+        return {name: tensor.to(self.device) for name, tensor in self.task.collate(examples).items()}
 
     # Not inference_mode: tensors that a model caches between calls must work in the training that follows.
     @torch.no_grad()

@@ -101,6 +101,7 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
             pace = Pace.typical(settings, evaluator)
         except Exception as error:
             notes.append(f"the time of a training of median size cannot be measured: {cause(error)}")
+    notes += [] if pace is None else pace.notes()
     problem, plan = problem_for(settings, backbone), plan_of(settings)
     try:
         memory = evaluator.costs(largest, frozenset({"peak_memory_bytes"})).values["peak_memory_bytes"]

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from autopeft.studies.config.study_file import StudyFile
     from autopeft.studies.storage.ledger import Ledger
 
+#: Seconds to measure a training step; a model of which one step takes longer is measured with fewer rows.
+MEASURED_S = 12.0
+#: Interquartile range of the times of a step, relative to their median, that is worth a word.
+LARGE_SPREAD = 0.2
 #: Random candidates whose median size is typical of a space.
 SAMPLES = 100
 #: Share of the time after the baselines that goes to the finalists.
@@ -46,25 +50,32 @@ MOST_TRIALS = 400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Seconds of one training on this machine: all its steps, its validation scores and its test scores."""
+    """Seconds of one training on this machine: all its steps, its validation scores and its test scores.
+
+    `spread`, `share`: how a step was measured, as in `StepTimes`.
+    """
 
     step_s: float
     steps_s: float
     validation_s: float
     test_s: float
+    spread: float = 0.0
+    share: float = 1.0
 
     @classmethod
     def measured(cls, evaluator: TrainingEvaluator, candidate: Candidate) -> Pace:
-        """Measure a step and a forward pass of a candidate."""
+        """Measure a step and a forward pass of a candidate, for `MEASURED_S` seconds at most."""
         from autopeft.evaluators.base import Request
 
-        found = evaluator.costs(candidate, frozenset({"step_s", "latency_s"})).values
-        row_s = found["latency_s"] / evaluator.training(candidate).batch_size
+        found = evaluator.pace(candidate, MEASURED_S)
+        row_s = found.forward_s / evaluator.training(candidate).batch_size
         return cls(
-            step_s=found["step_s"],
-            steps_s=found["step_s"] * evaluator.num_steps(Request(candidate=candidate)),
+            step_s=found.step_s,
+            steps_s=found.step_s * evaluator.num_steps(Request(candidate=candidate)),
             validation_s=row_s * len(evaluator.examples["validation"]),
             test_s=row_s * len(evaluator.examples["test"]),
+            spread=found.spread,
+            share=found.share,
         )
 
     @classmethod
@@ -76,6 +87,19 @@ class Pace:
     def run_s(self, share: float = 1.0) -> float:
         """Return the seconds of a training of this share of the steps."""
         return share * self.steps_s + self.validation_s
+
+    def notes(self) -> Iterator[str]:
+        """Yield why the times may be wrong."""
+        if self.share < 1.0:
+            yield (
+                f"a training step of this model takes long, so the time is from {self.share:.0%} of its rows and"
+                " may be too high"
+            )
+        if self.spread > LARGE_SPREAD:
+            yield (
+                f"the measured times of a training step spread by {self.spread:.0%}: other work slows this machine, and"
+                " the estimated time is as uncertain"
+            )
 
     @property
     def final_s(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,10 +78,16 @@ def _check_equal(adapted: Tensor, merged: Tensor, recipe: Recipe) -> None:
 
 def _adds_bias(spec: AdapterSpec, site: Site) -> bool:
     """Return whether merging adds a bias that the model lacks; a plain model would not load it."""
+    # Sites that differ only in their place are one for the cache.
+    anywhere = replace(site, name="", layer=None, module="", input_module="", attention_module=None)
+    return not site.bias and _merges_into_bias(spec, anywhere)
+
+
+@lru_cache(maxsize=1024)
+def _merges_into_bias(spec: AdapterSpec, site: Site) -> bool:
+    """Return whether merging makes a bias, tried without values."""
     import torch
 
-    if site.bias:
-        return False
     values = {
         name: torch.empty(parameter.shape, device="meta", dtype=torch.int32 if parameter.indices else torch.float32)
         for name, parameter in spec.parameters(site).items()

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.costs import measurement, timing
-from autopeft.evaluators.costs.measurement import measure
+from autopeft.evaluators.costs.measurement import measure, step_times
 from autopeft.evaluators.tasks import Batch
 from autopeft.evaluators.tasks.classification import Classification
 from autopeft.search_space.adapters import AdapterSpec
@@ -262,6 +262,36 @@ def test_several_slots_are_timed_together_and_not_merged(bert, task, batch) -> N
 
 
 # Repeats
+
+
+def test_the_pace_of_a_slow_model_is_that_of_fewer_rows(
+    bert: tuple[nn.Module, Backbone], task: Classification, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def timed(bench: Any, run: Callable[[], None]) -> float:
+        rows.append(len(bench.batch["targets"]))
+        return 0.5 * rows[-1]
+
+    monkeypatch.setattr(measurement._Bench, "timed", timed)
+    with attach(bert, placed(bert[1], Lora(rank=2))) as attachment:
+        found = step_times(attachment, task, batch, within_s=4.0)
+        assert set(rows) == {1, 2}, "two of the four rows: eight passes of theirs would take eight seconds"
+        assert (found.step_s, found.forward_s, found.spread, found.share) == (2.0, 2.0, 0.0, 0.5)
+        assert step_times(attachment, task, batch, within_s=0.1).share == 0.25, "one row at least"
+        assert step_times(attachment, task, batch, within_s=60.0).share == 1.0
+
+
+def test_the_pace_is_measured_on_the_real_step_and_leaves_no_trace(
+    bert: tuple[nn.Module, Backbone], task: Classification, batch: Batch
+) -> None:
+    with attach(bert, placed(bert[1], Lora(rank=2))) as attachment:
+        before = attachment.state()
+        found = step_times(attachment, task, batch, within_s=0.5)
+        assert found.step_s > found.forward_s > 0.0
+        assert found.share == 1.0
+        assert all(torch.equal(value, before[name]) for name, value in attachment.state().items())
+        assert all(parameter.grad is None for parameter, _ in attachment.trainable())
 
 
 def test_equal_draws_stop_early_and_noisy_ones_go_on_to_the_limits(monkeypatch) -> None:

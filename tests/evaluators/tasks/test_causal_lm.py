@@ -397,3 +397,13 @@ def test_adapters_have_something_to_adapt_in_the_example(tmp_path):
         (outcome,) = evaluator.evaluate([Request(candidate=Candidate(architecture=lora, training=training))])
         found[name] = outcome.measurement.values["accuracy"]
     assert 0.2 < found["small"] < found["large"]
+
+
+def test_long_examples_are_cut_where_the_loss_is_not(tokenizer: PreTrainedTokenizerBase) -> None:
+    task = CausalLM(tokenizer, 64, None)
+    (example,) = task.encode([{"prompt": "one two three four", "completion": " five six"}])
+    short = task.shortened(example, 3)
+    assert short["input_ids"] == example["input_ids"][-3:]
+    assert short["labels"] == example["labels"][-3:]
+    assert task.shortened(example, 100) == example
+    assert task.collate([short])["targets"].shape == (1, 3)

@@ -248,3 +248,11 @@ def test_no_outlook_on_a_best_that_the_search_does_not_know() -> None:
     alone = replace(study, trials=tuple(t for t in study.trials if t.role.kind == "baseline"))
     assert alone.front().recommendation is not None
     assert outlook_of(Sure(problem, 0), alone, 4) is None
+
+
+def test_a_rough_pace_says_so() -> None:
+    assert list(PACE.notes()) == []
+    (few,) = replace(PACE, share=0.25).notes()
+    assert "from 25% of its rows" in few
+    (rough,) = replace(PACE, spread=0.5).notes()
+    assert "spread by 50%" in rough
