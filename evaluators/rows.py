@@ -10,8 +10,13 @@ from typing import Any, Literal
 
 EMBEDDED = "embedded"
 EMBEDDED_DOMAINS = "embedded-domains"
+EMBEDDED_FUNCTIONS = "embedded-functions"
 #: The packages that hold the files of the embedded sources.
-EMBEDDED_IN = {EMBEDDED: "autopeft.evaluators.data.topics", EMBEDDED_DOMAINS: "autopeft.evaluators.data.domains"}
+EMBEDDED_IN = {
+    EMBEDDED: "autopeft.evaluators.data.topics",
+    EMBEDDED_DOMAINS: "autopeft.evaluators.data.domains",
+    EMBEDDED_FUNCTIONS: "autopeft.evaluators.data.functions",
+}
 FILES = "files"
 
 Row = dict[str, Any]
@@ -21,7 +26,7 @@ Row = dict[str, Any]
 class DataConfig:
     """The source of the rows and the names of their fields.
 
-    `source`: "embedded", "embedded-domains", "files" or the id of a hub data set.
+    `source`: a name of `EMBEDDED_IN`, "files" or the id of a hub data set.
     `train`, `validation`, `test`: files (JSONL, an array in JSON, CSV, Parquet; relative to `folder`) or split names on
     the hub.
     `text_pair`: the field of a second text that is read together with the first, or None.

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,8 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 # killed process leaves its files in memory as on a disk.
 MEMORY, NEEDED_BYTES = Path("/dev/shm"), 4 * 10**9
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > NEEDED_BYTES:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    os.environ.setdefault("TMPDIR", str(MEMORY))
+    tempfile.tempdir = None  # pytest has asked for it
 
 # After the settings. The GPU kit runs tests where these are not installed.
 if find_spec("jaxtyping") and find_spec("beartype"):

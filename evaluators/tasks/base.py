@@ -48,6 +48,15 @@ class Cut:
     no_prompt: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompted:
+    """The tokens before a text that a model is to generate, and those of the example's own text, the reference."""
+
+    prompt: Sequence[int]
+    reference: Sequence[int]
+    domain: int = 0
+
+
 def model_inputs(batch: Batch) -> Batch:
     """Return the tensors of a batch that the model reads."""
     return {name: tensor for name, tensor in batch.items() if name not in BESIDE_THE_MODEL}
@@ -200,6 +209,10 @@ class Task(ABC):
 
     def learnt(self, example: Example) -> list[bool] | None:
         """Return which positions of an example have a loss; None where the example has a single target."""
+        return None
+
+    def prompted(self, example: Example) -> Prompted | None:
+        """Return the prompt of an example, after which a model generates a text; None if there is none."""
         return None
 
     @abstractmethod

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from autopeft.evaluators.errors import DataError, ModelError
-from autopeft.evaluators.rows import EMBEDDED_IN, DataConfig, Row, field_names, text_of
-from autopeft.evaluators.tasks.base import IGNORED, Batch, Cut, Example, Scored
+from autopeft.evaluators.gguf import EMBEDDED_LLM
+from autopeft.evaluators.rows import EMBEDDED_FUNCTIONS, EMBEDDED_IN, DataConfig, Row, field_names, text_of
+from autopeft.evaluators.tasks.base import IGNORED, Batch, Cut, Example, Prompted, Scored
 from autopeft.evaluators.tasks.chat import prompt_and_answer, unread_parts
 from autopeft.evaluators.tasks.conversations import alpaca_of, column_of, conversation_of, is_alpaca, system_column
 from autopeft.evaluators.tasks.text import TextTask
@@ -62,10 +63,12 @@ class CausalLM(TextTask):
     @override
     @classmethod
     def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
-        if data.source in EMBEDDED_IN:
-            yield ("data", "source"), "the embedded data is for classification: set data.source to your own data"
+        if data.source in EMBEDDED_IN and data.source != EMBEDDED_FUNCTIONS:
+            what = f"set data.source to {EMBEDDED_FUNCTIONS} or to your own data"
+            yield ("data", "source"), f"the embedded data is for classification: {what}"
         if model_id == "embedded":
-            yield ("model", "id"), "the embedded model is an encoder: set model.id to a causal language model"
+            what = f"set model.id to {EMBEDDED_LLM} or to another causal language model"
+            yield ("model", "id"), f"the embedded model is an encoder: {what}"
         for name in ("text_pair", "labels"):
             if getattr(data, name) is not None:
                 yield ("data", name), "can be set only for classification"
@@ -235,6 +238,16 @@ class CausalLM(TextTask):
     def learnt(self, example: Example) -> list[bool]:
         # The first token has no other before it that could predict it.
         return [i > 0 and label != IGNORED for i, label in enumerate(example["labels"])]
+
+    @override
+    def prompted(self, example: Example) -> Prompted | None:
+        """Return all before the last tokens with a loss, and these."""
+        labels = example["labels"]
+        end = max(i for i, label in enumerate(labels) if label != IGNORED) + 1
+        start = next((i + 1 for i in range(end - 1, -1, -1) if labels[i] == IGNORED), 0)
+        ids = example["input_ids"]
+        found = Prompted(prompt=ids[:start], reference=ids[start:end], domain=example.get("domain", 0))
+        return found if start else None
 
     @override
     def targets(self, examples: Sequence[Example], width: int) -> Tensor:

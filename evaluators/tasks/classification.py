@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from autopeft.evaluators.rows import DataConfig, Row, name_of, names_of, text_of
+from autopeft.evaluators.rows import EMBEDDED_FUNCTIONS, DataConfig, Row, name_of, names_of, text_of
 from autopeft.evaluators.tasks.base import Example, Scored, Task
 from autopeft.evaluators.tasks.text import TextTask
 from autopeft.search_space.metrics.base import PREDICTION, PREDICTIONS, TARGET, TARGETS
@@ -58,6 +58,12 @@ class Classification(TextTask):
     @classmethod
     def for_rows(cls, rows: Sequence[Row]) -> type[Task]:
         return MultiLabel if rows and "labels" in rows[0] else cls
+
+    @override
+    @classmethod
+    def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+        if data.source == EMBEDDED_FUNCTIONS:
+            yield ("data", "source"), "these embedded rows are chats without labels: set task: causal-lm"
 
     @override
     @classmethod
@@ -170,6 +176,7 @@ class MultiLabel(Classification):
     @override
     @classmethod
     def problems(cls, data: DataConfig, model_id: str) -> Iterator[tuple[tuple[str, ...], str]]:
+        yield from super().problems(data, model_id)
         if data.label != DataConfig().label:
             yield (
                 ("data", "label"),

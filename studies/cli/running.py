@@ -66,6 +66,8 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
         if isinstance(error, OSError):  # stdout itself
             raise
         echo(f"warning: the table of the front cannot be shown ({cause(error)}); the study has ended", err=True)
+    for line in study.samples.lines() if study.samples else ():
+        echo(line)
     if report.files:
         echo(f"\nreport    {report.files[0].parent}: {', '.join(path.name for path in report.files)}")
     if settings.tracking.enabled:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _RESERVED = ("layers", "training")
 _OUTSIDE_LAYERS = ("embed", "backbone", "head")
 _SPLITS = ("train", "validation", "test")
-_EMBEDDED = ("embedded", "embedded-domains")
+_EMBEDDED = ("embedded", "embedded-domains", "embedded-functions")
 
 
 def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:

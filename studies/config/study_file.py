@@ -131,9 +131,10 @@ class StudyFile(Section):
 
     @property
     def model_id(self) -> str:
-        """`model.id`; a folder relative to the file becomes absolute."""
+        """`model.id`; a folder or a GGUF file relative to the study file becomes absolute."""
         beside = self.folder / Path(self.model.id).expanduser()
-        return str(beside) if os.path.isdir(beside) or self.model.id.startswith((".", "~")) else self.model.id
+        local = os.path.isdir(beside) or self.model.id.startswith((".", "~"))
+        return str(beside) if local or (self.model.id.endswith(".gguf") and os.path.isfile(beside)) else self.model.id
 
     def data_settings(self) -> DataConfig:
         """Return the argument of `load_splits`; splits on the hub have their usual names by default."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from autopeft.evaluators.backbones import load_processor, skeleton
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits, load_splits
-from autopeft.evaluators.errors import DataError, ModelError
+from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
@@ -26,7 +26,7 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import open_ledger, prior_trials, recorded_settings, was_started
-from autopeft.studies.errors import NoFeasibleCandidateError
+from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +41,8 @@ def check(
     """Read and encode the data, test the study's own metrics on it, describe the model, and build the space.
 
     The splits have their encoded rows, and warnings about what is lost of them. `progress`: as of `encode_splits`.
-    Raises StudyFileError with every problem, and NoFeasibleCandidateError.
+    Raises StudyFileError with every problem, NoFeasibleCandidateError, and UnusableEnvironmentError for a model that
+    needs a package.
     """
     settings = reading_as_started(settings)
     problems: list[str] = []
@@ -62,6 +63,8 @@ def check(
             model, id=settings.model_id, revision=settings.model.revision, modules=settings.model.modules
         )
         settings.task_class.check_model(model, backbone)
+    except MissingPackageError as error:
+        raise UnusableEnvironmentError(str(error)) from error
     except ModelError as error:
         problems.append(settings.render(("model", "id"), str(error)))
     except UnknownBackboneError as error:

@@ -55,13 +55,15 @@ def torch_device(requested: str) -> str:
 
 @contextmanager
 def inputs_checked() -> Iterator[None]:
-    """Turn errors of models, data and metrics into a ConfigurationError."""
-    from autopeft.evaluators.errors import DataError, ModelError
+    """Turn errors of models, data and metrics into a ConfigurationError, or UnusableEnvironmentError for a package."""
+    from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
     from autopeft.search_space.backbones.introspection import UnknownBackboneError
     from autopeft.search_space.metrics import MetricError
 
     try:
         yield
+    except MissingPackageError as error:
+        raise UnusableEnvironmentError(str(error)) from error
     except (ModelError, DataError, UnknownBackboneError, MetricError) as error:
         raise ConfigurationError(str(error)) from error
 

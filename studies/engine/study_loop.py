@@ -43,6 +43,7 @@ from autopeft.studies.engine.scheduled_trials import (
 from autopeft.studies.engine.time_budget import Pace, TimeUsed, is_over, outlook_of
 from autopeft.studies.engine.watcher import Stage, Watcher
 from autopeft.studies.errors import NoFeasibleCandidateError, cause, file_errors
+from autopeft.studies.reports.samples import Samples, write_samples
 from autopeft.studies.storage.database import GO_ON
 from autopeft.studies.storage.ledger import Ledger
 
@@ -91,6 +92,7 @@ class StudyLoop:
         self.failures = Failures(problem.space.backbone)
         self.pace = pace
         self.time = TimeUsed(ledger)
+        self.samples: Samples | None = None
 
     @property
     def backbone(self) -> Backbone:
@@ -142,6 +144,7 @@ class StudyLoop:
             LOGGER.warning("the report does not say what more time would buy: %s", cause(error))
         self.ledger.outlook = outlook
         snapshot = self.snapshot()
+        self.samples = write_samples(self.evaluator, snapshot, weights_path, self.plan.output_folder)
         if self.tracker is not None:
             self.tracker.sync(snapshot, final=True)
         if not any(row.on_front for row in snapshot.rows()):

@@ -63,12 +63,19 @@ def write_adapter_readme(
     about serving the adapter.
     """
     from autopeft.evaluators.backbones import EMBEDDED
+    from autopeft.evaluators.gguf import EMBEDDED_LLM, EMBEDDED_LLM_PACKAGE, file_of
 
     origin, auto_class = recipe.backbone, recipe.task_class.auto_class
     imports, names = ["from peft import PeftModel"], [auto_class]
-    if origin.id == EMBEDDED:
+    if origin.id in (EMBEDDED, EMBEDDED_LLM):
         imports = ["from importlib.util import find_spec", "from pathlib import Path", "", *imports]
-    options = [model_expression(origin.id), f"revision={origin.revision!r}", f"dtype={origin.dtype!r}", *model_options]
+    file = file_of(origin.id)
+    if file is None:
+        model_of = [model_expression(origin.id)]
+    else:  # the file itself: the copy that was trained is a cache of this machine
+        package = f'str(Path(find_spec("{EMBEDDED_LLM_PACKAGE}").origin).parent)'
+        model_of = [package if origin.id == EMBEDDED_LLM else repr(str(file.parent)), f"gguf_file={file.name!r}"]
+    options = [*model_of, f"revision={origin.revision!r}", f"dtype={origin.dtype!r}", *model_options]
     if recipe.task_class.has_labels:
         # The checkpoint's own configuration may have other labels and, for many decoders, no padding token.
         names.insert(0, "AutoConfig")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from typing_extensions import override
 
+from autopeft.evaluators.gguf import EMBEDDED_LLM, EMBEDDED_LLM_ORIGIN
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.backbones.linear import weight_of
 from autopeft.search_space.runtime.pool import pools_of
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER = "default"
+_OTHER_WEIGHTS = (
+    f"adapter_config.json names {EMBEDDED_LLM_ORIGIN} as its base model, which everybody can load. The adapter was"
+    " trained on that model's weights rounded to 4 bits (Q4_1); README.md loads these, so outputs are exact there only"
+)
 
 
 class PeftAdapter(AveragingExporter):
@@ -63,6 +68,9 @@ class PeftAdapter(AveragingExporter):
         with torch.no_grad():
             fill(wrapped.base_model.model, form, served_state(recipe, form, state))
         remarks = remarks_on(recipe, form) if self.for_servers else []
+        if recipe.backbone.id == EMBEDDED_LLM:
+            wrapped.peft_config[ADAPTER].base_model_name_or_path = EMBEDDED_LLM_ORIGIN
+            remarks = [*remarks, _OTHER_WEIGHTS]
         write_adapter_readme(recipe, folder, remarks=remarks)  # before peft, which adds metadata to it
         wrapped.save_pretrained(folder, save_embedding_layers=False)
         save_processor(recipe, folder)

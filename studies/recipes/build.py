@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -79,7 +79,7 @@ def bare_recipe(
     **fields: Any,
 ) -> Recipe:
     """Return the recipe of any candidate of the study, trained or not."""
-    if Path(settings.model_id).is_dir():  # it may have moved with its study
+    if os.path.exists(settings.model_id):  # it may have moved with its study
         backbone = replace(backbone, id=settings.model_id)
     return Recipe.of(
         backbone=backbone,

@@ -39,6 +39,7 @@ LOGGER = logging.getLogger(__name__)
 
 #: The table of scored candidates, in a study's folder.
 SUBNETS = "subnets.csv"
+SAMPLES = "report/samples.*"
 #: The folder of artifacts, in a study's folder.
 ARTIFACTS = "mlartifacts"
 
@@ -139,19 +140,19 @@ class Tracker:
             if runs is None or final:
                 keep = partial(keep_artifacts, self.uri, self.folder / ARTIFACTS)
                 runs = _Runs.find(client, experiment_id, snapshot, keep)
-                self._write_subnets(runs)
+                self._write_files(runs)
             runs.write(snapshot, final)
         # Assigned last: after a sync that failed midway, the next one looks up what MLflow has.
         self._runs = runs
 
-    def _write_subnets(self, runs: _Runs) -> None:
-        """Write the table of proxy scores, if the study has one.
+    def _write_files(self, runs: _Runs) -> None:
+        """Write the table of proxy scores and the samples of generated text, if the study has them.
 
         Scored candidates are too many for a run each. The final sync writes the complete table.
         """
-        table = self.folder / SUBNETS
-        if table.is_file():
-            runs.client.log_artifact(runs.parent.id, str(table), "proxy")
+        for pattern, place in ((SUBNETS, "proxy"), (SAMPLES, "samples")):
+            for file in sorted(self.folder.glob(pattern)):
+                runs.client.log_artifact(runs.parent.id, str(file), place)
 
 
 @dataclass(slots=True)

@@ -36,7 +36,8 @@ class ModelSettings(Section):
     id: str = Field(
         default="embedded",
         min_length=1,
-        description="embedded (a small English encoder), a folder, or a hub id",
+        description="embedded (a small English encoder), embedded-llm (SmolLM2-135M-Instruct), a folder, a GGUF file,"
+        " or a hub id",
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="type of its weights")
@@ -52,7 +53,7 @@ class DataSettings(Section):
         default="embedded",
         min_length=1,
         description="embedded (topics of docstrings), embedded-domains (four kinds of text with a question each),"
-        " files, or the id of a hub dataset",
+        " embedded-functions (chats about functions, for causal-lm), files, or the id of a hub dataset",
     )
     revision: str | None = Field(default=None, description="commit or tag on the hub")
     train: str | None = Field(default=None, description="file (.jsonl, .json, .csv, .parquet) or, on the hub, split")

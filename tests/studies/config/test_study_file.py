@@ -370,6 +370,7 @@ WRONG = [
         "task: causal-lm\nmodel: {id: some/model}\ndata: {source: embedded-domains}",
         "8 data.source: the embedded data is for classification",
     ),
+    ("data: {source: embedded-functions}", "6 data.source: these embedded rows are chats without labels"),
     ("task: regression", "6 task: unknown task 'regression'; known: causal-lm, classification"),
     ("task: casual-lm", "6 task: unknown task 'casual-lm'; did you mean 'causal-lm'?"),
     ("seed: 4294967296", "6 seed: must be less than 2147483648"),
