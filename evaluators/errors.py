@@ -14,6 +14,10 @@ class ModelError(ValueError):
     """A model that cannot be loaded; the message says why."""
 
 
+class MissingPackageError(ModelError):
+    """A model needs an optional package that is not installed; the message has the command that installs it."""
+
+
 class DataError(ValueError):
     """All problems with the data, one line each."""
 
