@@ -18,8 +18,15 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from autopeft.evaluators import contents, quantization as quantized
+from autopeft.evaluators import contents
 from autopeft.evaluators.errors import ModelError
+from autopeft.evaluators.quantization import (
+    check_quantization,
+    loading_arguments,
+    outer_linears,
+    prepare,
+    settings_of,
+)
 from autopeft.evaluators.tasks import TASKS, Task
 from autopeft.search_space.backbones.backbone import MOST_LAYERS, Backbone
 from autopeft.search_space.backbones.introspection import describe
@@ -178,8 +185,8 @@ def _config(model_id: str, revision: str | None, quantization: str | None = None
     with _quiet(), _errors(model_id, "the configuration"):
         # Without this argument, transformers asks on the terminal whether to run the code of a checkpoint.
         config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, trust_remote_code=False)
-    if quantized.check_quantization(model_id, config, quantization) and quantization_of(config) is None:
-        config.quantization_config = quantized.settings_of(str(quantization))
+    if check_quantization(model_id, config, quantization) and quantization_of(config) is None:
+        config.quantization_config = settings_of(str(quantization))
     return config
 
 
@@ -227,8 +234,8 @@ def load_backbone(
     auto_class = _auto_class(model_id, kind, config)
     storage: dict[str, Any] = {}
     if quantization_of(config) is not None:
-        outer = quantized.outer_linears(skeleton(model_id, revision, task, labels))
-        storage = quantized.loading_arguments(config, dtype, outer, device)
+        outer = outer_linears(skeleton(model_id, revision, task, labels))
+        storage = loading_arguments(config, dtype, outer, device)
     same_outputs = kind.same_outputs(config, labels)
     with _quiet(), _errors(model_id, "the model"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a head that the checkpoint lacks is the same in every process
@@ -256,7 +263,7 @@ def load_backbone(
     backbone = backbone or describe(model, id=model_id, revision=revision, modules=modules, made=made)
     kind.check_model(model, backbone)
     if storage:
-        quantized.prepare(model_id, model, getattr(torch, dtype), backbone.head_modules)
+        prepare(model_id, model, getattr(torch, dtype), backbone.head_modules)
     of_head = [key for key in new if any(key.startswith(f"{head}.") for head in backbone.head_modules)]
     lost = [key for key in new if key not in of_head and key.rpartition(".")[0] not in made]
     if lost:

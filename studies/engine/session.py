@@ -54,13 +54,15 @@ def torch_device(requested: str) -> str:
 
 @contextmanager
 def inputs_checked() -> Iterator[None]:
-    """Turn errors of models, data and metrics into a ConfigurationError."""
-    from autopeft.evaluators.errors import DataError, ModelError
+    """Turn errors of models, data and metrics into a ConfigurationError, and a missing package into one of its own."""
+    from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
     from autopeft.search_space.backbones.introspection import UnknownBackboneError
     from autopeft.search_space.metrics import MetricError
 
     try:
         yield
+    except MissingPackageError as error:
+        raise UnusableEnvironmentError(str(error)) from error
     except (ModelError, DataError, UnknownBackboneError, MetricError) as error:
         raise ConfigurationError(str(error)) from error
 
@@ -92,6 +94,7 @@ def evaluator_for(settings: StudyFile, splits: Splits, backbone: Backbone | None
             modules=settings.model.modules,
             backbone=backbone,
             device=torch_device(settings.device),
+            quantization=settings.model.quantization,
         )
         return EVALUATORS[wanted.evaluator].of(
             loaded, settings.task, splits, settings.data.max_length, metrics, options

@@ -68,10 +68,23 @@ def plan(recipe: Recipe) -> PeftPlan:
     }
     if recipe.head_modules:
         arguments["modules_to_save"] = list(recipe.head_modules)
-    if config != "LNTuningConfig" and recipe.backbone.family in _TRANSPOSED_FAMILIES:
+    if config != "LNTuningConfig" and _is_transposed(recipe):
         arguments["fan_in_fan_out"] = True
     own, lost = own_arguments(placed)
-    return PeftPlan(approximate(*lost), config, arguments | own)
+    return PeftPlan(approximate(*lost, *_lost_in_int8(recipe)), config, arguments | own)
+
+
+def _is_transposed(recipe: Recipe) -> bool:
+    """Return whether the weights are [D_in, D_out]; bitsandbytes stores them as [D_out, D_in] in every family."""
+    return recipe.backbone.family in _TRANSPOSED_FAMILIES and recipe.backbone.quantization is None
+
+
+def _lost_in_int8(recipe: Recipe) -> list[str]:
+    if recipe.backbone.quantization != "int8":
+        return []
+    return [
+        "backbone in int8: bitsandbytes' LLM.int8() rounds the inputs of its linears too, here only weights are rounded"
+    ]
 
 
 def _obstacles(placed: Placed) -> list[str]:

@@ -43,6 +43,15 @@ class ModelSettings(Section):
     modules: dict[str, str] | None = Field(
         default=None, description="paths of its modules by role, for a model family that is not recognised"
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="store its linear layers in 4 or 8 bits (needs the package bitsandbytes); null: as in the checkpoint",
+    )
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later additions that are not set, so that older studies and scores keep their keys."""
+        return {name: value for name, value in default(self).items() if name not in _LATER or value is not None}
 
 
 class DataSettings(Section):
@@ -91,4 +100,4 @@ class DataSettings(Section):
 
 
 #: Settings that were added after the first version of the file.
-_LATER = ("domain", "text_pair", "labels")
+_LATER = ("quantization", "domain", "text_pair", "labels")
