@@ -127,7 +127,7 @@ def prepare(model_id: str, model: nn.Module, dtype: torch.dtype, heads: Sequence
 @cache
 def _weight_only_int8() -> type[nn.Module]:
     """Return the class of linears with a weight in 8 bits and inputs in full."""
-    from bitsandbytes.nn import Linear8bitLt
+    from bitsandbytes.nn.modules import Linear8bitLt
 
     class WeightOnlyInt8(Linear8bitLt):
         """bitsandbytes' linear with the product of the dequantised weight; bitsandbytes has it for training on CPUs."""

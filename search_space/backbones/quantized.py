@@ -60,7 +60,7 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def product(x: Tensor, module: nn.Module) -> Tensor:
     """Return x W^T for a quantised linear, in x's type, without the bias. x: [..., D_in]. Returns [..., D_out]."""
-    result: Tensor = _Product.apply(x, module)
+    result: Tensor = _Product.apply(x, module)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -61,9 +61,9 @@ class Merged(AveragingExporter):
         if quantization is None:
             return ()
         return (
-            f"the weights are the dequantised ones of {quantization} with the adapters merged, in {dtype}: the logits are"
-            f" those of the adapters on {quantization} up to the rounding of {dtype}, and the files are larger;"
-            f" quantising them again would round the adapters too",
+            f"the weights are the dequantised ones of {quantization} with the adapters merged, in {dtype}: the logits"
+            f" are those of the adapters on {quantization} up to the rounding of {dtype}, and the files are larger;"
+            " quantising them again would round the adapters too",
         )
 
 

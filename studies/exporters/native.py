@@ -70,7 +70,8 @@ def bare_backbone(recipe: Recipe) -> LoadedBackbone:
 def attach(recipe: Recipe, state: State, *, in_full: bool = False) -> tuple[PreTrainedModel, Attachment]:
     """Return the backbone with the trained adapters and head attached, in evaluation mode.
 
-    `in_full`: a quantised backbone gets its dequantised weights, into which adapters can be merged. Raises ModelError for a backbone that cannot be loaded, KeyError or ValueError for weights of another recipe.
+    `in_full`: a quantised backbone gets its dequantised weights, into which adapters can be merged. Raises ModelError
+    for a backbone that cannot be loaded, KeyError or ValueError for weights of another recipe.
     """
     from autopeft.evaluators.attachment.attachment import Attachment
     from autopeft.evaluators.quantization import dequantize

@@ -45,7 +45,7 @@ class ModelSettings(Section):
     )
     quantization: Literal["nf4", "int8"] | None = Field(
         default=None,
-        description="store its linear layers in 4 or 8 bits (needs the package bitsandbytes); null: as in the checkpoint",
+        description="store its linear layers in 4 or 8 bits (needs bitsandbytes); null: as in the checkpoint",
     )
 
     @model_serializer(mode="wrap")
