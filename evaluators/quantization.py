@@ -11,6 +11,7 @@ otherwise, which would make a candidate's loss depend on what it is packed with,
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, get_args
@@ -55,6 +56,8 @@ def check_package(quantization: str | None) -> None:
         raise MissingPackageError(
             f"a model in {quantization} needs the package {PACKAGE}, which is not installed: {INSTALL}"
         )
+    # On some CPUs it warns, at its import, of a kernel that it has not; no product here would use it.
+    logging.getLogger(f"{PACKAGE}.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def outer_linears(model: nn.Module) -> list[str]:

@@ -57,7 +57,7 @@ class PeftPlan:
 def plan(recipe: Recipe) -> PeftPlan:
     """Return the configuration of a recipe's adapters and task head."""
     placed = [(recipe.sites[name], spec) for name, spec in recipe.adapters]
-    obstacles = _obstacles(placed) or _shira_obstacles(placed, recipe.backbone.family)
+    obstacles = _obstacles(placed) or _shira_obstacles(placed, recipe)
     if obstacles:
         return PeftPlan(unsupported(*obstacles))
     config, own_arguments = _TYPES[placed[0][1].kind]
@@ -113,9 +113,12 @@ def _obstacles(placed: Placed) -> list[str]:
     return reasons
 
 
-def _shira_obstacles(placed: Placed, family: str) -> list[str]:
+def _shira_obstacles(placed: Placed, recipe: Recipe) -> list[str]:
     sparse = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
-    if family in _TRANSPOSED_FAMILIES:
+    if recipe.backbone.quantization is not None:
+        return [f"{site.name} shira: peft adds it to the weight itself, which is quantised" for site, _ in sparse]
+    if _is_transposed(recipe):
+        family = recipe.backbone.family
         return [
             f"{site.name} shira: peft does not support transposed weights, which {family} has" for site, _ in sparse
         ]

@@ -1,4 +1,4 @@
-"""Training on quantised backbones: in packs as alone, with gradients through the frozen weights, and in little memory."""
+"""Training on quantised backbones: in packs as alone, with gradients through frozen weights, and in little memory."""
 
 from __future__ import annotations
 
