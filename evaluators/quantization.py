@@ -1,11 +1,13 @@
 """Backbones whose linear layers bitsandbytes stores in 4 or 8 bits: how they load, and how they compute.
 
 The linear layers of the transformer's layers are quantised; the output layer, the task head, embeddings and norms are
-not. Every product is that of the dequantised weight in `model.dtype`. bitsandbytes itself computes some products
-otherwise, which would make a candidate's loss depend on what it is packed with, or training differ from evaluation:
+not. Every product is that of the dequantised weight in `model.dtype`. bitsandbytes 0.50 itself computes some
+products otherwise, which would make a candidate's loss depend on what it is packed with, or training differ from
+evaluation:
 
 - LLM.int8() also rounds the inputs to 8 bits, and finds their outliers over the whole batch;
-- on CPUs with AVX512-BF16, 4-bit layers in evaluation mode repack their weight in place and compute in bfloat16.
+- on CPUs with AVX512-BF16, 4-bit layers in evaluation mode repack their weight in place and compute in bfloat16;
+- on CPUs, 4-bit weights whose rows are no multiple of the block size are dequantised wrongly.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from autopeft.evaluators.errors import MissingPackageError, ModelError
 from autopeft.search_space.backbones.linear import set_weight, weight_of
@@ -119,28 +120,18 @@ def prepare(model_id: str, model: nn.Module, dtype: torch.dtype, heads: Sequence
     for module in found.values():
         layer: Any = module
         layer.compute_dtype = dtype
-        if type(layer.weight).__name__ == "Int8Params":
-            layer.__class__ = _weight_only_int8()
-        else:
-            layer.compute_type_is_set = True
-            layer.support_avx512bf16_for_cpu = False
-            layer.weight.quant_state.dtype = dtype
+        layer.__class__ = _of_dequantized(type(module))
 
 
 @cache
-def _weight_only_int8() -> type[nn.Module]:
-    """Return the class of linears with a weight in 8 bits and inputs in full."""
-    from bitsandbytes.nn.modules import Linear8bitLt
+def _of_dequantized(kind: Any) -> Any:
+    """Return the subclass of a linear of bitsandbytes that computes with its dequantised weight."""
+    return type(f"Frozen{kind.__name__}", (kind,), {"forward": _forward})
 
-    class WeightOnlyInt8(Linear8bitLt):
-        """bitsandbytes' linear with the product of the dequantised weight; bitsandbytes has it for training on CPUs."""
 
-        @override
-        def forward(self, x: Tensor) -> Tensor:
-            y = product(x, self)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    return WeightOnlyInt8
+def _forward(linear: Any, x: Tensor) -> Tensor:
+    y = product(x, linear)
+    return y if linear.bias is None else y + linear.bias.to(y.dtype)
 
 
 def dequantize(model: Any) -> None:

@@ -5,6 +5,8 @@ The weight is dequantised for each use and not kept, neither between uses nor fo
 
 from __future__ import annotations
 
+from copy import copy
+from math import prod
 from typing import Any
 
 import torch
@@ -30,8 +32,13 @@ def dequantized(module: Any) -> Tensor:
     if type(weight).__name__ == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        full: Tensor = dequantize_4bit(weight.detach(), weight.quant_state)
-        return full.to(dtype)
+        state = copy(weight.quant_state)
+        shape, state.dtype = state.shape, dtype
+        if shape[-1] % state.blocksize:
+            # Blocks go on from row to row; bitsandbytes 0.50 on a CPU begins one in each row, and reads beyond the end.
+            state.shape = torch.Size((1, prod(shape)))
+        full: Tensor = dequantize_4bit(weight.detach(), state)
+        return full.view(shape)
     (scale,) = quantization_state(module).values()
     # As bitsandbytes does it in training on a CPU: Dettmers et al. 2022, LLM.int8(), section 2.1, by rows of W.
     full = weight.detach().to(dtype)

@@ -43,8 +43,8 @@ def check(
     """Read and encode the data, test the study's own metrics on it, describe the model, and build the space.
 
     The splits have their encoded rows, and warnings about what is lost of them. `progress`: as of `encode_splits`.
-    Raises StudyFileError with every problem, NoFeasibleCandidateError, and UnusableEnvironmentError if a missing package
-    is the only problem.
+    Raises StudyFileError with every problem, NoFeasibleCandidateError, and UnusableEnvironmentError if a package is
+    missing and all else is right.
     """
     problems: list[str] = []
     splits = model = backbone = space = None

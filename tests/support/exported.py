@@ -58,10 +58,10 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 CLASSIFIERS = ("bert", "roberta", "distilbert", "llama-score")
 
 
-def save_model(family: str, folder: Path) -> Path:
-    """A random model whose norms and biases are perturbed, and a tokenizer of words."""
+def save_model(family: str, folder: Path, make: Callable[[], PreTrainedModel] | None = None) -> Path:
+    """A random model whose norms and biases are perturbed, and a tokenizer of words. `make`: the model, if another."""
     torch.manual_seed(0)
-    model = MODELS[family]()
+    model = (make or MODELS[family])()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,20 @@ import torch
 from peft import PeftModel
 from ruamel.yaml import YAML
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.search_space.adapters import Dora, Ia3, Lora, Norm, Shira, Vera
@@ -20,18 +34,28 @@ from autopeft.studies.exporters import EXPORTERS, native
 from autopeft.studies.exporters.trl_script import script
 from autopeft.studies.recipes.recipe import Recipe
 
-from ...support.exported import CLASSIFIERS, logits, make_recipe, save_model, trained
+from ...support.exported import CLASSIFIERS, WORDS, logits, make_recipe, save_model, trained
 
 pytest.importorskip("bitsandbytes")
 torch.set_num_threads(1)
 
+#: Models of widths that bitsandbytes itself dequantises rightly on a CPU: multiples of 64.
+_WIDE = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 128}
+_IDS = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+_GPT2 = {"n_embd": 64, "n_layer": 12, "n_head": 2, "n_positions": 64}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_WIDE, **_IDS, num_key_value_heads=1)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2, **_IDS)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**_WIDE, **_IDS, num_labels=3)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_WIDE, **_IDS, num_labels=3)),
+}
 SITES = {"gpt2": ("attn.qkv", "mlp.down")}
 
 
-def recipe_over(folder: Path, family: str, quantization: str, make: Any = Lora, **fields: Any) -> Recipe:
+def recipe_over(folder: Path, family: str, quantization: str | None, make: Any = Lora, **fields: Any) -> Recipe:
     model = folder / "model"
     if not model.exists():
-        save_model(family, model)
+        save_model(family, model, MODELS[family])
     sites = [f"layers.{i}.{role}" for i in (1, 11) for role in SITES.get(family, ("attn.q", "attn.v"))]
     return make_recipe(family, model, {name: make(**fields) for name in sites}, quantization=quantization)
 
@@ -85,7 +109,7 @@ def test_peft_computes_the_same_logits_on_the_same_quantised_model(
 
 @pytest.mark.parametrize("make", [Ia3, Norm, Shira])
 def test_other_types_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
-    save_model("llama", tmp_path / "model")
+    save_model("llama", tmp_path / "model", MODELS["llama"])
     sites = {Ia3: "attn.v", Norm: "norm.0", Shira: "attn.q"}
     placement = {f"layers.{i}.{sites[make]}": make() for i in (1, 11)}
     recipe = make_recipe("llama", tmp_path / "model", placement, quantization="nf4")
@@ -141,7 +165,7 @@ def test_the_script_quantises_as_the_study(tmp_path: Path, family: str) -> None:
         set(config.llm_int8_skip_modules) == {"llama": {"lm_head"}, "bert": {"bert.pooler.dense", "classifier"}}[family]
     )
     assert text.count("quantization_config=QUANTIZATION") == 1
-    assert "QUANTIZATION" not in script(recipe_over(tmp_path / "full", family, None))  # type: ignore[arg-type]
+    assert "QUANTIZATION" not in script(recipe_over(tmp_path / "full", family, None))
 
 
 def test_axolotl_trains_by_qlora(tmp_path: Path) -> None:
@@ -163,6 +187,6 @@ def test_axolotl_trains_by_qlora(tmp_path: Path) -> None:
 
 
 def test_recipes_without_quantisation_do_not_name_it(tmp_path: Path) -> None:
-    recipe = recipe_over(tmp_path, "llama", None)  # type: ignore[arg-type]
+    recipe = recipe_over(tmp_path, "llama", None)
     assert "quantization" not in recipe.to_dict()["backbone"]
     assert "quantization" not in recipe.host.to_dict()
