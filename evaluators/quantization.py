@@ -120,7 +120,7 @@ def prepare(model_id: str, model: nn.Module, dtype: torch.dtype, heads: Sequence
     for module in found.values():
         layer: Any = module
         layer.compute_dtype = dtype
-        layer.__class__ = _of_dequantized(type(module))
+        layer.__class__ = _of_dequantized(layer.__class__)
 
 
 @cache

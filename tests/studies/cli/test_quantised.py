@@ -1,4 +1,4 @@
-"""Studies over quantised backbones on the command line: from the file to exports, and what is refused, with its line."""
+"""Studies over quantised backbones on the command line: from the file to exports, and what is refused where."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def test_from_the_study_file_to_what_others_load(tmp_path: Path, cli: Cli) -> No
     assert json.loads(cli("pareto", study, "--json")[1])
     for target in ("native", "peft", "merged", "trl-script", "axolotl"):
         code, out, err = cli(
-            "export", study, "--pick", "best", "--to", target, "--allow-lossy", "--folder", tmp_path / target
+            "export", study, "--pick", "best", "--to", target, "--allow-lossy", "--out", tmp_path / target
         )
         assert code == 0, err
         assert ("dequantised ones of nf4" in out + err) == (target == "merged")
-    code, _, err = cli("train", tmp_path / "native" / "recipe.yaml", "--folder", tmp_path / "trained")
+    code, _, err = cli("train", tmp_path / "native" / "recipe.yaml", "--out", tmp_path / "trained")
     assert code == 0, err
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -98,7 +98,7 @@ def test_the_setting_is_absent_unless_it_is_set() -> None:
 
 def test_validate_describes_the_model_and_leaves_full_out_of_the_default_baselines(tmp_path: Path, cli: Cli) -> None:
     study = save_study(tmp_path, model=NF4, baselines={"learning_rates": [1e-2]})
-    code, out, err = cli("validate", study)
+    code, _, err = cli("validate", study)
     assert code == 0, err
     assert "baselines.names: full trains all weights of the model, which are frozen in nf4, so it is left out" in err
     assert "set [head, lora-r8-qv]" in err
