@@ -110,7 +110,10 @@ def prepare(model_id: str, model: nn.Module, dtype: torch.dtype, heads: Sequence
     """
     found = {path: module for path, module in model.named_modules() if is_quantized(module)}
     if not found:
-        raise ModelError(f"{model_id}: has no linear layers that bitsandbytes quantises: remove model.quantization")
+        raise ModelError(
+            f"{model_id}: none of its linear layers is quantised: remove model.quantization, or quantization_config"
+            " from its config.json, if that does not fit its weights"
+        )
     of_head = [path for path in found if any(path == head or path.startswith(f"{head}.") for head in heads)]
     if of_head:
         raise ModelError(

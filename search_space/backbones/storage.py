@@ -28,7 +28,7 @@ def quantization_of(config: Any) -> str | None:
     elif entry.get("load_in_4bit") or entry.get("_load_in_4bit"):
         found = entry.get("bnb_4bit_quant_type", "fp4")
     else:
-        return str(getattr(method, "value", method))
+        return "an unknown method" if method is None else str(getattr(method, "value", method))
     # Files of older versions of transformers lack the name of the method.
     return found if method in (None, "bitsandbytes") else str(method)
 

@@ -34,7 +34,7 @@ class RecipeBackbone(Part):
     num_layers: int
     num_params: int
     causal: bool = False
-    quantization: str | None = None
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
     dtype: Dtype = "float32"
 
     @model_serializer(mode="wrap")

@@ -221,3 +221,21 @@ def test_every_shape_is_dequantised_as_its_codes_say(shape: tuple[int, int], dou
     codes = torch.stack([stored >> 4, stored & 15], 1).flatten()[: shape[0] * shape[1]]
     by_hand = state.code[codes.long()] * scales.repeat_interleave(64)[: len(codes)]
     torch.testing.assert_close(weight_of(linear), by_hand.view(shape), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "none of its linear layers is quantised"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "none of its linear layers is quantised"),
+        ({"bits": 4}, "quantised by an unknown method"),
+        ("nf4", "the configuration could not be loaded"),
+        ([4], "the configuration could not be loaded"),
+    ],
+)
+def test_entries_that_do_not_fit_the_weights_are_refused(tmp_path: Path, entry: Any, words: str) -> None:
+    folder = saved("llama", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": entry}))
+    with pytest.raises(ModelError, match=words):
+        load("llama", folder)
