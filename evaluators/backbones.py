@@ -20,9 +20,17 @@ from transformers.utils import logging as transformers_logging
 
 from autopeft.evaluators import contents, gguf
 from autopeft.evaluators.errors import ModelError
+from autopeft.evaluators.quantization import (
+    check_quantization,
+    loading_arguments,
+    outer_linears,
+    prepare,
+    settings_of,
+)
 from autopeft.evaluators.tasks import TASKS, Task
 from autopeft.search_space.backbones.backbone import MOST_LAYERS, Backbone
 from autopeft.search_space.backbones.introspection import describe
+from autopeft.search_space.backbones.storage import quantization_of
 from autopeft.search_space.spelling import did_you_mean
 
 EMBEDDED = "embedded"
@@ -183,13 +191,14 @@ def raw_config(model_id: str, revision: str | None = None) -> dict[str, Any]:
     return {key: value for key, value in _entries(model_id, revision).items() if key not in BESIDE_THE_MODEL}
 
 
-def _config(model_id: str, revision: str | None) -> Any:
+def _config(model_id: str, revision: str | None, quantization: str | None = None) -> Any:
+    """Return the configuration; it names the quantisation of the linears, also if the study sets it."""
     _entries(model_id, revision)
     with _quiet(), _errors(model_id, "the configuration"):
         # Without this argument, transformers asks on the terminal whether to run the code of a checkpoint.
         config = AutoConfig.from_pretrained(resolve(model_id), revision=revision, trust_remote_code=False)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{model_id}: quantised backbones are not supported yet")
+    if check_quantization(model_id, config, quantization) and quantization_of(config) is None:
+        config.quantization_config = settings_of(str(quantization))
     return config
 
 
@@ -226,13 +235,19 @@ def load_backbone(
     modules: Mapping[str, str] | None = None,
     backbone: Backbone | None = None,
     device: str = "cpu",
+    quantization: str | None = None,
 ) -> LoadedBackbone:
     """Load the model, its description and its processor. A given `backbone` (from a recipe) replaces the description.
 
-    Raises ModelError, and UnknownBackboneError for a model whose sites are not recognised.
+    `quantization`: how its linears are stored, see `quantization.py`. Raises ModelError, MissingPackageError, and
+    UnknownBackboneError for a model whose sites are not recognised.
     """
-    kind, config = _task(task), _config(model_id, revision)
+    kind, config = _task(task), _config(model_id, revision, quantization)
     auto_class = _auto_class(model_id, kind, config)
+    storage: dict[str, Any] = {}
+    if quantization_of(config) is not None:
+        outer = outer_linears(skeleton(model_id, revision, task, labels))
+        storage = loading_arguments(config, dtype, outer, device)
     same_outputs = kind.same_outputs(config, labels)
     with _quiet(), _errors(model_id, "the model"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a head that the checkpoint lacks is the same in every process
@@ -243,6 +258,7 @@ def load_backbone(
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **storage,
             **kind.model_settings(labels),
         )
     processor = load_processor(model_id, task, revision)
@@ -258,13 +274,17 @@ def load_backbone(
     )
     backbone = backbone or describe(model, id=model_id, revision=revision, modules=modules, made=made)
     kind.check_model(model, backbone)
+    if storage:
+        prepare(model_id, model, getattr(torch, dtype), backbone.head_modules)
     of_head = [key for key in new if any(key.startswith(f"{head}.") for head in backbone.head_modules)]
     lost = [key for key in new if key not in of_head and key.rpartition(".")[0] not in made]
     if lost:
         raise ModelError(
             f"{model_id}: the checkpoint lacks these weights or has them in other shapes: {', '.join(lost[:3])}"
         )
-    model.eval().to(device)
+    model.eval()
+    if not storage:  # a quantised model was loaded onto its device
+        model.to(device)
     return LoadedBackbone(
         model,
         backbone,
@@ -275,10 +295,17 @@ def load_backbone(
 
 
 def skeleton(
-    model_id: str, revision: str | None = None, task: str = "classification", labels: Sequence[str] | None = None
+    model_id: str,
+    revision: str | None = None,
+    task: str = "classification",
+    labels: Sequence[str] | None = None,
+    quantization: str | None = None,
 ) -> nn.Module:
-    """Build the model from its configuration without weights, on torch's meta device. Raises ModelError."""
-    kind, config = _task(task), _config(model_id, revision)
+    """Build the model from its configuration without weights, on torch's meta device. Raises ModelError.
+
+    Its linears are those of the model in full; its configuration names their quantisation.
+    """
+    kind, config = _task(task), _config(model_id, revision, quantization)
     auto_class = _auto_class(model_id, kind, config)
     for name, value in kind.model_settings(labels).items():
         setattr(config, name, value)
@@ -293,9 +320,10 @@ def describe_backbone(
     task: str = "classification",
     labels: Sequence[str] | None = None,
     modules: Mapping[str, str] | None = None,
+    quantization: str | None = None,
 ) -> Backbone:
     """Describe a model from its configuration, without its weights. Raises ModelError and UnknownBackboneError."""
-    model = skeleton(model_id, revision, task, labels)
+    model = skeleton(model_id, revision, task, labels, quantization)
     backbone = describe(model, id=model_id, revision=revision, modules=modules)
     _task(task).check_model(model, backbone)
     return backbone

@@ -15,7 +15,7 @@ class ModelError(ValueError):
 
 
 class MissingPackageError(ModelError):
-    """A model that needs a package which is not installed; the message has the command that installs it."""
+    """A model needs an optional package that is not installed; the message has the command that installs it."""
 
 
 class DataError(ValueError):

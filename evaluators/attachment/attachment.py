@@ -338,6 +338,8 @@ class Attachment(nn.Module):
         """
         if self.num_slots != 1:
             raise ValueError("only a single slot can be merged into the backbone")
+        if self.backbone.quantization is not None:
+            raise ValueError("adapters cannot be merged into quantised weights: `quantization.dequantize` them first")
         model = self.model[0]
         saved: list[tuple[nn.Module, Tensor, Tensor | None]] = []
         unmerged: list[Bank] = []

@@ -14,7 +14,7 @@ change their order; between processes, compare what is divided by the same basel
 and all else that the process keeps on the device. Elsewhere the resident size of a process is too noisy to rank
 by. There the bytes that a step must hold are counted, the same number for the same candidate every time:
 
-- the parameters of backbone and adapters, each once;
+- the parameters of backbone and adapters, each once, as they are stored, and the scales of quantised ones;
 - for each trained parameter, its gradient and AdamW's two moments;
 - the storages that the forward pass keeps for the backward pass, each once and whole, without those of
   parameters and buffers. Nothing is kept below the first trained tensor, so adapters high up are cheap.
@@ -41,6 +41,7 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.base import Costs
 from autopeft.evaluators.costs.timing import now
 from autopeft.evaluators.tasks import Batch, Task, model_inputs
+from autopeft.search_space.backbones.quantized import state_tensors
 
 #: Target for the standard error of the median, relative to the median; the bounds below limit the repeats.
 PRECISION = 0.01
@@ -187,7 +188,8 @@ class _Bench:
         if self.device.type == "cuda":
             return float(self.high_water_mark()), 0.0
         indices = [tensor for bank in self.attachment.banks for tensor in bank.tensors().values()]
-        parameters = dict.fromkeys([*self.model.parameters(), *self.attachment.parameters(), *indices])
+        scales = state_tensors(self.model).values()
+        parameters = dict.fromkeys([*self.model.parameters(), *scales, *self.attachment.parameters(), *indices])
         return float(sum(p.nbytes for p in parameters) + self.step_bytes()), 0.0
 
     def step_bytes(self) -> int:

@@ -22,6 +22,7 @@ from autopeft.evaluators import contents
 from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.backbones.quantized import state_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,11 @@ def fingerprint(model: nn.Module, backbone: Backbone) -> str:
     A name and a revision would not suffice, because the weights in a local folder can change.
     """
     hashed = hashlib.sha256()
-    tensors: Iterable[tuple[str, Tensor]] = (*model.named_parameters(), *model.named_buffers())
+    tensors: Iterable[tuple[str, Tensor]] = (
+        *model.named_parameters(),
+        *model.named_buffers(),
+        *state_tensors(model).items(),
+    )
     for name, tensor in tensors:
         if name.startswith(tuple(f"{head}." for head in backbone.head_modules)):
             continue

@@ -42,16 +42,14 @@ class Dora(Lora):
 
     @override
     def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        import torch.nn.functional as F
-
         from autopeft.kernels.packed_lora import packed_lora
-        from autopeft.search_space.backbones.linear import weight_of
+        from autopeft.search_space.backbones.linear import frozen_product, weight_of
 
         base: Any = call.base
         weight, scale = weight_of(base).to(x.dtype), call.constants["scale"]
         dropped = call.dropout(x)
         if dropped is not x:
-            frozen = F.linear(dropped, weight)
+            frozen = frozen_product(dropped, base)
         else:
             frozen = y if base.bias is None else y - base.bias.detach()
         factor = (p["m"] / _row_norms(weight, p["A"], p["B"], scale, call.mask))[:, None, :]

@@ -87,7 +87,8 @@ class Backbone:
 
     ``num_params`` excludes the task head (``head_modules``, ``num_head_params``), which is trained with the adapters;
     the ``lm_head`` of a causal language model is frozen and belongs to the backbone. ``causal``: attention is masked
-    to earlier tokens, whatever the task.
+    to earlier tokens, whatever the task. ``quantization``: how bitsandbytes stores the linears, ``nf4``, ``fp4`` or
+    ``int8``; such a backbone has no site ``backbone``, because its weights cannot be trained.
     """
 
     id: str
@@ -100,6 +101,7 @@ class Backbone:
     head_modules: tuple[str, ...]
     num_head_params: int
     causal: bool
+    quantization: str | None = None
     _site_by_name: Mapping[str, Site] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,6 +137,8 @@ class Backbone:
 
     def instead_of(self, role: str) -> str | None:
         """Return why this backbone lacks a role and the present roles to use instead; None if there is no such role."""
+        if role == "backbone" and self.quantization is not None:
+            return f"its weights are quantised ({self.quantization}) and stay frozen: leave out what trains them"
         stand_in, hint = _INSTEAD.get(role, ("", ""))
         if role.startswith("mlp") and not any(present.startswith("mlp") for present in self.roles):
             return "its mlp has no linear layer that an adapter fits, as with experts in stacked weights: use attn.*"
@@ -174,6 +178,8 @@ class Backbone:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able mapping from which ``from_dict`` builds an equal backbone."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if self.quantization is None:  # a later addition, without which older descriptions stay equal
+            del own["quantization"]
         return own | {"sites": [asdict(site) for site in self.sites], "head_modules": list(self.head_modules)}
 
     @classmethod

@@ -9,14 +9,15 @@ by hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from posixpath import commonprefix
 from typing import Any
 
 from autopeft.search_space.backbones.attention import is_causal, uses_attention_interface
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
-from autopeft.search_space.backbones.names import role_of
+from autopeft.search_space.backbones.names import parent, role_of, within
+from autopeft.search_space.backbones.storage import num_elements, quantization_of
 from autopeft.search_space.spelling import did_you_mean
 
 _WRITE_RESIDUAL = ("attn.o", "mlp.down")
@@ -91,34 +92,29 @@ def describe(
         for site in _layer_sites(index, layer, paths, width, num_heads, tree)
     ]
 
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {name: num_elements(parameter) for name, parameter in model.named_parameters()}
     heads = (by_hand["head"],) if "head" in by_hand else tuple(path for path in tree if path in _HEADS)
     # Without labels, transformers has an Identity as the head: nothing to train.
-    heads = tuple(path for path in (*made, *heads) if any(_within(name, [path]) for name in sizes))
-    num_head_params = sum(size for name, size in sizes.items() if _within(name, heads))
+    heads = tuple(path for path in (*made, *heads) if any(within(name, [path]) for name in sizes))
+    num_head_params = sum(size for name, size in sizes.items() if within(name, heads))
     num_params = sum(sizes.values()) - num_head_params
-    whole = replace(_site("backbone", None, "backbone", "", model, (width, width)), num_params=num_params)
+    quantization = quantization_of(config)
+    # Without quantisation, the model itself is a site: where all of its weights can be trained.
+    whole = [replace(_site("backbone", None, "backbone", "", model, (width, width)), num_params=num_params)]
     attention = {site.attention_module: tree[site.attention_module] for site in inside if site.attention_module}
     return Backbone(
         id=id,
         revision=revision,
         family=getattr(config, "model_type", None) or type(model).__name__,
-        sites=(*before, *inside, *after, whole),
+        sites=(*before, *inside, *after, *(whole if quantization is None else ())),
         hidden_size=width,
         num_layers=len(layers),
         num_params=num_params,
         head_modules=heads,
         num_head_params=num_head_params,
         causal=bool(attention) and all(is_causal(module, model, text_config) for module in attention.values()),
+        quantization=quantization,
     )
-
-
-def _within(name: str, paths: Iterable[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
 
 
 def _shape(module: Any) -> tuple[int, int] | None:
@@ -143,7 +139,7 @@ def _stacks(tree: Mapping[str, Any]) -> dict[str, list[_Layer]]:
     stacks: dict[str, list[_Layer]] = {}
     for path, inside in members.items():
         linears = {name: shape for name, module in inside.items() if (shape := _shape(module))}
-        stacks.setdefault(_parent(path), []).append(_Layer(path=path, modules=inside, linears=linears))
+        stacks.setdefault(parent(path), []).append(_Layer(path=path, modules=inside, linears=linears))
     return {path: layers for path, layers in stacks.items() if any(layer.linears for layer in layers)}
 
 
@@ -171,7 +167,7 @@ def _match_all(layers: Sequence[_Layer]) -> list[dict[str, str]]:
         found: dict[str, str] = {}
         experts = _parents_of_experts(layer)
         for path in layer.linears:
-            if _within(path, experts):
+            if within(path, experts):
                 continue
             role = role_of(path)
             if role is None:
@@ -197,7 +193,7 @@ def _parents_of_experts(layer: _Layer) -> list[str]:
     No adapter fits such an expert, and other linears of that module (routers, shared experts) see a part of the mlp.
     """
     return [
-        _parent(path) or path
+        parent(path) or path
         for path, module in layer.modules.items()
         if not hasattr(module, "kernel_size")  # of a convolution
         and any(parameter.dim() == 3 for _, parameter in module.named_parameters(recurse=False))
@@ -287,8 +283,8 @@ def _layer_sites(
                 "attn",
                 query,
                 linears["attn.o"],
-                attention_module=_parent(query.module),
-                attention_interface=uses_attention_interface(tree[_parent(query.module)]),
+                attention_module=parent(query.module),
+                attention_interface=uses_attention_interface(tree[parent(query.module)]),
                 **_head_geometry(linears, num_heads),
             )
         )
@@ -296,11 +292,11 @@ def _layer_sites(
     if first and "mlp.down" in linears:
         sites.append(whole("mlp", first, linears["mlp.down"]))
     # A norm inside the attention works on queries or keys (Qwen3, Gemma3), not on the residual stream.
-    inner = {_parent(query.module)} - {layer.path} if query else set()
+    inner = {parent(query.module)} - {layer.path} if query else set()
     norms = [
         path
         for path, module in layer.modules.items()
-        if _is_norm(module, width) and not _within(f"{layer.path}.{path}", inner)
+        if _is_norm(module, width) and not within(f"{layer.path}.{path}", inner)
     ]
     sites += [
         _norm_site(f"{name}.norm.{j}", index, f"{layer.path}.{path}", layer.modules[path], width)
@@ -337,11 +333,11 @@ def _outer_sites(
     # Only norms in the module that contains the layers and the embedding: norms of a pre-training head (BERT's
     # ``cls``) or of another modality are not on this residual stream. Of several, take the nearest to the layers;
     # modules are registered in the order in which they run.
-    scope = _parent(stack)
-    while scope and not (entrance and _within(entrance, [scope])):
-        scope = _parent(scope)
-    order = [path for path in tree if not scope or _within(path, [scope])]
-    norms = [path for path in order if _is_norm(tree[path], width) and not _within(path, [stack])]
+    scope = parent(stack)
+    while scope and not (entrance and within(entrance, [scope])):
+        scope = parent(scope)
+    order = [path for path in tree if not scope or within(path, [scope])]
+    norms = [path for path in order if _is_norm(tree[path], width) and not within(path, [stack])]
     ahead = [path for path in norms if order.index(path) < order.index(stack)]
     before += [_norm_site("norm.embed", None, path, tree[path], width) for path in ahead[-1:]]
     after = [_norm_site("norm.final", None, path, tree[path], width) for path in norms[len(ahead) :][:1]]

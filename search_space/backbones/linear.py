@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from autopeft.search_space.backbones.quantized import dequantized, is_quantized, product
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -14,9 +17,16 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def weight_of(module: Any) -> Tensor:
-    """Return the weight as [D_out, D_in] (norms: [D]), detached; a view, not a copy."""
+    """Return the weight as [D_out, D_in] (norms: [D]), detached; a view, and a copy only of a quantised weight."""
+    if is_quantized(module):
+        return dequantized(module)
     weight: Tensor = module.weight.detach()
     return weight.T if _is_transposed(module) else weight
+
+
+def frozen_product(x: Tensor, module: Any) -> Tensor:
+    """Return x W^T in x's type, without the bias. x: [..., D_in]. Returns [..., D_out]. Gradients: x."""
+    return product(x, module) if is_quantized(module) else F.linear(x, weight_of(module).to(x.dtype))
 
 
 @torch.no_grad()

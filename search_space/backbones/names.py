@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 # Ends of a linear's path within its layer. The longest match wins: BERT's "attention.output.dense" is not
 # its "output.dense".
 _ENDINGS = {
@@ -32,3 +34,13 @@ def role_of(path: str) -> str | None:
         if path == ending or path.endswith(f".{ending}")
     ]
     return max(fits)[1] if fits else None
+
+
+def within(name: str, paths: Iterable[str]) -> bool:
+    """Return whether a dotted name is one of `paths` or lies below one."""
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def parent(path: str) -> str:
+    """Return the path of the module that contains the one at `path`; "" for the model itself."""
+    return path.rpartition(".")[0]

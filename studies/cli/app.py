@@ -6,6 +6,7 @@ modules import torch, Optuna, MLflow and other slow packages inside functions, s
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -64,6 +65,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoR
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # These warnings are addressed to developers of libraries; a user cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, for studies that do not need it too
     try:
         with adapted_streams():
             app(args=arguments, prog_name=name)

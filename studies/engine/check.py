@@ -12,6 +12,7 @@ from autopeft.evaluators.backbones import load_processor, skeleton
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
+from autopeft.evaluators.quantization import check_package
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
@@ -31,6 +32,8 @@ from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmen
 if TYPE_CHECKING:
     from torch import nn
 
+#: The baseline, and the objective, that a quantised backbone cannot have.
+FULL, MERGED = "full", "merged_latency_s"
 #: Random candidates that are compared with the limits before a study starts.
 PROBES = 500
 
@@ -41,12 +44,12 @@ def check(
     """Read and encode the data, test the study's own metrics on it, describe the model, and build the space.
 
     The splits have their encoded rows, and warnings about what is lost of them. `progress`: as of `encode_splits`.
-    Raises StudyFileError with every problem, NoFeasibleCandidateError, and UnusableEnvironmentError for a model that
-    needs a package.
+    Raises StudyFileError with every problem, NoFeasibleCandidateError, and UnusableEnvironmentError if a package is
+    missing and all else is right.
     """
     settings = reading_as_started(settings)
     problems: list[str] = []
-    splits = model = backbone = space = None
+    splits = model = backbone = space = lacking = None
     try:
         splits = load_splits(settings.data_settings(), settings.task)
     except DataError as error:
@@ -58,13 +61,12 @@ def check(
             problems.append(settings.render(("metrics", name), str(error)))
     try:
         labels = splits.labels if splits else None
-        model = skeleton(settings.model_id, settings.model.revision, settings.task, labels)
-        backbone = describe(
-            model, id=settings.model_id, revision=settings.model.revision, modules=settings.model.modules
-        )
+        named = settings.model
+        model = skeleton(settings.model_id, named.revision, settings.task, labels, named.quantization)
+        backbone = describe(model, id=settings.model_id, revision=named.revision, modules=named.modules)
         settings.task_class.check_model(model, backbone)
     except MissingPackageError as error:
-        raise UnusableEnvironmentError(str(error)) from error
+        lacking = settings.render(("model", "id"), str(error))
     except ModelError as error:
         problems.append(settings.render(("model", "id"), str(error)))
     except UnknownBackboneError as error:
@@ -90,6 +92,19 @@ def check(
             problems += error.problems
         except ValueError as error:
             problems.append(settings.render(("search", "searcher"), str(error)))
+    quantization = None if backbone is None else backbone.quantization
+    if quantization is not None:
+        found, warnings = _of_quantized(settings, quantization)
+        problems += found
+        splits = splits and replace(splits, warnings=(*splits.warnings, *warnings))
+    try:
+        check_package(quantization)
+    except MissingPackageError as error:
+        lacking = settings.render(("model", "quantization"), str(error))
+    if lacking and not problems:
+        raise UnusableEnvironmentError(lacking)
+    if lacking:
+        problems.append(lacking)
     if problems:
         raise StudyFileError(problems)
     assert splits is not None
@@ -104,6 +119,24 @@ def reading_as_started(settings: StudyFile) -> StudyFile:
     if not settings.task_class.has_turns or not was_started(settings):
         return settings
     return with_turns_of(recorded_settings(settings, open_ledger(settings)), settings)
+
+
+def _of_quantized(settings: StudyFile, quantization: str) -> tuple[list[str], list[str]]:
+    """Return the problems and the warnings of settings that need the backbone's weights in full."""
+    problems, warnings = [], []
+    names = settings.baselines.names
+    if FULL in names:
+        rest = ", ".join(name for name in names if name != FULL)
+        what = f"{FULL} trains all weights of the model, which are frozen in {quantization}"
+        if "names" in settings.baselines.model_fields_set:
+            problems.append(settings.render(("baselines", "names", names.index(FULL)), f"{what}: set [{rest}]"))
+        else:
+            warnings.append(settings.render(("baselines", "names"), f"{what}, so it is left out; set [{rest}]"))
+    for i, objective in enumerate(settings.objectives):
+        if objective.name == MERGED:
+            what = f"adapters cannot be merged into weights in {quantization}: take latency_s"
+            problems.append(settings.render(("objectives", i), what))
+    return problems, warnings
 
 
 def _check_feasible(settings: StudyFile, problem: Problem) -> None:

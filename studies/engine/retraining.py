@@ -69,6 +69,7 @@ def retrain(
             dtype=recipe.backbone.dtype,
             device=device,
             backbone=recipe.host,
+            quantization=recipe.backbone.quantization,
         )
         evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length, metrics)
     if recipe.contents is not None and (changed := recipe.contents.changes(splits, loaded.weights())):

@@ -95,6 +95,7 @@ def evaluator_for(settings: StudyFile, splits: Splits, backbone: Backbone | None
             modules=settings.model.modules,
             backbone=backbone,
             device=torch_device(settings.device),
+            quantization=settings.model.quantization,
         )
         return EVALUATORS[wanted.evaluator].of(
             loaded, settings.task, splits, settings.data.max_length, metrics, options

@@ -14,7 +14,7 @@ from ruamel.yaml.comments import CommentedMap
 from typing_extensions import override
 
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
-from autopeft.studies.exporters.loading import write_training_readme
+from autopeft.studies.exporters.loading import quantization_settings, write_training_readme
 from autopeft.studies.exporters.peft_config import anchored, decayed_vectors, plan
 from autopeft.studies.exporters.rows import write_token_rows
 from autopeft.studies.recipes.recipe import Recipe
@@ -77,7 +77,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {
         "base_model": resolve(recipe.backbone.id),
         "revision_of_model": recipe.backbone.revision,
-        "adapter": "lora",
+        **_quantization(recipe),
         "lora_r": peft["r"],
         "lora_alpha": peft["lora_alpha"],
         "lora_dropout": peft["lora_dropout"],
@@ -111,6 +111,18 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
     # Axolotl treats absent and empty settings alike.
     return {name: value for name, value in found.items() if value not in (None, {})}
+
+
+def _quantization(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of QLoRA for a backbone in 4 bits, of LoRA on 8 bits, or of LoRA."""
+    scheme = recipe.backbone.quantization
+    if scheme is None or scheme == "int8":
+        return {"adapter": "lora", "load_in_8bit": scheme and True}
+    # Axolotl's own defaults quantise the scales of the weights too.
+    types = {"bnb_4bit_quant_type": scheme, "bnb_4bit_compute_dtype": recipe.backbone.dtype}
+    of_bitsandbytes = {**types, "bnb_4bit_use_double_quant": False, **quantization_settings(recipe)}
+    of_bitsandbytes.pop("load_in_4bit", None)
+    return {"adapter": "qlora", "load_in_4bit": True, "bnb_config_kwargs": of_bitsandbytes}
 
 
 def _rows(split: str) -> dict[str, Any]:

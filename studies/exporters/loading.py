@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -80,6 +81,9 @@ def write_adapter_readme(
         # The checkpoint's own configuration may have other labels and, for many decoders, no padding token.
         names.insert(0, "AutoConfig")
         options += ["config=AutoConfig.from_pretrained(FOLDER)", "ignore_mismatched_sizes=True"]
+    if quantization := quantization_expression(recipe):
+        names.append("BitsAndBytesConfig")
+        options.append(f"quantization_config={quantization}")
     arguments = "".join(f"    {option},\n" for option in options)
     adapter = ", ".join(("model", "FOLDER", *adapter_options))
     model = f"model = {auto_class}.from_pretrained(\n{arguments})\nmodel = PeftModel.from_pretrained({adapter}).eval()"
@@ -117,6 +121,27 @@ def write_training_readme(folder: Path, command: str) -> list[str]:
     page = f"{text}\n```\n{command}\n```\n\n{_ROWS}.\n"
     (folder / README_FILE).write_text(page, encoding="utf-8")
     return [_ROWS]
+
+
+def quantization_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of the BitsAndBytesConfig with which the backbone loads; empty if it loads as it is.
+
+    Raises ModelError for a missing model.
+    """
+    from autopeft.evaluators.backbones import raw_config, skeleton
+    from autopeft.evaluators.quantization import outer_linears, settings_of
+
+    origin = recipe.backbone
+    if origin.quantization is None or raw_config(origin.id, origin.revision).get("quantization_config"):
+        return {}
+    model = skeleton(origin.id, origin.revision, recipe.task, recipe.labels)
+    return settings_of(origin.quantization, origin.dtype, outer_linears(model))
+
+
+def quantization_expression(recipe: Recipe) -> str:
+    """Return the Python expression of that BitsAndBytesConfig; "" without one. Raises ModelError."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in quantization_settings(recipe).items())
+    return f"BitsAndBytesConfig({arguments})" if arguments else ""
 
 
 def model_expression(model_id: str) -> str:

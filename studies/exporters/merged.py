@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -49,8 +50,8 @@ class Merged(AveragingExporter):
         return approximate()
 
     @override
-    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> None:
-        model, attachment = attach(recipe, state)
+    def write_plain(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
+        model, attachment = attach(recipe, state, in_full=True)
         with attachment:
             adapted = _logits(model)
             with attachment.merged():
@@ -58,6 +59,14 @@ class Merged(AveragingExporter):
                 model.save_pretrained(folder)
         save_processor(recipe, folder)
         write_model_readme(recipe, folder)
+        quantization, dtype = recipe.backbone.quantization, recipe.backbone.dtype
+        if quantization is None:
+            return ()
+        return (
+            f"the weights are the dequantised ones of {quantization} with the adapters merged, in {dtype}: the logits"
+            f" are those of the adapters on {quantization} up to the rounding of {dtype}, and the files are larger;"
+            " quantising them again would round the adapters too",
+        )
 
 
 def _logits(model: PreTrainedModel) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def bare_backbone(recipe: Recipe) -> LoadedBackbone:
         revision=origin.revision,
         dtype=origin.dtype,
         backbone=recipe.host,  # its sites may have been named by hand
+        quantization=origin.quantization,
     )
     if recipe.contents is not None and loaded.weights() != recipe.contents.weights:
         raise ModelError(
@@ -65,15 +67,21 @@ def bare_backbone(recipe: Recipe) -> LoadedBackbone:
     return loaded
 
 
-def attach(recipe: Recipe, state: State) -> tuple[PreTrainedModel, Attachment]:
+def attach(recipe: Recipe, state: State, *, in_full: bool = False) -> tuple[PreTrainedModel, Attachment]:
     """Return the backbone with the trained adapters and head attached, in evaluation mode.
 
-    Raises ModelError for a backbone that cannot be loaded, KeyError or ValueError for weights of another recipe.
+    `in_full`: a quantised backbone gets its dequantised weights, into which adapters can be merged. Raises ModelError
+    for a backbone that cannot be loaded, KeyError or ValueError for weights of another recipe.
     """
     from autopeft.evaluators.attachment.attachment import Attachment
+    from autopeft.evaluators.quantization import dequantize
 
     model: Any = bare_backbone(recipe).model
-    attachment = Attachment(model, recipe.host, [recipe.adapters], [recipe.seed], pretrained_head=True, draw=False)
+    host = recipe.host
+    if in_full and host.quantization is not None:
+        dequantize(model)
+        host = replace(host, quantization=None)
+    attachment = Attachment(model, host, [recipe.adapters], [recipe.seed], pretrained_head=True, draw=False)
     attachment.load_state(dict(state))
     return model, attachment.eval()
 

@@ -15,7 +15,7 @@ from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import Assessment, ExportError, State
-from autopeft.studies.exporters.loading import save_processor, write_adapter_readme
+from autopeft.studies.exporters.loading import quantization_settings, save_processor, write_adapter_readme
 from autopeft.studies.exporters.native import bare_backbone
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.exporters.serving import remarks_on, served, served_state
@@ -76,6 +76,8 @@ class PeftAdapter(AveragingExporter):
         save_processor(recipe, folder)
         if recipe.task_class.has_labels:
             # peft's files have neither the labels nor the padding token, from which decoders find the last token.
+            if quantization_settings(recipe):
+                del model.config.quantization_config  # of a checkpoint that is quantised itself
             model.config.save_pretrained(folder)
         return remarks
 

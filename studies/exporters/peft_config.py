@@ -57,7 +57,7 @@ class PeftPlan:
 def plan(recipe: Recipe) -> PeftPlan:
     """Return the configuration of a recipe's adapters and task head."""
     placed = [(recipe.sites[name], spec) for name, spec in recipe.adapters]
-    obstacles = _obstacles(placed) or _shira_obstacles(placed, recipe.backbone.family)
+    obstacles = _obstacles(placed) or _shira_obstacles(placed, recipe)
     if obstacles:
         return PeftPlan(unsupported(*obstacles))
     config, own_arguments = _TYPES[placed[0][1].kind]
@@ -68,10 +68,23 @@ def plan(recipe: Recipe) -> PeftPlan:
     }
     if recipe.head_modules:
         arguments["modules_to_save"] = list(recipe.head_modules)
-    if config != "LNTuningConfig" and recipe.backbone.family in _TRANSPOSED_FAMILIES:
+    if config != "LNTuningConfig" and _is_transposed(recipe):
         arguments["fan_in_fan_out"] = True
     own, lost = own_arguments(placed)
-    return PeftPlan(approximate(*lost), config, arguments | own)
+    return PeftPlan(approximate(*lost, *_lost_in_int8(recipe)), config, arguments | own)
+
+
+def _is_transposed(recipe: Recipe) -> bool:
+    """Return whether the weights are [D_in, D_out]; bitsandbytes stores them as [D_out, D_in] in every family."""
+    return recipe.backbone.family in _TRANSPOSED_FAMILIES and recipe.backbone.quantization is None
+
+
+def _lost_in_int8(recipe: Recipe) -> list[str]:
+    if recipe.backbone.quantization != "int8":
+        return []
+    return [
+        "backbone in int8: bitsandbytes' LLM.int8() rounds the inputs of its linears too, here only weights are rounded"
+    ]
 
 
 def _obstacles(placed: Placed) -> list[str]:
@@ -100,9 +113,12 @@ def _obstacles(placed: Placed) -> list[str]:
     return reasons
 
 
-def _shira_obstacles(placed: Placed, family: str) -> list[str]:
+def _shira_obstacles(placed: Placed, recipe: Recipe) -> list[str]:
     sparse = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
-    if family in _TRANSPOSED_FAMILIES:
+    if recipe.backbone.quantization is not None:
+        return [f"{site.name} shira: peft adds it to the weight itself, which is quantised" for site, _ in sparse]
+    if _is_transposed(recipe):
+        family = recipe.backbone.family
         return [
             f"{site.name} shira: peft does not support transposed weights, which {family} has" for site, _ in sparse
         ]

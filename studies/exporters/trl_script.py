@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from autopeft.search_space.metrics import ALWAYS, QUALITIES
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
-from autopeft.studies.exporters.loading import model_expression, write_training_readme
+from autopeft.studies.exporters.loading import model_expression, quantization_expression, write_training_readme
 from autopeft.studies.exporters.peft_config import decayed_vectors, plan
 from autopeft.studies.exporters.rows import write_rows, write_token_rows
 from autopeft.studies.recipes.recipe import Recipe
@@ -80,7 +80,7 @@ def load_model(tokenizer):
     model, info = AutoModelForSequenceClassification.from_pretrained(
         MODEL,
         revision=REVISION,
-        dtype=DTYPE,
+        dtype=DTYPE,$quantization
         ignore_mismatched_sizes=True,
         num_labels=len(LABELS),
         problem_type=PROBLEM_TYPE,
@@ -150,7 +150,7 @@ _TARGETS = {
 
 _CAUSAL = Template("""
 def load_model():
-    model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, dtype=DTYPE)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, dtype=DTYPE$quantization)
     return get_peft_model(without_dropout(model), build_peft_config())
 
 
@@ -220,6 +220,11 @@ def script(recipe: Recipe) -> str:
     assert trainer is not None
     opening, body = _SCRIPTS[trainer](recipe)
     peft = plan(recipe)
+    quantization = quantization_expression(recipe)
+    if quantization:
+        opening["own_settings"] = f"QUANTIZATION = {quantization}\n{opening['own_settings']}"
+        opening["transformers_names"] += ",\n    BitsAndBytesConfig"
+        opening["needs"] += ", bitsandbytes"
     common = {
         "what": in_docstring(f"{', '.join(recipe.adapters.kinds)} on {recipe.backbone.id}"),
         "version": metadata.version("autopeft"),
@@ -243,7 +248,8 @@ def _sft(recipe: Recipe) -> tuple[dict[str, str], str]:
         "training": _literal(_training(recipe) | {"bf16": False, "fp16": False}),
         "own_settings": "",
     }
-    return opening, _CAUSAL.substitute(max_length=recipe.data.max_length)
+    argument = ", quantization_config=QUANTIZATION" if quantization_expression(recipe) else ""
+    return opening, _CAUSAL.substitute(max_length=recipe.data.max_length, quantization=argument)
 
 
 def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
@@ -267,7 +273,9 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
     }
     target, predictions = _TARGETS[problem_type]
     lines = [f"        {name!r}: float(metrics.{expression})," for name, expression in computed.items()]
-    return opening, _CLASSIFICATION.substitute(target=target, predictions=predictions, metrics="\n".join(lines))
+    fields = {"target": target, "predictions": predictions, "metrics": "\n".join(lines)}
+    argument = "\n        quantization_config=QUANTIZATION," if quantization_expression(recipe) else ""
+    return opening, _CLASSIFICATION.substitute(fields, quantization=argument)
 
 
 _SCRIPTS: dict[str, Callable[[Recipe], tuple[dict[str, str], str]]] = {"SFTTrainer": _sft, "Trainer": _trainer}

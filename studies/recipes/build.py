@@ -65,7 +65,8 @@ def recipe_head_sites(settings: StudyFile, labels: Sequence[str] | None, backbon
     from autopeft.evaluators.attachment.heads import head_sites
     from autopeft.evaluators.backbones import skeleton
 
-    return head_sites(skeleton(settings.model_id, settings.model.revision, settings.task, labels), backbone)
+    model = settings.model
+    return head_sites(skeleton(settings.model_id, model.revision, settings.task, labels, model.quantization), backbone)
 
 
 def bare_recipe(

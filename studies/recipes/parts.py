@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from autopeft.search_space.metrics import Own
 from autopeft.studies.config.earlier import FIRST_TURNS
@@ -35,7 +35,13 @@ class RecipeBackbone(Part):
     num_layers: int
     num_params: int
     causal: bool = False
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
     dtype: Dtype = "float32"
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a quantisation that there is not, so that older recipes stay equal."""
+        return {name: value for name, value in default(self).items() if name != "quantization" or value is not None}
 
 
 class RecipeData(DataSettings):

@@ -185,7 +185,7 @@ class Recipe(Part):
         chosen = dict(candidate.architecture.adapters)
         # The backbone's order is the order of the layers and of the attachment.
         used = [site for site in backbone.sites if site.name in chosen]
-        names = ("id", "revision", "family", "hidden_size", "num_layers", "num_params", "causal")
+        names = ("id", "revision", "family", "hidden_size", "num_layers", "num_params", "causal", "quantization")
         return cls(
             backbone=RecipeBackbone(dtype=dtype, **{name: getattr(backbone, name) for name in names}),
             architecture={site.name: chosen[site.name] for site in used},

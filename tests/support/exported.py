@@ -58,10 +58,10 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 CLASSIFIERS = ("bert", "roberta", "distilbert", "llama-score")
 
 
-def save_model(family: str, folder: Path) -> Path:
-    """A random model whose norms and biases are perturbed, and a tokenizer of words."""
+def save_model(family: str, folder: Path, make: Callable[[], PreTrainedModel] | None = None) -> Path:
+    """A random model whose norms and biases are perturbed, and a tokenizer of words. `make`: the model, if another."""
     torch.manual_seed(0)
-    model = MODELS[family]()
+    model = (make or MODELS[family])()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -97,12 +97,13 @@ def make_recipe(
     placement: Placement,
     training: Mapping[str, Any] = {},
     modules: Mapping[str, str] | None = None,
+    quantization: str | None = None,
     **changes: Any,
 ) -> Recipe:
     """A recipe over a saved model. `placement`: adapters by the name of their site. `modules`: those named by hand."""
     task = "classification" if family in CLASSIFIERS else "causal-lm"
     labels = LABELS if family in CLASSIFIERS else None
-    loaded = load_backbone(str(model), task=task, labels=labels, modules=modules)
+    loaded = load_backbone(str(model), task=task, labels=labels, modules=modules, quantization=quantization)
     adapters = {name: [specs] if isinstance(specs, AdapterSpec) else list(specs) for name, specs in placement.items()}
     candidate = Candidate(
         architecture=Architecture.of(adapters), training={"learning_rate": 1e-5, "batch_size": 4, **training}
@@ -137,7 +138,8 @@ def trained(recipe: Recipe, *, domain: int = 0, averaged: bool = False) -> tuple
     that domain, and with the experts of mixtures weighted alike if they are to be `averaged`.
     """
     origin = recipe.backbone
-    loaded = load_backbone(origin.id, task=recipe.task, labels=recipe.labels, backbone=recipe.host)
+    settings = {"task": recipe.task, "labels": recipe.labels, "quantization": origin.quantization}
+    loaded = load_backbone(origin.id, backbone=recipe.host, **settings)
     with Attachment(loaded.model, recipe.host, [recipe.adapters], [recipe.seed]) as attachment:
         generator = torch.Generator().manual_seed(5)
         state = {

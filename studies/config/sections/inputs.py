@@ -44,6 +44,15 @@ class ModelSettings(Section):
     modules: dict[str, str] | None = Field(
         default=None, description="paths of its modules by role, for a model family that is not recognised"
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="store its linear layers in 4 or 8 bits (needs bitsandbytes); null: as in the checkpoint",
+    )
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later additions that are not set, so that older studies and scores keep their keys."""
+        return {name: value for name, value in default(self).items() if value not in _LATER.get(name, ())}
 
 
 class DataSettings(Section):
@@ -104,6 +113,7 @@ class DataSettings(Section):
 
 #: Settings that were added after the first version of the file, with the values that say what was done before.
 _LATER: dict[str, tuple[str | None, ...]] = {
+    "quantization": (None,),
     "domain": (None,),
     "text_pair": (None,),
     "labels": (None,),
