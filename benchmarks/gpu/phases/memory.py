@@ -10,8 +10,8 @@ import torch
 from autopeft.benchmarks.gpu import models
 from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.costs.measurement import step_bytes
 from autopeft.evaluators.costs.pack_sizing import FILLED, fitting_slots, free_bytes
+from autopeft.evaluators.costs.step_memory import step_bytes
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Lora
 from autopeft.search_space.architecture import Architecture, Candidate
