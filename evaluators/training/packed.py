@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class PackedEvaluator(TrainingEvaluator):
         cache = None
         if options.cache_bytes:
             cache = ActivationCache(options.cache_bytes, options.cache_folder, options.cache_folder_bytes)
-        own = {"micro_batch": options.micro_batch, "checkpointing": options.checkpointing}
+        own: dict[str, Any] = {"micro_batch": options.micro_batch, "checkpointing": options.checkpointing}
         return cls(loaded, task, splits, max_length, metrics, pack=options.pack, cache=cache, **own)
 
     @override
