@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autopeft.evaluators.base import Attaching, Request
-from autopeft.evaluators.costs.pack_sizing import ENOUGH_TOKENS, Levers, PackPlan, order_of_levers, plan_pack
+from autopeft.evaluators.costs.pack_sizing import ENOUGH_TOKENS, Levers, PackPlan, note_of, order_of_levers, plan_pack
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.training import Training
 
@@ -68,6 +68,16 @@ class PackPlans:
             levers = order[order.index(levers) + 1]
         self._plans[_kind(requests, depth)] = found = PackPlan(max(1, slots), levers)
         return found
+
+    def note(self, request: Request) -> str | None:
+        """Return what is done to save memory for such a candidate, as a sentence for the user; None: nothing."""
+        if self._pack:
+            return None
+        order = self.order([request])
+        try:
+            return note_of(plan_pack(self._evaluator, [request], order), order)
+        except Exception:  # its own evaluation reports the reason
+            return None
 
     def order(self, requests: Sequence[Request]) -> list[Levers]:
         """Return the levers for these candidates, in the order in which they are tried."""

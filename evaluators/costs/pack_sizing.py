@@ -88,9 +88,14 @@ def plan(forecast: Callable[[Levers], int], order: Sequence[Levers], free: int, 
     first = forecast(order[0])
     for levers in order:
         needed = first if levers is order[0] else forecast(levers)
-        if slots := min(max_slots, int(FILLED * free / max(1, needed))):
+        if slots := slots_in(free, needed, max_slots):
             return PackPlan(slots, levers, first, free)
     return PackPlan(1, order[-1], first, free)
+
+
+def slots_in(free: int, needed: int, max_slots: int) -> int:
+    """Return how many slots of `needed` bytes may fill `free` bytes."""
+    return min(max_slots, int(FILLED * free / max(1, needed)))
 
 
 def plan_pack(evaluator: Attaching, requests: Sequence[Request], order: Sequence[Levers]) -> PackPlan:

@@ -176,10 +176,6 @@ class TrainingEvaluator(Attaching):
         batch = self.task.collate([self.examples[split][i] for i in indices])
         return {name: tensor[part].to(self.device) for name, tensor in batch.items()}
 
-    def memory_note(self, candidate: Candidate) -> str | None:
-        """Return how the training of a candidate saves memory, as a sentence for the user; None: it need not."""
-        return None
-
     @staticmethod
     def evaluation_batch_size(levers: Levers, batch_size: int) -> int:
         """Return the examples that are scored at a time: with levers, no more than a step has at a time.

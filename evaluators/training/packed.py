@@ -28,7 +28,7 @@ from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import OnOutcome, Outcome, OutOfMemoryError, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_plans import PackPlans
-from autopeft.evaluators.costs.pack_sizing import Levers, PackPlan, keep_freed_memory, note_of
+from autopeft.evaluators.costs.pack_sizing import Levers, PackPlan, keep_freed_memory
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import Batch, Scored, model_inputs
 from autopeft.evaluators.training import activations, batching
@@ -203,11 +203,10 @@ class PackedEvaluator(TrainingEvaluator):
         return a is b or (alike and not a.alone and not b.alone)
 
     @override
-    def memory_note(self, candidate: Candidate) -> str | None:
-        if self.pack or self.is_bare(candidate) or "full" in candidate.architecture.kinds:
-            return None
-        request = Request(candidate=candidate)
-        return note_of(self.plans.plan([request], self._run(0, request).depth), self.plans.order([request]))
+    def notes_on(self, largest: Candidate) -> tuple[str, ...]:
+        trained_alone = self.is_bare(largest) or "full" in largest.architecture.kinds
+        note = None if trained_alone else self.plans.note(Request(candidate=largest))
+        return (*self.notes, note) if note else self.notes
 
     def _train_pack(
         self,

@@ -197,11 +197,11 @@ def test_the_note_says_what_is_done_and_in_which_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (wanted,) = requests([at(loaded, Lora(rank=2), 0)])
-    assert together(loaded).memory_note(wanted.candidate) is None
+    evaluator = together(loaded)
+    assert evaluator.notes_on(wanted.candidate) == evaluator.notes
     monkeypatch.setattr(pack_sizing, "free_bytes", lambda device: 10_000)
     evaluator = together(loaded)
-    note = evaluator.memory_note(wanted.candidate)
-    assert note is not None
+    *_, note = evaluator.notes_on(wanted.candidate)
     assert "micro-batches of 1 and checkpointed layers, 1 at a time, with the same results" in note
     assert "fewer candidates at a time" in note
     assert note.index("fewer candidates") < note.index("whole minibatches and checkpointed layers")
