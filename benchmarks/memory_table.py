@@ -161,8 +161,12 @@ def backbone_bytes(evaluator: WithoutValues) -> dict[str, int]:
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """Let boolean masks select everything, because they have no values either."""
-    with symbolic.patch(meta_nonzero_assume_all_nonzero=True):
+    before = symbolic.meta_nonzero_assume_all_nonzero
+    symbolic.meta_nonzero_assume_all_nonzero = True
+    try:
         yield
+    finally:
+        symbolic.meta_nonzero_assume_all_nonzero = before
 
 
 def _attention(

@@ -19,6 +19,7 @@ micro-batches and checkpointing: candidates compare, whatever memory a machine h
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -102,6 +103,10 @@ class _Bench:
         self.model = attachment.model[0]
         self.task = task
         self.inputs = model_inputs(batch)
+        #: Of a decoder the last token's logits alone, as at the start of a generation: those of all tokens may be the
+        #: largest tensor of the pass.
+        reads = inspect.signature(type(self.model).forward).parameters
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in reads else {}
         self.batch = batch
         self.trained = [parameter for parameter, _ in attachment.trainable()]
         self.device = batch["targets"].device
@@ -110,7 +115,7 @@ class _Bench:
 
     @torch.inference_mode()
     def forward(self) -> None:
-        self.model(**self.inputs)
+        self.model(**self.inputs, **self.options)
 
     def loss(self) -> Tensor:
         return self.attachment.routers.penalised(self.task.scores(self.model, self.batch)["loss"].mean()[None])[0]

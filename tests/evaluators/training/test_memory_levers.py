@@ -18,16 +18,18 @@ from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.costs import pack_sizing
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import Levers
+from autopeft.evaluators.costs.step_memory import saved_bytes
 from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Bottleneck, Dora, Full, Lora, Mixture, Prefix, Vera
 from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.backbones.introspection import describe
 
 from ...search_space.adapters.test_given import lora_in, mixture_of, placed
 from ...support import conformance
 from ...support.tiny_models import seeded
-from .test_packed import LABELS, SPLITS, alone, at, compare, loaded, mixed, requests, together  # noqa: F401
+from .test_packed import SPLITS, alone, at, compare, loaded, mixed, requests, together  # noqa: F401
 
 torch.set_num_threads(1)
 
@@ -169,7 +171,7 @@ def test_a_checkpointed_layer_keeps_its_input_alone(loaded: LoadedBackbone) -> N
 
 
 def test_a_step_that_does_not_fit_uses_the_levers_in_their_order(
-    loaded: LoadedBackbone,
+    loaded: LoadedBackbone,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pack_sizing, "ENOUGH_TOKENS", {"cpu": 16})
@@ -193,7 +195,7 @@ def test_a_step_that_does_not_fit_uses_the_levers_in_their_order(
 
 
 def test_the_note_says_what_is_done_and_in_which_order(
-    loaded: LoadedBackbone,
+    loaded: LoadedBackbone,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (wanted,) = requests([at(loaded, Lora(rank=2), 0)])
@@ -212,7 +214,7 @@ def test_the_note_says_what_is_done_and_in_which_order(
 
 
 def test_a_lack_of_memory_in_the_training_tries_the_levers(
-    loaded: LoadedBackbone,
+    loaded: LoadedBackbone,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -234,6 +236,27 @@ def test_a_lack_of_memory_in_the_training_tries_the_levers(
     assert tried[0] == (2, Levers())
     assert [levers for slots, levers in tried if slots == 1][: len(tries)] == tries
     assert "out of memory: no room: going on with whole minibatches and checkpointed layers" in caplog.text
+
+
+def test_adapters_keep_the_activations_of_a_bf16_backbone_in_its_type() -> None:
+    """LoRAs compute in float32, yet what they keep of their inputs is the backbone's own tensors of 2 bytes."""
+    width, inner, layers, tokens, rank = 64, 96, 2, 40, 4
+    config = LlamaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=inner,
+                         vocab_size=40)  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    backbone = describe(model, id="bf16")
+    ids = torch.arange(tokens).view(1, -1)
+
+    def kept(roles: Sequence[str]) -> int:
+        sites = [site for site in backbone.sites if site.role in roles]
+        own = Architecture.of({site.name: [Lora(rank=rank)] for site in sites})
+        with Attachment(model, backbone, [own], [0]) as attachment:
+            assert {value.dtype for value, _ in attachment.trainable()} == {torch.float32}
+            return saved_bytes(attachment, lambda: model.model(input_ids=ids).last_hidden_state.float().sum())
+
+    # Beside a LoRA at the query: the inputs of o, of the mlp and of down, and rank numbers in float32 at each.
+    added = kept(("attn.q", "attn.o", "mlp.up", "mlp.down")) - kept(("attn.q",))
+    assert added <= layers * tokens * (2 * (width + width + inner) + 3 * 4 * rank) + 3 * layers * 4 * rank
 
 
 def test_a_decoder_keeps_no_keys_and_values_while_it_trains() -> None:
