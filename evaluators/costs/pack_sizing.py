@@ -144,8 +144,8 @@ def note_of(plan: PackPlan, order: Sequence[Levers]) -> str | None:
     if plan.levers == order[0]:
         return None
     return (
-        f"a training step of the largest candidate with {order[0]} would take {plan.needed_bytes / 1e9:.2f} GB, and"
-        f" {FILLED:.0%} of {plan.free_bytes / 1e9:.2f} GB may be filled: candidates of its kind are trained with"
+        f"a training step of the largest candidate with {order[0]} would take {plan.needed_bytes / 1e6:,.1f} MB, and"
+        f" {FILLED:.0%} of {plan.free_bytes / 1e6:,.1f} MB may be filled: candidates of its kind are trained with"
         f" {plan.levers}, {plan.slots} at a time, with the same results up to rounding. Tried in this order: fewer"
         f" candidates at a time, {', '.join(map(str, order[1:]))}"
     )
