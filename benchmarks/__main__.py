@@ -10,6 +10,7 @@ from autopeft.benchmarks.cli.contest import contest
 from autopeft.benchmarks.cli.coverage import coverage
 from autopeft.benchmarks.cli.draws import draws
 from autopeft.benchmarks.cli.handmade import handmade
+from autopeft.benchmarks.cli.memory import memory
 from autopeft.benchmarks.cli.perturbing import perturb
 from autopeft.benchmarks.cli.promises import promises
 from autopeft.benchmarks.cli.racing import race, tabulate
@@ -20,7 +21,7 @@ from autopeft.studies.cli.app import make_app, run_app
 app = make_app(
     "autopeft.benchmarks",
     "Benchmarks of autopeft itself. The published results are in benchmarks/results and in docs/.",
-    (speed, race, rungs, perturb, tabulate, audit, contest, handmade, draws, coverage, promises),
+    (speed, race, rungs, perturb, tabulate, audit, contest, handmade, draws, coverage, promises, memory),
 )
 
 

@@ -88,6 +88,10 @@ class Evaluator(ABC):
     #: Sentences for the user about this model and these data, shown once when a study opens.
     notes: tuple[str, ...] = ()
 
+    def notes_on(self, largest: Candidate) -> tuple[str, ...]:
+        """Return `notes`, and sentences about the training of the largest candidate on this machine."""
+        return self.notes
+
     @abstractmethod
     def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
         """Return the costs of an untrained candidate: the declared metrics and the measured metrics in `measured`.

@@ -70,7 +70,7 @@ class Attachment(nn.Module):
         self.banks = as_modules([])
         self._slots_of: list[Tensor | None] = []  # per bank: the slots it serves, None for all
         self._handles: list[Any] = []
-        self._taps: dict[str, list[Tensor]] = {}  # inputs of sub-layers, by path
+        self.taps: dict[str, list[Tensor]] = {}  # inputs of sub-layers, by path
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
         banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
         for architecture in self.architectures:
@@ -206,7 +206,7 @@ class Attachment(nn.Module):
 
     def _tap(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._taps.setdefault(path, []).append(args[0])
+            self.taps.setdefault(path, []).append(args[0])
 
         return hook
 
@@ -224,11 +224,11 @@ class Attachment(nn.Module):
             y = by_slot(output, self.num_slots)
             for bank, slots in here:
                 tapped = bank.site.input_module != bank.site.module
-                x = tapped_input(self._taps[bank.site.input_module], output) if tapped else args[0]
+                x = tapped_input(self.taps[bank.site.input_module], output) if tapped else args[0]
                 y = on_slots(slots, y, bank, by_slot(x, self.num_slots), y)
             for bank, _ in here:
                 if bank.site.input_module != bank.site.module:  # the graph of a step must not outlive the step
-                    self._taps.pop(bank.site.input_module, None)
+                    self.taps.pop(bank.site.input_module, None)
             return y.reshape(output.shape)
 
         return hook
@@ -379,7 +379,7 @@ class Attachment(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._taps.clear()
+        self.taps.clear()
 
     @torch.no_grad()
     def detach(self) -> None:

@@ -14,15 +14,20 @@ Served = tuple[Bank, Tensor | None]
 
 
 class ForwardReplacement:
-    """A forward function for one module instance in place of its class's; `remove` restores the latter."""
+    """A forward function for one module instance in place of its own; `remove` restores the latter."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._module = module
+        #: An earlier replacement; None: the function is the class's.
+        self._before: Callable[..., Any] | None = vars(module).get("forward")
         module.forward = forward
 
     def remove(self) -> None:
-        """Restore the forward function of the class."""
-        del self._module.forward
+        """Restore the forward function that was there before."""
+        if self._before is None:
+            del self._module.forward
+        else:
+            self._module.forward = self._before
 
 
 def on_slots(slots: Tensor | None, whole: Tensor, change: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -12,18 +12,15 @@ change their order; between processes, compare what is divided by the same basel
 
 **Memory.** On CUDA: the allocator's high-water mark of one training step, with the optimiser's state in place
 and all else that the process keeps on the device. Elsewhere the resident size of a process is too noisy to rank
-by. There the bytes that a step must hold are counted, the same number for the same candidate every time:
-
-- the parameters of backbone and adapters, each once, as they are stored, and the scales of quantised ones;
-- for each trained parameter, its gradient and AdamW's two moments;
-- the storages that the forward pass keeps for the backward pass, each once and whole, without those of
-  parameters and buffers. Nothing is kept below the first trained tensor, so adapters high up are cheap.
-
-Not counted: what lives within one operation only, gradients of activations, buffers, the allocator's slack.
+by. There the bytes that a step must hold are counted, the same number for the same candidate every time: the
+parameters of backbone and adapters, each once, as they are stored, with the scales of quantised ones, and what
+`step_memory.py` counts. Both are of whole minibatches, without micro-batches and checkpointing: candidates compare,
+whatever memory a machine has.
 """
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +36,7 @@ from torch.optim import AdamW
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.base import Costs
+from autopeft.evaluators.costs.step_memory import step_bytes
 from autopeft.evaluators.costs.timing import now
 from autopeft.evaluators.tasks import Batch, Task, model_inputs
 from autopeft.search_space.backbones.quantized import state_tensors
@@ -140,11 +138,6 @@ def step_times(attachment: Attachment, task: Task, batch: Batch, within_s: float
     )
 
 
-def step_bytes(attachment: Attachment, task: Task, batch: Batch) -> int:
-    """Return the bytes that a training step holds beside the parameters; see the top of this file."""
-    return _Bench(attachment, task, batch).step_bytes()
-
-
 class _Bench:
     """One attachment with one batch, and the measurements on them. Each metric returns value and spread."""
 
@@ -154,6 +147,10 @@ class _Bench:
         self.model = attachment.model[0]
         self.task = task
         self.inputs = model_inputs(batch)
+        #: Of a decoder the last token's logits alone, as at the start of a generation: those of all tokens may be the
+        #: largest tensor of the pass.
+        reads = inspect.signature(type(self.model).forward).parameters
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in reads else {}
         self.batch = batch
         self.trained = [parameter for parameter, _ in attachment.trainable()]
         self.device = batch["targets"].device
@@ -162,7 +159,7 @@ class _Bench:
 
     @torch.inference_mode()
     def forward(self) -> None:
-        self.model(**self.inputs)
+        self.model(**self.inputs, **self.options)
 
     def loss(self) -> Tensor:
         return self.attachment.routers.penalised(self.task.scores(self.model, self.batch)["loss"].mean()[None])[0]
@@ -190,11 +187,7 @@ class _Bench:
         indices = [tensor for bank in self.attachment.banks for tensor in bank.tensors().values()]
         scales = state_tensors(self.model).values()
         parameters = dict.fromkeys([*self.model.parameters(), *scales, *self.attachment.parameters(), *indices])
-        return float(sum(p.nbytes for p in parameters) + self.step_bytes()), 0.0
-
-    def step_bytes(self) -> int:
-        """Return the bytes that a step holds beside the parameters."""
-        return 3 * sum(p.nbytes for p in self.trained) + self.saved_bytes()
+        return float(sum(p.nbytes for p in parameters) + step_bytes(self.attachment, self.task, self.batch)), 0.0
 
     def high_water_mark(self) -> int:
         step = self.training_step()
@@ -204,22 +197,6 @@ class _Bench:
         step()
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device)
-
-    def saved_bytes(self) -> int:
-        """Return the bytes of the storages that the forward pass saves for the backward pass."""
-        tensors = [t for owner in (self.model, self.attachment) for t in (*owner.parameters(), *owner.buffers())]
-        resident = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        # Holding the storages themselves prevents the reuse of their addresses.
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def save(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            self.loss()
-        return sum(storage.nbytes() for address, storage in saved.items() if address not in resident)
 
     # Time
 

@@ -96,16 +96,19 @@ def _ends_in_output_layer(model: Any) -> bool:
     """
     if model not in _plain:
         layer = model.get_output_embeddings()
+        # A model without values is tried with an output layer that has some.
+        tried = nn.Linear(layer.in_features, 8, layer.bias is not None) if layer.weight.is_meta else layer
         # Large values, so that a soft cap has an effect in any precision.
         hidden = 100 * torch.randn(1, 2, layer.in_features, generator=torch.Generator().manual_seed(0))
-        hidden = hidden.to(layer.weight)
+        hidden = hidden.to(tried.weight)
         probe = _Probe(hidden)
         shell = copy.copy(model)
-        shell._modules = {**model._modules, model.base_model_prefix: probe}
+        own = {name: tried if module is layer else module for name, module in model._modules.items()}
+        shell._modules = {**own, model.base_model_prefix: probe}
         ids = torch.zeros(1, 2, dtype=torch.long, device=hidden.device)
         try:
             logits = type(model).forward(shell, input_ids=ids).logits
-            _plain[model] = probe.tensors == 1 and torch.equal(logits.float(), layer(hidden).float())
+            _plain[model] = probe.tensors == 1 and torch.equal(logits.float(), tried(hidden).float())
         except Exception:  # the model needs more outputs of its base than hidden states: use its own logits
             _plain[model] = False
     return _plain[model]

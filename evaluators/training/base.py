@@ -18,10 +18,12 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
 from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
+from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
 from autopeft.evaluators.training import batching
+from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, Quality
@@ -33,6 +35,8 @@ EVALUATION_BATCH_SIZE = 64
 RUNG_EXAMPLES = 256
 #: Positions of the two rows of a small batch, at most.
 SMALL_LENGTHS = (16, 12)
+#: All examples.
+WHOLE = slice(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +45,21 @@ class EvaluatorOptions:
 
     `pack`: candidates per pack, None for as many as fit into the memory. `cache_bytes`: memory for cached outputs of
     the layers below all adapters, 0 for no cache. `cache_folder`: folder for the same on disk, limited to
-    `cache_folder_bytes`.
+    `cache_folder_bytes`. `micro_batch`: rows at a time, None for as many as fit. `checkpointing`: of the layers, None
+    for where a step does not fit without.
     """
 
     pack: int | None = None
     cache_bytes: int = 0
     cache_folder: Path | None = None
     cache_folder_bytes: int = 0
+    micro_batch: int | None = None
+    checkpointing: bool | None = None
+
+    @property
+    def levers(self) -> Levers:
+        """The levers that are set."""
+        return Levers(self.micro_batch, bool(self.checkpointing))
 
 
 class TrainingEvaluator(Attaching):
@@ -58,14 +70,23 @@ class TrainingEvaluator(Attaching):
     seed and batch size see the same ones. A candidate without trained tensors (a router without parameters over
     pretrained LoRAs) makes the same steps without effect.
 
-    `metrics`: the qualities to report. Raises DataError for rows that the model cannot read and MetricError for metrics
-    whose columns the task does not compute.
+    `metrics`: the qualities to report. `levers`: how candidates that are trained alone save memory; those whose
+    minibatches cannot be divided see them whole. Raises DataError for rows that the model cannot read and MetricError
+    for metrics whose columns the task does not compute.
     """
 
     def __init__(
-        self, loaded: LoadedBackbone, task: str, splits: Splits, max_length: int, metrics: Sequence[Quality] = ALWAYS
+        self,
+        loaded: LoadedBackbone,
+        task: str,
+        splits: Splits,
+        max_length: int,
+        metrics: Sequence[Quality] = ALWAYS,
+        *,
+        levers: Levers = WITHOUT_LEVERS,
     ) -> None:
         self.loaded = loaded
+        self.levers = levers
         self.model = loaded.model
         self.backbone = loaded.backbone
         self.pretrained_head = loaded.pretrained_head
@@ -94,7 +115,7 @@ class TrainingEvaluator(Attaching):
         options: EvaluatorOptions,
     ) -> Self:
         """Build the evaluator with the options that it supports. Raises DataError and MetricError."""
-        return cls(loaded, task, splits, max_length, metrics)
+        return cls(loaded, task, splits, max_length, metrics, levers=options.levers)
 
     @override
     def attach(self, request: Request) -> Attachment:
@@ -162,16 +183,32 @@ class TrainingEvaluator(Attaching):
         """Return the number of steps of a run at full fidelity."""
         return batching.num_steps(len(self.examples["train"]), training.batch_size, training.epochs)
 
-    def batch(self, split: str, indices: Sequence[int]) -> Batch:
-        """Return these examples of a split as one batch on the device."""
-        return self._collated([self.examples[split][i] for i in indices])
+    def batch(self, split: str, indices: Sequence[int], part: slice = WHOLE) -> Batch:
+        """Return these examples of a split, or a part of them, as one batch on the device."""
+        return self._collated([self.examples[split][i] for i in indices], part)
 
-    def _collated(self, examples: Sequence[Example]) -> Batch:
-        return {name: tensor.to(self.device) for name, tensor in self.task.collate(examples).items()}
+    def _collated(self, examples: Sequence[Example], part: slice = WHOLE) -> Batch:
+        return {name: tensor[part].to(self.device) for name, tensor in self.task.collate(examples).items()}
+
+    @staticmethod
+    def evaluation_batch_size(levers: Levers, batch_size: int) -> int:
+        """Return the examples that are scored at a time: with levers, no more than a step has at a time.
+
+        An example takes less memory then than in training, where a layer keeps activations for the backward pass.
+        """
+        if levers == WITHOUT_LEVERS:
+            return EVALUATION_BATCH_SIZE
+        return min(EVALUATION_BATCH_SIZE, levers.rows or batch_size)
 
     # Not inference_mode: tensors that a model caches between calls must work in the training that follows.
     @torch.no_grad()
-    def columns(self, attachment: Attachment, split: str, examples: Sequence[int] | None = None) -> list[Columns]:
+    def columns(
+        self,
+        attachment: Attachment,
+        split: str,
+        examples: Sequence[int] | None = None,
+        batch_size: int = EVALUATION_BATCH_SIZE,
+    ) -> list[Columns]:
         """Return, for every slot, the task's columns over these examples of a split (default: all), in their order.
 
         An entry of a column [K, N, C] is a list of C numbers.
@@ -182,7 +219,7 @@ class TrainingEvaluator(Attaching):
         lengths = [self.lengths[split][i] for i in chosen]
         widths: dict[str, int | None] = {}
         found = torch.zeros(0)
-        for places in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
+        for places in batching.ordered_batches(lengths, batch_size):
             scored = self.scores(attachment, split, [chosen[place] for place in places])
             if not widths:
                 widths = {name: column.shape[2] if column.dim() == 3 else None for name, column in scored.items()}
@@ -195,33 +232,46 @@ class TrainingEvaluator(Attaching):
         attachment.train()
         return [_by_name(of_slot, widths) for of_slot in found.unbind(1)]
 
-    def final_scores(self, attachment: Attachment, tested: Sequence[bool]) -> list[Scores]:
+    def final_scores(
+        self, attachment: Attachment, tested: Sequence[bool], batch_size: int = EVALUATION_BATCH_SIZE
+    ) -> list[Scores]:
         """Return the scores of every slot; `tested` slots also on the test split and with averaged experts."""
-        validation = self.columns(attachment, "validation")
+        validation = self.columns(attachment, "validation", batch_size=batch_size)
         found = [Scores(validation=own, routes=attachment.routers.routes(k)) for k, own in enumerate(validation)]
         if any(tested):
-            test, averaged = self.columns(attachment, "test"), self._averaged(attachment)
+            test = self.columns(attachment, "test", batch_size=batch_size)
+            averaged = self._averaged(attachment, batch_size)
             for k in (k for k, wanted in enumerate(tested) if wanted):
                 found[k].test, found[k].averaged = test[k], averaged[k]
         return found
 
-    def _averaged(self, attachment: Attachment) -> list[Columns]:
+    def _averaged(self, attachment: Attachment, batch_size: int) -> list[Columns]:
         """Return every slot's validation columns with equally weighted experts; empty for slots without routers."""
         if not attachment.routers:
             return [{}] * attachment.num_slots
         with attachment.routers.averaged():
-            columns = self.columns(attachment, "validation")
+            columns = self.columns(attachment, "validation", batch_size=batch_size)
         return [
             own if any(spec.routed_by for _, spec in architecture) else {}
             for own, architecture in zip(columns, attachment.architectures, strict=True)
         ]
 
     @abstractmethod
-    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
+    def scores(self, attachment: Attachment, split: str, indices: Sequence[int], part: slice = WHOLE) -> Scored:
         """Return the task's columns over these examples of a split, each [K, N] or [K, N, C].
 
-        K slots, N examples, C labels.
+        K slots, N examples, C labels. With `part`, only over that part of the examples, padded as the whole of them.
         """
+
+    def step_gradients(
+        self, attachment: Attachment, indices: Sequence[int], rows: int | None, backward: bool = True
+    ) -> Tensor:
+        """Add the gradients of the slots' losses on a minibatch; return the losses [K]; see `add_gradients`."""
+
+        def losses(part: slice) -> Tensor:
+            return self.scores(attachment, "train", indices, part)["loss"]
+
+        return add_gradients(losses, attachment, len(indices), rows, backward)
 
 
 def _by_name(rows: Tensor, widths: Mapping[str, int | None]) -> Columns:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from posixpath import commonpath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autopeft.evaluators.attachment.hooks import ForwardReplacement
+from autopeft.evaluators.attachment.layers import layer_paths
 from autopeft.evaluators.attachment.layout import close
 from autopeft.evaluators.training.activations import Activations
 from autopeft.search_space.backbones.backbone import Backbone
@@ -22,15 +22,6 @@ from autopeft.search_space.backbones.backbone import Backbone
 if TYPE_CHECKING:
     from autopeft.evaluators.tasks import Batch
     from autopeft.evaluators.training.base import TrainingEvaluator
-
-
-def layer_paths(backbone: Backbone) -> list[str]:
-    """Return the module paths of the layers: the common parts of the paths of their sites."""
-    paths = []
-    for layer in range(backbone.num_layers):
-        inside = [site.module.replace(".", "/") for site in backbone.sites if site.layer == layer]
-        paths.append(commonpath(inside).replace("/", "."))
-    return paths
 
 
 class Reached(Exception):  # noqa: N818 - control flow

@@ -10,35 +10,46 @@ holds a candidate's tensors, moments and random streams, so packs change results
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import OnOutcome, Outcome, OutOfMemoryError, Progress, Request, Select, memory_errors
-from autopeft.evaluators.costs.pack_sizing import fitting_slots, keep_freed_memory
+from autopeft.evaluators.costs.pack_plans import PackPlans
+from autopeft.evaluators.costs.pack_sizing import Levers, PackPlan, keep_freed_memory
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import Batch, Scored, model_inputs
 from autopeft.evaluators.training import activations, batching
 from autopeft.evaluators.training.activations import ActivationCache, Activations
-from autopeft.evaluators.training.base import EVALUATION_BATCH_SIZE, EvaluatorOptions, TrainingEvaluator, steps_at
+from autopeft.evaluators.training.base import (
+    EVALUATION_BATCH_SIZE,
+    WHOLE,
+    EvaluatorOptions,
+    TrainingEvaluator,
+    steps_at,
+)
 from autopeft.evaluators.training.lower_layers import LowerLayers
 from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.evaluators.training.record import Record, Scores, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
 from autopeft.evaluators.training.slot_state import Run, SlotState
 from autopeft.evaluators.training.train import train_alone
-from autopeft.search_space.architecture import digest
+from autopeft.search_space.architecture import Candidate, digest
 from autopeft.search_space.metrics import ALWAYS, MetricError, Quality
+
+logger = logging.getLogger(__name__)
 
 #: Steps between checks of the losses on a GPU, because each check waits for the device.
 STEPS_BETWEEN_CHECKS = 16
@@ -47,10 +58,11 @@ STEPS_BETWEEN_CHECKS = 16
 class PackedEvaluator(TrainingEvaluator):
     """Trains several candidates at a time, on the same minibatches as `TrainEvaluator`.
 
-    `pack`: candidates per pack, None for as many as fit into the memory. `share_lower_layers`: run the layers below the
-    lowest adapter of a pack once for all slots, if the model permits it (`notes` says if not). `cache`: cache of their
-    outputs; None: they are computed at each step.
-    Candidates that train the backbone itself are trained alone, without stops at rungs.
+    `pack`: candidates per pack, None for as many as fit into the memory. `micro_batch`: rows at a time, and
+    `checkpointing` of the layers, each None for as needed to fit. `share_lower_layers`: run the layers below the lowest
+    adapter of a pack once for all slots, if the model permits it (`notes` says if not). `cache`: cache of their
+    outputs; None: they are computed at each step. Candidates that train the backbone itself are trained alone, without
+    stops at rungs.
     """
 
     name = "packed"
@@ -66,8 +78,10 @@ class PackedEvaluator(TrainingEvaluator):
         pack: int | None = None,
         share_lower_layers: bool = True,
         cache: ActivationCache | None = None,
+        micro_batch: int | None = None,
+        checkpointing: bool | None = None,
     ) -> None:
-        super().__init__(loaded, task, splits, max_length, metrics)
+        super().__init__(loaded, task, splits, max_length, metrics, levers=Levers(micro_batch, bool(checkpointing)))
         self.pack = pack
         self.cache = cache
         batch, lengths = self.small_batch()
@@ -87,7 +101,7 @@ class PackedEvaluator(TrainingEvaluator):
         self._model_key = activations.fingerprint(self.model, self.backbone) if caches else ""
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
-        self._fitting: dict[tuple[int, int, int], int] = {}
+        self.plans = PackPlans(self, max(self.lengths["train"]), pack, micro_batch, checkpointing)
         # One candidate keeps a CPU busy, so on a CPU only the shared layers make a pack worthwhile.
         self.mixes_depths = self.device.type != "cpu"
         if self.device.type == "cpu":
@@ -107,7 +121,8 @@ class PackedEvaluator(TrainingEvaluator):
         cache = None
         if options.cache_bytes:
             cache = ActivationCache(options.cache_bytes, options.cache_folder, options.cache_folder_bytes)
-        return cls(loaded, task, splits, max_length, metrics, pack=options.pack, cache=cache)
+        own: dict[str, Any] = {"micro_batch": options.micro_batch, "checkpointing": options.checkpointing}
+        return cls(loaded, task, splits, max_length, metrics, pack=options.pack, cache=cache, **own)
 
     @override
     def evaluate(
@@ -177,8 +192,8 @@ class PackedEvaluator(TrainingEvaluator):
         waiting = sorted(runs, key=lambda run: (-run.depth, run.index))
         while waiting:
             alike = [run for run in waiting if self._fit_together(run, waiting[0])]
-            pack = alike[: self._most(alike)]
-            self._train_pack(pack, report, end)
+            plan = self.plans.plan(*_of(alike))
+            self._train_pack(pack := alike[: plan.slots], plan.levers, report, end)
             rest = [run for run in waiting if run not in pack]
             # They go to the front, to fill the next pack with similar candidates.
             waiting = [run for run in pack if run.outcome is None and run.share == share] + rest
@@ -187,35 +202,42 @@ class PackedEvaluator(TrainingEvaluator):
         alike = a.order == b.order and (a.depth == b.depth or self.mixes_depths)
         return a is b or (alike and not a.alone and not b.alone)
 
-    def _most(self, runs: Sequence[Run]) -> int:
-        """Return the largest number of slots in a pack of such candidates."""
-        key = _memory_key(runs)
-        if key not in self._fitting:
-            self._fitting[key] = self.pack or fitting_slots(self, [run.request for run in runs])
-        return self._fitting[key]
+    @override
+    def notes_on(self, largest: Candidate) -> tuple[str, ...]:
+        trained_alone = self.is_bare(largest) or "full" in largest.architecture.kinds
+        note = None if trained_alone else self.plans.note(Request(candidate=largest))
+        return (*self.notes, note) if note else self.notes
 
     def _train_pack(
-        self, pack: Sequence[Run], report: Callable[[int], None], end: Callable[[Run, Outcome], None]
+        self,
+        pack: Sequence[Run],
+        levers: Levers,
+        report: Callable[[int], None],
+        end: Callable[[Run, Outcome], None],
     ) -> None:
         """Like `_train_slots`, but an error ends only the candidate that causes it."""
         try:
             with memory_errors():
-                ended = self._train_slots(pack, report)
+                ended = self._train_slots(pack, levers, report)
         except Exception as error:
-            if len(pack) == 1:
+            # The runs are unchanged: they train in other ways, or one by one.
+            plan = PackPlan(1, levers) if len(pack) > 1 else None
+            if isinstance(error, OutOfMemoryError):
+                plan = self.plans.after_lack(*_of(pack), levers)
+            if plan is None:
                 ended = [(pack[0], failure(pack[0].request, error))]
             else:
-                # The runs are unchanged. After a lack of memory, use smaller packs; otherwise train one by one.
-                size = 1
-                if isinstance(error, OutOfMemoryError):
-                    size = self._fitting[_memory_key(pack)] = len(pack) // 2
-                for start in range(0, len(pack), size):
-                    self._train_pack(pack[start : start + size], report, end)
-                ended = []
+                if plan.levers != levers:
+                    logger.warning("%s: going on with %s", error, plan.levers)
+                for start in range(0, len(pack), plan.slots):
+                    self._train_pack(pack[start : start + plan.slots], plan.levers, report, end)
+                return
         for run, outcome in ended:
             end(run, outcome)
 
-    def _train_slots(self, pack: Sequence[Run], report: Callable[[int], None]) -> list[tuple[Run, Outcome]]:
+    def _train_slots(
+        self, pack: Sequence[Run], levers: Levers, report: Callable[[int], None]
+    ) -> list[tuple[Run, Outcome]]:
         """Train a pack to the first stop of its runs, or to the step at which a loss is not finite.
 
         Return the runs that ended. An exception leaves the runs unchanged.
@@ -224,19 +246,23 @@ class PackedEvaluator(TrainingEvaluator):
         first, last = pack[0].step, min(run.stop for run in pack)
         architectures = [run.request.candidate.architecture for run in pack]
         seeds = [run.request.seed for run in pack]
-        with Attachment(
-            self.model, self.backbone, architectures, seeds, pretrained_head=self.pretrained_head
-        ) as attachment:
+        with (
+            Attachment(
+                self.model, self.backbone, architectures, seeds, pretrained_head=self.pretrained_head
+            ) as attachment,
+            saving_memory(attachment, levers.checkpointing),
+        ):
             optimizer = PackedAdamW(attachment, [run.training for run in pack])
             for k, run in enumerate(pack):
                 if run.state is not None:
                     run.state.restore(attachment, optimizer, k)
-            losses = self._steps_of(pack, attachment, optimizer, last, report)
+            losses = self._steps_of(pack, attachment, optimizer, last, report, levers.rows)
             train_s = time.perf_counter() - begin
             step = first + len(losses)
             broken = {k: n for n, row in reversed([*enumerate(losses, first + 1)]) for k in _not_finite(row)}
             stopped = [k for k, run in enumerate(pack) if run.stop == step and k not in broken]
-            scored = self._score(pack, stopped, attachment)
+            at_a_time = self.evaluation_batch_size(levers, pack[0].training.batch_size)
+            scored = self._score(pack, stopped, attachment, at_a_time)
             going_on = [k for k, run in enumerate(pack) if step < run.num_steps and k not in broken]
             states = {k: SlotState.capture(attachment, optimizer, k) for k in going_on}
             weights = {k: attachment.state(k) for k in stopped if pack[k].request.keep_weights}
@@ -273,8 +299,12 @@ class PackedEvaluator(TrainingEvaluator):
         optimizer: PackedAdamW,
         last: int,
         report: Callable[[int], None],
+        rows: int | None = None,
     ) -> list[list[float]]:
-        """Train up to step `last` or to a loss that is not finite; return the losses of the slots at each step."""
+        """Train up to step `last` or to a loss that is not finite; return the losses of the slots at each step.
+
+        `rows`: see `add_gradients`.
+        """
         seed, batch_size, first = pack[0].order
         numbers = range(first + 1, last + 1)
         rates = torch.tensor(
@@ -286,12 +316,9 @@ class PackedEvaluator(TrainingEvaluator):
         losses: list[list[float]] = []
         unchecked: list[Tensor] = []
         for number, indices, now in zip(numbers, islice(order, first, None), rates, strict=False):
-            loss = self.scores(attachment, "train", indices)["loss"].mean(1)
-            penalised = attachment.routers.penalised(loss).sum()
+            unchecked.append(self.step_gradients(attachment, indices, rows, backward=not optimizer.idle))
             if not optimizer.idle:
-                penalised.backward()
                 optimizer.step(number, now)
-            unchecked.append(loss.detach())
             if len(unchecked) == interval or number == last:
                 losses += torch.stack(unchecked).tolist()
                 unchecked.clear()
@@ -302,42 +329,46 @@ class PackedEvaluator(TrainingEvaluator):
 
     # Scores
 
-    def _score(self, pack: Sequence[Run], slots: Sequence[int], attachment: Attachment) -> dict[int, Scores]:
-        """Return the scores of the slots that reached a stop."""
+    def _score(
+        self, pack: Sequence[Run], slots: Sequence[int], attachment: Attachment, batch_size: int
+    ) -> dict[int, Scores]:
+        """Return the scores of the slots that reached a stop, from `batch_size` examples at a time."""
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
         found: dict[int, Scores] = {}
         if len(ending) < len(slots):
-            columns = self.columns(attachment, "validation", self.rung_examples)
+            columns = self.columns(attachment, "validation", self.rung_examples, batch_size)
             found |= {k: Scores(validation=columns[k]) for k in slots}
         if ending:
             tested = [k in ending and run.request.test for k, run in enumerate(pack)]
-            scores = self.final_scores(attachment, tested)
+            scores = self.final_scores(attachment, tested, batch_size)
             found |= {k: scores[k] for k in ending}
         return found
 
     @override
-    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
+    def scores(self, attachment: Attachment, split: str, indices: Sequence[int], part: slice = WHOLE) -> Scored:
         slots, depth = attachment.num_slots, attachment.depth
-        batch = self.batch(split, indices)
+        batch = self.batch(split, indices, part)
         attachment.routers.tokens.domains = batch.get("domains")
         lower: AbstractContextManager[None] = nullcontext()
         if self.lower_layers is not None and depth:
-            hidden = self._hidden(self.lower_layers, split, indices, batch, depth)
+            hidden = self._hidden(self.lower_layers, split, indices, part, batch, depth)
             lower = self.lower_layers.replaced(repeated(hidden, slots), depth)
         with lower:
             packed = {name: repeated(tensor, slots) for name, tensor in batch.items()}
             columns = self.task.scores(self.model, packed)
         return {name: column.view(slots, -1, *column.shape[1:]) for name, column in columns.items()}
 
-    def _hidden(self, lower: LowerLayers, split: str, indices: Sequence[int], batch: Batch, depth: int) -> Tensor:
-        """Return the output of the lowest `depth` layers for these examples: [N, T, D]."""
+    def _hidden(
+        self, lower: LowerLayers, split: str, indices: Sequence[int], part: slice, batch: Batch, depth: int
+    ) -> Tensor:
+        """Return the output of the lowest `depth` layers for a part of these examples, `batch`: [N, T, D]."""
         lengths = self.lengths[split]
         nbytes = (1 + sum(lengths)) * self.backbone.hidden_size * self._dtype.itemsize
         if self.cache is None or nbytes > self.cache.max_bytes:
             return lower(model_inputs(batch), depth)
         key = digest([self._model_key, self._token_key(split), depth])
         rows = self.cache.get(key, lambda: self._all_rows(lower, split, depth), self.device)
-        return Activations(rows, lengths).batch(indices)
+        return Activations(rows, lengths).batch(indices)[part]  # padded as all of them
 
     def _token_key(self, split: str) -> str:
         if split not in self._token_keys:
@@ -359,10 +390,9 @@ def repeated(tensor: Tensor, slots: int) -> Tensor:
     return tensor.repeat(slots, *[1] * (tensor.dim() - 1))
 
 
-def _memory_key(runs: Sequence[Run]) -> tuple[int, int, int]:
-    """Return the factors of a pack's memory: rows per step, layers below all adapters, experts per row."""
-    rows = max((spec.num_experts_total for run in runs for _, spec in run.request.candidate.architecture), default=1)
-    return runs[0].training.batch_size, min(run.depth for run in runs), rows
+def _of(runs: Sequence[Run]) -> tuple[list[Request], int]:
+    """Return the requests of runs, and the number of layers below all their adapters."""
+    return [run.request for run in runs], min(run.depth for run in runs)
 
 
 def _not_finite(losses: Sequence[float]) -> list[int]:

@@ -12,10 +12,12 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.base import OnOutcome, Outcome, Progress, Request, Select, memory_errors
+from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.tasks import Scored
 from autopeft.evaluators.training import batching
-from autopeft.evaluators.training.base import TrainingEvaluator, steps_at
+from autopeft.evaluators.training.base import WHOLE, TrainingEvaluator, steps_at
 from autopeft.evaluators.training.optimizer import decay_groups
 from autopeft.evaluators.training.record import Record, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
@@ -56,8 +58,8 @@ class TrainEvaluator(TrainingEvaluator):
         return outcomes
 
     @override
-    def scores(self, attachment: Attachment, split: str, indices: Sequence[int]) -> Scored:
-        batch = self.batch(split, indices)
+    def scores(self, attachment: Attachment, split: str, indices: Sequence[int], part: slice = WHOLE) -> Scored:
+        batch = self.batch(split, indices, part)
         attachment.routers.tokens.domains = batch.get("domains")
         return {name: column[None] for name, column in self.task.scores(self.model, batch).items()}
 
@@ -67,7 +69,11 @@ def train_alone(evaluator: TrainingEvaluator, request: Request, report: Callable
     try:
         if evaluator.is_bare(request.candidate):
             raise TrainingFailedError("nothing to train: no adapter is on and the model has no task head")
-        with memory_errors(), evaluator.attach(request) as attachment:
+        with (
+            memory_errors(),
+            evaluator.attach(request) as attachment,
+            saving_memory(attachment, evaluator.levers.checkpointing),
+        ):
             return _trained(evaluator, request, attachment, report)
     except Exception as error:
         return failure(request, error)
@@ -81,14 +87,15 @@ def _trained(
     full, steps = evaluator.full_steps(training), evaluator.num_steps(request)
     rungs = {steps_at(rung, full): rung for rung in request.fidelity.rungs}
     record = Record(evaluator.metrics)
+    at_a_time = evaluator.evaluation_batch_size(evaluator.levers, training.batch_size)
     for step, seconds, loss in _steps(evaluator, request, attachment, training, steps, full):
         record.train_s += seconds
         record.losses.append(loss)
         report(step)
         if step in rungs and step < steps:
-            (columns,) = evaluator.columns(attachment, "validation", evaluator.rung_examples)
+            (columns,) = evaluator.columns(attachment, "validation", evaluator.rung_examples, at_a_time)
             record.rung(rungs[step], columns)
-    record.end(evaluator.final_scores(attachment, [request.test])[0])
+    record.end(evaluator.final_scores(attachment, [request.test], at_a_time)[0])
     record.wall_s = time.perf_counter() - begin
     weights = attachment.state() if request.keep_weights else None
     return Outcome(measurement=record.measurement(request, evaluator.name), weights=weights)
@@ -110,15 +117,14 @@ def _steps(
     groups = decay_groups(parameters, training)
     optimizer = AdamW(groups, lr=training.learning_rate, fused=True) if groups else None
     order = batching.training_batches(evaluator.lengths["train"], training.batch_size, request.seed)
+    rows = evaluator.levers.rows if divisible(request.candidate.architecture) else None
     attachment.train()
     with torch.random.fork_rng(devices=[evaluator.device] if evaluator.device.type == "cuda" else []):
         torch.manual_seed(request.seed)  # the dropout of a backbone that is trained itself
         for step in range(1, steps + 1):
             start = time.perf_counter()
-            loss = evaluator.scores(attachment, "train", next(order))["loss"].mean(1)
-            penalised = attachment.routers.penalised(loss).sum()
+            loss = evaluator.step_gradients(attachment, next(order), rows, backward=optimizer is not None)
             if optimizer is not None:
-                penalised.backward()
                 if training.max_grad_norm:
                     clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
                 for group in optimizer.param_groups:

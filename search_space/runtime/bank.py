@@ -92,10 +92,28 @@ class Call:
         for k, rate in enumerate(self.rates):
             if rate > 0.0:
                 own = keep[k, : self.bank.specs[k].num_experts_total if self.experts > 1 else 1]
-                drawn = torch.rand(own.shape, generator=self.bank.dropout_streams[k], device=x.device)
-                own.copy_((drawn >= rate).to(x) / (1.0 - rate))
+                own.copy_((self._uniform(own.shape, k) >= rate).to(x) / (1.0 - rate))
         dropped: Tensor = x * keep.flatten(0, 1)
         return dropped
+
+    def _uniform(self, shape: torch.Size, k: int) -> Tensor:
+        """Draw numbers in [0, 1) for the rows [E, M, ...] of slot k, of which the minibatch may have more."""
+        stream = self.bank.dropout_streams[k]
+        part = self.bank.part
+        if part is None:
+            return torch.rand(shape, generator=stream, device=stream.device)
+        each = shape[1] // part.examples
+        whole = torch.rand(shape[0], each * part.of, *shape[2:], generator=stream, device=stream.device)
+        return whole[:, each * part.first : each * (part.first + part.examples)]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a minibatch of `of` examples: `examples` of them, from number `first` on."""
+
+    first: int
+    examples: int
+    of: int
 
 
 class Bank(nn.Module):
@@ -174,6 +192,9 @@ class Bank(nn.Module):
             read = [rows[bank] for bank in self.bank_of_slot]
             whole = read == list(range(len(self.values[name])))
             self.register_buffer(f"rows_{name}", None if whole else torch.tensor(read))
+        #: The examples at hand, if they are a part of the minibatch; dropout then draws for the whole of it, so that an
+        #: example has the same mask whatever the parts are.
+        self.part: Part | None = None
         #: Numbers of the bank's slots in the attachment.
         self.slots_served = list(range(len(self.specs)))
         #: The state of the router; None for a bank of plain adapters.
@@ -284,6 +305,12 @@ class Bank(nn.Module):
                 shapes = f"{tuple(values[name].shape)}, expected {tuple(own.shape)}"
                 raise ValueError(f"{self.site.name} {name}: has shape {shapes}")
             own.copy_(values[name])
+
+    @property
+    def draws(self) -> bool:
+        """Whether the forward pass takes numbers from the random streams."""
+        rates = [(getattr(spec.plain, "dropout", 0.0), getattr(spec, "router_noise", 0.0)) for spec in self.specs]
+        return self.training and any(map(any, rates))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,6 +16,8 @@ from autopeft.search_space.parameter import Parameter
 def stream(*words: object, device: torch.device | str = "cpu") -> Generator:
     """Return a random stream seeded by `words`: equal words give equal numbers in every process and every pack."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    if torch.device(device).type == "meta":  # where nothing has values
+        device = "cpu"
     return Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -39,6 +39,15 @@ class Tokens:
         """End a step and release tensors that refer to its autograd graph."""
         self.first_pass = None
         self._gates.clear()
+
+    def snapshot(self) -> Tokens:
+        """Return a copy of this state; the gates and the first pass in it are the same ones."""
+        return replace(self, _gates=dict(self._gates))
+
+    def restore(self, other: Tokens) -> None:
+        """Take over the state of a snapshot."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(other.snapshot(), each.name))
 
     def hidden_states(self) -> Tensor:
         """Return the last hidden states of the model without adapters: [N, T, H]."""

@@ -49,7 +49,8 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
 
     splits, _, _ = checked(settings)
     with interruptible(settings) as stop_if_asked, open_study(settings, splits, resume=resume) as study:
-        for note in study.evaluator.notes:
+        space = study.problem.space
+        for note in study.evaluator.notes_on(space.decode(space.largest())):
             echo(f"warning: {note}", err=True)
         with ProgressView(between=stop_if_asked) as view:
             snapshot = study.run(view)

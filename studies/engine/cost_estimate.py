@@ -90,7 +90,7 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
     evaluator = evaluator_for(settings, splits)
     backbone, space = evaluator.backbone, problem_for(settings, evaluator.backbone).space
     largest, drawn = space.decode(space.largest()), samples(space, settings.seed)
-    num_baselines, notes = len(list(baselines(plan_of(settings), space))), list(evaluator.notes)
+    num_baselines, notes = len(list(baselines(plan_of(settings), space))), list(evaluator.notes_on(largest))
     pace = memory = None
     if settings.minutes is not None:
         pace = pace_of(settings, evaluator, None)

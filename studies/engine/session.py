@@ -83,6 +83,8 @@ def evaluator_for(settings: StudyFile, splits: Splits, backbone: Backbone | None
         cache_bytes=wanted.cache_bytes,
         cache_folder=None if wanted.cache_folder is None else settings.folder / wanted.cache_folder,
         cache_folder_bytes=wanted.cache_folder_bytes,
+        micro_batch=wanted.micro_batch,
+        checkpointing=wanted.checkpointing,
     )
     with inputs_checked():
         metrics = settings.qualities()

@@ -129,7 +129,8 @@ class Study:
             ):
                 with file_errors(GO_ON):
                     self._write()
-                for note in study.evaluator.notes:
+                space = study.problem.space
+                for note in study.evaluator.notes_on(space.decode(space.largest())):
                     warnings.warn(note, stacklevel=2)
                 if isinstance(progress, bool):
                     with ProgressView(None if progress else Console(quiet=True), between=stop_if_asked) as view:

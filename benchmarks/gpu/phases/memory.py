@@ -1,4 +1,7 @@
-"""(h) Predicted memory of a pack (`evaluators/costs/pack_sizing.py`) against the allocator's high-water mark."""
+"""(h) Predicted memory of a pack (`evaluators/costs/pack_sizing.py`) against the allocator's high-water mark.
+
+Without levers in packs of several sizes, and with micro-batches, checkpointing and both.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,14 @@ import torch
 from autopeft.benchmarks.gpu import models
 from autopeft.benchmarks.gpu.phase import ResultRow, Run
 from autopeft.evaluators.base import Request
-from autopeft.evaluators.costs.measurement import step_bytes
-from autopeft.evaluators.costs.pack_sizing import FILLED, fitting_slots, free_bytes
+from autopeft.evaluators.costs.pack_sizing import (
+    FILLED,
+    WITHOUT_LEVERS,
+    Levers,
+    forecasts,
+    free_bytes,
+    plan_pack,
+)
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space.adapters import AdapterSpec, Bottleneck, Lora
 from autopeft.search_space.architecture import Architecture, Candidate
@@ -20,39 +29,46 @@ from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone
 #: The model's layers, the minibatch of a slot, and steps.
 LAYERS, ROWS, WORDS, STEPS = 8, 4, 512, 2
 SLOTS = (1, 2, 4, 8, 16)
+#: The levers, and the slots with which they are tried.
+LEVERS, SLOTS_WITH_LEVERS = (Levers(1), Levers(checkpointing=True), Levers(1, checkpointing=True)), (1, 8)
 
 
 def measure(run: Run) -> Iterator[ResultRow]:
-    """Yield one row per model, adapter and number of slots: predicted and measured bytes."""
+    """Yield one row per model, adapter, number of slots and levers: predicted and measured bytes."""
     device = torch.device(run.device)
     dtype = torch.float32 if run.toy else torch.bfloat16
-    rows, words = (1, 8) if run.toy else (ROWS, WORDS)
-    slots_tried = (1, 3) if run.toy else SLOTS
+    rows, words = (2, 8) if run.toy else (ROWS, WORDS)
+    slots_tried, slots_with_levers = ((1, 3), (3,)) if run.toy else (SLOTS, SLOTS_WITH_LEVERS)
+    tried = [(slots, WITHOUT_LEVERS) for slots in slots_tried]
+    tried += [(slots, levers) for levers in LEVERS for slots in slots_with_levers]
     for name in ("0.5B",) if run.toy else ("0.5B", "3B"):
         shape = models.TOY if run.toy else models.SHAPES[name]
         loaded = models.loaded(models.decoder(shape, device, dtype, None if run.toy else LAYERS))
         splits = models.causal_splits(rows * STEPS, words)
         for kind, architecture in _architectures(loaded.backbone).items():
-            for slots in slots_tried:
-                if not run.has_time(f"{name}, {kind}, {slots} slots", 5.0):
+            for slots, levers in tried:
+                if not run.has_time(f"{name}, {kind}, {slots} slots, {levers}", 5.0):
                     continue
                 evaluator = PackedEvaluator(
-                    loaded, "causal-lm", splits, max_length=words, pack=slots, share_lower_layers=False
-                )
+                    loaded, "causal-lm", splits, max_length=words, pack=slots, share_lower_layers=False,
+                    micro_batch=levers.rows, checkpointing=levers.checkpointing,
+                )  # fmt: skip
                 training = {"learning_rate": 1e-3, "batch_size": rows, "epochs": 1}
                 request = Request(candidate=Candidate(architecture=architecture, training=training))
                 yield {
                     "model": name, "layers": loaded.backbone.num_layers, "adapter": kind, "slots": slots,
-                    "tokens": rows * words, "dtype": str(dtype), **_of_pack(evaluator, request, slots),
+                    "levers": str(levers), "tokens": rows * words, "dtype": str(dtype),
+                    **_of_pack(evaluator, request, slots, levers),
                 }  # fmt: skip
 
 
-def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int) -> dict[str, Any]:
+def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int, levers: Levers) -> dict[str, Any]:
     """Return forecast and high-water mark of `slots` such candidates, without the backbone's memory."""
     device = evaluator.device
-    with evaluator.attach(request) as attachment:
-        forecast = slots * step_bytes(attachment, evaluator.task, evaluator.longest_batch(request.candidate))
-    row: dict[str, Any] = {"forecast_bytes": forecast, "fitting_slots": fitting_slots(evaluator, [request])}
+    free = free_bytes(device)
+    forecast = slots * forecasts(evaluator, request, free)(levers)
+    fitting = plan_pack(evaluator, [request], [levers]).slots
+    row: dict[str, Any] = {"forecast_bytes": forecast, "fitting_slots": fitting}
     models.free_memory()
     before = 0
     if device.type == "cuda":

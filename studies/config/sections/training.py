@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import (
     Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
 )
 
 from autopeft.search_space.training import Training
@@ -48,3 +52,21 @@ class EvaluationSettings(Section):
     cache_folder_bytes: int = Field(
         default=10**10, ge=0, description="size limit of this folder; the least recently used go first"
     )
+    micro_batch: Count | None = Field(
+        default=None,
+        description="rows of a minibatch at a time, whose gradients add up; null: as many as fit into the memory",
+    )
+    checkpointing: bool | None = Field(
+        default=None,
+        description="keep the inputs of the layers only, and run the layers again in the backward pass, which takes"
+        " about half as long again; null: if a step does not fit without",
+    )
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later additions that are not set; see `DataSettings`."""
+        return {name: value for name, value in default(self).items() if name not in _LATER or value is not None}
+
+
+#: Settings that were added after the first version of the file.
+_LATER = ("micro_batch", "checkpointing")

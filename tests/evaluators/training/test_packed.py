@@ -13,12 +13,12 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.layers import layer_paths
 from autopeft.evaluators.backbones import LoadedBackbone, load_backbone
 from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.training import packed
 from autopeft.evaluators.training.activations import ActivationCache, fingerprint
-from autopeft.evaluators.training.lower_layers import layer_paths
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.slot_state import SlotState
 from autopeft.evaluators.training.train import TrainEvaluator

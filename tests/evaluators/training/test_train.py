@@ -183,10 +183,10 @@ def test_the_position_in_a_batch_of_requests_does_not_matter(evaluator):
 def test_candidates_of_a_seed_see_the_same_batches(evaluator, monkeypatch):
     seen: list[list[Any]] = []
 
-    def batch(split, indices, original=evaluator.batch):
+    def batch(split, indices, *part, original=evaluator.batch):
         if split == "train":
             seen[-1].append(tuple(indices))
-        return original(split, indices)
+        return original(split, indices, *part)
 
     monkeypatch.setattr(evaluator, "batch", batch)
     for kind, seed, share in (("lora", 0, 1.0), ("full", 0, 1.0), ("ia3", 0, 0.4), ("lora", 1, 1.0)):
@@ -278,9 +278,9 @@ def test_scores_of_each_example_in_the_order_of_the_file(evaluator):
 def test_test_rows_are_scored_only_when_asked_for(evaluator, monkeypatch):
     seen = set()
 
-    def batch(split, indices, original=evaluator.batch):
+    def batch(split, indices, *part, original=evaluator.batch):
         seen.add(split)
-        return original(split, indices)
+        return original(split, indices, *part)
 
     monkeypatch.setattr(evaluator, "batch", batch)
     found = measured(evaluator, "head", fidelity=Fidelity(share=0.1, rungs=(0.05,)))

@@ -652,6 +652,17 @@ def test_data_settings_are_those_of_the_loader():
     assert {name: ours[name] for name in others} == {name: loader[name] for name in others}
 
 
+def test_settings_to_save_memory_change_no_fingerprint_and_appear_only_where_they_are_set(load):
+    plain = load(MINIMAL)
+    assert not {"micro_batch", "checkpointing"} & plain.model_dump(mode="json")["evaluation"].keys()
+    told = load(MINIMAL, "evaluation.micro_batch=2", "evaluation.checkpointing=false")
+    found = told.model_dump(mode="json")["evaluation"]
+    assert (found["micro_batch"], found["checkpointing"]) == (2, False)
+    assert fingerprint(told) == fingerprint(plain)
+    with pytest.raises(StudyFileError, match="evaluation"):
+        load(MINIMAL, "evaluation.micro_batch=0")
+
+
 def test_constraints_are_metrics():
     assert ConstraintSettings.model_fields.keys() <= METRICS.keys() | {"trainable_fraction"}
 
