@@ -98,7 +98,7 @@ RULES: Mapping[str, Rule] = {
     "sweep-all-linear-r16": Rule(kind="sweep", architecture=_all_linear(16, 32.0)),
     "sweep-all-linear-r32": Rule(kind="sweep", architecture=_all_linear(32, 32.0)),
     # method_comparison/MetaMathQA of HF peft, lora/llama-3.2-3B-rank64-rslora: alpha 64, at queries and values, which
-    # are peft's default for Llama. Of that comparison's methods it has the highest accuracy.
+    # are peft's default for Llama. It is among the most accurate there.
     "sweep-rslora-r64": Rule(kind="sweep", architecture=_queries_and_values),
     # The same comparison, lora/llama-3.2-3B-rank10-target-mlp: alpha 20, at gate, up and down; it forgets little.
     "mlp-only-r10": Rule(kind="mlp-only", architecture=_mlp_only),
