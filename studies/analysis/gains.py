@@ -107,9 +107,8 @@ class _Comparison:
 
     def _missing(self, name: str) -> str:
         runs = [t for t in self.snapshot.trials if t.role.kind == "baseline" and t.role.name == name]
-        why = next((trial.error for trial in runs if trial.error), None)
-        what = "it has no complete runs with fresh seeds and finite scores"
-        return f"No comparison with {name}: {what}" + (f" ({why})." if why else ".")
+        why = next((f" ({trial.error.splitlines()[0]})" for trial in runs if trial.error), "")
+        return f"No comparison with {name}: it has no complete runs with fresh seeds and finite scores{why}."
 
     def _gain(self, name: str, of_sweeps: int) -> Gain:
         baseline, kind = self.baselines[name], RULES[name].kind
@@ -144,15 +143,17 @@ class _Comparison:
         )
 
     def _described(self, name: str, of_sweeps: int) -> str:
-        trial = self.baselines[name].trial
-        rate = f"lr {trial.candidate.training[RATE]:.2g}"
-        if is_untuned(name):
-            remark = RULES[name].remark(self.snapshot.backbone)
-            return f"{name} ({rate}, not tuned{'; ' + remark if remark else ''})"
-        tried = {t.candidate.key for t in self.snapshot.trials if t.role == trial.role}
-        best = f", the best of {of_sweeps} sweeps" if RULES[name].kind == "sweep" and of_sweeps > 1 else ""
+        entry = self.baselines[name]
+        tried = {trial.candidate.key for trial in self.snapshot.trials if trial.role == entry.trial.role}
         rates = f"the best of {len(tried)} learning rates" if len(tried) > 1 else "the only learning rate tried"
-        return f"{name} ({rate}, {rates}{best})"
+        about = [f"{_rate(entry)}, {'not tuned' if is_untuned(name) else rates}"]
+        if RULES[name].kind == "sweep" and of_sweeps > 1:
+            about.append(f"the best of {of_sweeps} sweeps")
+        if remark := RULES[name].remark(self.snapshot.backbone):
+            about.append(remark)
+        if entry.trial.violation > 0:
+            about.append("it exceeds the constraints of the study")
+        return f"{name} ({'; '.join(about)})"
 
     def _cost_ratios(self, baseline: Entry) -> dict[str, float]:
         """Return the ratios of the costs that are positive for both, number of parameters first."""
@@ -193,4 +194,5 @@ def _is_same_but_rate(trial: Trial, other: Candidate) -> bool:
 
 
 def _rate(entry: Entry) -> str:
-    return f"lr {entry.trial.candidate.training[RATE]:.2g}"
+    rate = entry.trial.candidate.training.get(RATE)
+    return "default lr" if rate is None else f"lr {rate:.2g}"

@@ -101,7 +101,7 @@ def check(
         problems += found
         splits = splits and replace(splits, warnings=(*splits.warnings, *warnings))
     if backbone is not None and splits is not None:
-        splits = replace(splits, warnings=(*splits.warnings, *_of_baselines(settings, backbone)))
+        splits = replace(splits, warnings=(*splits.warnings, *baseline_warnings(settings, backbone)))
     try:
         check_package(quantization)
     except MissingPackageError as error:
@@ -144,7 +144,7 @@ def _of_quantized(settings: StudyFile, quantization: str) -> tuple[list[str], li
     return problems, warnings
 
 
-def _of_baselines(settings: StudyFile, backbone: Backbone) -> Iterator[str]:
+def baseline_warnings(settings: StudyFile, backbone: Backbone) -> Iterator[str]:
     """Yield warnings on baselines that the model lacks the sites of, and on rules that were not made for it."""
     for i, name in enumerate(settings.baselines.names):
         remark = RULES[name].remark(backbone) if name in RULES else ""

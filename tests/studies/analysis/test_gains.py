@@ -119,7 +119,7 @@ def test_the_best_of_the_sweeps_is_the_opponent() -> None:
     assert list(gain) == ["sweep-rslora-r64"]
     sentence = gain["sweep-rslora-r64"].sentence
     assert sentence.startswith(
-        "trial 10 is worse than sweep-rslora-r64 (lr 0.001, the only learning rate tried, the best of 2 sweeps): -2.0"
+        "trial 10 is worse than sweep-rslora-r64 (lr 0.001, the only learning rate tried; the best of 2 sweeps): -2.0"
     )
     alone = found(RECOMMENDED, TUNED, worse_rate)["sweep-all-linear-r16"].sentence
     assert alone.startswith(
@@ -160,8 +160,14 @@ def test_a_rule_that_was_not_made_for_the_model_says_so() -> None:
     assert "not tuned; its formula knows Llama and Qwen; for Bert it takes Llama's exponent)" in sentence
 
 
+def test_a_baseline_beyond_the_constraints_is_compared_and_says_so() -> None:
+    beyond = [replace(RULE[0], violation=0.5), *RULE[1:]]
+    sentence = found(RECOMMENDED, beyond)["rule-unsloth"].sentence
+    assert "rule-unsloth (lr 0.0002, not tuned; it exceeds the constraints of the study): +16.0 points" in sentence
+
+
 def test_failed_and_diverged_baselines_are_named() -> None:
-    failed = [replace(RULE[0], state="failed", measurement=None, error="the loss became nan")]
+    failed = [replace(RULE[0], state="failed", measurement=None, error="the loss became nan\n  in step 3")]
     gain = found(RECOMMENDED, failed, runs(30, "mlp-only-r10", nan, 1e-2))
     why = "it has no complete runs with fresh seeds and finite scores"
     assert gain["rule-unsloth"].sentence == f"No comparison with rule-unsloth: {why} (the loss became nan)."

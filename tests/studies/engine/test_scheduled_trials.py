@@ -10,10 +10,13 @@ import numpy as np
 from autopeft.search_space import AdapterChoice, SearchSpace
 from autopeft.search_space.problem import FINALIST, Trial
 from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.engine.check import baseline_warnings
 from autopeft.studies.engine.plan import StudyPlan
 from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, baselines, contenders, deciding, finalists
 from autopeft.testing.spaces import encoder
 
+from ...support.tiny_study import save_study
 from ...support.tracked_study import TRIALS, snapshot, trial
 
 PLAN = StudyPlan(study="topics", output_folder=Path(), most_finalists=3, finalist_seeds=4)
@@ -140,4 +143,14 @@ def test_a_rule_has_one_run_at_its_own_rate_and_a_sweep_has_all_rates() -> None:
             ("full", (1e-4,)),
         )
         for rate in rates
+    ]
+
+
+def test_baselines_that_the_model_cannot_have_are_warned_of(tmp_path: Path) -> None:
+    names = ["head", "rule-tinker", "sweep-all-linear-r16", "mlp-only-r10"]
+    settings = load_study(save_study(tmp_path, baselines={"names": names}))
+    without_mlp = encoder(num_layers=1, hidden_size=16, linears=("attn.q", "attn.v"))
+    assert [line.partition("names.")[2] for line in baseline_warnings(settings, without_mlp)] == [
+        "1: rule-tinker: its formula knows Llama and Qwen; for Bert it takes Llama's exponent",
+        "3: mlp-only-r10: this model lacks the sites of this baseline, so it is left out",
     ]
