@@ -10,7 +10,7 @@ from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.domains import Choice, Domain
-from autopeft.search_space.spaces.presets import BASELINES, everywhere, linears
+from autopeft.search_space.spaces.presets import BASELINES, everywhere, linears, queries_and_values
 from autopeft.search_space.spaces.space import SearchSpace
 
 #: The baselines that are copied most: LoRA at every linear layer, and at queries and values.
@@ -39,9 +39,8 @@ def _all_linear(rank: int, alpha: float) -> Callable[[Backbone], Architecture]:
     return lambda backbone: everywhere(backbone, Lora(rank=rank, alpha=alpha), linears(backbone))
 
 
-def _queries_and_values(backbone: Backbone) -> Architecture:
-    roles = ("attn.q", "attn.v") if "attn.q" in backbone.roles else ("attn.qkv",)
-    return everywhere(backbone, Lora(rank=64, alpha=64.0, scaling="rslora"), roles)
+def _rslora(backbone: Backbone) -> Architecture:
+    return everywhere(backbone, Lora(rank=64, alpha=64.0, scaling="rslora"), queries_and_values(backbone))
 
 
 def _mlp_only(backbone: Backbone) -> Architecture:
@@ -75,11 +74,7 @@ def _tinker_remark(backbone: Backbone) -> str:
 RULES: Mapping[str, Rule] = {
     # Unsloth's guide on LoRA hyperparameters (rank 16 or 32, alpha of the rank or twice as much, 2e-4 to start with,
     # all linear layers); TRL's table for LoRA has the same rate.
-    "rule-unsloth": Rule(
-        kind="rule",
-        architecture=_all_linear(16, 32.0),
-        learning_rate=lambda backbone: 2e-4,
-    ),
+    "rule-unsloth": Rule(kind="rule", architecture=_all_linear(16, 32.0), learning_rate=lambda backbone: 2e-4),
     # `get_lr` of tinker_cookbook.hyperparam_utils, with the default rank and alpha of its trainings.
     "rule-tinker": Rule(
         kind="rule",
@@ -88,18 +83,14 @@ RULES: Mapping[str, Rule] = {
         remark=_tinker_remark,
     ),
     # Its examples for LoRA: lora_rank 8, lora_target all, learning_rate 1.0e-4; alpha is twice the rank by default.
-    "rule-llama-factory": Rule(
-        kind="rule",
-        architecture=_all_linear(8, 16.0),
-        learning_rate=lambda backbone: 1e-4,
-    ),
+    "rule-llama-factory": Rule(kind="rule", architecture=_all_linear(8, 16.0), learning_rate=lambda backbone: 1e-4),
     # The structures of `rule-unsloth` and `rule-tinker` with tuned rates: they tell what the rate is worth. That of
     # `rule-llama-factory` is `lora-all-linear`.
     "sweep-all-linear-r16": Rule(kind="sweep", architecture=_all_linear(16, 32.0)),
     "sweep-all-linear-r32": Rule(kind="sweep", architecture=_all_linear(32, 32.0)),
     # method_comparison/MetaMathQA of HF peft, lora/llama-3.2-3B-rank64-rslora: alpha 64, at queries and values, which
     # are peft's default for Llama. It is among the most accurate there.
-    "sweep-rslora-r64": Rule(kind="sweep", architecture=_queries_and_values),
+    "sweep-rslora-r64": Rule(kind="sweep", architecture=_rslora),
     # The same comparison, lora/llama-3.2-3B-rank10-target-mlp: alpha 20, at gate, up and down; it forgets little.
     "mlp-only-r10": Rule(kind="mlp-only", architecture=_mlp_only),
 }
