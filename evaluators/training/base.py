@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,9 +16,11 @@ from typing_extensions import override
 
 from autopeft.evaluators import contents
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
+from autopeft.evaluators.base import Attaching, Costs, OutOfMemoryError, Request, memory_errors
 from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
+from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits
@@ -33,8 +36,9 @@ from autopeft.search_space.training import Training
 EVALUATION_BATCH_SIZE = 64
 #: Approximate number of validation examples that are scored at a rung.
 RUNG_EXAMPLES = 256
-#: Positions of the two rows of a small batch, at most.
-SMALL_LENGTHS = (16, 12)
+#: Positions of the two rows of a small batch, at most. The second one is the longer one, if there are such rows, and
+#: rows of different lengths stay so.
+SMALL_LENGTHS = (12, 16)
 #: All examples.
 WHOLE = slice(None)
 
@@ -137,9 +141,25 @@ class TrainingEvaluator(Attaching):
         return Costs(values={**values, **found.values}, spread=found.spread)
 
     def pace(self, candidate: Candidate, within_s: float) -> StepTimes:
-        """Measure a training step and a forward pass within about `within_s` seconds."""
-        with memory_errors(), self.attach(Request(candidate=candidate)) as attachment:
-            return step_times(attachment, self.task, self.typical_batch(candidate), within_s)
+        """Measure a training step and scores within about `within_s` seconds, with the first levers that fit.
+
+        Raises OutOfMemoryError if none does.
+        """
+        request = Request(candidate=candidate)
+        *others, last = self.levers_for(request)
+        for levers in others:
+            with suppress(OutOfMemoryError):
+                return self._pace(request, within_s, levers)
+        return self._pace(request, within_s, last)
+
+    def _pace(self, request: Request, within_s: float, levers: Levers) -> StepTimes:
+        batch = self.typical_batch(request.candidate)
+        with memory_errors(), self.attach(request) as attachment, saving_memory(attachment, levers.checkpointing):
+            return step_times(attachment, self.task, batch, within_s, levers.rows)
+
+    def levers_for(self, request: Request) -> Sequence[Levers]:
+        """Return the levers for the training of a candidate, in the order in which they are tried."""
+        return [self.levers if divisible(request.candidate.architecture) else replace(self.levers, rows=None)]
 
     def typical_batch(self, candidate: Candidate) -> Batch:
         """Return a training batch of median length; it depends only on the candidate's batch size."""

@@ -208,12 +208,12 @@ class PackedEvaluator(TrainingEvaluator):
         note = None if trained_alone else self.plans.note(Request(candidate=largest))
         return (*self.notes, note) if note else self.notes
 
+    @override
+    def levers_for(self, request: Request) -> Sequence[Levers]:
+        return self.plans.order([request])
+
     def _train_pack(
-        self,
-        pack: Sequence[Run],
-        levers: Levers,
-        report: Callable[[int], None],
-        end: Callable[[Run, Outcome], None],
+        self, pack: Sequence[Run], levers: Levers, report: Callable[[int], None], end: Callable[[Run, Outcome], None]
     ) -> None:
         """Like `_train_slots`, but an error ends only the candidate that causes it."""
         try:

@@ -15,10 +15,13 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.layers import layer_paths, without_cache
 from autopeft.evaluators.backbones import LoadedBackbone
+from autopeft.evaluators.base import OutOfMemoryError
 from autopeft.evaluators.costs import pack_sizing
+from autopeft.evaluators.costs.measurement import StepTimes, step_times
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import Levers
 from autopeft.evaluators.costs.step_memory import saved_bytes
+from autopeft.evaluators.training import base
 from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
@@ -236,6 +239,39 @@ def test_a_lack_of_memory_in_the_training_tries_the_levers(
     assert tried[0] == (2, Levers())
     assert [levers for slots, levers in tried if slots == 1][: len(tries)] == tries
     assert "out of memory: no room: going on with whole minibatches and checkpointed layers" in caplog.text
+
+
+def test_a_lack_of_memory_in_the_measured_step_tries_the_levers(
+    loaded: LoadedBackbone,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A study with `minutes` is measured as it is trained, also where a whole minibatch does not fit."""
+    tried: list[Levers] = []
+    checkpointing: list[bool] = []
+
+    def saving(attachment: Attachment, wanted: bool) -> Any:
+        checkpointing.append(wanted)
+        return saving_memory(attachment, wanted)
+
+    def scarce(attachment: Attachment, task: Any, batch: Any, within_s: float, rows: int | None) -> StepTimes:
+        tried.append(Levers(rows, checkpointing[-1]))
+        if rows is None or not checkpointing[-1]:
+            raise torch.OutOfMemoryError("no room")
+        return step_times(attachment, task, batch, within_s, rows)
+
+    monkeypatch.setattr(base, "saving_memory", saving)
+    monkeypatch.setattr(base, "step_times", scarce)
+    (wanted,) = requests(mixed(loaded)[:1])
+    evaluator = together(loaded)
+    assert evaluator.pace(wanted.candidate, 0.1).step_s > 0
+    assert tried == evaluator.plans.order([wanted])[: len(tried)]
+    assert tried[-1] == Levers(4, True)
+    tried.clear()
+    with pytest.raises(OutOfMemoryError, match="no room"):
+        alone(loaded).pace(wanted.candidate, 0.1)
+    set_by_hand = TrainEvaluator(loaded, "classification", SPLITS, max_length=16, levers=THIRDS)
+    assert set_by_hand.pace(wanted.candidate, 0.1).step_s > 0
+    assert tried == [Levers(), THIRDS]
 
 
 def test_adapters_keep_the_activations_of_a_bf16_backbone_in_its_type() -> None:
