@@ -70,7 +70,8 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
     for line in study.samples.lines() if study.samples else ():
         echo(printable(line))
     if report.files:
-        echo(f"\nreport    {report.files[0].parent}: {', '.join(path.name for path in report.files)}")
+        names = [*(path.name for path in report.files), *(("samples.md",) if study.samples else ())]
+        echo(f"\nreport    {report.files[0].parent}: {', '.join(names)}")
     if settings.tracking.enabled:
         from autopeft.studies.tracking.uri import ui_command
 
