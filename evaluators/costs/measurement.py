@@ -111,10 +111,13 @@ class StepTimes:
     share: float
 
 
-def step_times(attachment: Attachment, task: Task, batch: Batch, within_s: float) -> StepTimes:
-    """Measure a training step and a forward pass within about `within_s` seconds, or two steps of one row if longer.
+def step_times(
+    attachment: Attachment, task: Task, batch: Batch, within_s: float, at_a_time: int | None = None
+) -> StepTimes:
+    """Measure a training step and a forward pass within about `within_s` seconds, or a few steps of one row if longer.
 
     Other than `measure`, it needs no control: it says how long trainings take now, also beside other work.
+    `at_a_time`: rows that fit into the memory, None for all.
     """
     begun, rows = time.perf_counter(), len(batch["targets"])
     with _restored(attachment):
@@ -124,7 +127,7 @@ def step_times(attachment: Attachment, task: Task, batch: Batch, within_s: float
         one.timed(step)
         # Room for a first step, two repeats, and as many forward passes, which take a third of a step.
         fitting = int(within_s / (3 * 4 / 3 * one.timed(step)))
-        measured = max(1, min(rows, fitting))
+        measured = max(1, min(rows, fitting, at_a_time or rows))
         bench = _Bench(attachment, task, {name: tensor[:measured] for name, tensor in batch.items()})
         step = bench.training_step()
         left_s = within_s - (time.perf_counter() - begun)
