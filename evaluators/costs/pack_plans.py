@@ -71,10 +71,16 @@ class PackPlans:
             self._plans[kind] = self.of(requests)
         return self._plans[kind]
 
-    def of(self, requests: Sequence[Request]) -> PackPlan:
+    def of(self, requests: Sequence[Request], max_slots: int | None = None) -> PackPlan:
         """Return the plan for packs of the largest of `requests`, by its size alone."""
         order = self.order(requests)
-        return PackPlan(self._pack, order[0]) if self._pack else plan_pack(self._evaluator, requests, order)
+        if self._pack:
+            return PackPlan(self._pack, order[0])
+        return plan_pack(self._evaluator, requests, order, max_slots)
+
+    def levers_of(self, request: Request) -> Levers:
+        """Return how the training of such a candidate saves memory: to say so does not take the size of its packs."""
+        return self.of([request], max_slots=1).levers
 
     def choose(self, requests: Sequence[Request], depth: int) -> tuple[PackPlan, list[bool]]:
         """Return the plan for a pack with the first of `requests`, and which of them can be in that pack.
@@ -103,8 +109,9 @@ class PackPlans:
 
     def note(self, request: Request) -> str | None:
         """Return what is done to save memory for such a candidate, as a sentence for the user; None: nothing."""
+        order = self.order([request])
         try:
-            return note_of(self.of([request]), self.order([request]))
+            return None if self.levers_of(request) == order[0] else note_of(self.of([request]), order)
         except Exception:  # its own evaluation reports the reason
             return None
 

@@ -206,8 +206,8 @@ class PackedEvaluator(TrainingEvaluator):
 
     @override
     def levers_of(self, candidate: Candidate) -> Levers:
-        packable = self.is_packable(candidate)
-        return self.plans.of([Request(candidate=candidate)]).levers if packable else super().levers_of(candidate)
+        own = super().levers_of(candidate)
+        return self.plans.levers_of(Request(candidate=candidate)) if self.is_packable(candidate) else own
 
     def _train_pack(
         self,
