@@ -114,9 +114,9 @@ class StepTimes:
 def step_times(
     attachment: Attachment, task: Task, batch: Batch, within_s: float, at_a_time: int | None = None
 ) -> StepTimes:
-    """Measure a training step and scores within about `within_s` seconds, or two steps of one row if longer.
+    """Measure a training step and scores within about `within_s` seconds, or a few steps of one row if longer.
 
-    `at_a_time`: rows of a micro-batch, None for the whole batch. Other than `measure`, it needs no control: it says how
+    `at_a_time`: rows that fit into the memory, None for all. Other than `measure`, it needs no control: it says how
     long trainings take now, also beside other work.
     """
     begun, rows = time.perf_counter(), len(batch["targets"])

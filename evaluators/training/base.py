@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,14 +17,15 @@ from typing_extensions import override
 from autopeft.evaluators import contents
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
+from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Attaching, Costs, OutOfMemoryError, Request, memory_errors
+from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
 from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits
-from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
+from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored, model_inputs
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
@@ -141,25 +142,25 @@ class TrainingEvaluator(Attaching):
         return Costs(values={**values, **found.values}, spread=found.spread)
 
     def pace(self, candidate: Candidate, within_s: float) -> StepTimes:
-        """Measure a training step and scores within about `within_s` seconds, with the first levers that fit.
+        """Measure a training step, as the candidate's trainings make it, and scores; see `step_times`."""
+        levers = self.levers_of(candidate)
+        with (
+            memory_errors(),
+            self.attach(Request(candidate=candidate)) as attachment,
+            saving_memory(attachment, levers.checkpointing),
+        ):
+            return step_times(attachment, self.task, self.typical_batch(candidate), within_s, levers.rows)
 
-        Raises OutOfMemoryError if none does.
-        """
-        request = Request(candidate=candidate)
-        *others, last = self.levers_for(request)
-        for levers in others:
-            with suppress(OutOfMemoryError):
-                return self._pace(request, within_s, levers)
-        return self._pace(request, within_s, last)
+    def levers_of(self, candidate: Candidate) -> Levers:
+        """Return how the trainings of a candidate save memory."""
+        if self.levers.rows is None or divisible(candidate.architecture, self.unpackable):
+            return self.levers
+        return replace(self.levers, rows=None)
 
-    def _pace(self, request: Request, within_s: float, levers: Levers) -> StepTimes:
-        batch = self.typical_batch(request.candidate)
-        with memory_errors(), self.attach(request) as attachment, saving_memory(attachment, levers.checkpointing):
-            return step_times(attachment, self.task, batch, within_s, levers.rows)
-
-    def levers_for(self, request: Request) -> Sequence[Levers]:
-        """Return the levers for the training of a candidate, in the order in which they are tried."""
-        return [self.levers if divisible(request.candidate.architecture) else replace(self.levers, rows=None)]
+    @cached_property
+    def unpackable(self) -> frozenset[str]:
+        """Names of the sites whose modules read more than the examples; see `unpackable_sites`."""
+        return unpackable_sites(self.model, self.backbone, model_inputs(self.small_batch()[0]))
 
     def typical_batch(self, candidate: Candidate) -> Batch:
         """Return a training batch of median length; it depends only on the candidate's batch size."""
@@ -189,6 +190,10 @@ class TrainingEvaluator(Attaching):
     def is_bare(self, candidate: Candidate) -> bool:
         """Return whether the candidate is the frozen model without adapters and without a task head."""
         return not candidate.architecture and not self.backbone.head_modules
+
+    def is_packable(self, candidate: Candidate) -> bool:
+        """Return whether the candidate trains something, and not the backbone itself, which others share."""
+        return not self.is_bare(candidate) and "full" not in candidate.architecture.kinds
 
     @staticmethod
     def training(candidate: Candidate) -> Training:

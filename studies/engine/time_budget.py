@@ -92,8 +92,8 @@ class Pace:
         """Yield why the times may be wrong."""
         if self.share < 1.0:
             yield (
-                f"a training step of this model takes long, so the time is from {self.share:.0%} of its rows and"
-                " may be too high"
+                f"all rows of a training step take long or do not fit, so the time is from {self.share:.0%} of its rows"
+                " and may be too high"
             )
         if self.spread > LARGE_SPREAD:
             yield (
