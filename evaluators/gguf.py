@@ -59,7 +59,7 @@ def as_checkpoint(file: Path, check: Callable[[dict[str, Any]], None]) -> str:
 
     It is named by the contents of the file and by the versions of the packages that read it. `check` gets the
     configuration before a model is built from it, and may raise an exception. Raises ModelError for a file that cannot
-    be read, MissingPackageError, and OSError if the folder cannot be written.
+    be read and for a folder that cannot be written, and MissingPackageError.
     """
     try:
         versions = [metadata.version(name) for name in ("transformers", "gguf")]
@@ -70,18 +70,22 @@ def as_checkpoint(file: Path, check: Callable[[dict[str, Any]], None]) -> str:
     folder = cache_folder() / "-".join((digest[:32], *versions))
     if not folder.is_dir():
         LOGGER.warning("%s: is dequantised, once, into %s", file.name, folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as temporary:
-            try:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(folder) as temporary:
                 _convert(file, temporary, check)
-            except (ModelError, OSError):
-                raise
-            # Readers of binary files raise exceptions of every class for what they do not expect.
-            except Exception as error:
-                raise ModelError(
-                    f"{file}: transformers cannot read this GGUF file: {first_line(error)}; convert it with llama.cpp"
-                    " to a type such as Q8_0 or F16, or use the model's checkpoint in safetensors"
-                ) from error
+        except ModelError:
+            raise
+        # Readers of binary files raise exceptions of every class for what they do not expect.
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                what = f"cannot be dequantised into {folder.parent}: {error.strerror}; HF_HOME names another place"
+            else:
+                what = (
+                    f"transformers cannot read this GGUF file: {first_line(error)}; convert it with llama.cpp to a type"
+                    " such as Q8_0 or F16, or use the model's checkpoint in safetensors"
+                )
+            raise ModelError(f"{file}: {what}") from error
     return str(folder)
 
 

@@ -99,43 +99,45 @@ def _restored(attachment: Attachment) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Seconds of a training step and of a forward pass of one batch.
+    """Seconds of a training step on one batch, and of the scores of its rows.
 
-    `spread`: interquartile range of the step's times, relative to their median. `share`: share of the batch's rows that
-    were measured; the seconds are those of all rows, by proportion.
+    `spread`: interquartile range of the step's times, relative to their median. `share`: share of the rows at a time
+    that were measured; the seconds are those of all rows, by proportion.
     """
 
     step_s: float
-    forward_s: float
+    scores_s: float
     spread: float
     share: float
 
 
-def step_times(attachment: Attachment, task: Task, batch: Batch, within_s: float) -> StepTimes:
-    """Measure a training step and a forward pass within about `within_s` seconds, or two steps of one row if longer.
+def step_times(
+    attachment: Attachment, task: Task, batch: Batch, within_s: float, at_a_time: int | None = None
+) -> StepTimes:
+    """Measure a training step and scores within about `within_s` seconds, or a few steps of one row if longer.
 
-    Other than `measure`, it needs no control: it says how long trainings take now, also beside other work.
+    `at_a_time`: rows that fit into the memory, None for all. Other than `measure`, it needs no control: it says how
+    long trainings take now, also beside other work.
     """
     begun, rows = time.perf_counter(), len(batch["targets"])
+    most = min(rows, at_a_time or rows)
     with _restored(attachment):
         attachment.train()
         one = _Bench(attachment, task, {name: tensor[:1] for name, tensor in batch.items()})
         step = one.training_step()
         one.timed(step)
-        # Room for a first step, two repeats, and as many forward passes, which take a third of a step.
+        # Room for a first step, two repeats, and as many scores, which take a third of a step.
         fitting = int(within_s / (3 * 4 / 3 * one.timed(step)))
-        measured = max(1, min(rows, fitting))
+        measured = max(1, min(most, fitting))
         bench = _Bench(attachment, task, {name: tensor[:measured] for name, tensor in batch.items()})
         step = bench.training_step()
         left_s = within_s - (time.perf_counter() - begun)
         step_s, spread_s = _sample(lambda: bench.timed(step), least=2, within_s=0.6 * left_s)
         attachment.eval()
         left_s = within_s - (time.perf_counter() - begun)
-        forward_s, _ = _sample(lambda: bench.timed(bench.forward), least=2, within_s=left_s)
+        scores_s, _ = _sample(lambda: bench.timed(bench.scores), least=2, within_s=left_s)
     scale = rows / measured
-    return StepTimes(
-        step_s=scale * step_s, forward_s=scale * forward_s, spread=spread_s / step_s, share=measured / rows
-    )
+    return StepTimes(step_s=scale * step_s, scores_s=scale * scores_s, spread=spread_s / step_s, share=measured / most)
 
 
 class _Bench:
@@ -160,6 +162,10 @@ class _Bench:
     @torch.inference_mode()
     def forward(self) -> None:
         self.model(**self.inputs, **self.options)
+
+    @torch.no_grad()
+    def scores(self) -> None:
+        self.task.scores(self.model, self.batch)
 
     def loss(self) -> Tensor:
         return self.attachment.routers.penalised(self.task.scores(self.model, self.batch)["loss"].mean()[None])[0]

@@ -98,13 +98,22 @@ def slots_in(free: int, needed: int, max_slots: int) -> int:
     return min(max_slots, int(FILLED * free / max(1, needed)))
 
 
-def plan_pack(evaluator: Attaching, requests: Sequence[Request], order: Sequence[Levers]) -> PackPlan:
-    """Return the plan for copies of the largest candidate, with the first levers of `order` for which one fits."""
+def plan_pack(
+    evaluator: Attaching, requests: Sequence[Request], order: Sequence[Levers], max_slots: int | None = None
+) -> PackPlan:
+    """Return the plan for copies of the largest candidate, with the first levers of `order` for which one fits.
+
+    `max_slots`: default `MAX_SLOTS`.
+    """
+    most = max_slots or MAX_SLOTS[evaluator.device.type]
     for request in sorted(requests, key=lambda request: _size(evaluator, request), reverse=True):
         free = free_bytes(evaluator.device)
+
+        def runs_whole(needed: int, free: int = free) -> bool:
+            return needed <= free and slots_in(free, needed, most) < most  # else it may not fit, or changes nothing
+
         try:
-            found = forecasts(evaluator, request, free)
-            return plan(found, order, free, MAX_SLOTS[evaluator.device.type])
+            return plan(forecasts(evaluator, request, runs_whole), order, free, most)
         except OutOfMemoryError:
             return PackPlan(1, order[-1])
         except ValueError:
@@ -117,11 +126,12 @@ def fitting_slots(evaluator: Attaching, requests: Sequence[Request]) -> int:
     return plan_pack(evaluator, requests, [WITHOUT_LEVERS]).slots
 
 
-def forecasts(evaluator: Attaching, request: Request, free: int) -> Callable[[Levers], int]:
+def forecasts(evaluator: Attaching, request: Request, runs_whole: Callable[[int], bool]) -> Callable[[Levers], int]:
     """Return the forecast of the bytes that a slot of the candidate adds to the backbone, by levers.
 
-    It runs the longest training row alone. A minibatch is run too, if by that row it fits into `free` bytes; otherwise
-    its activations are as many times those of the row as it has rows. Raises OutOfMemoryError and ValueError.
+    It runs the longest training row alone, and takes the activations of a minibatch for as many times those of the row
+    as it has rows. A minibatch is run too, if `runs_whole` says so for the bytes found by that row. Raises
+    OutOfMemoryError and ValueError.
     """
     batch = evaluator.longest_batch(request.candidate)
     rows = len(batch["targets"])
@@ -132,7 +142,7 @@ def forecasts(evaluator: Attaching, request: Request, free: int) -> Callable[[Le
             held, at_a_time = trained_bytes(attachment), min(levers.rows or rows, rows)
             of_a_row = step_bytes(attachment, evaluator.task, longest, levers.checkpointing) - held
             found = held + at_a_time * of_a_row
-            if levers == WITHOUT_LEVERS and found <= free:
+            if levers == WITHOUT_LEVERS and runs_whole(found):
                 found = step_bytes(attachment, evaluator.task, batch)
             return found + sum(parameter.nbytes for parameter, _ in attachment.trainable())
 

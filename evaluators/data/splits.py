@@ -24,6 +24,7 @@ from autopeft.evaluators.rows import (
     named_classes,
 )
 from autopeft.evaluators.tasks import TASKS, Task
+from autopeft.search_space.spelling import did_you_mean
 
 SPLITS = ("train", "validation", "test")
 MOST_PROBLEMS_PER_FILE = 5
@@ -67,10 +68,11 @@ def load_splits(data: DataConfig, task: str) -> Splits:
     rows: dict[str, list[Row]] = {}
     places: dict[str, list[str]] = {}
     left: dict[str, list[Mapping[str, str]]] = {}
+    columns: set[str] = set()
     for split in SPLITS:
         name = getattr(data, split)
         try:
-            found, where, left[split], wrong = _canonical(_read(data, name, split), data, kind)
+            found, where, left[split], wrong = _canonical(_read(data, name, split), data, kind, columns)
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
             continue
@@ -102,6 +104,8 @@ def load_splits(data: DataConfig, task: str) -> Splits:
             warnings += _cased("domain", spelt)
             problems += _unseen(rows, places, "domain", _domains_of, domains, data)
         problems += _too_few(data, labels or (), domains or ())
+        if data.system is not None and data.system not in columns:
+            problems.append(f"data.system: no row has a column {data.system!r}{did_you_mean(data.system, columns)}")
     if problems:
         raise DataError(problems)
     if data.max_train_rows is not None:
@@ -329,14 +333,18 @@ def _hub(data: DataConfig, name: str) -> PlacedRows:
 
 
 def _canonical(
-    found: PlacedRows, data: DataConfig, task: type[Task]
+    found: PlacedRows, data: DataConfig, task: type[Task], columns: set[str]
 ) -> tuple[list[Row], list[str], list[Mapping[str, str]], list[tuple[str, str]]]:
-    """Return rows with canonical field names, their places, their columns that `task` leaves unread, and problems."""
+    """Return rows with canonical field names, their places, their columns that `task` leaves unread, and problems.
+
+    The names of all columns are added to `columns`.
+    """
     rows, places, unread, wrong = [], [], [], []
     for place, whole in found:
         try:
             if isinstance(whole, str):
                 raise ValueError(whole)
+            columns.update(whole)
             row = {name: value for name, value in whole.items() if value not in (None, "")}
             canonical = task.row(row, data)
             if data.domain_field is not None:

@@ -107,13 +107,13 @@ class CausalLM(TextTask):
             known |= {"history": "make rows with 'messages'"} if by_name else {}
         elif data.prompt in row:
             known = {**_MEDIA, **dict.fromkeys((*_SYSTEM, "history", "tools"), "make rows with 'messages'")}
-            if data.system:
-                known[data.system] = "make rows with 'messages'"
             if data.prompt == "instruction":  # the columns of Alpaca and of Dolly
                 known["context"] = "write it into 'instruction', as the model will see it"
                 known["input"] = "leave out data.prompt and data.completion, and Alpaca's template has it"
         else:
-            known = _MEDIA
+            known = dict(_MEDIA)
+        if data.system and not (by_column or by_name):
+            known[data.system] = "make rows with 'messages'"
         read = [data.prompt, data.completion, data.text, data.domain_field]
         read += [system_column(row, data)] if by_column or by_name else []
         return {name: advice for name, advice in known.items() if row.get(name) and name not in read}

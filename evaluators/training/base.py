@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,13 +16,16 @@ from typing_extensions import override
 
 from autopeft.evaluators import contents
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.checkpointing import saving_memory
+from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
 from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
+from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits
-from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored
+from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored, model_inputs
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
@@ -33,8 +37,9 @@ from autopeft.search_space.training import Training
 EVALUATION_BATCH_SIZE = 64
 #: Approximate number of validation examples that are scored at a rung.
 RUNG_EXAMPLES = 256
-#: Positions of the two rows of a small batch, at most.
-SMALL_LENGTHS = (16, 12)
+#: Positions of the two rows of a small batch, at most. The second one is the longer one, if there are such rows, and
+#: rows of different lengths stay so.
+SMALL_LENGTHS = (12, 16)
 #: All examples.
 WHOLE = slice(None)
 
@@ -137,9 +142,25 @@ class TrainingEvaluator(Attaching):
         return Costs(values={**values, **found.values}, spread=found.spread)
 
     def pace(self, candidate: Candidate, within_s: float) -> StepTimes:
-        """Measure a training step and a forward pass within about `within_s` seconds."""
-        with memory_errors(), self.attach(Request(candidate=candidate)) as attachment:
-            return step_times(attachment, self.task, self.typical_batch(candidate), within_s)
+        """Measure a training step, as the candidate's trainings make it, and scores; see `step_times`."""
+        levers = self.levers_of(candidate)
+        with (
+            memory_errors(),
+            self.attach(Request(candidate=candidate)) as attachment,
+            saving_memory(attachment, levers.checkpointing),
+        ):
+            return step_times(attachment, self.task, self.typical_batch(candidate), within_s, levers.rows)
+
+    def levers_of(self, candidate: Candidate) -> Levers:
+        """Return how the trainings of a candidate save memory."""
+        if self.levers.rows is None or divisible(candidate.architecture, self.unpackable):
+            return self.levers
+        return replace(self.levers, rows=None)
+
+    @cached_property
+    def unpackable(self) -> frozenset[str]:
+        """Names of the sites whose modules read more than the examples; see `unpackable_sites`."""
+        return unpackable_sites(self.model, self.backbone, model_inputs(self.small_batch()[0]))
 
     def typical_batch(self, candidate: Candidate) -> Batch:
         """Return a training batch of median length; it depends only on the candidate's batch size."""
@@ -169,6 +190,10 @@ class TrainingEvaluator(Attaching):
     def is_bare(self, candidate: Candidate) -> bool:
         """Return whether the candidate is the frozen model without adapters and without a task head."""
         return not candidate.architecture and not self.backbone.head_modules
+
+    def is_packable(self, candidate: Candidate) -> bool:
+        """Return whether the candidate trains something, and not the backbone itself, which others share."""
+        return not self.is_bare(candidate) and "full" not in candidate.architecture.kinds
 
     @staticmethod
     def training(candidate: Candidate) -> Training:

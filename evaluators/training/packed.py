@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, Self
 
 import torch
@@ -24,7 +24,6 @@ from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
-from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import OnOutcome, Outcome, OutOfMemoryError, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_plans import PackPlans
@@ -84,9 +83,6 @@ class PackedEvaluator(TrainingEvaluator):
         super().__init__(loaded, task, splits, max_length, metrics, levers=Levers(micro_batch, bool(checkpointing)))
         self.pack = pack
         self.cache = cache
-        batch, lengths = self.small_batch()
-        #: Candidates with adapters at these sites are trained alone.
-        self.unpackable = unpackable_sites(self.model, self.backbone, model_inputs(batch))
         if self.unpackable:
             roles = ", ".join(dict.fromkeys(s.role for s in self.backbone.sites if s.name in self.unpackable))
             self.notes += (
@@ -95,13 +91,13 @@ class PackedEvaluator(TrainingEvaluator):
             )
         self.lower_layers: LowerLayers | None = None
         if share_lower_layers:
-            self.lower_layers, notes = LowerLayers.of(self, batch, lengths)
+            self.lower_layers, notes = LowerLayers.of(self, *self.small_batch())
             self.notes += notes
         caches = self.lower_layers is not None and cache is not None
         self._model_key = activations.fingerprint(self.model, self.backbone) if caches else ""
         self._dtype = next(self.model.parameters()).dtype
         self._token_keys: dict[str, str] = {}
-        self.plans = PackPlans(self, max(self.lengths["train"]), pack, micro_batch, checkpointing)
+        self.plans = PackPlans(self, max(self.lengths["train"]), self.unpackable, pack, micro_batch, checkpointing)
         # One candidate keeps a CPU busy, so on a CPU only the shared layers make a pack worthwhile.
         self.mixes_depths = self.device.type != "cpu"
         if self.device.type == "cpu":
@@ -151,7 +147,7 @@ class PackedEvaluator(TrainingEvaluator):
                 ended(run.index, outcome)
 
         for run in runs:
-            if "full" in run.request.candidate.architecture.kinds or self.is_bare(run.request.candidate):
+            if not self.is_packable(run.request.candidate):
                 end(run, train_alone(self, run.request, report))
         while alive := [run for run in runs if run.outcome is None]:
             # The least trained come first: no candidate passes a rung before all have reached it.
@@ -192,8 +188,9 @@ class PackedEvaluator(TrainingEvaluator):
         waiting = sorted(runs, key=lambda run: (-run.depth, run.index))
         while waiting:
             alike = [run for run in waiting if self._fit_together(run, waiting[0])]
-            plan = self.plans.plan(*_of(alike))
-            self._train_pack(pack := alike[: plan.slots], plan.levers, report, end)
+            plan, able = self.plans.choose(*_of(alike))
+            pack = [*compress(alike, able)][: plan.slots]
+            self._train_pack(pack, plan.levers, report, end)
             rest = [run for run in waiting if run not in pack]
             # They go to the front, to fill the next pack with similar candidates.
             waiting = [run for run in pack if run.outcome is None and run.share == share] + rest
@@ -204,16 +201,16 @@ class PackedEvaluator(TrainingEvaluator):
 
     @override
     def notes_on(self, largest: Candidate) -> tuple[str, ...]:
-        trained_alone = self.is_bare(largest) or "full" in largest.architecture.kinds
-        note = None if trained_alone else self.plans.note(Request(candidate=largest))
+        note = self.plans.note(Request(candidate=largest)) if self.is_packable(largest) else None
         return (*self.notes, note) if note else self.notes
 
+    @override
+    def levers_of(self, candidate: Candidate) -> Levers:
+        own = super().levers_of(candidate)
+        return self.plans.levers_of(Request(candidate=candidate)) if self.is_packable(candidate) else own
+
     def _train_pack(
-        self,
-        pack: Sequence[Run],
-        levers: Levers,
-        report: Callable[[int], None],
-        end: Callable[[Run, Outcome], None],
+        self, pack: Sequence[Run], levers: Levers, report: Callable[[int], None], end: Callable[[Run, Outcome], None]
     ) -> None:
         """Like `_train_slots`, but an error ends only the candidate that causes it."""
         try:

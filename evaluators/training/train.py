@@ -14,7 +14,6 @@ from typing_extensions import override
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.base import OnOutcome, Outcome, Progress, Request, Select, memory_errors
-from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.tasks import Scored
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.base import WHOLE, TrainingEvaluator, steps_at
@@ -117,7 +116,7 @@ def _steps(
     groups = decay_groups(parameters, training)
     optimizer = AdamW(groups, lr=training.learning_rate, fused=True) if groups else None
     order = batching.training_batches(evaluator.lengths["train"], training.batch_size, request.seed)
-    rows = evaluator.levers.rows if divisible(request.candidate.architecture) else None
+    rows = evaluator.levers_of(request.candidate).rows
     attachment.train()
     with torch.random.fork_rng(devices=[evaluator.device] if evaluator.device.type == "cuda" else []):
         torch.manual_seed(request.seed)  # the dropout of a backbone that is trained itself

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
-from autopeft.studies.cli.streams import echo, on_stdout
+from autopeft.studies.cli.streams import echo, on_stdout, printable
 from autopeft.studies.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -97,15 +97,15 @@ def _print_row(console: Console, row: ShownRow, *, tokens: bool, full: bool) -> 
     else:
         facts.append(f"label {', '.join(row.labels) or 'none'}")
     facts += [f"{row.cut:,} more are cut"] if row.cut else []
-    console.print(Text(on_stdout(_printable(f"{row.place}: {', '.join(facts)}")), "bold"))
+    console.print(Text(on_stdout(printable(f"{row.place}: {', '.join(facts)}")), "bold"))
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     if tokens:
         for token, name, learnt in row.tokens:
-            console.print(_marked(f"{token:>8}  {_printable(name)}", learnt, coloured))
+            console.print(_marked(f"{token:>8}  {printable(name)}", learnt, coloured))
         return
     text = Text()
     for run, learnt in row.runs:
-        text.append(_marked(_printable(run if full else _shortened(run)), learnt, coloured))
+        text.append(_marked(printable(run if full else _shortened(run)), learnt, coloured))
     console.print(text)
 
 
@@ -121,8 +121,3 @@ def _shortened(text: str) -> str:
     start, end = _SHOWN
     left_out = len(text) - start - end
     return text if left_out <= 0 else f"{text[:start]} ...({left_out:,} characters)... {text[-end:]}"
-
-
-def _printable(text: str) -> str:
-    """Return a text of a row without signs that a terminal obeys."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autopeft.studies.cli.options import JsonOption, SetOption, StudyArgument, print_json
-from autopeft.studies.cli.streams import echo
+from autopeft.studies.cli.streams import echo, printable
 from autopeft.studies.errors import UserError, cause
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ def run_study(settings: StudyFile, *, resume: bool, as_json: bool = False) -> No
             raise
         echo(f"warning: the table of the front cannot be shown ({cause(error)}); the study has ended", err=True)
     for line in study.samples.lines() if study.samples else ():
-        echo(line)
+        echo(printable(line))
     if report.files:
-        echo(f"\nreport    {report.files[0].parent}: {', '.join(path.name for path in report.files)}")
+        names = [*(path.name for path in report.files), *(("samples.md",) if study.samples else ())]
+        echo(f"\nreport    {report.files[0].parent}: {', '.join(names)}")
     if settings.tracking.enabled:
         from autopeft.studies.tracking.uri import ui_command
 

@@ -119,3 +119,8 @@ def on_stdout(text: str) -> str:
     """Return a text as stdout shows it, for layouts that count its characters."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, REPLACED).decode(encoding)
+
+
+def printable(text: str) -> str:
+    """Return a text of a row or of a model without signs that a terminal obeys."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)

@@ -133,8 +133,9 @@ class StudyFile(Section):
     def model_id(self) -> str:
         """`model.id`; a folder or a GGUF file relative to the study file becomes absolute."""
         beside = self.folder / Path(self.model.id).expanduser()
-        local = os.path.isdir(beside) or self.model.id.startswith((".", "~"))
-        return str(beside) if local or (self.model.id.endswith(".gguf") and os.path.isfile(beside)) else self.model.id
+        is_file = beside.suffix.lower() == ".gguf" and os.path.isfile(beside)
+        local = is_file or os.path.isdir(beside) or self.model.id.startswith((".", "~"))
+        return str(beside) if local else self.model.id
 
     def data_settings(self) -> DataConfig:
         """Return the argument of `load_splits`; splits on the hub have their usual names by default."""

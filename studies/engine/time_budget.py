@@ -64,11 +64,11 @@ class Pace:
 
     @classmethod
     def measured(cls, evaluator: TrainingEvaluator, candidate: Candidate) -> Pace:
-        """Measure a step and a forward pass of a candidate, for `MEASURED_S` seconds at most."""
+        """Measure a step and scores of a candidate, for about `MEASURED_S` seconds."""
         from autopeft.evaluators.base import Request
 
         found = evaluator.pace(candidate, MEASURED_S)
-        row_s = found.forward_s / evaluator.training(candidate).batch_size
+        row_s = found.scores_s / evaluator.training(candidate).batch_size
         return cls(
             step_s=found.step_s,
             steps_s=found.step_s * evaluator.num_steps(Request(candidate=candidate)),
@@ -92,8 +92,8 @@ class Pace:
         """Yield why the times may be wrong."""
         if self.share < 1.0:
             yield (
-                f"a training step of this model takes long, so the time is from {self.share:.0%} of its rows and"
-                " may be too high"
+                f"all rows of a training step take long or do not fit, so the time is from {self.share:.0%} of its rows"
+                " and may be too high"
             )
         if self.spread > LARGE_SPREAD:
             yield (

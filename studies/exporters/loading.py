@@ -70,10 +70,12 @@ def write_adapter_readme(
     imports, names = ["from peft import PeftModel"], [auto_class]
     if origin.id in (EMBEDDED, EMBEDDED_LLM):
         imports = ["from importlib.util import find_spec", "from pathlib import Path", "", *imports]
-    file = file_of(origin.id)
+    quantization = quantization_expression(recipe)
+    # The file itself, if transformers takes it: the copy that was trained is a cache of this machine.
+    file = None if quantization else file_of(origin.id)
     if file is None:
         model_of = [model_expression(origin.id)]
-    else:  # the file itself: the copy that was trained is a cache of this machine
+    else:
         package = f'str(Path(find_spec("{EMBEDDED_LLM_PACKAGE}").origin).parent)'
         model_of = [package if origin.id == EMBEDDED_LLM else repr(str(file.parent)), f"gguf_file={file.name!r}"]
     options = [*model_of, f"revision={origin.revision!r}", f"dtype={origin.dtype!r}", *model_options]
@@ -81,7 +83,7 @@ def write_adapter_readme(
         # The checkpoint's own configuration may have other labels and, for many decoders, no padding token.
         names.insert(0, "AutoConfig")
         options += ["config=AutoConfig.from_pretrained(FOLDER)", "ignore_mismatched_sizes=True"]
-    if quantization := quantization_expression(recipe):
+    if quantization:
         names.append("BitsAndBytesConfig")
         options.append(f"quantization_config={quantization}")
     arguments = "".join(f"    {option},\n" for option in options)

@@ -77,7 +77,7 @@ class PeftAdapter(AveragingExporter):
         if recipe.task_class.has_labels:
             # peft's files have neither the labels nor the padding token, from which decoders find the last token.
             if quantization_settings(recipe):
-                del model.config.quantization_config  # of a checkpoint that is quantised itself
+                del model.config.quantization_config  # it would say that the base model's files are quantised
             model.config.save_pretrained(folder)
         return remarks
 

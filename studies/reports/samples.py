@@ -129,6 +129,8 @@ def _texts(
     from autopeft.evaluators.generation import ends_of, greedy
 
     tokenizer = evaluator.task.processor
+    # Positions that are left: a row with its reference fits the model, a text of twice the length may not.
+    room = evaluator.task.limit(evaluator.model) - max(len(row.prompt) for row in rows)
     with nullcontext() if request is None else evaluator.attach(request) as attachment:
         if attachment is not None:
             attachment.load_state(load_file(weights, device=str(evaluator.device)))
@@ -139,6 +141,6 @@ def _texts(
             attachment=attachment,
             ends=ends_of(evaluator.model, tokenizer, [row.reference for row in rows]),
             padding=tokenizer.pad_token_id,
-            max_new_tokens=min(2 * max(len(row.reference) for row in rows), MOST_TOKENS),
+            max_new_tokens=min(2 * max(len(row.reference) for row in rows), MOST_TOKENS, room),
             domains=[row.domain for row in rows] if evaluator.task.domains else None,
         )

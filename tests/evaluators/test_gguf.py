@@ -104,6 +104,14 @@ def test_what_cannot_be_read_is_refused_by_name(case: str, tmp_path: Path, cache
     assert not list(cache.glob("*"))
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "taken"))
+    with pytest.raises(ModelError, match=r"tiny\.gguf: cannot be dequantised into .*taken.*; HF_HOME names another"):
+        resolve(str(tmp_path / "tiny.gguf"))
+
+
 def test_a_type_that_cannot_be_dequantised_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.delitem(gguf_package.quants._type_traits, gguf_package.GGMLQuantizationType.Q4_1)

@@ -66,7 +66,7 @@ def _of_pack(evaluator: PackedEvaluator, request: Request, slots: int, levers: L
     """Return forecast and high-water mark of `slots` such candidates, without the backbone's memory."""
     device = evaluator.device
     free = free_bytes(device)
-    forecast = slots * forecasts(evaluator, request, free)(levers)
+    forecast = slots * forecasts(evaluator, request, lambda needed: needed <= free)(levers)
     fitting = plan_pack(evaluator, [request], [levers]).slots
     row: dict[str, Any] = {"forecast_bytes": forecast, "fitting_slots": fitting}
     models.free_memory()

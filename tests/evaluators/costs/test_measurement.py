@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.costs import measurement, timing
 from autopeft.evaluators.costs.measurement import measure, step_times
 from autopeft.evaluators.tasks import Batch
+from autopeft.evaluators.tasks.causal_lm import CausalLM
 from autopeft.evaluators.tasks.classification import Classification
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.adapters.bottleneck import Bottleneck
@@ -25,6 +26,8 @@ from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import describe
 from autopeft.search_space.problem import METRICS
+
+from ...support.tiny_models import byte_tokenizer
 
 LAYERS, LABELS = 3, ("a", "b", "c")
 MEASURED = frozenset(name for name, metric in METRICS.items() if metric.source == "measured")
@@ -277,9 +280,12 @@ def test_the_pace_of_a_slow_model_is_that_of_fewer_rows(
     with attach(bert, placed(bert[1], Lora(rank=2))) as attachment:
         found = step_times(attachment, task, batch, within_s=4.0)
         assert set(rows) == {1, 2}, "two of the four rows: eight passes of theirs would take eight seconds"
-        assert (found.step_s, found.forward_s, found.spread, found.share) == (2.0, 2.0, 0.0, 0.5)
+        assert (found.step_s, found.scores_s, found.spread, found.share) == (2.0, 2.0, 0.0, 0.5)
         assert step_times(attachment, task, batch, within_s=0.1).share == 0.25, "one row at least"
         assert step_times(attachment, task, batch, within_s=60.0).share == 1.0
+        found = step_times(attachment, task, batch, within_s=60.0, at_a_time=3)
+        assert (found.step_s, found.share) == (2.0, 1.0), "of all rows, by a whole micro-batch"
+        assert rows[-1] == 3
 
 
 def test_the_pace_is_measured_on_the_real_step_and_leaves_no_trace(
@@ -288,10 +294,30 @@ def test_the_pace_is_measured_on_the_real_step_and_leaves_no_trace(
     with attach(bert, placed(bert[1], Lora(rank=2))) as attachment:
         before = attachment.state()
         found = step_times(attachment, task, batch, within_s=0.5)
-        assert found.step_s > found.forward_s > 0.0
+        assert found.step_s > found.scores_s > 0.0
         assert found.share == 1.0
         assert all(torch.equal(value, before[name]) for name, value in attachment.state().items())
         assert all(parameter.grad is None for parameter, _ in attachment.trainable())
+
+
+def test_the_pace_of_scores_is_that_of_all_logits() -> None:
+    """A latency reads the last token's logits alone; the output layer takes a fifth of a language model."""
+    config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                         vocab_size=40)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    rows = torch.arange(10).view(2, 5)
+    batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "targets": rows}
+    scored: list[int] = []
+
+    class Watched(CausalLM):
+        def scores(self, model: nn.Module, batch: Batch) -> Any:
+            scored.append(len(batch["targets"]) if not torch.is_grad_enabled() else 0)
+            return super().scores(model, batch)
+
+    backbone = describe(model, id="tiny")
+    with attach((model, backbone), placed(backbone, Lora(rank=2))) as attachment:
+        step_times(attachment, Watched(byte_tokenizer(["a text"]), 5, None), batch, within_s=0.2)
+    assert 2 in scored
 
 
 def test_equal_draws_stop_early_and_noisy_ones_go_on_to_the_limits(monkeypatch) -> None:

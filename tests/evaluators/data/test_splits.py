@@ -595,3 +595,14 @@ def test_an_array_of_conversations(folder):
     with pytest.raises(DataError) as error:
         load(folder, "causal-lm", **files)
     assert error.value.problems[0].startswith("train.json[1]: message 0: unknown 'from' 'narrator': known are human")
+
+
+def test_a_column_of_system_prompts_that_no_row_has(folder):
+    """Rows may lack a system prompt, but a misspelt name would leave out all of them in silence."""
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for file in FILES.values():
+        jsonl(folder / file, [{"messages": chat, "rules": "be short"}, {"messages": chat}])
+    assert load(folder, "causal-lm", system="rules").train[0]["messages"][0]["content"] == "be short"
+    assert problems(folder, "causal-lm", system="ruls") == [
+        "data.system: no row has a column 'ruls'; did you mean 'rules'?"
+    ]

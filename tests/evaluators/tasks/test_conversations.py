@@ -71,6 +71,7 @@ def test_a_column_has_the_system_prompt():
     assert unread({"messages": TWO, "system": "be short"}, system="system") == {}
     asked = {"prompt": "q", "completion": "a", "rules": "be short"}
     assert unread(asked, system="rules") == {"rules": "make rows with 'messages'"}
+    assert unread({"text": "t", "rules": "be short"}, system="rules") == {"rules": "make rows with 'messages'"}
 
 
 START = "Below is an instruction that describes a task"

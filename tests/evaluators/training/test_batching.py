@@ -7,7 +7,17 @@ from random import Random
 
 import pytest
 
-from autopeft.evaluators.training.batching import epoch
+from autopeft.evaluators.training.base import SMALL_LENGTHS
+from autopeft.evaluators.training.batching import epoch, short_rows
+
+
+@pytest.mark.parametrize(
+    "lengths", [(9, 10), (12, 13), (12, 40), (13, 40), (16, 17), (16, 40), (40, 50), (3, 40), (3, 5)]
+)
+def test_the_rows_of_a_small_batch_have_different_lengths(lengths: tuple[int, int]) -> None:
+    """Else it would not test padding."""
+    rows = [lengths[row] for row in short_rows(lengths)]
+    assert len({min(row, most) for row, most in zip(rows, SMALL_LENGTHS, strict=True)}) == 2
 
 
 def padding(batches: list[list[int]], lengths: list[int]) -> float:

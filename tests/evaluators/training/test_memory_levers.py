@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,22 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.layers import layer_paths, without_cache
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.costs import pack_sizing
+from autopeft.evaluators.costs import measurement, pack_plans, pack_sizing
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import Levers
 from autopeft.evaluators.costs.step_memory import saved_bytes
 from autopeft.evaluators.training.activations import ActivationCache
+from autopeft.evaluators.training.base import EvaluatorOptions, TrainingEvaluator
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
 from autopeft.search_space.adapters import Bottleneck, Dora, Full, Lora, Mixture, Prefix, Vera
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.introspection import describe
+from autopeft.search_space.metrics import ALWAYS
 
 from ...search_space.adapters.test_given import lora_in, mixture_of, placed
 from ...support import conformance
+from ...support.families import FAMILIES
 from ...support.tiny_models import seeded
 from .test_packed import SPLITS, alone, at, compare, loaded, mixed, requests, together  # noqa: F401
 
@@ -174,9 +178,6 @@ def test_a_step_that_does_not_fit_uses_the_levers_in_their_order(
     loaded: LoadedBackbone,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pack_sizing, "ENOUGH_TOKENS", {"cpu": 16})
-    from autopeft.evaluators.costs import pack_plans
-
     monkeypatch.setattr(pack_plans, "ENOUGH_TOKENS", {"cpu": 32})
     (wanted,) = requests([at(loaded, Lora(rank=2), 0)])
     evaluator = together(loaded)
@@ -184,7 +185,7 @@ def test_a_step_that_does_not_fit_uses_the_levers_in_their_order(
     longest = max(evaluator.lengths["train"])
     cheap = [n for n in (4, 2, 1) if n * longest >= 32]
     assert order == [Levers(), *map(Levers, cheap), *(Levers(n, True) for n in (None, 4, 2, 1))]
-    forecast = pack_sizing.forecasts(evaluator, wanted, 10**15)
+    forecast = pack_sizing.forecasts(evaluator, wanted, lambda _: True)
     needed = [forecast(levers) for levers in order]
     for levers, of_slot in zip(order, needed, strict=True):
         enough = of_slot / pack_sizing.FILLED + 1
@@ -236,6 +237,57 @@ def test_a_lack_of_memory_in_the_training_tries_the_levers(
     assert tried[0] == (2, Levers())
     assert [levers for slots, levers in tried if slots == 1][: len(tries)] == tries
     assert "out of memory: no room: going on with whole minibatches and checkpointed layers" in caplog.text
+
+
+def test_what_cannot_be_divided_does_not_keep_others_whole(
+    loaded: LoadedBackbone,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also after a lack of memory: the levers of a candidate alone are those of its kind."""
+    tried: list[tuple[tuple[str, ...], Levers]] = []
+    train = PackedEvaluator._train_slots
+
+    def scarce(self: PackedEvaluator, pack: Sequence[Any], levers: Levers, *rest: Any) -> Any:
+        tried.extend((run.request.candidate.architecture.kinds, levers) for run in pack)
+        if not (levers.rows or levers.checkpointing):
+            raise torch.OutOfMemoryError("no room")
+        return train(self, pack, levers, *rest)
+
+    monkeypatch.setattr(PackedEvaluator, "_train_slots", scarce)
+    mixture = Mixture(expert=Lora(rank=2), experts=3, balance=0.5)
+    one, other = requests([at(loaded, Lora(rank=2), 1), at(loaded, mixture, 1)])
+    wanted = [one, replace(other, candidate=replace(other.candidate, training=one.candidate.training))]
+    found = together(loaded, pack=2, micro_batch=4).evaluate(wanted)
+    compare(found, alone(loaded).evaluate(wanted), tolerance=1e-4)
+    assert tried == [(("lora",), HALVES), (("mixture",), Levers()), (("mixture",), CHECKPOINTED)]
+
+
+@pytest.mark.parametrize("evaluator", [PackedEvaluator, TrainEvaluator])
+def test_dropout_of_positions_is_not_divided(evaluator: type[TrainingEvaluator]) -> None:
+    """DeBERTa's query runs on the relative positions too, which are no rows of a minibatch."""
+    (family,) = (each for each in FAMILIES if each.name == "DebertaV2")
+    deberta = family.loaded()
+    (wanted,) = requests([at(deberta, Lora(rank=2, dropout=0.3), 1, ("attn.q",))])
+    whole, parts = (
+        evaluator.of(deberta, "classification", SPLITS, 16, ALWAYS, EvaluatorOptions(micro_batch=n)).evaluate([wanted])
+        for n in (None, 3)
+    )
+    compare(parts, whole)
+
+
+def test_the_pace_is_that_of_a_step_that_fits(
+    loaded: LoadedBackbone,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measurement, "MAX_REPEATS", 2)
+    (wanted,) = requests([at(loaded, Lora(rank=2), 0)])
+    assert together(loaded).pace(wanted.candidate, within_s=60.0).share == 1.0
+    monkeypatch.setattr(pack_sizing, "free_bytes", lambda device: 10_000)
+    evaluator = together(loaded)
+    assert evaluator.levers_of(wanted.candidate) == Levers(1, True)
+    assert evaluator.pace(wanted.candidate, within_s=60.0).share == 1 / 8
+    (full,) = requests([Architecture.of({"backbone": [Full()]})])
+    assert evaluator.levers_of(full.candidate) == Levers(), "it shares no backbone, so no pack plans it"
 
 
 def test_adapters_keep_the_activations_of_a_bf16_backbone_in_its_type() -> None:

@@ -108,6 +108,7 @@ def one_by_one(worth: Module, points: Tensor) -> np.ndarray:
 # Against the library
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sources", "pending"),
     [((0, -1), False), ((0, 1), False), ((-1, 0), False), ((0, -1), True)],

@@ -248,6 +248,8 @@ def test_paths_count_from_the_file(tmp_path, monkeypatch):
     assert study.model_id == str(folder / "model")
     elsewhere = study.model_copy(update={"model": ModelSettings(id="./other")})
     assert elsewhere.model_id == str(folder / "other")
+    (folder / "model.GGUF").touch()
+    assert study.model_copy(update={"model": ModelSettings(id="model.GGUF")}).model_id == str(folder / "model.GGUF")
     assert (study.data_settings().folder, study.data_settings().train) == (folder, "a.csv")
     assert study.model_copy(update={"output": "/else/where"}).output_folder == Path("/else/where")
 

@@ -147,6 +147,7 @@ def test_a_line_that_fails_stops_no_study(tmp_path: Path, command: Command, monk
     assert (code, "memory " in out) == (0, True)
     monkeypatch.setattr(TrainingEvaluator, "costs", lambda self, candidate, measured=frozenset(): (
         broken() if measured else costs(self, candidate, measured)))  # fmt: skip
+    monkeypatch.setattr(TrainingEvaluator, "pace", lambda *_: broken())
     code, out, err = command("plan", path)
     assert (code, "memory " in out, "time  " in out, "parameters" in out) == (0, False, False, True)
     assert err.count("cannot be measured: InjectedError: injected") == 2

@@ -65,6 +65,7 @@ def killed(settings: StudyFile, write: int) -> None:
         run(settings)
 
 
+@pytest.mark.slow
 def test_a_kill_within_a_batch_changes_nothing(whole: tuple[Snapshot, list[str]], tmp_path: Path) -> None:
     """Trained together and compared at a rung, its trials are recorded together: at each of these writes."""
     snapshot, made = whole

@@ -35,6 +35,7 @@ from autopeft.studies.exporters.trl_script import script
 from autopeft.studies.recipes.recipe import Recipe
 
 from ...support.exported import CLASSIFIERS, WORDS, logits, make_recipe, save_model, trained
+from ...support.tiny_gguf import write_gguf
 
 pytest.importorskip("bitsandbytes")
 torch.set_num_threads(1)
@@ -105,6 +106,21 @@ def test_peft_computes_the_same_logits_on_the_same_quantised_model(
     assert isinstance(model, PeftModel)
     assert sum(is_quantized(module) for module in model.modules()) >= 12
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_readme_of_peft_quantises_the_dequantised_copy_of_a_gguf_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers does not quantise what it reads from a GGUF file."""
+    pytest.importorskip("gguf")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    write_gguf(tmp_path / "tiny.gguf")
+    placement = {"layers.1.attn.q": Lora(rank=2)}
+    recipe = make_recipe("llama", tmp_path / "tiny.gguf", placement, quantization="nf4")
+    EXPORTERS["peft"].export(recipe, trained(recipe)[0], tmp_path / "out", allow_lossy=True)
+    model = run_readme(tmp_path / "out", monkeypatch)
+    assert isinstance(model, PeftModel)
+    assert sum(is_quantized(module) for module in model.modules()) >= 14
 
 
 @pytest.mark.parametrize("make", [Ia3, Norm, Shira])

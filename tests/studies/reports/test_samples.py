@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from autopeft.evaluators.tasks import Prompted
 from autopeft.studies.cli import app
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.check import check
@@ -96,9 +98,14 @@ def test_the_report_has_texts_of_the_recommended_member_and_of_the_bare_model(en
     assert any(sample["recommended"] != sample["untouched"] for sample in found["samples"])
 
 
-def test_run_prints_them_and_mlflow_has_them(ended: Path, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_prints_them_and_mlflow_has_them(
+    ended: Path, study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = samples.Samples.lines
+    monkeypatch.setattr(samples.Samples, "lines", lambda self: [*lines(self), "cleared \x1b[2J"])
     assert command("run", study, "--resume") == 0
     out = capsys.readouterr().out
+    assert "cleared \\x1b[2J" in out, "a text of a model does not command the terminal"
     found = json.loads((ended / "report" / "samples.json").read_text())
     assert f"recommended: trial {found['trial']}" in out
     assert out.count("    untouched ") == samples.MOST_SAMPLES
@@ -133,6 +140,20 @@ def test_the_readme_of_a_peft_export_loads_the_gguf_file_itself(ended: Path, stu
     ids = torch.arange(3, 23).view(2, 10)
     with torch.no_grad():
         assert torch.equal(adapted(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("positions", "most"), [(10**6, samples.MOST_TOKENS), (400, 100)])
+def test_a_text_ends_where_the_positions_of_the_model_do(
+    positions: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[int] = []
+    monkeypatch.setattr("autopeft.evaluators.generation.greedy", lambda *_, **how: wanted.append(how["max_new_tokens"]))
+    monkeypatch.setattr("autopeft.evaluators.generation.ends_of", lambda *_: {1})
+    task = SimpleNamespace(processor=SimpleNamespace(pad_token_id=0), domains=(), limit=lambda model: positions)
+    evaluator: Any = SimpleNamespace(task=task, model=None)
+    rows = [Prompted(prompt=[2] * 300, reference=[3] * 100), Prompted(prompt=[2], reference=[3] * 140)]
+    samples._texts(evaluator, rows, None, Path())
+    assert wanted == [most]
 
 
 def test_a_failure_is_a_warning(
