@@ -30,6 +30,11 @@ def linears(backbone: Backbone, prefix: str = "") -> tuple[str, ...]:
     return tuple(role for role in LINEAR_ROLES if role in backbone.roles and role.startswith(prefix))
 
 
+def queries_and_values(backbone: Backbone) -> tuple[str, ...]:
+    """Return the roles of queries and values, or that of the fused projection."""
+    return ("attn.q", "attn.v") if "attn.q" in backbone.roles else ("attn.qkv",)
+
+
 def log2_sizes(hidden_size: int) -> tuple[int, ...]:
     """Return 0 and hidden_size / 2^k for k = 9, ..., 0, rounded down: eleven sizes from 512 features on."""
     return (0, *sorted({hidden_size >> k for k in range(10)} - {0}))
@@ -186,9 +191,7 @@ def mola(experts: tuple[int, ...], backbone: Backbone) -> Architecture:
 BASELINES: dict[str, Callable[[Backbone], Architecture]] = {
     "head": lambda backbone: Architecture(),
     # The widely copied default of PEFT; a model with a fused projection has it there.
-    "lora-r8-qv": lambda backbone: everywhere(
-        backbone, Lora(rank=8), ("attn.q", "attn.v") if "attn.q" in backbone.roles else ("attn.qkv",)
-    ),
+    "lora-r8-qv": lambda backbone: everywhere(backbone, Lora(rank=8), queries_and_values(backbone)),
     "lora-all-linear": lambda backbone: everywhere(backbone, Lora(rank=8), linears(backbone)),
     "houlsby": lambda backbone: everywhere(backbone, Bottleneck(size=64, init="houlsby"), ("attn", "mlp")),
     "ia3": lambda backbone: everywhere(backbone, Ia3()),

@@ -122,7 +122,7 @@ def _packs(study: StudyFile) -> bool:
 
 def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     # Slow imports are local, so that `autopeft --help` does not wait for them.
-    from autopeft.search_space.spaces.presets import BASELINES
+    from autopeft.search_space.spaces.rules import ALL_BASELINES
     from autopeft.searchers import SEARCHERS
 
     searcher, rungs = study.search.searcher, list(study.search.rungs)
@@ -146,12 +146,12 @@ def _search_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     if len(study.search.start) > trials:
         yield ("search", "start"), f"has more entries than search.trials, which is {study.search.trials}"
     for i, entry in enumerate(study.search.start):
-        if isinstance(entry, str) and entry not in BASELINES:
-            yield ("search", "start", i), f"unknown baseline {entry!r}{did_you_mean(entry, BASELINES)}"
+        if isinstance(entry, str) and entry not in ALL_BASELINES:
+            yield ("search", "start", i), f"unknown baseline {entry!r}{did_you_mean(entry, ALL_BASELINES)}"
     yield from _proxy_problems(study)
     for i, name in enumerate(study.baselines.names):
-        if name not in BASELINES:
-            yield ("baselines", "names", i), f"unknown baseline {name!r}{did_you_mean(name, BASELINES)}"
+        if name not in ALL_BASELINES:
+            yield ("baselines", "names", i), f"unknown baseline {name!r}{did_you_mean(name, ALL_BASELINES)}"
 
 
 def _proxy_problems(study: StudyFile) -> Iterator[PlacedProblem]:

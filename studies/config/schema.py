@@ -23,7 +23,8 @@ def json_schema() -> dict[str, Any]:
     """Return the schema (draft 2020-12), with a definition per adapter type that has the fields of this type."""
     from autopeft.evaluators.tasks import TASKS
     from autopeft.evaluators.training.registry import EVALUATORS
-    from autopeft.search_space.spaces.presets import BASELINES, PRESETS
+    from autopeft.search_space.spaces.presets import PRESETS
+    from autopeft.search_space.spaces.rules import ALL_BASELINES
     from autopeft.searchers import SEARCHERS
 
     schema = StudyFile.model_json_schema()
@@ -34,8 +35,8 @@ def json_schema() -> dict[str, Any]:
     _restrict(definitions["EvaluationSettings"]["properties"]["evaluator"], EVALUATORS)
     _restrict(definitions["SpaceSettings"]["properties"]["preset"]["anyOf"][0], PRESETS)
     by_name = next(form for form in search["start"]["items"]["oneOf"] if form["type"] == "string")
-    _restrict(by_name, BASELINES)
-    _restrict(definitions["BaselineSettings"]["properties"]["names"]["items"], BASELINES)
+    _restrict(by_name, ALL_BASELINES)
+    _restrict(definitions["BaselineSettings"]["properties"]["names"]["items"], ALL_BASELINES)
     definitions["AnyObjectiveSettings"] = deepcopy(definitions["ObjectiveSettings"])
     _restrict(definitions["ObjectiveSettings"]["properties"]["name"], METRICS)
     # A study with its own metrics may name them, and a schema cannot know their names.

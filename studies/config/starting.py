@@ -12,7 +12,7 @@ from autopeft.search_space.limits import Limits
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.spaces.genes import TRAINING, Assignment, Gene
 from autopeft.search_space.spaces.location import locate
-from autopeft.search_space.spaces.presets import BASELINES
+from autopeft.search_space.spaces.rules import ALL_BASELINES
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.spelling import did_you_mean
 
@@ -37,7 +37,7 @@ def start_points(study: StudyFile, space: SearchSpace, limits: Limits) -> tuple[
 
 def _baseline(space: SearchSpace, name: str) -> Assignment:
     """Return a baseline as a point of the space, with training settings in the middle of their ranges."""
-    point = locate(space, Candidate(architecture=BASELINES[name](space.backbone)))
+    point = locate(space, Candidate(architecture=ALL_BASELINES[name](space.backbone)))
     if point is None:
         raise SpaceError([((), f"the space does not contain the architecture of the baseline {name!r}")])
     return point

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from random import Random
@@ -19,6 +19,7 @@ from autopeft.search_space.declaration import domain_problems
 from autopeft.search_space.limits import Limits
 from autopeft.search_space.metrics import MetricError, Own
 from autopeft.search_space.problem import Problem, declared_costs
+from autopeft.search_space.spaces.rules import ALL_BASELINES, RULES
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers import SEARCHERS
 from autopeft.searchers.bo.encoding import smallest
@@ -32,6 +33,8 @@ from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmen
 if TYPE_CHECKING:
     from torch import nn
 
+#: The baseline without an adapter.
+HEAD = "head"
 #: The baseline, and the objective, that a quantised backbone cannot have.
 FULL, MERGED = "full", "merged_latency_s"
 #: Random candidates that are compared with the limits before a study starts.
@@ -97,6 +100,8 @@ def check(
         found, warnings = _of_quantized(settings, quantization)
         problems += found
         splits = splits and replace(splits, warnings=(*splits.warnings, *warnings))
+    if backbone is not None and splits is not None:
+        splits = replace(splits, warnings=(*splits.warnings, *baseline_warnings(settings, backbone)))
     try:
         check_package(quantization)
     except MissingPackageError as error:
@@ -137,6 +142,16 @@ def _of_quantized(settings: StudyFile, quantization: str) -> tuple[list[str], li
             what = f"adapters cannot be merged into weights in {quantization}: take latency_s"
             problems.append(settings.render(("objectives", i), what))
     return problems, warnings
+
+
+def baseline_warnings(settings: StudyFile, backbone: Backbone) -> Iterator[str]:
+    """Yield warnings on baselines that the model lacks the sites of, and on rules that were not made for it."""
+    for i, name in enumerate(settings.baselines.names):
+        remark = RULES[name].remark(backbone) if name in RULES else ""
+        if name not in (HEAD, FULL) and not ALL_BASELINES[name](backbone):
+            remark = "this model lacks the sites of this baseline, so it is left out"
+        if remark:
+            yield settings.render(("baselines", "names", i), f"{name}: {remark}")
 
 
 def _check_feasible(settings: StudyFile, problem: Problem) -> None:

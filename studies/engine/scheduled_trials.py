@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.problem import FINALIST, Problem, Role, RoleKind, Trial
 from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.search_space.spaces.location import locate
-from autopeft.search_space.spaces.presets import BASELINES
+from autopeft.search_space.spaces.rules import ALL_BASELINES, RULES
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.analysis.recommendation import first_look
 from autopeft.studies.analysis.snapshot import Snapshot
@@ -27,16 +28,22 @@ class Planned:
 
 
 def baselines(plan: StudyPlan, space: SearchSpace) -> Iterator[Planned]:
-    """Yield all baselines at all learning rates; other training settings as in the study, ranges at their middle."""
+    """Yield baselines at their learning rates; other training settings as in the study, ranges at their middle."""
     middle = space.middle.training
     for name in plan.baselines:
-        architecture = BASELINES[name](space.backbone)
+        architecture = ALL_BASELINES[name](space.backbone)
         if not architecture and not (name == "head" and space.backbone.head_modules):
             continue  # the model lacks a head, or the parameters that the baseline trains, such as biases
-        own = plan.full_learning_rates if name == "full" else plan.learning_rates
-        for rate in own:
+        for rate in _rates(plan, name, space.backbone):
             candidate = Candidate(architecture=architecture, training={**middle, "learning_rate": rate})
             yield Planned(Role("baseline", name), candidate, plan.seed)
+
+
+def _rates(plan: StudyPlan, name: str, backbone: Backbone) -> tuple[float, ...]:
+    rule = RULES.get(name)
+    if rule is not None and rule.learning_rate is not None:
+        return (rule.learning_rate(backbone),)
+    return plan.full_learning_rates if name == "full" else plan.learning_rates
 
 
 def observed(plan: StudyPlan, problem: Problem, trials: Iterable[Trial]) -> Iterator[Trial]:

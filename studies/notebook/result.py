@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from autopeft.search_space.architecture import Architecture
     from autopeft.search_space.problem import Trial
+    from autopeft.studies.analysis.gains import Gain
     from autopeft.studies.analysis.recommendation import Standing
     from autopeft.studies.analysis.snapshot import Snapshot
     from autopeft.studies.analysis.statistics import Estimate
@@ -141,6 +142,13 @@ class Result:
     def reason(self) -> str | None:
         """Why the recommended member is recommended, in one or two sentences; None without a front."""
         return self.snapshot.front().reason
+
+    @property
+    def gains(self) -> tuple[Gain, ...]:
+        """The recommended member against the baselines by rule that the study has, each with a `sentence`."""
+        from autopeft.studies.analysis.gains import gains
+
+        return tuple(gains(self.snapshot, self.snapshot.front()))
 
     def pick(self, choice: str) -> Member:
         """Return a candidate by `choice`: recommended, best, trial:N, or a condition such as num_params<=50000.

@@ -13,6 +13,7 @@ from autopeft.evaluators.atomic import atomic_write, atomic_write_text
 from autopeft.search_space.metrics import Metric
 from autopeft.studies.analysis.comparable import left_out_notes
 from autopeft.studies.analysis.front import Front, FrontRow
+from autopeft.studies.analysis.gains import gains
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.errors import cause
@@ -35,8 +36,9 @@ def front_data(snapshot: Snapshot, front: Front) -> list[dict[str, Any]]:
     """Return the members of the front, best quality first, as `autopeft pareto --json` prints them.
 
     `preliminary`: see `Snapshot.preliminary`; it is the same for all members. `reason`: why the recommended member is
-    recommended.
+    recommended. `gains`: that member against the baselines by rule, where the study has any.
     """
+    against = [gain.to_dict() for gain in gains(snapshot, front)]
     keys = {trial.number: trial.candidate.key for trial in snapshot.trials}
     return [
         {
@@ -44,18 +46,20 @@ def front_data(snapshot: Snapshot, front: Front) -> list[dict[str, Any]]:
             "key": keys[row.trial],
             "preliminary": snapshot.preliminary,
             **({"reason": front.reason} if row.recommended else {}),
+            **({"gains": against} if row.recommended and against else {}),
         }
         for row in snapshot.best_first(front.members)
     ]
 
 
 def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
-    """Return sentences on the front: the recommendation and its reason, what is preliminary, and what is missing."""
+    """Return sentences on the front: the recommendation, its reason and gains, what is preliminary or missing."""
     notes = left_out_notes(snapshot.left_out)
     if snapshot.nothing_learnt is not None:
         notes.append(f"Nothing learnt: {snapshot.nothing_learnt}.")
     if front.reason is not None:
         notes.append(f"Recommended: {front.reason}")
+    notes += [gain.sentence for gain in gains(snapshot, front)]
     if front.reason is not None and snapshot.preliminary:
         notes.append(
             "The recommendation is preliminary: single runs favour candidates with a lucky seed. Missing: runs of the"

@@ -129,7 +129,7 @@ class ProxySettings(Section):
 
 
 class BaselineSettings(Section):
-    """Baselines for comparison with the front, each tuned over the learning rate."""
+    """Baselines for comparison with the front, each tuned over the learning rate; a rule has a rate of its own."""
 
     names: tuple[str, ...] = Field(default=("head", "lora-r8-qv", "full"), description="baselines to train")
     learning_rates: tuple[Positive, ...] = Field(

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from autopeft.search_space import AdapterChoice, SearchSpace
 from autopeft.search_space.problem import FINALIST, Trial
 from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.config.loading import load_study
+from autopeft.studies.engine.check import baseline_warnings
 from autopeft.studies.engine.plan import StudyPlan
-from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, contenders, deciding, finalists
+from autopeft.studies.engine.scheduled_trials import FINAL_PARTS, Planned, baselines, contenders, deciding, finalists
+from autopeft.testing.spaces import encoder
 
+from ...support.tiny_study import save_study
 from ...support.tracked_study import TRIALS, snapshot, trial
 
 PLAN = StudyPlan(study="topics", output_folder=Path(), most_finalists=3, finalist_seeds=4)
@@ -120,3 +125,32 @@ def test_the_goal_gives_most_places_to_those_that_may_be_as_good() -> None:
     aimed = replace(wide, goal="cheapest_as_good")
     assert numbers(aimed, found) == [30, 21, 20, 13], "one place for the best of the others"
     assert numbers(replace(aimed, most_finalists=9), found) == [30, 22, 21, 20, 13, 12, 11, 10]
+
+
+def test_a_rule_has_one_run_at_its_own_rate_and_a_sweep_has_all_rates() -> None:
+    names = ("lora-all-linear", "rule-unsloth", "sweep-rslora-r64", "mlp-only-r10", "full")
+    plan = replace(PLAN, baselines=names, learning_rates=(1e-3, 1e-2), full_learning_rates=(1e-4,))
+    lora = AdapterChoice(kind="lora", fields={"rank": 4})
+    without_mlp = encoder(num_layers=1, hidden_size=16, linears=("attn.q", "attn.v"))
+    space = SearchSpace(backbone=without_mlp, adapters={"lora": lora}, training={"epochs": 2.0})
+    planned = [(one.role.name, one.candidate.training) for one in baselines(plan, space)]
+    assert planned == [
+        (name, {"epochs": 2.0, "learning_rate": rate})
+        for name, rates in (
+            ("lora-all-linear", (1e-3, 1e-2)),
+            ("rule-unsloth", (2e-4,)),
+            ("sweep-rslora-r64", (1e-3, 1e-2)),
+            ("full", (1e-4,)),
+        )
+        for rate in rates
+    ]
+
+
+def test_baselines_that_the_model_cannot_have_are_warned_of(tmp_path: Path) -> None:
+    names = ["head", "rule-tinker", "sweep-all-linear-r16", "mlp-only-r10"]
+    settings = load_study(save_study(tmp_path, baselines={"names": names}))
+    without_mlp = encoder(num_layers=1, hidden_size=16, linears=("attn.q", "attn.v"))
+    assert [line.partition("names.")[2] for line in baseline_warnings(settings, without_mlp)] == [
+        "1: rule-tinker: its formula knows Llama and Qwen; for Bert it takes Llama's exponent",
+        "3: mlp-only-r10: this model lacks the sites of this baseline, so it is left out",
+    ]

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from autopeft.studies.analysis.statistics import paired_difference
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.check import check
 from autopeft.studies.engine.session import open_ledger, open_study, read_snapshot
+from autopeft.studies.notebook.result import Result
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.recipe import Recipe
 from autopeft.studies.reports.report import write_report
@@ -129,3 +131,60 @@ def test_every_report_has_the_same_numbers(
             (test["value"], test["std_err"], test["low"], test["high"])
         )
         assert list(promised.seeds) == member["seeds"]
+
+
+def test_every_report_has_the_same_gains(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Table, JSON, page, MLflow and notebook say the same on each baseline by rule."""
+    names = ["rule-unsloth", "rule-tinker", "sweep-all-linear-r16", "mlp-only-r10"]
+    path = save_study(
+        tmp_path / "study",
+        search={"searcher": "random", "trials": 2, "batch": 2},
+        baselines={"names": names, "learning_rates": [1e-2]},
+        finalists={"seeds": 2, "most": 1},
+        study="by-rule",
+        tracking={"uri": uri},
+    )
+    settings = load_study(path)
+    splits, _, _ = check(settings)
+    assert [line.partition(": ")[2] for line in splits.warnings] == [
+        "rule-tinker: its formula knows Llama and Qwen; for bert it takes Llama's exponent"
+    ]
+    with open_study(settings, splits, resume=False) as study:
+        snapshot = study.run(Quiet())
+    trained = {str(trial.role): trial.candidate.training["learning_rate"] for trial in snapshot.trials[:4]}
+    assert trained == {
+        "baseline:rule-unsloth": 2e-4,
+        "baseline:rule-tinker": pytest.approx(5e-4 * (2000 / 16) ** 0.781, rel=1e-3),
+        "baseline:sweep-all-linear-r16": 1e-2,
+        "baseline:mlp-only-r10": 1e-2,
+    }
+    with pytest.raises(SystemExit):
+        main(["pareto", str(path)])
+    table = capsys.readouterr().out
+    write_report(snapshot, tmp_path / "report")
+    page = unescape((tmp_path / "report" / "front.html").read_text(encoding="utf-8"))
+    members = json.loads((tmp_path / "report" / "front.json").read_text(encoding="utf-8"))
+    (recommended,) = (member for member in members if member["recommended"])
+    assert not any("gains" in member for member in members if member is not recommended)
+    told = recommended["gains"]
+    assert [gain["baseline"] for gain in told] == names
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("by-rule")
+    assert experiment is not None
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.`autopeft.role` = 'study'")
+    note = parent.data.tags["mlflow.note.content"]
+    entries = {entry.trial.role.name: entry for entry in snapshot.tuned()}
+    best = snapshot.entry(recommended["trial"]).scores("accuracy")
+    assert tuple(gain.to_dict() for gain in Result(settings, snapshot).gains) == tuple(told)
+    for gain in told:
+        for report in (table.splitlines(), note.splitlines()):
+            assert gain["sentence"] in report
+        assert f"<p>{gain['sentence']}</p>" in page
+        if gain["difference"] is not None:  # None: this baseline is the recommended member
+            found = gain["difference"]
+            own = paired_difference(best, entries[gain["baseline"]].scores("accuracy"), spread=snapshot.spread())
+            assert (found["value"], found["low"], found["high"]) == pytest.approx((own.value, own.low, own.high))
+            assert f"{100 * own.value:+.1f} points (95 % interval {100 * own.low:+.1f} to" in gain["sentence"]
+        if gain["structure"] is not None:
+            parts = gain["learning_rate"]["value"] + gain["structure"]["value"]
+            assert parts == pytest.approx(gain["difference"]["value"])
