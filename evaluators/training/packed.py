@@ -284,9 +284,8 @@ class PackedEvaluator(TrainingEvaluator):
                 if k in broken:
                     loss, steps = losses[broken[k] - first - 1][k], run.num_steps
                     raise TrainingFailedError(f"the training loss became {loss} at step {broken[k]} of {steps}")
-                if k not in scored:
+                if (scores := scored.get(k)) is None:
                     continue
-                scores = scored[k]
                 if step < run.num_steps:
                     run.record.rung(run.share, scores.validation)
                     run.passed += 1
@@ -342,14 +341,13 @@ class PackedEvaluator(TrainingEvaluator):
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
         found: dict[int, Scores] = {}
         if len(ending) < len(slots):
-            scored = self.columns_and_texts if pack[0].texts else self.columns
-            columns = scored(attachment, "validation", self.rung_examples, batch_size)
+            score = self.columns_and_texts if pack[0].texts else self.columns
+            columns = score(attachment, "validation", self.rung_examples, batch_size)
             found |= {k: Scores(validation=columns[k]) for k in slots}
         if ending:
             tested = [k in ending and run.request.test for k, run in enumerate(pack)]
-            found |= {
-                k: scores for k, scores in enumerate(self.final_scores(attachment, tested, batch_size)) if k in ending
-            }
+            scores = self.final_scores(attachment, tested, batch_size)
+            found |= {k: scores[k] for k in ending}
         return found
 
     @override

@@ -39,6 +39,7 @@ __all__ = [
     "OwnOfTexts",
     "PerExample",
     "Quality",
+    "RegexMatch",
     "UserDefined",
     "place_of",
     "quality",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ class OwnOfTexts(OfTexts):
     def loaded(self, folder: Path) -> OwnOfTexts:
         """Return the metric with its function, from a module in `folder` or an installed one. Raises MetricError."""
         function: Any = Own.declared(self.name, self.place).loaded(folder).function
-        settings = {"name": self.name, "summary": self.summary, "maximise": self.maximise, "place": self.place}
-        return type(self)(**settings, function=function)
+        return replace(self, function=function)
 
     @override
     def of(self, prompts: Sequence[str], generated: Sequence[str], references: Sequence[str]) -> Sequence[float]:

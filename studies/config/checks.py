@@ -13,10 +13,11 @@ from urllib.parse import urlparse
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
-from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, Own, Quality
+from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, Quality, user_defined
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
+from autopeft.studies.config.generation_checks import generation_problems
 from autopeft.studies.config.sections.search import ObjectiveSettings
 from autopeft.studies.config.sections.training import PACKED
 from autopeft.studies.config.source import PlacedProblem
@@ -38,6 +39,7 @@ def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
     yield from _evaluator_problems(study)
     yield from _search_problems(study)
     yield from _objective_problems(study)
+    yield from generation_problems(study)
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)
@@ -195,7 +197,7 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
             yield ("objectives", i), f"{name!r} occurs twice"
         elif name in QUALITIES:
             metric = QUALITIES[name]
-            if not metric.computable(task.columns):
+            if not metric.computable(task.readable()):
                 yield ("objectives", i), f"{name} {_needs(metric, task)}"
             if (objective.direction or _direction(metric)) != _direction(metric):
                 yield (
@@ -218,11 +220,11 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         if name in METRICS:
             yield ("metrics", name), f"{name!r} is already a metric: choose another name"
         try:
-            metric = Own.declared(name, place)
+            metric = user_defined(name, place, True, task.generates)
         except MetricError as error:
             yield ("metrics", name), str(error)
             continue
-        if not metric.computable(task.columns):
+        if not metric.computable(task.readable()):
             what = f"your own metrics need targets and predictions, which only {' or '.join(_able(metric))} has"
             yield ("metrics", name), what
 
@@ -249,12 +251,12 @@ def _able(metric: Quality) -> list[str]:
     """Return the tasks for which a metric can be computed."""
     from autopeft.evaluators.tasks import TASKS
 
-    return [name for name, task in TASKS.items() if metric.computable(task.columns)]
+    return [name for name, task in TASKS.items() if metric.computable(task.readable())]
 
 
 def _computable(task: type[Task]) -> list[str]:
     """Return the quality metrics that can be computed for a task."""
-    return [name for name, metric in QUALITIES.items() if metric.computable(task.columns)]
+    return [name for name, metric in QUALITIES.items() if metric.computable(task.readable())]
 
 
 def _needs(metric: Quality, task: type[Task]) -> str:

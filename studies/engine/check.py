@@ -17,7 +17,7 @@ from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.metrics import MetricError, Own
+from autopeft.search_space.metrics import MetricError, Own, UserDefined
 from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers import SEARCHERS
@@ -26,6 +26,7 @@ from autopeft.studies.config.earlier import with_turns_of
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
+from autopeft.studies.engine.generation_check import lacking_package, texts_problems
 from autopeft.studies.engine.session import open_ledger, prior_trials, recorded_settings, was_started
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
 
@@ -54,9 +55,11 @@ def check(
         splits = load_splits(settings.data_settings(), settings.task)
     except DataError as error:
         problems += [settings.render(("data",), problem) for problem in error.problems]
+    own = {}
     for name, metric in settings.own_metrics().items():
         try:
-            _try(metric.loaded(settings.folder), settings, splits)
+            own[name] = metric.loaded(settings.folder)
+            _try(own[name], settings, splits)
         except MetricError as error:
             problems.append(settings.render(("metrics", name), str(error)))
     try:
@@ -74,6 +77,7 @@ def check(
     if splits is not None and model is not None:
         try:
             splits = _encoded(settings, splits, model, progress)
+            problems += texts_problems(settings, splits, own, model)
         except DataError as error:
             problems += [settings.render(("data",), problem) for problem in error.problems]
         except ModelError as error:
@@ -101,6 +105,7 @@ def check(
         check_package(quantization)
     except MissingPackageError as error:
         lacking = settings.render(("model", "quantization"), str(error))
+    lacking = lacking or lacking_package(settings)
     if lacking and not problems:
         raise UnusableEnvironmentError(lacking)
     if lacking:
@@ -171,10 +176,12 @@ def _encoded(
     return replace(splits, encoded=encoded, warnings=(*splits.warnings, *encoded.warnings()))
 
 
-def _try(metric: Own, settings: StudyFile, splits: Splits | None) -> None:
+def _try(metric: UserDefined, settings: StudyFile, splits: Splits | None) -> None:
     """Compute a metric on partly correct predictions. Raises MetricError."""
     import numpy as np
 
+    if not isinstance(metric, Own):
+        return  # it reads texts, which encoded rows have
     targets = None if splits is None else settings.task_class.truth(splits.validation, splits.labels or ())
     if targets is not None:
         metric.of(targets, np.roll(targets, 1, axis=0))
