@@ -13,11 +13,10 @@ from urllib.parse import urlparse
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
-from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, Quality, user_defined
+from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, OfTexts, Quality, RegexMatch, user_defined
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
-from autopeft.studies.config.generation_checks import generation_problems
 from autopeft.studies.config.sections.search import ObjectiveSettings
 from autopeft.studies.config.sections.training import PACKED
 from autopeft.studies.config.source import PlacedProblem
@@ -39,7 +38,7 @@ def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
     yield from _evaluator_problems(study)
     yield from _search_problems(study)
     yield from _objective_problems(study)
-    yield from generation_problems(study)
+    yield from _generation_problems(study)
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)
@@ -227,6 +226,28 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         if not metric.computable(task.readable()):
             what = f"your own metrics need targets and predictions, which only {' or '.join(_able(metric))} has"
             yield ("metrics", name), what
+
+
+def _generation_problems(study: StudyFile) -> Iterator[PlacedProblem]:
+    """Yield the problems of `generation`: settings without a metric that reads them, and a wrong pattern."""
+    settings = study.generation
+    named = [QUALITIES[o.name] for o in study.objectives if o.name in QUALITIES]
+    of_texts = [metric.name for metric in named if isinstance(metric, OfTexts)]
+    matching = RegexMatch().name
+    if settings is not None and not of_texts and not (study.metrics and study.task_class.generates):
+        known = ", ".join(name for name, metric in QUALITIES.items() if isinstance(metric, OfTexts))
+        yield ("generation",), f"has no effect without a metric of texts among the objectives: {known}, or your own"
+    if settings is None or settings.pattern is None:
+        if matching in of_texts:
+            i = next(i for i, objective in enumerate(study.objectives) if objective.name == matching)
+            yield ("objectives", i), f"{matching} needs generation.pattern, a regular expression"
+        return
+    if matching not in of_texts and of_texts:
+        yield ("generation", "pattern"), f"has no effect: the objective {matching} reads it"
+    try:
+        re.compile(settings.pattern)
+    except re.error as error:
+        yield ("generation", "pattern"), f"is no regular expression: {error}"
 
 
 def _direction(metric: Metric) -> str:
