@@ -32,6 +32,7 @@ from ...support.tiny_study import save_study, settings, write_rows
 from .test_metrics_study import cli
 from .test_study import Quiet, facts, run
 
+ONE = {"searcher": "random", "trials": 1}
 OWN = """\
 def first_word(prompts, generated, references):
     assert all(prompts) and len(prompts) == len(references)
@@ -48,8 +49,9 @@ CAUSAL: dict[str, Any] = {
     "objectives": ["exact-match", "num_params"],
     "metrics": {"first": "mine:first_word"},
     "generation": {"max_new_tokens": 4},
-    "search": {"searcher": "tpe", "trials": 6, "batch": 3, "rungs": [0.5], "keep": 0.5},
+    "search": {"searcher": "tpe", "trials": 4, "batch": 2, "rungs": [0.5], "keep": 0.5},
     "training": {"learning_rate": {"low": 1.0e-2, "high": 2.0e-1, "log": True}, "epochs": 6, "batch_size": 8},
+    "finalists": {"seeds": 2, "most": 1},
     "baselines": {"names": ["lora-r8-qv"], "learning_rates": [3.0e-2]},
     "space": {
         "adapters": {"lora": {"at": ["attn.q", "attn.v", "mlp.down"], "rank": [1, 4], "vary": {"rank": "layer"}}}
@@ -77,9 +79,9 @@ def study_in(folder: Path, **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFile, Snapshot]:
     """A study that was interrupted and resumed."""
-    found = load_study(study_in(tmp_path_factory.mktemp("ended") / "study", tracking={"enabled": True}))
+    found = load_study(study_in(tmp_path_factory.mktemp("ended") / "study"))
     with pytest.raises(KeyboardInterrupt):
-        run(found, watcher=Quiet(stop_after=4))
+        run(found, watcher=Quiet(stop_after=3))
     return found, run(found, resume=True)
 
 
@@ -117,6 +119,7 @@ def test_a_recipe_keeps_its_promise(ended, tmp_path: Path, capsys) -> None:
     assert "exact-match" in said.out + said.err
 
 
+@pytest.mark.slow
 def test_an_uninterrupted_study_is_the_same(ended, tmp_path: Path) -> None:
     _, snapshot = ended
     whole = run(load_study(study_in(tmp_path / "study")))
@@ -147,7 +150,7 @@ def test_texts_are_generated_at_the_end_and_where_candidates_are_compared(tmp_pa
 
 @pytest.mark.parametrize("evaluator", ["packed", "train"])
 def test_a_metric_that_fails_ends_its_trial_with_file_and_line(evaluator: str, tmp_path: Path) -> None:
-    path = study_in(tmp_path / "study", metrics={"x": "mine:brittle"}, evaluation={"evaluator": evaluator})
+    path = study_in(tmp_path / "study", metrics={"x": "mine:brittle"}, evaluation={"evaluator": evaluator}, search=ONE)
     settings = load_study(path)
     splits, _, space = check(settings)
     (outcome,) = evaluator_for(settings, splits).evaluate([Request(candidate=space.decode(space.sample(Random(1))))])
@@ -197,7 +200,8 @@ def test_rows_and_positions_are_checked_before_any_training(tmp_path: Path) -> N
 def test_a_missing_package_is_told_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = study_in(tmp_path / "study", objectives=["chrf", "num_params"])
     monkeypatch.setattr("autopeft.search_space.metrics.texts.find_spec", lambda name: None)
-    with pytest.raises(UnusableEnvironmentError, match=r"objectives\[0\]: the metric chrf .*: pip install sacrebleu"):
+    what = r"study.yaml:\d+ objectives.0: the metric chrf .*: pip install sacrebleu"
+    with pytest.raises(UnusableEnvironmentError, match=what):
         check(load_study(path))
     assert cli(["validate", str(path)]) == 4
 
