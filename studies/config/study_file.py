@@ -56,7 +56,9 @@ class StudyFile(Section):
         description="your own metrics by name, each a module:function in a module next to this file; of targets and"
         " predictions, or for causal-lm of prompts, generated texts and references",
     )
-    generation: GenerationSettings | None = None
+    generation: GenerationSettings | None = Field(
+        default=None, description="the texts that metrics of generated text read (causal-lm); null: the defaults"
+    )
     constraints: ConstraintSettings = ConstraintSettings()
     search: SearchSettings = SearchSettings()
     proxy: ProxySettings = ProxySettings()
