@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.metrics import QUALITIES, Metric, Own
+from autopeft.search_space.metrics import QUALITIES, Metric, UserDefined
 from autopeft.search_space.metrics.base import MetricSource
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.search_space.spaces.space import SearchSpace
@@ -75,7 +75,7 @@ class Objective:
     unit: str = ""
     bound: float | None = None
     reference: float | None = None
-    own: Own | None = None
+    own: UserDefined | None = None
 
     @classmethod
     def of(cls, name: str, **settings: Any) -> Objective:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.layout import repeated
 from autopeft.evaluators.costs.timing import REPEATS, Spread, interleaved, now
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.optimizer import PackedAdamW
-from autopeft.evaluators.training.packed import PackedEvaluator, repeated
+from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone

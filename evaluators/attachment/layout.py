@@ -39,6 +39,11 @@ def by_slot(tensor: Tensor, num_slots: int) -> Tensor:
     return tensor.reshape(num_slots, -1, tensor.shape[-1])
 
 
+def repeated(tensor: Tensor, slots: int) -> Tensor:
+    """Repeat [N, ...] to [K * N, ...], with the examples of a slot next to each other."""
+    return tensor.repeat(slots, *[1] * (tensor.dim() - 1))
+
+
 def tapped_input(inputs: list[Tensor], output: Tensor) -> Tensor:
     """Return the latest input of a sub-layer with a vector for each vector of its output.
 

@@ -24,13 +24,14 @@ from typing_extensions import override
 
 from autopeft.evaluators.atomic import atomic_write
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.layout import repeated
 from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.tasks import Batch, model_inputs
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.optimizer import decay_groups
-from autopeft.evaluators.training.packed import PackedEvaluator, repeated
+from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.evaluators.training.schedule import rate
 from autopeft.search_space.architecture import Architecture

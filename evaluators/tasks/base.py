@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from autopeft.evaluators.rows import DataConfig, Row
+from autopeft.search_space.metrics.texts import TEXTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +91,8 @@ class Task(ABC):
     distils: ClassVar[bool] = False
     #: Whether rows may be conversations, of which `DataConfig.train_on_turns` says what is learnt.
     has_turns: ClassVar[bool] = False
+    #: Whether a model generates texts after the prompts of `prompted`, which metrics of texts then read.
+    generates: ClassVar[bool] = False
     #: The trainer of other libraries for the same loss on the same rows. None: training scripts cannot be exported.
     trainer: ClassVar[Literal["Trainer", "SFTTrainer"] | None] = None
 
@@ -116,6 +119,11 @@ class Task(ABC):
     def for_rows(cls, rows: Sequence[Row]) -> type[Task]:
         """Return the class for rows that `row` of one of the variants returned."""
         return cls
+
+    @classmethod
+    def readable(cls) -> frozenset[str]:
+        """Return the columns that metrics can read: those of `score`, and texts if the task generates them."""
+        return cls.columns | set(TEXTS) if cls.generates else cls.columns
 
     # Study files and rows
 

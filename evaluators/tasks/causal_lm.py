@@ -58,6 +58,7 @@ class CausalLM(TextTask):
     peft_task_type = "CAUSAL_LM"
     trainer = "SFTTrainer"
     has_turns = True
+    generates = True
     targets_per_token = ("labels",)
 
     @override

@@ -26,11 +26,12 @@ from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored, model_inputs
+from autopeft.evaluators.texts import Generation, Texts
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, Quality
+from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, OfTexts, Quality
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.training import Training
 
@@ -42,16 +43,17 @@ RUNG_EXAMPLES = 256
 SMALL_LENGTHS = (12, 16)
 #: All examples.
 WHOLE = slice(None)
+GREEDY = Generation()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatorOptions:
-    """Settings of evaluators that change their speed and not their results.
+    """Settings of evaluators that change their speed and, except for `generation`, not their results.
 
     `pack`: candidates per pack, None for as many as fit into the memory. `cache_bytes`: memory for cached outputs of
     the layers below all adapters, 0 for no cache. `cache_folder`: folder for the same on disk, limited to
     `cache_folder_bytes`. `micro_batch`: rows at a time, None for as many as fit. `checkpointing`: of the layers, None
-    for where a step does not fit without.
+    for where a step does not fit without. `generation`: of the texts that metrics read.
     """
 
     pack: int | None = None
@@ -60,6 +62,7 @@ class EvaluatorOptions:
     cache_folder_bytes: int = 0
     micro_batch: int | None = None
     checkpointing: bool | None = None
+    generation: Generation = GREEDY
 
     @property
     def levers(self) -> Levers:
@@ -76,8 +79,9 @@ class TrainingEvaluator(Attaching):
     pretrained LoRAs) makes the same steps without effect.
 
     `metrics`: the qualities to report. `levers`: how candidates that are trained alone save memory; those whose
-    minibatches cannot be divided see them whole. Raises DataError for rows that the model cannot read and MetricError
-    for metrics whose columns the task does not compute.
+    minibatches cannot be divided see them whole. `generation`: of the texts that metrics read. Raises DataError for
+    rows that the model cannot read, MetricError for metrics whose columns the task does not compute, and
+    MissingPackageError for metrics.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class TrainingEvaluator(Attaching):
         metrics: Sequence[Quality] = ALWAYS,
         *,
         levers: Levers = WITHOUT_LEVERS,
+        generation: Generation = GREEDY,
     ) -> None:
         self.loaded = loaded
         self.levers = levers
@@ -105,9 +110,13 @@ class TrainingEvaluator(Attaching):
         self.device = next(self.model.parameters()).device
         self.metrics = tuple(metrics)
         for metric in self.metrics:
-            if not metric.computable(self.task.columns):
-                there = ", ".join(sorted(self.task.columns))
+            if not metric.computable(self.task.readable()):
+                there = ", ".join(sorted(self.task.readable()))
                 raise MetricError(f"{metric.name} cannot be computed: the task {task} only has the columns {there}")
+        of_texts = [metric for metric in self.metrics if isinstance(metric, OfTexts)]
+        self.generation = generation
+        #: The texts that metrics read; None without such a metric.
+        self.texts = Texts(self.model, self.task, splits, self.examples, of_texts, generation) if of_texts else None
 
     @classmethod
     def of(
@@ -120,7 +129,8 @@ class TrainingEvaluator(Attaching):
         options: EvaluatorOptions,
     ) -> Self:
         """Build the evaluator with the options that it supports. Raises DataError and MetricError."""
-        return cls(loaded, task, splits, max_length, metrics, levers=options.levers)
+        own: dict[str, Any] = {"levers": options.levers, "generation": options.generation}
+        return cls(loaded, task, splits, max_length, metrics, **own)
 
     @override
     def attach(self, request: Request) -> Attachment:
@@ -257,14 +267,28 @@ class TrainingEvaluator(Attaching):
         attachment.train()
         return [_by_name(of_slot, widths) for of_slot in found.unbind(1)]
 
+    def columns_and_texts(
+        self,
+        attachment: Attachment,
+        split: str,
+        examples: Sequence[int] | None = None,
+        batch_size: int = EVALUATION_BATCH_SIZE,
+    ) -> list[Columns]:
+        """Return the columns with the texts that every slot generates, if a metric reads them."""
+        columns = self.columns(attachment, split, examples, batch_size)
+        if self.texts is None:
+            return columns
+        texts = self.texts.columns(attachment, split, examples, batch_size)
+        return [{**own, **more} for own, more in zip(columns, texts, strict=True)]
+
     def final_scores(
         self, attachment: Attachment, tested: Sequence[bool], batch_size: int = EVALUATION_BATCH_SIZE
     ) -> list[Scores]:
         """Return the scores of every slot; `tested` slots also on the test split and with averaged experts."""
-        validation = self.columns(attachment, "validation", batch_size=batch_size)
+        validation = self.columns_and_texts(attachment, "validation", batch_size=batch_size)
         found = [Scores(validation=own, routes=attachment.routers.routes(k)) for k, own in enumerate(validation)]
         if any(tested):
-            test = self.columns(attachment, "test", batch_size=batch_size)
+            test = self.columns_and_texts(attachment, "test", batch_size=batch_size)
             averaged = self._averaged(attachment, batch_size)
             for k in (k for k, wanted in enumerate(tested) if wanted):
                 found[k].test, found[k].averaged = test[k], averaged[k]
@@ -275,7 +299,7 @@ class TrainingEvaluator(Attaching):
         if not attachment.routers:
             return [{}] * attachment.num_slots
         with attachment.routers.averaged():
-            columns = self.columns(attachment, "validation", batch_size=batch_size)
+            columns = self.columns_and_texts(attachment, "validation", batch_size=batch_size)
         return [
             own if any(spec.routed_by for _, spec in architecture) else {}
             for own, architecture in zip(columns, attachment.architectures, strict=True)

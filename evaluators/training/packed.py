@@ -24,16 +24,19 @@ from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
+from autopeft.evaluators.attachment.layout import repeated
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import OnOutcome, Outcome, OutOfMemoryError, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_plans import PackPlans
 from autopeft.evaluators.costs.pack_sizing import Levers, PackPlan, keep_freed_memory
 from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.tasks import Batch, Scored, model_inputs
+from autopeft.evaluators.texts import Generation
 from autopeft.evaluators.training import activations, batching
 from autopeft.evaluators.training.activations import ActivationCache, Activations
 from autopeft.evaluators.training.base import (
     EVALUATION_BATCH_SIZE,
+    GREEDY,
     WHOLE,
     EvaluatorOptions,
     TrainingEvaluator,
@@ -79,8 +82,10 @@ class PackedEvaluator(TrainingEvaluator):
         cache: ActivationCache | None = None,
         micro_batch: int | None = None,
         checkpointing: bool | None = None,
+        generation: Generation = GREEDY,
     ) -> None:
-        super().__init__(loaded, task, splits, max_length, metrics, levers=Levers(micro_batch, bool(checkpointing)))
+        own: dict[str, Any] = {"levers": Levers(micro_batch, bool(checkpointing)), "generation": generation}
+        super().__init__(loaded, task, splits, max_length, metrics, **own)
         self.pack = pack
         self.cache = cache
         if self.unpackable:
@@ -117,7 +122,7 @@ class PackedEvaluator(TrainingEvaluator):
         cache = None
         if options.cache_bytes:
             cache = ActivationCache(options.cache_bytes, options.cache_folder, options.cache_folder_bytes)
-        own: dict[str, Any] = {"micro_batch": options.micro_batch, "checkpointing": options.checkpointing}
+        own: dict[str, Any] = {name: getattr(options, name) for name in ("micro_batch", "checkpointing", "generation")}
         return cls(loaded, task, splits, max_length, metrics, pack=options.pack, cache=cache, **own)
 
     @override
@@ -131,7 +136,8 @@ class PackedEvaluator(TrainingEvaluator):
     ) -> list[Outcome]:
         if select is not None and len({request.fidelity for request in requests}) > 1:
             raise ValueError("selection at rungs requires that all candidates have the same fidelity")
-        runs = [self._run(index, request) for index, request in enumerate(requests)]
+        texts = self.generation.at_rungs or select is not None
+        runs = [self._run(index, request, texts) for index, request in enumerate(requests)]
         total = sum(run.num_steps for run in runs)
 
         def report(steps_ahead: int = 0) -> None:
@@ -163,7 +169,7 @@ class PackedEvaluator(TrainingEvaluator):
                     end(run, Outcome(measurement=run.record.measurement(run.request, self.name)))
         return [run.outcome for run in runs if run.outcome is not None]
 
-    def _run(self, index: int, request: Request) -> Run:
+    def _run(self, index: int, request: Request, texts: bool) -> Run:
         training = self.training(request.candidate)
         full, end = self.full_steps(training), self.num_steps(request)
         rungs = [(steps_at(rung, full), rung) for rung in request.fidelity.rungs]
@@ -176,6 +182,7 @@ class PackedEvaluator(TrainingEvaluator):
             depth=request.candidate.architecture.lowest_layer(self.backbone) if self.lower_layers else 0,
             alone=any(site in self.unpackable for site, _ in request.candidate.architecture),
             stops=(*(stop for stop in rungs if stop[0] < end), (end, request.fidelity.share)),
+            texts=texts,
         )
 
     # Packs
@@ -275,9 +282,8 @@ class PackedEvaluator(TrainingEvaluator):
                 if k in broken:
                     loss, steps = losses[broken[k] - first - 1][k], run.num_steps
                     raise TrainingFailedError(f"the training loss became {loss} at step {broken[k]} of {steps}")
-                if k not in scored:
+                if (scores := scored.get(k)) is None:
                     continue
-                scores = scored[k]
                 if step < run.num_steps:
                     run.record.rung(run.share, scores.validation)
                     run.passed += 1
@@ -333,7 +339,8 @@ class PackedEvaluator(TrainingEvaluator):
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
         found: dict[int, Scores] = {}
         if len(ending) < len(slots):
-            columns = self.columns(attachment, "validation", self.rung_examples, batch_size)
+            score = self.columns_and_texts if pack[0].texts else self.columns
+            columns = score(attachment, "validation", self.rung_examples, batch_size)
             found |= {k: Scores(validation=columns[k]) for k in slots}
         if ending:
             tested = [k in ending and run.request.test for k, run in enumerate(pack)]
@@ -380,11 +387,6 @@ class PackedEvaluator(TrainingEvaluator):
         for indices in batching.ordered_batches(lengths, EVALUATION_BATCH_SIZE):
             stored.fill(indices, lower(model_inputs(self.batch(split, indices)), depth))
         return rows
-
-
-def repeated(tensor: Tensor, slots: int) -> Tensor:
-    """Repeat [N, ...] to [K * N, ...], with the examples of a slot next to each other."""
-    return tensor.repeat(slots, *[1] * (tensor.dim() - 1))
 
 
 def _of(runs: Sequence[Run]) -> tuple[list[Request], int]:

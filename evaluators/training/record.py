@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autopeft.evaluators.atomic import disk_error
 from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request
-from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, Quality
+from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, OfTexts, Quality
 from autopeft.search_space.metrics.base import standard_error
+from autopeft.search_space.metrics.texts import GENERATED, with_numbers
 from autopeft.search_space.problem import Measurement
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,15 @@ class Record:
 
     def rung(self, share: float, columns: Columns) -> None:
         """Record the values at a rung. Raises TrainingFailedError for a loss that is not finite, and MetricError."""
-        self.rungs.append((share, self._values(finite(columns))))
+        self.rungs.append((share, self._values(self._numbers(finite(columns)))))
 
     def end(self, scores: Scores) -> None:
-        """Record the final scores. Raises TrainingFailedError for a loss that is not finite."""
+        """Record the final scores. Raises TrainingFailedError for a loss that is not finite, and MetricError."""
         for columns in (scores.validation, scores.test):
             if columns:
                 finite(columns)
-        self.scores = scores
+        validation, test, averaged = map(self._numbers, (scores.validation, scores.test, scores.averaged))
+        self.scores = replace(scores, validation=validation, test=test, averaged=averaged)
 
     def measurement(self, request: Request, evaluator: str) -> Measurement:
         """Return the measurement. Raises IndexError if training ended before the first rung, and MetricError."""
@@ -78,8 +80,14 @@ class Record:
             },
         )
 
+    def _numbers(self, columns: Columns) -> Columns:
+        """Return the columns with numbers in place of texts, once for all that is computed of them."""
+        of_texts = [metric for metric in self.metrics if isinstance(metric, OfTexts)]
+        return with_numbers(columns, of_texts) if of_texts and GENERATED in columns else columns
+
     def _values(self, columns: Columns) -> dict[str, float]:
-        return {metric.name: metric.value(columns) for metric in self.metrics} if columns else {}
+        """Return the metrics of these columns; at a rung there may be no texts."""
+        return {metric.name: metric.value(columns) for metric in self.metrics if metric.computable(columns)}
 
     def _contributions(self, columns: Columns) -> list[tuple[Quality, Sequence[float]]]:
         return [(metric, metric.contributions(columns)) for metric in self.metrics] if columns else []

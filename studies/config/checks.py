@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
-from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, Own, Quality
+from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, OfTexts, Quality, RegexMatch, user_defined
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
@@ -38,6 +38,7 @@ def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
     yield from _evaluator_problems(study)
     yield from _search_problems(study)
     yield from _objective_problems(study)
+    yield from _generation_problems(study)
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)
@@ -195,7 +196,7 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
             yield ("objectives", i), f"{name!r} occurs twice"
         elif name in QUALITIES:
             metric = QUALITIES[name]
-            if not metric.computable(task.columns):
+            if not metric.computable(task.readable()):
                 yield ("objectives", i), f"{name} {_needs(metric, task)}"
             if (objective.direction or _direction(metric)) != _direction(metric):
                 yield (
@@ -218,13 +219,35 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         if name in METRICS:
             yield ("metrics", name), f"{name!r} is already a metric: choose another name"
         try:
-            metric = Own.declared(name, place)
+            metric = user_defined(name, place, True, task.generates)
         except MetricError as error:
             yield ("metrics", name), str(error)
             continue
-        if not metric.computable(task.columns):
+        if not metric.computable(task.readable()):
             what = f"your own metrics need targets and predictions, which only {' or '.join(_able(metric))} has"
             yield ("metrics", name), what
+
+
+def _generation_problems(study: StudyFile) -> Iterator[PlacedProblem]:
+    """Yield the problems of `generation`: settings without a metric that reads them, and a wrong pattern."""
+    settings = study.generation
+    named = [QUALITIES[o.name] for o in study.objectives if o.name in QUALITIES]
+    of_texts = [metric.name for metric in named if isinstance(metric, OfTexts)]
+    matching = RegexMatch().name
+    if settings is not None and not of_texts and not (study.metrics and study.task_class.generates):
+        known = ", ".join(name for name, metric in QUALITIES.items() if isinstance(metric, OfTexts))
+        yield ("generation",), f"has no effect without a metric of texts among the objectives: {known}, or your own"
+    if settings is None or settings.pattern is None:
+        if matching in of_texts:
+            i = next(i for i, objective in enumerate(study.objectives) if objective.name == matching)
+            yield ("objectives", i), f"{matching} needs generation.pattern, a regular expression"
+        return
+    if matching not in of_texts and of_texts:
+        yield ("generation", "pattern"), f"has no effect: the objective {matching} reads it"
+    try:
+        re.compile(settings.pattern)
+    except re.error as error:
+        yield ("generation", "pattern"), f"is no regular expression: {error}"
 
 
 def _direction(metric: Metric) -> str:
@@ -249,12 +272,12 @@ def _able(metric: Quality) -> list[str]:
     """Return the tasks for which a metric can be computed."""
     from autopeft.evaluators.tasks import TASKS
 
-    return [name for name, task in TASKS.items() if metric.computable(task.columns)]
+    return [name for name, task in TASKS.items() if metric.computable(task.readable())]
 
 
 def _computable(task: type[Task]) -> list[str]:
     """Return the quality metrics that can be computed for a task."""
-    return [name for name, metric in QUALITIES.items() if metric.computable(task.columns)]
+    return [name for name, metric in QUALITIES.items() if metric.computable(task.readable())]
 
 
 def _needs(metric: Quality, task: type[Task]) -> str:

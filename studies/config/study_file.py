@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from autopeft.search_space.metrics import ALWAYS, QUALITIES, Own, Quality
+from autopeft.search_space.metrics import ALWAYS, QUALITIES, Quality, UserDefined, quality, user_defined
 from autopeft.search_space.problem import COSTS, Goal, Objective
 from autopeft.studies.config.sections.base import MOST_NAMED, Duration, Name, Section
 from autopeft.studies.config.sections.inputs import DataSettings, ModelSettings, TaskName
@@ -23,7 +23,7 @@ from autopeft.studies.config.sections.search import (
     SearchSettings,
 )
 from autopeft.studies.config.sections.space import SpaceSettings
-from autopeft.studies.config.sections.training import EvaluationSettings, TrainingSettings
+from autopeft.studies.config.sections.training import EvaluationSettings, GenerationSettings, TrainingSettings
 from autopeft.studies.config.source import Keys, Source
 from autopeft.studies.urls import located, without_password
 
@@ -53,7 +53,11 @@ class StudyFile(Section):
     metrics: dict[Name, str] | None = Field(
         default=None,
         max_length=MOST_NAMED,
-        description="your own metrics by name, each a module:function in a module next to this file",
+        description="your own metrics by name, each a module:function in a module next to this file; of targets and"
+        " predictions, or for causal-lm of prompts, generated texts and references",
+    )
+    generation: GenerationSettings | None = Field(
+        default=None, description="the texts that metrics of generated text read (causal-lm); null: the defaults"
     )
     constraints: ConstraintSettings = ConstraintSettings()
     search: SearchSettings = SearchSettings()
@@ -96,6 +100,11 @@ class StudyFile(Section):
             data = DataSettings.model_construct(fields_set, **{**dict(self.data), "train_on_turns": "all"})
             object.__setattr__(self, "data", data)
         return self
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later additions that are not set; see `DataSettings`."""
+        return {name: value for name, value in default(self).items() if name != "generation" or value is not None}
 
     @property
     def path(self) -> Path:
@@ -151,17 +160,24 @@ class StudyFile(Section):
 
         return TASKS[self.task].for_data(self.data_settings())
 
-    def own_metrics(self) -> dict[str, Own]:
+    def own_metrics(self) -> dict[str, UserDefined]:
         """Return the study's own metrics by name, without loading their code. Raises MetricError.
 
         More is better unless an objective has the direction minimise.
         """
         minimised = {o.name for o in self.objectives if o.direction == "minimise"}
-        return {name: Own.declared(name, place, name not in minimised) for name, place in (self.metrics or {}).items()}
+        texts = self.task_class.generates
+        own = (self.metrics or {}).items()
+        return {name: user_defined(name, place, name not in minimised, texts) for name, place in own}
+
+    @property
+    def greedy(self) -> GenerationSettings:
+        """The settings of generated texts, `generation` or its defaults."""
+        return self.generation or GenerationSettings()
 
     def qualities(self) -> tuple[Quality, ...]:
         """Return the quality metrics of every candidate, with the code of own metrics loaded. Raises MetricError."""
-        wanted = [QUALITIES[o.name] for o in self.objectives if o.name in QUALITIES]
+        wanted = [quality(o.name, self.greedy.pattern) for o in self.objectives if o.name in QUALITIES]
         own = [metric.loaded(self.folder) for metric in self.own_metrics().values()]
         return tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autopeft.evaluators.backbones import load_processor, skeleton
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
 from autopeft.evaluators.quantization import check_package
+from autopeft.evaluators.texts import check_packages, longest_text, prompts_of
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.metrics import MetricError, Own
+from autopeft.search_space.metrics import QUALITIES, MetricError, OfTexts, Own, RegexMatch, UserDefined, quality
 from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.spaces.rules import ALL_BASELINES, RULES
 from autopeft.search_space.spaces.space import SearchSpace
@@ -25,7 +26,7 @@ from autopeft.searchers import SEARCHERS
 from autopeft.searchers.bo.encoding import smallest
 from autopeft.studies.config.earlier import with_turns_of
 from autopeft.studies.config.problem import problem_for
-from autopeft.studies.config.source import StudyFileError
+from autopeft.studies.config.source import Keys, StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.session import open_ledger, prior_trials, recorded_settings, was_started
 from autopeft.studies.errors import NoFeasibleCandidateError, UnusableEnvironmentError
@@ -57,9 +58,11 @@ def check(
         splits = load_splits(settings.data_settings(), settings.task)
     except DataError as error:
         problems += [settings.render(("data",), problem) for problem in error.problems]
+    own = {}
     for name, metric in settings.own_metrics().items():
         try:
-            _try(metric.loaded(settings.folder), settings, splits)
+            own[name] = metric.loaded(settings.folder)
+            _try(own[name], settings, splits)
         except MetricError as error:
             problems.append(settings.render(("metrics", name), str(error)))
     try:
@@ -77,6 +80,7 @@ def check(
     if splits is not None and model is not None:
         try:
             splits = _encoded(settings, splits, model, progress)
+            problems += _texts_problems(settings, splits, own, model)
         except DataError as error:
             problems += [settings.render(("data",), problem) for problem in error.problems]
         except ModelError as error:
@@ -106,6 +110,7 @@ def check(
         check_package(quantization)
     except MissingPackageError as error:
         lacking = settings.render(("model", "quantization"), str(error))
+    lacking = lacking or _lacking_package(settings)
     if lacking and not problems:
         raise UnusableEnvironmentError(lacking)
     if lacking:
@@ -186,10 +191,59 @@ def _encoded(
     return replace(splits, encoded=encoded, warnings=(*splits.warnings, *encoded.warnings()))
 
 
-def _try(metric: Own, settings: StudyFile, splits: Splits | None) -> None:
+def _try(metric: UserDefined, settings: StudyFile, splits: Splits | None) -> None:
     """Compute a metric on partly correct predictions. Raises MetricError."""
     import numpy as np
 
+    if not isinstance(metric, Own):
+        return  # it reads texts, which encoded rows have
     targets = None if splits is None else settings.task_class.truth(splits.validation, splits.labels or ())
     if targets is not None:
         metric.of(targets, np.roll(targets, 1, axis=0))
+
+
+def _lacking_package(settings: StudyFile) -> str | None:
+    """Return the problem of the first objective whose package is not installed, or None."""
+    for i, objective in enumerate(settings.objectives):
+        try:
+            check_packages([QUALITIES[objective.name]] if objective.name in QUALITIES else [])
+        except MissingPackageError as error:
+            return settings.render(("objectives", i), str(error))
+    return None
+
+
+def _texts_problems(settings: StudyFile, splits: Splits, own: Mapping[str, UserDefined], model: Any) -> Iterator[str]:
+    """Yield the problems of metrics of texts, which are tried on the references of the neighbouring rows.
+
+    `splits`: with their encoded rows. `own`: the user's metrics with their code. Metrics whose package is missing are
+    not tried.
+    """
+    named = [(("objectives", i), o.name) for i, o in enumerate(settings.objectives) if o.name in QUALITIES]
+    metrics: list[tuple[Keys, Any]] = [(place, quality(name, settings.greedy.pattern)) for place, name in named]
+    metrics += [(("metrics", name), metric) for name, metric in own.items()]
+    of_texts = [(place, metric) for place, metric in metrics if isinstance(metric, OfTexts)]
+    if not of_texts or splits.encoded is None:
+        return
+    task = splits.encoded.task
+    try:
+        rows = prompts_of(task, splits, splits.encoded.examples)
+    except DataError as error:
+        for problem in error.problems:
+            yield settings.render(of_texts[0][0], problem)
+        return
+    try:
+        longest_text(rows, settings.greedy.for_evaluators(), task.limit(model))
+    except DataError as error:
+        yield from (settings.render(("generation",), problem) for problem in error.problems)
+    for split, found in rows.items():
+        prompts, references = (
+            [task.processor.decode(getattr(row, name), skip_special_tokens=True) for row in found]
+            for name in ("prompt", "reference")
+        )
+        for place, metric in of_texts:
+            # Of the metrics of the registry, the pattern alone depends on what the rows say.
+            if isinstance(metric, RegexMatch) or (metric.name in own and split == "validation"):
+                try:
+                    metric.of(prompts, [*references[1:], *references[:1]], references)
+                except MetricError as error:
+                    yield settings.render(place, f"{error} ({split} rows)")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.search_space.metrics import ALWAYS, QUALITIES
+from autopeft.search_space.metrics import ALWAYS, QUALITIES, quality
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
-from autopeft.studies.recipes.parts import Measured
+from autopeft.studies.recipes.parts import Measured, RecipeGeneration
 from autopeft.studies.recipes.recipe import Recipe
 
 #: Tolerance of promises: studies store scores per example with four decimals. If the seed makes no difference, as with
@@ -42,6 +42,7 @@ def retrain(
     """
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.data.splits import load_splits
+    from autopeft.evaluators.texts import Generation
     from autopeft.evaluators.training.train import TrainEvaluator
 
     if recipe.metrics and not trust_code:
@@ -51,8 +52,10 @@ def retrain(
             "package. Read the code, then permit it with --trust-code"
         )
     with inputs_checked():
-        own = [metric.declared(name).loaded(Path(recipe.data.folder)) for name, metric in recipe.metrics.items()]
-        wanted = [QUALITIES[name] for name in recipe.measured if name in QUALITIES]
+        of_texts, greedy = recipe.task_class.generates, recipe.generation or RecipeGeneration()
+        declared = [metric.declared(name, of_texts) for name, metric in recipe.metrics.items()]
+        own = [metric.loaded(Path(recipe.data.folder)) for metric in declared]
+        wanted = [quality(name, greedy.pattern) for name in recipe.measured if name in QUALITIES]
         metrics = tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
         splits = load_splits(recipe.data.for_loading(), recipe.task)
         for what in ("labels", "domains"):  # outputs and routers identify them by their positions
@@ -71,7 +74,9 @@ def retrain(
             backbone=recipe.host,
             quantization=recipe.backbone.quantization,
         )
-        evaluator = TrainEvaluator(loaded, recipe.task, splits, recipe.data.max_length, metrics)
+        generation = Generation(max_new_tokens=greedy.max_new_tokens)
+        length = recipe.data.max_length
+        evaluator = TrainEvaluator(loaded, recipe.task, splits, length, metrics, generation=generation)
     if recipe.contents is not None and (changed := recipe.contents.changes(splits, loaded.weights())):
         raise ConfigurationError(
             "data or model differ from those of the recipe's study, so its promises are not about them:\n  "

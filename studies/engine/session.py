@@ -85,6 +85,7 @@ def evaluator_for(settings: StudyFile, splits: Splits, backbone: Backbone | None
         cache_folder_bytes=wanted.cache_folder_bytes,
         micro_batch=wanted.micro_batch,
         checkpointing=wanted.checkpointing,
+        generation=settings.greedy.for_evaluators(),
     )
     with inputs_checked():
         metrics = settings.qualities()

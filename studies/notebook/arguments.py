@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autopeft.search_space.metrics import QUALITIES, MetricError, Own, Quality, place_of
+from autopeft.search_space.metrics import QUALITIES, MetricError, Quality, UserDefined, place_of
 from autopeft.search_space.problem import METRICS
 from autopeft.studies.config.source import PlacedProblem, StudyFileError
 from autopeft.studies.config.written import space_section, training_section
@@ -83,12 +83,12 @@ def _objectives(objectives: Any, metric: Any, own: Any, problems: list[PlacedPro
     if metric is None:
         return objectives, own
     name = metric if isinstance(metric, str) else getattr(metric, "name", getattr(metric, "__name__", None))
-    if isinstance(metric, Quality) and not isinstance(metric, Own):
+    if isinstance(metric, Quality) and not isinstance(metric, UserDefined):
         _register(metric, problems)
-    elif not isinstance(metric, (str, Own)) and not callable(metric):
+    elif not isinstance(metric, (str, UserDefined)) and not callable(metric):
         problems.append((("metric",), f"must be a function, a metric or a name, got a {type(metric).__name__}"))
     elif not isinstance(metric, str):
-        place = metric.place if isinstance(metric, Own) else _place(metric, ("metric",), problems)
+        place = metric.place if isinstance(metric, UserDefined) else _place(metric, ("metric",), problems)
         own = {**(own or {}), str(name): place}
     given = ["num_params"] if objectives is None else objectives
     if isinstance(given, (list, tuple)):

@@ -23,6 +23,7 @@ from autopeft.studies.recipes.parts import (
     OwnMetric,
     Provenance,
     RecipeData,
+    RecipeGeneration,
 )
 from autopeft.studies.recipes.recipe import Recipe
 from autopeft.studies.storage.ledger import Ledger
@@ -53,6 +54,7 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
             own.name: OwnMetric(function=own.place, direction="maximise" if own.maximise else "minimise")
             for own in settings.own_metrics().values()
         },
+        generation=RecipeGeneration(**settings.greedy.deciding) if settings.greedy.deciding else None,
         measured=_measured(snapshot, entry),
         averaged=_averaged(entry, snapshot.quality),
         compared=_compared(snapshot, number),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from autopeft.search_space.metrics import Own
+from autopeft.search_space.metrics import UserDefined, user_defined
 from autopeft.studies.config.earlier import FIRST_TURNS
 from autopeft.studies.config.fingerprint import changes
 from autopeft.studies.config.sections.inputs import DataSettings
@@ -113,9 +113,16 @@ class OwnMetric(Part):
     function: str
     direction: Literal["maximise", "minimise"] = "maximise"
 
-    def declared(self, name: str) -> Own:
-        """Return the metric without loading its code. Raises MetricError."""
-        return Own.declared(name, self.function, self.direction == "maximise")
+    def declared(self, name: str, of_texts: bool = False) -> UserDefined:
+        """Return the metric without loading its code. `of_texts`: for a task that generates. Raises MetricError."""
+        return user_defined(name, self.function, self.direction == "maximise", of_texts)
+
+
+class RecipeGeneration(Part):
+    """The settings of the study on which the values of metrics of texts depend, as in `GenerationSettings`."""
+
+    max_new_tokens: int | None = None
+    pattern: str | None = None
 
 
 class RowsDigest(Part):

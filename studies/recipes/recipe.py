@@ -47,6 +47,7 @@ from autopeft.studies.recipes.parts import (
     Provenance,
     RecipeBackbone,
     RecipeData,
+    RecipeGeneration,
 )
 from autopeft.studies.versions import newer
 
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 #: Version 2 has `contents`.
 SCHEMA_VERSION: Literal[2] = 2
 #: Fields that were added to version 1, and are left out if they are empty.
-LATER = ("metrics", "compared", "contents")
+LATER = ("metrics", "generation", "compared", "contents")
 
 #: Keys and values of a recipe, which has a dozen for each site and adapter of a model of any depth.
 MOST_VALUES = 200_000
@@ -71,6 +72,7 @@ _COMMENTS = {
     "sites": "where those sites, and the linears of the task head, are in the model",
     "training": "AdamW; warmup is a share of the steps",
     "metrics": "code of the study's user that `autopeft train` and `verify` run with --trust-code alone",
+    "generation": "greedy texts after the prompts, which the metrics of texts read",
     "measured": "low and high: where one more training run with another seed is promised to end",
     "compared": "the front of the study: means over fresh seeds, and the difference to its best member",
     "contents": "digests of what the study read: `train` and `verify` refuse other rows and another model",
@@ -136,6 +138,7 @@ class Recipe(Part):
     data: RecipeData
     seed: int = 0
     metrics: dict[str, OwnMetric] = Field(default_factory=dict)
+    generation: RecipeGeneration | None = None
     measured: dict[str, Measured] = Field(default_factory=dict)
     averaged: dict[str, Averaged] = Field(default_factory=dict)
     compared: Comparison | None = None
@@ -280,6 +283,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "backbone": RecipeBackbone,
     "data": RecipeData,
     "metrics": OwnMetric,
+    "generation": RecipeGeneration,
     "measured": Measured,
     "averaged": Averaged,
     "compared": Comparison,

@@ -14,9 +14,11 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.layers import without_cache
 from autopeft.evaluators.backbones import load_processor
 from autopeft.evaluators.data.splits import load_splits
-from autopeft.evaluators.generation import ends_of, greedy
+from autopeft.evaluators.generation import ends_of, greedy, greedy_of_slots
 from autopeft.evaluators.rows import DataConfig
 from autopeft.evaluators.tasks import TASKS
 from autopeft.search_space.adapters import (
@@ -29,6 +31,8 @@ from autopeft.search_space.adapters import (
     Prefix,
     Ssf,
 )
+from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.backbones.introspection import describe
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.exporters.native import attach, bare_backbone
 from autopeft.studies.recipes.recipe import Recipe
@@ -185,3 +189,81 @@ def test_the_ends_are_those_of_tokenizer_checkpoint_and_template(model_folder: P
     assert ends_of(model, tokenizer, [[5, 6, turn, 9], [5]]) == {1, 7, turn}
     model.generation_config = GenerationConfig()
     assert ends_of(model, tokenizer, [[turn, 5, 6]]) == {1}, "a turn that begins is no end"
+
+
+def in_a_pack(model: Any, placements: Sequence[dict[str, AdapterSpec]]) -> tuple[Attachment, list[dict[str, Any]]]:
+    """Candidates side by side, with random weights that each act."""
+    backbone = describe(model, id="tiny")
+    architectures = [Architecture.of({name: (spec,) for name, spec in one.items()}) for one in placements]
+    attachment = Attachment(model, backbone, architectures, list(range(len(architectures))))
+    random = torch.Generator().manual_seed(0)
+    states = []
+    for k in range(len(architectures)):
+        drawn = {n: t + 0.5 * torch.randn(t.shape, generator=random) for n, t in attachment.state(k).items()}
+        attachment.load_state(drawn, k)
+        states.append(drawn)
+    attachment.eval()
+    return attachment, states
+
+
+def alone(model: Any, attachment: Attachment, k: int, state: dict[str, Any], rows: list[list[int]]) -> list[list[int]]:
+    """The texts of one candidate of a pack that has been detached."""
+    with Attachment(model, attachment.backbone, [attachment.architectures[k]], [k]) as one:
+        one.load_state(state)
+        one.eval()
+        return texts(model, rows, one)
+
+
+PACKS = {
+    "mixed": [PLACEMENT, KINDS["dora"], KINDS["bottleneck"], KINDS["ia3"]],
+    "prefixes": [KINDS["prefix"], {"layers.1.attn": Prefix(length=2)}, PLACEMENT],
+    "experts": [KINDS["experts"], PLACEMENT, {"layers.1.attn.v": Mixture(expert=Lora(rank=2), experts=2, top_k=1)}],
+}
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_texts_of_a_pack_are_those_of_each_candidate_alone(
+    pack: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.evaluators.generation.MOST_ROWS", 16)  # several batches of prompts
+    model = bare_backbone(make_recipe("llama", model_folder, PLACEMENT)).model
+    rows = prompts(9)
+    attachment, states = in_a_pack(model, PACKS[pack])
+    settings: dict[str, Any] = {"ends": ENDS, "padding": PADDING, "max_new_tokens": NEW}
+    with attachment:
+        found = greedy_of_slots(model, rows, attachment=attachment, **settings)
+        assert len(attachment.state(0)) == len(states[0]), "the pack is attached as before"
+        again = greedy_of_slots(model, rows, attachment=attachment, **settings)
+    assert again == found
+    assert found == [alone(model, attachment, k, state, rows) for k, state in enumerate(states)]
+    assert len({str(of_slot) for of_slot in found}) == len(found), "the candidates differ"
+    assert texts(model, rows) not in found
+
+
+def test_experts_of_a_pack_are_averaged_as_those_of_each_alone(model_folder: Path) -> None:
+    model = bare_backbone(make_recipe("llama", model_folder, PLACEMENT)).model
+    rows = prompts(5)
+    attachment, states = in_a_pack(model, PACKS["experts"])
+    settings: dict[str, Any] = {"ends": ENDS, "padding": PADDING, "max_new_tokens": NEW}
+    with attachment:
+        routed = greedy_of_slots(model, rows, attachment=attachment, **settings)
+        with attachment.routers.averaged():
+            found = greedy_of_slots(model, rows, attachment=attachment, **settings)
+    assert [own == other for own, other in zip(found, routed, strict=True)] == [False, True, False]
+    with Attachment(model, attachment.backbone, [attachment.architectures[0]], [0]) as one:
+        one.load_state(states[0])
+        one.eval()
+        with one.routers.averaged():
+            assert texts(model, rows, one) == found[0]
+
+
+def test_a_cache_is_kept_where_training_keeps_none(model_folder: Path) -> None:
+    model: Any = bare_backbone(make_recipe("llama", model_folder, PLACEMENT)).model
+    widths = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with without_cache(model):
+        texts(model, [[5, 6, 7]])
+    assert widths[0] == 3
+    assert set(widths[1:]) == {1}

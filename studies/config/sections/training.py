@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     Field,
@@ -17,6 +17,9 @@ from autopeft.studies.config.sections.base import (
     Section,
     Setting,
 )
+
+if TYPE_CHECKING:
+    from autopeft.evaluators.texts import Generation
 
 #: The default evaluator, which supports every setting.
 PACKED = "packed"
@@ -66,6 +69,36 @@ class EvaluationSettings(Section):
     def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out later additions that are not set; see `DataSettings`."""
         return {name: value for name, value in default(self).items() if name not in _LATER or value is not None}
+
+
+class GenerationSettings(Section):
+    """Greedy texts after the prompts of the held-out rows, which metrics of texts read (causal-lm)."""
+
+    max_new_tokens: Count | None = Field(
+        default=None,
+        description="tokens at which a text is cut off; null: as many as the longest reference of the validation rows",
+    )
+    every: Literal["end", "rung"] = Field(
+        default="end",
+        description="end: after a training, and at rungs where search.keep may stop candidates; rung: at every rung",
+    )
+    pattern: str | None = Field(
+        default=None,
+        min_length=1,
+        description="regular expression of the metric regex-match, to be found in the text; what its groups capture"
+        " must be the same in the reference",
+    )
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide results, without those that are not set."""
+        return {name: value for name in ("max_new_tokens", "pattern") if (value := getattr(self, name)) is not None}
+
+    def for_evaluators(self) -> Generation:
+        """Return the argument of evaluators."""
+        from autopeft.evaluators.texts import Generation
+
+        return Generation(max_new_tokens=self.max_new_tokens, at_rungs=self.every == "rung")
 
 
 #: Settings that were added after the first version of the file.

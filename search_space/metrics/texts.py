@@ -1,0 +1,111 @@
+"""Metrics of generated texts: numbers of each row from its prompt, the generated text and the reference."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import ClassVar
+
+from typing_extensions import override
+
+from autopeft.search_space.metrics.base import Columns, MetricError, PerExample
+
+#: The columns of texts, a string per example.
+PROMPTS, GENERATED, REFERENCES = TEXTS = ("prompts", "generated", "references")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfTexts(PerExample):
+    """The mean of the numbers that `of` computes from the texts of each row.
+
+    A subclass implements `of`. `package`: an optional package that it needs. The evaluator adds the columns `TEXTS`,
+    and `with_numbers` the column of the metric, of which the value and the contributions are computed.
+    """
+
+    package: ClassVar[str] = ""
+
+    @override
+    def computable(self, columns: Collection[str]) -> bool:
+        return self.name in columns or set(TEXTS) <= set(columns)
+
+    @abstractmethod
+    def of(self, prompts: Sequence[str], generated: Sequence[str], references: Sequence[str]) -> Sequence[float]:
+        """Return a number per row, [N], from the texts, [N] each. Raises MetricError."""
+
+    def lacking(self) -> str | None:
+        """Return what to do about the missing package of this metric; None if nothing is missing."""
+        if not self.package or find_spec(self.package) is not None:
+            return None
+        name = self.package.replace("_", "-")
+        return f"the metric {self.name} needs the package {name}, which is not installed: pip install {name}"
+
+
+def with_numbers(columns: Columns, metrics: Sequence[OfTexts]) -> Columns:
+    """Return the columns with one of the name of each metric in place of the texts. Raises MetricError."""
+    texts = [columns[name] for name in TEXTS]
+    numbers = {metric.name: metric.of(*texts) for metric in metrics}
+    return {**{name: column for name, column in columns.items() if name not in TEXTS}, **numbers}
+
+
+def _agree(found: Sequence[bool]) -> list[float]:
+    return [float(one) for one in found]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactMatch(OfTexts):
+    """1 where the generated text is the reference, apart from white space at its beginning and end, else 0."""
+
+    name: str = "exact-match"
+    unit: str = "share"
+    maximise: bool = True
+    bound: float | None = 1.0
+    worst: float | None = 0.0
+    summary: str = "generated texts of the validation rows that are the reference, apart from white space around them"
+
+    @override
+    def of(self, prompts: Sequence[str], generated: Sequence[str], references: Sequence[str]) -> Sequence[float]:
+        pairs = zip(generated, references, strict=True)
+        return _agree([own.strip() == reference.strip() for own, reference in pairs])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegexMatch(OfTexts):
+    """1 where the study's pattern is found in the generated text, else 0.
+
+    A pattern with groups compares what they capture: 1 where the groups of its first match in the generated text are
+    those of its first match in the reference. `pattern`: of Python's module `re`.
+    """
+
+    name: str = "regex-match"
+    unit: str = "share"
+    maximise: bool = True
+    bound: float | None = 1.0
+    worst: float | None = 0.0
+    summary: str = "generated texts of the validation rows that agree with the study's pattern, generation.pattern"
+    pattern: str = ""
+
+    def with_pattern(self, pattern: str) -> RegexMatch:
+        """Return the metric with the pattern of a study."""
+        return replace(self, pattern=pattern)
+
+    @override
+    def of(self, prompts: Sequence[str], generated: Sequence[str], references: Sequence[str]) -> Sequence[float]:
+        pattern = re.compile(self.pattern)
+        if not pattern.groups:
+            return _agree([pattern.search(own) is not None for own in generated])
+        pairs = zip(generated, references, strict=True)
+        return _agree([_captured(pattern, own) == _captured(pattern, expected, self) for own, expected in pairs])
+
+
+def _captured(pattern: re.Pattern[str], text: str, required_by: RegexMatch | None = None) -> tuple[str, ...] | None:
+    """Return what the groups of the first match capture. Raises MetricError if a match is required and missing."""
+    match = pattern.search(text)
+    if match is None and required_by is not None:
+        raise MetricError(
+            f"the metric {required_by.name}: the groups of generation.pattern are compared with those in the reference,"
+            f" and it is not found in the reference {text!r:.80}"
+        )
+    return None if match is None else match.groups()
