@@ -137,7 +137,7 @@ def step_times(
         left_s = within_s - (time.perf_counter() - begun)
         scores_s, _ = _sample(lambda: bench.timed(bench.scores), least=2, within_s=left_s)
     scale = rows / measured
-    return StepTimes(step_s=scale * step_s, scores_s=scale * scores_s, spread=spread_s / step_s, share=measured / most)
+    return StepTimes(step_s=scale * step_s, scores_s=scale * scores_s, spread=spread_s / step_s, share=measured / rows)
 
 
 class _Bench:

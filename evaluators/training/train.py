@@ -14,6 +14,7 @@ from typing_extensions import override
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.base import OnOutcome, Outcome, Progress, Request, Select, memory_errors
+from autopeft.evaluators.costs.pack_sizing import Levers
 from autopeft.evaluators.tasks import Scored
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.base import WHOLE, TrainingEvaluator, steps_at
@@ -68,18 +69,23 @@ def train_alone(evaluator: TrainingEvaluator, request: Request, report: Callable
     try:
         if evaluator.is_bare(request.candidate):
             raise TrainingFailedError("nothing to train: no adapter is on and the model has no task head")
+        levers = evaluator.levers_of(request.candidate)  # it may run the bare model, so no adapter is attached yet
         with (
             memory_errors(),
             evaluator.attach(request) as attachment,
-            saving_memory(attachment, evaluator.levers.checkpointing),
+            saving_memory(attachment, levers.checkpointing),
         ):
-            return _trained(evaluator, request, attachment, report)
+            return _trained(evaluator, request, attachment, levers, report)
     except Exception as error:
         return failure(request, error)
 
 
 def _trained(
-    evaluator: TrainingEvaluator, request: Request, attachment: Attachment, report: Callable[[int], None]
+    evaluator: TrainingEvaluator,
+    request: Request,
+    attachment: Attachment,
+    levers: Levers,
+    report: Callable[[int], None],
 ) -> Outcome:
     begin = time.perf_counter()
     training = evaluator.training(request.candidate)
@@ -87,7 +93,7 @@ def _trained(
     rungs = {steps_at(rung, full): rung for rung in request.fidelity.rungs}
     record = Record(evaluator.metrics)
     at_a_time = evaluator.evaluation_batch_size(evaluator.levers, training.batch_size)
-    for step, seconds, loss in _steps(evaluator, request, attachment, training, steps, full):
+    for step, seconds, loss in _steps(evaluator, request, attachment, levers.rows, training, steps, full):
         record.train_s += seconds
         record.losses.append(loss)
         report(step)
@@ -105,11 +111,12 @@ def _steps(
     evaluator: TrainingEvaluator,
     request: Request,
     attachment: Attachment,
+    rows: int | None,
     training: Training,
     steps: int,
     full: int,
 ) -> Iterator[tuple[int, float, float]]:
-    """Train the first `steps` of `full` steps; yield step number, seconds and loss.
+    """Train the first `steps` of `full` steps; yield step number, seconds and loss. `rows`: of a micro-batch.
 
     The attachment is in training mode between steps. Raises TrainingFailedError if a loss is not finite.
     """
@@ -117,7 +124,6 @@ def _steps(
     groups = decay_groups(parameters, training)
     optimizer = AdamW(groups, lr=training.learning_rate, fused=True) if groups else None
     order = batching.training_batches(evaluator.lengths["train"], training.batch_size, request.seed)
-    rows = evaluator.levers_of(request.candidate).rows
     attachment.train()
     with torch.random.fork_rng(devices=[evaluator.device] if evaluator.device.type == "cuda" else []):
         torch.manual_seed(request.seed)  # the dropout of a backbone that is trained itself
