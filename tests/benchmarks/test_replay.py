@@ -106,6 +106,7 @@ def recorded(folder: Path, searcher: str, trials: int = 24) -> Recording:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("searcher", ["random", "tpe", "nsga2", "evolution", "linas", "bo"])
 def test_without_a_perturbation_all_trials_are_kept(searcher: str, tmp_path: Path) -> None:
     recording = recorded(tmp_path, searcher)

@@ -125,6 +125,7 @@ def noisy(problem: Problem, number: int, genes: dict, suggested: object = None) 
     return ended(problem, number, genes, suggested, measurement=found, state="pruned" if pruned else "complete")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "evolution", "linas", "bo"])
 def test_last_digits_change_no_suggestion(name: str) -> None:
     """Of the search's own trials, of trials observed beside it, and of a prior study."""

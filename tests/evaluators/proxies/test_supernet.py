@@ -139,6 +139,7 @@ def test_scores_are_the_held_out_losses(evaluator: PackedEvaluator) -> None:
         assert supernet.scores(architectures) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_trains(evaluator: PackedEvaluator, name: str) -> None:
     policy = POLICIES[name](space_of(evaluator.backbone), 0)

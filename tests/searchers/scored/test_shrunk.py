@@ -56,6 +56,7 @@ def test_the_largest_first_and_then_the_best_of_each_size() -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [60.0, 200.0, 500.0])
 def test_it_ends_at_the_smallest_size_that_is_as_good(least: float) -> None:
     problem = replace(problem_of(noise=0.0), within=0.001)

@@ -54,6 +54,7 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
     assert snapshot([without], constant={"accuracy": 1.0}).nothing_learnt is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quality", ["accuracy", "loss"])
 def test_a_study_says_that_nothing_was_learnt(quality: str, tmp_path: Path) -> None:
     """At a learning rate of 1e-9 it says so, also from its ledger; where something was learnt it does not."""

@@ -95,6 +95,7 @@ def test_an_error_of_all_candidates_stops(tmp_path: Path, monkeypatch: pytest.Mo
         run(settings)
 
 
+@pytest.mark.slow
 def test_a_few_failures_are_recorded_and_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_study(save_study(tmp_path / "study", **CHANGES))
     failed = breaking(monkeypatch, RuntimeError, "norm", most=2)
