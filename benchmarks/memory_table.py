@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
-from autopeft.evaluators.base import Attaching, Costs, Outcome, Request
+from autopeft.evaluators.base import Attaching, Request
 from autopeft.evaluators.costs.pack_sizing import MAX_SLOTS, Levers, forecasts, slots_in
 from autopeft.evaluators.tasks import TASKS, Batch
 from autopeft.search_space.adapters import AdapterSpec, Lora
@@ -65,7 +65,7 @@ class Fit:
 
 
 class WithoutValues(Attaching):
-    """An evaluator on torch's meta device, which can be sized and not run. `rows`: of a minibatch, of `tokens` tokens.
+    """A model on torch's meta device, whose steps have sizes. `rows`: of a minibatch, of `tokens` tokens.
 
     Every token has a loss.
     """
@@ -85,18 +85,6 @@ class WithoutValues(Attaching):
     def longest_batch(self, candidate: Candidate) -> Batch:
         ids = torch.zeros(self._shape, dtype=torch.long, device=self.device)
         return {"input_ids": ids, "targets": ids}
-
-    @override
-    def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:
-        raise NotImplementedError
-
-    @override
-    def num_steps(self, request: Request) -> int:
-        raise NotImplementedError
-
-    @override
-    def evaluate(self, requests: Sequence[Request], *args: Any, **kwargs: Any) -> list[Outcome]:
-        raise NotImplementedError
 
     def candidate(self, spec: AdapterSpec) -> Request:
         """Return a candidate with an adapter at all linears of the layers."""

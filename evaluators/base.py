@@ -119,8 +119,8 @@ class Evaluator(ABC):
         """
 
 
-class Attaching(Evaluator):
-    """An evaluator that holds a model on a device and attaches the adapters of candidates to it."""
+class Attaching(ABC):
+    """Holds a model on a device and attaches the adapters of candidates to it: what the size of a step follows from."""
 
     backbone: Backbone
     task: Task
@@ -133,3 +133,7 @@ class Attaching(Evaluator):
     @abstractmethod
     def longest_batch(self, candidate: Candidate) -> Batch:
         """Return a training batch of the longest rows, of the candidate's batch size."""
+
+
+class AttachingEvaluator(Attaching, Evaluator):
+    """An evaluator that attaches the adapters of candidates to its model."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from autopeft.evaluators.base import Attaching
+from autopeft.evaluators.base import AttachingEvaluator
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.spaces.space import SearchSpace
@@ -33,7 +33,7 @@ class CostTable:
 
     def __init__(
         self,
-        evaluator: Attaching,
+        evaluator: AttachingEvaluator,
         space: SearchSpace,
         metrics: Collection[str],
         training: Mapping[str, Any],

@@ -19,7 +19,7 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.base import Attaching, Costs, Request, memory_errors
+from autopeft.evaluators.base import AttachingEvaluator, Costs, Request, memory_errors
 from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
@@ -70,7 +70,7 @@ class EvaluatorOptions:
         return Levers(self.micro_batch, bool(self.checkpointing))
 
 
-class TrainingEvaluator(Attaching):
+class TrainingEvaluator(AttachingEvaluator):
     """Full or partial training by AdamW; see `Fidelity`.
 
     The frozen backbone stays in evaluation mode, without its own dropout; a candidate that trains the backbone itself
@@ -129,8 +129,7 @@ class TrainingEvaluator(Attaching):
         options: EvaluatorOptions,
     ) -> Self:
         """Build the evaluator with the options that it supports. Raises DataError and MetricError."""
-        own: dict[str, Any] = {"levers": options.levers, "generation": options.generation}
-        return cls(loaded, task, splits, max_length, metrics, **own)
+        return cls(loaded, task, splits, max_length, metrics, levers=options.levers, generation=options.generation)
 
     @override
     def attach(self, request: Request) -> Attachment:

@@ -84,8 +84,8 @@ class PackedEvaluator(TrainingEvaluator):
         checkpointing: bool | None = None,
         generation: Generation = GREEDY,
     ) -> None:
-        own: dict[str, Any] = {"levers": Levers(micro_batch, bool(checkpointing)), "generation": generation}
-        super().__init__(loaded, task, splits, max_length, metrics, **own)
+        levers = Levers(micro_batch, bool(checkpointing))
+        super().__init__(loaded, task, splits, max_length, metrics, levers=levers, generation=generation)
         self.pack = pack
         self.cache = cache
         if self.unpackable:

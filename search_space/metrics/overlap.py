@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from autopeft.search_space.metrics.texts import OfTexts
+from autopeft.search_space.metrics.texts import ShareOfTexts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RougeL(OfTexts):
+class RougeL(ShareOfTexts):
     """ROUGE-L, the F-measure of the longest common subsequence of words (Lin 2004), as rouge-score has it.
 
     Without a stemmer. The package reads letters a to z and digits alone: a text in another alphabet has no words.
@@ -22,10 +22,6 @@ class RougeL(OfTexts):
     package: ClassVar[str] = "rouge_score"
 
     name: str = "rouge-l"
-    unit: str = "share"
-    maximise: bool = True
-    bound: float | None = 1.0
-    worst: float | None = 0.0
     summary: str = "ROUGE-L of the generated texts of the validation rows: F-measure of the longest common subsequence"
 
     @override
@@ -36,16 +32,12 @@ class RougeL(OfTexts):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chrf(OfTexts):
+class Chrf(ShareOfTexts):
     """chrF, an F-score of character n-grams (Popović 2015), of each sentence, as sacrebleu has it, from 0 to 1."""
 
     package: ClassVar[str] = "sacrebleu"
 
     name: str = "chrf"
-    unit: str = "share"
-    maximise: bool = True
-    bound: float | None = 1.0
-    worst: float | None = 0.0
     summary: str = "chrF of the generated texts of the validation rows: F-score of character n-grams, mean over rows"
 
     @override
@@ -54,7 +46,7 @@ class Chrf(OfTexts):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bleu(OfTexts):
+class Bleu(ShareOfTexts):
     """BLEU (Papineni et al. 2002) of each sentence, as sacrebleu has it, from 0 to 1.
 
     It is the mean over rows and not the BLEU of the corpus, because a mean has a standard error and paired differences
@@ -65,10 +57,6 @@ class Bleu(OfTexts):
     package: ClassVar[str] = "sacrebleu"
 
     name: str = "bleu"
-    unit: str = "share"
-    maximise: bool = True
-    bound: float | None = 1.0
-    worst: float | None = 0.0
     summary: str = "sentence BLEU of the generated texts of the validation rows, mean over rows"
 
     @override

@@ -43,6 +43,16 @@ class OfTexts(PerExample):
         return f"the metric {self.name} needs the package {name}, which is not installed: pip install {name}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareOfTexts(OfTexts):
+    """A metric of texts whose numbers are from 0 to 1, larger is better."""
+
+    unit: str = "share"
+    maximise: bool = True
+    bound: float | None = 1.0
+    worst: float | None = 0.0
+
+
 def with_numbers(columns: Columns, metrics: Sequence[OfTexts]) -> Columns:
     """Return the columns with one of the name of each metric in place of the texts. Raises MetricError."""
     texts = [columns[name] for name in TEXTS]
@@ -55,14 +65,10 @@ def _agree(found: Sequence[bool]) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExactMatch(OfTexts):
+class ExactMatch(ShareOfTexts):
     """1 where the generated text is the reference, apart from white space at its beginning and end, else 0."""
 
     name: str = "exact-match"
-    unit: str = "share"
-    maximise: bool = True
-    bound: float | None = 1.0
-    worst: float | None = 0.0
     summary: str = "generated texts of the validation rows that are the reference, apart from white space around them"
 
     @override
@@ -72,7 +78,7 @@ class ExactMatch(OfTexts):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RegexMatch(OfTexts):
+class RegexMatch(ShareOfTexts):
     """1 where the study's pattern is found in the generated text, else 0.
 
     A pattern with groups compares what they capture: 1 where the groups of its first match in the generated text are
@@ -80,10 +86,6 @@ class RegexMatch(OfTexts):
     """
 
     name: str = "regex-match"
-    unit: str = "share"
-    maximise: bool = True
-    bound: float | None = 1.0
-    worst: float | None = 0.0
     summary: str = "generated texts of the validation rows that agree with the study's pattern, generation.pattern"
     pattern: str = ""
 

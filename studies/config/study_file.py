@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from autopeft.search_space.metrics import ALWAYS, QUALITIES, Quality, UserDefined, quality, user_defined
 from autopeft.search_space.problem import COSTS, Goal, Objective
-from autopeft.studies.config.sections.base import MOST_NAMED, Duration, Name, Section
+from autopeft.studies.config.sections.base import MOST_NAMED, Duration, GrowingSection, Name
 from autopeft.studies.config.sections.inputs import DataSettings, ModelSettings, TaskName
 from autopeft.studies.config.sections.results import RecommendSettings, TrackingSettings
 from autopeft.studies.config.sections.search import (
@@ -36,8 +36,10 @@ FILE_NAME = "study.yaml"
 LEDGER = "ledger.db"
 
 
-class StudyFile(Section):
+class StudyFile(GrowingSection):
     """The settings of one study."""
+
+    later: ClassVar = {"generation": (None,)}
 
     study: Name = Field(description="name of the study: letters, digits, - and _")
     seed: int = Field(default=0, ge=0, lt=2**31, description="random seed; the same seed gives the same study")
@@ -100,11 +102,6 @@ class StudyFile(Section):
             data = DataSettings.model_construct(fields_set, **{**dict(self.data), "train_on_turns": "all"})
             object.__setattr__(self, "data", data)
         return self
-
-    @model_serializer(mode="wrap")
-    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out later additions that are not set; see `DataSettings`."""
-        return {name: value for name, value in default(self).items() if name != "generation" or value is not None}
 
     @property
     def path(self) -> Path:

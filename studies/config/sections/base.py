@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -11,9 +12,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     Tag,
     WithJsonSchema,
+    model_serializer,
 )
 
 from autopeft.search_space.domains import MOST
@@ -34,6 +37,20 @@ class Section(BaseModel):
 
     # Strict: a trial count of "40" or of 40.5 is a mistake, not a number to convert.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class GrowingSection(Section):
+    """A section with settings that were added after the first version of the file.
+
+    They are left out where they say what was done before, so that older studies, scores and recipes keep their keys.
+    """
+
+    #: Those settings, each with the values that say what was done before.
+    later: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in default(self).items() if value not in self.later.get(name, ())}
 
 
 class Range(Section):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.sections.base import (
     Count,
-    Section,
+    GrowingSection,
 )
 
 
@@ -30,8 +28,10 @@ def _known_task(name: str) -> str:
 TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
-class ModelSettings(Section):
+class ModelSettings(GrowingSection):
     """The frozen transformer."""
+
+    later: ClassVar = {"quantization": (None,)}
 
     id: str = Field(
         default="embedded",
@@ -49,14 +49,18 @@ class ModelSettings(Section):
         description="store its linear layers in 4 or 8 bits (needs bitsandbytes); null: as in the checkpoint",
     )
 
-    @model_serializer(mode="wrap")
-    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out later additions that are not set, so that older studies and scores keep their keys."""
-        return {name: value for name, value in default(self).items() if value not in _LATER.get(name, ())}
 
-
-class DataSettings(Section):
+class DataSettings(GrowingSection):
     """Rows for training, selection and test. Only finalists are scored on the test rows."""
+
+    later: ClassVar = {
+        "domain": (None,),
+        "text_pair": (None,),
+        "labels": (None,),
+        "messages": ("messages",),
+        "system": (None,),
+        "train_on_turns": (None, "last"),
+    }
 
     source: str = Field(
         default="embedded",
@@ -104,20 +108,3 @@ class DataSettings(Section):
         ge=1,
         description="size of a fixed random training subset with every label and domain; null: all rows",
     )
-
-    @model_serializer(mode="wrap")
-    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out later additions that are not set, so that older studies, scores and recipes keep their keys."""
-        return {name: value for name, value in default(self).items() if value not in _LATER.get(name, ())}
-
-
-#: Settings that were added after the first version of the file, with the values that say what was done before.
-_LATER: dict[str, tuple[str | None, ...]] = {
-    "quantization": (None,),
-    "domain": (None,),
-    "text_pair": (None,),
-    "labels": (None,),
-    "messages": ("messages",),
-    "system": (None,),
-    "train_on_turns": (None, "last"),
-}

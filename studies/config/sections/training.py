@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
 from autopeft.search_space.training import Training
 from autopeft.studies.config.sections.base import (
     Count,
+    GrowingSection,
     Range,
     Section,
     Setting,
@@ -40,8 +39,10 @@ class TrainingSettings(Section):
     max_grad_norm: Setting = Field(default=_DEFAULTS.max_grad_norm, description="clip of the gradient norm; 0: none")
 
 
-class EvaluationSettings(Section):
+class EvaluationSettings(GrowingSection):
     """How candidates are trained. It changes the duration of a study but not its results, except for rounding."""
+
+    later: ClassVar = {"micro_batch": (None,), "checkpointing": (None,)}
 
     evaluator: str = Field(
         default=PACKED,
@@ -64,11 +65,6 @@ class EvaluationSettings(Section):
         description="keep the inputs of the layers only, and run the layers again in the backward pass, which takes"
         " about half as long again; null: if a step does not fit without",
     )
-
-    @model_serializer(mode="wrap")
-    def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out later additions that are not set; see `DataSettings`."""
-        return {name: value for name, value in default(self).items() if name not in _LATER or value is not None}
 
 
 class GenerationSettings(Section):
@@ -99,7 +95,3 @@ class GenerationSettings(Section):
         from autopeft.evaluators.texts import Generation
 
         return Generation(max_new_tokens=self.max_new_tokens, at_rungs=self.every == "rung")
-
-
-#: Settings that were added after the first version of the file.
-_LATER = ("micro_batch", "checkpointing")

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -14,27 +13,12 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.session import open_ledger, read_snapshot
 
 from ...support.tiny_study import save_study, settings, write_rows
 
 SHORT = {"baselines": {"names": ["head"], "learning_rates": [1e-2]}, "finalists": {"seeds": 1, "most": 1}}
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process; exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def expect(found: tuple[int, str, str], code: int, *texts: str) -> None:

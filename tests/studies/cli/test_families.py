@@ -21,7 +21,6 @@ from autopeft.studies.engine.session import open_ledger, read_snapshot
 
 from ...support.tiny_models import seeded
 from ...support.tiny_study import WORDS, save_study
-from .test_bad_input import cli  # noqa: F401  (a fixture)
 
 SHAPE = {
     "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -43,7 +42,7 @@ def study_of(folder: Path, make: Any, config: Any, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("command", ["validate", "plan"])
 def test_an_adapter_that_the_family_cannot_take_is_said_at_its_line(
-    cli: Callable[..., Any],  # noqa: F811
+    cli: Callable[..., Any],
     tmp_path: Path,
     command: str,
 ) -> None:
@@ -59,7 +58,7 @@ def test_an_adapter_that_the_family_cannot_take_is_said_at_its_line(
     )
 
 
-def test_layers_that_return_tuples_are_shared(cli: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+def test_layers_that_return_tuples_are_shared(cli: Callable[..., Any], tmp_path: Path) -> None:
     path = study_of(tmp_path, RoFormerForSequenceClassification, RoFormerConfig(**SHAPE))
     code, _, errors = cli("run", path)
     assert code == 0
@@ -71,7 +70,7 @@ def test_layers_that_return_tuples_are_shared(cli: Callable[..., Any], tmp_path:
 
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_layers_that_cannot_be_shared_are_said_once(
-    cli: Callable[..., Any],  # noqa: F811
+    cli: Callable[..., Any],
     tmp_path: Path,
     command: str,
 ) -> None:
@@ -83,7 +82,7 @@ def test_layers_that_cannot_be_shared_are_said_once(
     assert "trainings take longer, with the same results" in errors
 
 
-def test_a_supernet_needs_modules_that_can_be_packed(cli: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_supernet_needs_modules_that_can_be_packed(cli: Callable[..., Any], tmp_path: Path) -> None:
     """DeBERTa projects its relative positions by the query and the key, once for all candidates."""
     positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
     config = DebertaV2Config(**SHAPE, **positions, position_buckets=4, max_relative_positions=8)

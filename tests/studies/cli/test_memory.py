@@ -11,13 +11,12 @@ import pytest
 from autopeft.evaluators.costs import pack_sizing
 
 from ...support.tiny_study import save_study
-from .test_bad_input import cli  # noqa: F401  (a fixture)
 from .test_families import SHORT
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_what_is_done_for_the_memory_is_said_with_its_order(
-    cli: Callable[..., Any],  # noqa: F811
+    cli: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: str,

@@ -14,7 +14,6 @@ from peft import PeftModel
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.sections.inputs import ModelSettings
 from autopeft.studies.engine.session import open_ledger
@@ -29,18 +28,6 @@ NF4 = {"id": "model", "quantization": "nf4"}
 SHORT = {"baselines": {"names": ["lora-r8-qv"], "learning_rates": [1e-2]}, "finalists": {"seeds": 1, "most": 1}}
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def save_llama_study(folder: Path, **changes: Any) -> Path:

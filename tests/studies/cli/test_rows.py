@@ -10,7 +10,6 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from autopeft import Study
-from autopeft.studies.cli.app import main
 from autopeft.studies.errors import UserError
 
 from ...support.chat_templates import GEMMA, LLAMA, R1
@@ -22,20 +21,6 @@ SHORT = {
     "finalists": {"seeds": 1, "most": 1},
     "search": {"searcher": "random", "trials": 1},
 }
-
-
-@pytest.fixture
-def cli(capsys):
-    """Exit code, stdout and stderr of a command."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def causal_study(folder: Path, rows: list[dict[str, Any]], template: str | None = None, **data: Any) -> Path:
