@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
-from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Full, Ia3, Lora, Mixture
+from autopeft.search_space.adapters import AdapterSpec, Bitfit, Bottleneck, Full, Ia3, Lora, Mixture, Norm
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone
 from autopeft.search_space.declaration import AdapterChoice, OneOf
@@ -188,12 +189,18 @@ def mola(experts: tuple[int, ...], backbone: Backbone) -> Architecture:
     )
 
 
+def houlsby(backbone: Backbone) -> Architecture:
+    """Return Houlsby et al. 2019, sections 2.1 and 3.1: adapters of size 64 after both sub-layers, and all norms."""
+    adapters = everywhere(backbone, Bottleneck(size=64, init="houlsby"), ("attn", "mlp"))
+    return Architecture.of(dict(chain(adapters.adapters, everywhere(backbone, Norm()).adapters)))
+
+
 BASELINES: dict[str, Callable[[Backbone], Architecture]] = {
     "head": lambda backbone: Architecture(),
     # The widely copied default of PEFT; a model with a fused projection has it there.
     "lora-r8-qv": lambda backbone: everywhere(backbone, Lora(rank=8), queries_and_values(backbone)),
     "lora-all-linear": lambda backbone: everywhere(backbone, Lora(rank=8), linears(backbone)),
-    "houlsby": lambda backbone: everywhere(backbone, Bottleneck(size=64, init="houlsby"), ("attn", "mlp")),
+    "houlsby": houlsby,
     "ia3": lambda backbone: everywhere(backbone, Ia3()),
     "bitfit": lambda backbone: everywhere(backbone, Bitfit()),
     **{name: partial(mola, experts) for name, experts in MOLA.items()},
