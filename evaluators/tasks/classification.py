@@ -14,7 +14,7 @@ from typing_extensions import override
 from autopeft.evaluators.rows import EMBEDDED_FUNCTIONS, DataConfig, Row, name_of, names_of, text_of
 from autopeft.evaluators.tasks.base import Example, Scored, Task
 from autopeft.evaluators.tasks.text import TextTask
-from autopeft.search_space.metrics.base import PREDICTION, PREDICTIONS, TARGET, TARGETS
+from autopeft.search_space.metrics.base import BRIER, CONFIDENCE, PREDICTION, PREDICTIONS, TARGET, TARGETS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ class Classification(TextTask):
     name = "classification"
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
-    columns = frozenset({"loss", "accuracy", TARGET, PREDICTION})
+    columns = frozenset({"loss", "accuracy", TARGET, PREDICTION, BRIER, CONFIDENCE})
     has_labels = True
     problem_type: ClassVar[str | None] = "single_label_classification"
     distils = True
@@ -154,12 +154,22 @@ class Classification(TextTask):
     @override
     def score(self, logits: Tensor, targets: Tensor) -> Scored:
         """Return the columns [N] from logits [N, C] and targets [N], indices of labels."""
+        import torch
         from torch.nn.functional import cross_entropy
 
         losses = cross_entropy(logits.float(), targets, reduction="none")
         predictions = logits.detach().argmax(-1)
         accuracies = (predictions == targets).float()
-        return {"loss": losses, "accuracy": accuracies, TARGET: targets, PREDICTION: predictions}
+        shares = logits.detach().float().softmax(-1)
+        errors = shares.scatter_add(-1, targets[:, None], -torch.ones_like(shares[:, :1]))
+        return {
+            "loss": losses,
+            "accuracy": accuracies,
+            TARGET: targets,
+            PREDICTION: predictions,
+            BRIER: (errors**2).sum(-1),
+            CONFIDENCE: shares.max(-1).values,
+        }
 
 
 class MultiLabel(Classification):
