@@ -160,16 +160,13 @@ class Classification(TextTask):
         losses = cross_entropy(logits.float(), targets, reduction="none")
         predictions = logits.detach().argmax(-1)
         accuracies = (predictions == targets).float()
-        shares = logits.detach().float().softmax(-1)
-        errors = shares.scatter_add(-1, targets[:, None], -torch.ones_like(shares[:, :1]))
-        return {
-            "loss": losses,
-            "accuracy": accuracies,
-            TARGET: targets,
-            PREDICTION: predictions,
-            BRIER: (errors**2).sum(-1),
-            CONFIDENCE: shares.max(-1).values,
-        }
+        columns = {"loss": losses, "accuracy": accuracies, TARGET: targets, PREDICTION: predictions}
+        if torch.is_grad_enabled():  # a training step reads the loss alone
+            return columns
+        shares = logits.float().softmax(-1)
+        # The sum over classes of (p - y)^2, with y = 1 for the target and 0 for the others.
+        errors = shares.square().sum(-1) - 2 * shares.gather(-1, targets[:, None])[:, 0] + 1
+        return {**columns, BRIER: errors.clamp(min=0.0), CONFIDENCE: shares.amax(-1)}
 
 
 class MultiLabel(Classification):

@@ -39,6 +39,7 @@ def json_schema() -> dict[str, Any]:
     by_name = next(form for form in search["start"]["items"]["oneOf"] if form["type"] == "string")
     _restrict(by_name, ALL_BASELINES)
     _restrict(definitions["BaselineSettings"]["properties"]["names"]["items"], ALL_BASELINES)
+    schema["properties"]["metrics"]["anyOf"][0]["additionalProperties"] = False
     lists = {"objectives": schema["properties"]["objectives"], "report": schema["properties"]["report"]["anyOf"][0]}
     # A study with its own metrics may name them, and a schema cannot know their names.
     schema["if"] = {"required": ["metrics"]}
