@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.metrics import QUALITIES, Metric, UserDefined
+from autopeft.search_space.metrics import QUALITIES, Metric, MetricsByName, Quality
 from autopeft.search_space.metrics.base import MetricSource
 from autopeft.search_space.spaces.genes import Assignment
 from autopeft.search_space.spaces.space import SearchSpace
@@ -50,7 +49,7 @@ COSTS: dict[str, Metric] = _costs(
     ("merged_latency_s", "seconds", "measured", "one forward pass of a batch, mergeable adapters merged"),
 )
 #: Quality metrics of the registry, then costs, by name. A view: plug-ins load on demand.
-METRICS: Mapping[str, Metric] = ChainMap(COSTS, cast("MutableMapping[str, Metric]", QUALITIES))
+METRICS = MetricsByName(COSTS, QUALITIES)
 #: Costs that an architecture alone determines; each is a method of `Architecture`.
 DECLARED = tuple(name for name, metric in COSTS.items() if metric.source == "declared")
 
@@ -62,7 +61,7 @@ def declared_costs(architecture: Architecture, backbone: Backbone) -> dict[str, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """A metric to optimise.
+    """A metric to optimise, or one that is only reported and may have a bound.
 
     `bound`: worst value that the user accepts. `reference`: value at the reference point of the hypervolume. Both
     are in the direction and unit of the metric. `own`: the metric, if the user defined it and `METRICS` lacks it.
@@ -75,7 +74,7 @@ class Objective:
     unit: str = ""
     bound: float | None = None
     reference: float | None = None
-    own: UserDefined | None = None
+    own: Quality | None = None
 
     @classmethod
     def of(cls, name: str, **settings: Any) -> Objective:
@@ -95,7 +94,7 @@ class Objective:
     @property
     def is_quality(self) -> bool:
         """Whether the metric is measured on held-out rows after training, with a sampling error."""
-        return self.own is not None or self.name in QUALITIES
+        return isinstance(self.own or METRICS.get(self.name), Quality)
 
     @property
     def is_cost(self) -> bool:
@@ -136,8 +135,9 @@ class Problem:
     trials of a related study; `surrogate`, the kind of model (None: the searcher's choice); `scored`, points with
     proxy scores.
 
-    `within`: the loss of quality that counts as none, in the unit of the metric; None: `Metric.default_margin`. Raises
-    ValueError for the goal "cheapest_as_good" without a quality, or without a cost to minimise, among the objectives.
+    `reported`: further metrics that candidates are measured by; those with a bound are constraints. `within`: the loss
+    of quality that counts as none, in the unit of the metric; None: `Metric.default_margin`. Raises ValueError for the
+    goal "cheapest_as_good" without a quality, or without a cost to minimise, among the objectives.
     """
 
     space: SearchSpace
@@ -152,10 +152,16 @@ class Problem:
     scored: tuple[ScoredPoint, ...] = ()
     goal: Goal = "front"
     within: float | None = None
+    reported: tuple[Objective, ...] = ()
 
     def __post_init__(self) -> None:
         if self.goal == "cheapest_as_good" and not self.has_quality_and_cost:
             raise ValueError('the goal "cheapest_as_good" needs a quality and a cost to minimise among the objectives')
+
+    @property
+    def measures(self) -> tuple[Objective, ...]:
+        """The objectives, and what is only reported."""
+        return (*self.objectives, *self.reported)
 
     @property
     def has_quality_and_cost(self) -> bool:
@@ -174,7 +180,7 @@ class Problem:
     def violation(self, values: Mapping[str, float]) -> float:
         """Return the largest relative excess of `values` over the limits and bounds; <= 0 is feasible."""
         rejection = self.limits.rejection(values)
-        bounds = (o.violation(values[o.name]) for o in self.objectives if o.name in values)
+        bounds = (o.violation(values[o.name]) for o in self.measures if o.name in values)
         return max([rejection[0] if rejection else -1.0, *bounds])
 
 

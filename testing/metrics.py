@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from autopeft.search_space.metrics import Columns, OverSet, Quality
-from autopeft.search_space.metrics.base import PREDICTION, TARGET, standard_error
+from autopeft.search_space.metrics import Columns, Quality
+from autopeft.search_space.metrics.base import CONFIDENCE, PREDICTION, TARGET, Jackknifed, standard_error
+from autopeft.search_space.metrics.mean import ACCURACY
 
 #: Targets and predictions of degenerate sets.
 DEGENERATE: Mapping[str, tuple[list[int], list[int]]] = {
@@ -54,8 +55,8 @@ def check_metric(metric: Quality) -> None:
         order = rng.permutation(len(targets))
         shuffled = metric.value(_columns(metric, targets[order], predictions[order]))
         assert math.isclose(shuffled, value, abs_tol=1e-12), f"{words}: the order of the examples matters"
-        if isinstance(metric, OverSet):
-            expected = _jackknife(metric, targets, predictions)
+        if isinstance(metric, Jackknifed):
+            expected = _jackknife(metric, columns)
             error = standard_error(found.tolist())
             assert math.isclose(error, expected, abs_tol=1e-12), (
                 f"{words}: the standard error is {error}, the jackknife's {expected}"
@@ -68,17 +69,21 @@ def check_metric(metric: Quality) -> None:
 
 def _columns(metric: Quality, targets: np.ndarray, predictions: np.ndarray) -> Columns:
     """Return columns of a classification task, and a column of hits under the metric's own name."""
+    hits = (targets == predictions).astype(float)
     columns = {
+        ACCURACY.name: hits.tolist(),
+        CONFIDENCE: (0.4 + (3 * targets + 5 * predictions) % 7 / 10).tolist(),
         TARGET: targets.astype(float).tolist(),
         PREDICTION: predictions.astype(float).tolist(),
-        metric.name: (targets == predictions).astype(float).tolist(),
+        metric.name: hits.tolist(),
     }
     assert metric.computable(columns), f"{metric.name}: it cannot be computed from {', '.join(columns)}"
     return columns
 
 
-def _jackknife(metric: OverSet, targets: np.ndarray, predictions: np.ndarray) -> float:
+def _jackknife(metric: Jackknifed, columns: Columns) -> float:
     """Compute the jackknife's standard error (Efron and Stein 1981) by leaving out each example in turn."""
-    n = len(targets)
-    without = np.array([metric.of(np.delete(targets, i), np.delete(predictions, i)) for i in range(n)])
+    n = len(next(iter(columns.values())))
+    rest = ([*range(i), *range(i + 1, n)] for i in range(n))
+    without = np.array([metric.value({k: [column[j] for j in rows] for k, column in columns.items()}) for rows in rest])
     return float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))

@@ -37,9 +37,13 @@ def check_task(task: Task, rows: Sequence[Row], model: nn.Module) -> None:
         found, expected = list(batch["input_ids"].shape), [len(rows), max(lengths)]
         assert found == expected, f"{name}: input_ids is {found}, but the lengths of the examples give {expected}"
     columns = task.scores(model, batch)
+    assert set(columns) <= task.columns, f"{name}: declares {sorted(task.columns)}, returns {sorted(columns)}"
+    with torch.no_grad():
+        columns = {**task.scores(model, batch), "loss": columns["loss"]}
     _check_columns(task, columns, rows)
     for i, example in enumerate(examples):
-        alone = task.scores(model, task.collate([example]))
+        with torch.no_grad():
+            alone = task.scores(model, task.collate([example]))
         for column_name, column in columns.items():
             same = torch.allclose(alone[column_name][0], column[i], atol=1e-5, rtol=1e-5)
             assert same, f"{name}: {column_name} of row {i} depends on the rest of its batch"

@@ -1,4 +1,4 @@
-"""`coverage`: simulations of the intervals and of the recommendation."""
+"""`coverage`: simulations of the intervals, of the recommendation, and of metrics that are no means."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def coverage(
 ) -> None:
     """Simulate studies: how often intervals contain the truth, and how good the recommended candidates are."""
     from autopeft.benchmarks import coverage as simulated
+    from autopeft.benchmarks import metric_coverage as of_metrics
 
     with BenchView() as view:
-        view.plan(len(simulated.INTERVAL_SCENARIOS) + len(simulated.CHOICE_SCENARIOS))
-        intervals, choices = [], []
+        scenarios = (simulated.INTERVAL_SCENARIOS, simulated.CHOICE_SCENARIOS, of_metrics.METRIC_SCENARIOS)
+        view.plan(sum(map(len, scenarios)))
+        intervals, choices, metrics = [], [], []
         view.stage("intervals")
         for scenario in simulated.INTERVAL_SCENARIOS:
             intervals.append(simulated.coverage(scenario, simulations=simulations, seed=seed))
@@ -31,5 +33,12 @@ def coverage(
         for situation in simulated.CHOICE_SCENARIOS:
             choices.append(simulated.choices(situation, simulations=simulations, seed=seed))
             view.advance(1)
-    arguments = intervals, choices
-    print_result(as_json, lambda: simulated.to_dict(*arguments), lambda: simulated.to_markdown(*arguments))
+        view.stage("metrics")
+        for setting in of_metrics.METRIC_SCENARIOS:
+            metrics.append(of_metrics.metric_coverage(setting, simulations=simulations, seed=seed))
+            view.advance(1)
+    print_result(
+        as_json,
+        lambda: {**simulated.to_dict(intervals, choices), "metrics": of_metrics.to_dict(metrics)},
+        lambda: f"{simulated.to_markdown(intervals, choices)}\n{of_metrics.to_markdown(metrics)}",
+    )

@@ -24,7 +24,7 @@ from autopeft.evaluators.base import Request
 from autopeft.evaluators.data.topics.build import TopicRow, write
 from autopeft.search_space.architecture import digest
 from autopeft.search_space.problem import Trial
-from autopeft.studies.analysis.snapshot import summary
+from autopeft.studies.analysis.summary import summary
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile

@@ -241,7 +241,10 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, logits: Tensor, targets: Tensor) -> Scored:
-        """Return the `columns`, among them a differentiable `loss` and `accuracy`, each [N] or [N, C]."""
+        """Return the `columns`, among them a differentiable `loss` and `accuracy`, each [N] or [N, C].
+
+        Columns that take time may be left out while gradients are enabled: a training step reads the loss alone.
+        """
 
     def scores(self, model: nn.Module, batch: Batch) -> Scored:
         """Run the model on a collated batch and return its columns."""

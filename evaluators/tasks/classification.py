@@ -14,7 +14,7 @@ from typing_extensions import override
 from autopeft.evaluators.rows import EMBEDDED_FUNCTIONS, DataConfig, Row, name_of, names_of, text_of
 from autopeft.evaluators.tasks.base import Example, Scored, Task
 from autopeft.evaluators.tasks.text import TextTask
-from autopeft.search_space.metrics.base import PREDICTION, PREDICTIONS, TARGET, TARGETS
+from autopeft.search_space.metrics.base import BRIER, CONFIDENCE, PREDICTION, PREDICTIONS, TARGET, TARGETS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ class Classification(TextTask):
     name = "classification"
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
-    columns = frozenset({"loss", "accuracy", TARGET, PREDICTION})
+    columns = frozenset({"loss", "accuracy", TARGET, PREDICTION, BRIER, CONFIDENCE})
     has_labels = True
     problem_type: ClassVar[str | None] = "single_label_classification"
     distils = True
@@ -154,12 +154,19 @@ class Classification(TextTask):
     @override
     def score(self, logits: Tensor, targets: Tensor) -> Scored:
         """Return the columns [N] from logits [N, C] and targets [N], indices of labels."""
+        import torch
         from torch.nn.functional import cross_entropy
 
         losses = cross_entropy(logits.float(), targets, reduction="none")
         predictions = logits.detach().argmax(-1)
         accuracies = (predictions == targets).float()
-        return {"loss": losses, "accuracy": accuracies, TARGET: targets, PREDICTION: predictions}
+        columns = {"loss": losses, "accuracy": accuracies, TARGET: targets, PREDICTION: predictions}
+        if torch.is_grad_enabled():  # a training step reads the loss alone
+            return columns
+        shares = logits.float().softmax(-1)
+        # The sum over classes of (p - y)^2, with y = 1 for the target and 0 for the others.
+        errors = shares.square().sum(-1) - 2 * shares.gather(-1, targets[:, None])[:, 0] + 1
+        return {**columns, BRIER: errors.clamp(min=0.0), CONFIDENCE: shares.amax(-1)}
 
 
 class MultiLabel(Classification):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from autopeft.evaluators.rows import Row
 from autopeft.evaluators.tasks.base import Task
 from autopeft.search_space.metrics import MetricError, Quality
-from autopeft.search_space.metrics.base import PREDICTION, PREDICTIONS, TARGET, TARGETS
+from autopeft.search_space.metrics.base import DOMAIN, PREDICTION, PREDICTIONS, TARGET, TARGETS
 from autopeft.search_space.metrics.mean import ACCURACY, LOSS
 
 if TYPE_CHECKING:
@@ -46,10 +46,11 @@ def constant_scores(
         return {}
     scores = {LOSS.name: _loss(targets, trained, len(labels))}
     names = (TARGET, PREDICTION) if targets.ndim == 1 else (TARGETS, PREDICTIONS)
+    domains = {DOMAIN: [row["domain"] for row in validation]} if "domain" in validation[0] else {}
     found: dict[str, list[float]] = {}
     for predictions in _constants(targets, len(labels)):
         right = (predictions == targets).reshape(len(targets), -1).all(-1)
-        columns: dict[str, Any] = {names[0]: targets, names[1]: predictions, ACCURACY.name: right}
+        columns: dict[str, Any] = {names[0]: targets, names[1]: predictions, ACCURACY.name: right, **domains}
         for metric in metrics:
             if metric.computable(columns):
                 with suppress(MetricError):

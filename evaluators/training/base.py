@@ -31,7 +31,8 @@ from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, OfTexts, Quality
+from autopeft.search_space.metrics import ALWAYS, ByDomain, Columns, MetricError, OfTexts, Quality
+from autopeft.search_space.metrics.base import DOMAIN
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.training import Training
 
@@ -106,14 +107,17 @@ class TrainingEvaluator(AttachingEvaluator):
         self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
         # Evenly spread over the file, whatever its order: enough to rank by the loss, few enough to be cheap.
         held_out = len(self.examples["validation"])
-        self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
+        self.rung_examples: Sequence[int] = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
         self.device = next(self.model.parameters()).device
         self.metrics = tuple(metrics)
+        if any(isinstance(metric, ByDomain) for metric in self.metrics):
+            self.rung_examples = self._rung_examples_of_domains(len(self.rung_examples))
+        readable = self.task.readable() | ({DOMAIN} if self.task.domains else set())
         for metric in self.metrics:
-            if not metric.computable(self.task.readable()):
-                there = ", ".join(sorted(self.task.readable()))
+            if not metric.computable(readable):
+                there = ", ".join(sorted(readable))
                 raise MetricError(f"{metric.name} cannot be computed: the task {task} only has the columns {there}")
-        of_texts = [metric for metric in self.metrics if isinstance(metric, OfTexts)]
+        of_texts = [metric for metric in dict.fromkeys(m.whole for m in self.metrics) if isinstance(metric, OfTexts)]
         self.generation = generation
         #: The texts that metrics read; None without such a metric.
         self.texts = Texts(self.model, self.task, splits, self.examples, of_texts, generation) if of_texts else None
@@ -264,7 +268,22 @@ class TrainingEvaluator(AttachingEvaluator):
             # One transfer, because each transfer from a GPU waits for it. Label indices are exact in float32.
             found[:, :, places] = torch.cat([part.float() for part in parts]).cpu()
         attachment.train()
-        return [_by_name(of_slot, widths) for of_slot in found.unbind(1)]
+        domains = self._domains(split, chosen)
+        return [{**_by_name(of_slot, widths), **domains} for of_slot in found.unbind(1)]
+
+    def _domains(self, split: str, examples: Sequence[int]) -> Columns:
+        """Return the column of the domains of examples by name; nothing where rows have none."""
+        if not self.task.domains:
+            return {}
+        return {DOMAIN: [self.task.domains[self.examples[split][i]["domain"]] for i in examples]}
+
+    def _rung_examples_of_domains(self, count: int) -> list[int]:
+        """Return about as many validation examples, evenly spread over each domain, so that a rung has all of them."""
+        rows: dict[int, list[int]] = {}
+        for row, example in enumerate(self.examples["validation"]):
+            rows.setdefault(example.get("domain", 0), []).append(row)
+        step = max(1, len(self.examples["validation"]) // count)
+        return sorted(row for of_domain in rows.values() for row in of_domain[::step])
 
     def columns_and_texts(
         self,

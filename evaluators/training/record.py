@@ -82,7 +82,7 @@ class Record:
 
     def _numbers(self, columns: Columns) -> Columns:
         """Return the columns with numbers in place of texts, once for all that is computed of them."""
-        of_texts = [metric for metric in self.metrics if isinstance(metric, OfTexts)]
+        of_texts = [metric for metric in dict.fromkeys(m.whole for m in self.metrics) if isinstance(metric, OfTexts)]
         return with_numbers(columns, of_texts) if of_texts and GENERATED in columns else columns
 
     def _values(self, columns: Columns) -> dict[str, float]:

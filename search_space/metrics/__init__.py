@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from typing_extensions import override
+
 from autopeft.search_space.metrics.base import Columns, Metric, MetricError, OverSet, PerExample, Quality
+from autopeft.search_space.metrics.by_domain import SEPARATOR, WORST, ByDomain
+from autopeft.search_space.metrics.calibration import BRIER_SCORE, CalibrationError
 from autopeft.search_space.metrics.macro_f1 import MacroF1
 from autopeft.search_space.metrics.matthews import Matthews
 from autopeft.search_space.metrics.mean import ACCURACY, LOSS
@@ -13,7 +21,7 @@ from autopeft.search_space.metrics.texts import ExactMatch, OfTexts, RegexMatch
 from autopeft.search_space.registry import Registry
 
 _OWN: tuple[Quality, ...] = (
-    *(ACCURACY, LOSS, MacroF1(), Matthews()),
+    *(ACCURACY, LOSS, MacroF1(), Matthews(), BRIER_SCORE, CalibrationError()),
     *(ExactMatch(), RougeL(), Chrf(), Bleu(), RegexMatch()),
 )
 QUALITIES: Registry[Quality] = Registry("autopeft.metrics", Quality, "name", _OWN, instances=True)
@@ -21,18 +29,57 @@ QUALITIES: Registry[Quality] = Registry("autopeft.metrics", Quality, "name", _OW
 ALWAYS: tuple[Quality, ...] = (LOSS, ACCURACY)
 
 
-def quality(name: str, pattern: str | None) -> Quality:
-    """Return a registered metric as a study uses it. `pattern`: that of its texts. Raises KeyError."""
-    found = QUALITIES[name]
-    return found.with_pattern(pattern or "") if isinstance(found, RegexMatch) else found
+class MetricsByName(Mapping[str, Metric]):
+    """Metrics by name; whoever has the name of a metric, asks here.
+
+    `name@domain` is the quality `name` over the rows of a domain, and `name@worst` over those of the worst one. An
+    iteration has the names without domains alone.
+    """
+
+    def __init__(self, *metrics: Mapping[str, Metric]) -> None:
+        """`metrics`: those of the first mapping come last in an iteration, and first where a name is in several."""
+        found: list[Any] = list(metrics)
+        self._metrics: Mapping[str, Metric] = ChainMap(*found)
+
+    def with_own(self, own: Mapping[str, Metric], pattern: str | None = None) -> MetricsByName:
+        """Return these metrics and a study's `own`, with the pattern that `RegexMatch` reads."""
+        matching = RegexMatch().with_pattern(pattern or "")
+        return MetricsByName({**own, **({} if pattern is None else {matching.name: matching})}, self._metrics)
+
+    @override
+    def __getitem__(self, name: str) -> Metric:
+        if name in self._metrics:
+            return self._metrics[name]
+        metric, separator, domain = name.partition(SEPARATOR)
+        found = self._metrics.get(metric)
+        if not separator or not domain or not isinstance(found, Quality):
+            raise KeyError(name)
+        return ByDomain.over(found, domain)
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metrics)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+    def qualities(self, names: Iterable[str]) -> list[Quality]:
+        """Return the qualities among metrics of these names; unknown names and costs are left out."""
+        return [metric for metric in map(self.get, names) if isinstance(metric, Quality)]
 
 
 __all__ = [
     "ALWAYS",
+    "LOSS",
     "QUALITIES",
+    "SEPARATOR",
+    "WORST",
+    "ByDomain",
     "Columns",
     "Metric",
     "MetricError",
+    "MetricsByName",
     "OfTexts",
     "OverSet",
     "Own",
@@ -42,6 +89,5 @@ __all__ = [
     "RegexMatch",
     "UserDefined",
     "place_of",
-    "quality",
     "user_defined",
 ]

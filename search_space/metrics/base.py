@@ -1,9 +1,10 @@
 """Metrics, and the two ways to compute a quality metric from the columns of a split.
 
-A column has one entry per example: a task yields `loss`, `accuracy` and, for classes, `target` and `prediction` or, for
-examples with any number of labels, `targets` and `predictions`. A quality metric is the mean of a column (`PerExample`)
-or a function of the whole set that is not a mean (`OverSet`). Both return one contribution per example, with the value
-as the mean of all; standard errors, paired differences and comparisons over seeds use only these contributions.
+A column has one entry per example: a task yields `loss`, `accuracy` and, for classes, `target`, `prediction`, `brier`
+and `confidence` or, for examples with any number of labels, `targets` and `predictions`. The evaluator adds `domain`
+where rows have one. A quality metric is the mean of a column (`PerExample`) or a function of the whole set that is not
+a mean (`Jackknifed`). Both return one contribution per example, with the value as the mean of all; standard errors,
+paired differences and comparisons over seeds use only these contributions.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Indices = NDArray[np.int64]
+    Numbers = NDArray[np.float64]
 
 #: "quality": measured on held-out rows; "declared": analytic; "measured": by a clock or a counter.
 MetricSource = Literal["quality", "declared", "measured"]
@@ -30,6 +32,10 @@ Columns = Mapping[str, Sequence[Any]]
 TARGET, PREDICTION = "target", "prediction"
 #: The columns of a task with any number of labels per example: 1 or 0 for each label, in the order of the labels.
 TARGETS, PREDICTIONS = "targets", "predictions"
+#: The columns of probabilities of classes: the squared error over all classes, and the probability of the prediction.
+BRIER, CONFIDENCE = "brier", "confidence"
+#: The column of the domains of the rows, by name.
+DOMAIN = "domain"
 
 
 #: A loss of quality that counts as none: a point of a share (accuracy, F1), one per cent of the best other value.
@@ -66,6 +72,11 @@ class Quality(Metric):
     #: Decimals to which contributions are rounded for storage.
     digits: ClassVar[int] = 4
 
+    @property
+    def whole(self) -> Quality:
+        """The metric over all rows, of which this one is a part by domains; itself where it is over all rows."""
+        return self
+
     @abstractmethod
     def computable(self, columns: Collection[str]) -> bool:
         """Return whether the columns that a task yields are sufficient."""
@@ -101,11 +112,11 @@ class PerExample(Quality):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OverSet(Quality):
-    """A function of the targets and predictions of a whole set, in any order.
+class Jackknifed(Quality):
+    """A function of a whole set that is no mean, with contributions from the jackknife.
 
-    Its contributions are the pseudo-values of the jackknife (Tukey 1958), shifted so that their mean is the value
-    itself and not the jackknife's estimate of it:
+    They are its pseudo-values (Tukey 1958), shifted so that their mean is the value itself and not the jackknife's
+    estimate of it:
 
         contribution[i] = value + (N - 1) (mean of the values without one example - value without example i)
 
@@ -115,10 +126,30 @@ class OverSet(Quality):
     interval is rough, as any other interval would be.
     """
 
-    #: Pairs of columns from which it can be computed; the first that a task yields is taken.
-    forms: ClassVar[tuple[tuple[str, str], ...]] = ((TARGET, PREDICTION),)
     # Finer than for a mean: few contributions differ, so rounding errors would not average out.
     digits: ClassVar[int] = 9
+
+    @abstractmethod
+    def without_each(self, columns: Columns) -> Numbers:
+        """Return the value of the set without example i, for every i: [N], N > 1. Raises MetricError."""
+
+    @override
+    def contributions(self, columns: Columns) -> Sequence[float]:
+        value = self.value(columns)
+        n = len(next(iter(columns.values())))
+        if n == 1:
+            return [value]
+        without = self.without_each(columns)
+        contributions: list[float] = (value + (n - 1) * (without.mean() - without)).tolist()
+        return contributions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverSet(Jackknifed):
+    """A function of the targets and predictions of a whole set, in any order."""
+
+    #: Pairs of columns from which it can be computed; the first that a task yields is taken.
+    forms: ClassVar[tuple[tuple[str, str], ...]] = ((TARGET, PREDICTION),)
 
     @override
     def computable(self, columns: Collection[str]) -> bool:
@@ -137,18 +168,14 @@ class OverSet(Quality):
         return self.of(*_arrays(self._pairs(columns)))
 
     @override
-    def contributions(self, columns: Columns) -> Sequence[float]:
+    def without_each(self, columns: Columns) -> Numbers:
         import numpy as np
 
         pairs = self._pairs(columns)
-        n, value = len(pairs), self.value(columns)
-        if n == 1:
-            return [value]
         # The order does not matter, so leaving out any example of equal target and prediction gives the same value.
         _, first, kind = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-        without = np.array([self.of(*_arrays(np.delete(pairs, i, axis=0))) for i in first])[kind.reshape(-1)]
-        contributions: list[float] = (value + (n - 1) * (without.mean() - without)).tolist()
-        return contributions
+        without = np.array([self.of(*_arrays(np.delete(pairs, i, axis=0))) for i in first])
+        return without[kind.reshape(-1)]
 
     def _pairs(self, columns: Columns) -> Indices:
         """Return the target and the prediction of each example: [N, 2], or [N, 2, C]."""

@@ -22,10 +22,11 @@ FARTHEST_RANGES = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The n trials that ended with values, and all N trials that show whether a candidate can be trained at all.
+    """The n trials that ended with values, and all N trials that show whether a candidate is trained and feasible.
 
     `rows` [n, G], `active` [n, G]; `losses` [n, m] of all objectives, as `coordinates`; `noise` [n, m] variances,
-    NaN where unknown; `complete` [n]: trained to the end; `tried` [N, G], `tried_active`, `failed` [N].
+    NaN where unknown; `complete` [n]: trained to the end; `tried` [N, G], `tried_active`, `failed` [N]. A candidate
+    beyond the bound of a metric that is only reported has failed: no model has its values.
     """
 
     rows: Rows
@@ -56,7 +57,9 @@ class Observations:
         tried: dict[str, tuple[Trial, bool]] = {}
         for trial in trials:
             found, key = losses(trial), trial.candidate.key
-            if found is not None:
+            if found is not None and self._is_beyond_reported(trial):
+                tried.setdefault(key, (trial, True))
+            elif found is not None:
                 observed.setdefault(key, (trial, found))
                 tried.setdefault(key, (trial, False))
             elif trial.state == "failed" or (trial.state == "infeasible" and not self._is_ruled_out(trial)):
@@ -99,6 +102,11 @@ class Observations:
             return True
         costs = declared_costs(trial.candidate.architecture, self.problem.space.backbone)
         return self.problem.limits.rejection(costs) is not None
+
+    def _is_beyond_reported(self, trial: Trial) -> bool:
+        """Whether a candidate that was trained to the end is beyond the bound of what is only reported."""
+        known = [o for o in self.problem.reported if o.name in trial.values]
+        return trial.state == "complete" and any(o.violation(trial.values[o.name]) > 0 for o in known)
 
     def _noise(self, trial: Trial) -> list[float]:
         assert trial.measurement is not None

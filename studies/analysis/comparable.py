@@ -40,10 +40,11 @@ def incomparable(
             found[number] = f"it has scores of {scores}, the others of {' and '.join(usual)}"
     for split in ("validation", "test"):
         rows = {number: _rows(m, split) for number, m in scored.items() if number not in found}
-        usual_rows = _usual(count for counts in rows.values() for count in counts)
-        for number, counts in rows.items():
-            if others := counts - {usual_rows}:
-                found[number] = f"it has scores of {max(others)} {split} rows, the others of {usual_rows}"
+        for metric in dict.fromkeys(metric for counts in rows.values() for metric in counts):
+            usual_rows = _usual(counts[metric] for counts in rows.values() if metric in counts)
+            for number, counts in rows.items():
+                if counts.get(metric, usual_rows) != usual_rows:
+                    found[number] = f"it has scores of {counts[metric]} {split} rows, the others of {usual_rows}"
     return found | dict(_repeats(trials, {*missing, *found}))
 
 
@@ -51,9 +52,10 @@ def _names(measurement: Measurement, objectives: Collection[str]) -> tuple[str, 
     return tuple(name for name in objectives if name in measurement.per_example)
 
 
-def _rows(measurement: Measurement, split: str) -> set[int]:
+def _rows(measurement: Measurement, split: str) -> dict[str, int]:
+    """Return the number of scores by metric; a metric of one domain has those of its rows."""
     columns = measurement.per_example if split == "validation" else measurement.test_per_example
-    return {len(column) for column in columns.values()}
+    return {name: len(column) for name, column in columns.items()}
 
 
 def _usual(values: Iterable[T]) -> T | None:

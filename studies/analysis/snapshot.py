@@ -25,6 +25,7 @@ from autopeft.studies.analysis.outlook import Outlook
 from autopeft.studies.analysis.pareto import Floats
 from autopeft.studies.analysis.recommendation import Contender, Recommendation
 from autopeft.studies.analysis.statistics import Estimate, SeedSpread
+from autopeft.studies.analysis.summary import summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,8 @@ class Snapshot:
     #: Scores of the best constant prediction on the validation rows, by metric; empty where they are not known.
     constant: Mapping[str, float] = field(default_factory=dict)
     outlook: Outlook | None = None
+    #: Metrics that are no objectives, of which all tables have a column.
+    reported: tuple[Objective, ...] = ()
     #: Trials that are damaged or cannot be compared with the others, by number, and why; they are not in `trials`.
     left_out: Mapping[int, str] = field(default_factory=dict)
 
@@ -152,9 +155,14 @@ class Snapshot:
         return {objective.name: objective for objective in self.objectives}
 
     @property
+    def measures(self) -> tuple[Objective, ...]:
+        """The objectives, and what is only reported."""
+        return (*self.objectives, *self.reported)
+
+    @property
     def metrics(self) -> Mapping[str, Metric]:
-        """The built-in metrics and those that the study defines for its objectives, by name."""
-        return {**METRICS, **{o.name: o.metric for o in self.objectives if o.own is not None}}
+        """The built-in metrics and those that the study defines for its objectives and reports, by name."""
+        return METRICS.with_own({o.name: o.own for o in self.measures if o.own is not None})
 
     @property
     def ended(self) -> tuple[Trial, ...]:
@@ -359,37 +367,6 @@ class Snapshot:
 
 def _label(trial: Trial) -> str:
     return f"trial {trial.number}" if trial.role == SEARCH else trial.role.label
-
-
-def summary(trial: Trial, backbone: Backbone) -> str:
-    """Describe architecture and learning rate in a line: adapter types with their sizes, roles and layers."""
-    groups: dict[str, dict[str, set[int]]] = {}
-    for name, spec in trial.candidate.architecture:
-        site = backbone.site(name)
-        layers = groups.setdefault(spec.label, {}).setdefault(site.role, set())
-        if site.layer is not None:
-            layers.add(site.layer)
-    parts = []
-    for word, roles in groups.items():
-        by_layers: dict[str, list[str]] = {}
-        for role, layers in roles.items():
-            by_layers.setdefault(_ranges(layers, backbone.num_layers), []).append(role)
-        places = "; ".join(" ".join(names) + where for where, names in by_layers.items())
-        parts.append(f"{word} at {places}")
-    rate = trial.candidate.training.get("learning_rate")
-    return " + ".join(parts or ["no adapter"]) + (f", lr {rate:.2g}" if rate else "")
-
-
-def _ranges(layers: set[int], num_layers: int) -> str:
-    if len(layers) in (0, num_layers):
-        return ""
-    spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return " in layers " + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def state_counts(trials: Sequence[Trial]) -> Mapping[str, int]:

@@ -87,6 +87,8 @@ def validate(study: StudyArgument, set_: SetOption = None, as_json: JsonOption =
     echo(f"  data   {rows} rows{kinds}")
     echo(f"  space  {len(space.genes)} genes, {size}")
     echo(f"  search {settings.search_words} for {', '.join(o.name for o in settings.objectives)}")
+    if settings.report:
+        echo(f"  report {', '.join(reported.name for reported in settings.report)}")
     if settings.search.prior is not None:
         echo(f"  prior  {summary['earlier_trials']} trials of {settings.search.prior} are in this space")
 
@@ -127,6 +129,7 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
         "domains": list(splits.domains or ()),
         "space": {"genes": [gene.name for gene in space.genes], "cardinality": space.cardinality},
         "objectives": [objective.name for objective in settings.objectives],
+        "report": [reported.name for reported in settings.report or ()],
         "earlier_trials": len(prior_trials(settings, problem_for(settings, backbone))),
         **losses(splits),
     }

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 
 from autopeft.search_space.problem import FINALIST, SEARCH, Objective, Trial
 from autopeft.studies.analysis.diagnostics import diagnostics
-from autopeft.studies.analysis.snapshot import Snapshot, summary
+from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.analysis.summary import summary
 from autopeft.studies.cli.display import ProgressDisplay
 from autopeft.studies.errors import cause
 

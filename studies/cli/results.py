@@ -29,6 +29,8 @@ OutOption = Annotated[
 LossyOption = Annotated[
     bool, typer.Option("--allow-lossy", help="Export even if the format loses parts of the recipe.")
 ]
+#: Columns for the architecture where the width of a table is free.
+LEAST_TEXT = 40
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier export.")]
 
 
@@ -64,8 +66,9 @@ def recorded(study: Path, set_: list[str] | None) -> tuple[StudyFile, Ledger, Sn
 
 
 def print_front(snapshot: Snapshot) -> None:
-    """Print the front and the tuned baselines as a table."""
-    from rich.console import Console
+    """Print the front and the tuned baselines as a table, and one of the metrics that are only reported."""
+    from rich.console import Console, JustifyMethod
+    from rich.markup import escape
     from rich.table import Table
 
     from autopeft.studies.analysis.mixture_verdicts import verdicts
@@ -82,21 +85,23 @@ def print_front(snapshot: Snapshot) -> None:
     )
     table.add_column("")
     table.add_column("candidate", no_wrap=True)
+    objectives = snapshot.objectives_by_name
     # The number of parameters is shown even where it is not an objective.
-    names = list(dict.fromkeys([o.name for o in snapshot.objectives] + ["num_params"]))
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("minus the best (95 %)", justify="right", no_wrap=True)
-    table.add_column("standing", no_wrap=True)
-    table.add_column(f"test {snapshot.quality}", justify="right", no_wrap=True)
+    names = list(dict.fromkeys([*objectives, "num_params"]))
+    for name in (*names, "minus the best (95 %)", "standing", f"test {snapshot.quality}"):
+        justify: JustifyMethod = "left" if name == "standing" else "right"
+        table.add_column(escape(on_stdout(name)), justify=justify, no_wrap=True)
     table.add_column("architecture", overflow="fold")
+    more = Table(title="reported")
+    for name in ("", "candidate", *(measure.name for measure in snapshot.reported)):
+        more.add_column(escape(on_stdout(name)), justify="right" if more.columns[1:] else "left", no_wrap=True)
     shown = (members, [row for row in rows if row.is_baseline and not row.on_front])
     for position, group in enumerate(shown):
         for row in group:
             gap, test = row.difference, row.test
             figures = [
-                measured(snapshot.objectives_by_name[name], row.values, row.std_err)
-                if name in snapshot.objectives_by_name
+                measured(objectives[name], row.values, row.std_err)
+                if name in objectives
                 else f"{row.values[name]:,.0f}"
                 for name in names
             ]
@@ -105,12 +110,18 @@ def print_front(snapshot: Snapshot) -> None:
                 row.standing or "-",
                 f"{test.value:.4f} ± {test.std_err:.4f}" if test else "-",
             ]
-            table.add_row(star if row.recommended else "", *map(on_stdout, (row.label, *figures, row.summary)))
+            mark = star if row.recommended else ""
+            table.add_row(mark, *map(on_stdout, (row.label, *figures, row.summary)))
+            figures = [measured(measure, row.values, row.std_err) for measure in snapshot.reported]
+            more.add_row(mark, *map(on_stdout, (row.label, *figures)))
         if position == 0:
             table.add_section()
+            more.add_section()
     console = Console()
-    # Without a terminal the width is free: a table cut at 80 columns is of no use in a log.
-    Console(width=max(console.width, 160) if not console.is_terminal else None, highlight=False).print(table)
+    for made in (table, more) if snapshot.reported else (table,):
+        # Without a terminal the width is free: a table cut at 80 columns is of no use in a log.
+        wide = max(console.width, 160, Console(width=10_000).measure(made).minimum + LEAST_TEXT)
+        Console(width=None if console.is_terminal else wide, highlight=False).print(made)
     for note in front_notes(snapshot, found):
         echo(f"{star} {note}" if note.startswith("Recommended:") else note)
     mixtures = verdicts(snapshot)

@@ -25,6 +25,7 @@ def fingerprint(study: StudyFile) -> dict[str, Any]:
     starts_from_scores = issubclass(SEARCHERS[study.search.searcher], FromScores)
     found = {key: dump[key] for key in _LASTING} | {"search": search}
     found |= {"metrics": dump["metrics"]} if dump["metrics"] else {}
+    found |= {"report": dump["report"]} if dump.get("report") else {}
     found |= {"generation": study.greedy.deciding} if study.greedy.deciding else {}
     return found | {"proxy": scores} if scores and starts_from_scores else found
 

@@ -33,6 +33,7 @@ def problem_for(study: StudyFile, backbone: Backbone) -> Problem:
         objectives=study.objectives_list(),
         goal=study.goal,
         within=study.recommend.within,
+        reported=study.reported_list(),
         num_trials=study.search.trials,
         limits=limits,
         initial=study.search.initial,

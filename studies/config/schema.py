@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import MISSING, fields
@@ -10,6 +11,7 @@ from typing import Any, get_type_hints
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.declaration import GRANULARITIES, VARIATIONS
+from autopeft.search_space.metrics import QUALITIES, SEPARATOR
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.routers import ROUTERS
 from autopeft.studies.config.declaration import scalar_type
@@ -37,15 +39,21 @@ def json_schema() -> dict[str, Any]:
     by_name = next(form for form in search["start"]["items"]["oneOf"] if form["type"] == "string")
     _restrict(by_name, ALL_BASELINES)
     _restrict(definitions["BaselineSettings"]["properties"]["names"]["items"], ALL_BASELINES)
-    definitions["AnyObjectiveSettings"] = deepcopy(definitions["ObjectiveSettings"])
-    _restrict(definitions["ObjectiveSettings"]["properties"]["name"], METRICS)
+    schema["properties"]["metrics"]["anyOf"][0]["additionalProperties"] = False
+    lists = {"objectives": schema["properties"]["objectives"], "report": schema["properties"]["report"]["anyOf"][0]}
     # A study with its own metrics may name them, and a schema cannot know their names.
-    known = {"anyOf": [{"type": "string", "enum": list(METRICS)}, {"$ref": "#/$defs/ObjectiveSettings"}]}
-    any_objective = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/AnyObjectiveSettings"}]}
-    del schema["properties"]["objectives"]["items"]
     schema["if"] = {"required": ["metrics"]}
-    schema["then"] = {"properties": {"objectives": {"items": any_objective}}}
-    schema["else"] = {"properties": {"objectives": {"items": known}}}
+    for key, any_name in (("then", {"type": "string"}), ("else", _names_of_metrics())):
+        schema[key] = {"properties": {}}
+        for name, entries in lists.items():
+            section = definitions[entries["items"]["$ref"].rpartition("/")[2]]
+            own = f"{section['title']}.{key}"
+            definitions[own] = deepcopy(section)
+            described = {"description": section["properties"]["name"]["description"]}
+            definitions[own]["properties"]["name"] = {**any_name, **described}
+            schema[key]["properties"][name] = {"items": {"anyOf": [any_name, {"$ref": f"#/$defs/{own}"}]}}
+    for entries in lists.values():
+        del definitions[entries.pop("items")["$ref"].rpartition("/")[2]]
     common = definitions.pop("AdapterSettings")["properties"]
     for kind, spec in ADAPTERS.items():
         definitions[f"adapter.{kind}"] = _adapter(spec, common)
@@ -67,6 +75,13 @@ def _restrict(text: dict[str, Any], names: Iterable[str]) -> None:
     """Allow registered names only; an empty list is not a valid schema."""
     if names := list(names):
         text["enum"] = names
+
+
+def _names_of_metrics() -> dict[str, Any]:
+    """Return the schema of the name of a metric, with or without a domain."""
+    qualities = "|".join(map(re.escape, QUALITIES))
+    by_domain = {"type": "string", "pattern": f"^({qualities}){SEPARATOR}.+$"}
+    return {"anyOf": [{"type": "string", "enum": list(METRICS)}, by_domain]}
 
 
 def _with_kind(kind: str) -> dict[str, Any]:

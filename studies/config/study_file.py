@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from autopeft.search_space.metrics import ALWAYS, QUALITIES, Quality, UserDefined, quality, user_defined
-from autopeft.search_space.problem import COSTS, Goal, Objective
+from autopeft.search_space.metrics import ALWAYS, SEPARATOR, MetricsByName, Quality, UserDefined, user_defined
+from autopeft.search_space.problem import COSTS, METRICS, Goal, Objective
 from autopeft.studies.config.sections.base import MOST_NAMED, Duration, GrowingSection, Name
 from autopeft.studies.config.sections.inputs import DataSettings, ModelSettings, TaskName
 from autopeft.studies.config.sections.results import RecommendSettings, TrackingSettings
@@ -18,8 +19,10 @@ from autopeft.studies.config.sections.search import (
     BaselineSettings,
     ConstraintSettings,
     FinalistSettings,
+    MetricSettings,
     ObjectiveSettings,
     ProxySettings,
+    ReportedSettings,
     SearchSettings,
 )
 from autopeft.studies.config.sections.space import SpaceSettings
@@ -39,7 +42,7 @@ LEDGER = "ledger.db"
 class StudyFile(GrowingSection):
     """The settings of one study."""
 
-    later: ClassVar = {"generation": (None,)}
+    later: ClassVar = {"generation": (None,), "report": (None,)}
 
     study: Name = Field(description="name of the study: letters, digits, - and _")
     seed: int = Field(default=0, ge=0, lt=2**31, description="random seed; the same seed gives the same study")
@@ -51,6 +54,11 @@ class StudyFile(GrowingSection):
     objectives: Annotated[tuple[ObjectiveSettings, ...], Field(min_length=2, max_length=4)] = Field(
         default=(ObjectiveSettings(name="accuracy"), ObjectiveSettings(name="num_params")),
         description="two to four metrics that span the front",
+    )
+    report: Annotated[tuple[ReportedSettings, ...], Field(max_length=MOST_NAMED)] | None = Field(
+        default=None,
+        description="further metrics that every candidate is measured by, in all tables; with a bound, candidates"
+        " beyond it are not feasible",
     )
     metrics: dict[Name, str] | None = Field(
         default=None,
@@ -157,12 +165,18 @@ class StudyFile(GrowingSection):
 
         return TASKS[self.task].for_data(self.data_settings())
 
+    @property
+    def named_metrics(self) -> list[tuple[Keys, MetricSettings]]:
+        """The objectives and what is only reported, with their places in the file."""
+        objectives: list[tuple[Keys, MetricSettings]] = [(("objectives", i), o) for i, o in enumerate(self.objectives)]
+        return [*objectives, *((("report", i), found) for i, found in enumerate(self.report or ()))]
+
     def own_metrics(self) -> dict[str, UserDefined]:
         """Return the study's own metrics by name, without loading their code. Raises MetricError.
 
-        More is better unless an objective has the direction minimise.
+        More is better unless an objective or what is reported has the direction minimise.
         """
-        minimised = {o.name for o in self.objectives if o.direction == "minimise"}
+        minimised = {m.name.partition(SEPARATOR)[0] for _, m in self.named_metrics if m.direction == "minimise"}
         texts = self.task_class.generates
         own = (self.metrics or {}).items()
         return {name: user_defined(name, place, name not in minimised, texts) for name, place in own}
@@ -174,23 +188,29 @@ class StudyFile(GrowingSection):
 
     def qualities(self) -> tuple[Quality, ...]:
         """Return the quality metrics of every candidate, with the code of own metrics loaded. Raises MetricError."""
-        wanted = [quality(o.name, self.greedy.pattern) for o in self.objectives if o.name in QUALITIES]
-        own = [metric.loaded(self.folder) for metric in self.own_metrics().values()]
-        return tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
+        own = {name: metric.loaded(self.folder) for name, metric in self.own_metrics().items()}
+        named = self.metrics_by_name(own).qualities(metric.name for _, metric in self.named_metrics)
+        wanted = [metric for metric in named if not isinstance(metric, UserDefined)]
+        return tuple(dict.fromkeys((*ALWAYS, *wanted, *own.values())))
+
+    def metrics_by_name(self, own: Mapping[str, UserDefined]) -> MetricsByName:
+        """Return all metrics that the study may name. `own`: its own ones."""
+        return METRICS.with_own(own, self.greedy.pattern)
 
     def objectives_list(self) -> tuple[Objective, ...]:
         """Return the objectives. Raises MetricError."""
-        own = self.own_metrics()
-        return tuple(
-            Objective.of(
-                o.name,
-                bound=o.bound,
-                reference=o.reference,
-                own=own.get(o.name),
-                **({} if o.direction is None else {"maximise": o.direction == "maximise"}),
-            )
-            for o in self.objectives
-        )
+        return tuple(self._objective(o, reference=o.reference) for o in self.objectives)
+
+    def reported_list(self) -> tuple[Objective, ...]:
+        """Return what is only reported. Raises MetricError."""
+        return tuple(self._objective(metric) for metric in self.report or ())
+
+    def _objective(self, named: MetricSettings, **settings: Any) -> Objective:
+        if named.direction is not None:
+            settings["maximise"] = named.direction == "maximise"
+        found = self.metrics_by_name(self.own_metrics()).get(named.name)
+        own = found if isinstance(found, Quality) and named.name not in METRICS else None
+        return Objective.of(named.name, bound=named.bound, own=own, **settings)
 
     @property
     def decides_trials(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -13,12 +14,13 @@ from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
 from autopeft.evaluators.quantization import check_package
-from autopeft.evaluators.texts import check_packages, longest_text, prompts_of
+from autopeft.evaluators.texts import SCORED, check_packages, longest_text, prompts_of
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.metrics import QUALITIES, MetricError, OfTexts, Own, RegexMatch, UserDefined, quality
+from autopeft.search_space.metrics import ByDomain, MetricError, OfTexts, Own, Quality, RegexMatch, UserDefined
+from autopeft.search_space.metrics.base import DOMAIN, PREDICTION, PREDICTIONS, TARGET, TARGETS
 from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.spaces.rules import ALL_BASELINES, RULES
 from autopeft.search_space.spaces.space import SearchSpace
@@ -65,6 +67,7 @@ def check(
             _try(own[name], settings, splits)
         except MetricError as error:
             problems.append(settings.render(("metrics", name), str(error)))
+    problems += _by_domain_problems(settings, splits, own)
     try:
         labels = splits.labels if splits else None
         named = settings.model
@@ -142,10 +145,10 @@ def _of_quantized(settings: StudyFile, quantization: str) -> tuple[list[str], li
             problems.append(settings.render(("baselines", "names", names.index(FULL)), f"{what}: set [{rest}]"))
         else:
             warnings.append(settings.render(("baselines", "names"), f"{what}, so it is left out; set [{rest}]"))
-    for i, objective in enumerate(settings.objectives):
-        if objective.name == MERGED:
+    for place, metric in settings.named_metrics:
+        if metric.name == MERGED:
             what = f"adapters cannot be merged into weights in {quantization}: take latency_s"
-            problems.append(settings.render(("objectives", i), what))
+            problems.append(settings.render(place, what))
     return problems, warnings
 
 
@@ -161,7 +164,7 @@ def baseline_warnings(settings: StudyFile, backbone: Backbone) -> Iterator[str]:
 
 def _check_feasible(settings: StudyFile, problem: Problem) -> None:
     """Raise NoFeasibleCandidateError if no candidate's declared costs meet the limits and the objectives' bounds."""
-    bounds = {o.name: o.bound for o in problem.objectives if o.is_cost and o.bound is not None}
+    bounds = {o.name: o.bound for o in problem.measures if o.is_cost and o.bound is not None}
     if not (bounds or problem.limits.maxima):
         return
     maxima = {**bounds, **problem.limits.maxima}
@@ -191,24 +194,51 @@ def _encoded(
     return replace(splits, encoded=encoded, warnings=(*splits.warnings, *encoded.warnings()))
 
 
-def _try(metric: UserDefined, settings: StudyFile, splits: Splits | None) -> None:
-    """Compute a metric on partly correct predictions. Raises MetricError."""
+def _try(metric: Quality, settings: StudyFile, splits: Splits | None) -> None:
+    """Compute a user's metric, or a part of it, on partly correct predictions. Raises MetricError."""
     import numpy as np
 
-    if not isinstance(metric, Own):
+    if splits is None or not isinstance(metric.whole, Own):
         return  # it reads texts, which encoded rows have
-    targets = None if splits is None else settings.task_class.truth(splits.validation, splits.labels or ())
-    if targets is not None:
-        metric.of(targets, np.roll(targets, 1, axis=0))
+    targets = settings.task_class.truth(splits.validation, splits.labels or ())
+    if targets is None:
+        return
+    names = (TARGET, PREDICTION) if targets.ndim == 1 else (TARGETS, PREDICTIONS)
+    columns: dict[str, Any] = {names[0]: targets, names[1]: np.roll(targets, 1, axis=0)}
+    if splits.domains is not None:
+        columns[DOMAIN] = [row[DOMAIN] for row in splits.validation]
+    metric.value(columns)
+
+
+def _by_domain_problems(settings: StudyFile, splits: Splits | None, own: Mapping[str, UserDefined]) -> Iterator[str]:
+    """Yield the problems of metrics over the rows of a domain."""
+    if splits is None or splits.domains is None:
+        return
+    counts = {split: Counter(row[DOMAIN] for row in getattr(splits, split)) for split in SCORED}
+    for place, metric in _qualities(settings, own):
+        if isinstance(metric, ByDomain):
+            found = list(metric.problems(splits.domains, counts))
+            try:
+                if not found:
+                    _try(metric, settings, splits)
+            except MetricError as error:
+                found.append(f"{metric.name}: {error}")
+            yield from (settings.render(place, what) for what in found)
+
+
+def _qualities(settings: StudyFile, own: Mapping[str, UserDefined]) -> list[tuple[Keys, Quality]]:
+    """Return the qualities that the file names, with their places. `own`: the user's metrics with their code."""
+    known = settings.metrics_by_name(own)
+    return [(place, found) for place, named in settings.named_metrics for found in known.qualities([named.name])]
 
 
 def _lacking_package(settings: StudyFile) -> str | None:
-    """Return the problem of the first objective whose package is not installed, or None."""
-    for i, objective in enumerate(settings.objectives):
+    """Return the problem of the first metric whose package is not installed, or None."""
+    for place, metric in _qualities(settings, {}):
         try:
-            check_packages([QUALITIES[objective.name]] if objective.name in QUALITIES else [])
+            check_packages([metric])
         except MissingPackageError as error:
-            return settings.render(("objectives", i), str(error))
+            return settings.render(place, str(error))
     return None
 
 
@@ -218,9 +248,8 @@ def _texts_problems(settings: StudyFile, splits: Splits, own: Mapping[str, UserD
     `splits`: with their encoded rows. `own`: the user's metrics with their code. Metrics whose package is missing are
     not tried.
     """
-    named = [(("objectives", i), o.name) for i, o in enumerate(settings.objectives) if o.name in QUALITIES]
-    metrics: list[tuple[Keys, Any]] = [(place, quality(name, settings.greedy.pattern)) for place, name in named]
-    metrics += [(("metrics", name), metric) for name, metric in own.items()]
+    named = ((place, metric.whole) for place, metric in _qualities(settings, {}))
+    metrics: list[tuple[Keys, Quality]] = [*named, *((("metrics", name), metric) for name, metric in own.items())]
     of_texts = [(place, metric) for place, metric in metrics if isinstance(metric, OfTexts)]
     if not of_texts or splits.encoded is None:
         return

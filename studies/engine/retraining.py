@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.search_space.metrics import ALWAYS, QUALITIES, quality
+from autopeft.search_space.metrics import ALWAYS
+from autopeft.search_space.problem import METRICS
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
 from autopeft.studies.recipes.parts import Measured, RecipeGeneration
@@ -54,9 +55,9 @@ def retrain(
     with inputs_checked():
         of_texts, greedy = recipe.task_class.generates, recipe.generation or RecipeGeneration()
         declared = [metric.declared(name, of_texts) for name, metric in recipe.metrics.items()]
-        own = [metric.loaded(Path(recipe.data.folder)) for metric in declared]
-        wanted = [quality(name, greedy.pattern) for name in recipe.measured if name in QUALITIES]
-        metrics = tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
+        own = {metric.name: metric.loaded(Path(recipe.data.folder)) for metric in declared}
+        known = METRICS.with_own(own, greedy.pattern)
+        metrics = tuple(dict.fromkeys((*ALWAYS, *known.qualities(recipe.measured), *own.values())))
         splits = load_splits(recipe.data.for_loading(), recipe.task)
         for what in ("labels", "domains"):  # outputs and routers identify them by their positions
             wanted, found = getattr(recipe, what), getattr(splits, what)

@@ -351,6 +351,7 @@ def read_snapshot(settings: StudyFile, ledger: Ledger) -> Snapshot:
         study_id=ledger.study_id,
         settings=ledger.settings,
         objectives=settings.objectives_list(),
+        reported=settings.reported_list(),
         backbone=ledger.backbone,
         trials=tuple(trials),
         within=settings.recommend.within,

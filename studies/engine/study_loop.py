@@ -85,7 +85,7 @@ class StudyLoop:
         self.tracker = tracker
         self.plan = plan
         self.scores = scores
-        wanted = [o.metric for o in problem.objectives] + [METRICS[name] for name in problem.limits.maxima]
+        wanted = [o.metric for o in problem.measures] + [METRICS[name] for name in problem.limits.maxima]
         self.measured = frozenset(metric.name for metric in wanted if metric.source == "measured")
         trials, self.left_out = ledger.readable()
         self.trials: dict[int, Trial] = {trial.number: trial for trial in trials}
@@ -106,6 +106,7 @@ class StudyLoop:
             study_id=self.ledger.study_id,
             settings=self.ledger.settings,
             objectives=self.problem.objectives,
+            reported=self.problem.reported,
             backbone=self.backbone,
             trials=tuple(self.failures.held.get(n, self.trials[n]) for n in sorted(self.trials)),
             within=self.plan.within,
@@ -261,7 +262,7 @@ class StudyLoop:
         return next((t for t in searched if t.candidate.key == key), None)
 
     def _why_nothing(self) -> str:
-        reasons = [t.error or "a value exceeds an objective's bound" for t in self.trials.values() if t.role == SEARCH]
+        reasons = [t.error or "a value exceeds a bound" for t in self.trials.values() if t.role == SEARCH]
         if not reasons and self.plan.timeout_s is not None and self._out_of_time(0):
             limit = f"search.timeout_s ({self.plan.timeout_s:g} s) is too short: it ran out"
             return f"{limit} before a candidate was trained; the scores of `proxy` take time, too"

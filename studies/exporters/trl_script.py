@@ -11,7 +11,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from autopeft.search_space.metrics import ALWAYS, QUALITIES
+from autopeft.search_space.metrics import ALWAYS, LOSS
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.exporters.loading import model_expression, quantization_expression, write_training_readme
 from autopeft.studies.exporters.peft_config import decayed_vectors, plan
@@ -258,10 +258,11 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
     problem_type = recipe.task_class.problem_type
     assert problem_type is not None
     reported = dict.fromkeys([*(metric.name for metric in ALWAYS), *recipe.measured])
-    expressions = {name: QUALITIES[name].expression for name in reported if name in QUALITIES}
-    computed = {name: expression for name, expression in expressions.items() if expression}
-    own = [f"{name} ({metric.function})" for name, metric in recipe.metrics.items()]
-    missing = f" It does not compute the study's own {', '.join(own)}." if own else ""
+    found = [metric for metric in recipe.metrics_by_name().qualities(reported) if metric != LOSS]
+    computed = {metric.name: metric.expression for metric in found if metric.expression}
+    own = {name: f"the study's own {name} ({metric.function})" for name, metric in recipe.metrics.items()}
+    others = {metric.name: metric.name for metric in found if not metric.expression}
+    missing = f" It does not compute {', '.join((others | own).values())}." if others or own else ""
     opening = {
         "scores": in_docstring(f"It prints the loss and {', '.join(computed)}.{missing}"),
         "needs": "peft, transformers>=5, datasets, accelerate, scikit-learn",

@@ -185,7 +185,7 @@ class Result:
         )
 
     def _table(self) -> list[list[str]]:
-        names = list(dict.fromkeys([*self.snapshot.objectives_by_name, "num_params"]))
+        names = list(dict.fromkeys([*(measure.name for measure in self.snapshot.measures), "num_params"]))
         lines = [["", "candidate", *names, "what"]]
         for member in self.front:
             figures = [f"{member.values[name]:,.5g}" for name in names]

@@ -10,7 +10,7 @@ from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.errors import ConfigurationError, NoFeasibleCandidateError
 
 _COMPARE = {"<=": le, ">=": ge, "<": lt, ">": gt}
-_CONDITION = re.compile(r"([\w-]+?)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
+_CONDITION = re.compile(r"([\w-]+?(?:@.+?)?)\s*(<=|>=|<|>)\s*([-+.\deE_]+)")
 
 
 def pick(snapshot: Snapshot, choice: str) -> int:

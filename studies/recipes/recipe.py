@@ -29,6 +29,7 @@ from autopeft.evaluators.atomic import atomic_write
 from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.metrics import MetricsByName
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
@@ -158,11 +159,10 @@ class Recipe(Part):
             raise ValueError("; ".join(problems))
         if self.task_class.has_labels and not self.labels:
             raise ValueError(f"a {self.task} recipe needs `labels`")
-        for name in self.metrics:
-            self.maximises(name)
+        known = self.metrics_by_name()
         for name, measured in self.measured.items():
-            if measured.low is not None and name not in self.metrics and name not in METRICS:
-                raise ValueError(f"measured: unknown metric {name!r}{did_you_mean(name, (*METRICS, *self.metrics))}")
+            if measured.low is not None and name not in known:
+                raise ValueError(f"measured: unknown metric {name!r}{did_you_mean(name, known)}")
         return self
 
     @model_serializer(mode="wrap")
@@ -172,7 +172,11 @@ class Recipe(Part):
 
     def maximises(self, name: str) -> bool:
         """Return whether more of a metric is better. Raises KeyError for an unknown metric, and MetricError."""
-        return self.metrics[name].declared(name).maximise if name in self.metrics else METRICS[name].maximise
+        return self.metrics_by_name()[name].maximise
+
+    def metrics_by_name(self) -> MetricsByName:
+        """Return all metrics that the recipe may name, its own ones without their code. Raises MetricError."""
+        return METRICS.with_own({name: metric.declared(name) for name, metric in self.metrics.items()})
 
     @classmethod
     def of(

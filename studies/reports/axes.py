@@ -12,6 +12,7 @@ from math import ceil, floor, isfinite, log10, nan
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from autopeft.search_space.metrics import SEPARATOR
 from autopeft.search_space.problem import Objective
 from autopeft.studies.analysis.statistics import Estimate
 
@@ -64,8 +65,9 @@ class Axis:
         typical = float(np.median(np.abs(finite)))
         choices = UNITS.get(objective.unit, ((0.0, 1.0, objective.unit),))
         _, factor, unit = next((row for row in choices if typical >= row[0]), choices[-1])
-        title = TITLES.get(objective.name, objective.name.removesuffix("_s").removesuffix("_bytes"))
-        title = title.replace("_", " ")
+        title = objective.name
+        if SEPARATOR not in title:  # the name of a domain stays as it is
+            title = TITLES.get(title, title.removesuffix("_s").removesuffix("_bytes")).replace("_", " ")
         if unit and unit not in ("parameters", "operations"):
             title += f", {unit}"
         title += " (higher is better)" if objective.maximise else " (lower is better)"

@@ -84,17 +84,18 @@ def _axes(rows: Sequence[FrontRow], objectives: Sequence[Objective]) -> tuple[Ax
     """Return the vertical axis (the first quality) and a horizontal one per other objective, or for num_params."""
     qualities = [objective for objective in objectives if objective.is_quality]
     upright = (qualities or list(objectives))[0]
-    others = [objective for objective in objectives if objective is not upright]
+    others = [objective for objective in objectives if objective is not upright] or [Objective.of("num_params")]
+    return axis_of(rows, upright), tuple(axis_of(rows, objective) for objective in others)
 
-    def axis(objective: Objective) -> Axis:
-        seen = _in_view(rows, objective)
-        return Axis.of(
-            objective,
-            [row.values[objective.name] for row in seen],
-            [row.std_err.get(objective.name, nan) for row in seen],
-        )
 
-    return axis(upright), tuple(axis(objective) for objective in others or [Objective.of("num_params")])
+def axis_of(rows: Sequence[FrontRow], objective: Objective) -> Axis:
+    """Return the axis of an objective, or of a metric that is only reported."""
+    seen = _in_view(rows, objective)
+    return Axis.of(
+        objective,
+        [row.values[objective.name] for row in seen],
+        [row.std_err.get(objective.name, nan) for row in seen],
+    )
 
 
 def _in_view(rows: Sequence[FrontRow], objective: Objective) -> list[FrontRow]:

@@ -23,6 +23,7 @@ from autopeft.studies.reports.front_layout import (
     INK,
     Composition,
     Layer,
+    axis_of,
     bars,
     column,
     compose,
@@ -62,14 +63,17 @@ def front_html(
     *,
     study: str,
     num_evaluations: int,
+    reported: Sequence[Objective] = (),
     notes: Sequence[str] = (),
     sections: Sequence[tuple[str, Sequence[str], go.Figure]] = (),
 ) -> None:
     """Write the page: quality against each cost, parallel coordinates from three objectives on, a table of the front.
 
-    `notes`: paragraphs above the table. `sections`: a heading, paragraphs and a figure each; they follow the charts.
+    `reported`: metrics that are columns of the table alone. `notes`: paragraphs above it. `sections`: a heading,
+    paragraphs and a figure each; they follow the charts.
     """
     picture = compose(rows, objectives, study=study, num_evaluations=num_evaluations)
+    more = [axis_of(rows, measure) for measure in reported]
     charts = [_scatter(picture, rows).to_html(full_html=False, include_plotlyjs=True, config=CONFIG)]
     if len(picture.xs) > 1:
         charts.append("<h2>All objectives at once</h2>")
@@ -88,8 +92,8 @@ def front_html(
         grid=GRID,
         charts="\n".join(charts),
         notes="\n".join(f"<p>{escape(note)}</p>" for note in notes),
-        columns=_columns(picture),
-        rows="\n".join(_table_rows(picture)),
+        columns=_columns(picture, more),
+        rows="\n".join(_table_rows(picture, more)),
     )
     atomic_write_text(path, page)
 
@@ -161,7 +165,7 @@ def _text_position(across: int, up: int) -> str:
 
 def _hover(row: FrontRow, picture: Composition) -> str:
     lines = [f"<b>{escape(row.label)}</b>  trial {row.trial}, {escape(str(row.role))}"]
-    lines += [f"{axis.name}: {_number(row, axis)}" for axis in (picture.y, *picture.xs)]
+    lines += [f"{escape(axis.name)}: {_number(row, axis)}" for axis in (picture.y, *picture.xs)]
     return "<br>".join([*lines, *escape(row.summary).splitlines()])
 
 
@@ -172,7 +176,7 @@ def _number(row: FrontRow, axis: Axis) -> str:
 def _layout(axis: Axis) -> dict[str, object]:
     span = [axis.low, axis.high]
     return {
-        "title": {"text": axis.title, "standoff": 8},
+        "title": {"text": escape(axis.title), "standoff": 8},
         "type": "log" if axis.log else "linear",
         "range": list(np.log10(span)) if axis.log else span,
         # Own ticks on log axes alone, which may show a 0: the ticks of the library follow the zoom.
@@ -204,7 +208,7 @@ def _parallel(picture: Composition) -> go.Figure:
             values, ticks, span = np.log10(values), np.log10(ticks), np.log10(span)
         dimensions.append(
             {
-                "label": axis.title.partition(" (")[0],
+                "label": escape(axis.title.rpartition(" (")[0]),
                 "values": values,
                 "range": span if axis.maximise else span[::-1],
                 "tickvals": ticks,
@@ -239,10 +243,10 @@ def _ink(layer: Layer) -> str:
     return layer.edge if layer.symbol == "star" else layer.colour
 
 
-def _columns(picture: Composition) -> str:
+def _columns(picture: Composition, more: Sequence[Axis]) -> str:
     y = picture.y.name
     compared = [f"{y} minus best (95 %)", "standing", f"test {y}"] if picture.compared else []
-    names = ["", "candidate", *(axis.name for axis in (picture.y, *picture.xs)), *compared, "architecture"]
+    names = ["", "candidate", *(axis.name for axis in (picture.y, *picture.xs, *more)), *compared, "architecture"]
     return "".join(f"<th>{escape(name)}</th>" for name in names)
 
 
@@ -253,7 +257,7 @@ def _compared(row: FrontRow, y: Axis) -> tuple[str, str, str]:
     return difference, row.standing or "–", test
 
 
-def _table_rows(picture: Composition) -> list[str]:
+def _table_rows(picture: Composition, more: Sequence[Axis]) -> list[str]:
     """Return the rows of the table as HTML, the best quality first."""
     y = picture.y
     shown = [(layer, row) for layer in picture.layers for row in layer.rows if row.on_front or layer.labels == "always"]
@@ -263,7 +267,7 @@ def _table_rows(picture: Composition) -> list[str]:
         summary = "<br>".join(escape(row.summary).splitlines())
         cells = [
             f'<td style="color:{_ink(layer)}">{layer.glyph}</td><td>{escape(row.label)}</td>',
-            *(f'<td class="number">{_number(row, axis)}</td>' for axis in (y, *picture.xs)),
+            *(f'<td class="number">{_number(row, axis)}</td>' for axis in (y, *picture.xs, *more)),
             *(f'<td class="number">{escape(text)}</td>' for text in _compared(row, y) if picture.compared),
             f"<td>{summary}</td>",
         ]

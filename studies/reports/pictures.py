@@ -52,6 +52,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name of a domain may have any signs
 }
 DPI = 150
 

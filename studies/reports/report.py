@@ -115,7 +115,9 @@ def _writers(snapshot: Snapshot) -> Iterator[tuple[str, Callable[[Path], None]]]
 
     def front_html(path: Path) -> None:
         sections = [_routing(found, snapshot.metrics[snapshot.quality])] if found else []
-        page.front_html(rows, objectives, path, notes=front_notes(snapshot, front), sections=sections, **about)
+        notes = front_notes(snapshot, front)
+        more = snapshot.reported
+        page.front_html(rows, objectives, path, reported=more, notes=notes, sections=sections, **about)
 
     yield "front.html", front_html
     yield "front.png", lambda path: pictures.front_png(rows, objectives, path, **about)

@@ -14,12 +14,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.architecture import digest
+from autopeft.search_space.metrics import SEPARATOR
 from autopeft.search_space.problem import SEARCH, Measurement, Trial
 from autopeft.search_space.spaces.genes import TRAINING
 from autopeft.studies.analysis.front import Front, FrontRow
 from autopeft.studies.analysis.gains import gains
 from autopeft.studies.analysis.mixture_verdicts import verdicts
-from autopeft.studies.analysis.snapshot import Snapshot, summary
+from autopeft.studies.analysis.snapshot import Snapshot
+from autopeft.studies.analysis.summary import summary
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -77,12 +79,11 @@ def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metri
     found = trial.measurement
     if found is None:
         return []
-    prefixes = {objective.name: "obj" for objective in snapshot.objectives}
     values = {"time/wall_s": found.wall_s, "time/train_s": found.train_s}
     if trial.state != "pruned":  # values at a rung are not comparable with those of a full training
         for suffix, numbers in (("", found.values), ("_std_err", found.std_err), ("_iqr", found.spread)):
             for name, value in numbers.items():
-                values[f"{prefixes.get(name, 'metric')}/{name}{suffix}"] = value
+                values[f"{_prefix(name, snapshot)}/{name}{suffix}"] = value
     values |= {f"test/{name}": value for name, value in found.test.items()}
     values |= {f"routing/{name}": value for name, value in _routing(found).items()}
     end_ms = start_ms + round(1000 * found.wall_s)
@@ -101,6 +102,11 @@ def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metri
         step = round(part * (num_steps or 100))
         points += [metric(f"rung/{name}", value, reached_ms(part), step) for name, value in rung.items()]
     return points
+
+
+def _prefix(name: str, snapshot: Snapshot) -> str:
+    """Return the first part of the names of a trial's values of a metric."""
+    return "obj" if name in snapshot.objectives_by_name else "metric"
 
 
 def _routing(found: Measurement) -> dict[str, float]:
@@ -155,6 +161,7 @@ def front_view(snapshot: Snapshot) -> tuple[str, str]:
     quality = snapshot.quality
     names = [objective.name for objective in snapshot.objectives]
     names += [f"{quality}_std_err", f"{quality}_difference", f"test_{quality}"]
+    names += [reported.name for reported in snapshot.reported]
     metrics = [_name(FRONT + name) for name in names]
     state = {
         "searchFilter": f"{FRONT_FILTER} and tags.`autopeft.study_id` = '{snapshot.study_id}'",
@@ -193,10 +200,11 @@ def note(snapshot: Snapshot, front: Front, experiment_id: str) -> str:
     for verdict in verdicts(snapshot):
         lines += [*(f"    {line}" for line in verdict.lines(snapshot.metrics[snapshot.quality])), ""]
     lines += ["| column | meaning |", "|---|---|"]
-    for objective in snapshot.objectives:
-        better = "higher" if objective.maximise else "lower"
-        about = f"{objective.metric.summary}; {objective.unit + ', ' if objective.unit else ''}{better} is better"
-        lines.append(f"| `obj/{objective.name}` | {about} |")
+    for measure in snapshot.measures:
+        better = "higher" if measure.maximise else "lower"
+        about = f"{measure.metric.summary}; {measure.unit + ', ' if measure.unit else ''}{better} is better"
+        about += "" if measure.bound is None else f"; worst acceptable value: {measure.bound:g}"
+        lines.append(f"| `{_name(f'{_prefix(measure.name, snapshot)}/{measure.name}')}` | {about} |")
     lines += [
         "| `obj/..._std_err`, `..._iqr` | standard error, interquartile range |",
         "| `front/...` | members of the front: means over their fresh seeds, difference to the best member and test"
@@ -248,9 +256,17 @@ def _number(row: FrontRow, name: str) -> str:
 
 
 def _name(name: str) -> str:
-    """Return a name that MLflow accepts: letters, digits, `_ - .` and blanks, read as a path."""
-    parts = (re.sub(r"[^\w. -]", "_", part).strip(".") or "_" for part in name.split("/"))
-    return "/".join(parts)[:MAX_NAME]
+    """Return a name that MLflow accepts: letters, digits, `_ - .` and blanks, read as a path.
+
+    `@` becomes `_at_`. Names of domains may have any signs; a digest keeps those apart that would become one.
+    """
+    words = name.replace(SEPARATOR, "_at_", 1)
+    parts = (re.sub(r"[^\w. -]", "_", part).strip(".") or "_" for part in words.split("/"))
+    found = "/".join(parts)
+    if SEPARATOR in name and (found != words or len(found) > MAX_NAME):
+        mark = f"-{digest(name)[:8]}"
+        return found[: MAX_NAME - len(mark)] + mark
+    return found[:MAX_NAME]
 
 
 def _cut(long: str, limit: int) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from autopeft.benchmarks import coverage as simulated
+from autopeft.benchmarks import metric_coverage
 from autopeft.benchmarks.__main__ import main
 from autopeft.benchmarks.coverage import Candidate, Choices, Coverage, Examples, Setting, Situation
 from autopeft.studies.analysis.statistics import Estimate
@@ -48,9 +49,11 @@ def test_recommendations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.cheaper, found.wrong, found.worse, found.cost) == (1.0, 1.0, 1.0, pytest.approx(1 / 64))
 
 
-def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_all_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulated, "INTERVAL_SCENARIOS", simulated.INTERVAL_SCENARIOS[:1])
     monkeypatch.setattr(simulated, "CHOICE_SCENARIOS", simulated.CHOICE_SCENARIOS[:1])
+    monkeypatch.setattr(metric_coverage, "METRIC_SCENARIOS", metric_coverage.METRIC_SCENARIOS[:1])
+    monkeypatch.setattr(metric_coverage, "POPULATION", 1000)
     for words in (["--json"], []):
         with pytest.raises(SystemExit) as ended:
             main(["coverage", "--simulations", "2", *words])
@@ -60,9 +63,11 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str], monk
             found = json.loads(text)
             assert found["intervals"][0]["setting"]["num_examples"] == 100
             assert found["recommendations"][0]["situation"]["front"] == "one step"
+            assert found["metrics"][0]["setting"] == {"metric": "accuracy", "num_rows": 100, "domains": "one is worst"}
         else:
             assert text.count("\n| accuracy 0.6 | 100 | 2 | equal |") == 1
             assert text.count("\n| one step | 1,000 | 2 |") == 1
+            assert text.count("\n| accuracy | one is worst | 100 |") == 1
 
 
 def test_rows_are_formatted() -> None:

@@ -23,20 +23,29 @@ from autopeft.studies.config.sections.base import (
 )
 
 
-class ObjectiveSettings(Section):
-    """An objective: a mapping, or just the name of a metric."""
+class MetricSettings(Section):
+    """A metric: a mapping, or just its name."""
 
-    name: str = Field(description="a metric")
+    name: str = Field(description="a metric; name@domain: over the rows of a domain; name@worst: of the worst domain")
     bound: float | None = Field(default=None, description="worst acceptable value")
-    reference: float | None = Field(
-        default=None, description="reference value for the hypervolume; default: from the trials"
-    )
     direction: Literal["maximise", "minimise"] | None = Field(default=None, description="default: the metric's own")
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+
+class ReportedSettings(MetricSettings):
+    """A metric that every candidate is measured by, and that the search does not optimise."""
+
+
+class ObjectiveSettings(MetricSettings):
+    """An objective."""
+
+    reference: float | None = Field(
+        default=None, description="reference value for the hypervolume; default: from the trials"
+    )
 
 
 class ConstraintSettings(Section):

@@ -11,6 +11,7 @@ from autopeft.evaluators.training.registry import EVALUATORS
 from autopeft.search_space.adapters import ADAPTERS
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.domains import Choice, Float, Int
+from autopeft.search_space.metrics import QUALITIES
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spaces.presets import PRESETS
 from autopeft.search_space.spaces.rules import left_out
@@ -678,7 +679,10 @@ def test_schema_lists_the_registries_and_describes_every_setting():
     assert {name.removeprefix("adapter.") for name in definitions if name.startswith("adapter.")} == set(ADAPTERS)
     assert definitions["SearchSettings"]["properties"]["searcher"]["enum"] == list(SEARCHERS)
     assert definitions["EvaluationSettings"]["properties"]["evaluator"]["enum"] == list(EVALUATORS)
-    assert definitions["ObjectiveSettings"]["properties"]["name"]["enum"] == list(METRICS)
+    for section in ("ObjectiveSettings", "ReportedSettings"):
+        known, by_domain = definitions[f"{section}.else"]["properties"]["name"]["anyOf"]
+        assert known["enum"] == list(METRICS)
+        assert all(re.search(by_domain["pattern"], f"{name}@law") for name in QUALITIES)
     assert definitions["SpaceSettings"]["properties"]["preset"]["anyOf"][0]["enum"] == list(PRESETS)
     for name, section in [("", schema), *definitions.items()]:
         if not name.startswith("adapter"):

@@ -17,7 +17,7 @@ from autopeft.search_space.declaration import AdapterChoice, OneOf
 from autopeft.search_space.domains import Choice, Float, Int
 from autopeft.studies.cli.app import main
 from autopeft.studies.cli.progress import ProgressView
-from autopeft.studies.config.checks import _model_with_everything
+from autopeft.studies.config.checks.settings import _model_with_everything
 from autopeft.studies.config.declaration import declare
 from autopeft.studies.config.loading import load_study, study_from_mapping
 from autopeft.studies.config.source import StudyFileError

@@ -1,4 +1,4 @@
-"""Checks of a study file that need no model: unknown names and settings that do not go together."""
+"""Unknown names, and settings that do not go together, except for those of metrics."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
-from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, OfTexts, Quality, RegexMatch, user_defined
-from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
+from autopeft.studies.config.checks.metrics import metric_problems
 from autopeft.studies.config.declaration import ANY_MODEL, declare
-from autopeft.studies.config.sections.search import ObjectiveSettings
 from autopeft.studies.config.sections.training import PACKED
 from autopeft.studies.config.source import PlacedProblem
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.urls import keeps_nothing, located
-
-if TYPE_CHECKING:
-    from autopeft.evaluators.tasks import Task
 
 #: Genes with these first words have another meaning: "layers.3.on", "training.learning_rate".
 _RESERVED = ("layers", "training")
@@ -37,8 +31,7 @@ def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
     """Yield every problem that can be found without the model and the data."""
     yield from _evaluator_problems(study)
     yield from _search_problems(study)
-    yield from _objective_problems(study)
-    yield from _generation_problems(study)
+    yield from metric_problems(study)
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)
@@ -183,111 +176,6 @@ def _proxy_problems(study: StudyFile) -> Iterator[PlacedProblem]:
             yield ("proxy", "score"), f"unknown score {proxy.score!r}{did_you_mean(proxy.score, scores)}"
         if proxy.filter is not None and proxy.filter not in PROXIES:
             yield ("proxy", "filter"), f"unknown proxy {proxy.filter!r}{did_you_mean(proxy.filter, PROXIES)}"
-
-
-def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
-    own, task = study.metrics or {}, study.task_class
-    names = [objective.name for objective in study.objectives]
-    for i, objective in enumerate(study.objectives):
-        name = objective.name
-        if name not in METRICS and name not in own:
-            yield ("objectives", i), f"unknown metric {name!r}{did_you_mean(name, (*METRICS, *own))}"
-        elif name in names[:i]:
-            yield ("objectives", i), f"{name!r} occurs twice"
-        elif name in QUALITIES:
-            metric = QUALITIES[name]
-            if not metric.computable(task.readable()):
-                yield ("objectives", i), f"{name} {_needs(metric, task)}"
-            if (objective.direction or _direction(metric)) != _direction(metric):
-                yield (
-                    ("objectives", i, "direction"),
-                    f"a better {name} is {'larger' if metric.maximise else 'smaller'}: leave the direction out",
-                )
-        if name in METRICS:
-            yield from _beyond(i, objective, METRICS[name])
-    first = next((QUALITIES[name] for name in names if name in QUALITIES), None)
-    within = study.recommend.within
-    if within and first and first.bound is not None and first.worst is not None:
-        low, high = sorted((first.bound, first.worst))
-        if within >= high - low:
-            what = f"counts every loss of {first.name} as none, from {low:g} to {high:g}: give a smaller margin"
-            yield ("recommend", "within"), what
-    if all(name in METRICS and name not in QUALITIES for name in names):
-        quality = " or ".join(_computable(task))
-        yield ("objectives",), f"must contain {quality}: if all objectives are costs, the best candidate has no adapter"
-    for name, place in own.items():
-        if name in METRICS:
-            yield ("metrics", name), f"{name!r} is already a metric: choose another name"
-        try:
-            metric = user_defined(name, place, True, task.generates)
-        except MetricError as error:
-            yield ("metrics", name), str(error)
-            continue
-        if not metric.computable(task.readable()):
-            what = f"your own metrics need targets and predictions, which only {' or '.join(_able(metric))} has"
-            yield ("metrics", name), what
-
-
-def _generation_problems(study: StudyFile) -> Iterator[PlacedProblem]:
-    """Yield the problems of `generation`: settings without a metric that reads them, and a wrong pattern."""
-    settings = study.generation
-    named = [QUALITIES[o.name] for o in study.objectives if o.name in QUALITIES]
-    of_texts = [metric.name for metric in named if isinstance(metric, OfTexts)]
-    matching = RegexMatch().name
-    if settings is not None and not of_texts and not (study.metrics and study.task_class.generates):
-        known = ", ".join(name for name, metric in QUALITIES.items() if isinstance(metric, OfTexts))
-        yield ("generation",), f"has no effect without a metric of texts among the objectives: {known}, or your own"
-    if settings is None or settings.pattern is None:
-        if matching in of_texts:
-            i = next(i for i, objective in enumerate(study.objectives) if objective.name == matching)
-            yield ("objectives", i), f"{matching} needs generation.pattern, a regular expression"
-        return
-    if matching not in of_texts and of_texts:
-        yield ("generation", "pattern"), f"has no effect: the objective {matching} reads it"
-    try:
-        re.compile(settings.pattern)
-    except re.error as error:
-        yield ("generation", "pattern"), f"is no regular expression: {error}"
-
-
-def _direction(metric: Metric) -> str:
-    return "maximise" if metric.maximise else "minimise"
-
-
-def _beyond(i: int, objective: ObjectiveSettings, metric: Metric) -> Iterator[PlacedProblem]:
-    """Yield values of an objective that are better than the best possible value of its metric."""
-    best, sign = metric.bound, 1 if metric.maximise else -1
-    if best is None or (objective.direction or _direction(metric)) != _direction(metric):
-        return
-    bound, reference = objective.bound, objective.reference
-    if bound is not None and sign * (bound - best) > 0:
-        what = f"no candidate can reach {bound:g}: the best possible {metric.name} is {best:g}"
-        yield ("objectives", i, "bound"), what
-    if reference is not None and sign * (reference - best) >= 0:
-        what = f"no candidate can be better than {reference:g}: the best possible {metric.name} is {best:g}"
-        yield ("objectives", i, "reference"), what
-
-
-def _able(metric: Quality) -> list[str]:
-    """Return the tasks for which a metric can be computed."""
-    from autopeft.evaluators.tasks import TASKS
-
-    return [name for name, task in TASKS.items() if metric.computable(task.readable())]
-
-
-def _computable(task: type[Task]) -> list[str]:
-    """Return the quality metrics that can be computed for a task."""
-    return [name for name, metric in QUALITIES.items() if metric.computable(task.readable())]
-
-
-def _needs(metric: Quality, task: type[Task]) -> str:
-    """Return why a metric cannot be computed for a task or a variant of it."""
-    able = _able(metric)
-    if not able:
-        return "cannot be computed: no task has the columns that it needs"
-    if task.name not in able:
-        return f"needs the task {' or '.join(able)}"
-    return f"cannot be computed for {task.problem_type}: choose among {', '.join(_computable(task))}"
 
 
 def _data_problems(study: StudyFile) -> Iterator[PlacedProblem]:
