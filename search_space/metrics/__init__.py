@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autopeft.search_space.metrics.base import Columns, Metric, MetricError, OverSet, PerExample, Quality
+from autopeft.search_space.metrics.forgetting import FORGETTING
 from autopeft.search_space.metrics.macro_f1 import MacroF1
 from autopeft.search_space.metrics.matthews import Matthews
 from autopeft.search_space.metrics.mean import ACCURACY, LOSS
@@ -13,7 +14,7 @@ from autopeft.search_space.metrics.texts import ExactMatch, OfTexts, RegexMatch
 from autopeft.search_space.registry import Registry
 
 _OWN: tuple[Quality, ...] = (
-    *(ACCURACY, LOSS, MacroF1(), Matthews()),
+    *(ACCURACY, LOSS, FORGETTING, MacroF1(), Matthews()),
     *(ExactMatch(), RougeL(), Chrf(), Bleu(), RegexMatch()),
 )
 QUALITIES: Registry[Quality] = Registry("autopeft.metrics", Quality, "name", _OWN, instances=True)
@@ -29,6 +30,7 @@ def quality(name: str, pattern: str | None) -> Quality:
 
 __all__ = [
     "ALWAYS",
+    "FORGETTING",
     "QUALITIES",
     "Columns",
     "Metric",
