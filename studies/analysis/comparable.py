@@ -7,6 +7,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from typing import TypeVar
 
 from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.metrics import FORGETTING
 from autopeft.search_space.problem import Measurement, Trial
 
 T = TypeVar("T", bound=Hashable)
@@ -40,10 +41,13 @@ def incomparable(
             found[number] = f"it has scores of {scores}, the others of {' and '.join(usual)}"
     for split in ("validation", "test"):
         rows = {number: _rows(m, split) for number, m in scored.items() if number not in found}
-        usual_rows = _usual(count for counts in rows.values() for count in counts)
-        for number, counts in rows.items():
-            if others := counts - {usual_rows}:
-                found[number] = f"it has scores of {max(others)} {split} rows, the others of {usual_rows}"
+        # By metric: that of retained rows has another number of them.
+        for name in dict.fromkeys(name for counts in rows.values() for name in counts):
+            usual_rows = _usual(counts[name] for counts in rows.values() if name in counts)
+            for number, counts in rows.items():
+                if number not in found and counts.get(name, usual_rows) != usual_rows:
+                    what = "retained" if name == FORGETTING.name else split
+                    found[number] = f"it has scores of {counts[name]} {what} rows, the others of {usual_rows}"
     return found | dict(_repeats(trials, {*missing, *found}))
 
 
@@ -51,9 +55,9 @@ def _names(measurement: Measurement, objectives: Collection[str]) -> tuple[str, 
     return tuple(name for name in objectives if name in measurement.per_example)
 
 
-def _rows(measurement: Measurement, split: str) -> set[int]:
+def _rows(measurement: Measurement, split: str) -> dict[str, int]:
     columns = measurement.per_example if split == "validation" else measurement.test_per_example
-    return {len(column) for column in columns.values()}
+    return {name: len(column) for name, column in columns.items()}
 
 
 def _usual(values: Iterable[T]) -> T | None:

@@ -13,10 +13,20 @@ from urllib.parse import urlparse
 
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
-from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, OfTexts, Quality, RegexMatch, user_defined
+from autopeft.search_space.metrics import (
+    FORGETTING,
+    QUALITIES,
+    Metric,
+    MetricError,
+    OfTexts,
+    Quality,
+    RegexMatch,
+    user_defined,
+)
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
+from autopeft.studies.config.sections.forgetting import forgetting_problems
 from autopeft.studies.config.sections.search import ObjectiveSettings
 from autopeft.studies.config.sections.training import PACKED
 from autopeft.studies.config.source import PlacedProblem
@@ -39,6 +49,8 @@ def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
     yield from _search_problems(study)
     yield from _objective_problems(study)
     yield from _generation_problems(study)
+    names = [objective.name for objective in study.objectives]
+    yield from forgetting_problems(study.forgetting, names, study.task, study.data_settings())
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)
@@ -196,7 +208,7 @@ def _objective_problems(study: StudyFile) -> Iterator[PlacedProblem]:
             yield ("objectives", i), f"{name!r} occurs twice"
         elif name in QUALITIES:
             metric = QUALITIES[name]
-            if not metric.computable(task.readable()):
+            if metric != FORGETTING and not metric.computable(task.readable()):
                 yield ("objectives", i), f"{name} {_needs(metric, task)}"
             if (objective.direction or _direction(metric)) != _direction(metric):
                 yield (

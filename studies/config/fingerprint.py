@@ -26,6 +26,7 @@ def fingerprint(study: StudyFile) -> dict[str, Any]:
     found = {key: dump[key] for key in _LASTING} | {"search": search}
     found |= {"metrics": dump["metrics"]} if dump["metrics"] else {}
     found |= {"generation": study.greedy.deciding} if study.greedy.deciding else {}
+    found |= {"forgetting": dump["forgetting"]} if study.forgetting else {}
     return found | {"proxy": scores} if scores and starts_from_scores else found
 
 

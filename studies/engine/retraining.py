@@ -41,6 +41,7 @@ def retrain(
     differs from the recipe and for code without permission, and UserError if a run fails.
     """
     from autopeft.evaluators.backbones import load_backbone
+    from autopeft.evaluators.data.retained import with_retained
     from autopeft.evaluators.data.splits import load_splits
     from autopeft.evaluators.texts import Generation
     from autopeft.evaluators.training.train import TrainEvaluator
@@ -58,6 +59,9 @@ def retrain(
         wanted = [quality(name, greedy.pattern) for name in recipe.measured if name in QUALITIES]
         metrics = tuple(dict.fromkeys((*ALWAYS, *wanted, *own)))
         splits = load_splits(recipe.data.for_loading(), recipe.task)
+        if recipe.forgetting is not None:
+            retained = recipe.forgetting.for_loading()
+            splits = with_retained(splits, retained, recipe.data.for_loading(), recipe.task)
         for what in ("labels", "domains"):  # outputs and routers identify them by their positions
             wanted, found = getattr(recipe, what), getattr(splits, what)
             if wanted is not None and found != wanted:
