@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -28,6 +29,7 @@ from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.recipe import Recipe
+from autopeft.studies.reports.report import write_report
 
 from ...support.exported import save_model
 from ...support.tiny_study import save_study, settings, write_rows
@@ -102,7 +104,9 @@ def test_the_front_has_members_that_differ_in_all_three(ended) -> None:
     assert all(row.difference is None or row.trial != front.recommendation.best for row in members)
 
 
-def test_reports_say_what_the_recommended_member_forgets(ended, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_say_what_the_recommended_member_forgets(
+    ended, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings, snapshot = ended
     (sentence,) = other_qualities(snapshot, snapshot.front())
     assert re.search(r"has forgetting -?[\d.e-]+ \(95 % interval -?[\d.e-]+ to -?[\d.e-]+\)", sentence)
@@ -111,6 +115,13 @@ def test_reports_say_what_the_recommended_member_forgets(ended, capsys: pytest.C
     assert sentence.split(" (95")[0] in shown
     assert cli(["pareto", str(settings.path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
+    report = write_report(snapshot, tmp_path / "report")
+    assert report.problems == []
+    assert sentence in html.unescape((tmp_path / "report" / "front.html").read_text(encoding="utf-8"))
+    assert cli(["data", str(settings.path), "--split", "retained", "--rows", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "general.jsonl:" in shown
+    assert re.search(r"retained_test +8 ", shown)
     gains = next(row["gains"] for row in rows if row["recommended"])
     for gain in gains:
         if gain["difference"] is not None:
