@@ -314,6 +314,18 @@ def skeleton(
     return model
 
 
+def has_outputs(model_id: str, revision: str | None, task: str, labels: Sequence[str] | None) -> bool:
+    """Return whether the configuration is of a model with outputs for exactly these labels; weights may be missing.
+
+    Raises ModelError.
+    """
+    kind, config = _task(task), _config(model_id, revision)
+    classes = _auto_class(model_id, kind, config)._model_mapping[type(config)]
+    names = {one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))}
+    counted = labels is None or config.num_labels == len(labels)
+    return counted and kind.same_outputs(config, labels) and bool(names & {*(config.architectures or ())})
+
+
 def describe_backbone(
     model_id: str,
     revision: str | None = None,

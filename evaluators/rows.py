@@ -11,7 +11,9 @@ from typing import Any, Literal
 EMBEDDED = "embedded"
 EMBEDDED_DOMAINS = "embedded-domains"
 EMBEDDED_FUNCTIONS = "embedded-functions"
-#: The packages that hold the files of the embedded sources.
+#: Retained rows alone: no split of a task.
+EMBEDDED_PROSE = "embedded-prose"
+#: The packages that hold the files of the embedded sources of a task's rows.
 EMBEDDED_IN = {
     EMBEDDED: "autopeft.evaluators.data.topics",
     EMBEDDED_DOMAINS: "autopeft.evaluators.data.domains",

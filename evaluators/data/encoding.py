@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from autopeft.evaluators.data.losses import Encoded, Truncation, Unread
-from autopeft.evaluators.data.splits import MOST_PROBLEMS_PER_FILE, SPLITS, Splits
+from autopeft.evaluators.data.splits import MOST_PROBLEMS_PER_FILE, Splits
 from autopeft.evaluators.errors import DataError
 from autopeft.evaluators.rows import Row
 from autopeft.evaluators.tasks import Cut, Example, Task
@@ -39,8 +39,8 @@ def encode_splits(
         return splits.encoded
     examples: dict[str, list[Example]] = {}
     problems: list[str] = []
-    total, done = sum(len(getattr(splits, split)) for split in SPLITS), 0
-    for split in SPLITS:
+    total, done = sum(len(getattr(splits, split)) for split in splits.names), 0
+    for split in splits.names:
         rows: Sequence[Row] = getattr(splits, split)
         examples[split], wrong = [], []
         for start in range(0, len(rows), CHUNK):
@@ -142,7 +142,7 @@ def _lost(example: Example) -> int:
 
 def _without_prompts(cut: Truncation, splits: Splits) -> Iterator[str]:
     """Yield a problem if most rows lose their whole prompt: nothing is left that a completion could depend on."""
-    for split in SPLITS:
+    for split in splits.names:
         lost, total = cut.no_prompt[split], len(getattr(splits, split))
         if 2 * lost > total:
             yield (

@@ -15,6 +15,7 @@ from autopeft.evaluators.data.losses import Encoded, Unread
 from autopeft.evaluators.errors import DataError, first_line
 from autopeft.evaluators.rows import (
     EMBEDDED_IN,
+    EMBEDDED_PROSE,
     FILES,
     DataConfig,
     MissingFieldError,
@@ -27,12 +28,16 @@ from autopeft.evaluators.tasks import TASKS, Task
 from autopeft.search_space.spelling import did_you_mean
 
 SPLITS = ("train", "validation", "test")
+#: The splits of the retained rows, by the split with which they are scored.
+RETAINED = {"validation": "retained", "test": "retained_test"}
 MOST_PROBLEMS_PER_FILE = 5
 #: Longer names of labels are sorted as texts, even if they are numbers.
 MOST_DIGITS = 1000
 #: Rows of a Parquet file, which may claim any number of them in a few bytes.
 MOST_ROWS = 10_000_000
 NO_OBJECT = "not a JSON object"
+#: The packages that hold the files of all embedded sources.
+PACKAGES = {**EMBEDDED_IN, EMBEDDED_PROSE: "autopeft.evaluators.data.prose"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,8 @@ class Splits:
     `labels` (for classification) and `domains` (if the rows have them) are sorted, numbers by value. `warnings`: texts
     about permitted but questionable rows, such as inputs in two splits. `places`: by split, the file and line of each
     row, for messages. `unread`: by column that no task reads and that has a part of what a row says, what to do with
-    it and the number of its rows by split. `encoded`: the rows as `encode_splits` returned them, if it did.
+    it and the number of its rows by split. `encoded`: the rows as `encode_splits` returned them, if it did. `retained`,
+    `retained_test`: see `data/retained.py`; empty where nothing is retained.
     """
 
     train: list[Row]
@@ -54,6 +60,13 @@ class Splits:
     places: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False, repr=False)
     unread: Mapping[str, Unread] = field(default_factory=dict)
     encoded: Encoded | None = field(default=None, compare=False, repr=False)
+    retained: list[Row] = field(default_factory=list)
+    retained_test: list[Row] = field(default_factory=list)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the splits that have rows."""
+        return (*SPLITS, *RETAINED.values()) if self.retained else SPLITS
 
     def place(self, split: str, position: int) -> str:
         """Return the file and line of a row, for messages."""
@@ -71,22 +84,17 @@ def load_splits(data: DataConfig, task: str) -> Splits:
     columns: set[str] = set()
     for split in SPLITS:
         name = getattr(data, split)
-        try:
-            found, where, left[split], wrong = _canonical(_read(data, name, split), data, kind, columns)
-        except (OSError, ValueError) as error:
-            problems.append(f"{name}: {error}")
+        found, where, left[split], wrong = read_split(data, name, split, kind, columns)
+        problems += wrong
+        if wrong:
             continue
-        if not wrong:
-            rows[split], places[split] = found, [f"{name}{place}" for place in where]
-        if not found and not wrong:
+        rows[split], places[split] = found, where
+        if not found:
             problems.append(f"{name}: the {split} split is empty")
-        elif len(found) == 1 and split != "train" and not wrong:
+        elif len(found) == 1 and split != "train":
             problems.append(
                 f"{name}: the {split} split has one row; a score needs two at least, to have a standard error"
             )
-        problems += [f"{name}{place}: {what}" for place, what in wrong[:MOST_PROBLEMS_PER_FILE]]
-        if len(wrong) > MOST_PROBLEMS_PER_FILE:
-            problems.append(f"{name}: {len(wrong) - MOST_PROBLEMS_PER_FILE} more rows with problems")
     labels = domains = None
     if rows.get("train"):  # without rows, these checks would report follow-up problems
         if kind.has_labels:
@@ -94,15 +102,15 @@ def load_splits(data: DataConfig, task: str) -> Splits:
             spelt = _first_places(rows, places, kind.labels_of)
             problems += _spaced("label", spelt)
             warnings += _cased("label", spelt)
-            problems += _unseen(rows, places, "label", kind.labels_of, labels, data)
+            problems += unseen(rows, places, "label", kind.labels_of, labels, data)
             if problem := kind.label_problem(labels):
                 problems.append(f"{data.train}: {problem}")
         if data.domain_field is not None:
-            domains = _values(rows["train"], _domains_of)
-            spelt = _first_places(rows, places, _domains_of)
+            domains = _values(rows["train"], domains_of)
+            spelt = _first_places(rows, places, domains_of)
             problems += _spaced("domain", spelt)
             warnings += _cased("domain", spelt)
-            problems += _unseen(rows, places, "domain", _domains_of, domains, data)
+            problems += unseen(rows, places, "domain", domains_of, domains, data)
         problems += _too_few(data, labels or (), domains or ())
         if data.system is not None and data.system not in columns:
             problems.append(f"data.system: no row has a column {data.system!r}{did_you_mean(data.system, columns)}")
@@ -130,7 +138,8 @@ def load_splits(data: DataConfig, task: str) -> Splits:
 NamesOf = Callable[[Row], Sequence[str]]
 
 
-def _domains_of(row: Row) -> Sequence[str]:
+def domains_of(row: Row) -> Sequence[str]:
+    """Return the domain of a row, if it has one."""
     return (row["domain"],) if "domain" in row else ()
 
 
@@ -145,7 +154,7 @@ def _natural(value: str) -> tuple[bool, int, str]:
     return not number, int(value) if number else 0, value
 
 
-def _unseen(
+def unseen(
     rows: dict[str, list[Row]],
     places: dict[str, list[str]],
     what: str,
@@ -153,14 +162,15 @@ def _unseen(
     trained: tuple[str, ...],
     data: DataConfig,
 ) -> Iterator[str]:
+    """Yield the problem of each split with names that are not among `trained`, those of the training rows."""
     for split in rows:
-        unseen = [name for name in _values(rows[split], names_of) if name not in trained]
-        if unseen:
+        others = [name for name in _values(rows[split], names_of) if name not in trained]
+        if others:
             first = next(
                 at for at, row in zip(places[split], rows[split], strict=True) if {*names_of(row)} - {*trained}
             )
             yield (
-                f"{first}: {what}s {', '.join(map(repr, unseen[:5]))} do not occur in the training split, {data.train},"
+                f"{first}: {what}s {', '.join(map(repr, others[:5]))} do not occur in the training split, {data.train},"
                 f" which has {', '.join(map(repr, trained[:20]))}"
             )
 
@@ -215,7 +225,7 @@ def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[int]:
     Random("max_train_rows").shuffle(order)
     first = [
         {name: i for i in reversed(order) for name in names_of(rows[i])}.values()
-        for names_of in (labels_of, _domains_of)
+        for names_of in (labels_of, domains_of)
     ]
     chosen = dict.fromkeys([*chain.from_iterable(first), *order])
     return sorted(list(chosen)[:count])
@@ -227,9 +237,26 @@ def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[int]:
 PlacedRows = Iterator[tuple[str, Row | str]]
 
 
+def read_split(
+    data: DataConfig, name: str, split: str, task: type[Task], columns: set[str]
+) -> tuple[list[Row], list[str], list[Mapping[str, str]], list[str]]:
+    """Return the canonical rows of a split, their places, their columns that `task` leaves unread, and all problems.
+
+    The names of all columns are added to `columns`.
+    """
+    try:
+        rows, places, unread, wrong = _canonical(_read(data, name, split), data, task, columns)
+    except (OSError, ValueError) as error:
+        return [], [], [], [f"{name}: {error}"]
+    problems = [f"{name}{place}: {what}" for place, what in wrong[:MOST_PROBLEMS_PER_FILE]]
+    if len(wrong) > MOST_PROBLEMS_PER_FILE:
+        problems.append(f"{name}: {len(wrong) - MOST_PROBLEMS_PER_FILE} more rows with problems")
+    return rows, [f"{name}{place}" for place in places], unread, problems
+
+
 def _read(data: DataConfig, name: str, split: str) -> PlacedRows:
-    if data.source in EMBEDDED_IN:
-        with (files(EMBEDDED_IN[data.source]) / f"{split}.jsonl").open(encoding="utf-8") as lines:
+    if (package := PACKAGES.get(data.source)) is not None:
+        with (files(package) / f"{split}.jsonl").open(encoding="utf-8") as lines:
             yield from _jsonl(lines)
     elif data.source == FILES:
         path = Path(data.folder) / Path(name).expanduser()

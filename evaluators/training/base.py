@@ -24,14 +24,15 @@ from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
 from autopeft.evaluators.data.encoding import encode_splits
-from autopeft.evaluators.data.splits import Splits
+from autopeft.evaluators.data.splits import RETAINED, Splits
+from autopeft.evaluators.forgetting import Forgetting
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored, model_inputs
 from autopeft.evaluators.texts import Generation, Texts
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
 from autopeft.search_space.architecture import Candidate
-from autopeft.search_space.metrics import ALWAYS, ByDomain, Columns, MetricError, OfTexts, Quality
+from autopeft.search_space.metrics import ALWAYS, FORGETTING, ByDomain, Columns, MetricError, OfTexts, Quality
 from autopeft.search_space.metrics.base import DOMAIN
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.training import Training
@@ -105,16 +106,18 @@ class TrainingEvaluator(AttachingEvaluator):
         self.task = kind(loaded.processor, max_length, splits.labels, splits.domains)
         self.examples: dict[str, list[Example]] = encode_splits(self.task, splits, self.model).examples
         self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
-        # Evenly spread over the file, whatever its order: enough to rank by the loss, few enough to be cheap.
-        held_out = len(self.examples["validation"])
-        self.rung_examples: Sequence[int] = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
+        self.rung_examples: Sequence[int] = rung_examples(len(self.examples["validation"]))
         self.device = next(self.model.parameters()).device
         self.metrics = tuple(metrics)
         if any(isinstance(metric, ByDomain) for metric in self.metrics):
             self.rung_examples = self._rung_examples_of_domains(len(self.rung_examples))
+        #: The losses that `forgetting` compares with; None without this metric.
+        self.forgetting: Forgetting | None = None
+        if FORGETTING in self.metrics:
+            self.forgetting = Forgetting(loaded, self.task, self.lengths, self.batch)
         readable = self.task.readable() | ({DOMAIN} if self.task.domains else set())
         for metric in self.metrics:
-            if not metric.computable(readable):
+            if metric != FORGETTING and not metric.computable(readable):
                 there = ", ".join(sorted(readable))
                 raise MetricError(f"{metric.name} cannot be computed: the task {task} only has the columns {there}")
         of_texts = [metric for metric in dict.fromkeys(m.whole for m in self.metrics) if isinstance(metric, OfTexts)]
@@ -213,6 +216,11 @@ class TrainingEvaluator(AttachingEvaluator):
         """Return the training settings of a candidate."""
         return Training(**candidate.training)
 
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Measure what trainings are compared with, while the model has no adapters."""
+        if self.forgetting is not None:
+            self.forgetting.measure(tested=any(request.test for request in requests))
+
     @override
     def num_steps(self, request: Request) -> int:
         return steps_at(request.fidelity.share, self.full_steps(self.training(request.candidate)))
@@ -292,12 +300,21 @@ class TrainingEvaluator(AttachingEvaluator):
         examples: Sequence[int] | None = None,
         batch_size: int = EVALUATION_BATCH_SIZE,
     ) -> list[Columns]:
-        """Return the columns with the texts that every slot generates, if a metric reads them."""
+        """Return the columns with the texts that every slot generates and what it forgets, where a metric reads them.
+
+        With `examples`, as at a rung, what it forgets is of a part of the retained rows, too.
+        """
+        more: list[list[Columns]] = []
+        if self.forgetting is not None:  # first: what routers did last is reported, on the task's own rows
+            retained = RETAINED[split]
+            rows = None if examples is None else rung_examples(len(self.examples[retained]))
+            trained = self.columns(attachment, retained, rows, batch_size)
+            more.append([self.forgetting.column(retained, after, rows) for after in trained])
         columns = self.columns(attachment, split, examples, batch_size)
-        if self.texts is None:
-            return columns
-        texts = self.texts.columns(attachment, split, examples, batch_size)
-        return [{**own, **more} for own, more in zip(columns, texts, strict=True)]
+        if self.texts is not None:
+            more.append(self.texts.columns(attachment, split, examples, batch_size))
+        slots = zip(columns, *more, strict=True)
+        return [{name: column for part in parts for name, column in part.items()} for parts in slots]
 
     def final_scores(
         self, attachment: Attachment, tested: Sequence[bool], batch_size: int = EVALUATION_BATCH_SIZE
@@ -349,6 +366,14 @@ def _by_name(rows: Tensor, widths: Mapping[str, int | None]) -> Columns:
         columns[name] = rows[start].tolist() if width is None else rows[start : start + width].T.tolist()
         start += width or 1
     return columns
+
+
+def rung_examples(count: int) -> range:
+    """Return the positions of the examples of `count` that are scored at a rung.
+
+    They are evenly spread, whatever the order: enough to rank by the loss, few enough to be cheap.
+    """
+    return range(count)[:: max(1, count // RUNG_EXAMPLES)]
 
 
 def steps_at(share: float, full: int) -> int:

@@ -136,6 +136,7 @@ class PackedEvaluator(TrainingEvaluator):
     ) -> list[Outcome]:
         if select is not None and len({request.fidelity for request in requests}) > 1:
             raise ValueError("selection at rungs requires that all candidates have the same fidelity")
+        self.prepare(requests)
         texts = self.generation.at_rungs or select is not None
         runs = [self._run(index, request, texts) for index, request in enumerate(requests)]
         total = sum(run.num_steps for run in runs)

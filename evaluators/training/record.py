@@ -10,7 +10,7 @@ from typing import Any
 
 from autopeft.evaluators.atomic import disk_error
 from autopeft.evaluators.base import Outcome, OutOfMemoryError, Request
-from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, OfTexts, Quality
+from autopeft.search_space.metrics import ALWAYS, FORGETTING, Columns, MetricError, OfTexts, Quality
 from autopeft.search_space.metrics.base import standard_error
 from autopeft.search_space.metrics.texts import GENERATED, with_numbers
 from autopeft.search_space.problem import Measurement
@@ -112,8 +112,9 @@ def failure(request: Request, error: Exception) -> Outcome:
 
 def finite(columns: Columns) -> Columns:
     """Return the columns unchanged. Raises TrainingFailedError for a loss that is not finite."""
-    if not all(map(math.isfinite, columns["loss"])):
-        raise TrainingFailedError("the held-out loss is not finite")
+    for name, what in (("loss", "held-out loss"), (FORGETTING.name, "loss on the retained rows")):
+        if not all(map(math.isfinite, columns.get(name, ()))):
+            raise TrainingFailedError(f"the {what} is not finite")
     return columns
 
 

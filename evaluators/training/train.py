@@ -42,6 +42,7 @@ class TrainEvaluator(TrainingEvaluator):
             raise ValueError(
                 f"the {self.name!r} evaluator cannot select at rungs: it trains one candidate after the other"
             )
+        self.prepare(requests)
         total = sum(self.num_steps(request) for request in requests)
         done = 0
         outcomes: list[Outcome] = []

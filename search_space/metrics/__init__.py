@@ -11,6 +11,7 @@ from typing_extensions import override
 from autopeft.search_space.metrics.base import Columns, Metric, MetricError, OverSet, PerExample, Quality
 from autopeft.search_space.metrics.by_domain import SEPARATOR, WORST, ByDomain
 from autopeft.search_space.metrics.calibration import BRIER_SCORE, CalibrationError
+from autopeft.search_space.metrics.forgetting import FORGETTING
 from autopeft.search_space.metrics.macro_f1 import MacroF1
 from autopeft.search_space.metrics.matthews import Matthews
 from autopeft.search_space.metrics.mean import ACCURACY, LOSS
@@ -21,7 +22,7 @@ from autopeft.search_space.metrics.texts import ExactMatch, OfTexts, RegexMatch
 from autopeft.search_space.registry import Registry
 
 _OWN: tuple[Quality, ...] = (
-    *(ACCURACY, LOSS, MacroF1(), Matthews(), BRIER_SCORE, CalibrationError()),
+    *(ACCURACY, LOSS, FORGETTING, MacroF1(), Matthews(), BRIER_SCORE, CalibrationError()),
     *(ExactMatch(), RougeL(), Chrf(), Bleu(), RegexMatch()),
 )
 QUALITIES: Registry[Quality] = Registry("autopeft.metrics", Quality, "name", _OWN, instances=True)
@@ -52,7 +53,8 @@ class MetricsByName(Mapping[str, Metric]):
             return self._metrics[name]
         metric, separator, domain = name.partition(SEPARATOR)
         found = self._metrics.get(metric)
-        if not separator or not domain or not isinstance(found, Quality):
+        # Retained rows are not those of the task, which have the domains.
+        if not separator or not domain or not isinstance(found, Quality) or found == FORGETTING:
             raise KeyError(name)
         return ByDomain.over(found, domain)
 
@@ -71,6 +73,7 @@ class MetricsByName(Mapping[str, Metric]):
 
 __all__ = [
     "ALWAYS",
+    "FORGETTING",
     "LOSS",
     "QUALITIES",
     "SEPARATOR",

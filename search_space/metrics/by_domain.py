@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from autopeft.search_space.metrics.base import DOMAIN, Columns, MetricError, Quality, standard_error
+from autopeft.search_space.metrics.forgetting import FORGETTING
 from autopeft.search_space.spelling import did_you_mean
 
 #: What separates the name of a metric from that of a domain.
@@ -156,6 +157,7 @@ def _rows_by_domain(columns: Columns) -> dict[str, list[int]]:
 
 
 def _chosen(columns: Columns, rows: Sequence[int]) -> Columns:
-    """Return the columns of some rows."""
-    found: dict[str, list[Any]] = {name: [column[row] for row in rows] for name, column in columns.items()}
+    """Return the columns of some rows of the task, and no column of retained rows."""
+    own = ((name, column) for name, column in columns.items() if name != FORGETTING.name)
+    found: dict[str, list[Any]] = {name: [column[row] for row in rows] for name, column in own}
     return found

@@ -7,6 +7,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from typing import TypeVar
 
 from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.metrics import FORGETTING
 from autopeft.search_space.problem import Measurement, Trial
 
 T = TypeVar("T", bound=Hashable)
@@ -40,11 +41,13 @@ def incomparable(
             found[number] = f"it has scores of {scores}, the others of {' and '.join(usual)}"
     for split in ("validation", "test"):
         rows = {number: _rows(m, split) for number, m in scored.items() if number not in found}
-        for metric in dict.fromkeys(metric for counts in rows.values() for metric in counts):
-            usual_rows = _usual(counts[metric] for counts in rows.values() if metric in counts)
+        # By metric: one of a domain or of retained rows has another number of rows.
+        for name in dict.fromkeys(name for counts in rows.values() for name in counts):
+            usual_rows = _usual(counts[name] for counts in rows.values() if name in counts)
             for number, counts in rows.items():
-                if counts.get(metric, usual_rows) != usual_rows:
-                    found[number] = f"it has scores of {counts[metric]} {split} rows, the others of {usual_rows}"
+                if number not in found and counts.get(name, usual_rows) != usual_rows:
+                    what = "retained" if name == FORGETTING.name else split
+                    found[number] = f"it has scores of {counts[name]} {what} rows, the others of {usual_rows}"
     return found | dict(_repeats(trials, {*missing, *found}))
 
 
@@ -53,7 +56,7 @@ def _names(measurement: Measurement, objectives: Collection[str]) -> tuple[str, 
 
 
 def _rows(measurement: Measurement, split: str) -> dict[str, int]:
-    """Return the number of scores by metric; a metric of one domain has those of its rows."""
+    """Return the number of scores by metric; one of a domain has those of its rows, `forgetting` of others."""
     columns = measurement.per_example if split == "validation" else measurement.test_per_example
     return {name: len(column) for name, column in columns.items()}
 

@@ -15,7 +15,7 @@ from autopeft.search_space.spaces.rules import ALL_BASELINES, RULES, RuleKind, i
 from autopeft.studies.analysis.front import Front, interval
 from autopeft.studies.analysis.recommendation import difference_text
 from autopeft.studies.analysis.snapshot import Entry, Snapshot
-from autopeft.studies.analysis.statistics import Estimate, SeedSpread, paired_difference
+from autopeft.studies.analysis.statistics import Estimate, SeedSpread, estimate, paired_difference
 
 #: What a tuned baseline of the same structure tells.
 RATE = "learning_rate"
@@ -27,9 +27,10 @@ class Gain:
 
     `difference`: quality of the recommended member minus that of the baseline; None where the comparison cannot be
     made, which the sentence explains. `cost_ratios`: what the recommended member costs over what the baseline costs, by
-    metric. For an untuned rule, `tuned` names what has its structure at a tuned learning rate, and `difference` is the
-    sum of `learning_rate` (that minus the rule) and `structure` (the recommended member minus that). They are None
-    where the study has no such baseline; where the recommended member has the structure itself, `structure` is None.
+    metric. `others`: the differences in the further qualities among the objectives, such as forgetting, by metric.
+    For an untuned rule, `tuned` names what has its structure at a tuned learning rate, and `difference` is the sum of
+    `learning_rate` (that minus the rule) and `structure` (the recommended member minus that). They are None where the
+    study has no such baseline; where the recommended member has the structure itself, `structure` is None.
     """
 
     baseline: str
@@ -38,6 +39,7 @@ class Gain:
     trial: int | None = None
     difference: Estimate | None = None
     cost_ratios: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, Estimate] = field(default_factory=dict)
     tuned: str | None = None
     learning_rate: Estimate | None = None
     structure: Estimate | None = None
@@ -50,6 +52,7 @@ class Gain:
             "kind": self.kind,
             "trial": self.trial,
             "cost_ratios": dict(self.cost_ratios),
+            "others": {name: interval(found) for name, found in self.others.items()},
             "tuned": self.tuned,
             **{name: None if found is None else interval(found) for name, found in estimates.items()},
             "sentence": self.sentence,
@@ -67,6 +70,32 @@ def gains(snapshot: Snapshot, front: Front) -> list[Gain]:
         return []
     comparison = _Comparison(snapshot, front, found.recommended)
     return list(comparison.gains()) if comparison.recommended.repeats else []
+
+
+def other_qualities(snapshot: Snapshot, front: Front) -> list[str]:
+    """Return a sentence on each further quality of the recommended member, and on its difference to the best one's."""
+    found = front.recommendation
+    if found is None:
+        return []
+    labels = {row.trial: row.label for row in front.rows}
+    recommended, best = snapshot.entry(found.recommended), snapshot.entry(found.best)
+    sentences = []
+    for name in _other_qualities(snapshot):
+        scores, others = recommended.scores(name), best.scores(name)
+        if not scores.size:
+            continue
+        metric, spread, sign = snapshot.metrics[name], snapshot.spread(metric=name), recommended.sign(name)
+        own = estimate(scores, spread=spread).signed(sign)
+        text = f"{labels[found.recommended]} has {name} {own.value:.3g} (95 % interval {own.low:.3g} to {own.high:.3g})"
+        if found.recommended != found.best and others.size:
+            against = difference_text(paired_difference(scores, others, spread=spread), metric)
+            text += f"; minus that of the best, {labels[found.best]}: {against}"
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def _other_qualities(snapshot: Snapshot) -> list[str]:
+    return [o.name for o in snapshot.objectives if o.is_quality and o.name != snapshot.quality]
 
 
 class _Comparison:
@@ -126,6 +155,10 @@ class _Comparison:
             text += " from single runs, so without the spread between seeds"
         if ratios:
             text += ", at " + ", ".join(f"{ratio:.2g} times its {cost}" for cost, ratio in ratios.items())
+        others = dict(self._others(baseline))
+        if others:
+            metrics = self.snapshot.metrics
+            text += ", with " + ", ".join(difference_text(other, metrics[name]) for name, other in others.items())
         tuned, rate, structure, more = None, None, None, ""
         if is_untuned(name):
             tuned, rate, structure, more = self._parts(name, found)
@@ -137,6 +170,7 @@ class _Comparison:
             trial=baseline.trial.number,
             difference=found.signed(sign),
             cost_ratios=ratios,
+            others={name: other.signed(self.recommended.sign(name)) for name, other in others.items()},
             tuned=tuned,
             learning_rate=rate and rate.signed(sign),
             structure=structure and structure.signed(sign),
@@ -161,6 +195,13 @@ class _Comparison:
         own, other = (self.rows[entry.trial.number].values for entry in (self.recommended, baseline))
         shared = [name for name in dict.fromkeys(names) if min(own.get(name, 0.0), other.get(name, 0.0)) > 0]
         return {name: own[name] / other[name] for name in shared}
+
+    def _others(self, baseline: Entry) -> Iterator[tuple[str, Estimate]]:
+        """Yield the differences in further qualities, larger is better."""
+        for name in _other_qualities(self.snapshot):
+            own, other = self.recommended.scores(name), baseline.scores(name)
+            if own.size and other.size:
+                yield name, paired_difference(own, other, spread=self.snapshot.spread(metric=name))
 
     def _parts(self, name: str, found: Estimate) -> tuple[str | None, Estimate | None, Estimate | None, str]:
         """Return what has the structure of an untuned rule at a tuned rate, the two parts of the gain, and a sentence.

@@ -199,11 +199,11 @@ class Snapshot:
         names = [o.name for o in self.objectives if o.is_quality]
         return names[0] if names else "accuracy"
 
-    def spread(self, split: str = "validation") -> SeedSpread | None:
-        """Return the spread of the quality between seeds, from all candidates with several seeds; None without any."""
+    def spread(self, split: str = "validation", metric: str | None = None) -> SeedSpread | None:
+        """Return the spread of a metric (None: the quality) between seeds, of all with several seeds; None without."""
         matched = [entry for by_name in self.matched_baselines().values() for entry in by_name.values()]
         repeated = [entry for entry in [*self.entries(), *matched] if len(entry.repeats) > 1]
-        scores = [entry.scores(self.quality, split) for entry in repeated]
+        scores = [entry.scores(metric or self.quality, split) for entry in repeated]
         return SeedSpread.of([runs for runs in scores if runs.size])
 
     def front(self) -> Front:

@@ -23,7 +23,9 @@ _SHOWN = (400, 200)
 #: What stands around learnt text where there are no colours.
 _OPEN, _CLOSE = "[[", "]]"
 
-SplitOption = Annotated[str, typer.Option("--split", help="Split of the shown rows: train, validation or test.")]
+SplitOption = Annotated[
+    str, typer.Option("--split", help="Split of the shown rows: train, validation, test, retained or retained_test.")
+]
 RowsOption = Annotated[int, typer.Option("--rows", min=0, help="Number of rows that are shown.")]
 TokensOption = Annotated[bool, typer.Option("--tokens", help="Show the tokens of these rows, one per line.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Show long texts whole.")]
@@ -42,14 +44,15 @@ def data(
     from rich.console import Console
 
     from autopeft.evaluators.data.preview import lengths_of, shown_rows
-    from autopeft.evaluators.data.splits import SPLITS
+    from autopeft.evaluators.data.splits import RETAINED, SPLITS
     from autopeft.search_space.spelling import did_you_mean
     from autopeft.studies.cli.files import checked, losses
     from autopeft.studies.config.loading import load_study
 
-    if split not in SPLITS:
-        raise ConfigurationError(f"--split {split}: unknown split{did_you_mean(split, SPLITS)}")
     settings = load_study(study, set_ or ())
+    names = SPLITS if settings.forgetting is None else (*SPLITS, *RETAINED.values())
+    if split not in names:
+        raise ConfigurationError(f"--split {split}: unknown split{did_you_mean(split, names)}")
     splits, _, _ = checked(settings)
     assert splits.encoded is not None
     lengths, shown = lengths_of(splits.encoded), shown_rows(splits, splits.encoded, split, rows)

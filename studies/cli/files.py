@@ -124,7 +124,7 @@ def _summary(settings: StudyFile, splits: Splits, backbone: Backbone, space: Sea
             "num_params": backbone.num_params,
             "sites": {role: roles.count(role) for role in backbone.roles},
         },
-        "rows": {split: len(getattr(splits, split)) for split in ("train", "validation", "test")},
+        "rows": {split: len(getattr(splits, split)) for split in splits.names},
         "labels": list(splits.labels or ()),
         "domains": list(splits.domains or ()),
         "space": {"genes": [gene.name for gene in space.genes], "cardinality": space.cardinality},

@@ -27,6 +27,7 @@ def fingerprint(study: StudyFile) -> dict[str, Any]:
     found |= {"metrics": dump["metrics"]} if dump["metrics"] else {}
     found |= {"report": dump["report"]} if dump.get("report") else {}
     found |= {"generation": study.greedy.deciding} if study.greedy.deciding else {}
+    found |= {"forgetting": dump["forgetting"]} if study.forgetting else {}
     return found | {"proxy": scores} if scores and starts_from_scores else found
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from autopeft.search_space.metrics import ALWAYS, SEPARATOR, MetricsByName, Quality, UserDefined, user_defined
 from autopeft.search_space.problem import COSTS, METRICS, Goal, Objective
 from autopeft.studies.config.sections.base import MOST_NAMED, Duration, GrowingSection, Name
+from autopeft.studies.config.sections.forgetting import ForgettingSettings
 from autopeft.studies.config.sections.inputs import DataSettings, ModelSettings, TaskName
 from autopeft.studies.config.sections.results import RecommendSettings, TrackingSettings
 from autopeft.studies.config.sections.search import (
@@ -42,7 +43,7 @@ LEDGER = "ledger.db"
 class StudyFile(GrowingSection):
     """The settings of one study."""
 
-    later: ClassVar = {"generation": (None,), "report": (None,)}
+    later: ClassVar = {"generation": (None,), "report": (None,), "forgetting": (None,)}
 
     study: Name = Field(description="name of the study: letters, digits, - and _")
     seed: int = Field(default=0, ge=0, lt=2**31, description="random seed; the same seed gives the same study")
@@ -68,6 +69,9 @@ class StudyFile(GrowingSection):
     )
     generation: GenerationSettings | None = Field(
         default=None, description="the texts that metrics of generated text read (causal-lm); null: the defaults"
+    )
+    forgetting: ForgettingSettings | None = Field(
+        default=None, description="rows that a model should not forget, for the objective forgetting; null: none"
     )
     constraints: ConstraintSettings = ConstraintSettings()
     search: SearchSettings = SearchSettings()

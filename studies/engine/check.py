@@ -9,10 +9,12 @@ from itertools import chain
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from autopeft.evaluators.backbones import load_processor, skeleton
+from autopeft.evaluators.backbones import has_outputs, load_processor, skeleton
 from autopeft.evaluators.data.encoding import encode_splits
+from autopeft.evaluators.data.retained import with_retained
 from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
+from autopeft.evaluators.forgetting import NEW_HEAD
 from autopeft.evaluators.quantization import check_package
 from autopeft.evaluators.texts import SCORED, check_packages, longest_text, prompts_of
 from autopeft.search_space.backbones.backbone import Backbone
@@ -60,6 +62,12 @@ def check(
         splits = load_splits(settings.data_settings(), settings.task)
     except DataError as error:
         problems += [settings.render(("data",), problem) for problem in error.problems]
+    if splits is not None and settings.forgetting is not None:
+        try:
+            retained = settings.forgetting.for_loading()
+            splits = with_retained(splits, retained, settings.data_settings(), settings.task)
+        except DataError as error:
+            problems += [settings.render(("forgetting",), problem) for problem in error.problems]
     own = {}
     for name, metric in settings.own_metrics().items():
         try:
@@ -74,6 +82,9 @@ def check(
         model = skeleton(settings.model_id, named.revision, settings.task, labels, named.quantization)
         backbone = describe(model, id=settings.model_id, revision=named.revision, modules=named.modules)
         settings.task_class.check_model(model, backbone)
+        compares = settings.forgetting is not None and splits is not None and backbone.head_modules
+        if compares and not has_outputs(settings.model_id, named.revision, settings.task, labels):
+            problems.append(settings.render(("forgetting",), NEW_HEAD))
     except MissingPackageError as error:
         lacking = settings.render(("model", "id"), str(error))
     except ModelError as error:

@@ -42,6 +42,7 @@ def retrain(
     differs from the recipe and for code without permission, and UserError if a run fails.
     """
     from autopeft.evaluators.backbones import load_backbone
+    from autopeft.evaluators.data.retained import with_retained
     from autopeft.evaluators.data.splits import load_splits
     from autopeft.evaluators.texts import Generation
     from autopeft.evaluators.training.train import TrainEvaluator
@@ -59,6 +60,9 @@ def retrain(
         known = METRICS.with_own(own, greedy.pattern)
         metrics = tuple(dict.fromkeys((*ALWAYS, *known.qualities(recipe.measured), *own.values())))
         splits = load_splits(recipe.data.for_loading(), recipe.task)
+        if recipe.forgetting is not None:
+            retained = recipe.forgetting.for_loading()
+            splits = with_retained(splits, retained, recipe.data.for_loading(), recipe.task)
         for what in ("labels", "domains"):  # outputs and routers identify them by their positions
             wanted, found = getattr(recipe, what), getattr(splits, what)
             if wanted is not None and found != wanted:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.metrics import FORGETTING
 from autopeft.search_space.problem import FINALIST, Problem, Role, RoleKind, Trial
 from autopeft.search_space.spaces.controls import CONTROLS, controls
 from autopeft.search_space.spaces.location import locate
@@ -61,10 +62,12 @@ def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
 
     They are the search's front and, while there is room, the front of all others, and so on: single runs decide on the
     fronts, and one lucky run dominates many. A front without enough room is thinned over its length. With the goal
-    "cheapest_as_good", three quarters of the room are for trials that may be within the margin of the best.
+    "cheapest_as_good", three quarters of the room are for trials that may be within the margin of the best; so they are
+    where forgetting is an objective, because those that have learnt little are on the front for it.
     """
     trials = [trial for trial in snapshot.search_trials if trial.state == "complete"]
-    near = snapshot.within_reach(trials) if plan.goal == "cheapest_as_good" else trials
+    near_first = plan.goal == "cheapest_as_good" or FORGETTING.name in snapshot.objectives_by_name
+    near = snapshot.within_reach(trials) if near_first else trials
     far = [trial for trial in trials if trial not in near]
     most = plan.most_finalists
     chosen: list[Trial] = []

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from random import Random
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.problem import SEARCH, Trial
@@ -52,7 +53,8 @@ MOST_TRIALS = 400
 class Pace:
     """Seconds of one training on this machine: all its steps, its validation scores and its test scores.
 
-    `spread`, `share`: how a step was measured, as in `StepTimes`.
+    Scores are with those of the retained rows, if there are any. `spread`, `share`: how a step was measured, as in
+    `StepTimes`.
     """
 
     step_s: float
@@ -66,14 +68,22 @@ class Pace:
     def measured(cls, evaluator: TrainingEvaluator, candidate: Candidate) -> Pace:
         """Measure a step and scores of a candidate, for about `MEASURED_S` seconds."""
         from autopeft.evaluators.base import Request
+        from autopeft.evaluators.data.splits import RETAINED
 
         found = evaluator.pace(candidate, MEASURED_S)
         row_s = found.scores_s / evaluator.training(candidate).batch_size
+        length = fmean(evaluator.lengths["train"])
+
+        def scores_s(split: str) -> float:
+            # Retained rows are other texts, of other lengths.
+            retained = evaluator.lengths[RETAINED[split]] if evaluator.forgetting is not None else ()
+            return row_s * (len(evaluator.examples[split]) + sum(retained) / length)
+
         return cls(
             step_s=found.step_s,
             steps_s=found.step_s * evaluator.num_steps(Request(candidate=candidate)),
-            validation_s=row_s * len(evaluator.examples["validation"]),
-            test_s=row_s * len(evaluator.examples["test"]),
+            validation_s=scores_s("validation"),
+            test_s=scores_s("test"),
             spread=found.spread,
             share=found.share,
         )

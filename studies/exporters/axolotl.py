@@ -66,7 +66,7 @@ class Axolotl(Exporter):
         with (folder / CONFIG_FILE).open("w", encoding="utf-8") as file:
             yaml.dump(data, file)
         write_token_rows(recipe, folder)
-        return write_training_readme(folder, f"axolotl train {CONFIG_FILE}")
+        return write_training_readme(recipe, folder, f"axolotl train {CONFIG_FILE}")
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

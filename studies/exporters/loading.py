@@ -29,6 +29,7 @@ $model
 $variable = $auto_processor.from_pretrained(FOLDER)
 ```
 $remarks""")
+_NO_FORGETTING = "Forgetting is not measured there: `autopeft train` and `verify` measure it from recipe.yaml"
 _ROWS = (
     "train.jsonl and validation.jsonl have the rows of the study, read from its data at the export: whoever gets this"
     " folder gets these rows"
@@ -117,12 +118,13 @@ def _write(
     (folder / README_FILE).write_text(page, encoding="utf-8")
 
 
-def write_training_readme(folder: Path, command: str) -> list[str]:
-    """Write the README.md of an export that trains by `command`; return its remark on the rows."""
+def write_training_readme(recipe: Recipe, folder: Path, command: str) -> list[str]:
+    """Write the README.md of an export that trains by `command`; return its remarks: on the rows, and what it lacks."""
+    remarks = [_ROWS] if recipe.forgetting is None else [_ROWS, _NO_FORGETTING]
     text = "# Training\n\nWritten by autopeft; `recipe.yaml` has the configuration and its origin. In this folder:\n"
-    page = f"{text}\n```\n{command}\n```\n\n{_ROWS}.\n"
+    page = f"{text}\n```\n{command}\n```\n" + "".join(f"\n{remark}.\n" for remark in remarks)
     (folder / README_FILE).write_text(page, encoding="utf-8")
-    return [_ROWS]
+    return remarks
 
 
 def quantization_settings(recipe: Recipe) -> dict[str, Any]:

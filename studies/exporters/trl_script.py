@@ -211,7 +211,7 @@ class TrlScript(Exporter):
         (folder / SCRIPT_FILE).write_text(script(recipe), encoding="utf-8")
         write = write_token_rows if recipe.task_class.trainer == "SFTTrainer" else write_rows
         write(recipe, folder)
-        return write_training_readme(folder, f"python {SCRIPT_FILE}")
+        return write_training_readme(recipe, folder, f"python {SCRIPT_FILE}")
 
 
 def script(recipe: Recipe) -> str:

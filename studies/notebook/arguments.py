@@ -19,12 +19,14 @@ from autopeft.studies.notebook.tables import SPLITS, Tables, is_table, tables_of
 from autopeft.studies.urls import located
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+#: The table of the retained rows.
+RETAINED = "retained"
 #: Settings and command-line options in messages, and the arguments that replace them; None: see `in_argument_terms`.
 _ARGUMENTS = (
     (re.compile(r"^study(?= |:)"), "name"),
     (re.compile(r"^search\.trials(?= |:)"), "trials"),
     (re.compile(r"^model\.id(?= |:)"), "model"),
-    (re.compile(r"\bdata/(train|validation|test)\.jsonl:(\d+)"), None),
+    (re.compile(r"\bdata/(train|validation|test|retained)\.jsonl:(\d+)"), None),
     (re.compile(r"--allow-lossy"), "allow_lossy=True"),
     (re.compile(r"--force"), "force=True"),
     (re.compile(r"--pick "), ""),
@@ -60,6 +62,7 @@ def settings_of(
     settings: dict[str, Any] = {"study": name, "output": ".", **others}
     settings["model"] = _model(model, problems)
     settings["data"], tables = _data(data, problems)
+    settings["forgetting"], tables = _forgetting(others.get("forgetting"), tables, problems)
     settings["space"] = space_section(space, problems)
     settings["training"] = training_section(others.get("training"), problems)
     settings["objectives"], settings["metrics"] = _objectives(objectives, metric, others.get("metrics"), problems)
@@ -156,6 +159,17 @@ def _data(data: Any, problems: list[PlacedProblem]) -> tuple[Any, Tables]:
     return None, nothing
 
 
+def _forgetting(retained: Any, tables: Tables, problems: list[PlacedProblem]) -> tuple[Any, Tables]:
+    """Return the section of retained rows, which are a table, a file or the name of a source, and all tables."""
+    if isinstance(retained, (str, os.PathLike)):
+        path = os.fspath(retained)
+        return {"source": "files", "file": path} if path.endswith(SUFFIXES) else {"source": path}, tables
+    if not is_table(retained):
+        return retained, tables
+    more, names = tables_of({RETAINED: retained}, problems, hold_out=False)
+    return {"source": "files", "file": names[RETAINED]}, Tables({**tables.files, **more.files}, tables.warnings)
+
+
 def _files_in(folder: Path) -> dict[str, str]:
     """Return the file of each split for which the folder has exactly one file."""
     found = {}
@@ -196,9 +210,9 @@ def _make_absolute(settings: dict[str, Any], tables: Tables) -> None:
             # The files of tables are in the study's folder.
             if isinstance(data.get(split), str) and data[split] not in tables.files:
                 data[split] = _absolute(data[split])
-    for section, key in (("search", "prior"), ("evaluation", "cache_folder")):
+    for section, key in (("search", "prior"), ("evaluation", "cache_folder"), ("forgetting", "file")):
         values = settings.get(section)
-        if isinstance(values, dict) and isinstance(values.get(key), str):
+        if isinstance(values, dict) and isinstance(values.get(key), str) and values[key] not in tables.files:
             values[key] = _absolute(values[key])
     tracking = settings.get("tracking")
     for values, key in ((settings, "storage"), (tracking, "uri")):

@@ -53,6 +53,8 @@ class Study:
     already one. A function is recorded as `module:function`, so other processes find it only if they can import its
     module, which is impossible for a function of a notebook. A metric object is registered in this process; other
     processes need it from a plug-in.
+    `forgetting`: retained rows for the objective of this name: a table, a file, "embedded-prose", or the settings of a
+    study file.
     `trials`: number of candidates to try. `name`: name of the study. `folder`: folder of all its files, `runs/<name>`
     by default. All other settings of a study file are keyword arguments: `training`, `constraints`, `search`,
     `baselines`, `finalists`, `seed`, `task` and so on.
@@ -219,6 +221,8 @@ def _shown(settings: StudyFile) -> dict[str, Any]:
     if settings.data.source == "files":
         for split in ("train", "validation", "test"):
             shown["data"][split] = str(settings.folder / Path(getattr(settings.data, split)).expanduser())
+    if settings.forgetting is not None and settings.forgetting.file is not None:
+        shown["forgetting"]["file"] = str(settings.folder / Path(settings.forgetting.file).expanduser())
     return shown
 
 

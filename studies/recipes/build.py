@@ -92,6 +92,7 @@ def bare_recipe(
         task=settings.task,
         labels=labels,
         data=RecipeData(**settings.data.model_dump(exclude_none=True), folder=str(settings.folder)),
+        forgetting=settings.forgetting,
         provenance=Provenance(
             study=settings.study,
             trial=trial,

@@ -34,6 +34,7 @@ from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
 from autopeft.studies.config.checks import unknown_key
+from autopeft.studies.config.sections.forgetting import ForgettingSettings
 from autopeft.studies.config.sections.inputs import TaskName
 from autopeft.studies.config.source import Source, StudyFileError, read
 from autopeft.studies.errors import ConfigurationError
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 #: Version 2 has `contents`.
 SCHEMA_VERSION: Literal[2] = 2
 #: Fields that were added to version 1, and are left out if they are empty.
-LATER = ("metrics", "generation", "compared", "contents")
+LATER = ("metrics", "generation", "forgetting", "compared", "contents")
 
 #: Keys and values of a recipe, which has a dozen for each site and adapter of a model of any depth.
 MOST_VALUES = 200_000
@@ -74,6 +75,7 @@ _COMMENTS = {
     "training": "AdamW; warmup is a share of the steps",
     "metrics": "code of the study's user that `autopeft train` and `verify` run with --trust-code alone",
     "generation": "greedy texts after the prompts, which the metrics of texts read",
+    "forgetting": "retained rows, on which `train` and `verify` measure forgetting; a file is relative to data.folder",
     "measured": "low and high: where one more training run with another seed is promised to end",
     "compared": "the front of the study: means over fresh seeds, and the difference to its best member",
     "contents": "digests of what the study read: `train` and `verify` refuse other rows and another model",
@@ -140,6 +142,7 @@ class Recipe(Part):
     seed: int = 0
     metrics: dict[str, OwnMetric] = Field(default_factory=dict)
     generation: RecipeGeneration | None = None
+    forgetting: ForgettingSettings | None = None
     measured: dict[str, Measured] = Field(default_factory=dict)
     averaged: dict[str, Averaged] = Field(default_factory=dict)
     compared: Comparison | None = None
@@ -288,6 +291,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "data": RecipeData,
     "metrics": OwnMetric,
     "generation": RecipeGeneration,
+    "forgetting": ForgettingSettings,
     "measured": Measured,
     "averaged": Averaged,
     "compared": Comparison,

@@ -13,7 +13,7 @@ from autopeft.evaluators.atomic import atomic_write, atomic_write_text
 from autopeft.search_space.metrics import Metric
 from autopeft.studies.analysis.comparable import left_out_notes
 from autopeft.studies.analysis.front import Front, FrontRow
-from autopeft.studies.analysis.gains import gains
+from autopeft.studies.analysis.gains import gains, other_qualities
 from autopeft.studies.analysis.mixture_verdicts import Verdict, verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.errors import cause
@@ -59,6 +59,7 @@ def front_notes(snapshot: Snapshot, front: Front) -> list[str]:
         notes.append(f"Nothing learnt: {snapshot.nothing_learnt}.")
     if front.reason is not None:
         notes.append(f"Recommended: {front.reason}")
+    notes += other_qualities(snapshot, front)
     notes += [gain.sentence for gain in gains(snapshot, front)]
     if front.reason is not None and snapshot.preliminary:
         notes.append(

@@ -18,7 +18,7 @@ from autopeft.search_space.metrics import SEPARATOR
 from autopeft.search_space.problem import SEARCH, Measurement, Trial
 from autopeft.search_space.spaces.genes import TRAINING
 from autopeft.studies.analysis.front import Front, FrontRow
-from autopeft.studies.analysis.gains import gains
+from autopeft.studies.analysis.gains import gains, other_qualities
 from autopeft.studies.analysis.mixture_verdicts import verdicts
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.analysis.summary import summary
@@ -194,6 +194,7 @@ def note(snapshot: Snapshot, front: Front, experiment_id: str) -> str:
         if row.recommended:
             values = ", ".join(f"{o.name} {_number(row, o.name)}" for o in snapshot.objectives)
             lines += [f"Recommended: **{row.label}**, {row.summary}: {values}. {front.reason}", ""]
+    lines += [line for sentence in other_qualities(snapshot, front) for line in (sentence, "")]
     lines += [line for gain in gains(snapshot, front) for line in (gain.sentence, "")]
     if snapshot.nothing_learnt is not None:
         lines += [f"Nothing learnt: {snapshot.nothing_learnt}.", ""]

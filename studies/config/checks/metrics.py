@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from autopeft.search_space.metrics import (
+    FORGETTING,
     QUALITIES,
     SEPARATOR,
     WORST,
@@ -79,7 +80,7 @@ def _one_problems(place: Keys, named: MetricSettings, metric: Metric, study: Stu
     """Yield the problems of a metric with this name."""
     task = study.task_class
     if isinstance(metric, Quality) and not isinstance(metric.whole, UserDefined):
-        if not metric.whole.computable(task.readable()):
+        if metric != FORGETTING and not metric.whole.computable(task.readable()):
             yield place, f"{metric.name} {_needs(metric.whole, task)}"
         if (named.direction or _direction(metric)) != _direction(metric):
             what = f"a better {metric.name} is {'larger' if metric.maximise else 'smaller'}: leave the direction out"
@@ -96,6 +97,8 @@ def _unknown(place: Keys, name: str, known: MetricsByName, study: StudyFile) -> 
         yield place, f"{name!r} ends without a domain: write the name of one, or {SEPARATOR}{WORST} for the worst one"
     elif separator and whole in COSTS:
         yield place, f"{name!r}: {whole} is a cost, which is the same for all domains"
+    elif separator and whole == FORGETTING.name:
+        yield place, f"{name!r}: {whole} is over all retained rows"
     elif whole not in known and whole not in (study.metrics or {}):
         names = [*known, *(study.metrics or {})]
         yield place, f"unknown metric {name!r}{did_you_mean(whole if separator else name, names)}"

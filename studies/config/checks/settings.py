@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
 from autopeft.search_space.spelling import did_you_mean
+from autopeft.studies.config.checks.forgetting import forgetting_problems
 from autopeft.studies.config.checks.metrics import metric_problems
 from autopeft.studies.config.declaration import ANY_MODEL, declare
 from autopeft.studies.config.sections.training import PACKED
@@ -32,6 +33,7 @@ def problems_of(study: StudyFile) -> Iterator[PlacedProblem]:
     yield from _evaluator_problems(study)
     yield from _search_problems(study)
     yield from metric_problems(study)
+    yield from forgetting_problems(study)
     yield from _data_problems(study)
     yield from _name_problems(study)
     yield from _space_problems(study)

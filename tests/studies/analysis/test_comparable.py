@@ -48,6 +48,19 @@ def test_what_cannot_be_compared(changes: Mapping[str, object], said: str) -> No
     assert left_out(measured(7, **changes)) == {7: said}
 
 
+def test_a_metric_of_other_rows_has_its_own_number_of_them() -> None:
+    def with_retained(number: int, count: int) -> Trial:
+        both = {"accuracy": SCORES, "forgetting": SCORES[:count]}
+        return measured(number, per_example=both, values={"accuracy": 0.5, "num_params": 3.0, "forgetting": 0.1})
+
+    trials = [with_retained(number, 20) for number in range(3)]
+    objectives = (*OBJECTIVES, "forgetting")
+    assert incomparable(trials, objectives, BACKBONE) == {}
+    assert incomparable([*trials, with_retained(3, 18)], objectives, BACKBONE) == {
+        3: "it has scores of 18 retained rows, the others of 20"
+    }
+
+
 def test_test_rows_count_too() -> None:
     finalists = [
         replace(measured(7 + i, test_per_example={"accuracy": SCORES[:count]}), role=FINALIST, of=4, seed=i)

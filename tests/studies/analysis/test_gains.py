@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.problem import FINALIST, SEARCH, Measurement, Objective, Role, Trial
 from autopeft.search_space.spaces.presets import everywhere
 from autopeft.search_space.spaces.rules import ALL_BASELINES
-from autopeft.studies.analysis.gains import Gain, gains
+from autopeft.studies.analysis.gains import Gain, gains, other_qualities
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.testing.spaces import encoder
 
@@ -89,6 +89,45 @@ def test_the_part_of_the_learning_rate_and_that_of_the_structure() -> None:
         " the learning rate's (sweep-all-linear-r16, lr 0.01, minus rule-unsloth), and +6.0 points (95 % interval +6.0"
         " to +6.0) the structure's."
     )
+
+
+def test_further_qualities_have_their_differences_and_the_recommended_member_its_value() -> None:
+    """Of each, the runs differ by a number that all examples share, so intervals are points."""
+
+    def forgetting(trials: list[Trial], amount: float) -> list[Trial]:
+        changed = []
+        for trial in trials:
+            assert trial.measurement is not None
+            column = tuple(amount + 0.1 * SHARED[:8] - 0.1 * SHARED[:8].mean())
+            measurement = replace(
+                trial.measurement,
+                values={**trial.measurement.values, "forgetting": amount},
+                per_example={**trial.measurement.per_example, "forgetting": column},
+            )
+            changed.append(replace(trial, measurement=measurement))
+        return changed
+
+    objectives = (Objective.of("accuracy"), Objective.of("num_params"), Objective.of("forgetting"))
+    candidates = [forgetting(RECOMMENDED, 0.02), forgetting(RULE, 0.05), forgetting(TUNED, 0.01)]
+    gain = found(*candidates, objectives=objectives)["rule-unsloth"]
+    assert gain.others["forgetting"].value == pytest.approx(-0.03)
+    assert gain.to_dict()["others"]["forgetting"]["low"] == pytest.approx(-0.03)
+    assert "times its num_params, with -0.03 forgetting (95 % interval -0.03 to -0.03). Of this, +10.0" in gain.sentence
+    made = study(*candidates, objectives=objectives)
+    (sentence,) = other_qualities(made, made.front())
+    low, high = ttest_1samp(0.02 + 0.1 * SHARED[:8], 0).confidence_interval(0.95) - 0.1 * SHARED[:8].mean()
+    expected = f"trial 10 has forgetting 0.02 (95 % interval {low:.3g} to {high:.3g})."
+    assert sentence == expected, "it is the best itself"
+    cheap = forgetting(runs(60, "search", 0.70, 1e-3), 0.3)
+    dear = [
+        replace(trial, candidate=replace(trial.candidate, architecture=RULE[0].candidate.architecture),
+                measurement=replace(trial.measurement, values={**trial.measurement.values, "num_params": 1e6}))
+        for trial in cheap if trial.measurement is not None
+    ]  # fmt: skip
+    made = study(*candidates, dear, objectives=objectives, within=0.2)
+    (sentence,) = other_qualities(made, made.front())
+    assert "; minus that of the best, trial 60: -0.28 forgetting (95 % interval -0.28 to -0.28)." in sentence
+    assert found(RECOMMENDED, RULE)["rule-unsloth"].others == {}
 
 
 def test_a_loss_falls() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from autopeft.search_space import AdapterChoice, SearchSpace
-from autopeft.search_space.problem import FINALIST, Trial
+from autopeft.search_space.problem import FINALIST, Objective, Trial
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.check import baseline_warnings
@@ -125,6 +125,23 @@ def test_the_goal_gives_most_places_to_those_that_may_be_as_good() -> None:
     aimed = replace(wide, goal="cheapest_as_good")
     assert numbers(aimed, found) == [30, 21, 20, 13], "one place for the best of the others"
     assert numbers(replace(aimed, most_finalists=9), found) == [30, 22, 21, 20, 13, 12, 11, 10]
+
+
+def test_where_forgetting_counts_most_places_are_for_those_that_may_be_as_good() -> None:
+    """What has learnt least forgets least, so it is on the front, and tells nothing about the recommendation."""
+
+    def forgetting(one: Trial, amount: float) -> Trial:
+        assert one.measurement is not None
+        values = {**one.measurement.values, "forgetting": amount}
+        return replace(one, measurement=replace(one.measurement, values=values))
+
+    cheap = [forgetting(trial(10 + k, 0.3 + 0.02 * k, 12), 0.01 * k) for k in range(4)]
+    near = [forgetting(trial(20 + k, 0.74 + 0.02 * k, 12), 0.2 + 0.1 * k) for k in range(4)]
+    objectives = tuple(Objective.of(name) for name in ("accuracy", "num_params", "forgetting"))
+    found = snapshot([*cheap, *near], within=0.03, objectives=objectives)
+    assert found.quality == "accuracy"
+    assert {row.trial for row in found.front().members} == {10, 11, 12, 13, 20, 21, 22, 23}
+    assert numbers(replace(PLAN, most_finalists=4), found)[:3] == [23, 21, 20]
 
 
 def test_a_rule_has_one_run_at_its_own_rate_and_a_sweep_has_all_rates() -> None:

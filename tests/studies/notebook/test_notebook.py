@@ -409,3 +409,34 @@ def test_what_a_file_cannot_say_is_refused() -> None:
         ("space", "adapters", "lora", "sites"),
         ("space", "adapters", "lora", "rank"),
     ]
+
+
+def test_retained_rows_are_a_table_a_file_or_a_name(inputs: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"w{i} w{i + 1}", "label": "hot", "other": None} for i in range(5)]
+    (tmp_path / "general.csv").write_text("text,label\nw1,hot\n")
+
+    def study_with(forgetting: Any) -> Study:
+        objectives = ["accuracy", "num_params", "forgetting"]
+        return declared(inputs, tmp_path / "study", forgetting=forgetting, objectives=objectives)
+
+    table = study_with(pandas.DataFrame(rows))
+    assert table.settings.forgetting is not None
+    assert (table.settings.forgetting.source, table.settings.forgetting.file) == ("files", "data/retained.jsonl")
+    assert [json.loads(line) for line in table._tables.files["data/retained.jsonl"].splitlines()] == [
+        {"text": row["text"], "label": "hot"} for row in rows
+    ]
+    assert "data/train.jsonl" in table._tables.files
+    file = study_with(tmp_path / "general.csv").settings.forgetting
+    assert file is not None
+    assert file.file == str(tmp_path / "general.csv")
+    settings_ = study_with(
+        {"source": "files", "file": str(tmp_path / "general.csv"), "max_rows": 8}
+    ).settings.forgetting
+    assert settings_ is not None
+    assert (settings_.file, settings_.max_rows) == (str(tmp_path / "general.csv"), 8)
+    with pytest.raises(StudyFileError, match=r"forgetting.source: embedded-prose is text without labels"):
+        study_with("embedded-prose")
+    with pytest.raises(StudyFileError, match=r"the untouched model, whose task head"):
+        table.check()
+    with pytest.raises(StudyFileError, match=r"retained, row 2: labels 'mild' do not occur"):
+        study_with([rows[0], rows[1], {"text": "w1", "label": "mild"}, rows[2]]).check()

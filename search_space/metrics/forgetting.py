@@ -1,0 +1,13 @@
+"""Forgetting: what a training adds to the loss on rows that are not about its task, the retained rows."""
+
+from __future__ import annotations
+
+from autopeft.search_space.metrics.base import PerExample
+
+#: Its column is shorter or longer than those of the task's own rows. A negative value is a gain.
+FORGETTING = PerExample(
+    name="forgetting",
+    unit="nats",
+    maximise=False,
+    summary="loss on the retained rows after the training, minus the loss of the untouched model on the same rows",
+)
