@@ -123,6 +123,20 @@ def believed(problem: Problem, trials: Sequence[Trial], points: Sequence[Assignm
 # Observations
 
 
+def test_candidates_beyond_a_bound_of_what_is_reported_have_failed() -> None:
+    space = layered_space()
+    plain = problem_of(space)
+    trials = known(plain, 10)
+    middle = sorted(trial.values["accuracy"] for trial in trials)[5]
+    bound = Objective.of("loss", bound=1 - middle)
+    data = seen(problem_of(space, reported=(bound,)), trials)
+    assert (len(data.rows), int(data.failed.sum()), len(data.tried)) == (5, 5, 10)
+    assert (-data.losses[:, 0] >= middle).all()
+    for reported in ((), (Objective.of("loss"),), (Objective.of("brier", bound=0.1),)):
+        data = seen(problem_of(space, reported=reported), trials)
+        assert (len(data.rows), int(data.failed.sum())) == (10, 0), "no bound, or no value of it"
+
+
 def course(problem: Problem, number: int, genes: Assignment, at_rung: float, accuracy: float, **fields: Any) -> Trial:
     """A trial that had the loss `at_rung` after half of the steps."""
     measured = {"rungs": ((0.25, {"loss": 9.0}), (0.5, {"loss": at_rung})), **fields.pop("measured", {})}
