@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Rows of the untouched model at a time, unless the memory is too small.
 BATCH_SIZE = 64
+#: Decimals of a difference of two losses in float32: equal networks in other batches differ after these.
+DIGITS = 6
 NEW_HEAD = (
     "forgetting compares with the untouched model, whose task head would be new, with random values: take a checkpoint"
     " that has a head for these labels, or leave forgetting out"
@@ -81,4 +83,5 @@ class Forgetting:
         """Return the column from those of a trained candidate over `rows` of a retained split (None: all)."""
         untouched = self._untouched[split]
         before = untouched if rows is None else [untouched[i] for i in rows]
-        return {FORGETTING.name: [after - loss for after, loss in zip(trained["loss"], before, strict=True)]}
+        differences = [after - loss for after, loss in zip(trained["loss"], before, strict=True)]
+        return {FORGETTING.name: [round(each, DIGITS) + 0.0 for each in differences]}  # and no -0.0

@@ -58,7 +58,7 @@ def with_retained(splits: Splits, retained: RetainedConfig, data: DataConfig, ta
     order = order[: retained.max_rows]
     half = (len(order) + 1) // 2
     parts = {COMPARED: sorted(order[:half]), TESTED: sorted(order[half:])}
-    found = {part: [rows[i] for i in chosen] for part, chosen in parts.items()}
+    found = {part: [kind.retained(rows[i]) for i in chosen] for part, chosen in parts.items()}
     return replace(
         splits,
         retained=found[COMPARED],

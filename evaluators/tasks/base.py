@@ -143,6 +143,11 @@ class Task(ABC):
         return {}
 
     @classmethod
+    def retained(cls, row: Row) -> Row:
+        """Return a row that is not to be forgotten, without what the task alone adds to it."""
+        return row
+
+    @classmethod
     @abstractmethod
     def input_of(cls, row: Row) -> Any:
         """Return the part of a row that the model sees, as JSON; two splits should not share it."""

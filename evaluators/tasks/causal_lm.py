@@ -121,6 +121,12 @@ class CausalLM(TextTask):
 
     @override
     @classmethod
+    def retained(cls, row: Row) -> Row:
+        # Where a text ends is no part of it: a training on short answers makes an end likelier after any sentence.
+        return {**row, "ended": False} if "text" in row else row
+
+    @override
+    @classmethod
     def input_of(cls, row: Row) -> Any:
         return row.get("text") or row.get("prompt") or row["messages"][:-1]
 
@@ -169,7 +175,10 @@ class CausalLM(TextTask):
         return {**example, "unread": unread} if unread else example
 
     def _plain(self, rows: Sequence[Row]) -> Iterator[_Encoded]:
-        """Yield the tokens of rows of which the completion or the text is learnt, with the end of text."""
+        """Yield the tokens of rows of which the completion or the text is learnt, with the end of text.
+
+        A text that is not `ended` is without it.
+        """
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
         prompts = iter(self._open([row["prompt"] for row in rows if "prompt" in row]))
@@ -180,7 +189,7 @@ class CausalLM(TextTask):
             if ids[: len(prompt)] != prompt:
                 # A token would span the boundary, but a generation that continues the prompt cannot produce it.
                 (completion,) = self._ids([row["completion"]], add_special_tokens=False)
-            yield _after(prompt, [*completion, *end], {})
+            yield _after(prompt, [*completion, *(end if row.get("ended", True) else [])], {})
 
     def _open(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts that may continue: with special tokens at the beginning, none at the end."""

@@ -40,9 +40,9 @@ def found(folder: Path, rows: list[Any] | None, max_rows: int | None = None, **c
 def test_the_halves_are_random_always_the_same_and_nothing_is_in_both(tmp_path: Path) -> None:
     one = found(tmp_path, TEXTS)
     assert (len(one.retained), len(one.retained_test)) == (6, 5)
-    assert sorted([*one.retained, *one.retained_test], key=str) == sorted(TEXTS, key=str)
+    assert sorted(row["text"] for row in [*one.retained, *one.retained_test]) == sorted(row["text"] for row in TEXTS)
     assert found(tmp_path, TEXTS) == one
-    positions = [TEXTS.index(row) for row in one.retained]
+    positions = [TEXTS.index({"text": row["text"]}) for row in one.retained]
     assert positions == sorted(positions)
     assert positions not in (list(range(6)), list(range(0, 11, 2))), "neither the first rows nor every second one"
     assert one.place("retained", 0) == f"{FILE}:{positions[0] + 1}"
@@ -115,5 +115,5 @@ def test_the_embedded_prose_has_its_own_columns(tmp_path: Path) -> None:
     files = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
     data = DataConfig(source="files", folder=tmp_path, **files, text="body", messages="text")
     one = with_retained(load_splits(data, "causal-lm"), RetainedConfig(source="embedded-prose"), data, "causal-lm")
-    assert all(row.keys() == {"text"} for row in one.retained)
+    assert all(row.keys() == {"text", "ended"} for row in one.retained)
     assert one.place("retained", 0).startswith("embedded-prose:")

@@ -188,7 +188,15 @@ def test_the_plan_counts_the_scores_of_retained_rows(tmp_path: Path) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"forgetting": None}, "objectives.2: forgetting needs the section forgetting"),
-    ({"objectives": ["loss", "num_params"]}, "forgetting: has no effect without the objective forgetting"),
+    (
+        {"objectives": ["loss", "num_params"]},
+        "forgetting: has no effect without forgetting among the",
+    ),
+    (
+        {"objectives": ["loss", "num_params"], "report": ["forgetting"], "forgetting": None},
+        "report.0: forgetting needs the section",
+    ),
+    ({"objectives": ["loss", "num_params", "forgetting@a"]}, "objectives.2: 'forgetting@a': forgetting is over all"),
     ({"objectives": ["forgetting", "num_params"]}, "objectives.0: forgetting cannot be the first quality"),
     ({"objectives": ["num_params", "forgetting", "loss"]}, "objectives.1: forgetting cannot be the first quality"),
     ({"forgetting": {"source": "files"}}, "forgetting.file: is missing"),
