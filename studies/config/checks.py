@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
 from autopeft.search_space.metrics import QUALITIES, Metric, MetricError, OfTexts, Quality, RegexMatch, user_defined
+from autopeft.search_space.metrics.programs import PassAt1
 from autopeft.search_space.problem import METRICS
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.declaration import ANY_MODEL, declare
@@ -237,6 +238,8 @@ def _generation_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     if settings is not None and not of_texts and not (study.metrics and study.task_class.generates):
         known = ", ".join(name for name, metric in QUALITIES.items() if isinstance(metric, OfTexts))
         yield ("generation",), f"has no effect without a metric of texts among the objectives: {known}, or your own"
+    running = next((metric.name for metric in named if isinstance(metric, OfTexts) and metric.runs_code), None)
+    yield from _program_problems(study, running)
     if settings is None or settings.pattern is None:
         if matching in of_texts:
             i = next(i for i, objective in enumerate(study.objectives) if objective.name == matching)
@@ -248,6 +251,21 @@ def _generation_problems(study: StudyFile) -> Iterator[PlacedProblem]:
         re.compile(settings.pattern)
     except re.error as error:
         yield ("generation", "pattern"), f"is no regular expression: {error}"
+
+
+def _program_problems(study: StudyFile, running: str | None) -> Iterator[PlacedProblem]:
+    """Yield the problems of programs with tests, which the metric `running` runs."""
+    from autopeft.evaluators.texts import CONSENT
+
+    name = PassAt1().name
+    if running and not study.greedy.run_code:
+        yield ("generation",), f"{running} runs generated programs on this machine: {CONSENT}"
+    if running and study.data.tests is None:
+        yield ("data", "tests"), f"{running} needs the column of the Python code that tests a program"
+    if not running and study.data.tests is not None:
+        yield ("data", "tests"), f"has no effect without the objective {name}"
+    if not running and study.greedy.run_code:
+        yield ("generation", "run_code"), f"has no effect without the objective {name}"
 
 
 def _direction(metric: Metric) -> str:

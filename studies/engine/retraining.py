@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.search_space.metrics import ALWAYS, QUALITIES, quality
+from autopeft.search_space.metrics import ALWAYS, QUALITIES, PassAt1, quality
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
 from autopeft.studies.recipes.parts import Measured, RecipeGeneration
@@ -37,14 +37,20 @@ def retrain(
 ) -> list[Retrained]:
     """Train a recipe with each of these seeds and score it on the test split.
 
-    `trust_code`: permit the code of the recipe's own metrics. Raises ConfigurationError for a model or data that
-    differs from the recipe and for code without permission, and UserError if a run fails.
+    `trust_code`: permit the code of the recipe's own metrics, and generated programs. Raises ConfigurationError for a
+    model or data that differs from the recipe and for code without permission, and UserError if a run fails.
     """
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.data.splits import load_splits
     from autopeft.evaluators.texts import Generation
     from autopeft.evaluators.training.train import TrainEvaluator
 
+    running = [name for name in recipe.measured if isinstance(QUALITIES.get(name), PassAt1)]
+    if running and not trust_code:
+        raise ConfigurationError(
+            f"the recipe's metric {running[0]} runs generated programs on this machine: read about it in docs/llm.md,"
+            " and permit it with --trust-code, best in a container without secrets and without a network"
+        )
     if recipe.metrics and not trust_code:
         named = ", ".join(f"{name} ({own.function})" for name, own in recipe.metrics.items())
         raise ConfigurationError(
@@ -74,7 +80,7 @@ def retrain(
             backbone=recipe.host,
             quantization=recipe.backbone.quantization,
         )
-        generation = Generation(max_new_tokens=greedy.max_new_tokens)
+        generation = Generation(max_new_tokens=greedy.max_new_tokens, run_code=trust_code)
         length = recipe.data.max_length
         evaluator = TrainEvaluator(loaded, recipe.task, splits, length, metrics, generation=generation)
     if recipe.contents is not None and (changed := recipe.contents.changes(splits, loaded.weights())):
