@@ -43,8 +43,8 @@ def measure_texts(
 ) -> list[TextsRow]:
     """Measure texts of `NEW_TOKENS` tokens after `PROMPTS` validation prompts, without an end, so that work is equal.
 
-    Every round runs `generate` and each arm once, in an order that rotates, after one round as a warm-up. Raises
-    ConfigurationError for rows without prompts.
+    Every round runs `generate` and each arm once, in an order that rotates; `generate` once more before, as a warm-up.
+    Raises ConfigurationError for rows without prompts.
     """
     rows = [evaluator.task.prompted(example) for example in evaluator.examples["validation"]]
     prompts = [list(row.prompt) for row in rows if row is not None][:PROMPTS]
@@ -57,7 +57,8 @@ def measure_texts(
         for slots in SLOTS if sites else ():
             arms[name, slots] = partial(_texts_s, evaluator, prompts, architecture, slots)
     order, taken = list(arms), []
-    for _ in range(rounds + 1):
+    arms["", 1]()
+    for _ in range(rounds):
         seconds = {}
         for arm in order:
             seconds[arm] = arms[arm]() / arm[1]
@@ -68,8 +69,8 @@ def measure_texts(
         TextsRow(
             adapter=name,
             slots=slots,
-            ratio=Spread.of([each[name, slots] / each["", 1] for each in taken[1:]]),
-            seconds=statistics.median(each[name, slots] for each in taken[1:]),
+            ratio=Spread.of([each[name, slots] / each["", 1] for each in taken]),
+            seconds=statistics.median(each[name, slots] for each in taken),
         )
         for name, slots in arms
     ]
@@ -77,7 +78,7 @@ def measure_texts(
 
 def num_runs(rounds: int) -> int:
     """Return how many times arms run, at most."""
-    return (rounds + 1) * (1 + len(ADAPTERS) * len(SLOTS))
+    return rounds * (1 + len(ADAPTERS) * len(SLOTS))
 
 
 @torch.no_grad()
