@@ -116,14 +116,15 @@ class Texts:
         rows = rows[(len(rows) - size) // 2 :][:size]
 
         def generate(count: int, tokens: int) -> None:
+            chosen = rows[(size - count) // 2 :][:count]
             greedy_of_slots(
                 self.model,
-                [row.prompt for row in rows[(size - count) // 2 :][:count]],
+                [row.prompt for row in chosen],
                 attachment=attachment,
                 ends=(),
                 padding=self.task.processor.pad_token_id,
                 max_new_tokens=tokens,
-                domains=[row.domain for row in rows[:count]] if self.task.domains else None,
+                domains=[row.domain for row in chosen] if self.task.domains else None,
                 batch_size=batch_size,
             )
 

@@ -25,7 +25,7 @@ ADAPTERS: dict[str, tuple[AdapterSpec, tuple[str, ...]]] = {
     "bottleneck of size 16 after the mlp": (Bottleneck(size=16), ("mlp",)),
 }
 SLOTS = (1, 4, 8)
-PROMPTS, NEW_TOKENS = 24, 24
+PROMPTS, NEW_TOKENS = 24, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,8 @@ from autopeft.search_space.metrics.base import Columns, MetricError, PerExample
 PROMPTS, GENERATED, REFERENCES = TEXTS = ("prompts", "generated", "references")
 #: Those of programs: what precedes the text in its program, the text with the white space at its beginning, and tests.
 STARTS, CONTINUATIONS, TESTS = PROGRAMS = ("starts", "continuations", "tests")
+#: What rounding may add to the numbers of a metric beyond its best or worst value.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,7 @@ def _checked(metric: OfTexts, *texts: Sequence[str]) -> Sequence[float]:
     ends = [end for end in (metric.worst, metric.bound) if end is not None]
     low, high = (min(ends), max(ends)) if len(ends) == 2 else (-math.inf, math.inf)
     for row, number in enumerate(numbers, start=1):
-        if not (math.isfinite(number) and low <= number <= high):
+        if not (math.isfinite(number) and low - ROUNDING <= number <= high + ROUNDING):
             raise MetricError(f"the metric {metric.name} is {number} in row {row}, not from {low:g} to {high:g}")
     return numbers
 
