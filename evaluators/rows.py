@@ -37,6 +37,7 @@ class DataConfig:
     `domain`: the field with the data set or task of a row, for rows from several.
     `messages`: the field of a conversation. `system`: the field of its system prompt, or None. `train_on_turns`: the
     assistant's turns of a conversation that have a loss, all of them or the last.
+    `tests`: the field with the tests of a program, or None.
     `max_train_rows`: the size of a random training subset, which is always the same and includes every label and every
     domain.
     """
@@ -56,6 +57,7 @@ class DataConfig:
     messages: str = "messages"
     system: str | None = None
     train_on_turns: Literal["all", "last"] = "all"
+    tests: str | None = None
     max_length: int = 64
     max_train_rows: int | None = None
     folder: Path = Path(".")

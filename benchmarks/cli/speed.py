@@ -29,6 +29,7 @@ def speed(
     experts: Annotated[
         bool, typer.Option("--experts", help="Measure only the cost of routing between experts.")
     ] = False,
+    texts: Annotated[bool, typer.Option("--texts", help="Measure only the generation of texts (causal-lm).")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the speed-up over a loop over peft and Trainer; exit with 1 and without figures if their work differs."""
@@ -42,6 +43,9 @@ def speed(
     splits, _, _ = check(settings)
     if experts:
         _experts(settings, splits, as_json)
+        return
+    if texts:
+        _texts(settings, splits, rounds, as_json)
         return
     with BenchView() as view:
         result = run_bench(settings, splits, candidates=candidates, rounds=rounds, ranked=ranking, watch=view)
@@ -62,4 +66,17 @@ def _experts(settings: StudyFile, splits: Splits, as_json: bool) -> None:
         view.stage("steps with experts")
         training: Training = middle_training(settings, space_for(settings, evaluator.backbone))
         rows = measure_experts(evaluator, training, lambda: view.advance(1))
+    print_result(as_json, lambda: [asdict(row) for row in rows], lambda: to_markdown(rows))
+
+
+def _texts(settings: StudyFile, splits: Splits, rounds: int, as_json: bool) -> None:
+    from autopeft.benchmarks.speed.texts import measure_texts, num_runs, to_markdown
+    from autopeft.studies.engine.session import evaluator_for
+
+    with BenchView() as view:
+        view.stage("loading")
+        evaluator = evaluator_for(settings, splits)
+        view.plan(num_runs(rounds))
+        view.stage("generating")
+        rows = measure_texts(evaluator, rounds, lambda: view.advance(1))
     print_result(as_json, lambda: [asdict(row) for row in rows], lambda: to_markdown(rows))

@@ -99,7 +99,7 @@ def _restored(attachment: Attachment) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Seconds of a training step on one batch, and of the scores of its rows.
+    """Seconds of a training step on one batch, of the scores of its rows, and of a generated text if metrics read some.
 
     `spread`: interquartile range of the step's times, relative to their median. `share`: share of the rows at a time
     that were measured; the seconds are those of all rows, by proportion.
@@ -109,6 +109,7 @@ class StepTimes:
     scores_s: float
     spread: float
     share: float
+    text_s: float = 0.0
 
 
 def step_times(

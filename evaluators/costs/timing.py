@@ -12,6 +12,8 @@ import torch
 
 #: Default number of pairs for a ratio.
 REPEATS = 15
+#: New tokens whose mean time is that of a further one, at most.
+TIMED_TOKENS = 8
 
 
 def now(device: torch.device) -> float:
@@ -37,6 +39,32 @@ class Spread:
     def times(self, factor: float) -> Spread:
         """Return the spread of the values times `factor`."""
         return Spread(median=factor * self.median, low=factor * self.low, high=factor * self.high)
+
+
+def text_seconds(
+    generate: Callable[[int, int], None], rows: int, tokens: int, within_s: float, clock: Callable[[], float]
+) -> float:
+    """Return the seconds of one text of `tokens` new tokens, of `rows` that grow side by side.
+
+    `generate(n, t)` continues n prompts by t tokens each; the time of its first token includes that of the prompts, the
+    others are taken to be alike. Takes about `within_s` seconds by `clock`, or a few tokens after one prompt if longer.
+    """
+
+    def timed(n: int, t: int) -> float:
+        begin = clock()
+        generate(n, t)
+        return clock() - begin
+
+    timed(1, 1)  # a first call is slower
+    one_s = max(timed(1, 1), 1e-6)
+    # A quarter of the time for the first tokens, another for further ones, which take no longer.
+    n = max(1, min(rows, int(within_s / (4 * one_s))))
+    first_s = timed(n, 1)
+    further = min(tokens - 1, TIMED_TOKENS, max(1, int(within_s / (2 * max(first_s, 1e-6)))))
+    if further == 0:
+        return first_s / n
+    each_s = max(0.0, timed(n, 1 + further) - first_s) / further
+    return (first_s + (tokens - 1) * each_s) / n
 
 
 def interleaved(other: Callable[[], float], own: Callable[[], float], *, repeats: int = REPEATS) -> Spread:

@@ -23,6 +23,7 @@ from autopeft.evaluators.rows import (
     check_values,
     name_of,
     named_classes,
+    text_of,
 )
 from autopeft.evaluators.tasks import TASKS, Task
 from autopeft.search_space.spelling import did_you_mean
@@ -376,6 +377,8 @@ def _canonical(
             canonical = task.row(row, data)
             if data.domain_field is not None:
                 canonical["domain"] = name_of(row, data.domain_field, "domain")
+            if data.tests is not None and data.tests in row:  # training rows need none
+                canonical["tests"] = text_of(row, data.tests)
             check_values(canonical)
             rows.append(canonical)
             places.append(place)

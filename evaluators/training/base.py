@@ -43,6 +43,8 @@ RUNG_EXAMPLES = 256
 #: Positions of the two rows of a small batch, at most. The second one is the longer one, if there are such rows, and
 #: rows of different lengths stay so.
 SMALL_LENGTHS = (12, 16)
+#: Share of the time for measuring a pace that goes to generated texts, if there are any.
+TEXTS_SHARE = 0.4
 #: All examples.
 WHOLE = slice(None)
 GREEDY = Generation()
@@ -158,14 +160,20 @@ class TrainingEvaluator(AttachingEvaluator):
         return Costs(values={**values, **found.values}, spread=found.spread)
 
     def pace(self, candidate: Candidate, within_s: float) -> StepTimes:
-        """Measure a training step, as the candidate's trainings make it, and scores; see `step_times`."""
+        """Measure a training step, as the candidate's trainings make it, scores and texts; see `step_times`."""
         levers = self.levers_of(candidate)
+        steps_s = within_s if self.texts is None else (1 - TEXTS_SHARE) * within_s
+        batch = self.typical_batch(candidate)
         with (
             memory_errors(),
             self.attach(Request(candidate=candidate)) as attachment,
             saving_memory(attachment, levers.checkpointing),
         ):
-            return step_times(attachment, self.task, self.typical_batch(candidate), within_s, levers.rows)
+            found = step_times(attachment, self.task, batch, steps_s, levers.rows)
+            if self.texts is None:
+                return found
+            at_a_time = self.evaluation_batch_size(levers, len(batch["targets"]))
+            return replace(found, text_s=self.texts.seconds(attachment, at_a_time, within_s - steps_s))
 
     def levers_of(self, candidate: Candidate) -> Levers:
         """Return how the trainings of a candidate save memory."""

@@ -18,12 +18,13 @@ from autopeft.search_space.metrics.mean import ACCURACY, LOSS
 from autopeft.search_space.metrics.overlap import Bleu, Chrf, RougeL
 from autopeft.search_space.metrics.own import Own, place_of
 from autopeft.search_space.metrics.own_texts import OwnOfTexts, UserDefined, user_defined
+from autopeft.search_space.metrics.programs import PassAt1
 from autopeft.search_space.metrics.texts import ExactMatch, OfTexts, RegexMatch
 from autopeft.search_space.registry import Registry
 
 _OWN: tuple[Quality, ...] = (
     *(ACCURACY, LOSS, FORGETTING, MacroF1(), Matthews(), BRIER_SCORE, CalibrationError()),
-    *(ExactMatch(), RougeL(), Chrf(), Bleu(), RegexMatch()),
+    *(ExactMatch(), RougeL(), Chrf(), Bleu(), RegexMatch(), PassAt1()),
 )
 QUALITIES: Registry[Quality] = Registry("autopeft.metrics", Quality, "name", _OWN, instances=True)
 #: What every evaluation reports; the order is that of its values.
@@ -87,6 +88,7 @@ __all__ = [
     "OverSet",
     "Own",
     "OwnOfTexts",
+    "PassAt1",
     "PerExample",
     "Quality",
     "RegexMatch",

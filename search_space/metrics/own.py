@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +26,9 @@ from autopeft.search_space.spelling import did_you_mean
 if TYPE_CHECKING:
     from autopeft.search_space.metrics.base import Indices
 
+logger = logging.getLogger(__name__)
+#: Seconds after which a user's function is named as slow; then again after twice as many, and so on.
+SLOW_S = 30.0
 #: The module of a notebook or an interactive session.
 SESSION = "__main__"
 _PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -72,7 +77,8 @@ class Own(OverSet):
         assert self.function is not None, "call `loaded` first"
         try:
             # Copies, because the function may change its arguments.
-            found = self.function(targets.copy(), predictions.copy())
+            with watched(f"the metric {self.name} ({self.place})", len(targets)):
+                found = self.function(targets.copy(), predictions.copy())
         except Exception as error:
             raise MetricError(
                 f"the metric {self.name} ({self.place}) raised {type(error).__name__}: {error}"
@@ -81,6 +87,28 @@ class Own(OverSet):
             if not isinstance(found, str) and math.isfinite(value := float(found)):
                 return value
         raise MetricError(f"the metric {self.name} ({self.place}) returned {found!r:.80}, not a finite number")
+
+
+@contextmanager
+def watched(metric: str, num_rows: int) -> Iterator[None]:
+    """Warn while a user's function runs for long: nothing can end it but the end of the process."""
+    ended, start_s = threading.Event(), SLOW_S
+
+    def warn() -> None:
+        seconds = start_s
+        while not ended.wait(seconds if seconds == start_s else seconds / 2):
+            logger.warning(
+                "%s has run for %g s on %s rows, and the study waits for it: if it never ends, interrupt the study,"
+                " mend the function and resume",
+                *(metric, seconds, f"{num_rows:,}"),
+            )
+            seconds *= 2
+
+    threading.Thread(target=warn, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def place_of(function: Callable[[Any, Any], Any]) -> str:

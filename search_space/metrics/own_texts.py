@@ -12,7 +12,7 @@ from typing import Any
 from typing_extensions import override
 
 from autopeft.search_space.metrics.base import MetricError
-from autopeft.search_space.metrics.own import Own
+from autopeft.search_space.metrics.own import Own, watched
 from autopeft.search_space.metrics.texts import OfTexts
 
 
@@ -46,7 +46,8 @@ class OwnOfTexts(OfTexts):
         assert self.function is not None, "call `loaded` first"
         try:
             # Copies, because the function may change its arguments.
-            found = self.function(list(prompts), list(generated), list(references))
+            with watched(f"the metric {self.name} ({self.place}{self._where()})", len(generated)):
+                found = self.function(list(prompts), list(generated), list(references))
         except Exception as error:
             raise self._failed(f"raised {type(error).__name__}: {error}", error) from error
         try:
@@ -63,17 +64,19 @@ class OwnOfTexts(OfTexts):
         return numbers
 
     def _failed(self, what: str, error: Exception | None = None) -> MetricError:
-        """Return the error with the file of the function, and the line that raised it or else its first one."""
+        return MetricError(f"the metric {self.name} ({self.place}{self._where(error)}) {what}")
+
+    def _where(self, error: Exception | None = None) -> str:
+        """Return the file of the function, and the line that raised the error or else its first one."""
         code = getattr(inspect.unwrap(self.function), "__code__", None) if self.function else None
-        where = ""
-        if code is not None:
-            line, trace = code.co_firstlineno, error.__traceback__ if error else None
-            while trace is not None:
-                if trace.tb_frame.f_code.co_filename == code.co_filename:
-                    line = trace.tb_lineno
-                trace = trace.tb_next
-            where = f", {code.co_filename}:{line}"
-        return MetricError(f"the metric {self.name} ({self.place}{where}) {what}")
+        if code is None:
+            return ""
+        line, trace = code.co_firstlineno, error.__traceback__ if error else None
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == code.co_filename:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        return f", {code.co_filename}:{line}"
 
 
 #: A user-defined metric of either kind.

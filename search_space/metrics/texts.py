@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
@@ -15,17 +16,24 @@ from autopeft.search_space.metrics.base import Columns, MetricError, PerExample
 
 #: The columns of texts, a string per example.
 PROMPTS, GENERATED, REFERENCES = TEXTS = ("prompts", "generated", "references")
+#: Those of programs: what precedes the text in its program, the text with the white space at its beginning, and tests.
+STARTS, CONTINUATIONS, TESTS = PROGRAMS = ("starts", "continuations", "tests")
+#: What rounding may add to the numbers of a metric beyond its best or worst value.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfTexts(PerExample):
     """The mean of the numbers that `of` computes from the texts of each row.
 
-    A subclass implements `of`. `package`: an optional package that it needs. The evaluator adds the columns `TEXTS`,
+    A subclass implements `of`. `package`: an optional package that it needs. `reads`: the columns that `of` takes.
+    `runs_code`: whether it runs generated programs, to which a study must consent. The evaluator adds these columns,
     and `with_numbers` the column of the metric, of which the value and the contributions are computed.
     """
 
     package: ClassVar[str] = ""
+    reads: ClassVar[tuple[str, str, str]] = TEXTS
+    runs_code: ClassVar[bool] = False
 
     @override
     def computable(self, columns: Collection[str]) -> bool:
@@ -55,9 +63,21 @@ class ShareOfTexts(OfTexts):
 
 def with_numbers(columns: Columns, metrics: Sequence[OfTexts]) -> Columns:
     """Return the columns with one of the name of each metric in place of the texts. Raises MetricError."""
-    texts = [columns[name] for name in TEXTS]
-    numbers = {metric.name: metric.of(*texts) for metric in metrics}
-    return {**{name: column for name, column in columns.items() if name not in TEXTS}, **numbers}
+    numbers = {metric.name: _checked(metric, *(columns[name] for name in metric.reads)) for metric in metrics}
+    return {**{name: column for name, column in columns.items() if name not in (*TEXTS, *PROGRAMS)}, **numbers}
+
+
+def _checked(metric: OfTexts, *texts: Sequence[str]) -> Sequence[float]:
+    """Return the numbers of a metric. Raises MetricError for numbers that it cannot have."""
+    numbers = metric.of(*texts)
+    if len(numbers) != len(texts[0]):
+        raise MetricError(f"the metric {metric.name} has {len(numbers):,} numbers for {len(texts[0]):,} rows")
+    ends = [end for end in (metric.worst, metric.bound) if end is not None]
+    low, high = (min(ends), max(ends)) if len(ends) == 2 else (-math.inf, math.inf)
+    for row, number in enumerate(numbers, start=1):
+        if not (math.isfinite(number) and low - ROUNDING <= number <= high + ROUNDING):
+            raise MetricError(f"the metric {metric.name} is {number} in row {row}, not from {low:g} to {high:g}")
+    return numbers
 
 
 def _agree(found: Sequence[bool]) -> list[float]:

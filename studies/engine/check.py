@@ -16,7 +16,7 @@ from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
 from autopeft.evaluators.forgetting import NEW_HEAD
 from autopeft.evaluators.quantization import check_package
-from autopeft.evaluators.texts import SCORED, check_packages, longest_text, prompts_of
+from autopeft.evaluators.texts import SCORED, check_packages, longest_text, programs_of, prompts_of, tests_problems
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
@@ -275,6 +275,12 @@ def _texts_problems(settings: StudyFile, splits: Splits, own: Mapping[str, UserD
         longest_text(rows, settings.greedy.for_evaluators(), task.limit(model))
     except DataError as error:
         yield from (settings.render(("generation",), problem) for problem in error.problems)
+    running = next((place for place, metric in of_texts if metric.runs_code), None)
+    if running is not None and settings.greedy.run_code:
+        try:
+            yield from (settings.render(running, problem) for problem in tests_problems(splits, programs_of(splits)))
+        except DataError as error:
+            yield from (settings.render(("data", "tests"), problem) for problem in error.problems)
     for split, found in rows.items():
         prompts, references = (
             [task.processor.decode(getattr(row, name), skip_special_tokens=True) for row in found]

@@ -12,7 +12,7 @@ from autopeft.studies.config.problem import problem_for
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.plan import plan_of
 from autopeft.studies.engine.session import evaluator_for
-from autopeft.studies.engine.time_budget import Pace, fitted, mean_share, pace_of, samples
+from autopeft.studies.engine.time_budget import Pace, fitted, pace_of, samples
 from autopeft.studies.errors import cause
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.recipes.build import bare_recipe, recipe_head_sites
@@ -27,9 +27,10 @@ class CostEstimate:
     """Size, costs and exports of a study.
 
     `evaluations`: at most; `seeds`: of each finalist, on average. `time_s`: estimated time of the whole study on this
-    machine. A measured value is None if it cannot be measured; `notes` then has the cause. `exportable`: share of
-    sampled candidates that each export target supports. `reasons`: one example per target of what it does not support.
-    `left_out`: see there. `notes`: also those of `Evaluator`.
+    machine, `texts_s`: of the texts of one training, None without a metric of texts. A measured value is None if it
+    cannot be measured; `notes` then has the cause. `exportable`: share of sampled candidates that each export target
+    supports. `reasons`: one example per target of what it does not support. `left_out`: see there. `notes`: also those
+    of `Evaluator`.
     """
 
     study: str
@@ -45,6 +46,7 @@ class CostEstimate:
     seeds: int
     step_s: float | None
     time_s: float | None
+    texts_s: float | None
     peak_memory_bytes: float | None
     exportable: dict[str, float]
     reasons: dict[str, str]
@@ -71,6 +73,8 @@ class CostEstimate:
         if self.time_s is not None:
             measured = f"{self.step_s:.3f} s per step, measured on this machine"
             lines.append(f"  time         about {_duration(self.time_s)}: {measured}")
+        if self.texts_s is not None:
+            lines.append(f"  texts        at most {_duration(self.texts_s)} of each training to generate them")
         if self.peak_memory_bytes is not None:
             size = f"{self.peak_memory_bytes / 1e9:.2f} GB"
             lines.append(f"  memory       about {size} in a training step of the largest candidate")
@@ -109,7 +113,7 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
         notes.append(f"the memory of the largest candidate cannot be measured: {cause(error)}")
     time_s = None
     if pace is not None:
-        searched_s = problem.num_trials * pace.run_s(mean_share(plan))
+        searched_s = problem.num_trials * pace.trial_s(plan)
         time_s = num_baselines * pace.run_s() + searched_s + num_finals(plan, space) * pace.final_s
     exportable, reasons = _exportable(settings, splits, drawn, backbone)
     return CostEstimate(
@@ -126,6 +130,7 @@ def estimate_study(settings: StudyFile, splits: Splits) -> CostEstimate:
         seeds=plan.finalist_seeds,
         step_s=None if pace is None else pace.step_s,
         time_s=time_s,
+        texts_s=None if pace is None or evaluator.texts is None else pace.texts_s,
         peak_memory_bytes=memory,
         exportable=exportable,
         reasons=reasons,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.search_space.metrics import ALWAYS
+from autopeft.search_space.metrics import ALWAYS, PassAt1
 from autopeft.search_space.problem import METRICS
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
@@ -38,8 +38,8 @@ def retrain(
 ) -> list[Retrained]:
     """Train a recipe with each of these seeds and score it on the test split.
 
-    `trust_code`: permit the code of the recipe's own metrics. Raises ConfigurationError for a model or data that
-    differs from the recipe and for code without permission, and UserError if a run fails.
+    `trust_code`: permit the code of the recipe's own metrics, and generated programs. Raises ConfigurationError for a
+    model or data that differs from the recipe and for code without permission, and UserError if a run fails.
     """
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.data.retained import with_retained
@@ -47,6 +47,12 @@ def retrain(
     from autopeft.evaluators.texts import Generation
     from autopeft.evaluators.training.train import TrainEvaluator
 
+    running = [found.name for found in METRICS.qualities(recipe.measured) if isinstance(found.whole, PassAt1)]
+    if running and not trust_code:
+        raise ConfigurationError(
+            f"the recipe's metric {running[0]} runs generated programs on this machine: read about it in docs/llm.md,"
+            " and permit it with --trust-code, best in a container without secrets and without a network"
+        )
     if recipe.metrics and not trust_code:
         named = ", ".join(f"{name} ({own.function})" for name, own in recipe.metrics.items())
         raise ConfigurationError(
@@ -79,7 +85,7 @@ def retrain(
             backbone=recipe.host,
             quantization=recipe.backbone.quantization,
         )
-        generation = Generation(max_new_tokens=greedy.max_new_tokens)
+        generation = Generation(max_new_tokens=greedy.max_new_tokens, run_code=trust_code)
         length = recipe.data.max_length
         evaluator = TrainEvaluator(loaded, recipe.task, splits, length, metrics, generation=generation)
     if recipe.contents is not None and (changed := recipe.contents.changes(splits, loaded.weights())):

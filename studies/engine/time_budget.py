@@ -53,20 +53,24 @@ MOST_TRIALS = 400
 class Pace:
     """Seconds of one training on this machine: all its steps, its validation scores and its test scores.
 
-    Scores are with those of the retained rows, if there are any. `spread`, `share`: how a step was measured, as in
-    `StepTimes`.
+    Scores are with those of the retained rows, if there are any. `texts_s`: the part of `validation_s` that generates
+    texts. `rung_s`: seconds of the texts at a rung, `at_rungs`: whether they are generated also where no candidate may
+    stop. `spread`, `share`: how a step was measured, as in `StepTimes`.
     """
 
     step_s: float
     steps_s: float
     validation_s: float
     test_s: float
+    texts_s: float = 0.0
+    rung_s: float = 0.0
+    at_rungs: bool = False
     spread: float = 0.0
     share: float = 1.0
 
     @classmethod
     def measured(cls, evaluator: TrainingEvaluator, candidate: Candidate) -> Pace:
-        """Measure a step and scores of a candidate, for about `MEASURED_S` seconds."""
+        """Measure a step, scores and texts of a candidate, for about `MEASURED_S` seconds."""
         from autopeft.evaluators.base import Request
         from autopeft.evaluators.data.splits import RETAINED
 
@@ -75,15 +79,18 @@ class Pace:
         length = fmean(evaluator.lengths["train"])
 
         def scores_s(split: str) -> float:
-            # Retained rows are other texts, of other lengths.
+            # Retained rows are other texts, of other lengths, after which nothing is generated.
             retained = evaluator.lengths[RETAINED[split]] if evaluator.forgetting is not None else ()
-            return row_s * (len(evaluator.examples[split]) + sum(retained) / length)
+            return row_s * sum(retained) / length + (row_s + found.text_s) * len(evaluator.examples[split])
 
         return cls(
             step_s=found.step_s,
             steps_s=found.step_s * evaluator.num_steps(Request(candidate=candidate)),
             validation_s=scores_s("validation"),
             test_s=scores_s("test"),
+            texts_s=found.text_s * len(evaluator.examples["validation"]),
+            rung_s=found.text_s * len(evaluator.rung_examples),
+            at_rungs=evaluator.generation.at_rungs,
             spread=found.spread,
             share=found.share,
         )
@@ -97,6 +104,13 @@ class Pace:
     def run_s(self, share: float = 1.0) -> float:
         """Return the seconds of a training of this share of the steps."""
         return share * self.steps_s + self.validation_s
+
+    def trial_s(self, plan: StudyPlan) -> float:
+        """Return the mean seconds of a candidate of the search, given the rungs."""
+        keep = 1.0 if plan.keep == "auto" else plan.keep
+        generates = self.at_rungs or plan.keep != 1.0
+        reached = sum(keep**rung for rung in range(len(plan.rungs))) if generates else 0.0
+        return self.run_s(mean_share(plan)) + reached * self.rung_s
 
     def notes(self) -> Iterator[str]:
         """Yield why the times may be wrong."""
@@ -219,7 +233,7 @@ def fitted(settings: StudyFile, pace: Pace, num_baselines: int, runs_per_finalis
     search = settings.search
     if search_s > TRIALS_FOR_RUNGS * pace.run_s() and _may_race(settings):
         search = unset(search, rungs=RUNGS, keep="auto")
-    trial_s = pace.run_s(mean_share(plan_of(settings.model_copy(update={"search": search}))))
+    trial_s = pace.trial_s(plan_of(settings.model_copy(update={"search": search})))
     if search_s < least_trials * trial_s:
         needed = (total_s - search_s + least_trials * trial_s) / 60
         raise ConfigurationError(
@@ -255,7 +269,7 @@ def is_over(
     long as the complete trials of the search.
     """
     searched = [t for t in trials if t.role == SEARCH and t.measurement is not None]
-    one_s = _mean_s(searched) or (0.0 if pace is None else pace.run_s(mean_share(plan)))
+    one_s = _mean_s(searched) or (0.0 if pace is None else pace.trial_s(plan))
     if plan.timeout_s is not None and used["search"] + more * one_s > plan.timeout_s:
         return True
     finals_s = num_finals(plan, space) * _mean_s([t for t in searched if t.state == "complete"])

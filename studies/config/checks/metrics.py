@@ -16,6 +16,7 @@ from autopeft.search_space.metrics import (
     MetricError,
     MetricsByName,
     OfTexts,
+    PassAt1,
     Quality,
     RegexMatch,
     UserDefined,
@@ -139,6 +140,7 @@ def _generation_problems(study: StudyFile, known: MetricsByName) -> Iterator[Pla
     places = [(place, known.qualities([named.name])) for place, named in study.named_metrics]
     of_texts = [(place, m.whole) for place, found in places for m in found if isinstance(m.whole, OfTexts)]
     read = {metric.name for _, metric in of_texts if not isinstance(metric, UserDefined)}
+    yield from _program_problems(study, next((metric.name for _, metric in of_texts if metric.runs_code), None))
     matching = RegexMatch().name
     if settings is not None and not read and not (study.metrics and study.task_class.generates):
         names = ", ".join(name for name, metric in QUALITIES.items() if isinstance(metric, OfTexts))
@@ -155,6 +157,21 @@ def _generation_problems(study: StudyFile, known: MetricsByName) -> Iterator[Pla
         re.compile(settings.pattern)
     except re.error as error:
         yield ("generation", "pattern"), f"is no regular expression: {error}"
+
+
+def _program_problems(study: StudyFile, running: str | None) -> Iterator[PlacedProblem]:
+    """Yield the problems of programs with tests, which the metric `running` runs."""
+    from autopeft.evaluators.texts import CONSENT
+
+    has_no_effect = f"has no effect without {PassAt1().name} among the objectives or in report"
+    if running and not study.greedy.run_code:
+        yield ("generation",), f"{running} runs generated programs on this machine: {CONSENT}"
+    if running and study.data.tests is None:
+        yield ("data", "tests"), f"{running} needs the column of the Python code that tests a program"
+    if not running and study.data.tests is not None:
+        yield ("data", "tests"), has_no_effect
+    if not running and study.greedy.run_code:
+        yield ("generation", "run_code"), has_no_effect
 
 
 def _direction(metric: Metric) -> str:

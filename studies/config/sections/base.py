@@ -46,7 +46,7 @@ class GrowingSection(Section):
     """
 
     #: Those settings, each with the values that say what was done before.
-    later: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    later: ClassVar[Mapping[str, tuple[str | bool | None, ...]]] = {}
 
     @model_serializer(mode="wrap")
     def _serialize(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:

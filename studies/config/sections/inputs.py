@@ -60,6 +60,7 @@ class DataSettings(GrowingSection):
         "messages": ("messages",),
         "system": (None,),
         "train_on_turns": (None, "last"),
+        "tests": (None,),
     }
 
     source: str = Field(
@@ -101,6 +102,11 @@ class DataSettings(GrowingSection):
     )
     train_on_turns: Literal["all", "last"] | None = Field(
         default=None, description="turns of the assistant that are learnt: all or the last (causal-lm); null: all"
+    )
+    tests: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column of Python that tests the program of a row, for pass-at-1 (causal-lm); null: none",
     )
     max_length: Count = Field(default=64, description="largest number of tokens per row; longer rows are cut")
     max_train_rows: int | None = Field(

@@ -67,8 +67,10 @@ class EvaluationSettings(GrowingSection):
     )
 
 
-class GenerationSettings(Section):
+class GenerationSettings(GrowingSection):
     """Greedy texts after the prompts of the held-out rows, which metrics of texts read (causal-lm)."""
+
+    later: ClassVar = {"run_code": (False,)}
 
     max_new_tokens: Count | None = Field(
         default=None,
@@ -84,6 +86,10 @@ class GenerationSettings(Section):
         description="regular expression of the metric regex-match, to be found in the text; what its groups capture"
         " must be the same in the reference",
     )
+    run_code: bool = Field(
+        default=False,
+        description="consent to running the generated programs on this machine, which pass-at-1 does; use a container",
+    )
 
     @property
     def deciding(self) -> dict[str, Any]:
@@ -94,4 +100,4 @@ class GenerationSettings(Section):
         """Return the argument of evaluators."""
         from autopeft.evaluators.texts import Generation
 
-        return Generation(max_new_tokens=self.max_new_tokens, at_rungs=self.every == "rung")
+        return Generation(max_new_tokens=self.max_new_tokens, at_rungs=self.every == "rung", run_code=self.run_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from autopeft.search_space.metrics import (
     RegexMatch,
     user_defined,
 )
-from autopeft.search_space.metrics.texts import GENERATED, PROMPTS, REFERENCES, with_numbers
+from autopeft.search_space.metrics.texts import GENERATED, PROMPTS, REFERENCES, ExactMatch, with_numbers
 from autopeft.testing import check_metric
 
 #: Texts with words that recur, so that pairs overlap, and any others.
 WORDS = st.lists(st.sampled_from(["a", "cat", "The", "sat.", "on", "MAT", "1,5", "é", "", "\n"]), max_size=9)
 SOME = WORDS.map(" ".join) | st.text(max_size=12)
 PAIRS = st.lists(st.tuples(SOME, SOME), min_size=1, max_size=4)
-OF_TEXTS = [name for name, metric in QUALITIES.items() if isinstance(metric, OfTexts)]
+OF_TEXTS = [name for name, metric in QUALITIES.items() if isinstance(metric, OfTexts) and not metric.runs_code]
 
 
 def numbers(name: str, generated: list[str], references: list[str]) -> list[float]:
@@ -32,7 +33,7 @@ def numbers(name: str, generated: list[str], references: list[str]) -> list[floa
     return list(metric.of([""] * len(generated), generated, references))
 
 
-@pytest.mark.parametrize("name", OF_TEXTS)
+@pytest.mark.parametrize("name", [*OF_TEXTS, "pass-at-1"])
 def test_a_metric_of_texts_is_a_mean_with_its_standard_error(name: str) -> None:
     check_metric(QUALITIES[name])
 
@@ -129,3 +130,49 @@ def test_an_error_of_an_own_function_has_its_file_and_line(tmp_path: Path, body:
     with pytest.raises(MetricError) as caught:
         own(tmp_path, body).of(["q", "q"], ["abc", ""], ["a", "b"])
     assert str(caught.value) == f"the metric mine (mine:score, {tmp_path / 'mine.py'}:{line}) {what}"
+
+
+def test_an_own_function_that_goes_on_is_named_until_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("autopeft.search_space.metrics.own.SLOW_S", 0.01)
+    body = "\n    ".join(
+        (
+            "import logging, time",
+            "root, end = logging.getLogger(), time.monotonic() + 60",
+            "while prompts[0] not in root.said and time.monotonic() < end: time.sleep(0.001)",
+            "return [1.0] * len(prompts)",
+        )
+    )
+    metric = own(tmp_path, body)
+    root: Any = logging.getLogger()
+
+    class Said:
+        """The warnings so far, as the function asks for them."""
+
+        def __contains__(self, what: str) -> bool:
+            return what in caplog.text
+
+    monkeypatch.setattr(root, "said", Said(), raising=False)
+    assert metric.of(["has run for 0.02 s on 2 rows", "q"], ["a", "b"], ["a", "b"]) == [1.0, 1.0]
+    first, second = caplog.messages[:2]
+    assert first.startswith(f"the metric mine (mine:score, {tmp_path / 'mine.py'}:1) has run for 0.01 s on 2 rows")
+    assert "has run for 0.02 s" in second
+    said = len(caplog.messages)
+    assert metric.of(["", "q"], ["a", "b"], ["a", "b"]) == [1.0, 1.0]
+    assert len(caplog.messages) == said
+
+
+@pytest.mark.parametrize(
+    ("numbers", "what"),
+    [([1.5, 0.0], "is 1.5 in row 1, not from 0 to 1"), ([0.0, float("nan")], "is nan in row 2"),
+     ([0.0], "has 1 numbers for 2 rows")],
+)  # fmt: skip
+def test_numbers_that_a_metric_cannot_have_are_refused(numbers: list[float], what: str) -> None:
+    class Wrong(ExactMatch):
+        def of(self, *texts: Any) -> list[float]:
+            return numbers
+
+    columns = {PROMPTS: ["p", "q"], GENERATED: ["a", "b"], REFERENCES: ["a", "c"]}
+    with pytest.raises(MetricError, match=what):
+        with_numbers(columns, [Wrong()])

@@ -22,7 +22,9 @@ from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.source import StudyFileError
 from autopeft.studies.config.study_file import StudyFile
 from autopeft.studies.engine.check import check
+from autopeft.studies.engine.cost_estimate import estimate_study
 from autopeft.studies.engine.session import evaluator_for, open_ledger
+from autopeft.studies.engine.time_budget import Pace
 from autopeft.studies.errors import UnusableEnvironmentError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.recipe import Recipe
@@ -148,6 +150,34 @@ def test_texts_are_generated_at_the_end_and_where_candidates_are_compared(tmp_pa
         assert "exact-match" in stopped.measurement.values, "a candidate that stops at a rung has its values"
 
 
+def test_a_pace_counts_the_texts_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that counts generated tokens: a text of 4 tokens takes 4 s, whatever else is done."""
+    settings = load_study(study_in(tmp_path / "study"))
+    splits, _, _ = check(settings)
+    evaluator = evaluator_for(settings, splits)
+    tokens = 0
+
+    def count(_: Any, rows: Any, **how: Any) -> list[list[list[int]]]:
+        nonlocal tokens
+        tokens += len(rows) * how["max_new_tokens"]
+        return []
+
+    monkeypatch.setattr("autopeft.evaluators.generation.greedy_of_slots", count)
+    monkeypatch.setattr("autopeft.evaluators.costs.timing.now", lambda _: float(tokens))
+    pace = Pace.typical(settings, evaluator)
+    assert pace.texts_s == pytest.approx(4.0 * 12)
+    assert pace.rung_s == pytest.approx(4.0 * len(evaluator.rung_examples))
+    assert 0 <= pace.validation_s - pace.texts_s < 4.0
+    assert pace.test_s > 4.0 * 12
+    found = estimate_study(settings, splits)
+    assert found.texts_s == pytest.approx(48.0)
+    assert found.time_s is not None
+    assert found.time_s > 48 * (found.baselines + 2)
+    assert "  texts        at most 1 min of each training to generate them" in found.lines()
+    plain = load_study(settings.path, ["objectives=[loss, num_params]", "metrics=null", "generation=null"])
+    assert estimate_study(plain, splits).texts_s is None
+
+
 @pytest.mark.parametrize("evaluator", ["packed", "train"])
 def test_a_metric_that_fails_ends_its_trial_with_file_and_line(evaluator: str, tmp_path: Path) -> None:
     path = study_in(tmp_path / "study", metrics={"x": "mine:brittle"}, evaluation={"evaluator": evaluator}, search=ONE)
@@ -171,6 +201,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"generation": {"pattern": "w"}}, "generation.pattern: has no effect: the objective regex-match reads it"),
     ({"generation": {"max_new_tokens": 0}}, "generation.max_new_tokens"),
+    ({"objectives": ["pass-at-1", "num_params"]}, "generation: pass-at-1 runs generated programs on this machine"),
+    ({"objectives": ["pass-at-1", "num_params"]}, "data.tests: pass-at-1 needs the column"),
+    ({"generation": {"run_code": True}}, "generation.run_code: has no effect without pass-at-1 among the"),
     ({"objectives": ["rouge-l", "num_params"], "task": "classification"}, "rouge-l needs the task causal-lm"),
 ]
 

@@ -174,6 +174,23 @@ def test_no_training_is_begun_that_would_exceed_the_limit_of_the_search() -> Non
     assert is_over(plan, space, ended, used | {"search": 101.0}, more=0)
 
 
+def test_texts_are_part_of_every_training_and_of_the_rungs_that_generate_them() -> None:
+    """A text takes a second: of 20 validation rows, 12 at a rung, and 30 test rows."""
+    pace = Pace(step_s=0.1, steps_s=10.0, validation_s=21.0, test_s=31.0, texts_s=20.0, rung_s=12.0)
+    plan = plan_of(study(search={"rungs": [0.2, 0.5]}))
+    assert pace.run_s() == 31.0
+    assert pace.final_s == 62.0
+    assert pace.trial_s(plan) == 31.0, "no candidate is compared at a rung"
+    assert replace(pace, at_rungs=True).trial_s(plan) == 31.0 + 24.0
+    halved = replace(plan, keep=0.5)
+    assert pace.trial_s(halved) == pytest.approx(10 * (0.2 + 0.3 / 2 + 0.5 / 4) + 21 + 12 * 1.5)
+    assert pace.trial_s(replace(plan, keep="auto")) == pytest.approx(7.0 + 21.0 + 24.0)
+    without = replace(pace, validation_s=1.0, texts_s=0.0, rung_s=0.0, test_s=1.0)
+    asked = study(minutes=60, search={"rungs": []})
+    few, many = (fitted(asked, one, NUM_BASELINES).search.trials for one in (pace, without))
+    assert few < many / 2, "texts take more than half of a training here"
+
+
 def test_the_time_of_the_search_is_kept_over_resumes(tmp_path: Path) -> None:
     """Each step takes a second of this clock; baselines and finalists are not the search's time."""
     limits = {"searcher": "random", "trials": 40, "batch": 4}

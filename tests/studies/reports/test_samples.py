@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from peft import AutoPeftModelForCausalLM, PeftModel
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -109,7 +110,14 @@ def test_run_prints_them_and_mlflow_has_them(
     found = json.loads((ended / "report" / "samples.json").read_text())
     assert f"recommended: trial {found['trial']}" in out
     assert out.count("    untouched ") == samples.MOST_SAMPLES
-    assert {path.name for path in (ended / "mlartifacts").rglob("samples.*")} == {"samples.json", "samples.md"}
+    client = MlflowClient(f"sqlite:///{ended / 'mlflow.db'}")
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    files = {run.info.run_id: [file.path for file in client.list_artifacts(run.info.run_id, "samples")] for run in runs}
+    (own,) = (run for run in runs if files[run.info.run_id])
+    assert "mlflow.parentRunId" not in own.data.tags, "they are in the run of the study"
+    assert sorted(files[own.info.run_id]) == ["samples/samples.json", "samples/samples.md"]
+    logged = client.download_artifacts(own.info.run_id, "samples/samples.json")
+    assert json.loads(Path(logged).read_text(encoding="utf-8")) == found
 
 
 @pytest.mark.parametrize("target", ["peft", "merged"])
