@@ -320,15 +320,6 @@ class Attachment(nn.Module):
         """Return slot k's random streams by `site/kind`, as in the names of `state`."""
         return {key: bank.dropout_streams[j] for key, bank, j in banks_of(self.banks, k)}
 
-    def slots_of_rows(self) -> Iterator[tuple[nn.Parameter, bool, list[int]]]:
-        """Yield every tensor of the banks, whether weight decay applies to it, and the slot of each of its rows.
-
-        It requires that no two slots share a bank.
-        """
-        for bank in self.banks:
-            yield from ((value, decay, bank.slots_served) for _, value, decay in bank.trained())
-        yield from ((pool.value, pool.decay, pool.slots) for pool in self.pools.values() if pool.trainable)
-
     @contextmanager
     def merged(self) -> Iterator[None]:
         """Merge the adapters of a single slot into the backbone's weights; undo it bit for bit when the block ends.

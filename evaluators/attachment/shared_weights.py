@@ -11,6 +11,7 @@ from torch import nn
 
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters.base import RATE
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Choice, Domain, Float
@@ -81,6 +82,10 @@ class SharedWeights(nn.Module):
         yield from ((value, decay) for bank in self._banks.values() for _, value, decay in bank.trained())
         yield from ((pool.value, pool.decay) for pool in self.pools.values() if pool.trainable)
 
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """Return the factors of the learning rate of the tensors of `trainable`, those of the enveloping adapters."""
+        return {v: bank.specs[0].rate_of(name) for bank in self._banks.values() for name, v, _ in bank.trained()}
+
 
 def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:
     """Yield the largest adapter at a place, once for each structure that it may have there."""
@@ -109,7 +114,7 @@ def _enveloping(specs: Sequence[AdapterSpec]) -> AdapterSpec:
 def _values(kind: type[AdapterSpec], field: str, domain: Domain) -> Sequence[Any]:
     if field in (kind.size_field, "experts"):
         return [max(domain.choices) if isinstance(domain, Choice) else domain.high]
-    if field in kind.per_slot_fields:
+    if field in (RATE, *kind.per_slot_fields):
         return [domain.from_unit(0.5)]
     if isinstance(domain, Choice):
         return domain.choices

@@ -12,6 +12,7 @@ from autopeft.search_space.adapters.base import (
     AdapterSpec,
     check_at_least,
     check_one_of,
+    check_positive,
     check_probability,
 )
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
@@ -31,14 +32,17 @@ class Lora(AdapterSpec):
 
     `scaling`: "alpha" divides alpha by the rank (Hu et al. 2021, section 4.1), "rslora" by the square root of the rank
     (Kalajdzievski 2023, theorem 3.2). `init` is the distribution of A: "kaiming" is uniform with a = sqrt(5), as in the
-    reference code, "gaussian" has standard deviation 1/R, "orthogonal" has orthonormal rows.
+    reference code, "gaussian" has standard deviation 1/R, "orthogonal" has orthonormal rows. `rate_ratio`: the learning
+    rate of B divided by that of A (Hayou et al. 2024, LoRA+). `freeze_a`: A keeps its initial values and B alone is
+    trained (Zhang et al. 2023, LoRA-FA); A is stored with B.
     """
 
     kind: ClassVar[str] = "lora"
     roles: ClassVar[tuple[str, ...]] = LINEAR_ROLES
     default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
     size_field: ClassVar[str | None] = "rank"
-    per_slot_fields: ClassVar[tuple[str, ...]] = ("alpha", "scaling", "dropout", "init")
+    per_slot_fields: ClassVar[tuple[str, ...]] = ("alpha", "scaling", "dropout", "init", "rate_ratio")
+    later_fields: ClassVar[tuple[str, ...]] = (*AdapterSpec.later_fields, "rate_ratio", "freeze_a")
     mergeable: ClassVar[bool] = True
     source: ClassVar[str] = "Hu et al. 2021, LoRA, section 4.1"
     summary: ClassVar[str] = "low-rank update beside a linear layer"
@@ -48,12 +52,16 @@ class Lora(AdapterSpec):
     scaling: str = "alpha"
     dropout: float = 0.0
     init: str = "kaiming"
+    rate_ratio: float = 1.0
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
+        AdapterSpec.__post_init__(self)
         check_at_least("rank", self.rank, 1)
         check_one_of("scaling", self.scaling, ("alpha", "rslora"))
         check_one_of("init", self.init, INITS)
         check_probability("dropout", self.dropout)
+        check_positive("rate_ratio", self.rate_ratio)
 
     @property
     def scale(self) -> float:
@@ -63,9 +71,13 @@ class Lora(AdapterSpec):
     @override
     def parameters(self, site: Site) -> dict[str, Parameter]:
         return {
-            "A": Parameter(shape=(self.rank, site.in_features), init=self.init),
+            "A": Parameter(shape=(self.rank, site.in_features), init=self.init, trainable=not self.freeze_a),
             "B": Parameter(shape=(site.out_features, self.rank)),
         }
+
+    @override
+    def rate_of(self, name: str) -> float:
+        return self.rate if name == "A" else self.rate * self.rate_ratio
 
     @override
     def flops_per_token(self, site: Site) -> int:

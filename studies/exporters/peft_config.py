@@ -235,9 +235,40 @@ _TYPES: dict[str, tuple[str, Callable[[Placed], tuple[dict[str, Any], list[str]]
 }
 
 
+#: The module of peft that has a tensor of a LoRA, by the tensor's name.
+_IN_PEFT = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
+
+
+def rate_factors(recipe: Recipe) -> dict[str, float]:
+    """Return the factors of the learning rate that are not 1, by the part of a parameter's name in peft that has it."""
+    found: dict[str, dict[str, float]] = {}
+    for name, spec in recipe.adapters:
+        site = recipe.sites[name]
+        for tensor, parameter in spec.parameters(site).items():
+            if parameter.trainable:
+                suffix = _suffix(spec, tensor)
+                found.setdefault(suffix, {})[f"base_model.model.{site.module}{suffix}"] = spec.rate_of(tensor)
+    factors: dict[str, float] = {}
+    for suffix, of_modules in found.items():
+        values = set(of_modules.values())
+        factors |= {suffix: values.pop()} if suffix != "." and len(values) == 1 else of_modules
+    return {part: factor for part, factor in factors.items() if factor != 1.0}
+
+
+def frozen_parts(recipe: Recipe) -> list[str]:
+    """Return the parts of the names of parameters that peft trains and the study does not."""
+    loras = [(name, spec) for name, spec in recipe.adapters if isinstance(spec, Lora)]
+    frozen = [f"base_model.model.{recipe.sites[name].module}.lora_A." for name, spec in loras if spec.freeze_a]
+    return [".lora_A."] if frozen and len(frozen) == len(loras) else frozen
+
+
+def _suffix(spec: AdapterSpec, tensor: str) -> str:
+    return f".{_IN_PEFT[tensor]}." if isinstance(spec, Lora) else "."
+
+
 def decayed_vectors(recipe: Recipe) -> list[str]:
-    """Return a line for each vector that transformers' Trainer decays and the study does not."""
-    if recipe.training.weight_decay == 0.0:
+    """Return a line for each vector that transformers' Trainer decays in its own groups and the study does not."""
+    if recipe.training.weight_decay == 0.0 or rate_factors(recipe):  # these need parameter groups of their own
         return []
     names = {"dora": "magnitude", "vera": "vectors", "shira": "values", "ia3": "scale"}
     return [
