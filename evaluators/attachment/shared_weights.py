@@ -16,6 +16,7 @@ from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Choice, Domain, Float
 from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.runtime.factors import Starts
 from autopeft.search_space.runtime.pool import pools_of
 from autopeft.search_space.spaces.placement import Placement
 from autopeft.search_space.spaces.space import SearchSpace
@@ -29,7 +30,14 @@ class SharedWeights(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, space: SearchSpace, *, seed: int, num_banks: int = 1, pretrained_head: bool = False
+        self,
+        model: nn.Module,
+        space: SearchSpace,
+        *,
+        seed: int,
+        num_banks: int = 1,
+        pretrained_head: bool = False,
+        starts: Starts | None = None,
     ) -> None:
         super().__init__()
         self.num_banks = num_banks
@@ -46,6 +54,11 @@ class SharedWeights(nn.Module):
             if place.ranks:
                 raise ValueError(f"a supernet cannot share {place.adapter!r}: its experts have different ranks")
             for spec in _largest(place, domains):
+                if not spec.nested:
+                    raise ValueError(
+                        f"a supernet cannot share {place.adapter!r}: with its init, a smaller adapter is no part of a"
+                        " larger one"
+                    )
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
                 if spec.routed_by:
                     mixed.setdefault(place.site.name, set()).add(place.adapter)
@@ -59,7 +72,9 @@ class SharedWeights(nn.Module):
                 # Without numbers, mixtures at one site would start with the same values, whatever their structures.
                 number = next(several[name]) if spec.routed_by and name in several else nth
                 named = [f"{word}#{number}" if number else word for word in seeds]
-                bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named, pools=self.pools)
+                bank = Bank(
+                    site, [spec] * num_banks, model.get_submodule(site.module), named, pools=self.pools, starts=starts
+                )
                 self._add((name, structure, nth), bank)
         for site in head_sites(model, space.backbone):
             bank = head_bank(site, model, seeds, pretrained_head)
@@ -115,7 +130,10 @@ def _values(kind: type[AdapterSpec], field: str, domain: Domain) -> Sequence[Any
     if field in (kind.size_field, "experts"):
         return [max(domain.choices) if isinstance(domain, Choice) else domain.high]
     if field in (RATE, *kind.per_slot_fields):
-        return [domain.from_unit(0.5)]
+        middle = domain.from_unit(0.5)
+        # Words may change the tensors (an init with an offset). The middle comes last: of one structure, it is taken.
+        words = domain.choices if isinstance(domain, Choice) and isinstance(middle, str) else ()
+        return [*(word for word in words if word != middle), middle]
     if isinstance(domain, Choice):
         return domain.choices
     if isinstance(domain, Float):

@@ -224,7 +224,9 @@ class Gates(Proxy):
         self.training = training
         self.seed = seed
         self.penalty = penalty
-        self.weights = SharedWeights(evaluator.model, space, seed=seed, pretrained_head=evaluator.pretrained_head)
+        self.weights = SharedWeights(
+            evaluator.model, space, seed=seed, pretrained_head=evaluator.pretrained_head, starts=evaluator.starts
+        )
         for name, choice in space.adapters.items():
             adapter = ADAPTERS[choice.kind]
             if adapter.apply is AdapterSpec.apply and adapter.apply_input is AdapterSpec.apply_input:

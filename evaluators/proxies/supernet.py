@@ -89,7 +89,12 @@ class Supernet(Proxy):
         self.bank_of = bank_of
         self.distil = distil
         self.weights = SharedWeights(
-            evaluator.model, space, seed=seed, num_banks=num_banks, pretrained_head=evaluator.pretrained_head
+            evaluator.model,
+            space,
+            seed=seed,
+            num_banks=num_banks,
+            pretrained_head=evaluator.pretrained_head,
+            starts=evaluator.starts,
         )
         held_out = len(evaluator.examples["validation"])
         self.examples = range(held_out)[:: max(1, held_out // SCORED_EXAMPLES)]

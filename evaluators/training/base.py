@@ -30,9 +30,10 @@ from autopeft.evaluators.texts import Generation, Texts
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
-from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.metrics import ALWAYS, Columns, MetricError, OfTexts, Quality
 from autopeft.search_space.problem import declared_costs
+from autopeft.search_space.runtime.factors import Starts
 from autopeft.search_space.training import Training
 
 EVALUATION_BATCH_SIZE = 64
@@ -108,6 +109,8 @@ class TrainingEvaluator(AttachingEvaluator):
         held_out = len(self.examples["validation"])
         self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
         self.device = next(self.model.parameters()).device
+        #: Initial values of factors that follow from the frozen weights.
+        self.starts = Starts()
         self.metrics = tuple(metrics)
         for metric in self.metrics:
             if not metric.computable(self.task.readable()):
@@ -133,13 +136,12 @@ class TrainingEvaluator(AttachingEvaluator):
 
     @override
     def attach(self, request: Request) -> Attachment:
-        return Attachment(
-            self.model,
-            self.backbone,
-            [request.candidate.architecture],
-            [request.seed],
-            pretrained_head=self.pretrained_head,
-        )
+        return self.attached([request.candidate.architecture], [request.seed])
+
+    def attached(self, architectures: Sequence[Architecture], seeds: Sequence[int]) -> Attachment:
+        """Return a context manager that attaches adapters side by side, a slot for each architecture."""
+        head, starts = self.pretrained_head, self.starts
+        return Attachment(self.model, self.backbone, architectures, seeds, pretrained_head=head, starts=starts)
 
     @override
     def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:

@@ -109,6 +109,11 @@ class AdapterSpec(ABC):
         )
 
     @property
+    def nested(self) -> bool:
+        """Whether the initial values of a smaller adapter can be the leading part of those of a larger one."""
+        return True
+
+    @property
     def size(self) -> int | None:
         """The value of `size_field`; None for types without a size."""
         return getattr(self, self.size_field) if self.size_field else None

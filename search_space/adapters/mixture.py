@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from autopeft.search_space.adapters.base import RATE, AdapterSpec, check_at_least, check_one_of
-from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.lora import DRAWN, Lora, experts_problem
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
 from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.routers import ROUTERS, Follow, Router, Token, Uniform
@@ -76,6 +76,8 @@ class Mixture(AdapterSpec):
             raise ValueError("rate: set it on the experts, which pass it on to the router")
         if not self.expert.can_be_expert:
             raise ValueError(f"an adapter of kind {self.expert.kind!r} cannot be an expert")
+        if isinstance(self.expert, Lora) and self.expert.init not in DRAWN:
+            raise ValueError(f"init: {experts_problem(self.expert.init)}")
         check_at_least("experts", self.experts, 1, MOST_EXPERTS)
         check_at_least("shared_experts", self.shared_experts, 0, MOST_EXPERTS)
         check_one_of("router", self.router, ROUTERS)

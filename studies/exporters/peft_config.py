@@ -14,14 +14,14 @@ from math import sqrt
 from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec
-from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.lora import FROM_SITE, Lora
 from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.base import Assessment, approximate, unsupported
 from autopeft.studies.recipes.recipe import Recipe
 
-_LORA_INITS = {"kaiming": True, "gaussian": "gaussian"}
+_LORA_INITS = {"kaiming": True, "gaussian": "gaussian"} | {name: name for name in ("pissa", "pissa_niter_4", "olora")}
 # Families whose linear layers store [D_in, D_out], which peft has to know.
 _TRANSPOSED_FAMILIES = ("gpt2",)
 _NOT_IN_PEFT = {
@@ -71,7 +71,23 @@ def plan(recipe: Recipe) -> PeftPlan:
     if config != "LNTuningConfig" and _is_transposed(recipe):
         arguments["fan_in_fan_out"] = True
     own, lost = own_arguments(placed)
+    init = own.get("init_lora_weights")
+    if reason := _init_obstacle(recipe, init):
+        lost.append(f"init {init}: {reason} (affects only training)")
+        again = init == "pissa_niter_4" and recipe.backbone.quantization is None
+        own["init_lora_weights"] = "pissa" if again else True
     return PeftPlan(approximate(*lost, *_lost_in_int8(recipe)), config, arguments | own)
+
+
+def _init_obstacle(recipe: Recipe, init: Any) -> str:
+    """Return why peft cannot start the LoRAs of this model so; empty if it can."""
+    if init == "pissa_niter_4":
+        return "peft draws other random numbers for it when it loads the adapter again; its pissa is exact"
+    if init in FROM_SITE and recipe.backbone.quantization is not None:
+        return f"peft does not take it from weights in {recipe.backbone.quantization}"
+    if init == "olora" and _is_transposed(recipe):
+        return f"peft does not support transposed weights with it, which {recipe.backbone.family} has"
+    return ""
 
 
 def _is_transposed(recipe: Recipe) -> bool:
@@ -166,7 +182,8 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     init = _most_common(spec.init for _, spec in loras)
     lost = _lost_values(placed, {"dropout": dropout, "init": init})
     if init not in _LORA_INITS:
-        lost += [f"{site.name} {spec.kind}: peft has no init {init!r} (affects only training)" for site, spec in loras]
+        reason = f"peft needs a pass over rows for init {init!r}" if init in FROM_SITE else f"peft has no init {init!r}"
+        lost += [f"{site.name} {spec.kind}: {reason} (affects only training)" for site, spec in loras]
     arguments = {
         "r": rank,
         "lora_alpha": alpha,

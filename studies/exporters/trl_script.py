@@ -11,6 +11,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from autopeft.search_space.adapters.lora import FROM_SITE
 from autopeft.search_space.metrics import ALWAYS, QUALITIES
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.exporters.loading import model_expression, quantization_expression, write_training_readme
@@ -190,6 +191,11 @@ if __name__ == "__main__":
 """)
 
 
+_TAKEN = (
+    "peft subtracts the initial values of init {init} from the model's weights, and again when it loads an adapter that"
+    " the script saves; servers do not: convert it for them (`path_initial_model_for_weight_conversion` of peft), or"
+    " export the adapter of a training here (`--to peft`)"
+)
 _FREEZE = Template("""
 #: Parts of the names of parameters that are not trained.
 FROZEN = $frozen
@@ -246,7 +252,10 @@ class TrlScript(Exporter):
         (folder / SCRIPT_FILE).write_text(script(recipe), encoding="utf-8")
         write = write_token_rows if recipe.task_class.trainer == "SFTTrainer" else write_rows
         write(recipe, folder)
-        return write_training_readme(folder, f"python {SCRIPT_FILE}")
+        remarks = write_training_readme(folder, f"python {SCRIPT_FILE}")
+        if (init := plan(recipe).arguments.get("init_lora_weights")) in FROM_SITE:
+            return [*remarks, _TAKEN.format(init=init)]
+        return remarks
 
 
 def script(recipe: Recipe) -> str:

@@ -983,3 +983,53 @@ def test_axolotl_has_one_ratio_and_trains_a(models: Folders) -> None:
 def test_peft_has_weights_whatever_trained_them(models: Folders) -> None:
     recipe = make_recipe("bert", models["bert"], with_rates("bert", {"rate_ratio": 4.0, "freeze_a": True}, every=True))
     assert EXPORTERS["peft"].assess(recipe).level == EXACT
+
+
+# Initial values from the site
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_offset_is_a_plain_lora_of_twice_the_rank(
+    models: Folders, tmp_path: Path, fresh: FreshProcess, family: str, init: str
+) -> None:
+    """Trained adapters are exact in peft and, with one rank and scale, in servers; native and merged too."""
+    attention = "attn.qkv" if family == "gpt2" else "attn.q"
+    placement = {
+        f"layers.1.{attention}": Lora(rank=3, alpha=5.0, init=init, dropout=0.1),
+        f"layers.11.{attention}": Lora(rank=2, scaling="rslora", init=init, dropout=0.1),
+        "layers.2.mlp.up": Lora(rank=2, dropout=0.1),
+    }
+    recipe = make_recipe(family, models[family], placement)
+    state, wanted = trained(recipe)
+    for target in ("peft", "peft-patterns"):
+        assert EXPORTERS[target].export(recipe, state, tmp_path / target).level == EXACT
+        assert_close(read(fresh, "peft", recipe, tmp_path / target)["logits"], wanted)
+        assert adapter_config(tmp_path / target)["init_lora_weights"] is True
+    assert max(tensor_shapes(tmp_path / "peft-patterns").values())  # it has tensors
+    for rule in SERVERS[bool(recipe.head_modules) :]:
+        assert_close(read(fresh, "server", recipe, tmp_path / "peft", rule=rule), wanted)
+    EXPORTERS["merged"].export(recipe, state, tmp_path / "merged")
+    assert_close(read(fresh, "merged", recipe, tmp_path / "merged"), wanted)
+    missing = {name: value for name, value in state.items() if not name.endswith("B0")}
+    with pytest.raises(ExportError, match="B0: is missing"):
+        EXPORTERS["peft"].export(recipe, missing, tmp_path / "missing")
+
+
+def test_peft_starts_like_the_study_where_it_can(models: Folders, tmp_path: Path) -> None:
+    def fit(family: str, init: str, **changes: Any) -> tuple[str, Any]:
+        site = "layers.1.attn.qkv" if family == "gpt2" else "layers.1.attn.q"
+        recipe = make_recipe(family, models[family], {site: Lora(init=init, rank=2)})
+        backbone = recipe.backbone.model_copy(update=changes)
+        assessed = plan(recipe.model_copy(update={"backbone": backbone}))
+        return assessed.fit.level, assessed.arguments["init_lora_weights"]
+
+    assert fit("llama", "pissa") == (EXACT, "pissa")
+    assert fit("llama", "olora") == (EXACT, "olora")
+    assert fit("gpt2", "pissa") == (EXACT, "pissa")
+    assert fit("llama", "pissa_niter_4") == (APPROXIMATE, "pissa")
+    assert fit("gpt2", "olora") == (APPROXIMATE, True)
+    assert fit("llama", "pissa", quantization="nf4") == (APPROXIMATE, True)
+    recipe = make_recipe("llama", models["llama"], {"layers.1.attn.q": Lora(init="pissa", rank=2)})
+    remarks = EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out").remarks
+    assert any("path_initial_model_for_weight_conversion" in line for line in remarks)
