@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from autopeft.evaluators import contents
+from autopeft.evaluators import calibration, contents
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import AttachingEvaluator, Costs, Request, memory_errors
+from autopeft.evaluators.calibration import Calibration
 from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
@@ -109,8 +110,13 @@ class TrainingEvaluator(AttachingEvaluator):
         held_out = len(self.examples["validation"])
         self.rung_examples = range(held_out)[:: max(1, held_out // RUNG_EXAMPLES)]
         self.device = next(self.model.parameters()).device
-        #: Initial values of factors that follow from the frozen weights.
-        self.starts = Starts()
+        # The same rows for all candidates and seeds.
+        order = range(len(self.lengths["train"]))[:: max(1, len(self.lengths["train"]) // calibration.ROWS)]
+        batches = [order[i : i + calibration.BATCH_SIZE] for i in range(0, len(order), calibration.BATCH_SIZE)]
+        #: Initial values of factors that follow from the frozen weights and from training rows.
+        self.starts = Starts(
+            Calibration(self.model, self.backbone, self.task, lambda: (self.batch("train", rows) for rows in batches))
+        )
         self.metrics = tuple(metrics)
         for metric in self.metrics:
             if not metric.computable(self.task.readable()):

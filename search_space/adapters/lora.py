@@ -33,15 +33,24 @@ class FromSite:
     """Facts of an initialisation that reads the site; `runtime/factors.py` computes it.
 
     `offset`: whether B A is not zero at the start, so that its initial value is subtracted. `nested`: see
-    `AdapterSpec.nested`.
+    `AdapterSpec.nested`. `components`: number of components of a decomposition for each rank.
     """
 
     offset: bool = True
     nested: bool = True
+    components: int = 1
 
 
 #: Initialisations by the weight of the site or by training rows.
-FROM_SITE = {"pissa": FromSite(), "pissa_niter_4": FromSite(), "olora": FromSite()}
+FROM_SITE = {
+    "pissa": FromSite(),
+    "pissa_niter_4": FromSite(),
+    "olora": FromSite(),
+    "eva": FromSite(offset=False),
+    "corda_ipm": FromSite(),
+    "corda_kpm": FromSite(),
+    "lora_ga": FromSite(nested=False, components=2),
+}
 INITS = (*DRAWN, *FROM_SITE)
 
 
@@ -58,6 +67,12 @@ class Lora(AdapterSpec):
     spares them. "pissa": A and B have the leading singular values of W (Meng et al. 2024), by the full decomposition or
     by four subspace iterations ("pissa_niter_4"). "olora": B and A are the leading parts of W = Q R (Büyükakyüz 2024).
     In a supernet, a smaller rank starts with the leading part of the values of the largest.
+
+    The others read 256 training rows, the same for all seeds, through the model without adapters. "eva": A has the
+    leading principal directions of the inputs (Paischer et al. 2024; ranks are not redistributed, rho = 1), B is zero.
+    "corda_ipm", "corda_kpm": components of W C, with the inputs' second moment C, multiplied by the inverse of C, with
+    the largest (instruction-previewed) or the smallest singular values (knowledge-preserved; Yang et al. 2024).
+    "lora_ga": singular vectors of the gradient of W (Wang et al. 2024), scaled as peft scales them.
 
     `rate_ratio`: the learning rate of B divided by that of A (Hayou et al. 2024, LoRA+). `freeze_a`: A keeps its
     initial values and B alone is trained (Zhang et al. 2023, LoRA-FA); A is stored with B.
@@ -109,7 +124,9 @@ class Lora(AdapterSpec):
 
     @override
     def fits(self, site: Site) -> bool:
-        return self.init in DRAWN or self.rank <= min(site.in_features, site.out_features)
+        if self.init in DRAWN:
+            return True
+        return self.rank * FROM_SITE[self.init].components <= min(site.in_features, site.out_features)
 
     @override
     def structure(self) -> tuple[Any, ...]:

@@ -14,10 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from autopeft.search_space.adapters.lora import FROM_SITE
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.backbones.linear import weight_of
 from autopeft.search_space.parameter import Factor
 from autopeft.search_space.runtime.init import stream
+
+MOMENT = "the scaled second moment of inputs"
 
 
 class Statistics(Protocol):
@@ -86,10 +89,63 @@ def _as_they_are(components: Components, rank: int, scale: float) -> tuple[Tenso
     return components.v[:rank], components.u[:, :rank]
 
 
+def _principal_inputs(weight: Tensor, statistic: Tensor, rank: int, generator: Generator) -> Components:
+    """Return the principal directions of the inputs from their covariance (Paischer et al. 2024, EVA, section 3)."""
+    variances, directions = torch.linalg.eigh(statistic)
+    v = directions.flip(1).T.to(weight)
+    return Components(weight.new_zeros(len(weight), len(v)), variances.flip(0).to(weight), v)
+
+
+def _in_context(weight: Tensor, statistic: Tensor, rank: int, generator: Generator) -> Components:
+    """Return U, S and V C^-1 with U S V = W C and the inputs' second moment C (Yang et al. 2024, CorDA, section 3.2).
+
+    As in the authors' code, the diagonal of C grows until the inverse is accurate.
+    """
+    identity, damping = torch.eye(len(statistic)).to(statistic), 0.01
+    while True:
+        moment = statistic + damping * statistic.diagonal().mean() * identity
+        inverse = torch.linalg.inv(moment)
+        if torch.dist(moment @ inverse, identity) < 0.05:
+            break
+        damping *= 2
+    u, s, v = torch.linalg.svd(weight @ moment.to(weight), full_matrices=False)
+    return Components(u, s, (v.to(inverse) @ inverse).to(weight))
+
+
+def _in_context_from_the_end(weight: Tensor, statistic: Tensor, rank: int, generator: Generator) -> Components:
+    """Return the components of `_in_context` with the smallest singular values first."""
+    found = _in_context(weight, statistic, rank, generator)
+    return Components(found.u.flip(1), found.s.flip(0), found.v.flip(0))
+
+
+def _of_gradient(weight: Tensor, statistic: Tensor, rank: int, generator: Generator) -> Components:
+    """Return the singular value decomposition of the gradient of W (Wang et al. 2024, LoRA-GA, section 3.2)."""
+    return Components(*torch.linalg.svd(statistic.to(weight), full_matrices=False))
+
+
+def _inputs_alone(components: Components, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return A = V and B = 0."""
+    return components.v[:rank], torch.zeros_like(components.u[:, :rank])
+
+
+def _crossed(components: Components, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the first R right and the next R left singular vectors, the latter scaled, as peft's LoraGAConfig does.
+
+    peft's defaults: direction "ArB2r" and scale "stable" with gamma = 16, which multiplies by the singular values too.
+    """
+    u, s = components.u[:, rank : 2 * rank], components.s[rank : 2 * rank]
+    return components.v[:rank], u * s * (len(u) ** 0.25 / LORA_GA_GAMMA**0.5)
+
+
+LORA_GA_GAMMA = 16
 RULES: dict[str, Rule] = {
     "pissa": Rule(decompose=_principal, factors=_balanced),
     "pissa_niter_4": Rule(decompose=_fast_principal, factors=_balanced, per_rank=True),
     "olora": Rule(decompose=_orthonormal, factors=_as_they_are),
+    "eva": Rule(decompose=_principal_inputs, factors=_inputs_alone, statistic="the covariance of inputs"),
+    "corda_ipm": Rule(decompose=_in_context, factors=_balanced, statistic=MOMENT),
+    "corda_kpm": Rule(decompose=_in_context_from_the_end, factors=_balanced, statistic=MOMENT),
+    "lora_ga": Rule(decompose=_of_gradient, factors=_crossed, statistic="the gradient of the weight"),
 }
 
 
@@ -118,23 +174,18 @@ class Starts:
     def _components(self, name: str, site: Site, base: nn.Module, rank: int) -> Components:
         rule = RULES[name]
         key = (name, site.module, rank if rule.per_rank else None)
+        count = rank * FROM_SITE[name].components
         found = self._kept.get(key)
-        if found is None or len(found.s) < min(rank, *_shape(site)):
+        if found is None or len(found.s) < count:
             statistic = torch.empty(0) if rule.statistic is None else self._statistic(rule.statistic, name, site)
             weight = weight_of(base).float()
-            whole = rule.decompose(weight, statistic.to(weight), rank, stream(name, site.name))
+            whole = rule.decompose(weight, statistic.to(weight.device), rank, stream(name, site.name))
             # Copies: a view would keep all components.
-            found = Components(
-                whole.u[:, :rank].cpu().clone(), whole.s[:rank].cpu().clone(), whole.v[:rank].cpu().clone()
-            )
-            self._kept[key] = found
+            parts = whole.u[:, :count], whole.s[:count], whole.v[:count]
+            found = self._kept[key] = Components(*(part.cpu().clone() for part in parts))
         return found
 
     def _statistic(self, statistic: str, rule: str, site: Site) -> Tensor:
         if self._statistics is None:
             raise ValueError(f"init {rule!r} reads {statistic} of training rows, and there are none here")
         return self._statistics(site, statistic)
-
-
-def _shape(site: Site) -> tuple[int, int]:
-    return site.out_features, site.in_features
