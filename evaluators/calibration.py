@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -96,16 +96,23 @@ class Calibration:
     """Computes statistics of a model without adapters; see `factors.Statistics`.
 
     A pass over the rows serves the linears of one layer that have the same number of inputs, and only its statistics
-    are kept. `batches`: training rows, the same at each call.
+    are kept. `batches`: training rows, the same at each call. `bare`: a block in which
+    the model has a task head and no adapters, with frozen parameters.
     """
 
     def __init__(
-        self, model: nn.Module, backbone: Backbone, task: Task, batches: Callable[[], Iterable[Batch]]
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        task: Task,
+        batches: Callable[[], Iterable[Batch]],
+        bare: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._model = model
         self._backbone = backbone
         self._task = task
         self._batches = batches
+        self._bare = bare
         self._found: dict[str, Tensor] = {}
         self._name = ""
 
@@ -123,7 +130,7 @@ class Calibration:
     def _computed(self, kind: type[Statistic], sites: Sequence[Site]) -> dict[str, Tensor]:
         device = next(self._model.parameters()).device
         found = {site.name: kind(site, device) for site in sites}
-        with _frozen(self._model), torch.set_grad_enabled(kind.gradients):
+        with self._bare(), torch.set_grad_enabled(kind.gradients):
             for batch in self._batches():
                 with _calls(self._model, sites, kind.gradients) as calls:
                     loss = self._task.scores(self._model, batch)["loss"].sum()
@@ -168,18 +175,3 @@ def _calls(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode without gradients of its parameters, within the block."""
-    training, flags = model.training, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -115,7 +115,13 @@ class TrainingEvaluator(AttachingEvaluator):
         batches = [order[i : i + calibration.BATCH_SIZE] for i in range(0, len(order), calibration.BATCH_SIZE)]
         #: Initial values of factors that follow from the frozen weights and from training rows.
         self.starts = Starts(
-            Calibration(self.model, self.backbone, self.task, lambda: (self.batch("train", rows) for rows in batches))
+            Calibration(
+                self.model,
+                self.backbone,
+                self.task,
+                lambda: (self.batch("train", rows) for rows in batches),
+                lambda: self.attached([Architecture()], [0]),  # the same task head for all seeds
+            )
         )
         self.metrics = tuple(metrics)
         for metric in self.metrics:

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.calibration import STATISTICS, Calibration
+from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.tasks import Batch
 from autopeft.search_space.adapters import Dora, Lora
+from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
+from autopeft.search_space.declaration import AdapterChoice
+from autopeft.search_space.domains import Choice
 from autopeft.search_space.runtime.factors import MOMENT, RULES, Starts
+from autopeft.search_space.spaces.space import SearchSpace
+from autopeft.search_space.training import Training
 from autopeft.testing.adapters import placed
 from autopeft.testing.models import tiny
 
@@ -49,7 +55,13 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 def calibration(model: nn.Module, backbone: Backbone, rows: Callable[[], Iterable[Batch]] = batches) -> Calibration:
     task = SimpleNamespace(scores=lambda model, batch: {"loss": loss_of(model, batch)})
-    return Calibration(model, backbone, cast(Any, task), rows)
+    return Calibration(
+        model,
+        backbone,
+        cast(Any, task),
+        rows,
+        lambda: Attachment(model, backbone, [Architecture()], [0], pretrained_head=True),
+    )
 
 
 def inputs_of(model: nn.Module, module: str) -> list[Tensor]:
@@ -263,3 +275,46 @@ def test_inputs_that_are_no_tokens_are_named() -> None:
     architecture = placed(Lora(rank=2, init="eva"), backbone)
     with pytest.raises(ValueError, match="no vectors of the tokens of a row"):
         Attachment(model, backbone, [architecture], [1], starts=Starts(calibration(model, backbone, without_mask)))
+
+
+def test_a_supernet_shares_nested_starts(loaded: LoadedBackbone) -> None:  # noqa: F811
+    """Every subnet, of any rank and init, starts as the bare model, and reads the leading part of the largest."""
+    evaluator = together(loaded)
+    choices: dict[str, Any] = {"rank": Choice.of([2, 4]), "init": Choice.of(["kaiming", "pissa", "eva"])}
+    space = SearchSpace(
+        backbone=loaded.backbone, adapters={"lora": AdapterChoice(kind="lora", at=("attn.q",), fields=choices)}
+    )
+    supernet = Supernet(evaluator, space, Training(batch_size=8, epochs=1), 0)
+    architectures = [
+        at(loaded, Lora(rank=rank, init=init), 0, ("attn.q",)) for rank in (2, 4) for init in ("kaiming", "pissa")
+    ]
+    ids = torch.arange(4, 20).view(2, 8)
+    with supernet.attach(architectures, [0] * 4) as attachment, torch.no_grad():
+        attachment.eval()
+        packed = loaded.model(input_ids=ids.repeat(4, 1), attention_mask=torch.ones(8, 8)).logits.unflatten(0, (4, 2))
+    with supernet.attach([Architecture()], [0]), torch.no_grad():
+        bare = loaded.model(input_ids=ids, attention_mask=torch.ones(2, 8)).logits
+    for own in packed:
+        torch.testing.assert_close(own, bare, atol=1e-5, rtol=1e-5)
+    losses = supernet.train(lambda number: architectures, 3)
+    assert torch.tensor(losses).isfinite().all()
+
+    fields: dict[str, Any] = {"rank": Choice.of([2, 4]), "init": "lora_ga"}
+    crossed = SearchSpace(
+        backbone=loaded.backbone, adapters={"lora": AdapterChoice(kind="lora", at=("attn.q",), fields=fields)}
+    )
+    with pytest.raises(ValueError, match="a smaller adapter is no part of a larger one"):
+        Supernet(evaluator, crossed, Training(batch_size=8, epochs=1), 0)
+
+
+def test_the_gradient_goes_through_the_same_head_in_every_process(loaded: LoadedBackbone) -> None:  # noqa: F811
+    """The head that a checkpoint lacks is random where it is loaded; the statistics do not see it."""
+    states = []
+    for noise in (0.0, 1.0):
+        with torch.no_grad():
+            for name in loaded.backbone.head_modules:
+                for parameter in loaded.model.get_submodule(name).parameters():
+                    parameter.add_(noise)
+        with alone(loaded).attached([at(loaded, Lora(rank=2, init="lora_ga"), 2)], [1]) as attachment:
+            states.append({name: value for name, value in attachment.state().items() if "/lora/" in name})
+    torch.testing.assert_close(states[0], states[1], atol=0, rtol=0)

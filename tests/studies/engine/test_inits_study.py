@@ -13,12 +13,12 @@ from transformers import AutoModelForSequenceClassification
 from autopeft.search_space.adapters import Lora
 from autopeft.search_space.problem import Trial
 from autopeft.studies.analysis.snapshot import Snapshot
-from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.retraining import retrain
-from autopeft.studies.engine.session import was_started
+from autopeft.studies.engine.session import open_ledger, was_started
+from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.exporters.native import load
-from autopeft.studies.recipes.recipe import Recipe
+from autopeft.studies.recipes.build import recipe_of
 
 from ...support.tiny_study import LABELS, save_study
 from .test_kills import KilledError, killed_at
@@ -82,16 +82,16 @@ def test_a_recipe_trains_and_loads(finished: tuple[Path, Snapshot, list[str]], t
     found = [trial for trial in snapshot.search_trials if inits_of(trial) == {init}]
     if not found:
         pytest.skip(f"no trial has init {init}")
-    number = found[0].number
-    with pytest.raises(SystemExit) as ended:
-        main(["export", str(path), "--pick", f"trial:{number}", "--to", "native", "--out", str(tmp_path / "native")])
-    assert ended.value.code == 0
-    recipe = Recipe.load(tmp_path / "native" / "recipe.yaml")
-    first, second = retrain(recipe, [recipe.seed]), retrain(recipe, [recipe.seed])
-    assert first[0].test == second[0].test
-    with pytest.raises(SystemExit) as ended:
-        main(["export", str(path), "--pick", f"trial:{number}", "--to", "peft", "--out", str(tmp_path / "peft")])
-    assert ended.value.code == 0
+    settings = load_study(path)
+    recipe = recipe_of(settings, open_ledger(settings), snapshot, found[0].number)
+    first, second = (retrain(recipe, [found[0].seed])[0].outcome for _ in range(2))
+    for outcome in (first, second):
+        assert outcome.measurement is not None
+        assert found[0].measurement is not None
+        # The pack of the study has other roundings.
+        assert outcome.measurement.losses == pytest.approx(found[0].measurement.losses, rel=1e-4)
+    for target in ("native", "peft"):
+        EXPORTERS[target].export(recipe, first.weights, tmp_path / target)
     ids = torch.tensor([[2, 5, 9, 3]])
     with torch.no_grad():
         model, attachment = load(tmp_path / "native")
