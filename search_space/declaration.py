@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
+from autopeft.search_space.adapters.lora import experts_problem, from_site
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTER_FIELDS
 from autopeft.search_space.backbones.backbone import Backbone, Site, first_to_run
 from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
@@ -97,13 +98,12 @@ def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
     name = kind.size_field
     if name is None or name not in choice.fields:
         return kind(), kind()
-    domain = choice.fields[name]
-    sizes: list[dict[str, Any]]
+    domain, init = choice.fields[name], from_site(choice.fields.get("init"))
+    limits: dict[str, Any] = {"init": init} if init else {}  # such an init limits the rank by the features
     try:
         domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))
         ends = (min(domain.choices), max(domain.choices)) if isinstance(domain, Choice) else (domain.low, domain.high)
-        sizes = [{name: size} for size in ends]
-        smallest, largest = (kind(**size) for size in sizes)
+        smallest, largest = (kind(**{name: size, **limits}) for size in ends)
     except (TypeError, ValueError):
         return kind(), kind()
     return smallest, largest
@@ -273,6 +273,8 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decl
                 "only mixtures of experts have this setting: set the number of experts, such as experts: 4",
             )
         return
+    if choice.fields["experts"] != 0 and (init := from_site(choice.fields.get("init"))):
+        yield ("init",), experts_problem(init)
     routers = _routers(choice)
     heads = choice.fields.get("heads", 1)
     for count in heads.choices if isinstance(heads, Choice) else (heads,):

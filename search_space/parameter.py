@@ -8,10 +8,22 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """The initial value of a factor of scale * B A, by a rule of `runtime/factors.py` that reads the site.
+
+    `side`: A: [R, D_in] or B: [D_out, R].
+    """
+
+    rule: str
+    side: Literal["A", "B"]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One tensor of an adapter at one site, without the bank dimension.
 
-    - `init`: a rule of `runtime/init.py`, or the initial value of all elements.
+    - `init`: a rule of `runtime/init.py`, the initial value of all elements, or a factor of a low-rank product.
     - `decay`: whether weight decay applies. Vectors and scales around the identity are exempt, as usual.
     - `per_expert`: the first axis enumerates the experts of a mixture; the values of each are drawn independently.
     - `rows`: alternatively, the number of rows of each expert along the first axis, in the order of the experts.
@@ -26,7 +38,7 @@ class Parameter:
     """
 
     shape: tuple[int, ...]
-    init: str | float = "zeros"
+    init: str | float | Factor = "zeros"
     decay: bool = True
     per_expert: bool = False
     rows: tuple[int, ...] = ()

@@ -26,6 +26,7 @@ from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.backbones.linear import set_weight, weight_of
 from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.runtime.factors import Starts
 from autopeft.search_space.runtime.pool import Pool, Pools, pools_of
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ class Attachment(nn.Module):
 
     `architectures` and `seeds`: one per slot. `pretrained_head`: start from the model's head weights instead of new
     ones. `shared`: the slots read these weights, from the banks `bank_of_slot` (default: the first), and have none of
-    their own. `draw`: draw initial values; otherwise `load_state` must follow. Raises ValueError for a candidate that
-    trains the backbone in a pack of more than one, for a site that the backbone lacks, for an adapter at an unsuitable
-    site, and for a router that reads later tokens in a causal model; the model is then unchanged.
+    their own. `draw`: draw initial values; otherwise `load_state` must follow. `starts`: see `Bank`. Raises ValueError
+    for a candidate that trains the backbone in a pack of more than one, for a site that the backbone lacks, for an
+    adapter at an unsuitable site, and for a router that reads later tokens in a causal model; the model is then
+    unchanged.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Attachment(nn.Module):
         shared: SharedWeights | None = None,
         bank_of_slot: Sequence[int] | None = None,
         draw: bool = True,
+        starts: Starts | None = None,
     ) -> None:
         super().__init__()
         self.model = (model,)  # in a tuple: the backbone is not a child of its adapters
@@ -73,6 +76,7 @@ class Attachment(nn.Module):
         self.taps: dict[str, list[Tensor]] = {}  # inputs of sub-layers, by path
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
         banks = [0] * self.num_slots if bank_of_slot is None else list(bank_of_slot)
+        starts = starts or Starts()
         for architecture in self.architectures:
             check_routers(architecture, backbone)
         #: Tensors that sites share; `_pool_slots` has the index of each slot in them.
@@ -100,7 +104,7 @@ class Attachment(nn.Module):
                     base, of, read = model.get_submodule(site.module), None, None
                     if shared is not None:
                         of, read = shared.bank(site, specs[0].structure(), nth), [banks[k] for k in slots]
-                    bank = Bank(site, specs, base, own_seeds, read, of, draw, self.pools, slots)
+                    bank = Bank(site, specs, base, own_seeds, read, of, draw, self.pools, slots, starts)
                     if bank.router is not None:
                         bank.router.numbers = numbers
                     self._add(bank, slots)
@@ -319,15 +323,6 @@ class Attachment(nn.Module):
     def dropout_streams(self, k: int) -> dict[str, torch.Generator]:
         """Return slot k's random streams by `site/kind`, as in the names of `state`."""
         return {key: bank.dropout_streams[j] for key, bank, j in banks_of(self.banks, k)}
-
-    def slots_of_rows(self) -> Iterator[tuple[nn.Parameter, bool, list[int]]]:
-        """Yield every tensor of the banks, whether weight decay applies to it, and the slot of each of its rows.
-
-        It requires that no two slots share a bank.
-        """
-        for bank in self.banks:
-            yield from ((value, decay, bank.slots_served) for _, value, decay in bank.trained())
-        yield from ((pool.value, pool.decay, pool.slots) for pool in self.pools.values() if pool.trainable)
 
     @contextmanager
     def merged(self) -> Iterator[None]:

@@ -11,10 +11,12 @@ from torch import nn
 
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
+from autopeft.search_space.adapters.base import RATE
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.domains import Choice, Domain, Float
 from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.runtime.factors import Starts
 from autopeft.search_space.runtime.pool import pools_of
 from autopeft.search_space.spaces.placement import Placement
 from autopeft.search_space.spaces.space import SearchSpace
@@ -28,7 +30,14 @@ class SharedWeights(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, space: SearchSpace, *, seed: int, num_banks: int = 1, pretrained_head: bool = False
+        self,
+        model: nn.Module,
+        space: SearchSpace,
+        *,
+        seed: int,
+        num_banks: int = 1,
+        pretrained_head: bool = False,
+        starts: Starts | None = None,
     ) -> None:
         super().__init__()
         self.num_banks = num_banks
@@ -45,6 +54,11 @@ class SharedWeights(nn.Module):
             if place.ranks:
                 raise ValueError(f"a supernet cannot share {place.adapter!r}: its experts have different ranks")
             for spec in _largest(place, domains):
+                if not spec.nested:
+                    raise ValueError(
+                        f"a supernet cannot share {place.adapter!r}: with its init, a smaller adapter is no part of a"
+                        " larger one"
+                    )
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
                 if spec.routed_by:
                     mixed.setdefault(place.site.name, set()).add(place.adapter)
@@ -58,7 +72,9 @@ class SharedWeights(nn.Module):
                 # Without numbers, mixtures at one site would start with the same values, whatever their structures.
                 number = next(several[name]) if spec.routed_by and name in several else nth
                 named = [f"{word}#{number}" if number else word for word in seeds]
-                bank = Bank(site, [spec] * num_banks, model.get_submodule(site.module), named, pools=self.pools)
+                bank = Bank(
+                    site, [spec] * num_banks, model.get_submodule(site.module), named, pools=self.pools, starts=starts
+                )
                 self._add((name, structure, nth), bank)
         for site in head_sites(model, space.backbone):
             bank = head_bank(site, model, seeds, pretrained_head)
@@ -80,6 +96,10 @@ class SharedWeights(nn.Module):
         """Yield every tensor [M, ...] and whether weight decay applies to it."""
         yield from ((value, decay) for bank in self._banks.values() for _, value, decay in bank.trained())
         yield from ((pool.value, pool.decay) for pool in self.pools.values() if pool.trainable)
+
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """Return the factors of the learning rate of the tensors of `trainable`, those of the enveloping adapters."""
+        return {v: bank.specs[0].rate_of(name) for bank in self._banks.values() for name, v, _ in bank.trained()}
 
 
 def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:
@@ -109,8 +129,11 @@ def _enveloping(specs: Sequence[AdapterSpec]) -> AdapterSpec:
 def _values(kind: type[AdapterSpec], field: str, domain: Domain) -> Sequence[Any]:
     if field in (kind.size_field, "experts"):
         return [max(domain.choices) if isinstance(domain, Choice) else domain.high]
-    if field in kind.per_slot_fields:
-        return [domain.from_unit(0.5)]
+    if field in (RATE, *kind.per_slot_fields):
+        middle = domain.from_unit(0.5)
+        # Words may change the tensors (an init with an offset). The middle comes last: of one structure, it is taken.
+        words = domain.choices if isinstance(domain, Choice) and isinstance(middle, str) else ()
+        return [*(word for word in words if word != middle), middle]
     if isinstance(domain, Choice):
         return domain.choices
     if isinstance(domain, Float):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.base import Progress, Request
 from autopeft.evaluators.proxies.importance import Branch, Importance
 from autopeft.evaluators.proxies.zero_cost import BATCH_SIZE
@@ -40,13 +39,7 @@ class Damping(Importance):
     def measure(self, branches: Sequence[Branch], progress: Progress) -> list[float]:
         evaluator = self.evaluator
         head = self._head()
-        with Attachment(
-            evaluator.model,
-            evaluator.backbone,
-            [Architecture()],
-            [self.seed],
-            pretrained_head=evaluator.pretrained_head,
-        ) as attachment:
+        with evaluator.attached([Architecture()], [self.seed]) as attachment:
             attachment.eval()
             if head:
                 attachment.load_state(dict(head))

@@ -39,7 +39,7 @@ from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.proxies.decisions import Decision, decisions_of
 from autopeft.evaluators.training import batching
-from autopeft.evaluators.training.optimizer import decay_groups
+from autopeft.evaluators.training.optimizer import FACTOR, parameter_groups
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.evaluators.training.schedule import rate
@@ -224,7 +224,9 @@ class Gates(Proxy):
         self.training = training
         self.seed = seed
         self.penalty = penalty
-        self.weights = SharedWeights(evaluator.model, space, seed=seed, pretrained_head=evaluator.pretrained_head)
+        self.weights = SharedWeights(
+            evaluator.model, space, seed=seed, pretrained_head=evaluator.pretrained_head, starts=evaluator.starts
+        )
         for name, choice in space.adapters.items():
             adapter = ADAPTERS[choice.kind]
             if adapter.apply is AdapterSpec.apply and adapter.apply_input is AdapterSpec.apply_input:
@@ -258,7 +260,10 @@ class Gates(Proxy):
         rates = [training.learning_rate * share for share in shares]
         gate_rates = [LOGIT_RANGE * share / (sum(delayed) or 1.0) for share in delayed]
         logits = [decision.logits for decision in self.decisions.values()]
-        groups = [{**group, "rates": rates} for group in decay_groups(parameters, training)]
+        groups = [
+            {**group, "rates": [now * group.get(FACTOR, 1.0) for now in rates]}
+            for group in parameter_groups(parameters, training, self.weights.rate_factors())
+        ]
         if logits:
             groups.append({"params": logits, "weight_decay": 0.0, "rates": gate_rates})
         optimizer = AdamW(groups)

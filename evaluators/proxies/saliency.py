@@ -93,9 +93,7 @@ class Saliency(ZeroCost):
     def _scores_together(self, pack: Sequence[Architecture]) -> list[float]:
         evaluator = self.evaluator
         seeds = [self.seed] * len(pack)
-        with Attachment(
-            evaluator.model, evaluator.backbone, pack, seeds, pretrained_head=evaluator.pretrained_head
-        ) as attachment:
+        with evaluator.attached(pack, seeds) as attachment:
             attachment.eval()
             slots = range(len(pack))
             parameters = [parameter for parameter, _ in attachment.trainable()]

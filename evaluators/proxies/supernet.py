@@ -30,7 +30,7 @@ from autopeft.evaluators.base import Progress
 from autopeft.evaluators.proxies.base import Proxy
 from autopeft.evaluators.tasks import Batch, model_inputs
 from autopeft.evaluators.training import batching
-from autopeft.evaluators.training.optimizer import decay_groups
+from autopeft.evaluators.training.optimizer import parameter_groups, set_rate
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.record import TrainingFailedError
 from autopeft.evaluators.training.schedule import rate
@@ -89,7 +89,12 @@ class Supernet(Proxy):
         self.bank_of = bank_of
         self.distil = distil
         self.weights = SharedWeights(
-            evaluator.model, space, seed=seed, num_banks=num_banks, pretrained_head=evaluator.pretrained_head
+            evaluator.model,
+            space,
+            seed=seed,
+            num_banks=num_banks,
+            pretrained_head=evaluator.pretrained_head,
+            starts=evaluator.starts,
         )
         held_out = len(evaluator.examples["validation"])
         self.examples = range(held_out)[:: max(1, held_out // SCORED_EXAMPLES)]
@@ -119,13 +124,13 @@ class Supernet(Proxy):
         loss is not finite.
         """
         parameters = list(self.weights.trainable())
-        optimizer = AdamW(decay_groups(parameters, self.training), lr=self.training.learning_rate, fused=True)
+        groups = parameter_groups(parameters, self.training, self.weights.rate_factors())
+        optimizer = AdamW(groups, lr=self.training.learning_rate, fused=True)
         losses = self._restored(checkpoint, key, optimizer)
         done = len(losses)
         order = batching.training_batches(self.evaluator.lengths["train"], self.training.batch_size, self.seed)
         for number, indices in zip(range(done + 1, num_steps + 1), islice(order, done, None), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = self.training.learning_rate * rate(number - 1, num_steps, self.training)
+            set_rate(optimizer, self.training.learning_rate * rate(number - 1, num_steps, self.training))
             losses.append(self._step(list(steps(number)), number, indices))
             if not all(map(math.isfinite, losses[-1])):
                 raise TrainingFailedError(f"the supernet's loss became {losses[-1]} at step {number} of {num_steps}")

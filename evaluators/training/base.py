@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from autopeft.evaluators import contents
+from autopeft.evaluators import calibration, contents
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import AttachingEvaluator, Costs, Request, memory_errors
+from autopeft.evaluators.calibration import Calibration
 from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
@@ -31,10 +32,11 @@ from autopeft.evaluators.texts import Generation, Texts
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
-from autopeft.search_space.architecture import Candidate
+from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.metrics import ALWAYS, FORGETTING, ByDomain, Columns, MetricError, OfTexts, Quality
 from autopeft.search_space.metrics.base import DOMAIN
 from autopeft.search_space.problem import declared_costs
+from autopeft.search_space.runtime.factors import Starts
 from autopeft.search_space.training import Training
 
 EVALUATION_BATCH_SIZE = 64
@@ -110,6 +112,19 @@ class TrainingEvaluator(AttachingEvaluator):
         self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
         self.rung_examples: Sequence[int] = rung_examples(len(self.examples["validation"]))
         self.device = next(self.model.parameters()).device
+        # The same rows for all candidates and seeds.
+        order = range(len(self.lengths["train"]))[:: max(1, len(self.lengths["train"]) // calibration.ROWS)]
+        batches = [order[i : i + calibration.BATCH_SIZE] for i in range(0, len(order), calibration.BATCH_SIZE)]
+        #: Initial values of factors that follow from the frozen weights and from training rows.
+        self.starts = Starts(
+            Calibration(
+                self.model,
+                self.backbone,
+                self.task,
+                lambda: (self.batch("train", rows) for rows in batches),
+                lambda: self.attached([Architecture()], [0]),  # the same task head for all seeds
+            )
+        )
         self.metrics = tuple(metrics)
         if any(isinstance(metric, ByDomain) for metric in self.metrics):
             self.rung_examples = self._rung_examples_of_domains(len(self.rung_examples))
@@ -142,13 +157,12 @@ class TrainingEvaluator(AttachingEvaluator):
 
     @override
     def attach(self, request: Request) -> Attachment:
-        return Attachment(
-            self.model,
-            self.backbone,
-            [request.candidate.architecture],
-            [request.seed],
-            pretrained_head=self.pretrained_head,
-        )
+        return self.attached([request.candidate.architecture], [request.seed])
+
+    def attached(self, architectures: Sequence[Architecture], seeds: Sequence[int]) -> Attachment:
+        """Return a context manager that attaches adapters side by side, a slot for each architecture."""
+        head, starts = self.pretrained_head, self.starts
+        return Attachment(self.model, self.backbone, architectures, seeds, pretrained_head=head, starts=starts)
 
     @override
     def costs(self, candidate: Candidate, measured: frozenset[str] = frozenset()) -> Costs:

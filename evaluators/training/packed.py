@@ -252,9 +252,7 @@ class PackedEvaluator(TrainingEvaluator):
         architectures = [run.request.candidate.architecture for run in pack]
         seeds = [run.request.seed for run in pack]
         with (
-            Attachment(
-                self.model, self.backbone, architectures, seeds, pretrained_head=self.pretrained_head
-            ) as attachment,
+            self.attached(architectures, seeds) as attachment,
             saving_memory(attachment, levers.checkpointing),
         ):
             optimizer = PackedAdamW(attachment, [run.training for run in pack])

@@ -13,12 +13,13 @@ from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
+from autopeft.evaluators.attachment.learning_rates import rate_factors
 from autopeft.evaluators.base import OnOutcome, Outcome, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_sizing import Levers
 from autopeft.evaluators.tasks import Scored
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.base import WHOLE, TrainingEvaluator, steps_at
-from autopeft.evaluators.training.optimizer import decay_groups
+from autopeft.evaluators.training.optimizer import parameter_groups, set_rate
 from autopeft.evaluators.training.record import Record, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
 from autopeft.search_space.training import Training
@@ -122,7 +123,7 @@ def _steps(
     The attachment is in training mode between steps. Raises TrainingFailedError if a loss is not finite.
     """
     parameters = list(attachment.trainable())
-    groups = decay_groups(parameters, training)
+    groups = parameter_groups(parameters, training, rate_factors(attachment))
     optimizer = AdamW(groups, lr=training.learning_rate, fused=True) if groups else None
     order = batching.training_batches(evaluator.lengths["train"], training.batch_size, request.seed)
     attachment.train()
@@ -134,8 +135,7 @@ def _steps(
             if optimizer is not None:
                 if training.max_grad_norm:
                     clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = training.learning_rate * rate(step - 1, full, training)
+                set_rate(optimizer, training.learning_rate * rate(step - 1, full, training))
                 optimizer.step()
                 optimizer.zero_grad()
             value = loss.item()

@@ -28,13 +28,19 @@ if TYPE_CHECKING:
 
 #: Size of a value on disk: float32, or int32 for indices.
 NUMBER_BITS = 32
+#: The field that every type has; it may differ between the slots of a bank.
+RATE = "rate"
 #: Methods that compute `apply` together with the frozen linear or the weighting of experts, faster than in sequence.
 FUSED_METHODS = ("apply_linear", "mix", "mix_linear")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec(ABC):
-    """One adapter at one site. Subclasses add fields with defaults and raise ValueError for bad values."""
+    """One adapter at one site. Subclasses add fields with defaults and raise ValueError for bad values.
+
+    `rate`: factor of the learning rate of the training for the adapter's tensors. A subclass that checks its own fields
+    calls this `__post_init__` too.
+    """
 
     kind: ClassVar[str]
     #: Roles of sites where this type may sit.
@@ -45,6 +51,8 @@ class AdapterSpec(ABC):
     size_field: ClassVar[str | None] = None
     #: Fields that may differ between the slots of one bank, because they are numbers at run time, not structure.
     per_slot_fields: ClassVar[tuple[str, ...]] = ()
+    #: Fields that `to_dict` leaves out at their defaults, so that candidates from before these fields keep their keys.
+    later_fields: ClassVar[tuple[str, ...]] = (RATE,)
     #: Whether `merge` folds the adapter into the backbone's weights exactly.
     mergeable: ClassVar[bool] = False
     #: Whether several of this type may sit at one site.
@@ -59,6 +67,11 @@ class AdapterSpec(ABC):
     source: ClassVar[str]
     #: One line for `--help` and for tables in the documentation.
     summary: ClassVar[str]
+
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(RATE, self.rate)
 
     @abstractmethod
     def parameters(self, site: Site) -> dict[str, Parameter]:
@@ -96,9 +109,18 @@ class AdapterSpec(ABC):
         )
 
     @property
+    def nested(self) -> bool:
+        """Whether the initial values of a smaller adapter can be the leading part of those of a larger one."""
+        return True
+
+    @property
     def size(self) -> int | None:
         """The value of `size_field`; None for types without a size."""
         return getattr(self, self.size_field) if self.size_field else None
+
+    def rate_of(self, name: str) -> float:
+        """Return the factor of the learning rate for the tensor `name` of `parameters`."""
+        return self.rate
 
     @property
     def label(self) -> str:
@@ -150,7 +172,7 @@ class AdapterSpec(ABC):
 
     def structure(self) -> tuple[Any, ...]:
         """Return the values on which slots of one bank must agree: all but the size and the per-slot fields."""
-        apart = {self.size_field, *self.per_slot_fields}
+        apart = {RATE, self.size_field, *self.per_slot_fields}
         return (self.kind, *(getattr(self, f.name) for f in fields(self) if f.name not in apart))
 
     def implements(self, method: str, site: Site) -> bool:
@@ -236,7 +258,9 @@ class AdapterSpec(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the kind and the fields, for JSON; the inverse is `spec_from_dict`."""
-        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        defaults = {f.name: f.default for f in fields(self) if f.name in self.later_fields}
+        return {"kind": self.kind} | {n: v for n, v in own.items() if n not in defaults or v != defaults[n]}
 
 
 def _owner(kind: type[AdapterSpec], method: str) -> type:
@@ -250,6 +274,13 @@ def check_at_least(name: str, value: float, low: float, high: float = MOST) -> N
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
     if value > high:
         raise ValueError(f"{name} must be at most {high:,}, got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a number greater than 0, and at most `MOST`."""
+    check_at_least(name, value, 0)
+    if not value:
+        raise ValueError(f"{name} must be greater than 0, got {value!r}")
 
 
 def check_probability(name: str, value: float) -> None:

@@ -61,6 +61,7 @@ class Bottleneck(AdapterSpec):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        AdapterSpec.__post_init__(self)
         check_at_least("size", self.size, 1)
         check_one_of("form", self.form, FORMS)
         check_one_of("activation", self.activation, ACTIVATIONS)

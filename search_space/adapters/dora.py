@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.lora import DRAWN, FROM_SITE, INITS, Lora
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
 
@@ -34,6 +34,12 @@ class Dora(Lora):
     repeatable: ClassVar[bool] = False
     source: ClassVar[str] = "Liu et al. 2024, DoRA, equations 5 and 11"
     summary: ClassVar[str] = "low-rank update of a weight's direction, and its magnitude"
+
+    def __post_init__(self) -> None:
+        Lora.__post_init__(self)
+        if self.has_offset:
+            without = [init for init in INITS if init in DRAWN or not FROM_SITE[init].offset]
+            raise ValueError(f"init must be one of {', '.join(without)} for dora, got {self.init!r}")
 
     @override
     def parameters(self, site: Site) -> dict[str, Parameter]:

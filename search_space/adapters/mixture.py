@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from autopeft.search_space.adapters.base import AdapterSpec, check_at_least, check_one_of
-from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.base import RATE, AdapterSpec, check_at_least, check_one_of
+from autopeft.search_space.adapters.lora import DRAWN, Lora, experts_problem
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
 from autopeft.search_space.parameter import Parameter
 from autopeft.search_space.routers import ROUTERS, Follow, Router, Token, Uniform
@@ -72,8 +72,12 @@ class Mixture(AdapterSpec):
     ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.rate != 1.0:
+            raise ValueError("rate: set it on the experts, which pass it on to the router")
         if not self.expert.can_be_expert:
             raise ValueError(f"an adapter of kind {self.expert.kind!r} cannot be an expert")
+        if isinstance(self.expert, Lora) and self.expert.init not in DRAWN:
+            raise ValueError(f"init: {experts_problem(self.expert.init)}")
         check_at_least("experts", self.experts, 1, MOST_EXPERTS)
         check_at_least("shared_experts", self.shared_experts, 0, MOST_EXPERTS)
         check_one_of("router", self.router, ROUTERS)
@@ -234,6 +238,10 @@ class Mixture(AdapterSpec):
         return {**stacked, **self.routed_by.parameters(self, site)}
 
     @override
+    def rate_of(self, name: str) -> float:
+        return self.expert.rate if name.startswith("router") else self.expert.rate_of(name)
+
+    @override
     def active_params(self, site: Site) -> int:
         router = sum(parameter.count for parameter in self.routed_by.parameters(self, site).values())
         return self.num_active * self.gated.active_params(site) + router
@@ -282,13 +290,15 @@ class Mixture(AdapterSpec):
 
     @override
     def to_dict(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranks"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("ranks", RATE)}
         ranks = {"ranks": list(self.ranks)} if self.ranks else {}  # a later field: older keys must not change
         return {"kind": self.kind, **own, "expert": self.expert.to_dict(), "given": list(self.given), **ranks}
 
 
+#: Fields of a mixture that are no settings of their own: they follow from other settings.
+DERIVED_FIELDS = ("expert", "given", "leader", "ranks", RATE)
 #: Fields of a mixture that a study may set in addition to the fields of the experts.
-MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in ("expert", "given", "leader", "ranks"))
+MIXTURE_FIELDS = tuple(f.name for f in fields(Mixture) if f.name not in DERIVED_FIELDS)
 #: Fields that have an effect with some routers only; see `Router.uses`.
 USED_BY_SOME = ("top_k", "top_p", "tasks", "heads", "leader", "router_noise", "balance", "z_loss")
 #: Fields that a following site reads from its leader.

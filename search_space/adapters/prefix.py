@@ -47,6 +47,7 @@ class Prefix(AdapterSpec):
     init: str = "small_normal"
 
     def __post_init__(self) -> None:
+        AdapterSpec.__post_init__(self)
         check_at_least("length", self.length, 1)
         check_one_of("init", self.init, INITS)
 

@@ -43,6 +43,7 @@ class Shira(AdapterSpec):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        AdapterSpec.__post_init__(self)
         check_at_least("rank", self.rank, 1)
 
     @override

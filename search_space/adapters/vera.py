@@ -43,6 +43,7 @@ class Vera(AdapterSpec):
     projection_key: int = 0
 
     def __post_init__(self) -> None:
+        AdapterSpec.__post_init__(self)
         check_at_least("rank", self.rank, 1)
         check_probability("dropout", self.dropout)
         check_at_least("projection_key", self.projection_key, 0, 2**63 - 1)

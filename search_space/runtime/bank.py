@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.adapters.given import stacked
 from autopeft.search_space.backbones.backbone import Site
-from autopeft.search_space.parameter import Parameter
+from autopeft.search_space.parameter import Factor, Parameter
+from autopeft.search_space.runtime.factors import Starts
 from autopeft.search_space.runtime.init import initialise, stream
 from autopeft.search_space.runtime.pool import Pools, pools_of
 from autopeft.search_space.runtime.router_state import RouterState
@@ -126,6 +127,7 @@ class Bank(nn.Module):
       it, which is a weight-sharing supernet.
     - `of`: another bank of the same structure, at least as large, whose parameters this bank reads instead of its own.
     - `draw`: draw initial values; without them, `load_slot` must follow.
+    - `starts`: the initial values of factors that follow from the site (default: those that need its weight alone).
     - `pools`: the tensors that the site shares with other sites; bank n reads the row of slot `pool_slots[n]` (default:
       n). Without pools, the bank shares nothing with other sites.
 
@@ -149,6 +151,7 @@ class Bank(nn.Module):
         draw: bool = True,
         pools: Pools | None = None,
         pool_slots: Sequence[int] | None = None,
+        starts: Starts | None = None,
     ) -> None:
         super().__init__()
         if len({spec.structure() for spec in specs}) != 1:
@@ -186,6 +189,7 @@ class Bank(nn.Module):
                 assert pools is not None
                 self.values[name] = pools[key].value
         self._make_room(of)
+        self._starts = starts or Starts()
         if of is None:
             self._draw(seeds, draw)
         for name, rows in self.rows.items():
@@ -240,6 +244,8 @@ class Bank(nn.Module):
         return {name: indices[name] if name in indices else self.values[name] for name in self.shapes}
 
     def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
+        if isinstance(declared.init, Factor):
+            return self._starts.value(declared.init, self.site, self.base[0], declared.shape)
         if declared.given:
             return stacked(declared.given, self.site, name, self.specs[0].size or 0)
         # The values of an expert do not depend on the number of experts or on the ranks of the others.

@@ -73,6 +73,7 @@ def initialise(parameter: Parameter, generator: Generator, base: nn.Module | Non
     """
     if isinstance(parameter.init, float):
         return torch.full(parameter.shape, parameter.init)
+    assert isinstance(parameter.init, str), "`factors.Starts` has the values of factors"
     if parameter.init in RULES:
         return RULES[parameter.init](parameter.shape, generator)
     assert base is not None, parameter.init

@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.adapters import AdapterSpec, Mixture
-from autopeft.search_space.adapters.mixture import ROUTER_FIELDS
+from autopeft.search_space.adapters.mixture import DERIVED_FIELDS, ROUTER_FIELDS
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.domains import Choice, Domain, Value
 from autopeft.search_space.spaces.genes import TRAINING, Assignment, Gene
@@ -117,7 +117,7 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
         for field in fields(part):
             # A site that follows another reads the router fields of that site.
             followed = part is mixture and place.leader and field.name in ROUTER_FIELDS
-            if field.name in ("expert", "given", "leader", "ranks") or followed:
+            if (part is mixture and field.name in DERIVED_FIELDS) or followed:
                 continue
             default: Value = getattr(type(part)(), field.name)
             values = _equivalent_values(part, field.name, declared.get(field.name, default))

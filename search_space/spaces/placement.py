@@ -66,7 +66,7 @@ class Placement:
             **self.fixed,
             **{key: assignment[gene] for key, gene in self.genes.items() if mixture or key not in MIXTURE_FIELDS},
         }
-        expert_fields = {key: value for key, value in values.items() if key not in MIXTURE_FIELDS}
+        expert_fields: dict[str, Any] = {key: value for key, value in values.items() if key not in MIXTURE_FIELDS}
         mixture_fields: dict[str, Any] = {
             key: value for key, value in values.items() if key in MIXTURE_FIELDS and mixture
         }

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from typing_extensions import override
 
+from autopeft.search_space.adapters.lora import Lora
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.exporters.loading import quantization_settings, write_training_readme
 from autopeft.studies.exporters.peft_config import anchored, decayed_vectors, plan
@@ -55,7 +56,7 @@ class Axolotl(Exporter):
         ]
         if fractions:
             return unsupported(*fractions)
-        return approximate(*peft.fit.lost, *decayed_vectors(recipe))
+        return approximate(*peft.fit.lost, *decayed_vectors(recipe), *_lost_rates(recipe))
 
     @override
     def write(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
@@ -74,6 +75,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     from autopeft.evaluators.backbones import resolve
 
     peft, training = plan(recipe).arguments, recipe.training
+    factor, ratio = _common_rates(recipe)
     found: dict[str, Any] = {
         "base_model": resolve(recipe.backbone.id),
         "revision_of_model": recipe.backbone.revision,
@@ -93,7 +95,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "sequence_len": recipe.data.max_length,
         "sample_packing": False,
         "eval_sample_packing": False,
-        "learning_rate": training.learning_rate,
+        "learning_rate": training.learning_rate * factor,
+        "loraplus_lr_ratio": None if ratio == 1.0 else ratio,
         "weight_decay": training.weight_decay,
         "num_epochs": training.epochs,
         "micro_batch_size": training.batch_size,
@@ -111,6 +114,27 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
     # Axolotl treats absent and empty settings alike.
     return {name: value for name, value in found.items() if value not in (None, {})}
+
+
+def _common_rates(recipe: Recipe) -> tuple[float, float]:
+    """Return the `rate` and `rate_ratio` of the first LoRA, which axolotl has once for all."""
+    first = next(spec for _, spec in recipe.adapters if isinstance(spec, Lora))
+    return first.rate, first.rate_ratio
+
+
+def _lost_rates(recipe: Recipe) -> list[str]:
+    factor, ratio = _common_rates(recipe)
+    loras = [(name, spec) for name, spec in recipe.adapters if isinstance(spec, Lora)]
+    lost = [
+        f"{name} {spec.kind}: {field} {own} becomes {value}, one for all sites (affects only training)"
+        for name, spec in loras
+        for field, own, value in (("rate", spec.rate, factor), ("rate_ratio", spec.rate_ratio, ratio))
+        if own != value
+    ]
+    lost += [f"{name} {spec.kind}: freeze_a: axolotl trains A too" for name, spec in loras if spec.freeze_a]
+    if ratio != 1.0 and recipe.training.weight_decay:
+        lost.append(f"weight_decay {recipe.training.weight_decay}: axolotl's LoRA+ has none (affects only training)")
+    return lost
 
 
 def _quantization(recipe: Recipe) -> dict[str, Any]:

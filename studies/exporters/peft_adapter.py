@@ -18,7 +18,7 @@ from autopeft.studies.exporters.base import Assessment, ExportError, State
 from autopeft.studies.exporters.loading import quantization_settings, save_processor, write_adapter_readme
 from autopeft.studies.exporters.native import bare_backbone
 from autopeft.studies.exporters.peft_config import plan
-from autopeft.studies.exporters.serving import remarks_on, served, served_state
+from autopeft.studies.exporters.serving import plain, plain_state, remarks_on, served, served_state
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -51,13 +51,14 @@ class PeftAdapter(AveragingExporter):
 
     @override
     def assess_plain(self, recipe: Recipe) -> Assessment:
-        return plan(recipe).fit
+        return plan(plain(recipe)).fit
 
     @override
     def write_plain(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
         import torch
         from peft import get_peft_model
 
+        recipe, state = plain(recipe), plain_state(recipe, state)
         loaded = bare_backbone(recipe)
         form = served(recipe, loaded.model) if self.for_servers else recipe
         config, model = plan(form).build(), cast(Any, loaded.model)

@@ -14,14 +14,14 @@ from math import sqrt
 from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec
-from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.lora import FROM_SITE, Lora
 from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.base import Assessment, approximate, unsupported
 from autopeft.studies.recipes.recipe import Recipe
 
-_LORA_INITS = {"kaiming": True, "gaussian": "gaussian"}
+_LORA_INITS = {"kaiming": True, "gaussian": "gaussian"} | {name: name for name in ("pissa", "pissa_niter_4", "olora")}
 # Families whose linear layers store [D_in, D_out], which peft has to know.
 _TRANSPOSED_FAMILIES = ("gpt2",)
 _NOT_IN_PEFT = {
@@ -71,7 +71,23 @@ def plan(recipe: Recipe) -> PeftPlan:
     if config != "LNTuningConfig" and _is_transposed(recipe):
         arguments["fan_in_fan_out"] = True
     own, lost = own_arguments(placed)
+    init = own.get("init_lora_weights")
+    if reason := _init_obstacle(recipe, init):
+        lost.append(f"init {init}: {reason} (affects only training)")
+        again = init == "pissa_niter_4" and recipe.backbone.quantization is None
+        own["init_lora_weights"] = "pissa" if again else True
     return PeftPlan(approximate(*lost, *_lost_in_int8(recipe)), config, arguments | own)
+
+
+def _init_obstacle(recipe: Recipe, init: Any) -> str:
+    """Return why peft cannot start the LoRAs of this model so; empty if it can."""
+    if init == "pissa_niter_4":
+        return "peft draws other random numbers for it when it loads the adapter again; its pissa is exact"
+    if init in FROM_SITE and recipe.backbone.quantization is not None:
+        return f"peft does not take it from weights in {recipe.backbone.quantization}"
+    if init == "olora" and _is_transposed(recipe):
+        return f"peft does not support transposed weights with it, which {recipe.backbone.family} has"
+    return ""
 
 
 def _is_transposed(recipe: Recipe) -> bool:
@@ -166,7 +182,8 @@ def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
     init = _most_common(spec.init for _, spec in loras)
     lost = _lost_values(placed, {"dropout": dropout, "init": init})
     if init not in _LORA_INITS:
-        lost += [f"{site.name} {spec.kind}: peft has no init {init!r} (affects only training)" for site, spec in loras]
+        reason = f"peft needs a pass over rows for init {init!r}" if init in FROM_SITE else f"peft has no init {init!r}"
+        lost += [f"{site.name} {spec.kind}: {reason} (affects only training)" for site, spec in loras]
     arguments = {
         "r": rank,
         "lora_alpha": alpha,
@@ -235,9 +252,40 @@ _TYPES: dict[str, tuple[str, Callable[[Placed], tuple[dict[str, Any], list[str]]
 }
 
 
+#: The module of peft that has a tensor of a LoRA, by the tensor's name.
+_IN_PEFT = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
+
+
+def rate_factors(recipe: Recipe) -> dict[str, float]:
+    """Return the factors of the learning rate that are not 1, by the part of a parameter's name in peft that has it."""
+    found: dict[str, dict[str, float]] = {}
+    for name, spec in recipe.adapters:
+        site = recipe.sites[name]
+        for tensor, parameter in spec.parameters(site).items():
+            if parameter.trainable:
+                suffix = _suffix(spec, tensor)
+                found.setdefault(suffix, {})[f"base_model.model.{site.module}{suffix}"] = spec.rate_of(tensor)
+    factors: dict[str, float] = {}
+    for suffix, of_modules in found.items():
+        values = set(of_modules.values())
+        factors |= {suffix: values.pop()} if suffix != "." and len(values) == 1 else of_modules
+    return {part: factor for part, factor in factors.items() if factor != 1.0}
+
+
+def frozen_parts(recipe: Recipe) -> list[str]:
+    """Return the parts of the names of parameters that peft trains and the study does not."""
+    loras = [(name, spec) for name, spec in recipe.adapters if isinstance(spec, Lora)]
+    frozen = [f"base_model.model.{recipe.sites[name].module}.lora_A." for name, spec in loras if spec.freeze_a]
+    return [".lora_A."] if frozen and len(frozen) == len(loras) else frozen
+
+
+def _suffix(spec: AdapterSpec, tensor: str) -> str:
+    return f".{_IN_PEFT[tensor]}." if isinstance(spec, Lora) else "."
+
+
 def decayed_vectors(recipe: Recipe) -> list[str]:
-    """Return a line for each vector that transformers' Trainer decays and the study does not."""
-    if recipe.training.weight_decay == 0.0:
+    """Return a line for each vector that transformers' Trainer decays in its own groups and the study does not."""
+    if recipe.training.weight_decay == 0.0 or rate_factors(recipe):  # these need parameter groups of their own
         return []
     names = {"dora": "magnitude", "vera": "vectors", "shira": "values", "ia3": "scale"}
     return [

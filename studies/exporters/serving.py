@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters import AdapterSpec
+from autopeft.search_space.adapters.lora import DRAWN, Lora
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.studies.exporters.base import State
@@ -32,6 +33,38 @@ _STACKED = {
     "attn.v": ("attn.q",),
     "mlp.up": ("mlp.gate",),
 }
+
+
+def plain(recipe: Recipe) -> Recipe:
+    """Return the recipe with trained LoRAs as readers of their weights know them, whatever they started from.
+
+    B A - B0 A0 is a LoRA of twice the rank, [B, -B0] [A; A0], as in peft's conversion of such an adapter.
+    """
+    return recipe.model_copy(
+        update={"architecture": {name: tuple(map(_plain, specs)) for name, specs in recipe.architecture.items()}}
+    )
+
+
+def _plain(spec: AdapterSpec) -> AdapterSpec:
+    if not isinstance(spec, Lora) or spec.init in DRAWN:
+        return spec
+    if not spec.has_offset:
+        return replace(spec, init=Lora().init)
+    return replace(spec, rank=2 * spec.rank, alpha=spec.scale * 2 * spec.rank, scaling="alpha", init=Lora().init)
+
+
+def plain_state(recipe: Recipe, state: State) -> State:
+    """Return the tensors of `plain(recipe)` from those of `recipe`."""
+    import torch
+
+    found = dict(state)
+    for name, spec in recipe.adapters:
+        if isinstance(spec, Lora) and spec.has_offset:
+            key = f"{name}/{spec.kind}"
+            a0, b0 = found.pop(f"{key}/A0"), found.pop(f"{key}/B0")
+            found[f"{key}/A"] = torch.cat([found[f"{key}/A"], a0])
+            found[f"{key}/B"] = torch.cat([found[f"{key}/B"], -b0], dim=1)
+    return found
 
 
 def served(recipe: Recipe, model: nn.Module) -> Recipe:

@@ -11,10 +11,11 @@ from typing import Any
 
 from typing_extensions import override
 
+from autopeft.search_space.adapters.lora import FROM_SITE
 from autopeft.search_space.metrics import ALWAYS, LOSS
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.exporters.loading import model_expression, quantization_expression, write_training_readme
-from autopeft.studies.exporters.peft_config import decayed_vectors, plan
+from autopeft.studies.exporters.peft_config import decayed_vectors, frozen_parts, plan, rate_factors
 from autopeft.studies.exporters.rows import write_rows, write_token_rows
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -94,7 +95,7 @@ def load_model(tokenizer):
     saved = tuple(f"{name}." for name in config.modules_to_save)
     new = {key.rpartition(".")[0] for key in info["missing_keys"] if not key.startswith(saved)}
     config.modules_to_save = [*config.modules_to_save, *sorted(new)]
-    return get_peft_model(without_dropout(model), config)
+    return $adapted
 
 
 def encode(rows, tokenizer):
@@ -120,7 +121,7 @@ def main():
     options = parser.parse_args()
     tokenizer = load_tokenizer()
     trainer = Trainer(
-        model=load_model(tokenizer),
+        $model,
         args=TrainingArguments(output_dir=options.output, max_steps=options.max_steps, **TRAINING),
         train_dataset=encode(load_rows("train"), tokenizer),
         eval_dataset=encode(load_rows("validation"), tokenizer),
@@ -151,7 +152,7 @@ _TARGETS = {
 _CAUSAL = Template("""
 def load_model():
     model = AutoModelForCausalLM.from_pretrained(MODEL, revision=REVISION, dtype=DTYPE$quantization)
-    return get_peft_model(without_dropout(model), build_peft_config())
+    return $adapted
 
 
 def main():
@@ -166,7 +167,7 @@ def main():
     # the completion. The label -100 marks tokens without a loss. TRL averages the loss over all tokens, the study over
     # the tokens of each row and then over rows.
     trainer = SFTTrainer(
-        model=load_model(),
+        $model,
         args=SFTConfig(
             output_dir=options.output,
             max_steps=options.max_steps,
@@ -190,6 +191,46 @@ if __name__ == "__main__":
 """)
 
 
+_TAKEN = (
+    "peft subtracts the initial values of init {init} from the model's weights, and again when it loads an adapter that"
+    " the script saves; servers do not: convert it for them (`path_initial_model_for_weight_conversion` of peft), or"
+    " export the adapter of a training here (`--to peft`)"
+)
+_FREEZE = Template("""
+#: Parts of the names of parameters that are not trained.
+FROZEN = $frozen
+
+
+def without_training(model):
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in FROZEN):
+            parameter.requires_grad_(False)
+    return model
+
+""")
+_RATES = Template('''
+#: Factors of the learning rate, by parts of the names of parameters.
+RATES = $rates
+
+
+def optimizer_for(model):
+    """Return AdamW with a learning rate for each factor, and without weight decay for vectors, as in the study."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = next((factor for part, factor in RATES.items() if part in name), 1.0)
+            groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
+    rate, decay = TRAINING["learning_rate"], TRAINING["weight_decay"]
+    return torch.optim.AdamW(
+        [
+            {"params": own, "lr": rate * factor, "weight_decay": decay * decays}
+            for (factor, decays), own in groups.items()
+        ]
+    )
+
+''')
+
+
 class TrlScript(Exporter):
     """A script to train the recipe with the trainer that its task names."""
 
@@ -211,7 +252,10 @@ class TrlScript(Exporter):
         (folder / SCRIPT_FILE).write_text(script(recipe), encoding="utf-8")
         write = write_token_rows if recipe.task_class.trainer == "SFTTrainer" else write_rows
         write(recipe, folder)
-        return write_training_readme(recipe, folder, f"python {SCRIPT_FILE}")
+        remarks = write_training_readme(recipe, folder, f"python {SCRIPT_FILE}")
+        if (init := plan(recipe).arguments.get("init_lora_weights")) in FROM_SITE:
+            return [*remarks, _TAKEN.format(init=init)]
+        return remarks
 
 
 def script(recipe: Recipe) -> str:
@@ -234,7 +278,25 @@ def script(recipe: Recipe) -> str:
         "dtype": repr(recipe.backbone.dtype),
         "peft": _literal(peft.arguments),
     }
-    return _OPENING.substitute(**common, **opening) + body
+    return _OPENING.substitute(**common, **opening) + _own_functions(recipe) + body
+
+
+def _own_functions(recipe: Recipe) -> str:
+    """Return the functions of the script for what no argument of a trainer says."""
+    frozen, rates = frozen_parts(recipe), rate_factors(recipe)
+    functions = _FREEZE.substitute(frozen=_literal(frozen)) if frozen else ""
+    return functions + (_RATES.substitute(rates=_literal(rates)) if rates else "")
+
+
+def _model(recipe: Recipe, load: str, config: str) -> dict[str, str]:
+    """Return the fields of a script that make the adapted model, with `load`, and pass it to the trainer."""
+    adapted = f"get_peft_model(without_dropout(model), {config})"
+    return {
+        "adapted": f"without_training({adapted})" if frozen_parts(recipe) else adapted,
+        "model": f"model=(model := {load}),\n        optimizers=(optimizer_for(model), None)"
+        if rate_factors(recipe)
+        else f"model={load}",
+    }
 
 
 def _sft(recipe: Recipe) -> tuple[dict[str, str], str]:
@@ -249,7 +311,8 @@ def _sft(recipe: Recipe) -> tuple[dict[str, str], str]:
         "own_settings": "",
     }
     argument = ", quantization_config=QUANTIZATION" if quantization_expression(recipe) else ""
-    return opening, _CAUSAL.substitute(max_length=recipe.data.max_length, quantization=argument)
+    fields = _model(recipe, "load_model()", "build_peft_config()")
+    return opening, _CAUSAL.substitute(fields, max_length=recipe.data.max_length, quantization=argument)
 
 
 def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
@@ -276,6 +339,7 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
     lines = [f"        {name!r}: float(metrics.{expression})," for name, expression in computed.items()]
     fields = {"target": target, "predictions": predictions, "metrics": "\n".join(lines)}
     argument = "\n        quantization_config=QUANTIZATION," if quantization_expression(recipe) else ""
+    fields |= _model(recipe, "load_model(tokenizer)", "config")
     return opening, _CLASSIFICATION.substitute(fields, quantization=argument)
 
 

@@ -20,6 +20,7 @@ from autopeft.search_space.adapters import Dora, Full, Lora
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.linear import weight_of
 from autopeft.search_space.backbones.quantized import is_quantized
+from autopeft.search_space.runtime.factors import RULES
 
 from ...support import conformance
 from ...support.tiny_models import save, seeded, word_tokenizer
@@ -173,3 +174,26 @@ def test_what_needs_the_weights_in_full_is_refused(loaded: LoadedBackbone) -> No
     request = requests([at(loaded, Lora(rank=1), 3)])[0]
     with pytest.raises(ValueError, match="cannot be merged into quantised weights"):
         alone(loaded).costs(request.candidate, frozenset({"merged_latency_s"}))
+
+
+@pytest.mark.parametrize("init", RULES)
+def test_inits_read_the_dequantised_weights_and_inputs(
+    loaded: LoadedBackbone, folders: dict[str, str], init: str
+) -> None:
+    """The offset is beside the stored weight, so the start is exact: no weight is quantised again."""
+    reference = in_full(loaded, folders["bert" if loaded.backbone.family == "bert" else "llama"])
+    wanted = [at(loaded, Lora(rank=2, init=init), 2)]
+    ids, mask = torch.arange(4, 20).view(2, 8), torch.ones(2, 8)
+    states, logits = [], []
+    for of in (loaded, reference):
+        with alone(of).attached(wanted, [3]) as attachment, torch.no_grad():
+            states.append({name: value for name, value in attachment.state().items() if "/lora/" in name})
+            logits.append(of.model(input_ids=ids, attention_mask=mask).logits)
+    with alone(loaded).attached([Architecture()], [3]), torch.no_grad():
+        bare = loaded.model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[0], bare, atol=1e-5, rtol=1e-5)
+    products = []
+    for state in states:
+        names = [name.removesuffix("/A") for name in state if name.endswith("/A")]
+        products.append({name: state[f"{name}/A"].T @ state[f"{name}/A"] for name in names})
+    torch.testing.assert_close(products[0], products[1], atol=1e-4, rtol=1e-3)

@@ -900,3 +900,136 @@ def test_a_backbone_that_is_gone_is_the_users_error(simple: Recipe, tmp_path: Pa
     with pytest.raises(ExportError, match="no such folder"):
         EXPORTERS["peft"].export(gone, trained(simple)[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# Learning rates
+
+
+RATES: dict[str, dict[str, Any]] = {
+    "LoRA+": {"rate_ratio": 16.0},
+    "LoRA-FA": {"freeze_a": True, "rate": 0.5},
+    "by site": {"rate_ratio": 4.0, "rate": 2.0},
+}
+
+
+def with_rates(family: str, fields: dict[str, Any], every: bool) -> dict[str, Lora]:
+    names = ["layers.1.attn.q", "layers.11.attn.q", "layers.1.attn.v"]
+    return {name: Lora(**(fields if every or name == names[0] else {})) for name in names}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("name", RATES)
+def test_the_script_has_the_learning_rates(models: Folders, tmp_path: Path, family: str, name: str) -> None:
+    """Its optimiser has each parameter of the study at its rate and weight decay, and no other."""
+    placement = with_rates(family, RATES[name], every=name != "by site")
+    recipe = make_recipe(family, models[family], placement, {"weight_decay": 0.1})
+    assert EXPORTERS["trl-script"].assess(recipe).level == EXACT
+    EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")
+    script = runpy.run_path(str(tmp_path / "out" / "train.py"))
+    arguments = () if family == "llama" else (script["load_tokenizer"](),)
+    model = script["load_model"](*arguments)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in script["optimizer_for"](model).param_groups
+        for parameter in group["params"]
+    }
+    expected = {}
+    for site, spec in recipe.adapters:
+        assert isinstance(spec, Lora)
+        module = f"base_model.model.{recipe.sites[site].module}"
+        expected[f"{module}.lora_B.default.weight"] = (1e-5 * spec.rate * spec.rate_ratio, 0.1)
+        if not spec.freeze_a:
+            expected[f"{module}.lora_A.default.weight"] = (1e-5 * spec.rate, 0.1)
+    heads = {key: value for key, value in found.items() if key not in expected}
+    assert all(found[key] == pytest.approx(expected[key]) for key in expected)
+    assert sum(parameter.numel() for parameter in names if names[parameter] in heads) == recipe.host.num_head_params
+    assert all(value == (1e-5, 0.0 if key.endswith("bias") else 0.1) for key, value in heads.items())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_script_with_learning_rates_runs(models: Folders, tmp_path: Path, fresh: FreshProcess, family: str) -> None:
+    placement = with_rates(family, {"rate_ratio": 4.0, "freeze_a": True}, every=True)
+    recipe = make_recipe(family, models[family], placement)
+    EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")
+    assert "eval_loss" in fresh.read("script", folder=tmp_path / "out", output=tmp_path / "trained", steps=1)
+
+
+def test_a_plain_script_has_no_learning_rates(models: Folders, tmp_path: Path) -> None:
+    recipe = make_recipe("llama", models["llama"], {"layers.1.attn.q": Lora()})
+    EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")
+    text = (tmp_path / "out" / "train.py").read_text()
+    assert "RATES" not in text
+    assert "FROZEN" not in text
+
+
+def test_axolotl_has_one_ratio_and_trains_a(models: Folders) -> None:
+    def assessed(fields: dict[str, Any], every: bool, **training: Any) -> tuple[str, list[str], dict[str, Any]]:
+        recipe = make_recipe("llama", models["llama"], with_rates("llama", fields, every), training)
+        fit = EXPORTERS["axolotl"].assess(recipe)
+        return fit.level, list(fit.lost), axolotl_target.settings(recipe)
+
+    level, _, settings = assessed({"rate_ratio": 16.0, "rate": 0.5}, every=True)
+    assert (level, settings["loraplus_lr_ratio"], settings["learning_rate"]) == (EXACT, 16.0, 5e-6)
+    level, lost, _ = assessed({"rate_ratio": 16.0}, every=True, weight_decay=0.1)
+    assert (level, [line.split(":")[0] for line in lost]) == (APPROXIMATE, ["weight_decay 0.1"])
+    level, lost, _ = assessed({"rate_ratio": 16.0}, every=False)
+    assert (level, len(lost)) == (APPROXIMATE, 2)
+    level, lost, _ = assessed({"freeze_a": True}, every=True)
+    assert (level, len(lost)) == (APPROXIMATE, 3)
+    assert all("freeze_a" in line for line in lost)
+
+
+def test_peft_has_weights_whatever_trained_them(models: Folders) -> None:
+    recipe = make_recipe("bert", models["bert"], with_rates("bert", {"rate_ratio": 4.0, "freeze_a": True}, every=True))
+    assert EXPORTERS["peft"].assess(recipe).level == EXACT
+
+
+# Initial values from the site
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_offset_is_a_plain_lora_of_twice_the_rank(
+    models: Folders, tmp_path: Path, fresh: FreshProcess, family: str, init: str
+) -> None:
+    """Trained adapters are exact in peft and, with one rank and scale, in servers; native and merged too."""
+    attention = "attn.qkv" if family == "gpt2" else "attn.q"
+    placement = {
+        f"layers.1.{attention}": Lora(rank=3, alpha=5.0, init=init, dropout=0.1),
+        f"layers.11.{attention}": Lora(rank=2, scaling="rslora", init=init, dropout=0.1),
+        "layers.2.mlp.up": Lora(rank=2, dropout=0.1),
+    }
+    recipe = make_recipe(family, models[family], placement)
+    state, wanted = trained(recipe)
+    for target in ("peft", "peft-patterns"):
+        assert EXPORTERS[target].export(recipe, state, tmp_path / target).level == EXACT
+        assert_close(read(fresh, "peft", recipe, tmp_path / target)["logits"], wanted)
+        assert adapter_config(tmp_path / target)["init_lora_weights"] is True
+    assert max(tensor_shapes(tmp_path / "peft-patterns").values())  # it has tensors
+    for rule in SERVERS[bool(recipe.head_modules) :]:
+        assert_close(read(fresh, "server", recipe, tmp_path / "peft", rule=rule), wanted)
+    EXPORTERS["merged"].export(recipe, state, tmp_path / "merged")
+    assert_close(read(fresh, "merged", recipe, tmp_path / "merged"), wanted)
+    missing = {name: value for name, value in state.items() if not name.endswith("B0")}
+    with pytest.raises(ExportError, match="B0: is missing"):
+        EXPORTERS["peft"].export(recipe, missing, tmp_path / "missing")
+
+
+def test_peft_starts_like_the_study_where_it_can(models: Folders, tmp_path: Path) -> None:
+    def fit(family: str, init: str, **changes: Any) -> tuple[str, Any]:
+        site = "layers.1.attn.qkv" if family == "gpt2" else "layers.1.attn.q"
+        recipe = make_recipe(family, models[family], {site: Lora(init=init, rank=2)})
+        backbone = recipe.backbone.model_copy(update=changes)
+        assessed = plan(recipe.model_copy(update={"backbone": backbone}))
+        return assessed.fit.level, assessed.arguments["init_lora_weights"]
+
+    assert fit("llama", "pissa") == (EXACT, "pissa")
+    assert fit("llama", "olora") == (EXACT, "olora")
+    assert fit("gpt2", "pissa") == (EXACT, "pissa")
+    assert fit("llama", "pissa_niter_4") == (APPROXIMATE, "pissa")
+    assert fit("gpt2", "olora") == (APPROXIMATE, True)
+    assert fit("llama", "pissa", quantization="nf4") == (APPROXIMATE, True)
+    recipe = make_recipe("llama", models["llama"], {"layers.1.attn.q": Lora(init="pissa", rank=2)})
+    remarks = EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out").remarks
+    assert any("path_initial_model_for_weight_conversion" in line for line in remarks)
