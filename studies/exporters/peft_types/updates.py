@@ -83,21 +83,18 @@ def _fill_dora(module: Any, values: Mapping[str, Tensor], spec: Any) -> None:
 
 
 def _hira(placed: Placed) -> Arguments:
-    hiras = [(site, spec) for site, spec in placed if isinstance(spec, Hira)]
-    rank, rank_pattern = patterns({site.module: spec.rank for site, spec in hiras})
-    common = {name: most_common(getattr(spec, name) for _, spec in hiras) for name in ("dropout", "init")}
-    arguments = {
-        "r": rank,
-        "rank_pattern": rank_pattern,
-        "hira_dropout": common["dropout"],
-        "init_weights": _LORA_INITS[common["init"]],
-    }
-    return arguments, lost_values(placed, common)
+    hiras = [spec for _, spec in placed if isinstance(spec, Hira)]
+    # peft 0.21 ignores rank_pattern here. A smaller rank is the largest rank with zeros in the additional rows.
+    rank = max(spec.rank for spec in hiras)
+    common = {name: most_common(getattr(spec, name) for spec in hiras) for name in ("dropout", "init")}
+    arguments = {"r": rank, "hira_dropout": common["dropout"], "init_weights": _LORA_INITS[common["init"]]}
+    return arguments, lost_values(placed, {"rank": rank, **common})
 
 
 def _fill_hira(module: Any, values: Mapping[str, Tensor], spec: AdapterSpec) -> None:
-    module.hira_A[ADAPTER].copy_(values["A"])
-    module.hira_B[ADAPTER].copy_(values["B"])
+    rank = len(values["A"])
+    module.hira_A[ADAPTER].zero_()[:rank] = values["A"]
+    module.hira_B[ADAPTER].zero_()[:, :rank] = values["B"]
 
 
 def _vera_keys(placed: Placed) -> list[str]:
