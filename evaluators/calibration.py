@@ -19,8 +19,14 @@ from typing_extensions import override
 from autopeft.evaluators.tasks import Batch, Task
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 
-#: Training rows that are read, evenly spread over the split, and rows at a time.
+#: Training rows that are read, and rows at a time.
 ROWS, BATCH_SIZE = 256, 8
+
+
+def batches(count: int) -> list[range]:
+    """Return the positions of rows of `count`, evenly spread over them: the same for all candidates and seeds."""
+    order = range(count)[:: max(1, count // ROWS)]
+    return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
 
 
 class Statistic(ABC):

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from autopeft.evaluators.attachment.groups import groups_at
 from autopeft.evaluators.attachment.heads import head_bank, head_sites
 from autopeft.evaluators.attachment.hooks import ForwardReplacement, Served, as_modules, fuses, implements, on_slots
 from autopeft.evaluators.attachment.layout import by_slot, tapped_input
 from autopeft.evaluators.attachment.routers import Routers, banks_of, check_routers
-from autopeft.search_space.adapters import ADAPTERS, AdapterSpec
 from autopeft.search_space.adapters.head import Head
 from autopeft.search_space.architecture import Architecture
-from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.linear import set_weight, weight_of
 from autopeft.search_space.runtime.bank import Bank
 from autopeft.search_space.runtime.factors import Starts
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 #: At a module that ends a sub-layer, adapters of the linear or norm act before adapters of the sub-layer.
 SUBLAYER_ROLES = ("attn", "mlp")
-#: Slots whose adapters at a site share a structure; their adapters; the number of earlier adapters of this structure at
-#: the site; and for each slot the number of its adapter, from 1, among adapters that need separate random streams.
-Group = tuple[list[int], list[AdapterSpec], int, list[int]]
 
 
 class Attachment(nn.Module):
@@ -94,7 +91,7 @@ class Attachment(nn.Module):
 
         placed = {name for architecture in self.architectures for name, _ in architecture.adapters}
         for site in sorted((backbone.site(name) for name in placed), key=backbone.sites.index):
-            for slots, specs, nth, numbers in self._groups(site):
+            for slots, specs, nth, numbers in groups_at(site, self.architectures):
                 if site.role == "backbone":
                     self._train_backbone(model)
                 else:
@@ -130,28 +127,6 @@ class Attachment(nn.Module):
 
     # Building
 
-    def _groups(self, site: Site) -> Iterator[Group]:
-        """Yield groups in the order in which they act; see `ADAPTERS`."""
-        groups: dict[tuple[Any, ...], Group] = {}
-        for k, architecture in enumerate(self.architectures):
-            seen: dict[tuple[Any, ...], int] = {}
-            mixtures = 0
-            for spec in dict(architecture.adapters).get(site.name, ()):
-                # Two adapters of one structure at one site form two groups with separate random streams. So do all
-                # mixtures, because their routers and experts would otherwise start with the same values.
-                structure = spec.structure()
-                nth = seen[structure] = seen.get(structure, -1) + 1
-                mixtures += spec.routed_by is not None
-                if nth and not spec.repeatable:
-                    raise ValueError(f"two adapters of kind {spec.kind!r} at {site.name!r}: only one is allowed")
-                slots, specs, _, numbers = groups.setdefault((structure, nth), ([], [], nth, []))
-                slots.append(k)
-                specs.append(spec)
-                numbers.append(mixtures if spec.routed_by else nth + 1)
-        kinds = list(ADAPTERS)
-        order = sorted(groups, key=lambda key: (kinds.index(key[0][0]), repr(key)))
-        return iter(groups[key] for key in order)
-
     def _add(self, bank: Bank, slots: list[int]) -> None:
         bank.slots_served = slots
         self.banks.append(bank)
@@ -180,7 +155,7 @@ class Attachment(nn.Module):
             points.setdefault(bank.site.module, []).append((bank, slots))
         taps: set[str] = set()
         for path, here in points.items():
-            # Sorting is stable: within a class, the order of `_groups` remains.
+            # Sorting is stable: within a class, the order of `groups_at` remains.
             here.sort(key=lambda pair: pair[0].site.role in SUBLAYER_ROLES)
             module = model.get_submodule(path)
             inputs = [pair for pair in here if implements(pair[0], "apply_input")]
@@ -217,7 +192,7 @@ class Attachment(nn.Module):
     def _input_hook(self, here: list[Served]) -> Callable[..., tuple[Any, ...]]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = by_slot(args[0], self.num_slots)
-            for bank, slots in here:
+            for bank, slots in reversed(here):  # the order of merging: see ADAPTERS
                 x = on_slots(slots, x, bank.apply_input, x)
             return (x.reshape(args[0].shape), *args[1:])
 

@@ -112,9 +112,7 @@ class TrainingEvaluator(AttachingEvaluator):
         self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
         self.rung_examples: Sequence[int] = rung_examples(len(self.examples["validation"]))
         self.device = next(self.model.parameters()).device
-        # The same rows for all candidates and seeds.
-        order = range(len(self.lengths["train"]))[:: max(1, len(self.lengths["train"]) // calibration.ROWS)]
-        batches = [order[i : i + calibration.BATCH_SIZE] for i in range(0, len(order), calibration.BATCH_SIZE)]
+        batches = calibration.batches(len(self.examples["train"]))
         #: Initial values of factors that follow from the frozen weights and from training rows.
         self.starts = Starts(
             Calibration(
@@ -129,9 +127,8 @@ class TrainingEvaluator(AttachingEvaluator):
         if any(isinstance(metric, ByDomain) for metric in self.metrics):
             self.rung_examples = self._rung_examples_of_domains(len(self.rung_examples))
         #: The losses that `forgetting` compares with; None without this metric.
-        self.forgetting: Forgetting | None = None
-        if FORGETTING in self.metrics:
-            self.forgetting = Forgetting(loaded, self.task, self.lengths, self.batch)
+        wanted = FORGETTING in self.metrics
+        self.forgetting = Forgetting(loaded, self.task, self.lengths, self.batch) if wanted else None
         readable = self.task.readable() | ({DOMAIN} if self.task.domains else set())
         for metric in self.metrics:
             if metric != FORGETTING and not metric.computable(readable):

@@ -1,24 +1,41 @@
 """Adapter types, one file each. The CLI, the schema and the tables derive from the registry `ADAPTERS`.
 
-The order of the registry is also the order in which several adapters act at one module: DoRA comes first because it
-needs the backbone's own output, types that add to the output follow, and types that scale the sum come last. Merging
-follows the same order. `Mixture` is not in the registry: it combines experts of any type that can be an expert.
+The order of the registry is also the order in which several adapters act at one module, and in which they are merged:
+DoRA comes first because it needs the backbone's own output, types that add to the output follow, and types that scale
+the sum come last. Types that change the input stand between these, because all additions read the changed input; of
+several that change the input, the last one acts first. `Mixture` is not in the registry: it combines experts of any
+type that can be an expert.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from autopeft.search_space.adapters.adapter_bias import AdapterBias
 from autopeft.search_space.adapters.base import AdapterSpec
+from autopeft.search_space.adapters.beft import Beft
 from autopeft.search_space.adapters.bitfit import Bitfit
+from autopeft.search_space.adapters.boft import Boft
 from autopeft.search_space.adapters.bottleneck import Bottleneck
+from autopeft.search_space.adapters.c3a import C3a
+from autopeft.search_space.adapters.delora import Delora
 from autopeft.search_space.adapters.dora import Dora
+from autopeft.search_space.adapters.flora import Flora
 from autopeft.search_space.adapters.full import Full
+from autopeft.search_space.adapters.gralora import Gralora
+from autopeft.search_space.adapters.hira import Hira
+from autopeft.search_space.adapters.hra import Hra
+from autopeft.search_space.adapters.hydra import Hydra
 from autopeft.search_space.adapters.ia3 import Ia3
+from autopeft.search_space.adapters.loha import Loha
+from autopeft.search_space.adapters.lokr import Lokr
 from autopeft.search_space.adapters.lora import Lora
+from autopeft.search_space.adapters.miss import Miss
 from autopeft.search_space.adapters.mixture import Mixture
 from autopeft.search_space.adapters.norm import Norm
+from autopeft.search_space.adapters.oft import Oft
 from autopeft.search_space.adapters.prefix import Prefix
+from autopeft.search_space.adapters.road import Road
 from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.ssf import Ssf
 from autopeft.search_space.adapters.vera import Vera
@@ -28,7 +45,13 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
     "autopeft.adapters",
     AdapterSpec,
     "kind",
-    (Full, Dora, Lora, Vera, Shira, Norm, Bitfit, Ssf, Ia3, Bottleneck, Prefix),
+    (
+        *(Full, Dora, Hira),
+        *(Lora, Vera, Shira, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
+        *(Oft, Boft, Hra),
+        *(Norm, Bitfit, Beft, AdapterBias, Road, Ssf, Ia3),
+        *(Bottleneck, Prefix),
+    ),
 )
 
 
@@ -48,16 +71,31 @@ def spec_from_dict(data: dict[str, Any]) -> AdapterSpec:
 
 __all__ = [
     "ADAPTERS",
+    "AdapterBias",
     "AdapterSpec",
+    "Beft",
     "Bitfit",
+    "Boft",
     "Bottleneck",
+    "C3a",
+    "Delora",
     "Dora",
+    "Flora",
     "Full",
+    "Gralora",
+    "Hira",
+    "Hra",
+    "Hydra",
     "Ia3",
+    "Loha",
+    "Lokr",
     "Lora",
+    "Miss",
     "Mixture",
     "Norm",
+    "Oft",
     "Prefix",
+    "Road",
     "Shira",
     "Ssf",
     "Vera",

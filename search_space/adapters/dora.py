@@ -32,6 +32,7 @@ class Dora(Lora):
 
     kind: ClassVar[str] = "dora"
     repeatable: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = True
     source: ClassVar[str] = "Liu et al. 2024, DoRA, equations 5 and 11"
     summary: ClassVar[str] = "low-rank update of a weight's direction, and its magnitude"
 

@@ -1,4 +1,4 @@
-"""(IA)^3: trained scales of keys, values and the inner activations of the mlp."""
+"""(IA)^3: trained scales of keys, values and the inner activations of the mlp, and of other linears if asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from typing_extensions import override
 
 from autopeft.search_space.adapters.base import AdapterSpec
-from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
 from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ia3(AdapterSpec):
-    """y = l * (W x + b) at attention projections, y = W (l * x) + b at `mlp.down`.
+    """y = l * (W x + b), but y = W (l * x) + b at `mlp.down`.
 
-    l is one at the start, which is the identity. The parameter is called `output`: [D_out] at attention projections
-    and `input`: [D_in] at `mlp.down`. At a fused `attn.qkv` the queries are scaled too, as in peft.
+    l is one at the start, which is the identity. The parameter is called `input`: [D_in] at `mlp.down` and `output`:
+    [D_out] elsewhere. The default roles are those of the paper; other linears are possible as in peft. At a fused
+    `attn.qkv` the queries are scaled too, as in peft.
     """
 
     kind: ClassVar[str] = "ia3"
-    roles: ClassVar[tuple[str, ...]] = ("attn.k", "attn.v", "attn.qkv", "mlp.down")
+    roles: ClassVar[tuple[str, ...]] = LINEAR_ROLES
     default_roles: ClassVar[tuple[str, ...]] = ("attn.k", "attn.v", "attn.qkv", "mlp.down")
     mergeable: ClassVar[bool] = True
     source: ClassVar[str] = "Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning, section 3.3"

@@ -53,6 +53,11 @@ def _houlsby(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return nn.init.trunc_normal_(torch.empty(shape), std=0.01, a=-0.02, b=0.02, generator=generator)
 
 
+def _pairs(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Draw half of the columns as `_kaiming`, and each of them twice."""
+    return _kaiming((*shape[:-1], shape[-1] // 2), generator).repeat_interleave(2, -1)
+
+
 RULES: dict[str, Callable[[tuple[int, ...], Generator], Tensor]] = {
     "zeros": lambda shape, generator: torch.zeros(shape),
     "ones": lambda shape, generator: torch.ones(shape),
@@ -63,13 +68,15 @@ RULES: dict[str, Callable[[tuple[int, ...], Generator], Tensor]] = {
     "normal": lambda shape, generator: torch.randn(shape, generator=generator),
     "houlsby": _houlsby,
     "orthogonal": _orthogonal,
+    "pairs": _pairs,
 }
 
 
 def initialise(parameter: Parameter, generator: Generator, base: nn.Module | None) -> Tensor:
     """Return a new tensor of `parameter.shape`, float32 or int32.
 
-    "row_norm" are the norms of the rows of the weight of `base`, "places" are random indices of its elements.
+    "row_norm" and "column_norm" are the norms of the rows and columns of the weight of `base`, "places" are random
+    indices of its elements.
     """
     if isinstance(parameter.init, float):
         return torch.full(parameter.shape, parameter.init)
@@ -78,7 +85,10 @@ def initialise(parameter: Parameter, generator: Generator, base: nn.Module | Non
         return RULES[parameter.init](parameter.shape, generator)
     assert base is not None, parameter.init
     weight = weight_of(base)
-    return weight.float().norm(dim=1) if parameter.init == "row_norm" else _places(parameter.count, weight, generator)
+    if parameter.init == "places":
+        return _places(parameter.count, weight, generator)
+    norms: Tensor = weight.float().norm(dim={"row_norm": 1, "column_norm": 0}[parameter.init])
+    return norms
 
 
 def _places(count: int, of: Tensor, generator: Generator) -> Tensor:

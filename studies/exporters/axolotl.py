@@ -16,7 +16,8 @@ from typing_extensions import override
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.exporters.loading import quantization_settings, write_training_readme
-from autopeft.studies.exporters.peft_config import anchored, decayed_vectors, plan
+from autopeft.studies.exporters.peft_config import decayed_vectors, plan
+from autopeft.studies.exporters.peft_types.base import anchored
 from autopeft.studies.exporters.rows import write_token_rows
 from autopeft.studies.recipes.recipe import Recipe
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from typing_extensions import override
 
 from autopeft.evaluators.gguf import EMBEDDED_LLM, EMBEDDED_LLM_ORIGIN
-from autopeft.search_space.adapters import AdapterSpec
-from autopeft.search_space.backbones.linear import weight_of
 from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
@@ -18,13 +16,14 @@ from autopeft.studies.exporters.base import Assessment, ExportError, State
 from autopeft.studies.exporters.loading import quantization_settings, save_processor, write_adapter_readme
 from autopeft.studies.exporters.native import bare_backbone
 from autopeft.studies.exporters.peft_config import plan
+from autopeft.studies.exporters.peft_types import PEFT_TYPES
+from autopeft.studies.exporters.peft_types.base import ADAPTER
 from autopeft.studies.exporters.serving import plain, plain_state, remarks_on, served, served_state
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER = "default"
 _OTHER_WEIGHTS = (
     f"adapter_config.json names {EMBEDDED_LLM_ORIGIN} as its base model, which everybody can load. The adapter was"
     " trained on that model's weights rounded to 4 bits (Q4_1); README.md loads these, so outputs are exact there only"
@@ -103,7 +102,7 @@ def fill(model: Any, recipe: Recipe, state: State) -> None:
     for name, spec in recipe.adapters:
         module = model.get_submodule(recipe.sites[name].module)
         whole = {key.name: pool.value[0] for key, pool in shared.items() if key.kind == spec.kind}
-        _FILL[spec.kind](module, _tensors(state, name, spec.kind) | whole, spec)
+        PEFT_TYPES[spec.kind].fill(module, _tensors(state, name, spec.kind) | whole, spec)
     for site in recipe.head_sites:
         head = next(h for h in recipe.head_modules if site.module == h or site.module.startswith(f"{h}."))
         trained = model.get_submodule(head).modules_to_save[ADAPTER]
@@ -117,55 +116,3 @@ def fill(model: Any, recipe: Recipe, state: State) -> None:
 def _tensors(state: State, site: str, kind: str) -> dict[str, Tensor]:
     prefix = f"{site}/{kind}/"
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _fill_lora(module: Any, values: dict[str, Tensor], spec: Any) -> None:
-    module.lora_A[ADAPTER].weight.copy_(values["A"])
-    module.lora_B[ADAPTER].weight.copy_(values["B"])
-    scale = module.scaling[ADAPTER]
-    assert abs(scale - spec.scale) <= 1e-6 * abs(spec.scale), (scale, spec)
-
-
-def _fill_dora(module: Any, values: dict[str, Tensor], spec: Any) -> None:
-    # peft divides the magnitudes by the norms of the rows, and rows of zeros would become nan.
-    values = spec.without_zero_rows(values, weight_of(module.base_layer))
-    module.lora_magnitude_vector[ADAPTER].weight.copy_(values["m"])
-    _fill_lora(module, values, spec)
-
-
-def _fill_vera(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
-    module.vera_A[ADAPTER].copy_(values["A"])
-    module.vera_B[ADAPTER].copy_(values["B"])
-    module.vera_lambda_b[ADAPTER].copy_(values["b"])
-    module.vera_lambda_d[ADAPTER].zero_()[: len(values["d"])] = values["d"]
-
-
-def _fill_shira(module: Any, values: dict[str, Tensor], spec: Any) -> None:
-    import torch
-
-    places, width = values["places"], module.in_features
-    module.shira_weight[ADAPTER].copy_(spec.scale * values["S"])
-    module.shira_indices[ADAPTER] = torch.stack([places // width, places % width]).int()
-
-
-def _fill_ia3(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
-    (vector,) = values.values()
-    module.ia3_l[ADAPTER].copy_(vector.reshape(module.ia3_l[ADAPTER].shape))
-
-
-def _fill_norm(module: Any, values: dict[str, Tensor], spec: AdapterSpec) -> None:
-    own = module.ln_tuning_layers[ADAPTER]
-    weight, bias = spec.merge(values, own.weight, getattr(own, "bias", None))
-    own.weight.copy_(weight)
-    if bias is not None:
-        own.bias.copy_(bias)
-
-
-_FILL: dict[str, Callable[[Any, dict[str, Tensor], Any], None]] = {
-    "lora": _fill_lora,
-    "dora": _fill_dora,
-    "vera": _fill_vera,
-    "shira": _fill_shira,
-    "ia3": _fill_ia3,
-    "norm": _fill_norm,
-}

@@ -6,34 +6,29 @@ initialisation; ranks and alphas can differ by module, through patterns.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.adapters.lora import FROM_SITE, Lora
-from autopeft.search_space.adapters.shira import Shira
-from autopeft.search_space.adapters.vera import Vera
-from autopeft.search_space.backbones.backbone import Site
 from autopeft.studies.exporters.base import Assessment, approximate, unsupported
+from autopeft.studies.exporters.peft_types import PEFT_TYPES
+from autopeft.studies.exporters.peft_types.base import Placed, most_common
 from autopeft.studies.recipes.recipe import Recipe
 
-_LORA_INITS = {"kaiming": True, "gaussian": "gaussian"} | {name: name for name in ("pissa", "pissa_niter_4", "olora")}
 # Families whose linear layers store [D_in, D_out], which peft has to know.
 _TRANSPOSED_FAMILIES = ("gpt2",)
 _NOT_IN_PEFT = {
     "bitfit": "peft trains biases only together with LoRA, and then all of them",
+    "adapterbias": "peft has no AdapterBias",
     "bottleneck": "peft has no bottleneck adapters",
+    "flora": "peft has no FLoRA",
     "full": "full fine-tuning is not an adapter",
+    "hydra": "peft has no Hydra",
     "mixture": "peft cannot train routed experts (`peft` and `merged` export trained LoRAs, weighted equally)",
     "prefix": "peft shifts the token positions by its prefix and has one length for all layers",
     "ssf": "peft has no SSF (scale and shift)",
 }
-
-Placed = Sequence[tuple[Site, AdapterSpec]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +52,13 @@ class PeftPlan:
 def plan(recipe: Recipe) -> PeftPlan:
     """Return the configuration of a recipe's adapters and task head."""
     placed = [(recipe.sites[name], spec) for name, spec in recipe.adapters]
-    obstacles = _obstacles(placed) or _shira_obstacles(placed, recipe)
+    obstacles = (
+        _obstacles(placed) or _obstacles_of_weights(placed, recipe) or PEFT_TYPES[placed[0][1].kind].obstacles(placed)
+    )
     if obstacles:
         return PeftPlan(unsupported(*obstacles))
-    config, own_arguments = _TYPES[placed[0][1].kind]
+    own_type = PEFT_TYPES[placed[0][1].kind]
+    config = own_type.config
     arguments: dict[str, Any] = {
         "task_type": recipe.task_class.peft_task_type,
         # Complete names, because peft matches suffixes: "layers.1.q" would also match "other.layers.1.q".
@@ -70,7 +68,7 @@ def plan(recipe: Recipe) -> PeftPlan:
         arguments["modules_to_save"] = list(recipe.head_modules)
     if config != "LNTuningConfig" and _is_transposed(recipe):
         arguments["fan_in_fan_out"] = True
-    own, lost = own_arguments(placed)
+    own, lost = own_type.arguments(placed)
     init = own.get("init_lora_weights")
     if reason := _init_obstacle(recipe, init):
         lost.append(f"init {init}: {reason} (affects only training)")
@@ -109,11 +107,11 @@ def _obstacles(placed: Placed) -> list[str]:
     reasons = [
         f"{site.name} {spec.kind}: {_NOT_IN_PEFT.get(spec.kind, 'peft has no such adapter')}"
         for site, spec in placed
-        if spec.kind not in _TYPES
+        if spec.kind not in PEFT_TYPES
     ]
     if reasons:
         return reasons
-    majority = _most_common(spec.kind for _, spec in placed)
+    majority = most_common(spec.kind for _, spec in placed)
     seen: set[str] = set()
     for site, spec in placed:
         if spec.kind != majority:
@@ -121,135 +119,19 @@ def _obstacles(placed: Placed) -> list[str]:
         elif site.module in seen:
             reasons.append(f"{site.name} {spec.kind}: peft supports one adapter per module, this is the second")
         seen.add(site.module)
-    keys = {spec.projection_key for _, spec in placed if isinstance(spec, Vera)}
-    if len(keys) > 1:
-        reasons.append(
-            f"{placed[0][0].name} vera: peft supports one pair of projections per file, here there are {len(keys)}"
-        )
     return reasons
 
 
-def _shira_obstacles(placed: Placed, recipe: Recipe) -> list[str]:
-    sparse = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
-    if recipe.backbone.quantization is not None:
-        return [f"{site.name} shira: peft adds it to the weight itself, which is quantised" for site, _ in sparse]
-    if _is_transposed(recipe):
-        family = recipe.backbone.family
-        return [
-            f"{site.name} shira: peft does not support transposed weights, which {family} has" for site, _ in sparse
-        ]
-    ranks = [spec.rank for _, spec in sparse]
-    return [
-        f"{site.name} shira: rank {spec.rank}, but peft supports one rank for all, here {_most_common(ranks)}"
-        for site, spec in sparse
-        if spec.rank != _most_common(ranks)
-    ]
-
-
-def _most_common(values: Iterable[Any]) -> Any:
-    """Return the most frequent value; of several, the first."""
-    return Counter(values).most_common(1)[0][0]
-
-
-def _patterns(by_module: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """Return the value of most modules, and the other values by a pattern that matches their module alone."""
-    default = _most_common(by_module.values())
-    return default, {anchored(module): value for module, value in by_module.items() if value != default}
-
-
-def anchored(module: str) -> str:
-    """Return a pattern for this module alone; without the anchor, peft also matches the end of longer names."""
-    return f"^{re.escape(module)}"
-
-
-def _whole(number: float) -> float:
-    """Return 16.0 as 16, because peft and tools that read its files expect integers."""
-    return int(number) if number == int(number) else number
-
-
-def _lora(placed: Placed) -> tuple[dict[str, Any], list[str]]:
-    loras = [(site, spec) for site, spec in placed if isinstance(spec, Lora)]
-    root = all(spec.scaling == "rslora" for _, spec in loras)
-    ranks = {site.module: spec.rank for site, spec in loras}
-    # One flag decides how alpha becomes a scale; where the rules are mixed, alpha is converted to keep each scale.
-    alphas = {
-        site.module: _whole(spec.alpha if root or spec.scaling == "alpha" else spec.alpha * sqrt(spec.rank))
-        for site, spec in loras
-    }
-    rank, rank_pattern = _patterns(ranks)
-    alpha, alpha_pattern = _patterns(alphas)
-    dropout = _most_common(spec.dropout for _, spec in loras)
-    init = _most_common(spec.init for _, spec in loras)
-    lost = _lost_values(placed, {"dropout": dropout, "init": init})
-    if init not in _LORA_INITS:
-        reason = f"peft needs a pass over rows for init {init!r}" if init in FROM_SITE else f"peft has no init {init!r}"
-        lost += [f"{site.name} {spec.kind}: {reason} (affects only training)" for site, spec in loras]
-    arguments = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "lora_dropout": dropout,
-        "init_lora_weights": _LORA_INITS.get(init, True),
-        "bias": "none",
-        "use_rslora": root,
-        "use_dora": loras[0][1].kind == "dora",
-    }
-    return arguments, lost
-
-
-def _lost_values(placed: Placed, common: Mapping[str, Any]) -> list[str]:
-    """Return a line for each field of a site that differs from the `common` value, which peft gets."""
-    return [
-        f"{site.name} {spec.kind}: {name} {own} becomes {value}, one for all sites (affects only training)"
-        for site, spec in placed
-        for name, value in common.items()
-        if (own := getattr(spec, name)) != value
-    ]
-
-
-def _vera(placed: Placed) -> tuple[dict[str, Any], list[str]]:
-    veras = [spec for _, spec in placed if isinstance(spec, Vera)]
-    # A smaller rank is the largest rank with zeros in the additional rows.
-    rank = max(spec.rank for spec in veras)
-    common = {name: _most_common(getattr(spec, name) for spec in veras) for name in ("dropout", "d_initial")}
-    arguments = {
-        "r": rank,
-        "projection_prng_key": veras[0].projection_key,
-        "save_projection": True,
-        "vera_dropout": common["dropout"],
-        "d_initial": common["d_initial"],
-    }
-    return arguments, _lost_values(placed, {"rank": rank, **common})
-
-
-def _shira(placed: Placed) -> tuple[dict[str, Any], list[str]]:
-    shiras = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
-    lost = [
-        f"{site.name} shira: scale {spec.scale} becomes part of the values (affects only training)"
-        for site, spec in shiras
-        if spec.scale != 1.0
-    ]
-    return {"r": shiras[0][1].rank, "mask_type": "random"}, lost
-
-
-def _ia3(placed: Placed) -> tuple[dict[str, Any], list[str]]:
-    return {"feedforward_modules": [site.module for site, _ in placed if site.role == "mlp.down"]}, []
-
-
-def _norm(placed: Placed) -> tuple[dict[str, Any], list[str]]:
-    return {}, []
-
-
-# By adapter type: the class of peft's configuration and a function for the arguments of that class.
-_TYPES: dict[str, tuple[str, Callable[[Placed], tuple[dict[str, Any], list[str]]]]] = {
-    "lora": ("LoraConfig", _lora),
-    "dora": ("LoraConfig", _lora),
-    "vera": ("VeraConfig", _vera),
-    "shira": ("ShiraConfig", _shira),
-    "ia3": ("IA3Config", _ia3),
-    "norm": ("LNTuningConfig", _norm),
-}
+def _obstacles_of_weights(placed: Placed, recipe: Recipe) -> list[str]:
+    """Return what prevents a type of peft from adapting weights as this model stores them."""
+    reasons = []
+    for site, spec in placed:
+        own = PEFT_TYPES[spec.kind]
+        if recipe.backbone.quantization is not None and own.quantised:
+            reasons.append(f"{site.name} {spec.kind}: {own.quantised}, which is quantised")
+        elif _is_transposed(recipe) and own.transposed:
+            reasons.append(f"{site.name} {spec.kind}: {own.transposed}, which {recipe.backbone.family} has")
+    return reasons
 
 
 #: The module of peft that has a tensor of a LoRA, by the tensor's name.
@@ -287,9 +169,8 @@ def decayed_vectors(recipe: Recipe) -> list[str]:
     """Return a line for each vector that transformers' Trainer decays in its own groups and the study does not."""
     if recipe.training.weight_decay == 0.0 or rate_factors(recipe):  # these need parameter groups of their own
         return []
-    names = {"dora": "magnitude", "vera": "vectors", "shira": "values", "ia3": "scale"}
     return [
-        f"{name} {spec.kind}: weight_decay {recipe.training.weight_decay} also applies to its {names[spec.kind]}"
+        f"{name} {spec.kind}: weight_decay {recipe.training.weight_decay} also applies to its {own.decayed}"
         for name, spec in recipe.adapters
-        if spec.kind in names
+        if (own := PEFT_TYPES[spec.kind]).decayed
     ]

@@ -11,16 +11,31 @@ from torch import Tensor, nn
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.search_space.adapters import (
+    AdapterBias,
     AdapterSpec,
+    Beft,
     Bitfit,
+    Boft,
     Bottleneck,
+    C3a,
+    Delora,
     Dora,
+    Flora,
     Full,
+    Gralora,
+    Hira,
+    Hra,
+    Hydra,
     Ia3,
+    Loha,
+    Lokr,
     Lora,
+    Miss,
     Mixture,
     Norm,
+    Oft,
     Prefix,
+    Road,
     Shira,
     Ssf,
     Vera,
@@ -44,14 +59,18 @@ class Peft:
     """How Hugging Face's peft says the same.
 
     `config`: (spec, adapted sites) to a peft configuration. `values`: (trained tensors of one adapter, the
-    backbone's module) to peft's tensors, by the end of their names; shapes may differ in ones. `roles`: where
-    peft can place it (default: the row's). `without`: families whose linears it does not know.
+    backbone's module) to peft's tensors, by the end of their names; shapes may differ in ones. Values of frozen
+    tensors may be buffers in peft. `roles`: where peft can place it (default: the row's). `without`: families
+    whose linears it does not know. `specs`: those of the row's that peft has (default: all). `gradients`: whether
+    its gradients are right.
     """
 
     config: Callable[[Any, Sequence[Site]], Any]
     values: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
     roles: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    specs: tuple[AdapterSpec, ...] | None = None
+    gradients: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +149,56 @@ def _bitfit_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tens
     return {"beft_bias.default": values["b"]}
 
 
+def _at(config: str, **arguments: Callable[[Any], object]) -> Callable[[Any, Sequence[Site]], Any]:
+    """The configuration of this name at the sites, with arguments that are functions of the spec."""
+
+    def make(spec: Any, sites: Sequence[Site]) -> Any:
+        import peft
+
+        own = {name: value(spec) for name, value in arguments.items()}
+        return getattr(peft, config)(target_modules=_modules(sites), **own)
+
+    return make
+
+
+def _by_block(config: str, argument: str, **arguments: Callable[[Any], object]) -> Callable[[Any, Sequence[Site]], Any]:
+    """As `_at`, with a block size that the sites have in common."""
+
+    def make(spec: Any, sites: Sequence[Site]) -> Any:
+        (size,) = {spec.block(site) for site in sites}
+        return _at(config, **{argument: lambda spec: size}, **arguments)(spec, sites)
+
+    return make
+
+
+def _gralora_config(spec: Gralora, sites: Sequence[Site]) -> Any:
+    from peft import GraloraConfig
+
+    (blocks,) = {spec.grid(site.in_features, site.out_features) for site in sites}
+    return GraloraConfig(target_modules=_modules(sites), r=blocks * spec.rank, gralora_k=blocks, alpha=spec.alpha)
+
+
+def _road_config(spec: Road, sites: Sequence[Site]) -> Any:
+    from peft import RoadConfig
+
+    (group,) = {spec.group(site.out_features) for site in sites}
+    return RoadConfig(target_modules=_modules(sites), variant=f"road_{spec.variant}", group_size=group)
+
+
+def _named(**names: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
+    """Our tensors under peft's names."""
+    return lambda values, base: {names[name]: value for name, value in values.items()}
+
+
+def _gralora_values(values: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    a, b = values["A"], values["B"]  # [i, j, R, D_in / n] and [i, j, D_out / n, R]
+    n, rank = len(a), a.shape[2]
+    theirs_a = torch.stack([torch.cat([a[i, j].T for i in range(n)], 1) for j in range(n)])
+    theirs_b = torch.stack([torch.cat([b[i, j].T for j in range(n)], 0) for i in range(n)])
+    assert theirs_a.shape[2] == theirs_b.shape[1] == n * rank
+    return {"gralora_A.default": theirs_a, "gralora_B.default": theirs_b}
+
+
 _SOME_LINEARS = ("attn.q", "attn.v", "attn.qkv", "mlp.down")
 
 ROWS: tuple[Row, ...] = (
@@ -167,6 +236,156 @@ ROWS: tuple[Row, ...] = (
         kind="bitfit",
         specs=(Bitfit(),),
         peft=Peft(config=_bitfit_config, values=_bitfit_values, roles=LINEAR_ROLES, without=("gpt2",)),
+    ),
+    Row(
+        kind="oft",
+        specs=(Oft(block_size=4), Oft(block_size=2), Oft(block_size=8)),
+        peft=Peft(
+            config=_by_block("OFTConfig", "oft_block_size", use_cayley_neumann=lambda spec: False),
+            values=_named(Q="oft_R.default.weight"),
+            without=("gpt2",),
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="boft",
+        specs=(Boft(block_size=4), Boft(block_size=2, factors=3), Boft(block_size=4, factors=2)),
+        peft=Peft(
+            config=_by_block("BOFTConfig", "boft_block_size", boft_block_num=lambda spec: 0),
+            values=_named(R="boft_R.default", s="boft_s.default"),
+            without=("gpt2",),
+            specs=(Boft(block_size=4),),  # for several factors it needs CUDA: see test_operators.py
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="hra",
+        specs=(Hra(pairs=2), Hra(pairs=3), Hra(pairs=1)),
+        peft=Peft(
+            config=_at("HRAConfig", r=lambda spec: 2 * spec.pairs),
+            values=_named(U="hra_u.default"),
+            without=("gpt2",),
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="road",
+        specs=(Road(group_size=4), Road(variant=2, group_size=4), Road(variant=4, group_size=2)),
+        peft=Peft(
+            config=_road_config,
+            values=_named(theta="road_theta.default", alpha="road_alpha.default"),
+            without=("gpt2",),
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="hira",
+        specs=(Hira(rank=3, dropout=0.2), Hira(rank=5, init="gaussian"), Hira(rank=1)),
+        peft=Peft(
+            config=_at("HiraConfig", r=lambda spec: spec.rank),
+            values=_named(A="hira_A.default", B="hira_B.default"),
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="loha",
+        specs=(Loha(rank=3, alpha=6.0), Loha(rank=5), Loha(rank=1)),
+        peft=Peft(
+            config=_at("LoHaConfig", r=lambda spec: spec.rank, alpha=lambda spec: spec.alpha),
+            values=_named(
+                B1="hada_w1_a.default", A1="hada_w1_b.default", B2="hada_w2_a.default", A2="hada_w2_b.default"
+            ),
+            without=("gpt2",),
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="lokr",
+        specs=(Lokr(rank=2, alpha=6.0, factor=2), Lokr(rank=1, factor=2), Lokr(rank=2), Lokr(rank=3)),
+        peft=Peft(
+            config=_at(
+                "LoKrConfig",
+                r=lambda spec: spec.rank,
+                alpha=lambda spec: spec.alpha,
+                decompose_factor=lambda spec: spec.factor,
+            ),
+            values=_named(C="lokr_w1.default", B="lokr_w2_a.default", A="lokr_w2_b.default"),
+            without=("gpt2",),
+            specs=(Lokr(rank=2, alpha=6.0, factor=2), Lokr(rank=1, factor=2)),  # larger ranks: a whole matrix
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="miss",
+        specs=(Miss(rank=3, dropout=0.2), Miss(rank=5), Miss(rank=7), Miss(rank=8)),
+        peft=Peft(
+            config=_at("MissConfig", r=lambda spec: spec.rank),
+            values=lambda values, base: {"miss_block.default": values["D"].T},
+            without=("gpt2",),
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="c3a",
+        specs=(C3a(block_size=4), C3a(block_size=8), C3a(block_size=1)),
+        peft=Peft(
+            config=_by_block("C3AConfig", "block_size"),
+            values=_named(w="c3a_kernel.default"),
+            roles=("attn.q", "mlp.down"),
+            without=("gpt2",),
+            gradients=False,  # those of lower layers: see test_operators.py
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="gralora",
+        specs=(Gralora(rank=2, dropout=0.2), Gralora(rank=3, alpha=8.0), Gralora(rank=1, blocks=4)),
+        peft=Peft(config=_gralora_config, values=_gralora_values),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="delora",
+        specs=(Delora(rank=3, dropout=0.2), Delora(rank=5, strength=4.0), Delora(rank=1)),
+        peft=Peft(
+            config=_at("DeloraConfig", r=lambda spec: spec.rank, delora_lambda=lambda spec: spec.strength),
+            values=_named(
+                A="delora_A.default",
+                B="delora_B.default",
+                **{"lambda": "delora_lambda.default"},
+                n="delora_w_norm.default",
+            ),
+            without=("gpt2",),
+        ),
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="flora",
+        specs=(
+            Flora(rank=3, dropout=0.2),
+            Flora(rank=5, scale=2.0),
+            Flora(rank=2, factors="frozen", factors_key=3),
+            Flora(rank=4, factors="frozen"),
+        ),
+        peft="peft has no FLoRA: see test_operators.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="hydra",
+        specs=(Hydra(rank=3, alpha=3.0), Hydra(rank=5, alpha=4.0), Hydra(rank=1, alpha=1.0)),
+        peft="peft has no Hydra: see test_operators.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="adapterbias",
+        specs=(AdapterBias(),),
+        peft="peft has no AdapterBias: see test_operators.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="beft",
+        specs=(Beft(),),
+        peft=Peft(config=_bitfit_config, values=_bitfit_values, without=("gpt2",)),
+        roles=_SOME_LINEARS,
     ),
     Row(
         kind="ssf",

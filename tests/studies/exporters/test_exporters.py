@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import runpy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -32,15 +32,27 @@ from autopeft.evaluators.tasks import TASKS
 from autopeft.search_space.adapters import (
     ADAPTERS,
     AdapterSpec,
+    Beft,
     Bitfit,
+    Boft,
     Bottleneck,
+    C3a,
+    Delora,
     Dora,
     Full,
+    Gralora,
+    Hira,
+    Hra,
     Ia3,
+    Loha,
+    Lokr,
     Lora,
+    Miss,
     Mixture,
     Norm,
+    Oft,
     Prefix,
+    Road,
     Shira,
     Ssf,
     Vera,
@@ -66,7 +78,10 @@ EXACTLY: dict[str, tuple[str, ...]] = {
     "lora": ("peft", "peft-patterns", "trl-script", "axolotl"),
     "dora": ("peft", "peft-patterns", "trl-script", "axolotl"),
     "vera": ("peft", "peft-patterns", "trl-script"),
-    "shira": (),  # GPT-2's weights are transposed; other families are in test_peft_rebuilds_the_network
+    # GPT-2's weights are transposed, which most other types of peft do not know; other families are in
+    # test_peft_rebuilds_the_network.
+    "hira": ("peft", "peft-patterns", "trl-script"),
+    "gralora": ("peft", "peft-patterns", "trl-script"),
     "ia3": ("peft", "peft-patterns", "trl-script"),
     "norm": ("peft", "peft-patterns", "trl-script"),
 }
@@ -155,6 +170,31 @@ def every_linear(family: str, spec: type[Lora], **fields: Any) -> dict[str, Adap
     }
 
 
+#: Types that peft knows at plain linears alone, with settings that a file can hold exactly.
+AT_PLAIN_LINEARS: dict[str, Callable[[int], AdapterSpec]] = {
+    "oft": lambda n: Oft(block_size=4),
+    "boft": lambda n: Boft(block_size=4),
+    "hra": lambda n: Hra(pairs=2),
+    "road": lambda n: Road(variant=4, group_size=4),
+    "loha": lambda n: Loha(rank=1 + n % 5, alpha=1.0 + n % 4),
+    "lokr": lambda n: Lokr(rank=1, alpha=1.0 + n % 4, factor=4),
+    "miss": lambda n: Miss(rank=5),
+    "c3a": lambda n: C3a(block_size=(2, 4, 8)[n % 3]),
+    "delora": lambda n: Delora(rank=1 + n % 5, strength=1.0 + n % 4),
+    "beft": lambda n: Beft(),
+}
+#: Types that also know transposed weights.
+ANYWHERE: dict[str, Callable[[int], AdapterSpec]] = {
+    "hira": lambda n: Hira(rank=3),
+    "gralora": lambda n: Gralora(rank=2, alpha=6.0),
+}
+
+
+def at_linears(family: str, make: Callable[[int], AdapterSpec]) -> dict[str, AdapterSpec]:
+    """An adapter at each site of `every_linear`, made of its number."""
+    return {name: make(n) for n, name in enumerate(every_linear(family, Lora))}
+
+
 #: A linear of each family.
 LINEARS = {family: "attn.qkv" if family == "gpt2" else "attn.q" for family in MODELS}
 
@@ -187,6 +227,17 @@ PEFT_CASES = {
         for family in MODELS
         if family != "gpt2"
     },
+    **{
+        f"{kind}-{family}": Case(family, at_linears(family, make))
+        for kind, make in AT_PLAIN_LINEARS.items()
+        for family in ("bert", "llama")
+    },
+    **{
+        f"{kind}-{family}": Case(family, at_linears(family, make))
+        for kind, make in ANYWHERE.items()
+        for family in ("bert", "llama", "gpt2")
+    },
+    "ia3-anywhere": Case("llama", {f"layers.{i}.{role}": Ia3() for i in (1, 11) for role in ("attn.q", "mlp.gate")}),
     "ia3-bert": Case(
         "bert", {f"layers.{i}.{role}": Ia3() for i in (1, 11) for role in ("attn.k", "attn.v", "mlp.down")}
     ),
@@ -336,6 +387,52 @@ def assert_reloads(
     EXPORTERS["native"].export(recipe, state, folder / "native")
     found = fresh_own.read("native", folder=folder / "native", ids=token_ids().tolist())
     assert torch.equal(torch.tensor(found["logits"]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("specs", "reason"),
+    [
+        ((Oft(block_size=4), Oft(block_size=8)), "block size 8, but peft supports one block size for all, here 4"),
+        ((Boft(block_size=4), Boft(block_size=2)), "block size 2, but peft supports one block size for all, here 4"),
+        ((Boft(factors=2),), "peft computes 2 factors only where its CUDA extension can be compiled"),
+        ((Hra(pairs=1), Hra(pairs=2)), "number of pairs 2, but peft supports one number of pairs for all, here 1"),
+        ((Road(), Road(variant=2)), "variant 2, but peft supports one variant for all, here 1"),
+        ((Miss(rank=3), Miss(rank=2)), "rank 2, but peft supports one rank for all, here 3"),
+        ((Lokr(rank=1), Lokr(rank=1, factor=2)), "factor 2, but peft supports one factor for all, here -1"),
+        ((Gralora(rank=1), Gralora(rank=2)), "grid and rank 2 x 2, but peft supports one grid and rank for all"),
+    ],
+)
+def test_what_peft_has_once_is_refused_by_name(models: Folders, specs: tuple[AdapterSpec, ...], reason: str) -> None:
+    placement = {f"layers.{n}.attn.q": spec for n, spec in enumerate(specs)}
+    fit = EXPORTERS["peft"].assess(make_recipe("bert", models["bert"], placement))
+    assert fit.level == UNSUPPORTED
+    (line,) = fit.lost
+    assert line.startswith(f"layers.{len(specs) - 1}.attn.q {specs[0].kind}: {reason}")
+
+
+def test_peft_has_one_rank_of_hira(models: Folders, tmp_path: Path, fresh: FreshProcess) -> None:
+    placement = {f"layers.{n}.attn.q": Hira(rank=rank) for n, rank in enumerate((3, 1, 2))}
+    recipe = make_recipe("bert", models["bert"], placement)
+    state, wanted = trained(recipe)
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
+    assert [line.split(",")[0] for line in fit.lost] == [
+        "layers.1.attn.q hira: rank 1 becomes 3",
+        "layers.2.attn.q hira: rank 2 becomes 3",
+    ]
+    assert_close(read(fresh, "peft", recipe, tmp_path / "out")["logits"], wanted)
+
+
+def test_lokr_of_a_large_rank_is_a_whole_matrix_in_peft(models: Folders, tmp_path: Path, fresh: FreshProcess) -> None:
+    placement = {f"layers.{n}.attn.q": Lokr(rank=rank) for n, rank in enumerate((1, 2, 3))}
+    recipe = make_recipe("bert", models["bert"], placement)
+    state, wanted = trained(recipe)
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
+    assert fit.level == APPROXIMATE
+    assert [line.split(" of ")[0] for line in fit.lost] == [
+        "layers.1.attn.q lokr: rank 2",
+        "layers.2.attn.q lokr: rank 3",
+    ]
+    assert_close(read(fresh, "peft", recipe, tmp_path / "out")["logits"], wanted)
 
 
 def test_peft_has_one_rank_of_vera_and_one_key(
@@ -635,7 +732,12 @@ def imported(path: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("case", PEFT_CASES.values(), ids=PEFT_CASES.keys())
+SCRIPT_CASES = {
+    name: case for name, case in PEFT_CASES.items() if name not in {f"{kind}-llama" for kind in AT_PLAIN_LINEARS}
+}
+
+
+@pytest.mark.parametrize("case", SCRIPT_CASES.values(), ids=SCRIPT_CASES.keys())
 def test_script_declares_the_same_network(models: Folders, tmp_path: Path, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out", allow_lossy=True)

@@ -28,7 +28,26 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from autopeft.search_space.adapters import Dora, Ia3, Lora, Norm, Shira, Vera
+from autopeft.search_space.adapters import (
+    Beft,
+    Boft,
+    C3a,
+    Delora,
+    Dora,
+    Gralora,
+    Hira,
+    Hra,
+    Ia3,
+    Loha,
+    Lokr,
+    Lora,
+    Miss,
+    Norm,
+    Oft,
+    Road,
+    Shira,
+    Vera,
+)
 from autopeft.search_space.backbones.quantized import is_quantized
 from autopeft.studies.exporters import EXPORTERS, native
 from autopeft.studies.exporters.trl_script import script
@@ -86,6 +105,13 @@ PEFT_CASES = [
     ("llama", "nf4", Lora, {"rank": 3}),
     ("llama", "nf4", Dora, {"rank": 3}),
     ("llama", "nf4", Vera, {"rank": 4}),
+    ("llama", "nf4", Gralora, {"rank": 2}),
+    ("llama", "nf4", Miss, {"rank": 4}),
+    ("llama", "nf4", C3a, {"block_size": 8}),
+    ("llama", "nf4", Road, {"group_size": 8}),
+    ("llama", "nf4", Oft, {"block_size": 8}),
+    ("llama", "nf4", Boft, {"block_size": 4}),
+    ("llama", "nf4", Beft, {}),
     ("gpt2", "nf4", Lora, {"rank": 3}),
     ("gpt2", "nf4", Dora, {"rank": 3}),
     ("bert", "nf4", Lora, {"rank": 3}),
@@ -135,6 +161,15 @@ def test_other_types_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ma
     state, wanted = trained(recipe)
     EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
     torch.testing.assert_close(logits(run_readme(tmp_path / "out", monkeypatch)), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [Hira, Loha, Lokr, Delora, Hra])
+def test_what_peft_computes_with_the_weight_is_refused(tmp_path: Path, make: Any) -> None:
+    recipe = recipe_over(tmp_path, "llama", "nf4", make)
+    fit = EXPORTERS["peft"].assess(recipe)
+    assert fit.level == "unsupported"
+    assert all(line.endswith("peft computes with the weight itself, which is quantised") for line in fit.lost)
+    EXPORTERS["native"].export(recipe, trained(recipe)[0], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
