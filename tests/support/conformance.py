@@ -345,7 +345,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         kind="delora",
-        specs=(Delora(rank=3, dropout=0.2), Delora(rank=5, strength=4.0), Delora(rank=1)),
+        specs=(Delora(rank=3, strength=3.0, dropout=0.2), Delora(rank=5, strength=4.0), Delora(rank=1, strength=1.0)),
         peft=Peft(
             config=_at("DeloraConfig", r=lambda spec: spec.rank, delora_lambda=lambda spec: spec.strength),
             values=_named(

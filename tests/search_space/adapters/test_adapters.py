@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,11 @@ def head_of(attachment: Attachment) -> dict[str, Tensor]:
 def test_every_type_has_a_row() -> None:
     assert sorted(row.kind for row in ROWS) == sorted([*ADAPTERS, Mixture.kind])
     assert all(spec.kind == row.kind for row in ROWS for spec in row.specs)
+
+
+def test_every_type_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text()
+    assert not [kind for kind in ADAPTERS if f"\n| `{kind}` |" not in page]
 
 
 # One adapter on a model
