@@ -209,6 +209,7 @@ def test_reference(evaluator: PackedEvaluator, row: Row) -> None:
     assert proxy.scores(architectures) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_alone_and_in_a_pack(evaluator: PackedEvaluator) -> None:
     """Of every adapter type; on a CPU depths are kept apart, and a cache holds the layers below."""
     proxy = PROXIES["fisher"](evaluator, 1)
