@@ -19,7 +19,8 @@ LEAST_CHANCE = 0.05
 class Course:
     """A training at a rung: its held-out loss there, its cost, and its `final` loss of the quality once it has one.
 
-    `rival`: whether the search proposed it. A baseline may lie outside of the space, and be better than all in it.
+    `rival`: whether the search proposed it, and it is not beyond a bound. A baseline may lie outside of the space, and
+    be better than all in it; so may be what learns more than the bound of another metric permits.
     """
 
     loss: float
@@ -77,4 +78,5 @@ def _courses(quality: Objective, cost: Objective, trials: Iterable[Trial], rung:
         loss = at_rung(trial.measurement, rung)
         if loss is not None and trial.of is None:
             final = quality.loss(trial.values[quality.name]) if trial.state == "complete" else None
-            yield Course(loss=loss, cost=trial.values[cost.name], final=final, rival=trial.role == SEARCH)
+            rival = trial.role == SEARCH and trial.violation <= 0
+            yield Course(loss=loss, cost=trial.values[cost.name], final=final, rival=rival)

@@ -312,16 +312,17 @@ class TrainingEvaluator(AttachingEvaluator):
         step = max(1, len(self.examples["validation"]) // count)
         return sorted(row for of_domain in rows.values() for row in of_domain[::step])
 
-    def columns_and_texts(
+    def all_columns(
         self,
         attachment: Attachment,
         split: str,
         examples: Sequence[int] | None = None,
         batch_size: int = EVALUATION_BATCH_SIZE,
     ) -> list[Columns]:
-        """Return the columns with the texts that every slot generates and what it forgets, where a metric reads them.
+        """Return the columns with those of the texts that every slot generates and of what it forgets.
 
-        With `examples`, as at a rung, what it forgets is of a part of the retained rows, too.
+        Both are there where a metric reads them. With `examples`, as at a rung, what it forgets is of a part of the
+        retained rows, too.
         """
         more: list[list[Columns]] = []
         if self.forgetting is not None:  # first: what routers did last is reported, on the task's own rows
@@ -339,10 +340,10 @@ class TrainingEvaluator(AttachingEvaluator):
         self, attachment: Attachment, tested: Sequence[bool], batch_size: int = EVALUATION_BATCH_SIZE
     ) -> list[Scores]:
         """Return the scores of every slot; `tested` slots also on the test split and with averaged experts."""
-        validation = self.columns_and_texts(attachment, "validation", batch_size=batch_size)
+        validation = self.all_columns(attachment, "validation", batch_size=batch_size)
         found = [Scores(validation=own, routes=attachment.routers.routes(k)) for k, own in enumerate(validation)]
         if any(tested):
-            test = self.columns_and_texts(attachment, "test", batch_size=batch_size)
+            test = self.all_columns(attachment, "test", batch_size=batch_size)
             averaged = self._averaged(attachment, batch_size)
             for k in (k for k, wanted in enumerate(tested) if wanted):
                 found[k].test, found[k].averaged = test[k], averaged[k]
@@ -353,7 +354,7 @@ class TrainingEvaluator(AttachingEvaluator):
         if not attachment.routers:
             return [{}] * attachment.num_slots
         with attachment.routers.averaged():
-            columns = self.columns_and_texts(attachment, "validation", batch_size=batch_size)
+            columns = self.all_columns(attachment, "validation", batch_size=batch_size)
         return [
             own if any(spec.routed_by for _, spec in architecture) else {}
             for own, architecture in zip(columns, attachment.architectures, strict=True)

@@ -137,8 +137,8 @@ class PackedEvaluator(TrainingEvaluator):
         if select is not None and len({request.fidelity for request in requests}) > 1:
             raise ValueError("selection at rungs requires that all candidates have the same fidelity")
         self.prepare(requests)
-        texts = self.generation.at_rungs or select is not None
-        runs = [self._run(index, request, texts) for index, request in enumerate(requests)]
+        all_columns = self.generation.at_rungs or select is not None
+        runs = [self._run(index, request, all_columns) for index, request in enumerate(requests)]
         total = sum(run.num_steps for run in runs)
 
         def report(steps_ahead: int = 0) -> None:
@@ -170,7 +170,7 @@ class PackedEvaluator(TrainingEvaluator):
                     end(run, Outcome(measurement=run.record.measurement(run.request, self.name)))
         return [run.outcome for run in runs if run.outcome is not None]
 
-    def _run(self, index: int, request: Request, texts: bool) -> Run:
+    def _run(self, index: int, request: Request, all_columns: bool) -> Run:
         training = self.training(request.candidate)
         full, end = self.full_steps(training), self.num_steps(request)
         rungs = [(steps_at(rung, full), rung) for rung in request.fidelity.rungs]
@@ -183,7 +183,7 @@ class PackedEvaluator(TrainingEvaluator):
             depth=request.candidate.architecture.lowest_layer(self.backbone) if self.lower_layers else 0,
             alone=any(site in self.unpackable for site, _ in request.candidate.architecture),
             stops=(*(stop for stop in rungs if stop[0] < end), (end, request.fidelity.share)),
-            texts=texts,
+            all_columns=all_columns,
         )
 
     # Packs
@@ -338,7 +338,7 @@ class PackedEvaluator(TrainingEvaluator):
         ending = [k for k in slots if pack[k].stop == pack[k].num_steps]
         found: dict[int, Scores] = {}
         if len(ending) < len(slots):
-            score = self.columns_and_texts if pack[0].texts else self.columns
+            score = self.all_columns if pack[0].all_columns else self.columns
             columns = score(attachment, "validation", self.rung_examples, batch_size)
             found |= {k: Scores(validation=columns[k]) for k in slots}
         if ending:

@@ -45,7 +45,8 @@ class Run:
 
     `stops`: step and share of each rung and of the end. `depth`: number of layers below its lowest adapter. `state`:
     its state between two packs, None before the first step. `alone`: whether it must be the only one of its pack.
-    `texts`: whether it generates the texts that metrics read at its rungs, too: it has their values if it stops there.
+    `all_columns`: whether generated texts and what is forgotten are measured at its rungs, too: it has their values if
+    it stops there.
     """
 
     index: int
@@ -56,7 +57,7 @@ class Run:
     alone: bool
     stops: tuple[tuple[int, float], ...]
     record: Record
-    texts: bool = False
+    all_columns: bool = False
     #: Number of stops that were reached.
     passed: int = 0
     step: int = 0

@@ -100,7 +100,7 @@ def _trained(
         record.losses.append(loss)
         report(step)
         if step in rungs and step < steps:
-            scored = evaluator.columns_and_texts if evaluator.generation.at_rungs else evaluator.columns
+            scored = evaluator.all_columns if evaluator.generation.at_rungs else evaluator.columns
             (columns,) = scored(attachment, "validation", evaluator.rung_examples, at_a_time)
             record.rung(rungs[step], columns)
     record.end(evaluator.final_scores(attachment, [request.test], at_a_time)[0])

@@ -158,7 +158,8 @@ class _Comparison:
         others = dict(self._others(baseline))
         if others:
             metrics = self.snapshot.metrics
-            text += ", with " + ", ".join(difference_text(other, metrics[name]) for name, other in others.items())
+            differences = (difference_text(other, metrics[name], named=True) for name, other in others.items())
+            text += f", with {', '.join(differences)}"
         tuned, rate, structure, more = None, None, None, ""
         if is_untuned(name):
             tuned, rate, structure, more = self._parts(name, found)

@@ -129,12 +129,16 @@ def amount(value: float, metric: Metric) -> str:
     return f"{100 * value:.1f} points" if metric.unit == "share" else f"{value:.3g} {metric.name}"
 
 
-def difference_text(found: Estimate, metric: Metric) -> str:
-    """Format a difference with its interval, in the metric's own direction: "-0.3 points (95 %: -0.9 to +0.3)"."""
+def difference_text(found: Estimate, metric: Metric, *, named: bool = False) -> str:
+    """Format a difference with its interval, in the metric's own direction: "-0.3 points (95 %: -0.9 to +0.3)".
+
+    `named`: with the name of the metric, where it is not that of the comparison: "-0.3 points of macro-f1 (95 %: ...".
+    """
     own = found.signed(1.0 if metric.maximise else -1.0)
     factor, digits = (100, ".1f") if metric.unit == "share" else (1, ".3g")
     value, low, high = (f"{factor * number:+{digits}}" for number in (own.value, own.low, own.high))
-    unit = "points" if metric.unit == "share" else metric.name
+    points = f"points of {metric.name}" if named else "points"
+    unit = points if metric.unit == "share" else metric.name
     return f"{value} {unit} (95 % interval {low} to {high})"
 
 

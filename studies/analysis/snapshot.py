@@ -139,13 +139,19 @@ class Snapshot:
         return found
 
     def tuned(self) -> list[Entry]:
-        """Return the candidates of the search, and each baseline with its best learning rate."""
+        """Return the candidates of the search, and each baseline with its best learning rate.
+
+        Rates beyond a bound, such as that of what is forgotten, come after all others.
+        """
         sign = 1.0 if self.metrics[self.quality].maximise else -1.0
+
+        def merit(entry: Entry) -> tuple[bool, float]:
+            return entry.trial.violation <= 0, sign * entry.trial.values[self.quality]
+
         best: dict[str, Entry] = {}
         for entry in self.entries():
-            value = sign * entry.trial.values[self.quality]
             key = f"trial {entry.trial.number}" if entry.trial.role == SEARCH else str(entry.trial.role)
-            if key not in best or value > sign * best[key].trial.values[self.quality]:
+            if key not in best or merit(entry) > merit(best[key]):
                 best[key] = entry
         return list(best.values())
 

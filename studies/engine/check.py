@@ -174,7 +174,7 @@ def baseline_warnings(settings: StudyFile, backbone: Backbone) -> Iterator[str]:
 
 
 def _check_feasible(settings: StudyFile, problem: Problem) -> None:
-    """Raise NoFeasibleCandidateError if no candidate's declared costs meet the limits and the objectives' bounds."""
+    """Raise NoFeasibleCandidateError if no candidate's declared costs meet the limits and the bounds of metrics."""
     bounds = {o.name: o.bound for o in problem.measures if o.is_cost and o.bound is not None}
     if not (bounds or problem.limits.maxima):
         return
@@ -192,7 +192,8 @@ def _check_feasible(settings: StudyFile, problem: Problem) -> None:
             rejections.append(rejection)
     _, reason = min(rejections, default=(1.0, "none has an adapter"))
     what = f"no candidate meets the constraints; the closest of {PROBES} random candidates: {reason}"
-    raise NoFeasibleCandidateError(settings.render(("constraints" if problem.limits.maxima else "objectives",), what))
+    place = next(section for (section, *_), named in settings.named_metrics if named.name in bounds) if bounds else ""
+    raise NoFeasibleCandidateError(settings.render(("constraints" if problem.limits.maxima else place,), what))
 
 
 def _encoded(

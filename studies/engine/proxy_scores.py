@@ -169,6 +169,7 @@ def architectures_only(problem: Problem, num_trials: int) -> Problem:
     return Problem(
         space=bare,
         objectives=(SCORE, *(o for o in problem.objectives if o.name in UNTRAINED_METRICS)),
+        reported=tuple(o for o in problem.reported if o.name in UNTRAINED_METRICS and o.bound is not None),
         num_trials=num_trials,
         limits=Limits({name: limit for name, limit in problem.limits.maxima.items() if name in UNTRAINED_METRICS}),
     )
@@ -179,7 +180,7 @@ def _costs(
 ) -> Callable[[Architecture], dict[str, float]]:
     """Return a function of an architecture's costs, with a table of measurements if measured costs count."""
     backbone = inner.space.backbone
-    wanted = {o.name for o in inner.objectives} | inner.limits.maxima.keys()
+    wanted = {o.name for o in inner.measures} | inner.limits.maxima.keys()
     if not (measured := wanted & set(ADDITIVE)):
         return lambda architecture: declared_costs(architecture, backbone)
     space = space_for(settings, backbone)

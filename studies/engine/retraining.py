@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.search_space.metrics import ALWAYS, PassAt1
+from autopeft.search_space.metrics import ALWAYS, OfTexts
 from autopeft.search_space.problem import METRICS
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
@@ -47,7 +47,8 @@ def retrain(
     from autopeft.evaluators.texts import Generation
     from autopeft.evaluators.training.train import TrainEvaluator
 
-    running = [found.name for found in METRICS.qualities(recipe.measured) if isinstance(found.whole, PassAt1)]
+    measured = METRICS.qualities(recipe.measured)
+    running = [found.name for found in measured if isinstance(found.whole, OfTexts) and found.whole.runs_code]
     if running and not trust_code:
         raise ConfigurationError(
             f"the recipe's metric {running[0]} runs generated programs on this machine: read about it in docs/llm.md,"

@@ -63,9 +63,10 @@ def contenders(plan: StudyPlan, snapshot: Snapshot) -> list[Trial]:
     They are the search's front and, while there is room, the front of all others, and so on: single runs decide on the
     fronts, and one lucky run dominates many. A front without enough room is thinned over its length. With the goal
     "cheapest_as_good", three quarters of the room are for trials that may be within the margin of the best; so they are
-    where forgetting is an objective, because those that have learnt little are on the front for it.
+    where forgetting is an objective, because those that have learnt little are on the front for it. None is beyond a
+    bound: it can be neither on the front nor the best one.
     """
-    trials = [trial for trial in snapshot.search_trials if trial.state == "complete"]
+    trials = [t for t in snapshot.search_trials if t.state == "complete" and t.violation <= 0]
     near_first = plan.goal == "cheapest_as_good" or FORGETTING.name in snapshot.objectives_by_name
     near = snapshot.within_reach(trials) if near_first else trials
     far = [trial for trial in trials if trial not in near]

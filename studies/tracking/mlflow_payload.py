@@ -44,7 +44,7 @@ def metric(name: str, value: float, at_ms: int, step: int = 0) -> Metric:
     """Return a point of an MLflow metric, under a name that MLflow accepts."""
     from mlflow.entities import Metric
 
-    return Metric(_name(name), float(value), at_ms, step)
+    return Metric(accepted_name(name), float(value), at_ms, step)
 
 
 def run_name(trial: Trial, snapshot: Snapshot) -> str:
@@ -68,7 +68,7 @@ def trial_params(trial: Trial, snapshot: Snapshot) -> dict[str, str]:
         **trial.genes,
         **{TRAINING + name: value for name, value in trial.candidate.training.items()},
     }
-    return {_name(name): _cut(text(value), MAX_PARAM) for name, value in values.items()}
+    return {accepted_name(name): _cut(text(value), MAX_PARAM) for name, value in values.items()}
 
 
 def trial_metrics(trial: Trial, snapshot: Snapshot, start_ms: int) -> list[Metric]:
@@ -128,7 +128,7 @@ def front_metrics(row: FrontRow | None, snapshot: Snapshot, known: Iterable[str]
     """
     numbers = row.numbers(snapshot.quality) if row is not None and row.on_front else {}
     gone = dict.fromkeys((name for name in known if name.startswith(FRONT)), nan)
-    return gone | {_name(FRONT + name): value for name, value in numbers.items()}
+    return gone | {accepted_name(FRONT + name): value for name, value in numbers.items()}
 
 
 def study_tags(snapshot: Snapshot) -> dict[str, str]:
@@ -162,7 +162,7 @@ def front_view(snapshot: Snapshot) -> tuple[str, str]:
     names = [objective.name for objective in snapshot.objectives]
     names += [f"{quality}_std_err", f"{quality}_difference", f"test_{quality}"]
     names += [reported.name for reported in snapshot.reported]
-    metrics = [_name(FRONT + name) for name in names]
+    metrics = [accepted_name(FRONT + name) for name in names]
     state = {
         "searchFilter": f"{FRONT_FILTER} and tags.`autopeft.study_id` = '{snapshot.study_id}'",
         # Sorted by date, the UI folds the runs into their parent.
@@ -205,7 +205,7 @@ def note(snapshot: Snapshot, front: Front, experiment_id: str) -> str:
         better = "higher" if measure.maximise else "lower"
         about = f"{measure.metric.summary}; {measure.unit + ', ' if measure.unit else ''}{better} is better"
         about += "" if measure.bound is None else f"; worst acceptable value: {measure.bound:g}"
-        lines.append(f"| `{_name(f'{_prefix(measure.name, snapshot)}/{measure.name}')}` | {about} |")
+        lines.append(f"| `{accepted_name(f'{_prefix(measure.name, snapshot)}/{measure.name}')}` | {about} |")
     lines += [
         "| `obj/..._std_err`, `..._iqr` | standard error, interquartile range |",
         "| `front/...` | members of the front: means over their fresh seeds, difference to the best member and test"
@@ -256,7 +256,7 @@ def _number(row: FrontRow, name: str) -> str:
     return f"{row.values[name]:.6g}" + (f" ± {error:.2g}" if error else "")
 
 
-def _name(name: str) -> str:
+def accepted_name(name: str) -> str:
     """Return a name that MLflow accepts: letters, digits, `_ - .` and blanks, read as a path.
 
     `@` becomes `_at_`. Names of domains may have any signs; a digest keeps those apart that would become one.

@@ -332,7 +332,7 @@ class _Runs:
         reported = [found for found in diagnostics(snapshot.trials) if found.rank_correlation]
         points, at_ms = [], mlflow_payload.now_ms()
         for metric in dict.fromkeys(metric for found in reported for metric in found.rank_correlation):
-            name = f"surrogate/rank_correlation/{metric}"
+            name = mlflow_payload.accepted_name(f"surrogate/rank_correlation/{metric}")
             written = self._written(name)
             points += [
                 mlflow_payload.metric(name, found.rank_correlation[metric], at_ms, found.trial)

@@ -130,7 +130,7 @@ def test_it_is_the_loss_of_the_exported_adapter_minus_that_of_the_plain_model_ro
     request_ = request(PLACEMENTS[0])
     with alone.attach(request_) as attachment:
         attachment.load_state(dict(outcome.weights))
-        (columns,) = alone.columns_and_texts(attachment, "validation")
+        (columns,) = alone.all_columns(attachment, "validation")
     expected = losses_by_hand(adapted, folder, splits.retained) - losses_by_hand(plain, folder, splits.retained)
     assert np.array(columns["forgetting"]) == pytest.approx(expected, abs=1e-5)
     assert len(columns["forgetting"]) == 7

@@ -8,8 +8,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autopeft.search_space.architecture import Architecture, Candidate
+from autopeft.search_space.declaration import AdapterChoice
+from autopeft.search_space.problem import SEARCH, Measurement, Objective, Problem, Trial
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers.courses import LEAST_COURSES
-from autopeft.searchers.racing import Course, racing
+from autopeft.searchers.racing import Course, continuing, racing
+from autopeft.testing.spaces import encoder
 
 MARGIN = 0.01
 #: Twelve trainings that ended: the loss at the rung says much about the end, and larger ones are better.
@@ -47,6 +52,34 @@ def test_a_baseline_says_how_courses_end_but_stops_nobody() -> None:
     batch = [Course(loss=2.0, cost=1e5), Course(loss=0.9, cost=1e6)]
     assert 1 in racing(batch, far_better, MARGIN)
     assert racing([replace(batch[0], loss=2.4)], far_better, MARGIN) == [0], "one alone is the best that there is"
+
+
+def test_what_is_beyond_a_bound_stops_nobody() -> None:
+    """The study accepts no more forgetting than its bound, and what learns most exceeds it."""
+    objectives = (Objective.of("loss"), Objective.of("num_params"), Objective.of("forgetting", bound=0.1))
+    space = SearchSpace(
+        backbone=encoder(num_layers=2), adapters={"lora": AdapterChoice(kind="lora", fields={"rank": 4})}
+    )
+    problem = Problem(space=space, objectives=objectives, num_trials=24)
+
+    def ended(k: int) -> Trial:
+        values = {"loss": 1.5 - 0.01 * k + (0.002 if k % 2 else -0.002), "num_params": 1000.0 * 2**k}
+        values["forgetting"] = 0.5 if k >= 12 else 0.0
+        return Trial(
+            number=k,
+            role=SEARCH,
+            candidate=Candidate(architecture=Architecture(), training={}),
+            state="complete",
+            measurement=Measurement(values=values, rungs=((0.5, {"loss": 2.0 - 0.1 * k}),)),
+            violation=problem.violation(values),
+        )
+
+    trials = [ended(k) for k in range(24)]
+    batch = [[0.85, 1e7], [2.4, 1e9]]
+    assert continuing(problem, trials[:12], 0.5, batch) == [0]
+    assert continuing(problem, trials, 0.5, batch) == [0]
+    feasible = [replace(trial, violation=-1.0) for trial in trials]
+    assert continuing(problem, feasible, 0.5, batch) == [], "without the bound, half of the trials are better"
 
 
 def test_a_rung_that_says_nothing_stops_nobody_who_is_cheap() -> None:

@@ -152,7 +152,7 @@ def _generation_problems(study: StudyFile, known: MetricsByName) -> Iterator[Pla
             yield place, f"{matching} needs generation.pattern, a regular expression"
         return
     if matching not in read and read:
-        yield ("generation", "pattern"), f"has no effect: the objective {matching} reads it"
+        yield ("generation", "pattern"), f"has no effect without {matching}, which reads it"
     try:
         re.compile(settings.pattern)
     except re.error as error:

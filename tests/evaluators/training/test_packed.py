@@ -364,7 +364,7 @@ def test_a_broken_file_costs_its_computation(tmp_path: Path, caplog: pytest.LogC
 def test_a_slot_is_taken_off_and_put_on_again(loaded: LoadedBackbone) -> None:
     """Values, moments and random streams move between packs without a trace."""
     evaluator = together(loaded)
-    runs = [evaluator._run(k, request, texts=False) for k, request in enumerate(requests(mixed(loaded)))]
+    runs = [evaluator._run(k, request, all_columns=False) for k, request in enumerate(requests(mixed(loaded)))]
 
     def attached(chosen: Sequence[Any]) -> Any:
         architectures = [run.request.candidate.architecture for run in chosen]

@@ -23,7 +23,7 @@ from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.cli.app import main
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.config.source import StudyFileError
-from autopeft.studies.engine.proxy_scores import ScoreTable
+from autopeft.studies.engine.proxy_scores import ScoreTable, architectures_only
 from autopeft.studies.errors import NoFeasibleCandidateError
 from autopeft.studies.tracking.mlflow_sync import _Runs
 
@@ -177,6 +177,15 @@ def test_without_scores_it_is_bo() -> None:
     problem = problem_of(noise=0.0)
     bare = Problem(space=problem.space, objectives=problem.objectives, num_trials=32)
     assert set(phases(driven(bare, 12))) <= {"initial", "model", "evolution"}
+
+
+def test_the_search_over_scores_keeps_the_bounds_of_what_is_reported() -> None:
+    """Else it scores what may not be trained. A cost without a bound is not measured for it, nor is a quality."""
+    bound = Objective.of("stored_bytes", bound=4000.0)
+    reported = (bound, Objective.of("latency_s"), Objective.of("loss", bound=0.1))
+    inner = architectures_only(replace(problem_of(noise=0.0), reported=reported), 8)
+    assert inner.reported == (bound,)
+    assert inner.violation({"loss": 9.0, "num_params": 10.0, "stored_bytes": 5000.0}) == pytest.approx(0.25)
 
 
 def test_replay() -> None:

@@ -130,6 +130,36 @@ def test_further_qualities_have_their_differences_and_the_recommended_member_its
     assert found(RECOMMENDED, RULE)["rule-unsloth"].others == {}
 
 
+def test_points_of_a_further_quality_have_its_name() -> None:
+    def with_f1(trials: list[Trial], value: float) -> list[Trial]:
+        changed = []
+        for trial in trials:
+            assert trial.measurement is not None
+            both = {**trial.measurement.per_example, "macro-f1": tuple(value + SHARED)}
+            values = {**trial.measurement.values, "macro-f1": value}
+            changed.append(replace(trial, measurement=replace(trial.measurement, values=values, per_example=both)))
+        return changed
+
+    objectives = (Objective.of("accuracy"), Objective.of("num_params"), Objective.of("macro-f1"))
+    gain = found(with_f1(RECOMMENDED, 0.5), with_f1(RULE, 0.4), objectives=objectives)["rule-unsloth"]
+    assert ": +16.0 points (95 %" in gain.sentence
+    assert ", with +10.0 points of macro-f1 (95 % interval +10.0 to +10.0)." in gain.sentence
+
+
+def test_a_baseline_is_compared_at_its_best_rate_within_the_bounds() -> None:
+    """What learns most may forget more than the study permits; other rates of the same baseline do not."""
+    beyond = runs(40, "sweep-all-linear-r16", 0.58, 3e-2, violation=0.5)
+    for candidates in ([RECOMMENDED, beyond, TUNED], [RECOMMENDED, TUNED, beyond]):
+        made = study(*candidates)
+        (gain,) = gains(made, made.front())
+        assert gain.trial == 30
+        assert "it exceeds" not in gain.sentence
+    made = study(RECOMMENDED, beyond)
+    (gain,) = gains(made, made.front())
+    assert gain.trial == 40
+    assert "it exceeds the constraints of the study" in gain.sentence
+
+
 def test_a_loss_falls() -> None:
     objectives = (Objective.of("loss"), Objective.of("num_params"))
     gain = found(RECOMMENDED, RULE, TUNED, objectives=objectives)["rule-unsloth"]

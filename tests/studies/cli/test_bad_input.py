@@ -110,6 +110,9 @@ def test_a_bound_of_a_declared_cost_that_nothing_meets(cli, tmp_path: Path) -> N
     expect(cli("validate", path), 3, "no candidate meets the constraints", "objectives:", "limit 3")
     path = save_study(tmp_path, objectives=["accuracy", {"name": "num_params", "bound": 64}], **SHORT)
     assert cli("validate", path)[0] == 0
+    report = [{"name": "stored_bytes", "bound": 3}]
+    path = save_study(tmp_path, objectives=["accuracy", "num_params"], report=report, **SHORT)
+    expect(cli("validate", path), 3, "no candidate meets the constraints", "report:", "limit 3")
 
 
 def test_a_measured_constraint_that_nothing_meets(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,16 @@ def test_where_forgetting_counts_most_places_are_for_those_that_may_be_as_good()
     assert numbers(replace(PLAN, most_finalists=4), found)[:3] == [23, 21, 20]
 
 
+def test_what_is_beyond_a_bound_is_not_the_best_that_others_are_compared_with() -> None:
+    """Trial 30 learns most and is beyond a bound, as of what is forgotten: trials 20 to 22 are the best that count."""
+    cheap = [trial(10 + k, 0.3 + 0.02 * k, 1 + k) for k in range(4)]
+    near = [trial(20 + k, 0.64 + 0.02 * k, 9 + k) for k in range(3)]
+    found = snapshot([*cheap, *near, trial(30, 1.0, 16, violation=0.5)], within=0.03)
+    aimed = replace(PLAN, most_finalists=4, goal="cheapest_as_good")
+    assert numbers(aimed, found) == [22, 21, 20, 13]
+    assert numbers(replace(aimed, most_finalists=9), found) == [22, 21, 20, 13, 12, 11, 10]
+
+
 def test_a_rule_has_one_run_at_its_own_rate_and_a_sweep_has_all_rates() -> None:
     names = ("lora-all-linear", "rule-unsloth", "sweep-rslora-r64", "mlp-only-r10", "full")
     plan = replace(PLAN, baselines=names, learning_rates=(1e-3, 1e-2), full_learning_rates=(1e-4,))

@@ -199,7 +199,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"objectives": ["regex-match", "num_params"], "generation": {"pattern": "(w"}},
         "is no regular expression: missing )",
     ),
-    ({"generation": {"pattern": "w"}}, "generation.pattern: has no effect: the objective regex-match reads it"),
+    ({"generation": {"pattern": "w"}}, "generation.pattern: has no effect without regex-match, which reads it"),
     ({"generation": {"max_new_tokens": 0}}, "generation.max_new_tokens"),
     ({"objectives": ["pass-at-1", "num_params"]}, "generation: pass-at-1 runs generated programs on this machine"),
     ({"objectives": ["pass-at-1", "num_params"]}, "data.tests: pass-at-1 needs the column"),

@@ -22,6 +22,7 @@ from mlflow.entities import Run
 
 from autopeft.search_space.problem import COPY, FINALIST
 from autopeft.studies.tracking import mlflow_sync
+from autopeft.studies.tracking.mlflow_payload import accepted_name
 from autopeft.studies.tracking.mlflow_sync import Tracker
 from autopeft.studies.tracking.uri import absolute_uri, ui_command
 
@@ -192,9 +193,8 @@ def test_the_parent_holds_the_study(store: Store) -> None:
 def test_what_a_searcher_tells_of_its_model(store: Store) -> None:
     def told(number: int, correlation: float) -> dict[str, Any]:
         relevance = {"accuracy": {"lora.rank": 0.7, "training.learning_rate": 0.3}}
-        return {
-            "diagnostics": {"phase": "model", "rank_correlation": {"accuracy": correlation}, "relevance": relevance}
-        }
+        found = {"accuracy": correlation, "accuracy@a [b]": correlation}
+        return {"diagnostics": {"phase": "model", "rank_correlation": found, "relevance": relevance}}
 
     trials = [TRIALS[0], TRIALS[1], replace(TRIALS[2], searcher_state={"diagnostics": {"phase": "initial"}})]
     tracker = store.tracker()
@@ -203,7 +203,9 @@ def test_what_a_searcher_tells_of_its_model(store: Store) -> None:
     for _ in range(2):
         tracker.sync(snapshot(trials), final=True)
     run = store.parent()
-    assert store.history(run, "surrogate/rank_correlation/accuracy") == [(3, 0.25), (4, 0.4)]
+    for name in ("accuracy", "accuracy@a [b]"):
+        written = accepted_name(f"surrogate/rank_correlation/{name}")
+        assert store.history(run, written) == [(3, 0.25), (4, 0.4)], "each point once"
     last = json.loads(store.artifact(run, "surrogate.json"))
     assert last["trial"] == 4
     assert last["relevance"]["accuracy"]["lora.rank"] == 0.7
