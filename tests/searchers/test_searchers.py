@@ -32,7 +32,7 @@ from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.searchers.enumerated import LARGEST_GRID, grid_values
 from autopeft.searchers.optuna_samplers import from_optuna, to_optuna
-from autopeft.testing.searchers import CHECKS, SearcherCheck, ended, exact, problem_of, run
+from autopeft.testing.searchers import CHECKS, SearcherCheck, ended, exact, problem_of, run, suggestions_are_contained
 from autopeft.testing.spaces import RANKS, RATE, SMALL, encoder, mixed_space
 
 from ..support.spaces import spaces
@@ -66,6 +66,8 @@ ROWS = {
     "shrink": Row(mixed_space, endless=False, num_trials=6),  # without scores: with some, in test_shrunk.py
     "grid": Row(short_space, endless=False),
 }
+#: Checks that take half a minute.
+LONG = [(name, suggestions_are_contained) for name in ("bo", "linas")]
 every_searcher = pytest.mark.parametrize("name", ROWS)
 
 
@@ -79,8 +81,14 @@ def test_every_searcher_has_a_row() -> None:
 # Conformance
 
 
-@every_searcher
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        pytest.param(name, check, id=f"{check.__name__}-{name}", marks=[pytest.mark.slow] * ((name, check) in LONG))
+        for name in ROWS
+        for check in CHECKS
+    ],
+)
 def test_it_passes_the_checks_of_plug_ins(check: SearcherCheck, name: str) -> None:
     check(SEARCHERS[name], ROWS[name].space(), ROWS[name].num_trials)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ from autopeft.search_space.adapters import (
     Ssf,
     Vera,
 )
+from autopeft.search_space.adapters.linear_operators import InputOperator, OutputOperator
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.testing.adapters import sites_of
@@ -438,3 +440,16 @@ ROWS: tuple[Row, ...] = (
         roles=_SOME_LINEARS,
     ),
 )
+
+
+def kinds(*without: str) -> list[Any]:
+    """Return the types of the rows but these, for tests that train each of them.
+
+    Those of operators are slow tests there: what `test_adapters.py` tests of their formulas is most of it.
+    """
+    operators = (InputOperator, OutputOperator)
+    return [
+        pytest.param(row.kind, marks=[pytest.mark.slow] * isinstance(row.specs[0], operators))
+        for row in ROWS
+        if row.kind not in without
+    ]

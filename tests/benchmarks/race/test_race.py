@@ -345,6 +345,7 @@ def small_forest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surrogate, "TREES", 20)
 
 
+@pytest.mark.slow
 def test_the_table_is_learnt_and_finite(grown: Path, small_forest: None) -> None:
     problem = surrogate.tabulated(grown)
     space = problem.problem.space
@@ -433,6 +434,7 @@ def test_the_clock_starts_after_different_candidates() -> None:
     assert all(t.candidate.architecture for t in past)
 
 
+@pytest.mark.slow
 def test_forecasts(run: Callable[..., tuple[int, str, str]]) -> None:
     asked = ("race", "types", "--outlook", "--seeds", "1", "--trials", "24", "--batch", "4")
     code, out, _ = run(*asked, "--json")

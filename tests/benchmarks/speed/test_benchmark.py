@@ -288,6 +288,7 @@ def test_parts_of_the_benchmark_run_where_little_is_installed() -> None:
     python(f"import sys\nsys.modules.update(dict.fromkeys({HEAVY}))\n{IMPORTS}")  # None: as if it were missing
 
 
+@pytest.mark.slow
 def test_and_load_no_more_where_there_is_more() -> None:
     # transformers' Trainer itself loads datasets where that is installed, and datasets the others.
     python(

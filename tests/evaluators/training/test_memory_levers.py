@@ -82,7 +82,7 @@ def same(evaluator: PackedEvaluator, architectures: Sequence[Architecture], *lev
         assert all(map(torch.equal, after, states)), f"{each}: the streams have gone as far"
 
 
-@pytest.mark.parametrize("kind", [row.kind for row in conformance.ROWS if row.kind not in ("full", "mixture")])
+@pytest.mark.parametrize("kind", conformance.kinds("full", "mixture"))
 def test_levers_change_no_gradient(loaded: LoadedBackbone, kind: str) -> None:  # noqa: F811
     row = next(row for row in conformance.ROWS if row.kind == kind)
     own = [at(loaded, spec, k % 2, row.roles) for k, spec in enumerate(row.specs)]

@@ -102,7 +102,7 @@ def compare(found: Sequence[Outcome], expected: Sequence[Outcome], tolerance: fl
         assert ours.measurement.share == theirs.measurement.share
 
 
-@pytest.mark.parametrize("kind", [row.kind for row in conformance.ROWS if row.kind != "full"])
+@pytest.mark.parametrize("kind", conformance.kinds("full"))
 @pytest.mark.parametrize("share_lower_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_candidate_in_a_pack_is_the_candidate_alone(
     loaded: LoadedBackbone, kind: str, share_lower_layers: bool

@@ -492,7 +492,8 @@ def test_a_small_space_ends() -> None:
 @pytest.mark.parametrize(
     "objectives",
     [("accuracy",), ("num_params",), ("num_params", "flops_per_token"), ("accuracy", "num_params", "flops_per_token"),
-     ("accuracy", "loss", "latency_s"), ("num_params", "accuracy", "step_s", "loss")],
+     ("accuracy", "loss", "latency_s"),
+     pytest.param(("num_params", "accuracy", "step_s", "loss"), marks=pytest.mark.slow)],
     ids="-".join,
 )  # fmt: skip
 def test_objectives(objectives: Sequence[str]) -> None:
@@ -528,6 +529,7 @@ def test_spaces_without_a_choice_of_architecture(training: Mapping[str, Any]) ->
 # When a model is no use
 
 
+@pytest.mark.slow
 def test_noise_is_left_to_evolution() -> None:
     """As long as the surrogate ranks no better than chance; its word is taken again when it does."""
     problem = problem_of(layered_space())

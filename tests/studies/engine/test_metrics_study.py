@@ -81,6 +81,7 @@ def ended(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Study
     return request.param, settings, run(settings, resume=True)
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_ends_as_an_uninterrupted_one(ended, tmp_path: Path) -> None:
     name, _, snapshot = ended
     whole = run(load_study(study_in(tmp_path / "study", **STUDIES[name])))
