@@ -144,7 +144,9 @@ def forecasts(evaluator: Attaching, request: Request, runs_whole: Callable[[int]
             found = held + at_a_time * of_a_row
             if levers == WITHOUT_LEVERS and runs_whole(found):
                 found = step_bytes(attachment, evaluator.task, batch)
-            return found + sum(parameter.nbytes for parameter, _ in attachment.trainable())
+            trained = (parameter for parameter, _ in attachment.trainable())
+            of_banks = (tensor for bank in attachment.banks for tensor in bank.tensors().values())
+            return found + sum(tensor.nbytes for tensor in dict.fromkeys((*trained, *of_banks)))
 
     return forecast
 
@@ -161,11 +163,13 @@ def note_of(plan: PackPlan, order: Sequence[Levers]) -> str | None:
     )
 
 
-def _size(evaluator: Attaching, request: Request) -> tuple[int, int, int]:
+def _size(evaluator: Attaching, request: Request) -> tuple[int, int, int, int]:
     architecture = request.candidate.architecture
     # Experts of most types read copies of the activations.
     rows = max((spec.num_experts_total for _, spec in architecture), default=1)
-    return -architecture.lowest_layer(evaluator.backbone), rows, architecture.num_params(evaluator.backbone)
+    # Types that form a matrix as large as the weight have few parameters, but its operations.
+    work = sum(spec.flops_per_token(evaluator.backbone.site(site)) for site, spec in architecture)
+    return -architecture.lowest_layer(evaluator.backbone), rows, work, architecture.num_params(evaluator.backbone)
 
 
 def free_bytes(device: torch.device) -> int:

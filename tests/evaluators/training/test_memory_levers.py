@@ -24,7 +24,7 @@ from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.base import EvaluatorOptions, TrainingEvaluator
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
-from autopeft.search_space.adapters import Bottleneck, Dora, Full, Lora, Mixture, Prefix, Vera
+from autopeft.search_space.adapters import Bottleneck, Dora, Full, Hira, Lora, Mixture, Prefix, Vera
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.introspection import describe
 from autopeft.search_space.metrics import ALWAYS
@@ -193,6 +193,31 @@ def test_a_step_that_does_not_fit_uses_the_levers_in_their_order(
         first = next(each for each, size in zip(order, needed, strict=True) if size <= of_slot)
         assert (found.levers, found.slots >= 1) == (first, True), levers
     assert pack_sizing.plan(forecast, order, 1, 8).levers == order[-1], "the least that can be done"
+
+
+def test_a_forecast_counts_frozen_tensors(loaded: LoadedBackbone) -> None:  # noqa: F811
+    """The initial values that an init with an offset keeps beside the trained ones."""
+    evaluator = together(loaded)
+
+    def forecast(spec: Lora) -> int:
+        (wanted,) = requests([at(loaded, spec, 0)])
+        with evaluator.attach(wanted) as attachment:
+            beside = pack_sizing.step_bytes(attachment, evaluator.task, evaluator.longest_batch(wanted.candidate))
+        return pack_sizing.forecasts(evaluator, wanted, lambda _: True)(Levers()) - beside
+
+    plain, offset = Lora(rank=4), Lora(rank=4, init="pissa")
+    architecture = at(loaded, plain, 0)
+    assert forecast(offset) - forecast(plain) == 4 * architecture.num_params(loaded.backbone)
+
+
+def test_the_largest_candidate_may_have_few_parameters(loaded: LoadedBackbone) -> None:  # noqa: F811
+    """HiRA forms a matrix as large as the weight for each candidate."""
+    (dense, small) = requests([at(loaded, Hira(rank=1), 0), at(loaded, Lora(rank=4), 0)])
+    evaluator, order = together(loaded), [Levers()]
+    needed = [pack_sizing.forecasts(evaluator, one, lambda _: True)(Levers()) for one in (dense, small)]
+    assert needed[0] > needed[1]
+    for wanted in ([dense, small], [small, dense]):
+        assert pack_sizing.plan_pack(evaluator, wanted, order, 10**9).needed_bytes == needed[0]
 
 
 def test_the_note_says_what_is_done_and_in_which_order(
