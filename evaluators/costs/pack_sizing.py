@@ -163,13 +163,11 @@ def note_of(plan: PackPlan, order: Sequence[Levers]) -> str | None:
     )
 
 
-def _size(evaluator: Attaching, request: Request) -> tuple[int, int, int, int]:
+def _size(evaluator: Attaching, request: Request) -> tuple[int, int, int]:
     architecture = request.candidate.architecture
     # Experts of most types read copies of the activations.
     rows = max((spec.num_experts_total for _, spec in architecture), default=1)
-    # Types that form a matrix as large as the weight have few parameters, but its operations.
-    work = sum(spec.flops_per_token(evaluator.backbone.site(site)) for site, spec in architecture)
-    return -architecture.lowest_layer(evaluator.backbone), rows, work, architecture.num_params(evaluator.backbone)
+    return -architecture.lowest_layer(evaluator.backbone), rows, architecture.num_params(evaluator.backbone)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from autopeft.evaluators.training.activations import ActivationCache
 from autopeft.evaluators.training.base import EvaluatorOptions, TrainingEvaluator
 from autopeft.evaluators.training.packed import PackedEvaluator
 from autopeft.evaluators.training.train import TrainEvaluator
-from autopeft.search_space.adapters import Bottleneck, Dora, Full, Hira, Lora, Mixture, Prefix, Vera
+from autopeft.search_space.adapters import Bottleneck, Dora, Full, Lora, Mixture, Prefix, Vera
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.introspection import describe
 from autopeft.search_space.metrics import ALWAYS
@@ -208,16 +208,6 @@ def test_a_forecast_counts_frozen_tensors(loaded: LoadedBackbone) -> None:  # no
     plain, offset = Lora(rank=4), Lora(rank=4, init="pissa")
     architecture = at(loaded, plain, 0)
     assert forecast(offset) - forecast(plain) == 4 * architecture.num_params(loaded.backbone)
-
-
-def test_the_largest_candidate_may_have_few_parameters(loaded: LoadedBackbone) -> None:  # noqa: F811
-    """HiRA forms a matrix as large as the weight for each candidate."""
-    (dense, small) = requests([at(loaded, Hira(rank=1), 0), at(loaded, Lora(rank=4), 0)])
-    evaluator, order = together(loaded), [Levers()]
-    needed = [pack_sizing.forecasts(evaluator, one, lambda _: True)(Levers()) for one in (dense, small)]
-    assert needed[0] > needed[1]
-    for wanted in ([dense, small], [small, dense]):
-        assert pack_sizing.plan_pack(evaluator, wanted, order, 10**9).needed_bytes == needed[0]
 
 
 def test_the_note_says_what_is_done_and_in_which_order(
