@@ -96,9 +96,9 @@ def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
     """Return the adapter at its smallest and its largest size; twice the default if the declaration is invalid."""
     kind = ADAPTERS[choice.kind]
     name = kind.size_field
-    if name is None or name not in choice.fields:
+    if name is None:
         return kind(), kind()
-    domain, init = choice.fields[name], from_site(choice.fields.get("init"))
+    domain, init = choice.fields.get(name, getattr(kind(), name)), from_site(choice.fields.get("init"))
     limits: dict[str, Any] = {"init": init} if init else {}  # such an init limits the rank by the features
     try:
         domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))

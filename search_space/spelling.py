@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 #: Longer lists of known names are left out of a message.
-MAX_LISTED = 20
+MAX_LISTED = 30
 
 #: Names of peft, transformers and model families, and the setting or role in their place. A setting may have a value.
 SYNONYMS = {
@@ -74,7 +74,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     synonym = _synonym(word)
     if synonym.partition(":")[0] in names:
         return f"; did you mean {synonym!r}?"
-    close = get_close_matches(word, names, n=1, cutoff=0.6)
+    swapped = [name for name in names if sorted(name) == sorted(word)]
+    close = swapped or get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(names)}" if 0 < len(names) <= MAX_LISTED else ""

@@ -10,14 +10,14 @@ from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.search_space.runtime.pool import Pool
 
 
-def rate_factors(attachment: Attachment, k: int = 0) -> dict[nn.Parameter, float]:
-    """Return the factor of the learning rate of every tensor of `Attachment.trainable`, for the fields of slot k."""
-    placed = attachment.architectures[k].placed(attachment.backbone)
+def rate_factors(attachment: Attachment) -> dict[nn.Parameter, float]:
+    """Return the factor of the learning rate of every tensor of `Attachment.trainable`, with a single slot."""
+    placed = attachment.architectures[0].placed(attachment.backbone)
     whole = max((spec.rate for site, spec in placed if site.role == "backbone"), default=1.0)
     backbone = set(attachment.model[0].parameters())
     return (
         {v: bank.specs[0].rate_of(name) for bank in attachment.banks for name, v, _ in bank.trained()}
-        | {pool.value: _shared_factor(attachment, pool, k) for pool in attachment.pools.values() if pool.trainable}
+        | {pool.value: _shared_factor(attachment, pool, 0) for pool in attachment.pools.values() if pool.trainable}
         | {parameter: whole for parameter, _ in attachment.trainable() if parameter in backbone}
     )
 

@@ -54,11 +54,6 @@ class SharedWeights(nn.Module):
             if place.ranks:
                 raise ValueError(f"a supernet cannot share {place.adapter!r}: its experts have different ranks")
             for spec in _largest(place, domains):
-                if not spec.nested:
-                    raise ValueError(
-                        f"a supernet cannot share {place.adapter!r}: with its init, a smaller adapter is no part of a"
-                        " larger one"
-                    )
                 largest.setdefault((place.site.name, spec.structure()), []).append(spec)
                 if spec.routed_by:
                     mixed.setdefault(place.site.name, set()).add(place.adapter)
@@ -103,7 +98,7 @@ class SharedWeights(nn.Module):
 
 
 def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[AdapterSpec]:
-    """Yield the largest adapter at a place, once for each structure that it may have there."""
+    """Yield the largest adapter at a place, once for each structure that it may have there. Raises ValueError."""
     names: list[str] = []
     choices: list[Sequence[Any]] = []
     if place.experts is not None:
@@ -114,6 +109,10 @@ def _largest(place: Placement, domains: Mapping[str, Domain]) -> Iterator[Adapte
         owner = Mixture if key in MIXTURE_FIELDS else ADAPTERS[place.kind]
         choices.append(_values(owner, key, domains[gene]))
     found = [place.spec(dict(zip(names, values, strict=True))) for values in product(*choices)]
+    if not all(spec.nested for spec in found):
+        raise ValueError(
+            f"a supernet cannot share {place.adapter!r}: with its init, a smaller adapter is no part of a larger one"
+        )
     yield from {spec.structure(): spec for spec in found}.values()
 
 

@@ -144,7 +144,9 @@ def forecasts(evaluator: Attaching, request: Request, runs_whole: Callable[[int]
             found = held + at_a_time * of_a_row
             if levers == WITHOUT_LEVERS and runs_whole(found):
                 found = step_bytes(attachment, evaluator.task, batch)
-            return found + sum(parameter.nbytes for parameter, _ in attachment.trainable())
+            trained = (parameter for parameter, _ in attachment.trainable())
+            of_banks = (tensor for bank in attachment.banks for tensor in bank.tensors().values())
+            return found + sum(tensor.nbytes for tensor in dict.fromkeys((*trained, *of_banks)))
 
     return forecast
 

@@ -186,9 +186,8 @@ def _number(place: Placement, readers: list[list[Placement]]) -> int:
     `readers`: the placements that read each bank, to which this one is added. Mutually exclusive placements share a
     number, as in `Attachment`.
     """
-    gates = {gate.gene: gate.value for gate in place.gates}
     for nth, others in enumerate(readers):
-        if all(any(gates.get(g.gene, g.value) != g.value for g in other.gates) for other in others):
+        if all(map(place.excludes, others)):
             others.append(place)
             return nth
     readers.append([place])

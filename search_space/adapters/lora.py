@@ -218,9 +218,10 @@ def with_offset(p: Values, mask: Tensor | None, scale: Tensor) -> tuple[Tensor, 
 
 
 def from_site(init: Domain | Value | None) -> str | None:
-    """Return the first init among the values of the field that reads the site; None: none of them does."""
+    """Return the init among the values of the field that reads most of the site; None: none of them reads it."""
     values = init.choices if isinstance(init, Choice) else (init,)
-    return next((value for value in values if isinstance(value, str) and value in FROM_SITE), None)
+    found = [value for value in values if isinstance(value, str) and value in FROM_SITE]
+    return max(found, key=lambda name: FROM_SITE[name].components, default=None)
 
 
 def experts_problem(init: str) -> str:

@@ -99,8 +99,11 @@ def _principal_inputs(weight: Tensor, statistic: Tensor, rank: int, generator: G
 def _in_context(weight: Tensor, statistic: Tensor, rank: int, generator: Generator) -> Components:
     """Return U, S and V C^-1 with U S V = W C and the inputs' second moment C (Yang et al. 2024, CorDA, section 3.2).
 
-    As in the authors' code, the diagonal of C grows until the inverse is accurate.
+    As in the authors' code, the diagonal of C grows until the inverse is accurate. Raises ValueError for a C that is
+    not finite, such as that of inputs that overflow.
     """
+    if not statistic.isfinite().all():
+        raise ValueError(f"{MOMENT} is not finite, so no init can follow from it")
     identity, damping = torch.eye(len(statistic)).to(statistic), 0.01
     while True:
         moment = statistic + damping * statistic.diagonal().mean() * identity

@@ -10,6 +10,7 @@ from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Mixture
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS
 from autopeft.search_space.architecture import site_sort_key
 from autopeft.search_space.backbones.backbone import Site
+from autopeft.search_space.declaration import DeclarationProblem
 from autopeft.search_space.domains import Value
 from autopeft.search_space.routers import Follow
 from autopeft.search_space.spaces.genes import Gate
@@ -40,6 +41,11 @@ class Placement:
     def is_on(self, assignment: Mapping[str, Value]) -> bool:
         """Return whether the adapter is at the site."""
         return all(assignment.get(gate.gene) == gate.value for gate in self.gates)
+
+    def excludes(self, other: Placement) -> bool:
+        """Return whether no assignment has both on, because they need other values of one gene."""
+        gates = {gate.gene: gate.value for gate in self.gates}
+        return any(gates.get(gate.gene, gate.value) != gate.value for gate in other.gates)
 
     @property
     def decided_by(self) -> tuple[str, ...]:
@@ -76,7 +82,7 @@ class Placement:
             expert_fields["rank"] = max(mixture_fields["ranks"])
         expert = ADAPTERS[self.kind](**expert_fields)
         if not mixture:
-            return expert
+            return expert.canonical()
         mixed = Mixture(expert=expert, given=self.given, **mixture_fields)
         if leader := self.leader_of(mixed):
             mixed = replace(mixed, router=Follow.name, leader=leader)
@@ -85,6 +91,28 @@ class Placement:
     def leader_of(self, spec: Mixture) -> str:
         """Return the site whose router a mixture follows here; empty for its own router or constant gates."""
         return "" if spec.routed_by.constant else self.leader
+
+
+def conflicts(placements: Sequence[Placement]) -> Iterator[DeclarationProblem]:
+    """Yield the adapters that may be on together at a site, but compute with its weight, which only one can do.
+
+    Experts of a mixture may.
+    """
+    readers: dict[str, list[Placement]] = {}
+    found: set[tuple[str, str]] = set()
+    for place in placements:
+        if ADAPTERS[place.kind].reads_weight and not place.is_mixture({}):
+            here = readers.setdefault(place.site.name, [])
+            for other in here:
+                names = (place.adapter, other.adapter)
+                if names not in found and not place.excludes(other):
+                    found.add(names)
+                    yield (
+                        ("adapters", place.adapter),
+                        f"may be on at {place.site.name} together with {other.adapter!r}, and only one of them may"
+                        " compute with the layer's weight: put both into a group of one_of, or set `at` or `layers`",
+                    )
+            here.append(place)
 
 
 def numbered(placed: Sequence[tuple[Placement, AdapterSpec]]) -> Iterator[tuple[str, AdapterSpec]]:

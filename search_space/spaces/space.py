@@ -23,7 +23,7 @@ from autopeft.search_space.declaration import (
 )
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Int, Value, without_zero
 from autopeft.search_space.spaces.genes import TRAINING, Assignment, Condition, Gate, Gene
-from autopeft.search_space.spaces.placement import Placement, numbered
+from autopeft.search_space.spaces.placement import Placement, conflicts, numbered
 
 #: Places for adapters, each a site and an adapter that may sit there: a hundred layers with ten adapters have 7000.
 MOST_PLACES = 50_000
@@ -73,6 +73,8 @@ class SearchSpace:
         self.genes: tuple[Gene, ...] = tuple(self._compile())
         #: Every adapter at every site where it may sit.
         self.placements: tuple[Placement, ...] = tuple(self._place())
+        if problems := list(conflicts(self.placements)):
+            raise SpaceError(problems)
         self._by_name = {gene.name: gene for gene in self.genes}
 
     def _weight(self, name: str) -> int:

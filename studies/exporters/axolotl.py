@@ -57,7 +57,7 @@ class Axolotl(Exporter):
         ]
         if fractions:
             return unsupported(*fractions)
-        return approximate(*peft.fit.lost, *decayed_vectors(recipe), *_lost_rates(recipe))
+        return approximate(*peft.fit.lost, *_lost_rates(recipe))
 
     @override
     def write(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
@@ -133,7 +133,9 @@ def _lost_rates(recipe: Recipe) -> list[str]:
         if own != value
     ]
     lost += [f"{name} {spec.kind}: freeze_a: axolotl trains A too" for name, spec in loras if spec.freeze_a]
-    if ratio != 1.0 and recipe.training.weight_decay:
+    if ratio == 1.0:
+        lost += decayed_vectors(recipe)
+    elif recipe.training.weight_decay:
         lost.append(f"weight_decay {recipe.training.weight_decay}: axolotl's LoRA+ has none (affects only training)")
     return lost
 

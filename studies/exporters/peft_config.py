@@ -165,9 +165,14 @@ def _suffix(spec: AdapterSpec, tensor: str) -> str:
     return f".{_IN_PEFT[tensor]}." if isinstance(spec, Lora) else "."
 
 
+def flat_vectors(recipe: Recipe) -> list[str]:
+    """Return the parts of the names of vectors that have two dimensions in peft."""
+    return list(dict.fromkeys(f".{own.flat}." for kind in recipe.adapters.kinds if (own := PEFT_TYPES[kind]).flat))
+
+
 def decayed_vectors(recipe: Recipe) -> list[str]:
     """Return a line for each vector that transformers' Trainer decays in its own groups and the study does not."""
-    if recipe.training.weight_decay == 0.0 or rate_factors(recipe):  # these need parameter groups of their own
+    if recipe.training.weight_decay == 0.0:
         return []
     return [
         f"{name} {spec.kind}: weight_decay {recipe.training.weight_decay} also applies to its {own.decayed}"

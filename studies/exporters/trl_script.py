@@ -15,7 +15,7 @@ from autopeft.search_space.adapters.lora import FROM_SITE
 from autopeft.search_space.metrics import ALWAYS, LOSS
 from autopeft.studies.exporters.base import Assessment, Exporter, State, approximate, unsupported
 from autopeft.studies.exporters.loading import model_expression, quantization_expression, write_training_readme
-from autopeft.studies.exporters.peft_config import decayed_vectors, frozen_parts, plan, rate_factors
+from autopeft.studies.exporters.peft_config import decayed_vectors, flat_vectors, frozen_parts, plan, rate_factors
 from autopeft.studies.exporters.rows import write_rows, write_token_rows
 from autopeft.studies.recipes.recipe import Recipe
 
@@ -219,7 +219,7 @@ def optimizer_for(model):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = next((factor for part, factor in RATES.items() if part in name), 1.0)
-            groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((factor, $decays), []).append(parameter)
     rate, decay = TRAINING["learning_rate"], TRAINING["weight_decay"]
     return torch.optim.AdamW(
         [
@@ -245,7 +245,8 @@ class TrlScript(Exporter):
         fit = plan(recipe).fit
         if fit.level == "unsupported":
             return fit
-        return approximate(*fit.lost, *decayed_vectors(recipe))
+        # Learning rates take parameter groups of their own, which leave vectors out.
+        return approximate(*fit.lost, *(() if rate_factors(recipe) else decayed_vectors(recipe)))
 
     @override
     def write(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
@@ -285,7 +286,8 @@ def _own_functions(recipe: Recipe) -> str:
     """Return the functions of the script for what no argument of a trainer says."""
     frozen, rates = frozen_parts(recipe), rate_factors(recipe)
     functions = _FREEZE.substitute(frozen=_literal(frozen)) if frozen else ""
-    return functions + (_RATES.substitute(rates=_literal(rates)) if rates else "")
+    decays = " and ".join(["parameter.ndim > 1", *(f"{part!r} not in name" for part in flat_vectors(recipe))])
+    return functions + (_RATES.substitute(rates=_literal(rates), decays=decays) if rates else "")
 
 
 def _model(recipe: Recipe, load: str, config: str) -> dict[str, str]:

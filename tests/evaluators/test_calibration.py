@@ -299,12 +299,13 @@ def test_a_supernet_shares_nested_starts(loaded: LoadedBackbone) -> None:  # noq
     losses = supernet.train(lambda number: architectures, 3)
     assert torch.tensor(losses).isfinite().all()
 
-    fields: dict[str, Any] = {"rank": Choice.of([2, 4]), "init": "lora_ga"}
-    crossed = SearchSpace(
-        backbone=loaded.backbone, adapters={"lora": AdapterChoice(kind="lora", at=("attn.q",), fields=fields)}
-    )
-    with pytest.raises(ValueError, match="a smaller adapter is no part of a larger one"):
-        Supernet(evaluator, crossed, Training(batch_size=8, epochs=1), 0)
+    for init in ("lora_ga", Choice.of(["lora_ga", "pissa"])):
+        fields: dict[str, Any] = {"rank": Choice.of([2, 4]), "init": init}
+        crossed = SearchSpace(
+            backbone=loaded.backbone, adapters={"lora": AdapterChoice(kind="lora", at=("attn.q",), fields=fields)}
+        )
+        with pytest.raises(ValueError, match="a smaller adapter is no part of a larger one"):
+            Supernet(evaluator, crossed, Training(batch_size=8, epochs=1), 0)
 
 
 def test_the_gradient_goes_through_the_same_head_in_every_process(loaded: LoadedBackbone) -> None:  # noqa: F811

@@ -40,6 +40,7 @@ class PeftType:
     - `obstacles`: a line for each adapter that one configuration cannot hold together with the others.
     - `transposed`, `quantised`: why peft cannot adapt weights stored as [D_in, D_out], or in 4 or 8 bits.
     - `decayed`: what of it other trainers decay and the study does not.
+    - `flat`: peft's name of a vector that has two dimensions there, which the study does not decay.
     """
 
     config: str
@@ -49,6 +50,7 @@ class PeftType:
     transposed: str = ""
     quantised: str = ""
     decayed: str = ""
+    flat: str = ""
 
 
 def without_arguments(placed: Placed) -> Arguments:

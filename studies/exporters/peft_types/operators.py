@@ -112,6 +112,7 @@ OPERATORS: dict[str, PeftType] = {
         obstacles=_boft_obstacles,
         transposed=NO_TRANSPOSED,
         decayed="scale",
+        flat="boft_s",
     ),
     "hra": PeftType(
         config="HRAConfig",
@@ -129,13 +130,13 @@ OPERATORS: dict[str, PeftType] = {
         transposed=NO_TRANSPOSED,
         decayed="angles and scales",
     ),
-    "ia3": PeftType(config="IA3Config", arguments=_ia3, fill=_fill_ia3, decayed="scale"),
+    "ia3": PeftType(config="IA3Config", arguments=_ia3, fill=_fill_ia3, decayed="scale", flat="ia3_l"),
     "beft": PeftType(
         config="BeftConfig",
         arguments=without_arguments,
         fill=_fill_beft,
         transposed=NO_TRANSPOSED,
-        decayed="bias",
+        flat="beft_bias",  # other trainers leave it out because of its name
     ),
     "norm": PeftType(config="LNTuningConfig", arguments=without_arguments, fill=_fill_norm),
 }

@@ -195,6 +195,21 @@ def test_a_step_that_does_not_fit_uses_the_levers_in_their_order(
     assert pack_sizing.plan(forecast, order, 1, 8).levers == order[-1], "the least that can be done"
 
 
+def test_a_forecast_counts_frozen_tensors(loaded: LoadedBackbone) -> None:  # noqa: F811
+    """The initial values that an init with an offset keeps beside the trained ones."""
+    evaluator = together(loaded)
+
+    def forecast(spec: Lora) -> int:
+        (wanted,) = requests([at(loaded, spec, 0)])
+        with evaluator.attach(wanted) as attachment:
+            beside = pack_sizing.step_bytes(attachment, evaluator.task, evaluator.longest_batch(wanted.candidate))
+        return pack_sizing.forecasts(evaluator, wanted, lambda _: True)(Levers()) - beside
+
+    plain, offset = Lora(rank=4), Lora(rank=4, init="pissa")
+    architecture = at(loaded, plain, 0)
+    assert forecast(offset) - forecast(plain) == 4 * architecture.num_params(loaded.backbone)
+
+
 def test_the_note_says_what_is_done_and_in_which_order(
     loaded: LoadedBackbone,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -214,6 +214,14 @@ def test_a_rank_above_the_features_is_refused_before_training() -> None:
         backbone=backbone,
         adapters={"lora": AdapterChoice(kind="lora", fields={**fields, "init": Choice.of(["kaiming", "gaussian"])})},
     )
+    # Of several inits, the one that needs most of the features counts, in any order and for the default rank too.
+    for inits in (["pissa", "lora_ga"], ["lora_ga", "pissa"]):
+        fields = {"rank": Choice.of([4, 16]), "init": Choice.of(inits)}
+        with pytest.raises(SpaceError, match="16 is too large"):
+            SearchSpace(backbone=backbone, adapters={"lora": AdapterChoice(kind="lora", fields=fields)})
+    narrow = replace(backbone, sites=tuple(replace(site, out_features=12) for site in backbone.sites))
+    with pytest.raises(SpaceError, match="fits no site"):
+        SearchSpace(backbone=narrow, adapters={"lora": AdapterChoice(kind="lora", fields={"init": "lora_ga"})})
 
 
 def test_mixtures_and_dora_refuse_offsets() -> None:
@@ -248,6 +256,16 @@ def test_the_facts_of_inits_are_those_of_their_rules() -> None:
         spec = Lora(init=init)
         assert replace(spec, init="kaiming").structure() == Lora().structure()
         assert (spec.structure() == Lora().structure()) == (not spec.has_offset)
+
+
+def test_statistics_that_overflow_are_named() -> None:
+    model, backbone = tiny("bert")
+
+    def overflown(site: Site, name: str) -> Tensor:
+        return torch.full((site.in_features, site.in_features), torch.inf).double()
+
+    with pytest.raises(ValueError, match="is not finite"):
+        Attachment(model, backbone, [placed(Lora(init="corda_ipm"), backbone)], [1], starts=Starts(overflown))
 
 
 def test_noise_is_loaded_back() -> None:

@@ -465,6 +465,7 @@ a, b = lora(rank=2), lora(rank=4)
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {}}, "adapters", "the space is empty"),
     ({"adapters": {"a": AdapterChoice(kind="lroa")}}, "adapters.a.kind", "unknown adapter 'lroa'; did you mean 'lora'"),
+    ({"adapters": {"a": AdapterChoice(kind="qzx")}}, "adapters.a.kind", "unknown adapter 'qzx'; known: adapterbias"),
     ({"adapters": {"a.b": a}}, "adapters.a.b", "a name may contain only letters"),
     ({"adapters": {"a": lora(at=("mlp",))}}, "adapters.a.at",
      "lora cannot be attached at 'mlp'; did you mean 'mlp.up'"),
@@ -525,6 +526,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": {"a": a}, "training": {"learning_rte": 1.0}}, "training.learning_rte", "did you mean 'learning_rate"),
     ({"adapters": {"a": a}, "training": {"learning_rate": Float(low=-1, high=1)}}, "training.learning_rate",
      "must be positive, got -1"),
+    ({"adapters": {"a": AdapterChoice(kind="dora", placement="site"), "b": AdapterChoice(kind="hira", at=("attn.q",)),
+                   "c": a}}, "adapters.b", "may be on at layers.0.attn.q together with 'a', and only one of them"),
     ({"adapters": {"a": a}, "training": {"batch_size": 1.5}}, "training.batch_size", "must be a whole number"),
     ({"adapters": {"a": a}, "training": {"schedule": "cosin"}}, "training.schedule", "must be one of linear, cosine"),
 ]  # fmt: skip
@@ -535,6 +538,25 @@ def test_one_problem(declaration: dict[str, Any], path: str, what: str) -> None:
     ((found_path, found),) = problems(**declaration)
     assert found_path == path
     assert what in found
+
+
+def test_adapters_that_read_a_weight_may_take_turns_at_it() -> None:
+    dora, hira = AdapterChoice(kind="dora"), AdapterChoice(kind="hira")
+    space_of({"a": dora, "b": hira}, one_of=[OneOf(name="t", members=("a", "b"), per="site")])
+    space_of({"a": replace(dora, at=("attn.q",)), "b": replace(hira, at=("attn.v",))})
+    space_of({"a": replace(dora, layers=(0,)), "b": replace(hira, layers=(1, 2))})
+    space_of({"a": dora, "b": replace(dora, fields={"experts": 2})})
+
+
+def test_a_field_without_effect_makes_no_other_candidate() -> None:
+    """Trained factors of FLoRA are not drawn from a key."""
+    fields = {"factors": Choice.of(["trained", "frozen"]), "factors_key": Choice.of([0, 1])}
+    space = space_of({"a": AdapterChoice(kind="flora", fields=fields)})
+    assert len({space.decode(point).architecture for point in _points(space)}) == 3
+    for point in _points(space):
+        found = locate(space, space.decode(point))
+        assert found is not None
+        assert space.decode(space.completed(found)) == space.decode(point)
 
 
 def test_two_groups_of_one_name() -> None:

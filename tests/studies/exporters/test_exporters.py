@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    Trainer,
 )
 
 from autopeft.evaluators.backbones import load_backbone
@@ -1049,6 +1050,34 @@ def test_the_script_has_the_learning_rates(models: Folders, tmp_path: Path, fami
     assert all(value == (1e-5, 0.0 if key.endswith("bias") else 0.1) for key, value in heads.items())
 
 
+@pytest.mark.parametrize("spec", [Ia3(rate=2.0), Boft(rate=2.0), Beft(rate=2.0), Road(rate=2.0), Dora(rate=2.0)])
+def test_the_script_with_a_learning_rate_decays_no_vector(models: Folders, tmp_path: Path, spec: AdapterSpec) -> None:
+    """Some vectors have two dimensions in peft."""
+    name = "layers.1.attn.v"
+    recipe = make_recipe("bert", models["bert"], {name: spec}, {"weight_decay": 0.1})
+    assert EXPORTERS["trl-script"].assess(recipe).level == EXACT
+    EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out")
+    script = runpy.run_path(str(tmp_path / "out" / "train.py"))
+    model = script["load_model"](script["load_tokenizer"]())
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    found: dict[float, int] = {}
+    for group in script["optimizer_for"](model).param_groups:
+        own = [p for p in group["params"] if f".{recipe.sites[name].module}." in names[p]]
+        assert not own or group["lr"] == pytest.approx(2e-5)
+        found[group["weight_decay"]] = found.get(group["weight_decay"], 0) + sum(p.numel() for p in own)
+    for decay in (True, False):
+        declared = [p for p in spec.parameters(recipe.sites[name]).values() if p.decay == decay]
+        assert found.get(0.1 * decay, 0) == sum(p.count for p in declared)
+
+
+def test_beft_is_a_bias_that_trainers_do_not_decay(models: Folders) -> None:
+    recipe = make_recipe("bert", models["bert"], {"layers.1.attn.v": Beft()}, {"weight_decay": 0.1})
+    assert EXPORTERS["trl-script"].assess(recipe).level == EXACT
+    wrapped = get_peft_model(plain_model(recipe), plan(recipe).build())
+    decayed = Trainer.get_decay_parameter_names(None, wrapped)
+    assert not [name for name in decayed if "beft" in name]
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_script_with_learning_rates_runs(models: Folders, tmp_path: Path, fresh: FreshProcess, family: str) -> None:
     placement = with_rates(family, {"rate_ratio": 4.0, "freeze_a": True}, every=True)
@@ -1080,6 +1109,8 @@ def test_axolotl_has_one_ratio_and_trains_a(models: Folders) -> None:
     level, lost, _ = assessed({"freeze_a": True}, every=True)
     assert (level, len(lost)) == (APPROXIMATE, 3)
     assert all("freeze_a" in line for line in lost)
+    recipe = make_recipe("llama", models["llama"], {"layers.1.attn.q": Dora(rate=2.0)}, {"weight_decay": 0.1})
+    assert "also applies to its magnitude" in EXPORTERS["axolotl"].assess(recipe).lost[0]
 
 
 def test_peft_has_weights_whatever_trained_them(models: Folders) -> None:
