@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from autopeft.evaluators import calibration, contents
+from autopeft.evaluators import contents
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.layout import unpackable_sites
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import AttachingEvaluator, Costs, Request, memory_errors
-from autopeft.evaluators.calibration import Calibration
 from autopeft.evaluators.costs.measurement import StepTimes, measure, step_times
 from autopeft.evaluators.costs.pack_plans import divisible
 from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import RETAINED, Splits
 from autopeft.evaluators.forgetting import Forgetting
+from autopeft.evaluators.site_statistics import SiteStatistics, batches_of
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored, model_inputs
 from autopeft.evaluators.texts import Generation, Texts
 from autopeft.evaluators.training import batching
@@ -40,8 +40,6 @@ from autopeft.search_space.runtime.factors import Starts
 from autopeft.search_space.training import Training
 
 EVALUATION_BATCH_SIZE = 64
-#: Approximate number of validation examples that are scored at a rung.
-RUNG_EXAMPLES = 256
 #: Positions of the two rows of a small batch, at most. The second one is the longer one, if there are such rows, and
 #: rows of different lengths stay so.
 SMALL_LENGTHS = (12, 16)
@@ -110,12 +108,12 @@ class TrainingEvaluator(AttachingEvaluator):
         self.task = kind(loaded.processor, max_length, splits.labels, splits.domains)
         self.examples: dict[str, list[Example]] = encode_splits(self.task, splits, self.model).examples
         self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
-        self.rung_examples: Sequence[int] = rung_examples(len(self.examples["validation"]))
+        self.rung_examples: Sequence[int] = batching.rung_examples(len(self.examples["validation"]))
         self.device = next(self.model.parameters()).device
-        batches = calibration.batches(len(self.examples["train"]))
+        batches = batches_of(len(self.examples["train"]))
         #: Initial values of factors that follow from the frozen weights and from training rows.
         self.starts = Starts(
-            Calibration(
+            SiteStatistics(
                 self.model,
                 self.backbone,
                 self.task,
@@ -125,7 +123,8 @@ class TrainingEvaluator(AttachingEvaluator):
         )
         self.metrics = tuple(metrics)
         if any(isinstance(metric, ByDomain) for metric in self.metrics):
-            self.rung_examples = self._rung_examples_of_domains(len(self.rung_examples))
+            domains = [example.get("domain", 0) for example in self.examples["validation"]]
+            self.rung_examples = batching.rung_examples_of_domains(domains)
         #: The losses that `forgetting` compares with; None without this metric.
         wanted = FORGETTING in self.metrics
         self.forgetting = Forgetting(loaded, self.task, self.lengths, self.batch) if wanted else None
@@ -304,14 +303,6 @@ class TrainingEvaluator(AttachingEvaluator):
             return {}
         return {DOMAIN: [self.task.domains[self.examples[split][i]["domain"]] for i in examples]}
 
-    def _rung_examples_of_domains(self, count: int) -> list[int]:
-        """Return about as many validation examples, evenly spread over each domain, so that a rung has all of them."""
-        rows: dict[int, list[int]] = {}
-        for row, example in enumerate(self.examples["validation"]):
-            rows.setdefault(example.get("domain", 0), []).append(row)
-        step = max(1, len(self.examples["validation"]) // count)
-        return sorted(row for of_domain in rows.values() for row in of_domain[::step])
-
     def all_columns(
         self,
         attachment: Attachment,
@@ -327,7 +318,7 @@ class TrainingEvaluator(AttachingEvaluator):
         more: list[list[Columns]] = []
         if self.forgetting is not None:  # first: what routers did last is reported, on the task's own rows
             retained = RETAINED[split]
-            rows = None if examples is None else rung_examples(len(self.examples[retained]))
+            rows = None if examples is None else batching.rung_examples(len(self.examples[retained]))
             trained = self.columns(attachment, retained, rows, batch_size)
             more.append([self.forgetting.column(retained, after, rows) for after in trained])
         columns = self.columns(attachment, split, examples, batch_size)
@@ -386,14 +377,6 @@ def _by_name(rows: Tensor, widths: Mapping[str, int | None]) -> Columns:
         columns[name] = rows[start].tolist() if width is None else rows[start : start + width].T.tolist()
         start += width or 1
     return columns
-
-
-def rung_examples(count: int) -> range:
-    """Return the positions of the examples of `count` that are scored at a rung.
-
-    They are evenly spread, whatever the order: enough to rank by the loss, few enough to be cheap.
-    """
-    return range(count)[:: max(1, count // RUNG_EXAMPLES)]
 
 
 def steps_at(share: float, full: int) -> int:

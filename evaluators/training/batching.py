@@ -8,6 +8,8 @@ from random import Random
 
 # Examples of similar length share a batch; sorting within pools of this many batches keeps the order random enough.
 POOLED_BATCHES = 16
+#: Approximate number of validation examples that are scored at a rung.
+RUNG_EXAMPLES = 256
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
@@ -52,3 +54,23 @@ def short_rows(lengths: Sequence[int], least: int = 8) -> list[int]:
     longer = [i for i in fit if lengths[i] > lengths[fit[0]]]
     shorter = [i for i in reversed(order) if lengths[i] < lengths[fit[0]]]
     return [fit[0], *(longer or shorter or fit[1:])[:1]]
+
+
+def rung_examples(count: int) -> range:
+    """Return the positions of the examples of `count` that are scored at a rung.
+
+    They are evenly spread, whatever the order: enough to rank by the loss, few enough to be cheap.
+    """
+    return range(count)[:: max(1, count // RUNG_EXAMPLES)]
+
+
+def rung_examples_of_domains(domains: Sequence[int]) -> list[int]:
+    """Return about as many positions of examples, evenly spread over each domain, so that a rung has all of them.
+
+    `domains`: the domain of each example.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, domain in enumerate(domains):
+        rows.setdefault(domain, []).append(row)
+    step = rung_examples(len(domains)).step
+    return sorted(row for of_domain in rows.values() for row in of_domain[::step])

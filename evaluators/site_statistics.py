@@ -23,7 +23,7 @@ from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Sit
 ROWS, BATCH_SIZE = 256, 8
 
 
-def batches(count: int) -> list[range]:
+def batches_of(count: int) -> list[range]:
     """Return the positions of rows of `count`, evenly spread over them: the same for all candidates and seeds."""
     order = range(count)[:: max(1, count // ROWS)]
     return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
@@ -98,7 +98,7 @@ STATISTICS: Mapping[str, type[Statistic]] = {
 }
 
 
-class Calibration:
+class SiteStatistics:
     """Computes statistics of a model without adapters; see `factors.Statistics`.
 
     A pass over the rows serves the linears of one layer that have the same number of inputs, and only its statistics

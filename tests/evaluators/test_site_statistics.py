@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.backbones import LoadedBackbone
-from autopeft.evaluators.calibration import STATISTICS, Calibration
 from autopeft.evaluators.proxies.supernet import Supernet
+from autopeft.evaluators.site_statistics import STATISTICS, SiteStatistics
 from autopeft.evaluators.tasks import Batch
 from autopeft.search_space.adapters import Dora, Lora
 from autopeft.search_space.architecture import Architecture
@@ -53,9 +53,11 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits.square().flatten(1).mean(1)
 
 
-def calibration(model: nn.Module, backbone: Backbone, rows: Callable[[], Iterable[Batch]] = batches) -> Calibration:
+def site_statistics(
+    model: nn.Module, backbone: Backbone, rows: Callable[[], Iterable[Batch]] = batches
+) -> SiteStatistics:
     task = SimpleNamespace(scores=lambda model, batch: {"loss": loss_of(model, batch)})
-    return Calibration(
+    return SiteStatistics(
         model,
         backbone,
         cast(Any, task),
@@ -79,7 +81,7 @@ def inputs_of(model: nn.Module, module: str) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_are_the_obvious_ones(family: str) -> None:
     model, backbone = tiny(family)
-    measured = calibration(model, backbone)
+    measured = site_statistics(model, backbone)
     for site in [site for site in backbone.sites if site.role in ("attn.q", "attn.qkv", "mlp.up", "mlp.down")]:
         rows = inputs_of(model, site.module)
         x = torch.cat(rows).double()
@@ -95,7 +97,7 @@ def test_statistics_are_the_obvious_ones(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_that_of_the_weight(family: str) -> None:
     model, backbone = tiny(family)
-    measured = calibration(model, backbone)
+    measured = site_statistics(model, backbone)
     for site in [site for site in backbone.sites if site.role in ("attn.q", "attn.qkv", "mlp.down")]:
         found = measured(site, "the gradient of the weight")
         weight = cast(Tensor, model.get_submodule(site.module).weight)
@@ -120,7 +122,7 @@ def test_a_pass_serves_a_layer_and_leaves_the_model_as_it_was() -> None:
         backbone,
         [placed(Lora(rank=2, init=init), backbone, ("attn.q", "attn.v", "mlp.up", "mlp.down")) for init in OF_DATA[:2]],
         [1, 2],
-        starts=Starts(calibration(model, backbone, rows)),
+        starts=Starts(site_statistics(model, backbone, rows)),
     ):
         pass
     # Per layer: linears of the hidden size, and those of the inner size; eva and corda have statistics of their own.
@@ -132,7 +134,7 @@ def test_a_pass_serves_a_layer_and_leaves_the_model_as_it_was() -> None:
 
 def ours(family: str, spec: Lora, rows: Callable[[], Iterable[Batch]]) -> tuple[dict[str, Tensor], Backbone]:
     model, backbone = tiny(family)
-    starts = Starts(calibration(model, backbone, rows))
+    starts = Starts(site_statistics(model, backbone, rows))
     with Attachment(model, backbone, [placed(spec, backbone)], [1], pretrained_head=True, starts=starts) as attachment:
         attachment.eval()
         bare, _ = tiny(family)
@@ -274,7 +276,7 @@ def test_inputs_that_are_no_tokens_are_named() -> None:
 
     architecture = placed(Lora(rank=2, init="eva"), backbone)
     with pytest.raises(ValueError, match="no vectors of the tokens of a row"):
-        Attachment(model, backbone, [architecture], [1], starts=Starts(calibration(model, backbone, without_mask)))
+        Attachment(model, backbone, [architecture], [1], starts=Starts(site_statistics(model, backbone, without_mask)))
 
 
 def test_a_supernet_shares_nested_starts(loaded: LoadedBackbone) -> None:  # noqa: F811
