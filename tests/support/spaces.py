@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from autopeft.search_space import AdapterChoice, Choice, Float, Int, OneOf, SearchSpace
@@ -83,6 +84,10 @@ def spaces(draw: st.DrawFn) -> SearchSpace:
     """Several adapters, exclusive groups, a layer gate, placements and fields at every granularity."""
     grouped = draw(st.lists(st.lists(choices(placement=False), min_size=1, max_size=3), max_size=2))
     alone = draw(st.lists(choices(), min_size=0 if grouped else 1, max_size=2))
+    # Two that compute with one weight are refused, unless a group chooses one of them.
+    assume(
+        sum(any(choice.kind == "dora" for choice in together) for together in (*grouped, *([one] for one in alone))) < 2
+    )
     adapters = {f"a{i}": choice for i, choice in enumerate(alone)}
     groups = []
     for g, members in enumerate(grouped):
