@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from autopeft.evaluators.tasks import Batch, Task
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
+from autopeft.search_space.runtime.factors import COVARIANCE, GRADIENT, MOMENT
 
 #: Training rows that are read, and rows at a time.
 ROWS, BATCH_SIZE = 256, 8
@@ -92,9 +93,9 @@ class Gradient(Statistic):
 
 
 STATISTICS: Mapping[str, type[Statistic]] = {
-    "the covariance of inputs": Covariance,
-    "the scaled second moment of inputs": ScaledMoment,
-    "the gradient of the weight": Gradient,
+    COVARIANCE: Covariance,
+    MOMENT: ScaledMoment,
+    GRADIENT: Gradient,
 }
 
 
@@ -102,8 +103,8 @@ class SiteStatistics:
     """Computes statistics of a model without adapters; see `factors.Statistics`.
 
     A pass over the rows serves the linears of one layer that have the same number of inputs, and only its statistics
-    are kept. `batches`: training rows, the same at each call. `bare`: a block in which
-    the model has a task head and no adapters, with frozen parameters.
+    are kept. `batches`: training rows, the same at each call. `bare`: a block in which the model has a task head and no
+    adapters, with frozen parameters.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,22 +77,13 @@ class Texts:
 
         They are greedy texts. `batch_size`: prompts of a slot at a time, at most.
         """
-        from autopeft.evaluators.generation import ends_of, greedy_of_slots
+        from autopeft.evaluators.generation import ends_of
 
         chosen = range(len(self.rows[split])) if examples is None else examples
         rows = [self.rows[split][i] for i in chosen]
-        tokenizer = self.task.processor
+        ends = ends_of(self.model, self.task.processor, [row.reference for row in self.rows["validation"]])
         attachment.eval()
-        found = greedy_of_slots(
-            self.model,
-            [row.prompt for row in rows],
-            attachment=attachment,
-            ends=ends_of(self.model, tokenizer, [row.reference for row in self.rows["validation"]]),
-            padding=tokenizer.pad_token_id,
-            max_new_tokens=self.max_new_tokens,
-            domains=[row.domain for row in rows] if self.task.domains else None,
-            batch_size=batch_size,
-        )
+        found = self._greedy(attachment, rows, ends, self.max_new_tokens, batch_size)
         attachment.train()
         given = {PROMPTS: self._read([row.prompt for row in rows])}
         given[REFERENCES] = self._read([row.reference for row in rows])
@@ -109,29 +100,40 @@ class Texts:
         Texts may end before.
         """
         from autopeft.evaluators.costs.timing import now, text_seconds
-        from autopeft.evaluators.generation import greedy_of_slots
 
         rows = sorted(self.rows["validation"], key=lambda row: len(row.prompt))
         size = min(batch_size, len(rows))
         rows = rows[(len(rows) - size) // 2 :][:size]
 
         def generate(count: int, tokens: int) -> None:
-            chosen = rows[(size - count) // 2 :][:count]
-            greedy_of_slots(
-                self.model,
-                [row.prompt for row in chosen],
-                attachment=attachment,
-                ends=(),
-                padding=self.task.processor.pad_token_id,
-                max_new_tokens=tokens,
-                domains=[row.domain for row in chosen] if self.task.domains else None,
-                batch_size=batch_size,
-            )
+            self._greedy(attachment, rows[(size - count) // 2 :][:count], (), tokens, batch_size)
 
         attachment.eval()
         found = text_seconds(generate, size, self.max_new_tokens, within_s, lambda: now(self.model.device))
         attachment.train()
         return found
+
+    def _greedy(
+        self,
+        attachment: Attachment,
+        rows: Sequence[Prompted],
+        ends: Collection[int],
+        max_new_tokens: int,
+        batch_size: int,
+    ) -> list[list[list[int]]]:
+        """Return the tokens that every slot generates after the prompts of rows; see `greedy_of_slots`."""
+        from autopeft.evaluators.generation import greedy_of_slots
+
+        return greedy_of_slots(
+            self.model,
+            [row.prompt for row in rows],
+            attachment=attachment,
+            ends=ends,
+            padding=self.task.processor.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            domains=[row.domain for row in rows] if self.task.domains else None,
+            batch_size=batch_size,
+        )
 
     def continuations(self, rows: Sequence[Prompted], texts: Sequence[Sequence[int]]) -> list[str]:
         """Return the texts as they continue their prompts: some tokenizers drop white space where a text begins."""

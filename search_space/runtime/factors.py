@@ -20,7 +20,10 @@ from autopeft.search_space.backbones.linear import weight_of
 from autopeft.search_space.parameter import Factor
 from autopeft.search_space.runtime.init import stream
 
+#: Names of the statistics of a site.
+COVARIANCE = "the covariance of inputs"
 MOMENT = "the scaled second moment of inputs"
+GRADIENT = "the gradient of the weight"
 
 
 class Statistics(Protocol):
@@ -145,10 +148,10 @@ RULES: dict[str, Rule] = {
     "pissa": Rule(decompose=_principal, factors=_balanced),
     "pissa_niter_4": Rule(decompose=_fast_principal, factors=_balanced, per_rank=True),
     "olora": Rule(decompose=_orthonormal, factors=_as_they_are),
-    "eva": Rule(decompose=_principal_inputs, factors=_inputs_alone, statistic="the covariance of inputs"),
+    "eva": Rule(decompose=_principal_inputs, factors=_inputs_alone, statistic=COVARIANCE),
     "corda_ipm": Rule(decompose=_in_context, factors=_balanced, statistic=MOMENT),
     "corda_kpm": Rule(decompose=_in_context_from_the_end, factors=_balanced, statistic=MOMENT),
-    "lora_ga": Rule(decompose=_of_gradient, factors=_crossed, statistic="the gradient of the weight"),
+    "lora_ga": Rule(decompose=_of_gradient, factors=_crossed, statistic=GRADIENT),
 }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from autopeft.evaluators.rows import EMBEDDED_PROSE as PROSE
 from autopeft.search_space.metrics import FORGETTING
 from autopeft.search_space.problem import COSTS
 from autopeft.studies.config.source import PlacedProblem
 from autopeft.studies.config.study_file import StudyFile
 
-PROSE = "embedded-prose"
 SECTION = "forgetting"
 
 

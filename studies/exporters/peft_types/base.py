@@ -79,6 +79,11 @@ def whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
+def common_values(placed: Placed, *names: str) -> dict[str, Any]:
+    """Return the most frequent value of each field, for fields that peft has once for all sites."""
+    return {name: most_common(getattr(spec, name) for _, spec in placed) for name in names}
+
+
 def lost_values(placed: Placed, common: Mapping[str, Any]) -> list[str]:
     """Return a line for each field of a site that differs from the `common` value, which peft gets."""
     return [

@@ -25,6 +25,7 @@ from autopeft.studies.exporters.peft_types.base import (
     Arguments,
     PeftType,
     Placed,
+    common_values,
     lost_values,
     most_common,
     one_for_all,
@@ -50,9 +51,8 @@ def _lora(placed: Placed) -> Arguments:
     }
     rank, rank_pattern = patterns(ranks)
     alpha, alpha_pattern = patterns(alphas)
-    dropout = most_common(spec.dropout for _, spec in loras)
-    init = most_common(spec.init for _, spec in loras)
-    lost = lost_values(placed, {"dropout": dropout, "init": init})
+    common = common_values(placed, "dropout", "init")
+    init, lost = common["init"], lost_values(placed, common)
     if init not in _LORA_INITS:
         reason = f"peft needs a pass over rows for init {init!r}" if init in FROM_SITE else f"peft has no init {init!r}"
         lost += [f"{site.name} {spec.kind}: {reason} (affects only training)" for site, spec in loras]
@@ -61,7 +61,7 @@ def _lora(placed: Placed) -> Arguments:
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "lora_dropout": dropout,
+        "lora_dropout": common["dropout"],
         "init_lora_weights": _LORA_INITS.get(init, True),
         "bias": "none",
         "use_rslora": root,
@@ -88,7 +88,7 @@ def _hira(placed: Placed) -> Arguments:
     hiras = [spec for _, spec in placed if isinstance(spec, Hira)]
     # peft 0.21 ignores rank_pattern here. A smaller rank is the largest rank with zeros in the additional rows.
     rank = max(spec.rank for spec in hiras)
-    common = {name: most_common(getattr(spec, name) for spec in hiras) for name in ("dropout", "init")}
+    common = common_values(placed, "dropout", "init")
     arguments = {"r": rank, "hira_dropout": common["dropout"], "init_weights": _DRAWN_INITS[common["init"]]}
     return arguments, lost_values(placed, {"rank": rank, **common})
 
@@ -110,7 +110,7 @@ def _vera(placed: Placed) -> Arguments:
     veras = [spec for _, spec in placed if isinstance(spec, Vera)]
     # A smaller rank is the largest rank with zeros in the additional rows.
     rank = max(spec.rank for spec in veras)
-    common = {name: most_common(getattr(spec, name) for spec in veras) for name in ("dropout", "d_initial")}
+    common = common_values(placed, "dropout", "d_initial")
     arguments = {
         "r": rank,
         "projection_prng_key": veras[0].projection_key,
@@ -189,8 +189,8 @@ def _fill_lokr(module: Any, values: Mapping[str, Tensor], spec: AdapterSpec) -> 
 
 def _miss(placed: Placed) -> Arguments:
     misses = [spec for _, spec in placed if isinstance(spec, Miss)]
-    dropout = most_common(spec.dropout for spec in misses)
-    return {"r": misses[0].rank, "miss_dropout": dropout}, lost_values(placed, {"dropout": dropout})
+    common = common_values(placed, "dropout")
+    return {"r": misses[0].rank, "miss_dropout": common["dropout"]}, lost_values(placed, common)
 
 
 def _fill_miss(module: Any, values: Mapping[str, Tensor], spec: AdapterSpec) -> None:
@@ -221,7 +221,7 @@ def _gralora(placed: Placed) -> Arguments:
     graloras = [(site, spec) for site, spec in placed if isinstance(spec, Gralora)]
     site, first = graloras[0]
     blocks = first.grid(site.in_features, site.out_features)
-    common = {name: most_common(getattr(spec, name) for _, spec in graloras) for name in ("alpha", "dropout")}
+    common = common_values(placed, "alpha", "dropout")
     arguments = {
         "r": blocks * first.rank,
         "gralora_k": blocks,
@@ -243,15 +243,15 @@ def _delora(placed: Placed) -> Arguments:
     deloras = [(site, spec) for site, spec in placed if isinstance(spec, Delora)]
     rank, rank_pattern = patterns({site.module: spec.rank for site, spec in deloras})
     strength, lambda_pattern = patterns({site.module: whole(spec.strength) for site, spec in deloras})
-    dropout = most_common(spec.dropout for _, spec in deloras)
+    common = common_values(placed, "dropout")
     arguments = {
         "r": rank,
         "rank_pattern": rank_pattern,
         "delora_lambda": strength,
         "lambda_pattern": lambda_pattern,
-        "module_dropout": dropout,
+        "module_dropout": common["dropout"],
     }
-    return arguments, lost_values(placed, {"dropout": dropout})
+    return arguments, lost_values(placed, common)
 
 
 def _fill_delora(module: Any, values: Mapping[str, Tensor], spec: AdapterSpec) -> None:
