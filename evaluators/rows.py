@@ -39,7 +39,7 @@ class DataConfig:
     assistant's turns of a conversation that have a loss, all of them or the last.
     `tests`: the field with the tests of a program, or None.
     `max_train_rows`: the size of a random training subset, which is always the same and includes every label and every
-    domain.
+    domain. `max_eval_rows`: the same of the validation rows, and of the test rows.
     """
 
     source: str = EMBEDDED
@@ -60,6 +60,7 @@ class DataConfig:
     tests: str | None = None
     max_length: int = 64
     max_train_rows: int | None = None
+    max_eval_rows: int | None = None
     folder: Path = Path(".")
 
     @property

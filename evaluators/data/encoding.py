@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from autopeft.evaluators.data.losses import Encoded, Truncation, Unread
-from autopeft.evaluators.data.splits import MOST_PROBLEMS_PER_FILE, Splits
+from autopeft.evaluators.data.reading import MOST_PROBLEMS_PER_FILE
+from autopeft.evaluators.data.splits import Splits
 from autopeft.evaluators.errors import DataError
 from autopeft.evaluators.rows import Row
 from autopeft.evaluators.tasks import Cut, Example, Task

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from autopeft.evaluators.data.losses import Unread
-from autopeft.evaluators.data.splits import RETAINED, Splits, domains_of, read_split, unseen
+from autopeft.evaluators.data.reading import read_split
+from autopeft.evaluators.data.splits import RETAINED, Splits, domains_of, unseen
 from autopeft.evaluators.errors import DataError
 from autopeft.evaluators.rows import FILES, DataConfig, Row
 from autopeft.evaluators.tasks import TASKS, Task

@@ -61,6 +61,7 @@ class DataSettings(GrowingSection):
         "system": (None,),
         "train_on_turns": (None, "last"),
         "tests": (None,),
+        "max_eval_rows": (None,),
     }
 
     source: str = Field(
@@ -113,4 +114,9 @@ class DataSettings(GrowingSection):
         default=None,
         ge=1,
         description="size of a fixed random training subset with every label and domain; null: all rows",
+    )
+    max_eval_rows: int | None = Field(
+        default=None,
+        ge=2,
+        description="the same of the validation rows, and of the test rows: generated texts are dear; null: all rows",
     )

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from autopeft.evaluators.data import splits
+from autopeft.evaluators.data import reading
 from autopeft.evaluators.data.splits import load_splits
 from autopeft.evaluators.errors import DataError
 from autopeft.evaluators.rows import MOST_DEPTH, DataConfig
@@ -68,6 +68,6 @@ def test_parquet(tmp_path, monkeypatch):
     assert refused(tmp_path, path.name).startswith("train.parquet: not a Parquet file that can be read: ")
     path.write_bytes(b"PAR1" + b"\x00" * 40 + b"PAR1")
     assert refused(tmp_path, path.name).startswith("train.parquet: not a Parquet file that can be read: ")
-    monkeypatch.setattr(splits, "MOST_ROWS", 100)
+    monkeypatch.setattr(reading, "MOST_ROWS", 100)
     pq.write_table(pa.table({"text": ["a"] * 101, "label": ["x"] * 101}), path)
     assert refused(tmp_path, path.name) == "train.parquet: has 101 rows; a file may have 100"

@@ -356,6 +356,21 @@ def test_fewer_training_rows_keep_every_label(folder):
     assert len(load(folder, max_train_rows=40).validation) == len(rows)
 
 
+def test_fewer_rows_to_score(folder):
+    rows = [{"text": f"{label} {i}", "label": label} for label in "abcdefgh" for i in range(25)]
+    for file in FILES.values():
+        jsonl(folder / file, rows)
+    some = load(folder, max_eval_rows=40)
+    assert len(some.train) == len(rows)
+    for split in (some.validation, some.test):
+        assert len(split) == 40
+        assert {row["label"] for row in split} == set("abcdefgh")
+    assert problems(folder, max_eval_rows=7, max_train_rows=3) == [
+        "data.max_train_rows: 3 is too small: each of the 8 labels needs a row",
+        "data.max_eval_rows: 7 is too small: each of the 8 labels needs a row",
+    ]
+
+
 def test_fewer_training_rows_of_a_language_model(folder):
     for file in FILES.values():
         jsonl(folder / file, [{"text": str(i)} for i in range(100)])
