@@ -32,12 +32,15 @@ from autopeft.search_space.adapters.lokr import Lokr
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.adapters.miss import Miss
 from autopeft.search_space.adapters.mixture import Mixture
+from autopeft.search_space.adapters.mos import Mos
 from autopeft.search_space.adapters.norm import Norm
 from autopeft.search_space.adapters.oft import Oft
 from autopeft.search_space.adapters.prefix import Prefix
+from autopeft.search_space.adapters.randlora import Randlora
 from autopeft.search_space.adapters.road import Road
 from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.ssf import Ssf
+from autopeft.search_space.adapters.vblora import Vblora
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.registry import Registry
 
@@ -48,6 +51,7 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
     (
         *(Full, Dora, Hira),
         *(Lora, Vera, Shira, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
+        *(Randlora, Vblora, Mos),
         *(Oft, Boft, Hra),
         *(Norm, Bitfit, Beft, AdapterBias, Road, Ssf, Ia3),
         *(Bottleneck, Prefix),
@@ -92,12 +96,15 @@ __all__ = [
     "Lora",
     "Miss",
     "Mixture",
+    "Mos",
     "Norm",
     "Oft",
     "Prefix",
+    "Randlora",
     "Road",
     "Shira",
     "Ssf",
+    "Vblora",
     "Vera",
     "spec_from_dict",
 ]

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
-from autopeft.search_space.adapters.base import check_at_least, check_one_of, check_probability
-from autopeft.search_space.adapters.linear_operators import Numbers, OutputOperator
+from autopeft.search_space.adapters.base import AdapterSpec, check_at_least, check_one_of, check_probability
+from autopeft.search_space.adapters.low_rank import LowRank
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autopeft.search_space.call import Values
+    from autopeft.search_space.call import Call, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flora(OutputOperator):
+class Flora(LowRank):
     """y + scale * B G A x, where the core G: [R, R] is zero at the start.
 
     A: [R, D_in] and B: [D_out, R] are random, and trained too, or fixed (`factors: frozen`). Fixed ones are drawn from
@@ -27,7 +27,6 @@ class Flora(OutputOperator):
     """
 
     kind: ClassVar[str] = "flora"
-    size_field: ClassVar[str | None] = "rank"
     per_slot_fields: ClassVar[tuple[str, ...]] = ("scale", "dropout")
     source: ClassVar[str] = "Si et al. 2025, Maintaining Structural Integrity in Parameter Spaces (FLoRA), section 3"
     summary: ClassVar[str] = "core matrix between two trained or fixed factors"
@@ -39,7 +38,7 @@ class Flora(OutputOperator):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        OutputOperator.__post_init__(self)
+        AdapterSpec.__post_init__(self)
         check_at_least("rank", self.rank, 1)
         check_one_of("factors", self.factors, ("trained", "frozen"))
         check_at_least("factors_key", self.factors_key, 0, 2**63 - 1)
@@ -65,13 +64,18 @@ class Flora(OutputOperator):
     def flops_per_token(self, site: Site) -> int:
         return 2 * self.rank * (site.in_features + self.rank + site.out_features)
 
+    @property
     @override
-    def numbers(self, in_features: int, out_features: int) -> dict[str, float]:
-        return {"scale": float(self.scale)}
+    def update_scale(self) -> float:
+        return float(self.scale)
 
     @override
-    def act(self, p: Values, x: Tensor, y: Tensor, numbers: Numbers, mask: Tensor | None) -> Tensor:
-        core = p["G"] * numbers["scale"][:, None, None]
-        if mask is not None:
-            core = core * mask[:, :, None] * mask[:, None, :]
-        return y + x @ p["A"].mT @ core.mT @ p["B"].mT
+    def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        core = p["G"] * call.constants["scale"][:, None, None]
+        if call.mask is not None:
+            core = core * call.mask[:, :, None] * call.mask[:, None, :]
+        return y + call.dropout(x) @ p["A"].mT @ core.mT @ p["B"].mT
+
+    @override
+    def matrices(self, p: Values) -> tuple[Tensor, Tensor]:
+        return p["G"] @ p["A"], p["B"]

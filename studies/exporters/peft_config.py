@@ -25,6 +25,7 @@ _NOT_IN_PEFT = {
     "flora": "peft has no FLoRA",
     "full": "full fine-tuning is not an adapter",
     "hydra": "peft has no Hydra",
+    "mos": "peft has no MoS",
     "mixture": "peft cannot train routed experts (`peft` and `merged` export trained LoRAs, weighted equally)",
     "prefix": "peft shifts the token positions by its prefix and has one length for all layers",
     "ssf": "peft has no SSF (scale and shift)",

@@ -33,15 +33,19 @@ from autopeft.search_space.adapters import (
     Lora,
     Miss,
     Mixture,
+    Mos,
     Norm,
     Oft,
     Prefix,
+    Randlora,
     Road,
     Shira,
     Ssf,
+    Vblora,
     Vera,
 )
 from autopeft.search_space.adapters.linear_operators import InputOperator, OutputOperator
+from autopeft.search_space.adapters.low_rank import LowRank
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.testing.adapters import sites_of
@@ -434,6 +438,32 @@ ROWS: tuple[Row, ...] = (
         roles=_SOME_LINEARS,
     ),
     Row(
+        kind="randlora",
+        specs=(Randlora(rank=8, alpha=16.0, dropout=0.2), Randlora(rank=5, alpha=10.0), Randlora(rank=8, alpha=4.0)),
+        peft="peft draws other matrices: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="vblora",
+        specs=(
+            Vblora(rank=2, vectors=9, vector_length=4, dropout=0.2),
+            Vblora(rank=3, vectors=9, vector_length=4),
+            Vblora(rank=1, vectors=6, vector_length=6, top_k=3),
+        ),
+        peft="peft has the bank beside the modules: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="mos",
+        specs=(
+            Mos(rank=3, pool=5, dropout=0.2),
+            Mos(rank=5, pool=5, scale=0.5),
+            Mos(rank=2, pool=4, shards=2, private_rank=2),
+        ),
+        peft="peft has no MoS: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
         kind="shira",
         specs=(Shira(rank=3), Shira(rank=5, scale=2.0), Shira(rank=1)),
         peft="peft draws other places, which an export takes along: see test_exporters.py",
@@ -447,7 +477,7 @@ def kinds(*without: str) -> list[Any]:
 
     Those of operators are slow tests there: what `test_adapters.py` tests of their formulas is most of it.
     """
-    operators = (InputOperator, OutputOperator)
+    operators = (InputOperator, OutputOperator, LowRank)
     return [
         pytest.param(row.kind, marks=[pytest.mark.slow] * isinstance(row.specs[0], operators))
         for row in ROWS
