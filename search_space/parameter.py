@@ -35,7 +35,8 @@ class Parameter:
     - `per_expert`: the first axis enumerates the experts of a mixture; the values of each are drawn independently.
     - `rows`: alternatively, the number of rows of each expert along the first axis, in the order of the experts.
     - `trainable`: whether training changes the values. The next three fields require that it is False.
-    - `given`: folders of pretrained LoRAs that the values are read from.
+    - `given`: folders of pretrained LoRAs that the values are read from: one per expert, or with `given_side` ("A" or
+      "B") the principal directions of all their A or B, completed by those of `init`.
     - `key`: the seed that the values are drawn from, independent of the slot's seed. The recipe contains this seed, so
       the values are not stored. All other frozen values are, because the trained ones are useless without them.
     - `indices`: the values are integers; they do not count as parameters.
@@ -51,6 +52,7 @@ class Parameter:
     per_expert: bool = False
     rows: tuple[int, ...] = ()
     given: tuple[str, ...] = ()
+    given_side: str = ""
     trainable: bool = True
     key: int | None = None
     indices: bool = False

@@ -15,7 +15,7 @@ SHARED = "shared."
 
 
 class SharedKey(NamedTuple):
-    """Key of a shared tensor. `scope`: "model", or the features (for "role", after the role) of the sites that share it."""
+    """Key of a shared tensor. `scope`: "model", or features and perhaps the role of the sites that share it."""
 
     scope: str
     kind: str
