@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class Lily(AdapterSpec):
     """y + scale * sum_e g_e B_e h, with h = A x and the gates g = softmax(G h) of each token.
 
-    A: [R, D_in] and the router G: [E, R] belong to the site. The expansions B: [E, D_out, R], zero at the start, are
-    shared by all sites of the same role and features, in whatever layer, so each layer can use what others learn.
+    A: [R, D_in] and the router G: [E, R] belong to the site (peft's `stride_A` of 1). The expansions B: [E, D_out, R],
+    zero at the start, are shared by all sites of the same role and features, so each layer can use what others learn.
 
-    peft averages the gates over the tokens of all texts of a batch, as the authors' code does; with that, a prediction
-    depends on the other texts and on later tokens. Here each token has its own gates, which is the same for one token.
+    peft averages the gates over the tokens of all texts of a batch; with that, a prediction depends on the other texts
+    and on later tokens. Here each token has its own gates, which is the same for one token.
     """
 
     kind: ClassVar[str] = "lily"

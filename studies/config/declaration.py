@@ -128,9 +128,11 @@ def _given(
 ) -> AdapterChoice:
     """Return the choice with the pretrained LoRAs of the file as its experts, at the sites of these LoRAs."""
     path = ("space", "adapters", name)
-    if not settings.given:
-        return choice
     basis = choice.kind in ADAPTERS and ADAPTERS[choice.kind].takes_given
+    if not settings.given:
+        if basis:
+            problems.append((path, f"{choice.kind} is made of pretrained LoRAs: set given: [folder, folder]"))
+        return choice
     if choice.kind != "lora" and not basis:
         problems.append(((*path, "given"), f"only kind lora can have pretrained experts, not {choice.kind}"))
         return choice

@@ -435,11 +435,12 @@ def test_what_cannot_be_declared(tmp_path: Path) -> None:
         {
             "eigenlorax": {"given": ["1", "nowhere"]},
             "vblora": {"given": ["1"]},
+            "without": {"kind": "eigenlorax"},
         },
     )
     with pytest.raises(StudyFileError) as error:
         run(load_study(path))
-    for part in ("nowhere/adapter_config.json: no such file", "not vblora"):
+    for part in ("nowhere/adapter_config.json: no such file", "not vblora", "eigenlorax is made of"):
         assert part in str(error.value)
 
 
