@@ -71,7 +71,7 @@ def plain_state(recipe: Recipe, target: Recipe, state: State) -> State:
     for (name, spec, values), (_, form) in zip(values_of(recipe, state), target.adapters, strict=True):
         if isinstance(spec, LowRank) and isinstance(form, Lora):
             shapes = {tensor: p.shape for tensor, p in spec.parameters(recipe.sites[name]).items()}
-            own = {tensor: value[tuple(map(slice, shapes[tensor]))] for tensor, value in values.items()}
+            own = {tensor: value[tuple(slice(n) for n in shapes[tensor])] for tensor, value in values.items()}
             a, b = spec.matrices_of_one(own)
             found |= {f"{name}/{form.kind}/A": a, f"{name}/{form.kind}/B": b}
         elif isinstance(spec, Lora) and spec.has_offset:
