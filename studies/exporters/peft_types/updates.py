@@ -145,8 +145,10 @@ def _randlora(placed: Placed) -> Arguments:
 
 
 def _fill_randlora(module: Any, values: Mapping[str, Tensor], spec: Any) -> None:
-    module.randlora_A[ADAPTER].copy_(values["A"][:, None])
-    module.randlora_B[ADAPTER].copy_(values["B"])
+    # Where the largest input and the largest output belong to different sites, peft has room that no site reads.
+    for name, value in (("A", values["A"][:, None]), ("B", values["B"])):
+        room = getattr(module, f"randlora_{name}")[ADAPTER].zero_()
+        room[tuple(slice(n) for n in value.shape)] = value
     module.randlora_lambda[ADAPTER].copy_(values["L"])
     module.randlora_gamma[ADAPTER].copy_(values["G"] * (spec.alpha / spec.rank / module.scaling[ADAPTER]))
 
