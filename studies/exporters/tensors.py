@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 
 def values_of(recipe: Recipe, state: State) -> Iterator[tuple[str, AdapterSpec, dict[str, Tensor]]]:
-    """Yield site, adapter and its tensors by name. Tensors that sites share have the size of the largest site."""
+    """Yield site, adapter and its tensors by name, with those that follow from a key.
+
+    Tensors that sites share have the size of the largest site.
+    """
     import torch
 
+    from autopeft.search_space.runtime.init import initialise, stream
     from autopeft.search_space.runtime.pool import pools_of
 
     pools = pools_of([recipe.adapters.placed(recipe.host)], [recipe.seed], torch.device("cpu"), draw=False)
@@ -28,6 +32,9 @@ def values_of(recipe: Recipe, state: State) -> Iterator[tuple[str, AdapterSpec, 
             if parameter.scope != "site":
                 key = key_of(parameter, tensor, site, spec.kind)
                 values[tensor] = state[key.path] if parameter.stored else pools[key].value.detach()[0]
+            elif not parameter.stored:
+                words = (parameter.key, site.name, spec.kind, tensor)  # as a bank draws it
+                values[tensor] = initialise(parameter, stream(*words), None)
         yield name, spec, values
 
 
