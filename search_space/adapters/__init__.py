@@ -20,6 +20,7 @@ from autopeft.search_space.adapters.bottleneck import Bottleneck
 from autopeft.search_space.adapters.c3a import C3a
 from autopeft.search_space.adapters.delora import Delora
 from autopeft.search_space.adapters.dora import Dora
+from autopeft.search_space.adapters.eigenlorax import Eigenlorax
 from autopeft.search_space.adapters.flora import Flora
 from autopeft.search_space.adapters.full import Full
 from autopeft.search_space.adapters.gralora import Gralora
@@ -27,17 +28,21 @@ from autopeft.search_space.adapters.hira import Hira
 from autopeft.search_space.adapters.hra import Hra
 from autopeft.search_space.adapters.hydra import Hydra
 from autopeft.search_space.adapters.ia3 import Ia3
+from autopeft.search_space.adapters.lily import Lily
 from autopeft.search_space.adapters.loha import Loha
 from autopeft.search_space.adapters.lokr import Lokr
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.adapters.miss import Miss
 from autopeft.search_space.adapters.mixture import Mixture
+from autopeft.search_space.adapters.mos import Mos
 from autopeft.search_space.adapters.norm import Norm
 from autopeft.search_space.adapters.oft import Oft
 from autopeft.search_space.adapters.prefix import Prefix
+from autopeft.search_space.adapters.randlora import Randlora
 from autopeft.search_space.adapters.road import Road
 from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.ssf import Ssf
+from autopeft.search_space.adapters.vblora import Vblora
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.registry import Registry
 
@@ -48,6 +53,7 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
     (
         *(Full, Dora, Hira),
         *(Lora, Vera, Shira, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
+        *(Randlora, Vblora, Mos, Lily, Eigenlorax),
         *(Oft, Boft, Hra),
         *(Norm, Bitfit, Beft, AdapterBias, Road, Ssf, Ia3),
         *(Bottleneck, Prefix),
@@ -80,6 +86,7 @@ __all__ = [
     "C3a",
     "Delora",
     "Dora",
+    "Eigenlorax",
     "Flora",
     "Full",
     "Gralora",
@@ -87,17 +94,21 @@ __all__ = [
     "Hra",
     "Hydra",
     "Ia3",
+    "Lily",
     "Loha",
     "Lokr",
     "Lora",
     "Miss",
     "Mixture",
+    "Mos",
     "Norm",
     "Oft",
     "Prefix",
+    "Randlora",
     "Road",
     "Shira",
     "Ssf",
+    "Vblora",
     "Vera",
     "spec_from_dict",
 ]

@@ -61,6 +61,8 @@ class AdapterSpec(ABC):
     identity_at_start: ClassVar[bool] = True
     #: Whether it can be an expert of a mixture, which requires that it changes nothing but activations.
     can_be_expert: ClassVar[bool] = True
+    #: Whether it is made of pretrained LoRAs, the folders in its field `given`.
+    takes_given: ClassVar[bool] = False
     #: Whether it computes with the backbone's own weight. One module takes one such adapter, since each ignores others.
     reads_weight: ClassVar[bool] = False
     #: What `fits` requires of a site, for messages; empty if every site of the roles fits.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.search_space.adapters.base import AdapterSpec
-from autopeft.search_space.adapters.given import stacked
+from autopeft.search_space.adapters.given import principal, stacked
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Factor, Parameter
 from autopeft.search_space.runtime.factors import Starts
@@ -246,6 +246,9 @@ class Bank(nn.Module):
     def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
         if isinstance(declared.init, Factor):
             return self._starts.value(declared.init, self.site, self.base[0], declared.shape)
+        if declared.given and declared.given_side:
+            rest = initialise(declared, stream(*words), None)
+            return principal(declared.given, self.site, declared.given_side, rest)
         if declared.given:
             return stacked(declared.given, self.site, name, self.specs[0].size or 0)
         # The values of an expert do not depend on the number of experts or on the ranks of the others.

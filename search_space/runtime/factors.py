@@ -92,6 +92,11 @@ def _as_they_are(components: Components, rank: int, scale: float) -> tuple[Tenso
     return components.v[:rank], components.u[:, :rank]
 
 
+def _scaled_outputs(components: Components, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return A = V and B = U S."""
+    return components.v[:rank], components.u[:, :rank] * components.s[:rank]
+
+
 def _principal_inputs(weight: Tensor, statistic: Tensor, rank: int, generator: Generator) -> Components:
     """Return the principal directions of the inputs from their covariance (Paischer et al. 2024, EVA, section 3)."""
     variances, directions = torch.linalg.eigh(statistic)
@@ -147,6 +152,7 @@ LORA_GA_GAMMA = 16
 RULES: dict[str, Rule] = {
     "pissa": Rule(decompose=_principal, factors=_balanced),
     "pissa_niter_4": Rule(decompose=_fast_principal, factors=_balanced, per_rank=True),
+    "svd": Rule(decompose=_principal, factors=_scaled_outputs),
     "olora": Rule(decompose=_orthonormal, factors=_as_they_are),
     "eva": Rule(decompose=_principal_inputs, factors=_inputs_alone, statistic=COVARIANCE),
     "corda_ipm": Rule(decompose=_in_context, factors=_balanced, statistic=MOMENT),
@@ -180,7 +186,7 @@ class Starts:
     def _components(self, name: str, site: Site, base: nn.Module, rank: int) -> Components:
         rule = RULES[name]
         key = (name, site.module, rank if rule.per_rank else None)
-        count = rank * FROM_SITE[name].components
+        count = rank * (FROM_SITE[name].components if name in FROM_SITE else 1)
         found = self._kept.get(key)
         if found is None or len(found.s) < count:
             statistic = torch.empty(0) if rule.statistic is None else self._statistic(rule.statistic, name, site)

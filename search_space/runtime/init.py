@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from autopeft.search_space.backbones.linear import weight_of
-from autopeft.search_space.parameter import Parameter
+from autopeft.search_space.parameter import Draws, Parameter
 
 
 def stream(*words: object, device: torch.device | str = "cpu") -> Generator:
@@ -53,6 +53,22 @@ def _houlsby(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return nn.init.trunc_normal_(torch.empty(shape), std=0.01, a=-0.02, b=0.02, generator=generator)
 
 
+def _unit_uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Draw uniformly with standard deviation 1."""
+    bound = math.sqrt(3.0)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _vector_bank(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Draw uniformly with the bound 0.02, as peft's VBLoRAConfig."""
+    return torch.empty(shape).uniform_(-0.02, 0.02, generator=generator)
+
+
+def _vector_logits(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Draw normal values with standard deviation 0.1, as peft's VBLoRAConfig."""
+    return 0.1 * torch.randn(shape, generator=generator)
+
+
 def _pairs(shape: tuple[int, ...], generator: Generator) -> Tensor:
     """Draw half of the columns as `_kaiming`, and each of them twice."""
     return _kaiming((*shape[:-1], shape[-1] // 2), generator).repeat_interleave(2, -1)
@@ -69,6 +85,9 @@ RULES: dict[str, Callable[[tuple[int, ...], Generator], Tensor]] = {
     "houlsby": _houlsby,
     "orthogonal": _orthogonal,
     "pairs": _pairs,
+    "unit_uniform": _unit_uniform,
+    "vector_bank": _vector_bank,
+    "vector_logits": _vector_logits,
 }
 
 
@@ -80,6 +99,10 @@ def initialise(parameter: Parameter, generator: Generator, base: nn.Module | Non
     """
     if isinstance(parameter.init, float):
         return torch.full(parameter.shape, parameter.init)
+    if isinstance(parameter.init, Draws):
+        rounds = -(-parameter.count // parameter.init.below)
+        drawn = [torch.randperm(parameter.init.below, generator=generator) for _ in range(rounds)]
+        return torch.cat(drawn)[: parameter.count].int().view(parameter.shape)
     assert isinstance(parameter.init, str), "`factors.Starts` has the values of factors"
     if parameter.init in RULES:
         return RULES[parameter.init](parameter.shape, generator)

@@ -21,6 +21,7 @@ from autopeft.search_space.adapters import (
     C3a,
     Delora,
     Dora,
+    Eigenlorax,
     Flora,
     Full,
     Gralora,
@@ -28,20 +29,25 @@ from autopeft.search_space.adapters import (
     Hra,
     Hydra,
     Ia3,
+    Lily,
     Loha,
     Lokr,
     Lora,
     Miss,
     Mixture,
+    Mos,
     Norm,
     Oft,
     Prefix,
+    Randlora,
     Road,
     Shira,
     Ssf,
+    Vblora,
     Vera,
 )
 from autopeft.search_space.adapters.linear_operators import InputOperator, OutputOperator
+from autopeft.search_space.adapters.low_rank import LowRank
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.testing.adapters import sites_of
@@ -367,6 +373,7 @@ ROWS: tuple[Row, ...] = (
             Flora(rank=5, scale=2.0),
             Flora(rank=2, factors="frozen", factors_key=3),
             Flora(rank=4, factors="frozen"),
+            Flora(rank=3, factors="svd"),
         ),
         peft="peft has no FLoRA: see test_operators.py",
         roles=_SOME_LINEARS,
@@ -434,6 +441,48 @@ ROWS: tuple[Row, ...] = (
         roles=_SOME_LINEARS,
     ),
     Row(
+        kind="randlora",
+        specs=(Randlora(rank=8, alpha=16.0, dropout=0.2), Randlora(rank=5, alpha=10.0), Randlora(rank=8, alpha=4.0)),
+        peft="peft draws other matrices: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="vblora",
+        specs=(
+            Vblora(rank=2, vectors=9, vector_length=4, dropout=0.2),
+            Vblora(rank=3, vectors=9, vector_length=4),
+            Vblora(rank=1, vectors=6, vector_length=6, top_k=3),
+        ),
+        peft="peft has the bank beside the modules: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="mos",
+        specs=(
+            Mos(rank=3, pool=5, dropout=0.2),
+            Mos(rank=5, pool=5, scale=0.5),
+            Mos(rank=2, pool=4, shards=2, private_rank=2),
+        ),
+        peft="peft has no MoS: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="lily",
+        specs=(Lily(rank=3, expansions=2), Lily(rank=5, expansions=2, scale=2.0), Lily(rank=2, expansions=3)),
+        peft="peft averages the gates over a batch: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="eigenlorax",
+        specs=(
+            Eigenlorax(rank=3, components=6, dropout=0.2),
+            Eigenlorax(rank=5, components=6, scale=0.5),
+            Eigenlorax(rank=2, components=4),
+        ),
+        peft="peft has no EigenLoRAx: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
         kind="shira",
         specs=(Shira(rank=3), Shira(rank=5, scale=2.0), Shira(rank=1)),
         peft="peft draws other places, which an export takes along: see test_exporters.py",
@@ -447,7 +496,7 @@ def kinds(*without: str) -> list[Any]:
 
     Those of operators are slow tests there: what `test_adapters.py` tests of their formulas is most of it.
     """
-    operators = (InputOperator, OutputOperator)
+    operators = (InputOperator, OutputOperator, LowRank)
     return [
         pytest.param(row.kind, marks=[pytest.mark.slow] * isinstance(row.specs[0], operators))
         for row in ROWS
