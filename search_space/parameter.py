@@ -20,10 +20,17 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Flat indices of the elements of the frozen weight that a rule of `runtime/factors.py` ranks first, in order."""
+
+    rule: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One tensor of an adapter at one site, without the bank dimension.
 
-    - `init`: a rule of `runtime/init.py`, the initial value of all elements, or a factor of a low-rank product.
+    - `init`: a rule of `runtime/init.py`, the initial value of all elements, a factor of a low-rank product, or places.
     - `decay`: whether weight decay applies. Vectors and scales around the identity are exempt, as usual.
     - `per_expert`: the first axis enumerates the experts of a mixture; the values of each are drawn independently.
     - `rows`: alternatively, the number of rows of each expert along the first axis, in the order of the experts.
@@ -38,7 +45,7 @@ class Parameter:
     """
 
     shape: tuple[int, ...]
-    init: str | float | Factor = "zeros"
+    init: str | float | Factor | Places = "zeros"
     decay: bool = True
     per_expert: bool = False
     rows: tuple[int, ...] = ()

@@ -118,7 +118,7 @@ class TrainingEvaluator(AttachingEvaluator):
                 self.backbone,
                 self.task,
                 lambda: (self.batch("train", rows) for rows in batches),
-                lambda: self.attached([Architecture()], [0]),  # the same task head for all seeds
+                lambda architecture: self.attached([architecture], [0]),  # the same task head for all seeds
             )
         )
         self.metrics = tuple(metrics)

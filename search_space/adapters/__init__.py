@@ -19,6 +19,7 @@ from autopeft.search_space.adapters.boft import Boft
 from autopeft.search_space.adapters.bottleneck import Bottleneck
 from autopeft.search_space.adapters.c3a import C3a
 from autopeft.search_space.adapters.delora import Delora
+from autopeft.search_space.adapters.dense import Dense
 from autopeft.search_space.adapters.dora import Dora
 from autopeft.search_space.adapters.flora import Flora
 from autopeft.search_space.adapters.full import Full
@@ -37,6 +38,7 @@ from autopeft.search_space.adapters.oft import Oft
 from autopeft.search_space.adapters.prefix import Prefix
 from autopeft.search_space.adapters.road import Road
 from autopeft.search_space.adapters.shira import Shira
+from autopeft.search_space.adapters.spiel import Spiel
 from autopeft.search_space.adapters.ssf import Ssf
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.registry import Registry
@@ -47,7 +49,7 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
     "kind",
     (
         *(Full, Dora, Hira),
-        *(Lora, Vera, Shira, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
+        *(Lora, Vera, Dense, Shira, Spiel, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
         *(Oft, Boft, Hra),
         *(Norm, Bitfit, Beft, AdapterBias, Road, Ssf, Ia3),
         *(Bottleneck, Prefix),
@@ -79,6 +81,7 @@ __all__ = [
     "Bottleneck",
     "C3a",
     "Delora",
+    "Dense",
     "Dora",
     "Flora",
     "Full",
@@ -97,6 +100,7 @@ __all__ = [
     "Prefix",
     "Road",
     "Shira",
+    "Spiel",
     "Ssf",
     "Vera",
     "spec_from_dict",

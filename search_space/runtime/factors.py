@@ -1,8 +1,9 @@
-"""Initial values of the two factors of a LoRA that follow from its site: from the frozen weight or from training rows.
+"""Initial values that follow from a site, its weight or training rows: factors of a LoRA, places of a sparse change.
 
 Notation: W: [D_out, D_in] is the frozen weight, Q components of a decomposition, of which a LoRA of rank R takes R.
 A rule is one function that decomposes the weight or a statistic of the site into components, and one that makes A and
-B of them. `Statistics` provides the statistics; a rule names the one that it reads.
+B of them. `Statistics` provides the statistics; a rule names the one that it reads. Places are those of the highest
+scores of the elements of W.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from autopeft.search_space.runtime.init import stream
 COVARIANCE = "the covariance of inputs"
 MOMENT = "the scaled second moment of inputs"
 GRADIENT = "the gradient of the weight"
+MOVEMENT = "the movement of the weight"
 
 
 class Statistics(Protocol):
@@ -155,16 +157,34 @@ RULES: dict[str, Rule] = {
 }
 
 
-class Starts:
-    """Initial values of factors, by rules. A decomposition is computed once for each site and rule, and kept.
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How places are ranked. `of`: (W, statistic) to scores, each [D_out, D_in]; `statistic`: as in `Rule`."""
 
-    What is kept are the components of the largest rank so far. It must not outlive a change of the model's weights.
+    of: Callable[[Tensor, Tensor], Tensor]
+    statistic: str | None = None
+
+
+SCORES: dict[str, Score] = {
+    "magnitude": Score(lambda weight, statistic: weight.abs()),
+    "gradient": Score(lambda weight, statistic: statistic.abs(), GRADIENT),
+    "snip": Score(lambda weight, statistic: (weight * statistic).abs(), GRADIENT),
+    "movement": Score(lambda weight, statistic: statistic.abs(), MOVEMENT),
+}
+
+
+class Starts:
+    """Initial values of factors and places, by rules. They are computed once for each site and rule, and kept.
+
+    Kept are the components of the largest rank, or the most places, so far. It must not outlive a change of the model's
+    weights.
     `statistics`: of the training rows; without them, rules that read one raise ValueError.
     """
 
     def __init__(self, statistics: Statistics | None = None) -> None:
         self._statistics = statistics
         self._kept: dict[tuple[Any, ...], Components] = {}
+        self._ranked: dict[tuple[str, str], Tensor] = {}
 
     @torch.no_grad()
     def value(self, factor: Factor, site: Site, base: nn.Module, shape: tuple[int, ...]) -> Tensor:
@@ -176,6 +196,21 @@ class Starts:
         value = a if factor.side == "A" else b
         assert value.shape == shape, (value.shape, shape)
         return value
+
+    @torch.no_grad()
+    def places(self, name: str, site: Site, base: nn.Module, count: int) -> Tensor:
+        """Return the `count` places of the highest scores by a rule of `SCORES`, highest first, on the CPU: [count]."""
+        rule, key = SCORES[name], (name, site.module)
+        if next(base.parameters()).is_meta:
+            return torch.zeros(count, dtype=torch.int32)
+        if key not in self._ranked or len(self._ranked[key]) < count:
+            statistic = torch.empty(0) if rule.statistic is None else self._statistic(rule.statistic, name, site)
+            weight = weight_of(base).float()
+            scores = rule.of(weight, statistic.to(weight)).flatten()
+            # Stable, so that fewer places are the first of more of them.
+            order = scores.sort(descending=True, stable=True).indices
+            self._ranked[key] = order[:count].int().cpu().clone()
+        return self._ranked[key][:count]
 
     def _components(self, name: str, site: Site, base: nn.Module, rank: int) -> Components:
         rule = RULES[name]
@@ -193,5 +228,5 @@ class Starts:
 
     def _statistic(self, statistic: str, rule: str, site: Site) -> Tensor:
         if self._statistics is None:
-            raise ValueError(f"init {rule!r} reads {statistic} of training rows, and there are none here")
+            raise ValueError(f"{rule!r} reads {statistic} of training rows, and there are none here")
         return self._statistics(site, statistic)

@@ -22,6 +22,7 @@ _NOT_IN_PEFT = {
     "bitfit": "peft trains biases only together with LoRA, and then all of them",
     "adapterbias": "peft has no AdapterBias",
     "bottleneck": "peft has no bottleneck adapters",
+    "dense": "peft has no dense deltas (`merged` is exact)",
     "flora": "peft has no FLoRA",
     "full": "full fine-tuning is not an adapter",
     "hydra": "peft has no Hydra",
