@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -19,13 +20,15 @@ from typing_extensions import override
 
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.tasks import Batch, Task
-from autopeft.search_space.adapters import Dense
+from autopeft.search_space.adapters import AdapterSpec, Dense
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.search_space.runtime.factors import COVARIANCE, GRADIENT, MOMENT, MOVEMENT
 
 #: Training rows that are read, and rows at a time.
 ROWS, BATCH_SIZE = 256, 8
+#: Training rows of a saliency.
+SALIENCY_ROWS = 32
 #: Learning rate of the first training whose movements are compared: that of LT-SFT's experiments. Adam's steps hardly
 #: depend on it but by their scale, so neither does the order of the movements.
 RATE = 5e-5
@@ -110,8 +113,8 @@ class SiteStatistics:
     """Computes statistics of a model without adapters; see `factors.Statistics`.
 
     A pass over the rows serves the linears of one layer that have the same number of inputs, and only its statistics
-    are kept. `batches`: training rows, the same at each call. `attached`: attaches an architecture and a task head, the
-    same at each call.
+    are kept. `batches`: training rows, the same at each call. `attached`: attaches an architecture and a task head with
+    a seed.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class SiteStatistics:
         backbone: Backbone,
         task: Task,
         batches: Callable[[], Iterable[Batch]],
-        attached: Callable[[Architecture], AbstractContextManager[Attachment]],
+        attached: Callable[[Architecture, object], AbstractContextManager[Attachment]],
     ) -> None:
         self._model = model
         self._backbone = backbone
@@ -148,7 +151,7 @@ class SiteStatistics:
     def _computed(self, kind: type[Statistic], sites: Sequence[Site]) -> dict[str, Tensor]:
         device = next(self._model.parameters()).device
         found = {site.name: kind(site, device) for site in sites}
-        with self._attached(Architecture()), torch.set_grad_enabled(kind.gradients):
+        with self._attached(Architecture(), 0), torch.set_grad_enabled(kind.gradients):
             for batch in self._batches():
                 with _calls(self._model, sites, kind.gradients) as calls:
                     loss = self._task.scores(self._model, batch)["loss"].sum()
@@ -161,9 +164,22 @@ class SiteStatistics:
         return {name: statistic.value() for name, statistic in found.items()}
 
     @torch.enable_grad()
+    def saliency(self, site: Site, spec: AdapterSpec, seed: object) -> dict[str, Tensor]:
+        """Return |value * gradient| for the trained tensors of an adapter at its start, alone on the model, by name.
+
+        The gradient is that of the loss of the first 32 rows, as SNIP reads one minibatch.
+        """
+        with self._attached(Architecture.of({site.name: [spec]}), seed) as attachment:
+            for batch in islice(self._batches(), SALIENCY_ROWS // BATCH_SIZE):
+                self._task.scores(self._model, batch)["loss"].sum().backward()
+            (bank,) = (bank for bank in attachment.banks if bank.site == site)
+            trained = {name: value for name, value, _ in bank.trained()}
+            return {name: (v.detach() * v.grad).abs()[0] for name, v in trained.items() if v.grad is not None}
+
+    @torch.enable_grad()
     def _moved(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Return W after one pass of Adam over the rows minus W, by site, if these linears and the head are trained."""
-        with self._attached(Architecture.of({site.name: [Dense()] for site in sites})) as attachment:
+        with self._attached(Architecture.of({site.name: [Dense()] for site in sites}), 0) as attachment:
             optimizer = Adam([value for value, _ in attachment.trainable()], lr=RATE)
             for batch in self._batches():
                 self._task.scores(self._model, batch)["loss"].mean().backward()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from autopeft.search_space.adapters.base import AdapterSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +30,25 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The entries of a matrix of the adapter `of` that remain when it is pruned at its start, or their places.
+
+    They are those of the largest |value|, with `snip` of the largest |value * gradient|, the largest first. `tensor`:
+    the name of the matrix; `units`: its axis of the elastic size, which comes first in places.
+    """
+
+    of: AdapterSpec
+    tensor: str
+    units: Literal[0, 1]
+    snip: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One tensor of an adapter at one site, without the bank dimension.
 
-    - `init`: a rule of `runtime/init.py`, the initial value of all elements, a factor of a low-rank product, or places.
+    - `init`: a rule of `runtime/init.py`, the initial value of all elements, a factor of a low-rank product, places, or
+      what a pruning keeps.
     - `decay`: whether weight decay applies. Vectors and scales around the identity are exempt, as usual.
     - `per_expert`: the first axis enumerates the experts of a mixture; the values of each are drawn independently.
     - `rows`: alternatively, the number of rows of each expert along the first axis, in the order of the experts.
@@ -45,7 +63,7 @@ class Parameter:
     """
 
     shape: tuple[int, ...]
-    init: str | float | Factor | Places = "zeros"
+    init: str | float | Factor | Places | Kept = "zeros"
     decay: bool = True
     per_expert: bool = False
     rows: tuple[int, ...] = ()

@@ -38,6 +38,7 @@ from autopeft.search_space.adapters.oft import Oft
 from autopeft.search_space.adapters.prefix import Prefix
 from autopeft.search_space.adapters.road import Road
 from autopeft.search_space.adapters.shira import Shira
+from autopeft.search_space.adapters.sparse_adapter import SparseAdapter
 from autopeft.search_space.adapters.spiel import Spiel
 from autopeft.search_space.adapters.ssf import Ssf
 from autopeft.search_space.adapters.vera import Vera
@@ -52,7 +53,7 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
         *(Lora, Vera, Dense, Shira, Spiel, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
         *(Oft, Boft, Hra),
         *(Norm, Bitfit, Beft, AdapterBias, Road, Ssf, Ia3),
-        *(Bottleneck, Prefix),
+        *(Bottleneck, SparseAdapter, Prefix),
     ),
 )
 
@@ -100,6 +101,7 @@ __all__ = [
     "Prefix",
     "Road",
     "Shira",
+    "SparseAdapter",
     "Spiel",
     "Ssf",
     "Vera",

@@ -90,13 +90,20 @@ class Shira(AdapterSpec):
 
     def dense(self, p: Values, call: Call, size: int) -> Tensor:
         """Return scale * S with all of its `size` elements: [K, D_out * D_in]."""
-        values = call.constants["scale"][:, None] * p["S"]
-        if call.mask is not None:
-            values = values * call.mask.repeat_interleave(values.shape[1] // call.mask.shape[1], 1)
-        # Entries beyond a slot's own size have index 0 and add zero to the first place.
-        return values.new_zeros(len(values), size).scatter_add(1, p["places"].long(), values)
+        return scattered(call.constants["scale"][:, None] * p["S"], p["places"], size, call.mask)
 
     @override
     def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         change = weight.new_zeros(weight.numel()).scatter(0, p["places"].long(), (self.scale * p["S"]).to(weight))
         return weight + change.view_as(weight), bias
+
+
+def scattered(values: Tensor, places: Tensor, size: int, mask: Tensor | None) -> Tensor:
+    """Return `size` elements that are zero but for the values at the places of each slot: [K, size].
+
+    values: [K, N], places: [K, N], mask: [K, R], where a unit of the size owns N / R values.
+    """
+    if mask is not None:
+        values = values * mask.repeat_interleave(values.shape[1] // mask.shape[1], 1)
+    # Entries beyond a slot's own size have index 0 and add zero to the first place.
+    return values.new_zeros(len(values), size).scatter_add(1, places.long(), values)

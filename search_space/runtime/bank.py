@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.adapters.given import stacked
 from autopeft.search_space.backbones.backbone import Site
-from autopeft.search_space.parameter import Factor, Parameter, Places
+from autopeft.search_space.parameter import Factor, Kept, Parameter, Places
 from autopeft.search_space.runtime.factors import Starts
-from autopeft.search_space.runtime.init import initialise, stream
+from autopeft.search_space.runtime.init import initialise, kept, stream
 from autopeft.search_space.runtime.pool import Pools, pools_of
 from autopeft.search_space.runtime.router_state import RouterState
 from autopeft.search_space.runtime.watch import Watch
@@ -249,6 +249,11 @@ class Bank(nn.Module):
     def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
         if isinstance(declared.init, Factor):
             return self._starts.value(declared.init, self.site, self.base[0], declared.shape)
+        if isinstance(declared.init, Kept):
+            base, seed = self.base[0], str(words[0])
+            values = Bank(self.site, [declared.init.of], base, [seed]).of_slot(0)[declared.init.tensor]
+            scores = self._starts.scores(declared.init, self.site, base, values, seed)
+            return kept(values, scores, declared)
         if isinstance(declared.init, Places):
             return self._starts.places(declared.init.rule, self.site, self.base[0], declared.count)
         if declared.given:

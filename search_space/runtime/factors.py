@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.adapters.lora import FROM_SITE
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.backbones.linear import weight_of
-from autopeft.search_space.parameter import Factor
+from autopeft.search_space.parameter import Factor, Kept
 from autopeft.search_space.runtime.init import stream
 
 #: Names of the statistics of a site.
@@ -33,6 +34,9 @@ class Statistics(Protocol):
 
     def __call__(self, site: Site, name: str) -> Tensor:
         """Return a statistic of a site."""
+
+    def saliency(self, site: Site, spec: AdapterSpec, seed: object) -> dict[str, Tensor]:
+        """Return |value * gradient| for the trained tensors of an adapter at its start, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +189,7 @@ class Starts:
         self._statistics = statistics
         self._kept: dict[tuple[Any, ...], Components] = {}
         self._ranked: dict[tuple[str, str], Tensor] = {}
+        self._saliency: tuple[object, dict[str, Tensor]] = (None, {})  # of the last adapter alone
 
     @torch.no_grad()
     def value(self, factor: Factor, site: Site, base: nn.Module, shape: tuple[int, ...]) -> Tensor:
@@ -211,6 +216,17 @@ class Starts:
             order = scores.sort(descending=True, stable=True).indices
             self._ranked[key] = order[:count].int().cpu().clone()
         return self._ranked[key][:count]
+
+    def scores(self, kept: Kept, site: Site, base: nn.Module, values: Tensor, seed: object) -> Tensor:
+        """Return the scores of the entries of the initial `values` of an adapter with this seed: [...]."""
+        if not kept.snip or next(base.parameters()).is_meta:
+            return values.abs()
+        if self._statistics is None:
+            raise ValueError("'snip' reads the gradient of training rows, and there are none here")
+        key = (site.name, kept.of, seed)
+        if self._saliency[0] != key:
+            self._saliency = (key, self._statistics.saliency(site, kept.of, seed))
+        return self._saliency[1][kept.tensor].to(values.device)
 
     def _components(self, name: str, site: Site, base: nn.Module, rank: int) -> Components:
         rule = RULES[name]

@@ -28,6 +28,7 @@ _NOT_IN_PEFT = {
     "hydra": "peft has no Hydra",
     "mixture": "peft cannot train routed experts (`peft` and `merged` export trained LoRAs, weighted equally)",
     "prefix": "peft shifts the token positions by its prefix and has one length for all layers",
+    "sparseadapter": "peft has no bottleneck adapters",
     "ssf": "peft has no SSF (scale and shift)",
 }
 

@@ -1,8 +1,9 @@
-"""Places of sparse changes: by the weight and by training rows, against obvious rankings."""
+"""Places of sparse changes and of pruned bottlenecks: by weights and by training rows, against obvious rankings."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import cast
 
 import pytest
@@ -10,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.shared_weights import SharedWeights
 from autopeft.evaluators.site_statistics import RATE
-from autopeft.search_space.adapters import Shira
+from autopeft.search_space.adapters import Shira, SparseAdapter
 from autopeft.search_space.adapters.shira import PLACES
+from autopeft.search_space.adapters.sparse_adapter import KEPT
 from autopeft.search_space.architecture import Architecture
+from autopeft.search_space.declaration import AdapterChoice
+from autopeft.search_space.domains import Choice
 from autopeft.search_space.runtime.factors import Starts
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.testing.models import tiny
 
 from .test_site_statistics import FAMILIES, batches, loss_of, site_statistics
@@ -82,3 +88,56 @@ def test_places_by_rows_need_rows() -> None:
 def test_candidates_from_before_keep_their_keys() -> None:
     assert Shira().to_dict() == {"kind": "shira", "rank": 8, "scale": 1.0}
     assert Shira(places="snip").to_dict()["places"] == "snip"
+
+
+# Pruned bottlenecks
+
+
+@pytest.mark.parametrize("form", ["serial", "parallel"])
+@pytest.mark.parametrize("kept", KEPT)
+def test_pruning_keeps_the_highest_scores_of_each_projection(kept: str, form: str) -> None:
+    """Against a bottleneck of two linears in a hook, of which everything is known."""
+    model, backbone = tiny("bert")
+    spec = SparseAdapter(size=5, form=form, init="kaiming", scale=2.0, kept=kept, density=0.3)
+    site = backbone.site("layers.1.mlp")
+    attach = partial(Attachment, model, backbone, pretrained_head=True)
+    with attach([Architecture.of({site.name: [spec.before_pruning()]})], [7]) as attachment:
+        whole = {name.rpartition("/")[2]: v for name, v in attachment.state().items() if name.startswith(site.name)}
+    starts = Starts(site_statistics(model, backbone))
+    architecture = Architecture.of({site.name: [spec]})
+    with attach([architecture], [7], starts=starts) as attachment:
+        state = {name.rpartition("/")[2]: v for name, v in attachment.state().items() if name.startswith(site.name)}
+        assert attachment.num_adapter_params() == architecture.num_params(backbone)
+
+    down, up = (whole[name].requires_grad_() for name in ("down", "up"))
+    inputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return y + 2.0 * torch.relu((y if form == "serial" else inputs.pop()) @ down.T) @ up.T
+
+    read = model.get_submodule(site.input_module).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    add = model.get_submodule(site.module).register_forward_hook(hook)
+    loss = torch.stack([loss_of(model, batch).sum() for batch in batches()]).sum()
+    gradients = dict(zip(("down", "up"), torch.autograd.grad(loss, (down, up)), strict=True))
+    read.remove()
+    add.remove()
+    for name, values in (("down", down.detach()), ("up", up.detach())):
+        scores = (values * gradients[name]).abs() if kept == "snip" else values.abs()
+        values, scores = (values, scores) if name == "down" else (values.T, scores.T)
+        count = 5 * round(0.3 * values.shape[1])
+        expected = scores.flatten().topk(count).indices
+        assert set(state[f"{name}_places"].tolist()) == set(expected.tolist())
+        assert torch.equal(state[name], values.flatten()[state[f"{name}_places"].long()])
+
+
+def test_pruning_is_refused_where_it_has_no_meaning() -> None:
+    model, backbone = tiny("bert")
+    with pytest.raises(ValueError, match="init must be houlsby or kaiming"):
+        SparseAdapter(init="zero")
+    with pytest.raises(ValueError, match="density must be at most 1"):
+        SparseAdapter(density=1.5)
+    with pytest.raises(ValueError, match="'snip' reads the gradient of training rows"):
+        Attachment(model, backbone, [Architecture.of({"layers.0.mlp": [SparseAdapter(kept="snip")]})], [1])
+    choice = AdapterChoice(kind="sparseadapter", fields={"size": Choice(choices=(2, 4))})
+    with pytest.raises(ValueError, match="a smaller adapter is no part of a larger one"):
+        SharedWeights(model, SearchSpace(backbone=backbone, adapters={"a": choice}), seed=0)

@@ -62,7 +62,7 @@ def site_statistics(
         backbone,
         cast(Any, task),
         rows,
-        lambda architecture: Attachment(model, backbone, [architecture], [0], pretrained_head=True),
+        lambda architecture, seed: Attachment(model, backbone, [architecture], [str(seed)], pretrained_head=True),
     )
 
 

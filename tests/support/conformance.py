@@ -39,6 +39,7 @@ from autopeft.search_space.adapters import (
     Prefix,
     Road,
     Shira,
+    SparseAdapter,
     Spiel,
     Ssf,
     Vera,
@@ -434,6 +435,15 @@ ROWS: tuple[Row, ...] = (
         specs=(Vera(rank=3, dropout=0.2), Vera(rank=6, d_initial=0.5), Vera(rank=1)),
         peft="peft draws other matrices, which an export takes along: see test_exporters.py",
         roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="sparseadapter",
+        specs=(
+            SparseAdapter(size=6, init="kaiming", dropout=0.2),
+            SparseAdapter(size=3, form="parallel", init="kaiming", density=0.5, scale=4.0),
+            SparseAdapter(size=4, init="kaiming", activation="silu"),
+        ),
+        peft="peft has no bottleneck adapters",
     ),
     Row(
         kind="dense",

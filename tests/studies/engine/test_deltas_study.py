@@ -30,6 +30,7 @@ STUDY: dict[str, Any] = {
             "low_rank": {"kind": "lora", "at": ["attn.v"], "rank": [1, 2]},
             "sparse": {"kind": "shira", "at": ["attn.v"], "rank": 1, "places": ["magnitude", "snip", "movement"]},
             "upper": {"kind": "dense", "layers": [2], "at": ["mlp.up", "mlp.down"], "rate": 0.1},
+            "pruned": {"kind": "sparseadapter", "size": [4, 8], "kept": ["magnitude", "snip"], "placement": "model"},
             "moving": {"kind": "spiel", "at": ["mlp.up"], "rank": [1, 2], "every": 5, "window": 2},
         },
         "one_of": {"inner": {"members": ["upper", "moving"]}},
@@ -60,7 +61,7 @@ def test_low_rank_and_sparse_deltas_sit_at_one_site(finished: tuple[Path, Snapsh
     assert all(trial.state == "complete" for trial in trials), [trial.error for trial in trials]
     at_sites = [dict(trial.candidate.architecture.adapters)["layers.1.attn.v"] for trial in trials]
     assert {tuple(spec.kind for spec in specs) for specs in at_sites} == {("lora", "shira")}
-    assert set.union(*map(kinds_of, trials)) == {"lora", "shira", "dense", "spiel"}
+    assert set.union(*map(kinds_of, trials)) == {"lora", "shira", "dense", "spiel", "sparseadapter"}
 
 
 def test_a_kill_changes_nothing(finished: tuple[Path, Snapshot, list[str]], tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_a_kill_changes_nothing(finished: tuple[Path, Snapshot, list[str]], tmp_
 @pytest.mark.parametrize("kind", ["dense", "spiel"])
 def test_a_recipe_trains_and_merges(finished: tuple[Path, Snapshot, list[str]], tmp_path: Path, kind: str) -> None:
     path, snapshot, _ = finished
-    found = next(trial for trial in snapshot.search_trials if kind in kinds_of(trial))
+    found = next(t for t in snapshot.search_trials if kind in kinds_of(t) and "sparseadapter" not in kinds_of(t))
     settings = load_study(path)
     recipe = recipe_of(settings, open_ledger(settings), snapshot, found.number)
     outcome = retrain(recipe, [found.seed])[0].outcome
