@@ -85,8 +85,9 @@ class Shira(AdapterSpec):
 
     @override
     def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        change = self.dense(p, call, y.shape[-1] * x.shape[-1])
-        return y + x @ change.unflatten(1, (y.shape[-1], x.shape[-1])).mT
+        shape = (y.shape[-1], x.shape[-1])
+        change: Tensor = self.dense(p, call, shape[0] * shape[1]).unflatten(1, shape)
+        return y + x @ change.mT
 
     def dense(self, p: Values, call: Call, size: int) -> Tensor:
         """Return scale * S with all of its `size` elements: [K, D_out * D_in]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -114,7 +115,7 @@ def of_one(there: LoadedBackbone, spec: AdapterSpec, **settings: Any) -> Request
     return Request(candidate=candidate, keep_weights=True, **settings)
 
 
-def change_of(there: LoadedBackbone, spec: Shira, state: dict[str, Tensor]) -> Tensor:
+def change_of(there: LoadedBackbone, spec: Shira, state: Mapping[str, Tensor]) -> Tensor:
     """The change of the weight, [D_out * D_in]."""
     site = there.backbone.site(SITE)
     own = {name.rpartition("/")[2]: value for name, value in state.items() if name.startswith(f"{SITE}/")}
@@ -181,7 +182,8 @@ def spiel_by_hand(there: LoadedBackbone, request: Request, spec: Spiel) -> Tenso
                 for i in new:
                     first[i], second[i] = sums[i] / spec.window, squares[i] / spec.window
         assert len(active) == size
-        return values.clone()
+        changed: Tensor = values.clone()
+        return changed
 
 
 def test_spiel_is_the_obvious_one(loaded: LoadedBackbone) -> None:  # noqa: F811
@@ -233,4 +235,4 @@ def test_bad_windows_are_refused() -> None:
         ({"share": 1.5}, "share must be at most 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            Spiel(**fields)  # type: ignore[arg-type]
+            Spiel(**fields)
