@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from autopeft.search_space.adapters.base import AdapterSpec
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +28,14 @@ class Places:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """The entries of a matrix of the adapter `of` that remain when it is pruned at its start, or their places.
+    """The entries of a matrix of an adapter that remain when it is pruned at its start, or their places.
 
-    They are those of the largest |value|, with `snip` of the largest |value * gradient|, the largest first. `tensor`:
-    the name of the matrix; `units`: its axis of the elastic size, which comes first in places.
+    `of`: the adapter before, an `AdapterSpec`. They are those of the largest |value|, with `snip` of the largest
+    |value * gradient|, the largest first. `tensor`: the name of the matrix; `units`: its axis of the elastic size,
+    which comes first in places.
     """
 
-    of: AdapterSpec
+    of: Any
     tensor: str
     units: Literal[0, 1]
     snip: bool
