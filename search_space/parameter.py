@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +27,33 @@ class Draws:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Flat indices of the elements of the frozen weight that a rule of `runtime/factors.py` ranks first, in order."""
+
+    rule: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The entries of a matrix of an adapter that remain when it is pruned at its start, or their places.
+
+    `of`: the adapter before, an `AdapterSpec`. They are those of the largest |value|, with `snip` of the largest
+    |value * gradient|, the largest first. `tensor`: the name of the matrix; `units`: its axis of the elastic size,
+    which comes first in places.
+    """
+
+    of: Any
+    tensor: str
+    units: Literal[0, 1]
+    snip: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One tensor of an adapter at one site, without the bank dimension.
 
-    - `init`: a rule of `runtime/init.py`, the initial value of all elements, a factor of a low-rank product, or draws.
+    - `init`: a rule of `runtime/init.py`, the initial value of all elements, a factor of a low-rank product, draws,
+      places, or what a pruning keeps.
     - `decay`: whether weight decay applies. Vectors and scales around the identity are exempt, as usual.
     - `per_expert`: the first axis enumerates the experts of a mixture; the values of each are drawn independently.
     - `rows`: alternatively, the number of rows of each expert along the first axis, in the order of the experts.
@@ -47,7 +70,7 @@ class Parameter:
     """
 
     shape: tuple[int, ...]
-    init: str | float | Factor | Draws = "zeros"
+    init: str | float | Factor | Draws | Places | Kept = "zeros"
     decay: bool = True
     per_expert: bool = False
     rows: tuple[int, ...] = ()

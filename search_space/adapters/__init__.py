@@ -19,6 +19,7 @@ from autopeft.search_space.adapters.boft import Boft
 from autopeft.search_space.adapters.bottleneck import Bottleneck
 from autopeft.search_space.adapters.c3a import C3a
 from autopeft.search_space.adapters.delora import Delora
+from autopeft.search_space.adapters.dense import Dense
 from autopeft.search_space.adapters.dora import Dora
 from autopeft.search_space.adapters.eigenlorax import Eigenlorax
 from autopeft.search_space.adapters.flora import Flora
@@ -41,6 +42,8 @@ from autopeft.search_space.adapters.prefix import Prefix
 from autopeft.search_space.adapters.randlora import Randlora
 from autopeft.search_space.adapters.road import Road
 from autopeft.search_space.adapters.shira import Shira
+from autopeft.search_space.adapters.sparse_adapter import SparseAdapter
+from autopeft.search_space.adapters.spiel import Spiel
 from autopeft.search_space.adapters.ssf import Ssf
 from autopeft.search_space.adapters.vblora import Vblora
 from autopeft.search_space.adapters.vera import Vera
@@ -52,11 +55,11 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
     "kind",
     (
         *(Full, Dora, Hira),
-        *(Lora, Vera, Shira, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
+        *(Lora, Vera, Dense, Shira, Spiel, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
         *(Randlora, Vblora, Mos, Lily, Eigenlorax),
         *(Oft, Boft, Hra),
         *(Norm, Bitfit, Beft, AdapterBias, Road, Ssf, Ia3),
-        *(Bottleneck, Prefix),
+        *(Bottleneck, SparseAdapter, Prefix),
     ),
 )
 
@@ -85,6 +88,7 @@ __all__ = [
     "Bottleneck",
     "C3a",
     "Delora",
+    "Dense",
     "Dora",
     "Eigenlorax",
     "Flora",
@@ -107,6 +111,8 @@ __all__ = [
     "Randlora",
     "Road",
     "Shira",
+    "SparseAdapter",
+    "Spiel",
     "Ssf",
     "Vblora",
     "Vera",

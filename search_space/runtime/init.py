@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from autopeft.search_space.backbones.linear import weight_of
-from autopeft.search_space.parameter import Draws, Parameter
+from autopeft.search_space.parameter import Draws, Kept, Parameter
 
 
 def stream(*words: object, device: torch.device | str = "cpu") -> Generator:
@@ -112,6 +112,17 @@ def initialise(parameter: Parameter, generator: Generator, base: nn.Module | Non
         return _places(parameter.count, weight, generator)
     norms: Tensor = weight.float().norm(dim={"row_norm": 1, "column_norm": 0}[parameter.init])
     return norms
+
+
+def kept(values: Tensor, scores: Tensor, declared: Parameter) -> Tensor:
+    """Return the values of the highest scores, or their places for a parameter of indices: [count].
+
+    values: [R, D] or [D, R], scores: the same; places are those of [R, D].
+    """
+    assert isinstance(declared.init, Kept)
+    values, scores = (tensor.movedim(declared.init.units, 0).flatten() for tensor in (values, scores))
+    order = scores.sort(descending=True, stable=True).indices[: declared.count]
+    return order.int() if declared.indices else values[order]
 
 
 def _places(count: int, of: Tensor, generator: Generator) -> Tensor:

@@ -20,6 +20,7 @@ from autopeft.search_space.adapters import (
     Bottleneck,
     C3a,
     Delora,
+    Dense,
     Dora,
     Eigenlorax,
     Flora,
@@ -42,6 +43,8 @@ from autopeft.search_space.adapters import (
     Randlora,
     Road,
     Shira,
+    SparseAdapter,
+    Spiel,
     Ssf,
     Vblora,
     Vera,
@@ -483,9 +486,30 @@ ROWS: tuple[Row, ...] = (
         roles=_SOME_LINEARS,
     ),
     Row(
+        kind="sparseadapter",
+        specs=(
+            SparseAdapter(size=6, init="kaiming", dropout=0.2),
+            SparseAdapter(size=3, form="parallel", init="kaiming", density=0.5, scale=4.0),
+            SparseAdapter(size=4, init="kaiming", activation="silu"),
+        ),
+        peft="peft has no bottleneck adapters",
+    ),
+    Row(
+        kind="dense",
+        specs=(Dense(),),
+        peft="peft saves whole modules with any adapter (modules_to_save), without a type of their own",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
         kind="shira",
-        specs=(Shira(rank=3), Shira(rank=5, scale=2.0), Shira(rank=1)),
+        specs=(Shira(rank=3), Shira(rank=5, scale=2.0), Shira(rank=1), Shira(rank=2, places="magnitude")),
         peft="peft draws other places, which an export takes along: see test_exporters.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="spiel",
+        specs=(Spiel(rank=3, every=6, window=2), Spiel(rank=5, scale=2.0, every=4, window=4), Spiel(rank=1)),
+        peft="peft has no sparse adapters whose places move; an export is its SHiRA: see test_exporters.py",
         roles=_SOME_LINEARS,
     ),
 )

@@ -16,7 +16,7 @@ from autopeft.search_space.adapters.lokr import Lokr
 from autopeft.search_space.adapters.lora import FROM_SITE, Lora
 from autopeft.search_space.adapters.miss import Miss
 from autopeft.search_space.adapters.randlora import Randlora
-from autopeft.search_space.adapters.shira import Shira
+from autopeft.search_space.adapters.shira import RANDOM, Shira
 from autopeft.search_space.adapters.vblora import Vblora
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.backbones.linear import weight_of
@@ -184,9 +184,13 @@ def _fill_vblora(module: Any, values: Mapping[str, Tensor], spec: AdapterSpec) -
 def _shira(placed: Placed) -> Arguments:
     shiras = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
     lost = [
-        f"{site.name} shira: scale {spec.scale} becomes part of the values (affects only training)"
+        f"{site.name} {spec.kind}: scale {spec.scale} becomes part of the values (affects only training)"
         for site, spec in shiras
         if spec.scale != 1.0
+    ] + [
+        f"{site.name} {spec.kind}: peft trains random places, which stay (affects only training)"
+        for site, spec in shiras
+        if spec.places != RANDOM or spec.moves
     ]
     return {"r": shiras[0][1].rank, "mask_type": "random"}, lost
 
@@ -318,6 +322,15 @@ def _one_rank(placed: Placed) -> list[str]:
     return one_for_all(placed, "rank", lambda site, spec: spec.rank)
 
 
+SHIRA = PeftType(
+    config="ShiraConfig",
+    arguments=_shira,
+    fill=_fill_shira,
+    obstacles=_one_rank,
+    transposed=NO_TRANSPOSED,
+    quantised="peft adds it to the weight itself",
+    decayed="values",
+)
 UPDATES: dict[str, PeftType] = {
     "lora": PeftType(config="LoraConfig", arguments=_lora, fill=_fill_lora),
     "dora": PeftType(config="LoraConfig", arguments=_lora, fill=_fill_dora, decayed="magnitude"),
@@ -331,15 +344,8 @@ UPDATES: dict[str, PeftType] = {
         decayed="vectors",
     ),
     "vblora": PeftType(config="VBLoRAConfig", arguments=_vblora, fill=_fill_vblora, obstacles=_vblora_obstacles),
-    "shira": PeftType(
-        config="ShiraConfig",
-        arguments=_shira,
-        fill=_fill_shira,
-        obstacles=_one_rank,
-        transposed=NO_TRANSPOSED,
-        quantised="peft adds it to the weight itself",
-        decayed="values",
-    ),
+    "shira": SHIRA,
+    "spiel": SHIRA,
     "loha": PeftType(
         config="LoHaConfig",
         arguments=_loha,

@@ -39,6 +39,7 @@ from autopeft.search_space.adapters import (
     Bottleneck,
     C3a,
     Delora,
+    Dense,
     Dora,
     Eigenlorax,
     Flora,
@@ -59,6 +60,7 @@ from autopeft.search_space.adapters import (
     Randlora,
     Road,
     Shira,
+    Spiel,
     Ssf,
     Vblora,
     Vera,
@@ -510,6 +512,18 @@ def test_peft_has_one_rank_of_shira_and_no_scale(
     )
 
 
+def test_peft_has_the_places_of_sparse_changes_that_it_cannot_train(
+    models: Folders, tmp_path: Path, fresh: FreshProcess
+) -> None:
+    for spec in (Shira(rank=3, places="magnitude"), Spiel(rank=3)):
+        recipe = make_recipe("bert", models["bert"], {"layers.1.attn.q": spec, "layers.3.mlp.down": spec})
+        state, wanted = trained(recipe)
+        fit = EXPORTERS["peft"].export(recipe, state, tmp_path / spec.kind, allow_lossy=True)
+        reason = f"{spec.kind}: peft trains random places, which stay (affects only training)"
+        assert fit.lost == (f"layers.1.attn.q {reason}", f"layers.3.mlp.down {reason}")
+        assert_close(read(fresh, "peft", recipe, tmp_path / spec.kind)["logits"], wanted)
+
+
 @pytest.mark.parametrize(
     "spec", [Vera(rank=4, projection_key=3), Shira(rank=2), Randlora(rank=4)], ids=lambda spec: spec.kind
 )
@@ -742,6 +756,7 @@ MERGED_CASES = {
     ),
     "norm-llama": Case("llama", {"norm.final": Norm()}),
     "full": Case("bert", {"backbone": Full()}),
+    **{f"dense-{family}": Case(family, at_linears(family, lambda n: Dense())) for family in ("bert", "llama", "gpt2")},
     "head-alone": Case("roberta", {}),
 }
 
