@@ -14,10 +14,12 @@ from typing import Any
 from autopeft.search_space.adapters.adapter_bias import AdapterBias
 from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.adapters.beft import Beft
+from autopeft.search_space.adapters.biadaptformer import BiAdaptFormer
 from autopeft.search_space.adapters.bitfit import Bitfit
 from autopeft.search_space.adapters.boft import Boft
 from autopeft.search_space.adapters.bottleneck import Bottleneck
 from autopeft.search_space.adapters.c3a import C3a
+from autopeft.search_space.adapters.compacter import Compacter
 from autopeft.search_space.adapters.delora import Delora
 from autopeft.search_space.adapters.dora import Dora
 from autopeft.search_space.adapters.flora import Flora
@@ -26,14 +28,17 @@ from autopeft.search_space.adapters.gralora import Gralora
 from autopeft.search_space.adapters.hira import Hira
 from autopeft.search_space.adapters.hra import Hra
 from autopeft.search_space.adapters.hydra import Hydra
+from autopeft.search_space.adapters.hyperformer import Hyperformer
 from autopeft.search_space.adapters.ia3 import Ia3
 from autopeft.search_space.adapters.loha import Loha
 from autopeft.search_space.adapters.lokr import Lokr
 from autopeft.search_space.adapters.lora import Lora
 from autopeft.search_space.adapters.miss import Miss
 from autopeft.search_space.adapters.mixture import Mixture
+from autopeft.search_space.adapters.multilora import MultiLora
 from autopeft.search_space.adapters.norm import Norm
 from autopeft.search_space.adapters.oft import Oft
+from autopeft.search_space.adapters.polyhistor import Polyhistor
 from autopeft.search_space.adapters.prefix import Prefix
 from autopeft.search_space.adapters.road import Road
 from autopeft.search_space.adapters.shira import Shira
@@ -47,10 +52,10 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
     "kind",
     (
         *(Full, Dora, Hira),
-        *(Lora, Vera, Shira, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra),
+        *(Lora, Vera, Shira, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra, MultiLora),
         *(Oft, Boft, Hra),
         *(Norm, Bitfit, Beft, AdapterBias, Road, Ssf, Ia3),
-        *(Bottleneck, Prefix),
+        *(Bottleneck, BiAdaptFormer, Compacter, Hyperformer, Polyhistor, Prefix),
     ),
 )
 
@@ -74,10 +79,12 @@ __all__ = [
     "AdapterBias",
     "AdapterSpec",
     "Beft",
+    "BiAdaptFormer",
     "Bitfit",
     "Boft",
     "Bottleneck",
     "C3a",
+    "Compacter",
     "Delora",
     "Dora",
     "Flora",
@@ -86,14 +93,17 @@ __all__ = [
     "Hira",
     "Hra",
     "Hydra",
+    "Hyperformer",
     "Ia3",
     "Loha",
     "Lokr",
     "Lora",
     "Miss",
     "Mixture",
+    "MultiLora",
     "Norm",
     "Oft",
+    "Polyhistor",
     "Prefix",
     "Road",
     "Shira",
