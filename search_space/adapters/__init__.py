@@ -44,6 +44,7 @@ from autopeft.search_space.adapters.road import Road
 from autopeft.search_space.adapters.shira import Shira
 from autopeft.search_space.adapters.ssf import Ssf
 from autopeft.search_space.adapters.vera import Vera
+from autopeft.search_space.adapters.vlpet import VlPet
 from autopeft.search_space.registry import Registry
 
 ADAPTERS: Registry[type[AdapterSpec]] = Registry(
@@ -55,7 +56,7 @@ ADAPTERS: Registry[type[AdapterSpec]] = Registry(
         *(Lora, Vera, Shira, Loha, Lokr, Miss, C3a, Gralora, Delora, Flora, Hydra, MultiLora),
         *(Oft, Boft, Hra),
         *(Norm, Bitfit, Beft, AdapterBias, Road, Ssf, Ia3),
-        *(Bottleneck, BiAdaptFormer, Compacter, Hyperformer, Polyhistor, Prefix),
+        *(Bottleneck, BiAdaptFormer, Compacter, Hyperformer, Polyhistor, VlPet, Prefix),
     ),
 )
 
@@ -109,5 +110,6 @@ __all__ = [
     "Shira",
     "Ssf",
     "Vera",
+    "VlPet",
     "spec_from_dict",
 ]

@@ -45,6 +45,7 @@ from autopeft.search_space.adapters import (
     Shira,
     Ssf,
     Vera,
+    VlPet,
 )
 from autopeft.search_space.adapters.linear_operators import InputOperator, OutputOperator
 from autopeft.search_space.architecture import Architecture
@@ -458,6 +459,16 @@ ROWS: tuple[Row, ...] = (
             Polyhistor(size=3, blocks=4, rank=1, embedding=2, form="parallel", activation="tanh"),
         ),
         peft="peft has no Polyhistor: see test_made_bottlenecks.py",
+    ),
+    Row(
+        kind="vlpet",
+        specs=(
+            VlPet(size=3, dropout=0.2),
+            VlPet(size=2, granularity="token", form="parallel", activation="tanh"),
+            VlPet(size=4, granularity="both", dropout=0.2),
+            VlPet(size=2, granularity="both", scale=2.0),
+        ),
+        peft="peft has no VL-PET: see test_made_bottlenecks.py",
     ),
     Row(
         kind="prefix",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,11 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopeft.evaluators.attachment.attachment import Attachment
-from autopeft.search_space.adapters import AdapterSpec, BiAdaptFormer, Compacter, Hyperformer, Mixture, Polyhistor
+from autopeft.evaluators.attachment.shared_weights import SharedWeights
+from autopeft.search_space.adapters import (
+    AdapterSpec,
+    BiAdaptFormer,
+    Compacter,
+    Hyperformer,
+    Mixture,
+    Polyhistor,
+    VlPet,
+)
 from autopeft.search_space.adapters.biadaptformer import binary
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone, Site
+from autopeft.search_space.declaration import AdapterChoice
+from autopeft.search_space.domains import Choice
 from autopeft.search_space.runtime.bank import Bank
+from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.studies.config.loading import load_study
 from autopeft.testing.models import tiny, tokens
 
@@ -149,6 +163,26 @@ def test_what_sites_share_is_one_tensor_that_learns_from_all(spec: AdapterSpec) 
         torch.testing.assert_close(value.grad, sum(parts))
 
 
+@pytest.mark.parametrize("spec", SHARING, ids=lambda spec: spec.kind)
+def test_a_supernet_serves_sizes_that_differ_by_site(spec: AdapterSpec) -> None:
+    model, backbone = tiny("bert")
+    choice = AdapterChoice(kind=spec.kind, fields={"size": Choice.of([0, 1, 3])}, vary={"size": "site"})
+    space = SearchSpace(backbone=backbone, adapters={"a": choice})
+    weights = SharedWeights(model, space, seed=0)
+    with torch.no_grad():
+        for value, _ in weights.trainable():
+            value.add_(0.1 * torch.randn_like(value))
+    for seed in range(3):
+        architecture = space.decode(space.sample(Random(seed))).architecture
+        with Attachment(model, backbone, [architecture], [0], shared=weights) as attachment:
+            attachment.eval()
+            state, expected = attachment.state(), model(tokens()).logits
+        with Attachment(model, backbone, [architecture], [5]) as attachment:
+            attachment.load_state(state)
+            attachment.eval()
+            torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_compacter_has_as_many_weights_as_the_paper_says() -> None:
     backbone = tiny("bert")[1]
     layers, d, n, size = 2, 24, 4, 2
@@ -167,6 +201,37 @@ def test_a_network_makes_other_weights_for_each_site() -> None:
         with Attachment(model, backbone, [everywhere(spec, backbone)], [1]) as attachment:
             made = [spec.layers(bank.slots()).down for bank in attachment.banks if bank.site.role != "head"]
             assert not any(torch.equal(made[0], other) for other in made[1:])
+
+
+# Gates
+
+
+@pytest.mark.parametrize("granularity", ["feature", "token", "both"])
+@pytest.mark.parametrize("form", ["serial", "parallel"])
+def test_a_gate_multiplies_the_sub_layer_with_the_update(granularity: str, form: str) -> None:
+    fields: dict[str, Any] = {"granularity": granularity, "form": form}
+    specs = [VlPet(size=size, scale=scale, **fields) for size, scale in ((3, 0.5), (1, 1.0), (5, 2.0))]
+    site = replace(SITE, in_features=12)
+    bank = Bank(site, specs, nn.Linear(12, 12), [0, 1, 2], bank_of_slot=[0, 0, 0]).double().eval()
+    x, y = torch.randn(2, 3, 4, 12, dtype=torch.double)
+    torch.testing.assert_close(bank(x, y), y)
+    with torch.no_grad():
+        for value in bank.values.values():
+            value.add_(0.3 * torch.randn_like(value))
+        found = bank(x, y)
+        for k, spec in enumerate(specs):
+            v = bank.of_slot(k)
+            for m in range(4):
+                z = y[k, m] if form == "serial" else x[k, m]
+                change = v["up"] @ F.gelu(v["down"] @ z + v["down_bias"]) + v["up_bias"]
+                h = y[k, m] + spec.scale * change
+                gate = {
+                    "feature": lambda v=v: 1 + v["g"],
+                    "token": lambda v=v, x=x[k, m], h=h: 2 * torch.sigmoid(v["w"] @ (x + h) + v["c"]),
+                    "both": lambda v=v, x=x[k, m]: 2 * torch.sigmoid(v["V"] @ F.gelu(v["U"] @ x + v["b"]) + v["c"]),
+                }[granularity]()
+                assert gate.shape == {"token": (1,)}.get(granularity, (12,))
+                torch.testing.assert_close(found[k, m], h * gate, atol=1e-6, rtol=1e-6)
 
 
 # One bit
@@ -225,8 +290,8 @@ def test_a_weight_takes_a_bit_and_a_unit_four_numbers() -> None:
     assert mixture.stored_bits(SITE) == 3 * bits + 32 * router
 
 
-@pytest.mark.parametrize("kind", [BiAdaptFormer, Compacter, Hyperformer, Polyhistor])
-@pytest.mark.parametrize("field", ["size", "blocks", "rank", "embedding", "activation", "form"])
+@pytest.mark.parametrize("kind", [BiAdaptFormer, Compacter, Hyperformer, Polyhistor, VlPet])
+@pytest.mark.parametrize("field", ["size", "blocks", "rank", "embedding", "activation", "form", "granularity"])
 def test_bad_fields_are_refused(kind: type[AdapterSpec], field: str) -> None:
     if hasattr(kind(), field):
         with pytest.raises(ValueError, match=field):
@@ -235,7 +300,7 @@ def test_bad_fields_are_refused(kind: type[AdapterSpec], field: str) -> None:
 
 @pytest.mark.slow
 def test_a_study_searches_them(tmp_path: Path) -> None:
-    adapters = {spec.kind: {"size": [0, 1, 2]} for spec in (*SHARING, BiAdaptFormer())}
+    adapters = {spec.kind: {"size": [0, 1, 2]} for spec in (*SHARING, BiAdaptFormer(), VlPet())}
     changes = {"search": {"searcher": "random", "trials": 4, "batch": 2}, "finalists": {"seeds": 2, "most": 1}}
     snapshot = run(load_study(save_study(tmp_path, space={"adapters": adapters}, **changes)))
     trials = list(snapshot.search_trials)
