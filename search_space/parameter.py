@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
+#: Size of a value on disk: float32, or int32 for indices.
+NUMBER_BITS = 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
@@ -80,6 +83,7 @@ class Parameter:
     key: int | None = None
     indices: bool = False
     scope: Literal["site", "role", "shape", "model"] = "site"
+    bits: float = NUMBER_BITS
 
     def __post_init__(self) -> None:
         if self.trainable and (self.given or self.key is not None or self.indices):
@@ -96,3 +100,8 @@ class Parameter:
     def stored(self) -> bool:
         """Whether the values are written to disk; values drawn from a key are not."""
         return self.key is None
+
+    @property
+    def stored_bits(self) -> int:
+        """Size of the values on disk, in bits."""
+        return round(self.count * self.bits) if self.stored else 0

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from autopeft.search_space.call import Call, Values
     from autopeft.search_space.routers.base import Router
 
-#: Size of a value on disk: float32, or int32 for indices.
-NUMBER_BITS = 32
 #: The field that every type has; it may differ between the slots of a bank.
 RATE = "rate"
 #: Methods that compute `apply` together with the frozen linear or the weighting of experts, faster than in sequence.
@@ -110,9 +108,7 @@ class AdapterSpec(ABC):
 
     def stored_bits(self, site: Site) -> int:
         """Return the size of the adapter on disk in bits, without shared tensors."""
-        return NUMBER_BITS * sum(
-            parameter.count for parameter in self.own_parameters(site).values() if parameter.stored
-        )
+        return sum(parameter.stored_bits for parameter in self.own_parameters(site).values())
 
     @property
     def nested(self) -> bool:

@@ -288,7 +288,7 @@ def principal(folders: Sequence[str], site: Site, side: str, rest: Tensor) -> Te
     found = rows[sizes > LEAST_SIZE * sizes.max()]
     more = rest if side == "A" else rest.mT
     q, r = torch.linalg.qr(torch.cat([found, more])[: len(more)].mT)
-    basis = (q * r.diagonal().sign()).mT  # the first ones are those of `found`
+    basis: Tensor = (q * r.diagonal().sign()).mT  # the first ones are those of `found`
     return basis if side == "A" else basis.mT
 
 

@@ -33,6 +33,12 @@ def _he(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
+def _glorot(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Draw uniformly with the bound sqrt(6/(fan_in + fan_out)) of each matrix (Glorot and Bengio 2010, equation 16)."""
+    bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 def _gaussian(shape: tuple[int, ...], generator: Generator) -> Tensor:
     """Draw normal values with standard deviation 1/R, where R is the size of the first axis."""
     return torch.randn(shape, generator=generator) / shape[0]
@@ -69,6 +75,11 @@ def _vector_logits(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return 0.1 * torch.randn(shape, generator=generator)
 
 
+def _tiny_normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Draw normal values with standard deviation 0.001, truncated at 0.002, for weights that are scaled later."""
+    return nn.init.trunc_normal_(torch.empty(shape), std=0.001, a=-0.002, b=0.002, generator=generator)
+
+
 def _pairs(shape: tuple[int, ...], generator: Generator) -> Tensor:
     """Draw half of the columns as `_kaiming`, and each of them twice."""
     return _kaiming((*shape[:-1], shape[-1] // 2), generator).repeat_interleave(2, -1)
@@ -79,10 +90,12 @@ RULES: dict[str, Callable[[tuple[int, ...], Generator], Tensor]] = {
     "ones": lambda shape, generator: torch.ones(shape),
     "kaiming": _kaiming,
     "he": _he,
+    "glorot": _glorot,
     "gaussian": _gaussian,
     "small_normal": _small_normal,
     "normal": lambda shape, generator: torch.randn(shape, generator=generator),
     "houlsby": _houlsby,
+    "tiny_normal": _tiny_normal,
     "orthogonal": _orthogonal,
     "pairs": _pairs,
     "unit_uniform": _unit_uniform,

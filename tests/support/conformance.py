@@ -15,10 +15,12 @@ from autopeft.search_space.adapters import (
     AdapterBias,
     AdapterSpec,
     Beft,
+    BiAdaptFormer,
     Bitfit,
     Boft,
     Bottleneck,
     C3a,
+    Compacter,
     Delora,
     Dense,
     Dora,
@@ -29,6 +31,7 @@ from autopeft.search_space.adapters import (
     Hira,
     Hra,
     Hydra,
+    Hyperformer,
     Ia3,
     Lily,
     Loha,
@@ -37,8 +40,10 @@ from autopeft.search_space.adapters import (
     Miss,
     Mixture,
     Mos,
+    MultiLora,
     Norm,
     Oft,
+    Polyhistor,
     Prefix,
     Randlora,
     Road,
@@ -48,6 +53,7 @@ from autopeft.search_space.adapters import (
     Ssf,
     Vblora,
     Vera,
+    VlPet,
 )
 from autopeft.search_space.adapters.linear_operators import InputOperator, OutputOperator
 from autopeft.search_space.adapters.low_rank import LowRank
@@ -90,13 +96,14 @@ class Row:
 
     `specs`: settings to test, of different sizes where the type has a size. `peft`: the same in peft, or the
     reason why there is nothing to compare. `roles`: where the tests place it (default: the type's own
-    default).
+    default). `straight_through`: its gradient is, by design, no derivative.
     """
 
     kind: str
     specs: tuple[AdapterSpec, ...]
     peft: Peft | str
     roles: tuple[str, ...] = ()
+    straight_through: bool = False
 
     def sites(self, backbone: Backbone, roles: tuple[str, ...] = ()) -> list[Site]:
         """The sites of `roles` (default: the row's) that the type fits."""
@@ -388,6 +395,12 @@ ROWS: tuple[Row, ...] = (
         roles=_SOME_LINEARS,
     ),
     Row(
+        kind="multilora",
+        specs=(MultiLora(rank=3, dropout=0.2), MultiLora(rank=1, alpha=4.0), MultiLora(rank=2, branches=2)),
+        peft="peft has no MultiLoRA: see test_operators.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
         kind="adapterbias",
         specs=(AdapterBias(),),
         peft="peft has no AdapterBias: see test_operators.py",
@@ -419,6 +432,53 @@ ROWS: tuple[Row, ...] = (
         ),
         peft="peft has no bottleneck adapters",
         roles=("attn", "mlp"),
+    ),
+    Row(
+        kind="biadaptformer",
+        specs=(
+            BiAdaptFormer(size=4, dropout=0.2),
+            BiAdaptFormer(size=1, scale=3.0),
+            BiAdaptFormer(size=3, form="serial", activation="gelu"),
+        ),
+        peft="peft has no bottleneck adapters",
+        straight_through=True,
+    ),
+    Row(
+        kind="compacter",
+        specs=(
+            Compacter(size=2, blocks=2, dropout=0.2),
+            Compacter(size=1, blocks=2, scale=2.0),
+            Compacter(size=3, blocks=4, rank=2, form="parallel", activation="tanh"),
+        ),
+        peft="peft has no Compacter: see test_made_bottlenecks.py",
+    ),
+    Row(
+        kind="hyperformer",
+        specs=(
+            Hyperformer(size=4, embedding=3, dropout=0.2),
+            Hyperformer(size=2, embedding=3, scale=2.0),
+            Hyperformer(size=3, embedding=5, form="parallel", activation="tanh"),
+        ),
+        peft="peft has no HyperFormer: see test_made_bottlenecks.py",
+    ),
+    Row(
+        kind="polyhistor",
+        specs=(
+            Polyhistor(size=2, blocks=2, rank=2, embedding=3, dropout=0.2),
+            Polyhistor(size=1, blocks=2, rank=2, embedding=3, scale=2.0),
+            Polyhistor(size=3, blocks=4, rank=1, embedding=2, form="parallel", activation="tanh"),
+        ),
+        peft="peft has no Polyhistor: see test_made_bottlenecks.py",
+    ),
+    Row(
+        kind="vlpet",
+        specs=(
+            VlPet(size=3, dropout=0.2),
+            VlPet(size=2, granularity="token", form="parallel", activation="tanh"),
+            VlPet(size=4, granularity="both", dropout=0.2),
+            VlPet(size=2, granularity="both", scale=2.0),
+        ),
+        peft="peft has no VL-PET: see test_made_bottlenecks.py",
     ),
     Row(
         kind="prefix",
