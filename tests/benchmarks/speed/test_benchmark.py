@@ -284,6 +284,7 @@ def python(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_parts_of_the_benchmark_run_where_little_is_installed() -> None:
     python(f"import sys\nsys.modules.update(dict.fromkeys({HEAVY}))\n{IMPORTS}")  # None: as if it were missing
 
@@ -337,6 +338,7 @@ def test_arms_that_do_not_agree(arm: str, losses: list[float], loss: float, what
         check_parity(runs)
 
 
+@pytest.mark.slow
 def test_a_broken_arm_ends_the_benchmark(study: Path, monkeypatch: Any, capsys: Any) -> None:
     whole = arms.ARMS["packed"]
 

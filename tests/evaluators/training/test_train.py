@@ -36,6 +36,7 @@ from autopeft.search_space.problem import Fidelity, Measurement
 from autopeft.search_space.spaces.presets import everywhere, linears
 from autopeft.search_space.training import Training
 
+from ...support.slow import slow
 from ...support.tiny_models import WORDS, byte_tokenizer, save, seeded, word_tokenizer
 
 torch.set_num_threads(1)
@@ -206,7 +207,7 @@ def test_candidates_of_a_seed_see_the_same_batches(evaluator, monkeypatch):
 # Fidelity
 
 
-@pytest.mark.parametrize(("share", "steps"), [(0.37, 23), (0.05, 3), (0.001, 1), (1.0, 60)])
+@pytest.mark.parametrize(("share", "steps"), [(0.37, 23), slow(0.05, 3), slow(0.001, 1), slow(1.0, 60)])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_share_is_the_beginning_of_the_full_run(evaluator, share, steps, schedule, spied):
     training = {"schedule": schedule}

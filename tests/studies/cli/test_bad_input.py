@@ -175,6 +175,7 @@ def test_no_disk_space_on_the_way(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_refuses(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, **SHORT)
     assert cli("run", path, "--set", "search.trials=1")[0] == 0
@@ -227,6 +228,7 @@ def run_tiny(cli, path: Path, *more: object) -> Any:
     return code, errors, read_snapshot(study, open_ledger(study))
 
 
+@pytest.mark.slow
 def test_mlflow_out_of_reach(cli, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The study goes on; what was missed is written by the next sync that gets through."""
     from mlflow import MlflowClient

@@ -40,6 +40,7 @@ from autopeft.studies.recipes.pick import pick
 from autopeft.studies.recipes.recipe import Recipe
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
 
+from ...support.slow import mostly_slow, slow
 from ...support.tiny_study import LABELS, ROWS, save_data, save_model, save_study
 
 
@@ -201,6 +202,7 @@ def test_an_interrupted_study_ends_as_an_uninterrupted_one(finished, tmp_path: P
     assert facts(list(snapshot.trials)) == facts(list(whole.trials))
 
 
+@pytest.mark.slow
 def test_sigkill_in_mid_trial(finished, tmp_path: Path) -> None:
     """Killed as no handler can catch it, twice at different moments; then resumed to the end."""
     _, whole, _ = finished
@@ -234,6 +236,7 @@ def wait_for_ended(settings: StudyFile, count: int, process: subprocess.Popen, l
     raise AssertionError(f"the study did not come to {count} evaluations")
 
 
+@pytest.mark.slow
 def test_sigint_is_polite(tmp_path: Path) -> None:
     path = save_study(tmp_path / "study", search={"searcher": "random", "trials": 300, "batch": 3})
     settings = load_study(path)
@@ -336,7 +339,9 @@ def test_a_candidate_that_cannot_be_measured_fails_alone(tmp_path: Path, monkeyp
     assert set(found.values()) == {("complete", None)}
 
 
-@pytest.mark.parametrize("searcher", ["bo", "random", "qmc", "nsga2", "evolution", "linas", "grid"])
+@pytest.mark.parametrize(
+    "searcher", mostly_slow(("bo", "random", "qmc", "nsga2", "evolution", "linas", "grid"), "bo", "random")
+)
 def test_every_searcher_runs_a_study(searcher: str, tmp_path: Path) -> None:
     changes = {
         "search": {"searcher": searcher, "trials": 2},
@@ -376,7 +381,7 @@ def test_json_on_stdout_alone(finished, capfd: pytest.CaptureFixture) -> None:
             assert printed["hypervolume"] > 0
 
 
-@pytest.mark.parametrize("searcher", ["tpe", "bo"])
+@pytest.mark.parametrize("searcher", ["tpe", slow("bo")])
 def test_halving_prunes_and_resumes(searcher: str, tmp_path: Path) -> None:
     """A batch of six, half of it goes on at each of two rungs; interrupted in mid-batch it ends the same."""
     search = {"searcher": searcher, "trials": 12, "batch": 6, "rungs": [0.25, 0.5], "keep": 0.5}
@@ -396,6 +401,7 @@ def test_halving_prunes_and_resumes(searcher: str, tmp_path: Path) -> None:
     assert facts(list(run(settings, resume=True).trials)) == facts(list(whole.trials))
 
 
+@pytest.mark.slow
 def test_racing_at_the_rungs_prunes_and_resumes(tmp_path: Path) -> None:
     """With `keep: auto`, all of the first batch end, and later ones are compared with them; a stop changes nothing."""
     search = {"searcher": "bo", "trials": 18, "batch": 6, "rungs": [0.5], "keep": "auto"}

@@ -111,6 +111,7 @@ def test_started_in_python_and_resumed_by_the_command(
     assert found(study.run(progress=False)) == found(finished[1]), "there is nothing left to do"
 
 
+@pytest.mark.slow
 def test_started_by_the_command_and_resumed_in_python(
     inputs: Path, finished: tuple[Study, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +128,7 @@ def test_started_by_the_command_and_resumed_in_python(
     assert file.read_text() == text, "a file of somebody's own stays as it is"
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_it_between_two_steps(
     inputs: Path, finished: tuple[Study, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def losses_of(result: Result) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_more_trials_may_be_asked_for(inputs: Path, tmp_path: Path) -> None:
     declared(inputs, tmp_path, trials=3).run(progress=False)
     result = declared(inputs, tmp_path, trials=6).run(progress=False)

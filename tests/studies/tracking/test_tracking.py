@@ -26,6 +26,7 @@ from autopeft.studies.tracking.mlflow_payload import accepted_name
 from autopeft.studies.tracking.mlflow_sync import Tracker
 from autopeft.studies.tracking.uri import absolute_uri, ui_command
 
+from ...support.slow import slow
 from ...support.tracked_study import FRONT, NUM_STEPS, OBJECTIVES, SETTINGS, TRIALS, mlflow_server, snapshot, trial
 
 FRONT_FILTER = "tags.`autopeft.pareto` = 'true'"
@@ -364,7 +365,7 @@ def test_another_process_goes_on(store: Store) -> None:
     assert store.child(1).info == first.info
 
 
-@pytest.mark.parametrize("stop", ["log_batch", "log_dict", "set_terminated"])
+@pytest.mark.parametrize("stop", [slow("log_batch"), "log_dict", slow("set_terminated")])
 def test_a_child_that_was_cut_off_is_completed(store: Store, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
