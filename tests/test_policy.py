@@ -169,6 +169,7 @@ def test_kernels_is_never_a_regular_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_transformers_model_builds_with_the_root_first_on_the_path() -> None:
     run_python(
         "import os, sys\n"

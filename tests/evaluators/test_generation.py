@@ -241,6 +241,7 @@ def test_texts_of_a_pack_are_those_of_each_candidate_alone(
     assert texts(model, rows) not in found
 
 
+@pytest.mark.slow
 def test_experts_of_a_pack_are_averaged_as_those_of_each_alone(model_folder: Path) -> None:
     model = bare_backbone(make_recipe("llama", model_folder, PLACEMENT)).model
     rows = prompts(5)

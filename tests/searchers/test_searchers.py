@@ -275,6 +275,7 @@ def test_nsga2_passes_on_conditional_genes() -> None:
     assert sum(value in parents for value in children) / len(children) >= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", slow("nsga2")])
 def test_infeasible_regions_are_left(name: str) -> None:
     """Ranks above 2 are beyond a limit: their share falls."""

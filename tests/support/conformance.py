@@ -445,11 +445,12 @@ ROWS: tuple[Row, ...] = (
 def kinds(*without: str) -> list[Any]:
     """Return the types of the rows but these, for tests that train each of them.
 
-    Those of operators are slow tests there: what `test_adapters.py` tests of their formulas is most of it.
+    Those of operators are slow tests there: what `test_adapters.py` tests of their formulas is most of it. So are
+    mixtures, which `test_mixture_evaluated.py` trains.
     """
-    operators = (InputOperator, OutputOperator)
+    covered = (InputOperator, OutputOperator, Mixture)
     return [
-        pytest.param(row.kind, marks=[pytest.mark.slow] * isinstance(row.specs[0], operators))
+        pytest.param(row.kind, marks=[pytest.mark.slow] * isinstance(row.specs[0], covered))
         for row in ROWS
         if row.kind not in without
     ]

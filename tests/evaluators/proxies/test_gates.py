@@ -275,7 +275,7 @@ def test_an_adapter_at_the_identity_has_no_gradient(evaluator: PackedEvaluator) 
 # Training
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", mostly_slow(SPACES, "several"))
 def test_training(evaluator: PackedEvaluator, name: str) -> None:
     """Its choice is in the space, and a second run is the same to the bit."""
     runs = []

@@ -122,7 +122,7 @@ def evaluator(kept: PackedEvaluator) -> Iterator[PackedEvaluator]:
         yield kept
 
 
-@pytest.fixture(scope="module", params=[*CLASSIFIERS, *CAUSALS])
+@pytest.fixture(scope="module", params=mostly_slow([*CLASSIFIERS, *CAUSALS], "llama", "gpt2-causal", "cohere-causal"))
 def family(request: pytest.FixtureRequest, folders: Path) -> PackedEvaluator:
     return build(request.param, folders / "families", pack=4)
 

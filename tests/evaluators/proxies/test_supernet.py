@@ -182,6 +182,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(evaluator: PackedEvaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEPS_BETWEEN_CHECKPOINTS", 4)
     policy = POLICIES["sandwich"](space_of(evaluator.backbone), 0)

@@ -160,7 +160,7 @@ def test_adapters_matter(evaluator):
 # It repeats itself
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", slow("full")])
 def test_a_seed_decides_everything(evaluator, kind):
     torch.manual_seed(1)
     first = timeless(measured(evaluator, kind, seed=3))
@@ -407,7 +407,7 @@ def breaking(monkeypatch, evaluator: TrainEvaluator, error: BaseException, at: i
     monkeypatch.setattr(evaluator.task, "score", score)
 
 
-@pytest.mark.parametrize("kind", ["lora", "prefix", "full"])
+@pytest.mark.parametrize("kind", ["lora", slow("prefix"), slow("full")])
 @pytest.mark.parametrize(
     ("error", "failure", "reason"),
     [

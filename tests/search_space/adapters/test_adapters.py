@@ -44,6 +44,7 @@ from autopeft.testing.adapters import (
 from autopeft.testing.models import FAMILIES, tiny, tokens
 
 from ...support.conformance import ROWS, Peft, Row
+from ...support.slow import slow
 
 torch.set_num_threads(1)
 
@@ -412,7 +413,7 @@ def test_slots_of_one_bank_agree_in_structure() -> None:
         Bank(site, [Lora(rank=2)], base, [1]).load_slot(0, Bank(site, [Lora(rank=3)], base, [1]).of_slot(0))
 
 
-@pytest.mark.parametrize("family", ["bert", "llama-causal"])  # GPT-2 asks a mask for its values
+@pytest.mark.parametrize("family", [slow("bert"), "llama-causal"])  # GPT-2 asks a mask for its values
 @kinds(BANKED)
 def test_a_step_of_a_pack_stays_on_the_devices_of_its_backbone(
     row: Row, family: str, monkeypatch: pytest.MonkeyPatch

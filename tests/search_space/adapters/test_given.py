@@ -371,6 +371,7 @@ def test_the_bare_model_fails_in_every_pack(tmp_path: Path) -> None:
     assert other.measurement is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluator", ["packed", slow("train")])
 def test_a_study_between_given_loras_of_a_causal_model(
     tmp_path: Path, evaluator: str, capsys: pytest.CaptureFixture[str]

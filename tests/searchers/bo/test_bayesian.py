@@ -349,6 +349,7 @@ def test_an_earlier_study_need_not_have_measured_the_same() -> None:
     assert len(run(Bayesian(problem, 0), 8, ended)) == 8
 
 
+@pytest.mark.slow
 def test_an_earlier_study_tells_where_to_go() -> None:
     """Of few trials the model knows more, if the other task is like this one."""
     problem = problem_of(layered_space())
@@ -441,7 +442,7 @@ def noisy(problem: Problem, number: int, genes: Assignment, suggested: Any = Non
 
 
 @pytest.mark.parametrize("end", [ended, slow(noisy)], ids=["a model proposes", "evolution proposes"])
-@pytest.mark.parametrize(("name", "most", "bound"), [("stored_bytes", 1800, None), ("flops_per_token", None, 900)])
+@pytest.mark.parametrize(("name", "most", "bound"), [("stored_bytes", 1800, None), slow("flops_per_token", None, 900)])
 def test_limits_hold(end: Any, name: str, most: float | None, bound: float | None) -> None:
     """Those on what is declared; a bound on an objective is one. In the design and after trials beyond them."""
     problem = problem_of(layered_space(), ACCURACY, Objective.of("flops_per_token", bound=bound),

@@ -163,6 +163,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFile, Snaps
     return settings, run(settings)
 
 
+@pytest.mark.slow
 def test_a_study(finished: tuple[StudyFile, Snapshot]) -> None:
     settings, snapshot = finished
     proposals = proposals_of(settings)

@@ -90,6 +90,7 @@ def phases(trials: list[Trial]) -> list[str]:
     return [trial.searcher_state["diagnostics"]["phase"] for trial in trials]
 
 
+@pytest.mark.slow
 def test_good_scores_are_followed() -> None:
     problem = problem_of(noise=0.05)
     trials = driven(problem, 32)
@@ -283,6 +284,7 @@ def test_a_supernet_that_diverges_does_not_take_the_study_with_it(
     assert len([trial for trial in snapshot.search_trials if trial.state in ("complete", "pruned")]) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proxy", [{"score": "num_params"}, slow({"policy": "banded", "search": "linas"})])
 def test_other_scores_and_searches(tmp_path: Path, proxy: dict[str, Any]) -> None:
     snapshot = run(load_study(proxy_study(tmp_path, **proxy)))

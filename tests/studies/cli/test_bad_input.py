@@ -190,6 +190,7 @@ def test_storage_of_another_study(cli, tmp_path: Path) -> None:
     expect(cli("resume", path, "--set", "study=other"), 2, "no study 'other' to resume", "it holds 'tiny'")
 
 
+@pytest.mark.slow
 def test_a_study_changed_between_run_and_resume(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, **SHORT)
     assert cli("run", path, "--set", "search.trials=1")[0] == 0

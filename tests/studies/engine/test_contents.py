@@ -106,7 +106,7 @@ def commands(settings: StudyFile, capsys: pytest.CaptureFixture[str]) -> list[st
     return found
 
 
-@pytest.mark.parametrize("what", mostly_slow(CHANGES, "fewer rows", "weights"))
+@pytest.mark.parametrize("what", mostly_slow(CHANGES, "weights"))
 def test_a_change_is_refused_and_reports_go_on(
     what: str, settings: StudyFile, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,7 +122,7 @@ def test_the_sentence_names_the_file(
 
 @pytest.mark.parametrize("evaluator", ["packed", slow("train")])
 @pytest.mark.parametrize(
-    "error", [FULL, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
+    "error", [FULL, slow(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))]
 )
 def test_a_full_disk_in_a_training_is_not_the_fault_of_its_candidate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluator: str, error: Exception

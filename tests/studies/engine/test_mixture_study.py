@@ -200,6 +200,7 @@ def test_a_format_that_has_no_mixtures_names_the_price(
         assert losses.item() == pytest.approx(measured[0].averaged["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the data to the ledger, the recipe and training again: what the router has learnt of them is by number."""
     by_task = {"at": ["attn.q"], "rank": 2, "experts": 3, "router": "task", "tasks": 2}

@@ -299,6 +299,7 @@ def test_more_trials_may_be_asked_for(finished, tmp_path: Path) -> None:
     assert facts(list(second.trials))[: len(first.trials)] == facts(list(first.trials))
 
 
+@pytest.mark.slow
 def test_a_bound_keeps_candidates_off_the_front(tmp_path: Path) -> None:
     objectives = ["accuracy", {"name": "num_params", "bound": 400}]
     settings = load_study(save_study(tmp_path / "study", objectives=objectives))
@@ -307,6 +308,7 @@ def test_a_bound_keeps_candidates_off_the_front(tmp_path: Path) -> None:
     assert any(t.violation > 0 and t.state == "complete" for t in snapshot.search_trials)
 
 
+@pytest.mark.slow
 def test_measured_objectives(tmp_path: Path) -> None:
     objectives = ["loss", "num_params", "peak_memory_bytes", "latency_s"]
     changes = {"objectives": objectives, "search": {"searcher": "nsga2", "trials": 2}}
@@ -456,6 +458,7 @@ def test_a_study_of_python_parts_alone(tmp_path: Path) -> None:
     assert weights_path(tmp_path, next(row.trial for row in snapshot.rows() if row.recommended)).is_file()
 
 
+@pytest.mark.slow
 def test_a_limit_that_nothing_meets_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A measured cost is known after its measurement alone, so candidates are proposed and ruled out, one by one."""
     limits = {"latency_s": 1e-9}

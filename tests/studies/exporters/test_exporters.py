@@ -71,7 +71,7 @@ from autopeft.testing import check_exporter
 
 from ...support.exported import CLASSIFIERS, MODELS, logits, make_recipe, save_model, token_ids, trained
 from ...support.fresh import FreshProcess
-from ...support.slow import mostly_slow_cases, slow
+from ...support.slow import mostly_slow, mostly_slow_cases, slow
 
 EXACT, APPROXIMATE, UNSUPPORTED = "exact", "approximate", "unsupported"
 # Exporters that hold a type exactly over a causal language model with biases (GPT-2), beside `native`, which holds all
@@ -585,7 +585,7 @@ def routed(router: str, **fields: Any) -> dict[str, AdapterSpec]:
     }
 
 
-@pytest.mark.parametrize("router", ROUTED)
+@pytest.mark.parametrize("router", mostly_slow(ROUTED, "token", "task", "soft"))
 @pytest.mark.parametrize("target", ["peft", slow("merged")])
 def test_routed_experts_are_one_lora_without_the_routing(
     models: Folders, tmp_path: Path, fresh: FreshProcess, target: str, router: str
@@ -651,7 +651,7 @@ def test_what_trains_has_no_mixtures(models: Folders, target: str) -> None:
 # native
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", mostly_slow(MODELS, "llama", "gpt2", "bert"))
 def test_native_rebuilds_mixtures(models: Folders, tmp_path: Path, fresh_own: FreshProcess, family: str) -> None:
     placement = {
         **every_linear(family, Lora),
@@ -720,7 +720,8 @@ MERGED_CASES = {
 
 
 @pytest.mark.parametrize(
-    "case", mostly_slow_cases(MERGED_CASES, MERGED_CASES.keys() - {f"dora-{family}" for family in MODELS})
+    "case",
+    mostly_slow_cases(MERGED_CASES, MERGED_CASES.keys() - {f"dora-{family}" for family in MODELS if family != "llama"}),
 )
 def test_merged_is_a_plain_model(models: Folders, tmp_path: Path, fresh: FreshProcess, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)

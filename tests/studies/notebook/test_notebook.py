@@ -96,6 +96,7 @@ def test_python_and_a_file_find_the_same(finished: tuple[Study, Result], tmp_pat
     assert found(study.run(progress=False)) == found(finished[1])
 
 
+@pytest.mark.slow
 def test_started_in_python_and_resumed_by_the_command(
     inputs: Path, finished: tuple[Study, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -234,6 +234,7 @@ def test_artifacts_move_with_the_study(study: Path, tmp_path: Path, in_its_place
     assert study.is_file() if in_its_place else not study.exists()
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_study_leaves_the_original_alone(study: Path, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in study.rglob("*") if file.is_file()}
     copy = Path(shutil.copytree(study, tmp_path / "copy"))
@@ -242,6 +243,7 @@ def test_a_copy_of_a_study_leaves_the_original_alone(study: Path, tmp_path: Path
     assert {file: file.read_bytes() for file in study.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_studies_that_share_an_experiment_keep_their_artifacts_apart(study: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     uri = f"sqlite:///{study}/mlflow.db"
