@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -67,6 +69,13 @@ def tiny(family: str) -> tuple[nn.Module, Backbone]:
 
     No weight has a special value: norms and biases, which start as ones and zeros, are perturbed.
     """
+    model, backbone = _built(family)
+    torch.manual_seed(0)
+    return copy.deepcopy(model), backbone
+
+
+@functools.cache
+def _built(family: str) -> tuple[nn.Module, Backbone]:
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     with torch.no_grad():

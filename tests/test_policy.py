@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from .support.file_map import PAGE, with_map
+from .support.slow import slow
 
 ROOT = Path(__file__).resolve().parent.parent
 PORTIONS = ("benchmarks", "evaluators", "kernels", "search_space", "searchers", "studies", "testing")
@@ -130,7 +131,7 @@ for module in (autopeft, autopeft.kernels.slot_products, autopeft.studies):
 """
 
 
-@pytest.mark.parametrize("how", ["wheel", "editable"])
+@pytest.mark.parametrize("how", ["wheel", slow("editable")])
 def test_the_installed_package_is_whole(how: str, source: Path, wheel: Path, tmp_path: Path) -> None:
     """In an environment that has what this one has, but for autopeft."""
     done = run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
@@ -168,6 +169,7 @@ def test_kernels_is_never_a_regular_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_transformers_model_builds_with_the_root_first_on_the_path() -> None:
     run_python(
         "import os, sys\n"

@@ -153,6 +153,7 @@ def test_every_proxy_and_policy_is_an_arm() -> None:
     assert {*PROXIES, *POLICIES, "gates"} <= proxy_audit.ARMS.keys()
 
 
+@pytest.mark.slow
 def test_the_command(run: Any, tmp_path: Path) -> None:  # noqa: F811
     study = save_study(
         tmp_path / "study",

@@ -23,6 +23,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return captured.out
 
 
+@pytest.mark.slow
 def test_each_seed_is_a_study_and_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_study(
         tmp_path / "study",

@@ -18,6 +18,7 @@ from ..studies.engine.test_study import Quiet
 from ..support.tiny_study import save_study
 
 
+@pytest.mark.slow
 def test_finalists_are_trained_with_seeds_that_the_study_has_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

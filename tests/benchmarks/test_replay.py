@@ -127,6 +127,7 @@ def test_a_measured_limit_ends_a_trial_in_the_replay_too(tmp_path: Path) -> None
     assert all(trial.measurement is None for trial in measured)
 
 
+@pytest.mark.slow
 def test_last_digits_change_no_trial_because_observations_are_rounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

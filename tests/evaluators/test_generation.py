@@ -38,6 +38,7 @@ from autopeft.studies.exporters.native import attach, bare_backbone
 from autopeft.studies.recipes.recipe import Recipe
 
 from ..support.exported import LAYERS, WORDS, make_recipe, save_model, trained
+from ..support.slow import mostly_slow
 
 NEW = 8
 ENDS = (1,)
@@ -147,7 +148,7 @@ KINDS: dict[str, dict[str, AdapterSpec]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "bottleneck", "prefix", "dora"))
 def test_a_batch_with_kept_keys_and_values_continues_as_each_whole_text(kind: str, model_folder: Path) -> None:
     recipe, state = recipe_and_state(model_folder, KINDS[kind])
     model, attachment = attach(recipe, state)
@@ -221,7 +222,7 @@ PACKS = {
 }
 
 
-@pytest.mark.parametrize("pack", PACKS)
+@pytest.mark.parametrize("pack", mostly_slow(PACKS, "mixed", "prefixes"))
 def test_texts_of_a_pack_are_those_of_each_candidate_alone(
     pack: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,7 @@ def test_texts_of_a_pack_are_those_of_each_candidate_alone(
     assert texts(model, rows) not in found
 
 
+@pytest.mark.slow
 def test_experts_of_a_pack_are_averaged_as_those_of_each_alone(model_folder: Path) -> None:
     model = bare_backbone(make_recipe("llama", model_folder, PLACEMENT)).model
     rows = prompts(5)

@@ -246,6 +246,7 @@ def test_rows_in_a_pack_train_as_alone(loaded: LoadedBackbone) -> None:  # noqa:
     compare(together(loaded, pack=12).evaluate(wanted), alone(loaded).evaluate(wanted), 1e-4)
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_the_seed_or_on_what_ran_before(loaded: LoadedBackbone) -> None:  # noqa: F811
     first, second = alone(loaded), alone(loaded)
     architectures = [at(loaded, Lora(rank=rank, init=init), 0) for init in OF_DATA for rank in (2, 4)]

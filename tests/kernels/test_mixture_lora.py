@@ -23,6 +23,7 @@ from autopeft.kernels.mixture_lora import (
 from autopeft.kernels.packed_lora import packed_lora
 from autopeft.kernels.slot_products import without_triton
 
+from ..support.slow import slow
 from .test_kernels import Draw, assert_same, root_mean_square_ratio
 
 Op = Callable[..., Tensor]
@@ -204,7 +205,7 @@ def test_a_slot_alone_is_the_slot_in_a_pack(op: Op, k: int, t: int, e: int, r: i
     assert_same(gating(op, chosen), gating(alone, chosen), draw, x, a, b, values, scale, mask)
 
 
-@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("needs_x", [slow(False), True])
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("layer", [False, True])
 def test_mixture_is_a_proper_operator(layer: bool, routed: bool, needs_x: bool) -> None:

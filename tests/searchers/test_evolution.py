@@ -38,10 +38,13 @@ from autopeft.searchers.predictor import Predictor
 from autopeft.testing.searchers import ended, exact, problem_of, run
 from autopeft.testing.spaces import SMALL, mixed_space
 
+from ..support.slow import mostly_slow, slow
 from ..support.spaces import spaces
 
 NAMES = ["evolution", "linas"]
 both = pytest.mark.parametrize("name", NAMES)
+#: What they share, with the quicker one.
+either = pytest.mark.parametrize("name", mostly_slow(NAMES, "evolution"))
 
 # Rank and crowding
 
@@ -205,7 +208,7 @@ def in_batches(searcher: Searcher, num_trials: int, batch: int = 8, **fields: An
 
 
 @both
-@pytest.mark.parametrize("num_objectives", [1, 2, 3])
+@pytest.mark.parametrize("num_objectives", mostly_slow((1, 2, 3), 2))
 def test_no_point_twice_and_none_beyond_a_limit(name: str, num_objectives: int) -> None:
     problem = replace(problem_of(mixed_space(), num_objectives), limits=Limits({"num_params": 900.0}))
     trials = in_batches(SEARCHERS[name](problem, 2), 64, batch=16)
@@ -234,7 +237,7 @@ def test_a_limit_that_only_the_smallest_keep(name: str) -> None:
     assert len(set(exact(trials))) == len(trials) == 6
 
 
-@both
+@either
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_finite_space_is_exhausted(name: str, batch: int) -> None:
     lora = AdapterChoice(kind="lora", placement="layer", fields={"rank": Choice.of([1, 2, 4])})
@@ -251,7 +254,7 @@ def test_a_finite_space_is_exhausted(name: str, batch: int) -> None:
     assert len(set(exact(trials))) == len(trials) == (2**3 - 1) * 3
 
 
-@both
+@either
 def test_trials_without_values_are_known_and_nothing_more(name: str) -> None:
     problem = problem_of(mixed_space())
     searcher = SEARCHERS[name](problem, 0)
@@ -284,7 +287,7 @@ def test_those_beyond_a_bound_are_parents_only_while_there_is_nothing_else(name:
     assert places[10:] == list(range(1, 20, 2))
 
 
-@both
+@either
 def test_what_a_measurement_would_forbid_is_left(name: str) -> None:
     """Candidates of more than 1,000 parameters fail, which no declared limit tells."""
     problem = problem_of(mixed_space(), num_trials=96)
@@ -299,7 +302,7 @@ def test_what_a_measurement_would_forbid_is_left(name: str) -> None:
     assert sum(failed[-32:]) < 0.5 * sum(failed[:20]) * 32 / 20
 
 
-@both
+@either
 def test_kept_rows_are_those_of_the_trials(name: str) -> None:
     """A searcher that is told of other trials under the same numbers forgets what it knew."""
     problem = problem_of(mixed_space())
@@ -323,7 +326,7 @@ def test_the_first_generation_has_the_ends_of_the_space() -> None:
     assert [t.searcher_state["diagnostics"]["phase"] for t in trials] == ["initial"] * 3 + ["evolution"] + ["model"] * 4
 
 
-@pytest.mark.parametrize(("name", "num_trials"), [("evolution", 1024), ("linas", 256)])
+@pytest.mark.parametrize(("name", "num_trials"), [("evolution", 1024), slow("linas", 256)])
 def test_one_objective_under_a_limit_is_the_search_of_hat(name: str, num_trials: int) -> None:
     """What it finds is nearer to the best there is than as many draws are that keep the limit."""
     lora = AdapterChoice(kind="lora", fields={"rank": Choice.of([0, 1, 2, 4, 8])}, vary={"rank": "site"})

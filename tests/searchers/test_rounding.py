@@ -101,6 +101,7 @@ def test_rounding_is_close_keeps_the_order_and_is_done_once(trials: list[Trial])
     assert [after for _, after in pairs] == sorted(after for _, after in pairs)
 
 
+@pytest.mark.slow
 def test_last_digits_pass_as_rarely_as_is_said() -> None:
     rng = Random(0)
     trials = [trial(i, std_err={"loss": 0.04}, loss=rng.uniform(1.4, 1.6)) for i in range(20_000)]

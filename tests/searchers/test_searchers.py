@@ -32,9 +32,23 @@ from autopeft.search_space.spaces.genes import Assignment
 from autopeft.searchers import SEARCHERS, Searcher
 from autopeft.searchers.enumerated import LARGEST_GRID, grid_values
 from autopeft.searchers.optuna_samplers import from_optuna, to_optuna
-from autopeft.testing.searchers import CHECKS, SearcherCheck, ended, exact, problem_of, run, suggestions_are_contained
+from autopeft.testing.searchers import (
+    CHECKS,
+    SearcherCheck,
+    a_batch_is_one_by_one_with_pending_trials,
+    a_study_without_any_value,
+    directions_can_be_mixed,
+    ended,
+    exact,
+    no_warnings_and_no_output,
+    problem_of,
+    run,
+    trials_and_seed_alone_decide,
+    trials_are_taken_in_the_order_of_their_numbers,
+)
 from autopeft.testing.spaces import RANKS, RATE, SMALL, encoder, mixed_space
 
+from ..support.slow import slow
 from ..support.spaces import spaces
 
 
@@ -66,8 +80,21 @@ ROWS = {
     "shrink": Row(mixed_space, endless=False, num_trials=6),  # without scores: with some, in test_shrunk.py
     "grid": Row(short_space, endless=False),
 }
-#: Checks that take half a minute.
-LONG = [(name, suggestions_are_contained) for name in ("bo", "linas")]
+#: Of searchers that fit a model, the checks that are no slow tests; proxy, gates and shrink are `bo` here.
+QUICK: dict[str, tuple[SearcherCheck, ...]] = {
+    "linas": (
+        trials_are_taken_in_the_order_of_their_numbers,
+        a_study_without_any_value,
+        no_warnings_and_no_output,
+    ),
+    "bo": (
+        trials_and_seed_alone_decide,
+        a_batch_is_one_by_one_with_pending_trials,
+        a_study_without_any_value,
+        no_warnings_and_no_output,
+    ),
+    **dict.fromkeys(("proxy", "gates", "shrink"), (a_study_without_any_value, directions_can_be_mixed)),
+}
 every_searcher = pytest.mark.parametrize("name", ROWS)
 
 
@@ -84,7 +111,12 @@ def test_every_searcher_has_a_row() -> None:
 @pytest.mark.parametrize(
     ("name", "check"),
     [
-        pytest.param(name, check, id=f"{check.__name__}-{name}", marks=[pytest.mark.slow] * ((name, check) in LONG))
+        pytest.param(
+            name,
+            check,
+            id=f"{check.__name__}-{name}",
+            marks=[pytest.mark.slow] * (check not in QUICK.get(name, CHECKS)),
+        )
         for name in ROWS
         for check in CHECKS
     ],
@@ -209,10 +241,10 @@ def test_values_of_the_grid(domain: Domain, values: list[Any]) -> None:
 
 
 def test_a_grid_that_is_too_large_is_refused() -> None:
-    deep = encoder(num_layers=200, hidden_size=8, inner_size=8)
+    deep = encoder(num_layers=8, hidden_size=8, inner_size=8)
     lora = AdapterChoice(kind="lora", fields={"rank": RANKS}, vary={"rank": "site"})
     space = SearchSpace(backbone=deep, adapters={"lora": lora})
-    assert len(space.genes) == 800
+    assert len(space.genes) == 32
     with pytest.raises(ValueError, match=f"more than {LARGEST_GRID:,} points: use another searcher"):
         SEARCHERS["grid"](problem_of(space), 0)
 
@@ -243,7 +275,8 @@ def test_nsga2_passes_on_conditional_genes() -> None:
     assert sum(value in parents for value in children) / len(children) >= 0.5
 
 
-@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tpe", slow("nsga2")])
 def test_infeasible_regions_are_left(name: str) -> None:
     """Ranks above 2 are beyond a limit: their share falls."""
 

@@ -23,12 +23,13 @@ from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.session import open_ledger, open_study
 from autopeft.studies.recipes.recipe import Recipe
 
+from ..support.slow import slow
 from ..support.tiny_study import save_data, save_model
 
 BEFORE = Path(__file__).parent / "before"
 
 
-@pytest.fixture(params=["folders", "contents"])
+@pytest.fixture(params=["folders", slow("contents")])
 def before(request: pytest.FixtureRequest) -> Path:
     folder: Path = BEFORE / request.param
     return folder

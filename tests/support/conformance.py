@@ -55,6 +55,7 @@ from autopeft.search_space.adapters import (
     Vera,
     VlPet,
 )
+from autopeft.search_space.adapters.bottlenecks import BottleneckForm
 from autopeft.search_space.adapters.linear_operators import InputOperator, OutputOperator
 from autopeft.search_space.adapters.low_rank import LowRank
 from autopeft.search_space.architecture import Architecture
@@ -578,11 +579,15 @@ ROWS: tuple[Row, ...] = (
 def kinds(*without: str) -> list[Any]:
     """Return the types of the rows but these, for tests that train each of them.
 
-    Those of operators are slow tests there: what `test_adapters.py` tests of their formulas is most of it.
+    Those of operators, of updates of low rank and of bottlenecks but the plain one are slow tests there: what
+    `test_adapters.py` tests of their formulas is most of it. So are mixtures, which `test_mixture_evaluated.py` trains.
     """
-    operators = (InputOperator, OutputOperator, LowRank)
+    covered = (InputOperator, OutputOperator, LowRank, Mixture, BottleneckForm)
     return [
-        pytest.param(row.kind, marks=[pytest.mark.slow] * isinstance(row.specs[0], operators))
+        pytest.param(
+            row.kind,
+            marks=[pytest.mark.slow] * (isinstance(spec := row.specs[0], covered) and type(spec) is not Bottleneck),
+        )
         for row in ROWS
         if row.kind not in without
     ]

@@ -219,6 +219,7 @@ def _closure(names: tuple[str, ...]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_bare_environment_is_bare(bare_python: Path) -> None:
     code = "import importlib.util as u; print([n for n in {!r} if u.find_spec(n)])"
     absent = ("autopeft", "mlflow", "optuna", "botorch", "datasets", "pandas", "pyarrow", "scipy", "sklearn")

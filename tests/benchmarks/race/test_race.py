@@ -27,6 +27,7 @@ from autopeft.searchers import Searcher, Suggestion
 from autopeft.searchers.optuna_samplers import Random as RandomSearcher
 from autopeft.studies.analysis.pareto import hypervolume, scaled
 
+from ...support.slow import mostly_slow, slow
 from ...support.tiny_study import save_study
 
 RATE = "training.learning_rate"
@@ -52,7 +53,7 @@ def at_the_best_rate(problem: RaceProblem, genes: dict[str, Any]) -> dict[str, f
     return dict(problem.values({**genes, RATE: math.exp(top)}))
 
 
-@pytest.mark.parametrize("name", SHRUNKEN)
+@pytest.mark.parametrize("name", mostly_slow(SHRUNKEN, "types", "autopeft"))
 def test_fronts_are_those_of_all_candidates(name: str) -> None:
     problem = SHRUNKEN[name]()
     space = problem.problem.space
@@ -187,7 +188,7 @@ def test_what_needs_no_evaluation_costs_none_and_ends_a_race_at_last(monkeypatch
     assert len(ended.own_s) == 3 + 2 * races.MOST_REJECTIONS
 
 
-@pytest.mark.parametrize("name", ["random", "nsga2", "gpsampler"])
+@pytest.mark.parametrize("name", ["random", "nsga2", slow("gpsampler")])
 def test_races_repeat_themselves(name: str) -> None:
     problem = SHRUNKEN["types"]()
     trials = 13 if name == "gpsampler" else 24
@@ -400,6 +401,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return run
 
 
+@pytest.mark.slow
 def test_race_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     results, picture = tmp_path / "races.jsonl", tmp_path / "races.png"
     asked = ("race", "types", "--searchers", "random", "--seeds", 2, "--trials", 12, "--results", results)
@@ -451,7 +453,7 @@ def test_forecasts(run: Callable[..., tuple[int, str, str]]) -> None:
     ("option", "head", "row", "num_rows"),
     [
         ("--clock", "| searcher | trials | s |\n|---|---:|---:|\n", "| `random` | 20 | ", 1),
-        ("--surrogates", "| error | surprise |\n|---:|---|---:|---:|---:|---:|\n", "| 20 | sparse | ", 2),
+        slow("--surrogates", "| error | surprise |\n|---:|---|---:|---:|---:|---:|\n", "| 20 | sparse | ", 2),
     ],
 )
 def test_what_is_measured_instead_of_a_race(

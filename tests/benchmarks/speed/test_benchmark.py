@@ -50,6 +50,7 @@ from autopeft.search_space.problem import Fidelity
 from autopeft.search_space.training import Training
 from autopeft.studies.config.loading import load_study
 
+from ...support.slow import slow
 from ...support.tiny_models import byte_tokenizer, save, seeded
 from ...support.tiny_study import save_study
 
@@ -118,7 +119,7 @@ def requests(bench: Bench, share: float = 1.0, **training: Any) -> list[Request]
 @pytest.mark.parametrize(
     ("share", "training"),
     [
-        (1.0, {"weight_decay": 0.3, "schedule": "cosine", "warmup": 0.2, "max_grad_norm": 0.1}),
+        slow(1.0, {"weight_decay": 0.3, "schedule": "cosine", "warmup": 0.2, "max_grad_norm": 0.1}),
         (0.5, {"weight_decay": 0.1, "schedule": "linear", "max_grad_norm": 0.0, "batch_size": 7}),
     ],
 )
@@ -284,6 +285,7 @@ def python(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_parts_of_the_benchmark_run_where_little_is_installed() -> None:
     python(f"import sys\nsys.modules.update(dict.fromkeys({HEAVY}))\n{IMPORTS}")  # None: as if it were missing
 
@@ -337,6 +339,7 @@ def test_arms_that_do_not_agree(arm: str, losses: list[float], loss: float, what
         check_parity(runs)
 
 
+@pytest.mark.slow
 def test_a_broken_arm_ends_the_benchmark(study: Path, monkeypatch: Any, capsys: Any) -> None:
     whole = arms.ARMS["packed"]
 

@@ -346,6 +346,7 @@ def test_packs_are_what_each_is_alone(loaded: LoadedBackbone, tmp_path: Path) ->
         compare(together(loaded, **settings).evaluate(wanted), expected)
 
 
+@pytest.mark.slow
 def test_a_study_with_a_first_pass(tmp_path: Path) -> None:
     snapshot = run(load_study(given_study(tmp_path / "study", router="xlora", top_k=2, dropout=[0.0, 0.1])))
     for trial in snapshot.search_trials:

@@ -132,6 +132,7 @@ def shown(rows: Any) -> list[Any]:
     return [json.loads(line)["messages"] for line in build.to_jsonl(rows).splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.python_version() != build.BUILT_WITH, reason="the library of another Python")
 def test_a_rebuild_equals_the_committed_files() -> None:
     for split, rows in build.build(Path(sysconfig.get_path("stdlib"))).items():

@@ -102,6 +102,7 @@ def test_the_build_depends_on_the_sources_alone(library: Path):
     assert build.select(rows) == build.select(reversed(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.python_version() != build.BUILT_WITH, reason="the library of another Python")
 def test_a_rebuild_equals_the_committed_files():
     for split, rows in build.build(Path(sysconfig.get_path("stdlib"))).items():

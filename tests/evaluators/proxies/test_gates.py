@@ -29,6 +29,7 @@ from autopeft.search_space.domains import BOOLEAN
 from autopeft.search_space.spaces.location import locate
 from autopeft.search_space.training import Training
 
+from ...support.slow import QUICK_FAMILY, mostly_slow
 from ...support.tiny_models import save, seeded, word_tokenizer
 from ..training.test_train import LABELS, rows
 from .test_proxies import unchanged
@@ -79,7 +80,7 @@ def over(name: str, folder: Path, **settings: Any) -> PackedEvaluator:
     return PackedEvaluator(replace(loaded, pretrained_head=False), "classification", SPLITS, max_length=16)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=mostly_slow(MODELS, QUICK_FAMILY))
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedEvaluator:
     return over(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -274,7 +275,7 @@ def test_an_adapter_at_the_identity_has_no_gradient(evaluator: PackedEvaluator) 
 # Training
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", mostly_slow(SPACES, "several"))
 def test_training(evaluator: PackedEvaluator, name: str) -> None:
     """Its choice is in the space, and a second run is the same to the bit."""
     runs = []

@@ -47,6 +47,7 @@ from autopeft.search_space.runtime.bank import stream
 from tests.evaluators.tasks import test_causal_lm
 
 from ...support import conformance
+from ...support.slow import QUICK_FAMILY, mostly_slow
 from ...support.tiny_models import byte_tokenizer, save, seeded, word_tokenizer
 from ..training.test_train import LABELS, rows
 
@@ -108,7 +109,7 @@ def unchanged(evaluator: PackedEvaluator) -> Iterator[None]:
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
+@pytest.fixture(scope="module", params=mostly_slow(("bert", "llama"), QUICK_FAMILY))
 def kept(request: pytest.FixtureRequest, folders: Path) -> PackedEvaluator:
     return build(request.param, folders, pack=4)
 
@@ -121,7 +122,7 @@ def evaluator(kept: PackedEvaluator) -> Iterator[PackedEvaluator]:
         yield kept
 
 
-@pytest.fixture(scope="module", params=[*CLASSIFIERS, *CAUSALS])
+@pytest.fixture(scope="module", params=mostly_slow([*CLASSIFIERS, *CAUSALS], "llama", "gpt2-causal", "cohere-causal"))
 def family(request: pytest.FixtureRequest, folders: Path) -> PackedEvaluator:
     return build(request.param, folders / "families", pack=4)
 

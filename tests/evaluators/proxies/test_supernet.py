@@ -23,6 +23,7 @@ from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.search_space.training import Training
 from autopeft.searchers.scored.policies import POLICIES, SUBNETS, preferred
 
+from ...support.slow import mostly_slow
 from ..training.test_packed import loaded, together  # noqa: F401  (a fixture)
 
 TRAINING = Training(learning_rate=2e-2, epochs=2, batch_size=8, warmup=0.1, weight_decay=0.01)
@@ -181,6 +182,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(evaluator: PackedEvaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEPS_BETWEEN_CHECKPOINTS", 4)
     policy = POLICIES["sandwich"](space_of(evaluator.backbone), 0)
@@ -232,7 +234,7 @@ def test_a_backbone_cannot_be_shared(evaluator: PackedEvaluator) -> None:
         Supernet(evaluator, space, TRAINING, 0)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", mostly_slow(POLICIES, "sandwich", "fair"))
 def test_policies_replay_and_never_draw_nothing(evaluator: PackedEvaluator, name: str) -> None:
     space = space_of(evaluator.backbone)
     for number in range(1, 30):

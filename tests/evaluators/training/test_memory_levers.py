@@ -32,6 +32,7 @@ from autopeft.search_space.metrics import ALWAYS
 from ...search_space.adapters.test_given import lora_in, mixture_of, placed
 from ...support import conformance
 from ...support.families import FAMILIES
+from ...support.slow import slow
 from ...support.tiny_models import seeded
 from .test_packed import SPLITS, alone, at, compare, loaded, mixed, requests, together  # noqa: F401
 
@@ -139,7 +140,7 @@ def test_a_first_pass_is_read_again(loaded: LoadedBackbone, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "levers", [{"checkpointing": True}, {"micro_batch": 3}, {"micro_batch": 3, "checkpointing": True}]
+    "levers", [slow({"checkpointing": True}), slow({"micro_batch": 3}), {"micro_batch": 3, "checkpointing": True}]
 )
 def test_a_study_with_levers_is_the_study_without(loaded: LoadedBackbone, levers: dict[str, Any]) -> None:  # noqa: F811
     """All of a training: steps, scores in small batches, weights, and the backbone itself trained with its dropout."""
@@ -210,6 +211,7 @@ def test_a_forecast_counts_frozen_tensors(loaded: LoadedBackbone) -> None:  # no
     assert forecast(offset) - forecast(plain) == 4 * architecture.num_params(loaded.backbone)
 
 
+@pytest.mark.slow
 def test_the_note_says_what_is_done_and_in_which_order(
     loaded: LoadedBackbone,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -28,6 +28,7 @@ from autopeft.search_space.problem import Fidelity
 from autopeft.searchers.halving import survivors
 
 from ...support import conformance
+from ...support.slow import QUICK_FAMILY, mostly_slow, slow
 from ...support.tiny_models import save, seeded, word_tokenizer
 from .test_train import LABELS, rows
 
@@ -51,7 +52,7 @@ TRAININGS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=mostly_slow(MODELS, QUICK_FAMILY))
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedBackbone:
     folder = save(MODELS[request.param](), tmp_path_factory.mktemp(request.param), word_tokenizer())
     return replace(load_backbone(folder, task="classification", labels=LABELS), pretrained_head=False)
@@ -103,7 +104,7 @@ def compare(found: Sequence[Outcome], expected: Sequence[Outcome], tolerance: fl
 
 
 @pytest.mark.parametrize("kind", conformance.kinds("full"))
-@pytest.mark.parametrize("share_lower_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share_lower_layers", [True, slow(False)])
 def test_a_candidate_in_a_pack_is_the_candidate_alone(
     loaded: LoadedBackbone, kind: str, share_lower_layers: bool
 ) -> None:

@@ -23,6 +23,7 @@ from autopeft.search_space.backbones.quantized import is_quantized
 from autopeft.search_space.runtime.factors import RULES
 
 from ...support import conformance
+from ...support.slow import QUICK_FAMILY, mostly_slow
 from ...support.tiny_models import save, seeded, word_tokenizer
 from .test_packed import LABELS, SHAPE, alone, at, compare, mixed, requests, together
 
@@ -48,7 +49,7 @@ def load(folder: str, quantization: str | None) -> LoadedBackbone:
     return replace(loaded, pretrained_head=False)
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=mostly_slow(CASES, (QUICK_FAMILY, "nf4")), ids="-".join)
 def loaded(request: pytest.FixtureRequest, folders: dict[str, str]) -> LoadedBackbone:
     name, quantization = request.param
     return load(folders[name], quantization)
@@ -62,12 +63,9 @@ def in_full(loaded: LoadedBackbone, folder: str) -> LoadedBackbone:
 
 
 KINDS = [row.kind for row in conformance.ROWS if row.kind != "full"]
-QUICK = ("lora",)
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "lora"))
 def test_a_candidate_in_a_pack_is_the_candidate_alone_and_on_the_dequantised_weights(
     loaded: LoadedBackbone, folders: dict[str, str], kind: str
 ) -> None:

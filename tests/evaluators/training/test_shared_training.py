@@ -17,6 +17,7 @@ from autopeft.search_space.problem import Fidelity
 from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.searchers.scored.policies import POLICIES
 
+from ...support.slow import slow
 from ...support.tied import Tied, tied  # noqa: F401  (a fixture)
 from ..proxies.test_gates import gated, shake, ungated
 from ..proxies.test_supernet import STEPS, TRAINING, drawn
@@ -65,7 +66,7 @@ def space_of(backbone: Backbone, *kinds: str) -> SearchSpace:
     )
 
 
-@pytest.mark.parametrize("name", ["uniform", "mixture"])
+@pytest.mark.parametrize("name", ["uniform", slow("mixture")])
 def test_supernets_train(loaded: LoadedBackbone, name: str) -> None:  # noqa: F811
     evaluator = together(loaded)
     policy = POLICIES[name](space_of(evaluator.backbone, "tied", "vera", "shira"), 0)

@@ -36,6 +36,7 @@ from autopeft.search_space.problem import Fidelity, Measurement
 from autopeft.search_space.spaces.presets import everywhere, linears
 from autopeft.search_space.training import Training
 
+from ...support.slow import slow
 from ...support.tiny_models import WORDS, byte_tokenizer, save, seeded, word_tokenizer
 
 torch.set_num_threads(1)
@@ -159,7 +160,7 @@ def test_adapters_matter(evaluator):
 # It repeats itself
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", slow("full")])
 def test_a_seed_decides_everything(evaluator, kind):
     torch.manual_seed(1)
     first = timeless(measured(evaluator, kind, seed=3))
@@ -206,7 +207,7 @@ def test_candidates_of_a_seed_see_the_same_batches(evaluator, monkeypatch):
 # Fidelity
 
 
-@pytest.mark.parametrize(("share", "steps"), [(0.37, 23), (0.05, 3), (0.001, 1), (1.0, 60)])
+@pytest.mark.parametrize(("share", "steps"), [(0.37, 23), slow(0.05, 3), slow(0.001, 1), slow(1.0, 60)])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_share_is_the_beginning_of_the_full_run(evaluator, share, steps, schedule, spied):
     training = {"schedule": schedule}
@@ -406,7 +407,7 @@ def breaking(monkeypatch, evaluator: TrainEvaluator, error: BaseException, at: i
     monkeypatch.setattr(evaluator.task, "score", score)
 
 
-@pytest.mark.parametrize("kind", ["lora", "prefix", "full"])
+@pytest.mark.parametrize("kind", ["lora", slow("prefix"), slow("full")])
 @pytest.mark.parametrize(
     ("error", "failure", "reason"),
     [

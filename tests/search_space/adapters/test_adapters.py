@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ from autopeft.testing.adapters import (
 from autopeft.testing.models import FAMILIES, tiny, tokens
 
 from ...support.conformance import ROWS, Peft, Row
+from ...support.slow import slow
 
 torch.set_num_threads(1)
 
@@ -53,11 +55,33 @@ BANKED = [row for row in ROWS if row.kind != "full"]
 ACTING = [row for row in BANKED if row.kind != "prefix"]
 
 every_case = pytest.mark.parametrize(("row", "spec"), CASES)
-every_family = pytest.mark.parametrize("family", ["bert", "llama-causal", "gpt2"])
+CHECKED = ("bert", "llama-causal", "gpt2")
+every_family = pytest.mark.parametrize("family", CHECKED)
+#: The first settings of a type in every family, the others in one; the rest are slow tests.
+every_case_in_a_family = pytest.mark.parametrize(
+    ("row", "spec", "family"),
+    [
+        pytest.param(
+            row,
+            spec,
+            family,
+            id=f"{row.kind}-{i}-{family}",
+            marks=[pytest.mark.slow] * (i > 0 and family != "llama-causal"),
+        )
+        for row in ROWS
+        for i, spec in enumerate(row.specs)
+        for family in CHECKED
+    ],
+)
 
 
 def kinds(rows: list[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", rows, ids=[row.kind for row in rows])
+
+
+@functools.cache
+def backbone_of(family: str) -> Backbone:
+    return tiny(family)[1]
 
 
 def placed(row: Row, spec: AdapterSpec, backbone: Backbone) -> Architecture:
@@ -84,11 +108,10 @@ def test_every_type_is_in_the_documentation() -> None:
 # One adapter on a model
 
 
-@every_family
-@every_case
+@every_case_in_a_family
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_it_passes_the_checks_of_plug_ins(check: AdapterCheck, row: Row, spec: AdapterSpec, family: str) -> None:
-    placed(row, spec, tiny(family)[1])
+    placed(row, spec, backbone_of(family))
     check(spec, family, row.roles)
 
 
@@ -98,7 +121,7 @@ def test_it_passes_the_checks_of_plug_ins(check: AdapterCheck, row: Row, spec: A
 @every_family
 @kinds(BANKED)
 def test_slot_alone_is_the_slot_in_a_pack(row: Row, family: str) -> None:
-    placed(row, row.specs[0], tiny(family)[1])
+    placed(row, row.specs[0], backbone_of(family))
     slots_in_a_pack(row.specs, family, row.roles)
 
 
@@ -390,7 +413,7 @@ def test_slots_of_one_bank_agree_in_structure() -> None:
         Bank(site, [Lora(rank=2)], base, [1]).load_slot(0, Bank(site, [Lora(rank=3)], base, [1]).of_slot(0))
 
 
-@pytest.mark.parametrize("family", ["bert", "llama-causal"])  # GPT-2 asks a mask for its values
+@pytest.mark.parametrize("family", [slow("bert"), "llama-causal"])  # GPT-2 asks a mask for its values
 @kinds(BANKED)
 def test_a_step_of_a_pack_stays_on_the_devices_of_its_backbone(
     row: Row, family: str, monkeypatch: pytest.MonkeyPatch

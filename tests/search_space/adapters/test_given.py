@@ -40,6 +40,7 @@ from autopeft.testing.models import tiny, tokens
 
 from ...evaluators.tasks.test_causal_lm import rows
 from ...studies.engine.test_study import run
+from ...support.slow import slow
 from ...support.tiny_models import byte_tokenizer, save, seeded
 from ...support.tiny_study import LABELS, save_study, write_rows
 
@@ -370,7 +371,8 @@ def test_the_bare_model_fails_in_every_pack(tmp_path: Path) -> None:
     assert other.measurement is not None
 
 
-@pytest.mark.parametrize("evaluator", ["packed", "train"])
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluator", ["packed", slow("train")])
 def test_a_study_between_given_loras_of_a_causal_model(
     tmp_path: Path, evaluator: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,8 @@ from autopeft.search_space.spaces.space import SearchSpace
 from autopeft.testing.adapters import check_adapter, noisy, placed
 from autopeft.testing.models import tiny, tokens
 
+from ...support.slow import mostly_slow
+
 torch.set_num_threads(1)
 
 OF_WEIGHT = ("pissa", "pissa_niter_4", "olora")
@@ -65,7 +67,7 @@ def started(family: str, spec: Lora) -> tuple[dict[str, Tensor], nn.Module, Back
 
 
 @pytest.mark.parametrize("init", OF_WEIGHT)
-@pytest.mark.parametrize("family", ["bert", "llama-causal", "gpt2"])
+@pytest.mark.parametrize("family", mostly_slow(("bert", "llama-causal", "gpt2"), "gpt2"))
 def test_it_passes_the_checks_of_adapters(init: str, family: str) -> None:
     check_adapter(*loras(init), roles=ROLES, families=[family])
 

@@ -30,6 +30,8 @@ from autopeft.searchers.bo.acquisition import (
 )
 from autopeft.searchers.bo.surrogate import GaussianProcess
 
+from ...support.slow import slow
+
 #: Features of a point.
 WIDTH = 2
 SAMPLES = 1024
@@ -242,7 +244,7 @@ def test_what_cannot_be_trained_is_worth_less() -> None:
 # More objectives
 
 
-@pytest.mark.parametrize("sources", [(0, 1, -1), (0, -1, -2), (0, 1, 2)])
+@pytest.mark.parametrize("sources", [(0, 1, -1), slow((0, -1, -2)), slow((0, 1, 2))])
 def test_three_objectives(sources: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A point that is known to cost less, and is the same to the processes, is worth more."""
     num_known = sum(source < 0 for source in sources)

@@ -39,6 +39,7 @@ from autopeft.searchers.courses import LEAST_COURSES
 from autopeft.testing.searchers import exact, run, stored
 from autopeft.testing.spaces import SMALL, encoder
 
+from ...support.slow import slow
 from ..test_searchers import deep_space, front_of, hypervolume, plausible
 
 RATE = Float(low=1e-4, high=1e-1, log=True)
@@ -300,7 +301,7 @@ def exact_points(points: Sequence[Assignment]) -> list[str]:
     return [json.dumps(genes) for genes in points]
 
 
-@pytest.mark.parametrize(("initial", "expected"), [(None, 6), (9, 9), (0, 0)])
+@pytest.mark.parametrize(("initial", "expected"), [(None, 6), (9, 9), slow(0, 0)])
 def test_the_length_of_the_design(initial: int | None, expected: int) -> None:
     problem = problem_of(layered_space(), initial=initial)
     assert num_initial(problem) == expected
@@ -348,6 +349,7 @@ def test_an_earlier_study_need_not_have_measured_the_same() -> None:
     assert len(run(Bayesian(problem, 0), 8, ended)) == 8
 
 
+@pytest.mark.slow
 def test_an_earlier_study_tells_where_to_go() -> None:
     """Of few trials the model knows more, if the other task is like this one."""
     problem = problem_of(layered_space())
@@ -439,8 +441,8 @@ def noisy(problem: Problem, number: int, genes: Assignment, suggested: Any = Non
     return ended(problem, number, genes, suggested, values={"accuracy": Random(f"noise/{number}").random()})
 
 
-@pytest.mark.parametrize("end", [ended, noisy], ids=["a model proposes", "evolution proposes"])
-@pytest.mark.parametrize(("name", "most", "bound"), [("stored_bytes", 1800, None), ("flops_per_token", None, 900)])
+@pytest.mark.parametrize("end", [ended, slow(noisy)], ids=["a model proposes", "evolution proposes"])
+@pytest.mark.parametrize(("name", "most", "bound"), [("stored_bytes", 1800, None), slow("flops_per_token", None, 900)])
 def test_limits_hold(end: Any, name: str, most: float | None, bound: float | None) -> None:
     """Those on what is declared; a bound on an objective is one. In the design and after trials beyond them."""
     problem = problem_of(layered_space(), ACCURACY, Objective.of("flops_per_token", bound=bound),
@@ -452,6 +454,7 @@ def test_limits_hold(end: Any, name: str, most: float | None, bound: float | Non
         assert all(0 < t.values[name] <= beyond for t in trials)
 
 
+@pytest.mark.slow
 def test_a_bound_on_what_is_measured() -> None:
     """Only accuracies above 0.7 count: nothing small is tried that is far below."""
     free, bound = (problem_of(layered_space(), Objective.of("accuracy", bound=b), PARAMS) for b in (None, 0.7))
@@ -494,8 +497,7 @@ def test_a_small_space_ends() -> None:
 @pytest.mark.parametrize(
     "objectives",
     [("accuracy",), ("num_params",), ("num_params", "flops_per_token"), ("accuracy", "num_params", "flops_per_token"),
-     ("accuracy", "loss", "latency_s"),
-     pytest.param(("num_params", "accuracy", "step_s", "loss"), marks=pytest.mark.slow)],
+     slow(("accuracy", "loss", "latency_s")), slow(("num_params", "accuracy", "step_s", "loss"))],
     ids="-".join,
 )  # fmt: skip
 def test_objectives(objectives: Sequence[str]) -> None:
@@ -508,6 +510,7 @@ def test_objectives(objectives: Sequence[str]) -> None:
     assert phase == ("model" if measured else "evolution")
 
 
+@pytest.mark.slow
 def test_one_objective_is_optimised() -> None:
     """The largest ranks and a learning rate near 0.01 are the best."""
     problem = problem_of(layered_space(), ACCURACY)
@@ -592,6 +595,7 @@ def test_it_finds_in_twenty_trials_what_random_search_does_not_find_in_forty() -
     assert min(found) > max(by_chance)
 
 
+@pytest.mark.slow
 def test_batches_of_four_are_nearly_as_good() -> None:
     """Points under way keep each other apart."""
     problem = replace(problem_of(deep_space()), num_trials=40)
@@ -668,7 +672,7 @@ def test_the_goal_needs_a_quality_and_a_cost(objectives: tuple[Objective, ...]) 
         Problem(space=layered_space(), objectives=objectives, num_trials=4, goal="cheapest_as_good")
 
 
-@pytest.mark.parametrize("cost", ["num_params", "latency_s"])
+@pytest.mark.parametrize("cost", ["num_params", slow("latency_s")])
 def test_a_goal_with_a_declared_and_with_a_measured_cost(cost: str) -> None:
     problem = problem_of(layered_space(), ACCURACY, Objective.of(cost), goal="cheapest_as_good", within=0.02)
     trials = known(problem, 12)
@@ -681,7 +685,7 @@ def test_a_goal_with_a_declared_and_with_a_measured_cost(cost: str) -> None:
     assert cheaper or better
 
 
-@pytest.mark.parametrize("cost", ["num_params", "latency_s"])
+@pytest.mark.parametrize("cost", ["num_params", slow("latency_s")])
 def test_the_chance_of_something_cheaper_is_that_of_the_model(cost: str) -> None:
     problem = problem_of(layered_space(), ACCURACY, Objective.of(cost), goal="cheapest_as_good", within=0.02)
     trials = known(problem, 12)

@@ -30,6 +30,7 @@ from autopeft.testing.searchers import run as drive
 from autopeft.testing.spaces import mixed_space
 
 from ...studies.engine.test_study import Quiet, facts, run
+from ...support.slow import slow
 from ...support.tiny_study import save_study
 
 #: For tiny studies: some of the penalties, and as many passes as it takes until adapters are of use. Where they are of
@@ -67,6 +68,7 @@ def test_proposals_come_first_and_in_order() -> None:
     assert {phase(trial) for trial in trials[4:]} <= {"initial", "model", "evolution"}
 
 
+@pytest.mark.slow
 def test_then_it_is_bo_with_all_trials() -> None:
     problem = proposing()
     trials = drive(Gated(problem, 0), 9)
@@ -89,6 +91,7 @@ def test_one_that_is_known_is_not_proposed_again() -> None:
     assert [suggestion.genes for suggestion in searcher.suggest(3)][:2] == points[2:]
 
 
+@pytest.mark.slow
 def test_replay_and_batches() -> None:
     problem = proposing()
     trials = drive(Gated(problem, 5), 8)
@@ -105,6 +108,7 @@ def test_replay_and_batches() -> None:
         pending.append(ended(problem, number, suggestion.genes, state="running", measurement=None))
 
 
+@pytest.mark.slow
 def test_without_proposals_it_is_bo() -> None:
     problem = problem_of(mixed_space(), num_trials=12)
     assert exact(drive(SEARCHERS["gates"](problem, 0), 8)) == exact(drive(SEARCHERS["bo"](problem, 0), 8))
@@ -159,6 +163,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFile, Snaps
     return settings, run(settings)
 
 
+@pytest.mark.slow
 def test_a_study(finished: tuple[StudyFile, Snapshot]) -> None:
     settings, snapshot = finished
     proposals = proposals_of(settings)
@@ -198,7 +203,7 @@ def test_killed_amid_the_gates(finished: tuple[StudyFile, Snapshot], tmp_path: P
     assert facts(list(snapshot.trials)) == facts(list(finished[1].trials))
 
 
-@pytest.mark.parametrize("text", ['{"settings": "another", "found": []}', "[]", '{"settings"'])
+@pytest.mark.parametrize("text", ['{"settings": "another", "found": []}', slow("[]"), slow('{"settings"')])
 def test_proposals_of_other_settings_are_not_taken(tmp_path: Path, sweeps: list[Sequence[float]], text: str) -> None:
     settings = load_study(gated_study(tmp_path, proxy={"epochs": 1}))
     settings.output_folder.mkdir(parents=True)
@@ -210,6 +215,7 @@ def test_proposals_of_other_settings_are_not_taken(tmp_path: Path, sweeps: list[
     assert (nothing.state, nothing.candidate.architecture.num_params(snapshot.backbone)) == ("infeasible", 0)
 
 
+@pytest.mark.slow
 def test_one_beyond_a_limit_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest is, and nothing is trained of it."""
     on = {f"lora.rank.on.layers.{n}": True for n in range(3)}
@@ -234,6 +240,7 @@ def test_gates_that_diverge_do_not_take_the_study_with_them(
     assert len([trial for trial in snapshot.search_trials if trial.state in ("complete", "pruned")]) == 10
 
 
+@pytest.mark.slow
 def test_a_space_without_gates_is_searched_by_bo(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     space = {"adapters": {"prefix": {"placement": "layer", "length": [1, 2]}}}
     snapshot = run(load_study(gated_study(tmp_path, space=space)))

@@ -28,6 +28,7 @@ from autopeft.studies.errors import NoFeasibleCandidateError
 from autopeft.studies.tracking.mlflow_sync import _Runs
 
 from ...studies.engine.test_study import Quiet, facts, run
+from ...support.slow import slow
 from ...support.tiny_study import save_study
 from ..bo.test_bayesian import layered_space, quality
 
@@ -89,6 +90,7 @@ def phases(trials: list[Trial]) -> list[str]:
     return [trial.searcher_state["diagnostics"]["phase"] for trial in trials]
 
 
+@pytest.mark.slow
 def test_good_scores_are_followed() -> None:
     problem = problem_of(noise=0.05)
     trials = driven(problem, 32)
@@ -106,6 +108,7 @@ def test_good_scores_are_followed() -> None:
     assert max(params) > 3 * min(params)
 
 
+@pytest.mark.slow
 def test_poor_scores_are_not_followed() -> None:
     trials = driven(problem_of(noise=50.0), 16)
     told = phases(trials)
@@ -173,6 +176,7 @@ def test_more_trials_do_not_ask_for_another_audit(known: int) -> None:
     assert phase == ("proxy" if known == LEAST_AUDITED else "audit")
 
 
+@pytest.mark.slow
 def test_without_scores_it_is_bo() -> None:
     problem = problem_of(noise=0.0)
     bare = Problem(space=problem.space, objectives=problem.objectives, num_trials=32)
@@ -188,6 +192,7 @@ def test_the_search_over_scores_keeps_the_bounds_of_what_is_reported() -> None:
     assert inner.violation({"loss": 9.0, "num_params": 10.0, "stored_bytes": 5000.0}) == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_replay() -> None:
     problem = problem_of(noise=0.05)
     trials = driven(problem, 26)
@@ -245,7 +250,7 @@ def test_status_tells_the_audit(finished: tuple[Path, Snapshot], capsys: pytest.
     assert "scores against 8 trainings: Kendall's tau" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["training the supernet", "scoring"])
+@pytest.mark.parametrize("stage", [slow("training the supernet"), "scoring"])
 def test_killed_ahead_of_the_search_it_goes_on(
     finished: tuple[Path, Snapshot], tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +284,8 @@ def test_a_supernet_that_diverges_does_not_take_the_study_with_it(
     assert len([trial for trial in snapshot.search_trials if trial.state in ("complete", "pruned")]) == 12
 
 
-@pytest.mark.parametrize("proxy", [{"score": "num_params"}, {"policy": "banded", "search": "linas"}])
+@pytest.mark.slow
+@pytest.mark.parametrize("proxy", [{"score": "num_params"}, slow({"policy": "banded", "search": "linas"})])
 def test_other_scores_and_searches(tmp_path: Path, proxy: dict[str, Any]) -> None:
     snapshot = run(load_study(proxy_study(tmp_path, **proxy)))
     assert any(row.on_front for row in snapshot.rows())

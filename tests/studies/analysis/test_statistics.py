@@ -18,6 +18,8 @@ from autopeft.studies.analysis.statistics import (
     seeds_to_show,
 )
 
+from ...support.slow import slow
+
 RUNS = 400
 # Four standard errors of a share of 0.95 among 400 simulations.
 TOLERANCE = 4 * (0.95 * 0.05 / RUNS) ** 0.5
@@ -44,7 +46,7 @@ def test_estimate_covers_the_mean(num_seeds, seed_sd):
 
 
 @pytest.mark.parametrize("seed_sd", [0.0, 0.05])
-@pytest.mark.parametrize("num_seeds", [(2, 2), (3, 5), (8, 8)])
+@pytest.mark.parametrize("num_seeds", [slow((2, 2)), (3, 5), slow((8, 8))])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_paired_difference_covers_the_difference(num_seeds, seed_sd, pooled):
     rng = np.random.default_rng(7)
@@ -66,7 +68,7 @@ def test_paired_difference_covers_the_difference(num_seeds, seed_sd, pooled):
 
 
 @pytest.mark.parametrize("dof", [1, 2, 6])
-@pytest.mark.parametrize("examples", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("examples", [slow(0.3), 1.0, slow(3.0)])
 def test_a_variance_from_few_seeds_beside_a_known_one(dof, examples):
     """The case of two seeds and many rows. With one degree of freedom, Satterthwaite's interval covers 89 %."""
     rng = np.random.default_rng(dof)

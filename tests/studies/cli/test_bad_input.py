@@ -175,6 +175,7 @@ def test_no_disk_space_on_the_way(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_refuses(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, **SHORT)
     assert cli("run", path, "--set", "search.trials=1")[0] == 0
@@ -189,6 +190,7 @@ def test_storage_of_another_study(cli, tmp_path: Path) -> None:
     expect(cli("resume", path, "--set", "study=other"), 2, "no study 'other' to resume", "it holds 'tiny'")
 
 
+@pytest.mark.slow
 def test_a_study_changed_between_run_and_resume(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, **SHORT)
     assert cli("run", path, "--set", "search.trials=1")[0] == 0
@@ -227,6 +229,7 @@ def run_tiny(cli, path: Path, *more: object) -> Any:
     return code, errors, read_snapshot(study, open_ledger(study))
 
 
+@pytest.mark.slow
 def test_mlflow_out_of_reach(cli, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The study goes on; what was missed is written by the next sync that gets through."""
     from mlflow import MlflowClient

@@ -10,11 +10,12 @@ import pytest
 
 from autopeft.evaluators.costs import pack_sizing
 
+from ...support.slow import slow
 from ...support.tiny_study import save_study
 from .test_families import SHORT
 
 
-@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("command", ["plan", slow("run")])
 def test_what_is_done_for_the_memory_is_said_with_its_order(
     cli: Callable[..., Any],
     tmp_path: Path,

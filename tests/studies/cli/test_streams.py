@@ -94,6 +94,7 @@ def test_a_study_ends_though_nobody_reads(tmp_path: Path) -> None:
     assert len({len(line) for line in lines}) == 1, "the columns of the table are even"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_under_stdout_is_said_once() -> None:
     with Path("/dev/full").open("wb") as full:

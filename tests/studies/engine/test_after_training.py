@@ -23,6 +23,7 @@ from autopeft.studies.exporters.native import Native
 from autopeft.studies.reports import page, pictures, report
 from autopeft.studies.tracking import mlflow_sync
 
+from ...support.slow import slow
 from ...support.tiny_study import save_study
 from .test_study import run
 
@@ -70,13 +71,13 @@ def command(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture)
     ("place", "name", "said"),
     [
         (page, "front_html", "front.html: cannot be made (InjectedError: injected)"),
-        (pictures, "front_png", "front.png: cannot be made"),
-        (pictures, "curves_png", "curves.png: cannot be made"),
-        (pictures, "hypervolume_png", "hypervolume.png: cannot be made"),
-        (report, "front_notes", "front.html: cannot be made"),
-        (report, "front_data", "front.json: cannot be made"),
-        (report, "_write_csv", "front.csv: cannot be made"),
-        (report, "verdicts", "report: cannot be made"),
+        slow(pictures, "front_png", "front.png: cannot be made"),
+        slow(pictures, "curves_png", "curves.png: cannot be made"),
+        slow(pictures, "hypervolume_png", "hypervolume.png: cannot be made"),
+        slow(report, "front_notes", "front.html: cannot be made"),
+        slow(report, "front_data", "front.json: cannot be made"),
+        slow(report, "_write_csv", "front.csv: cannot be made"),
+        slow(report, "verdicts", "report: cannot be made"),
         (results, "print_front", "the table of the front cannot be shown (InjectedError: injected)"),
         (study_loop, "outlook_of", "what more time would buy"),
     ],
@@ -123,6 +124,7 @@ def test_a_picture_that_fails_does_not_keep_results_from_mlflow(
     assert "front.png" not in sent
 
 
+@pytest.mark.slow
 def test_a_line_that_fails_stops_no_study(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a measured cost that fails ends that trial alone."""
     path = save_study(tmp_path, **SHORT, objectives=["accuracy", "num_params", "peak_memory_bytes"])

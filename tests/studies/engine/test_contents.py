@@ -25,6 +25,7 @@ from autopeft.studies.exporters.base import ExportError
 from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.recipe import Recipe
 
+from ...support.slow import mostly_slow
 from ...support.tiny_study import save_model, save_study
 from .test_study import run
 
@@ -105,7 +106,7 @@ def commands(settings: StudyFile, capsys: pytest.CaptureFixture[str]) -> list[st
     return found
 
 
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("what", mostly_slow(CHANGES, "weights"))
 def test_a_change_is_refused_and_reports_go_on(
     what: str, settings: StudyFile, capsys: pytest.CaptureFixture[str]
 ) -> None:

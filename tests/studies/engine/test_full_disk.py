@@ -28,6 +28,7 @@ from autopeft.studies.errors import UnusableEnvironmentError
 from autopeft.studies.exporters.base import ExportError
 
 from ...support.full_disk import full_from
+from ...support.slow import slow
 from ...support.tiny_study import save_study
 from ...support.tracked_study import candidate
 from .test_kills import STUDY
@@ -87,7 +88,7 @@ def test_all_files_are_written_aside(whole: tuple[Snapshot, list[str]]) -> None:
     assert len(aside) > len(probes)
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", [0, slow(1), slow(2)])
 def test_a_disk_that_fills_changes_nothing(
     whole: tuple[Snapshot, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], part: int
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_disk_that_fills_at_any_write_changes_nothing(
     assert not failed
 
 
+@pytest.mark.slow
 def test_the_sentence_names_the_file(
     whole: tuple[Snapshot, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,9 +120,9 @@ def test_the_sentence_names_the_file(
     )
 
 
-@pytest.mark.parametrize("evaluator", ["packed", "train"])
+@pytest.mark.parametrize("evaluator", ["packed", slow("train")])
 @pytest.mark.parametrize(
-    "error", [FULL, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
+    "error", [FULL, slow(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))]
 )
 def test_a_full_disk_in_a_training_is_not_the_fault_of_its_candidate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluator: str, error: Exception

@@ -65,6 +65,7 @@ def test_the_inits_are_searched(finished: tuple[Path, Snapshot, list[str]]) -> N
     assert len(set.union(*map(inits_of, trials))) >= 3
 
 
+@pytest.mark.slow
 def test_a_kill_changes_nothing(finished: tuple[Path, Snapshot, list[str]], tmp_path: Path) -> None:
     """The statistics are computed again, from the same rows."""
     _, snapshot, made = finished

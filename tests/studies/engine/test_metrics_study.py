@@ -30,6 +30,7 @@ from autopeft.studies.errors import ConfigurationError
 from autopeft.studies.recipes.recipe import Recipe, RecipeError
 from autopeft.studies.reports.report import write_report
 
+from ...support.slow import mostly_slow, slow
 from ...support.tiny_study import LABELS, save_study
 from .test_study import Quiet, facts, run
 
@@ -70,7 +71,7 @@ def cli(words: list[str]) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.fixture(scope="module", params=STUDIES)
+@pytest.fixture(scope="module", params=mostly_slow(STUDIES, "mistakes"))
 def ended(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, StudyFile, Snapshot]:
     """One study of each kind, interrupted and resumed."""
     folder = tmp_path_factory.mktemp("ended")
@@ -275,7 +276,7 @@ def test_they_are_for_classification(tmp_path: Path) -> None:
     assert not any("metrics.x" in problem for problem in found), "a function of texts; see test_texts_study.py"
 
 
-@pytest.mark.parametrize("evaluator", ["packed", "train"])
+@pytest.mark.parametrize("evaluator", ["packed", slow("train")])
 def test_a_metric_that_fails_costs_its_candidate_alone(tmp_path: Path, evaluator) -> None:
     """Of every candidate that is scored after the third; those before are complete."""
     changes = {"metrics": {"x": "mine:fails_later"}, "objectives": ["x", "num_params"]}

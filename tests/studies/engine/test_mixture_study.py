@@ -57,6 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Snapshot]:
     return path, run(load_study(path))
 
 
+@pytest.mark.slow
 def test_the_spread_between_seeds_is_that_of_all_candidates(finished: tuple[Path, Snapshot]) -> None:
     _, snapshot = finished
     compared = [entry for own in snapshot.matched_baselines().values() for entry in own.values()]
@@ -127,6 +128,7 @@ def test_what_is_printed_and_written(
     assert f"trial {told[0]['trial']} against average" in page
 
 
+@pytest.mark.slow
 def test_a_study_that_is_resumed_has_the_same_trials(finished: tuple[Path, Snapshot], tmp_path: Path) -> None:
     _, whole = finished
     path = mixture_study(tmp_path / "parts")
@@ -137,6 +139,7 @@ def test_a_study_that_is_resumed_has_the_same_trials(finished: tuple[Path, Snaps
     assert {fact[2] for fact in searched[0]} == {fact[2] for fact in searched[1]}
 
 
+@pytest.mark.slow
 def test_controls_can_be_left_out(tmp_path: Path) -> None:
     snapshot = run(load_study(mixture_study(tmp_path / "study", finalists={"seeds": 1, "most": 1, "controls": False})))
     assert not verdicts(snapshot)
@@ -197,6 +200,7 @@ def test_a_format_that_has_no_mixtures_names_the_price(
         assert losses.item() == pytest.approx(measured[0].averaged["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_router_by_task_keeps_its_domains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the data to the ledger, the recipe and training again: what the router has learnt of them is by number."""
     by_task = {"at": ["attn.q"], "rank": 2, "experts": 3, "router": "task", "tasks": 2}
@@ -346,6 +350,7 @@ def test_a_study_with_a_router_by_task(tmp_path: Path) -> None:
     assert all(trial.state == "complete" for trial in snapshot.search_trials)
 
 
+@pytest.mark.slow
 def test_a_study_with_one_router_for_a_layer_or_none(tmp_path: Path) -> None:
     own = {
         **LORA,
@@ -361,6 +366,7 @@ def test_a_study_with_one_router_for_a_layer_or_none(tmp_path: Path) -> None:
     assert routers == {"token", "follow", "uniform"}
 
 
+@pytest.mark.slow
 def test_a_study_with_a_rank_for_each_expert(tmp_path: Path) -> None:
     own = {**LORA, "experts": [0, 3], "shared_experts": 1, "rank": [1, 2, 4], "vary": {"rank": "expert"}}
     start = [{"lora.experts": 3, "lora.rank": 2, "lora.rank.experts.0": 4}]

@@ -20,6 +20,7 @@ from autopeft.studies.engine.session import (
 )
 from autopeft.studies.errors import ConfigurationError
 
+from ...support.slow import slow
 from ...support.tiny_study import save_study
 from .test_study import Quiet, run
 
@@ -44,7 +45,7 @@ def test_all_paths_count_from_the_study_file(tmp_path: Path, monkeypatch: pytest
     assert (other.storage_url, other.tracking_uri) == ("sqlite:////a/led.db", "http://server:5000")
 
 
-@pytest.mark.parametrize("name", ["q?lr=1", "p%20x", "a{b}"])
+@pytest.mark.parametrize("name", ["q?lr=1", slow("p%20x"), slow("a{b}")])
 def test_a_folder_that_no_database_can_be_in_is_refused(tmp_path: Path, name: str) -> None:
     assert "study.yaml:" in (said := problems(tmp_path / name))
     assert "output: no database can be opened in" in said

@@ -20,6 +20,7 @@ from autopeft.studies.engine.scheduled_trials import observed
 from autopeft.studies.engine.session import open_ledger, open_study, prior_trials
 from autopeft.testing.spaces import SMALL
 
+from ...support.slow import mostly_slow, slow
 from ...support.tiny_study import save_study
 from .test_study import Quiet, facts, run
 
@@ -140,7 +141,7 @@ def search(**changes: Any) -> dict[str, Any]:
     return SHORT | {"search": {"searcher": "tpe", "trials": 5, "batch": 2, "start": START} | changes}
 
 
-@pytest.mark.parametrize("searcher", SEARCHERS)
+@pytest.mark.parametrize("searcher", mostly_slow(SEARCHERS, "tpe", "bo"))
 def test_the_search_begins_with_them(searcher: str, tmp_path: Path) -> None:
     snapshot = run(load_study(save_study(tmp_path, **search(searcher=searcher, trials=4))))
     first, second = [trial for trial in snapshot.search_trials if trial.state == "complete"][:2]
@@ -152,6 +153,7 @@ def test_the_search_begins_with_them(searcher: str, tmp_path: Path) -> None:
     assert len([t for t in snapshot.search_trials if t.state == "complete"]) == 4
 
 
+@pytest.mark.slow
 def test_a_study_that_was_interrupted_goes_on_behind_them(tmp_path: Path) -> None:
     changes = search(batch=1)
     whole = run(load_study(save_study(tmp_path / "whole", **changes)))
@@ -167,7 +169,7 @@ def test_one_that_stands_twice_is_evaluated_once(tmp_path: Path) -> None:
     assert [t.role.kind for t in snapshot.trials][1:4] == ["search", "copy", "search"]
 
 
-@pytest.mark.parametrize(("limit", "known"), [(10_000, 1), (1_000, 0)])
+@pytest.mark.parametrize(("limit", "known"), [(10_000, 1), slow(1_000, 0)])
 def test_baselines_that_the_search_could_have_asked_for_are_known_to_it(limit: int, known: int, tmp_path: Path) -> None:
     rates = {"names": ["head", "lora-r8-qv", "ia3"], "learning_rates": [1e-2, 1.0]}  # one of them is in the space
     changes = {"search": {"searcher": "random", "trials": 1, "batch": 1}, "constraints": {"num_params": limit}}

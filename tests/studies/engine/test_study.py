@@ -41,6 +41,7 @@ from autopeft.studies.recipes.pick import pick
 from autopeft.studies.recipes.recipe import Recipe
 from autopeft.studies.storage.ledger import Ledger, StudyRecord
 
+from ...support.slow import mostly_slow, slow
 from ...support.tiny_study import LABELS, ROWS, save_data, save_model, save_study
 
 
@@ -228,6 +229,7 @@ def test_an_interrupted_study_ends_as_an_uninterrupted_one(finished, tmp_path: P
     assert facts(list(snapshot.trials)) == facts(list(whole.trials))
 
 
+@pytest.mark.slow
 def test_sigkill_in_mid_trial(finished, tmp_path: Path) -> None:
     """Killed as no handler can catch it, twice at different moments; then resumed to the end."""
     _, whole, _ = finished
@@ -261,6 +263,7 @@ def wait_for_ended(settings: StudyFile, count: int, process: subprocess.Popen, l
     raise AssertionError(f"the study did not come to {count} evaluations")
 
 
+@pytest.mark.slow
 def test_sigint_is_polite(tmp_path: Path) -> None:
     path = save_study(tmp_path / "study", search={"searcher": "random", "trials": 300, "batch": 3})
     settings = load_study(path)
@@ -323,6 +326,7 @@ def test_more_trials_may_be_asked_for(finished, tmp_path: Path) -> None:
     assert facts(list(second.trials))[: len(first.trials)] == facts(list(first.trials))
 
 
+@pytest.mark.slow
 def test_a_bound_keeps_candidates_off_the_front(tmp_path: Path) -> None:
     objectives = ["accuracy", {"name": "num_params", "bound": 400}]
     settings = load_study(save_study(tmp_path / "study", objectives=objectives))
@@ -331,6 +335,7 @@ def test_a_bound_keeps_candidates_off_the_front(tmp_path: Path) -> None:
     assert any(t.violation > 0 and t.state == "complete" for t in snapshot.search_trials)
 
 
+@pytest.mark.slow
 def test_measured_objectives(tmp_path: Path) -> None:
     objectives = ["loss", "num_params", "peak_memory_bytes", "latency_s"]
     changes = {"objectives": objectives, "search": {"searcher": "nsga2", "trials": 2}}
@@ -363,7 +368,9 @@ def test_a_candidate_that_cannot_be_measured_fails_alone(tmp_path: Path, monkeyp
     assert set(found.values()) == {("complete", None)}
 
 
-@pytest.mark.parametrize("searcher", ["bo", "random", "qmc", "nsga2", "evolution", "linas", "grid"])
+@pytest.mark.parametrize(
+    "searcher", mostly_slow(("bo", "random", "qmc", "nsga2", "evolution", "linas", "grid"), "bo", "random")
+)
 def test_every_searcher_runs_a_study(searcher: str, tmp_path: Path) -> None:
     changes = {
         "search": {"searcher": searcher, "trials": 2},
@@ -403,7 +410,7 @@ def test_json_on_stdout_alone(finished, capfd: pytest.CaptureFixture) -> None:
             assert printed["hypervolume"] > 0
 
 
-@pytest.mark.parametrize("searcher", ["tpe", "bo"])
+@pytest.mark.parametrize("searcher", ["tpe", slow("bo")])
 def test_halving_prunes_and_resumes(searcher: str, tmp_path: Path) -> None:
     """A batch of six, half of it goes on at each of two rungs; interrupted in mid-batch it ends the same."""
     search = {"searcher": searcher, "trials": 12, "batch": 6, "rungs": [0.25, 0.5], "keep": 0.5}
@@ -423,6 +430,7 @@ def test_halving_prunes_and_resumes(searcher: str, tmp_path: Path) -> None:
     assert facts(list(run(settings, resume=True).trials)) == facts(list(whole.trials))
 
 
+@pytest.mark.slow
 def test_racing_at_the_rungs_prunes_and_resumes(tmp_path: Path) -> None:
     """With `keep: auto`, all of the first batch end, and later ones are compared with them; a stop changes nothing."""
     search = {"searcher": "bo", "trials": 18, "batch": 6, "rungs": [0.5], "keep": "auto"}
@@ -477,6 +485,7 @@ def test_a_study_of_python_parts_alone(tmp_path: Path) -> None:
     assert weights_path(tmp_path, next(row.trial for row in snapshot.rows() if row.recommended)).is_file()
 
 
+@pytest.mark.slow
 def test_a_limit_that_nothing_meets_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A measured cost is known after its measurement alone, so candidates are proposed and ruled out, one by one."""
     limits = {"latency_s": 1e-9}

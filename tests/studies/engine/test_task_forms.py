@@ -29,6 +29,7 @@ from autopeft.studies.exporters import native
 from autopeft.studies.recipes.recipe import Recipe
 
 from ...support.fresh import FreshProcess
+from ...support.slow import mostly_slow
 from ...support.tiny_study import FORMS, LABELS, save_study, save_study_of
 from .test_metrics_study import cli, problems
 from .test_study import run
@@ -46,7 +47,7 @@ CHANGES: dict[str, Any] = {
 TASKS_OF = {"pair": Classification, "several": MultiLabel}
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=mostly_slow(FORMS, "several"))
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, StudyFile, Snapshot]:
     path = save_study_of(request.param, tmp_path_factory.mktemp(request.param) / "study", **CHANGES)
     (path.parent / "mine.py").write_text(OWN)

@@ -150,6 +150,7 @@ def test_texts_are_generated_at_the_end_and_where_candidates_are_compared(tmp_pa
         assert "exact-match" in stopped.measurement.values, "a candidate that stops at a rung has its values"
 
 
+@pytest.mark.slow
 def test_a_pace_counts_the_texts_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that counts generated tokens: a text of 4 tokens takes 4 s, whatever else is done."""
     settings = load_study(study_in(tmp_path / "study"))

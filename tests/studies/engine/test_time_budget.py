@@ -227,6 +227,7 @@ def test_the_time_of_the_search_is_kept_over_resumes(tmp_path: Path) -> None:
     assert go(load_study(settings.path, ["search.trials=13"]), resume=True)[0] == max(more, 13)
 
 
+@pytest.mark.slow
 def test_reports_say_what_more_time_would_buy(tmp_path: Path) -> None:
     settings = load_study(
         save_study(tmp_path / "study", search={"searcher": "bo", "trials": 8, "batch": 4, "initial": 4})

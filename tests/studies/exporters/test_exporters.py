@@ -78,6 +78,7 @@ from autopeft.testing import check_exporter
 
 from ...support.exported import CLASSIFIERS, MODELS, logits, make_recipe, save_model, token_ids, trained
 from ...support.fresh import FreshProcess
+from ...support.slow import mostly_slow, mostly_slow_cases, slow
 
 EXACT, APPROXIMATE, UNSUPPORTED = "exact", "approximate", "unsupported"
 # Exporters that hold a type exactly over a causal language model with biases (GPT-2), beside `native`, which holds all
@@ -152,14 +153,24 @@ def test_the_registry_has_the_names_of_the_exporters() -> None:
     assert all(EXPORTERS[name].name == name for name in EXPORTERS)
 
 
+@pytest.fixture(scope="module")
+def of_each_type(models: Folders) -> dict[str, Recipe]:
+    """A recipe with one adapter over GPT-2 for each type."""
+    sites = load_backbone(str(models["gpt2"]), task="causal-lm").backbone.sites
+    found = {}
+    for kind, spec in ((kind, make()) for kind, make in ADAPTERS.items()):
+        roles = (*spec.default_roles, *spec.roles)  # GPT-2 has no attn.q
+        site = next(site.name for role in roles for site in sites if site.role == role and site.layer in (1, None))
+        found[kind] = make_recipe("gpt2", models["gpt2"], {site: spec})
+    return found
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("target", EXPORTERS)
-def test_fit_of_each_type(models: Folders, kind: str, target: str) -> None:
-    spec = ADAPTERS[kind]()
-    sites = load_backbone(str(models["gpt2"]), task="causal-lm").backbone.sites
-    roles = (*spec.default_roles, *spec.roles)  # GPT-2 has no attn.q
-    site = next(site.name for role in roles for site in sites if site.role == role and site.layer in (1, None))
-    fit = EXPORTERS[target].assess(make_recipe("gpt2", models["gpt2"], {site: spec}))
+def test_fit_of_each_type(of_each_type: dict[str, Recipe], kind: str, target: str) -> None:
+    recipe = of_each_type[kind]
+    ((site, spec),) = recipe.adapters
+    fit = EXPORTERS[target].assess(recipe)
     exact = {"native", *(["merged"] if spec.mergeable else []), *EXACTLY.get(kind, ())}
     assert fit.level == (EXACT if target in exact else UNSUPPORTED), fit
     assert bool(fit.lost) == (fit.level != EXACT)
@@ -265,9 +276,16 @@ PEFT_CASES = {
 
 
 SERVERS = ("sglang", "vllm", "llama.cpp")
+#: LoRA in every family, the rules that mix, and each other type in one family.
+QUICK_CASES = (
+    *(f"lora-{family}" for family in MODELS),
+    *("scale-rules-mixed", "ia3-bert", "norm-llama"),
+    *(f"{kind}-llama" for kind in ("dora", "vera", "shira", *ANYWHERE)),
+    *(f"{kind}-bert" for kind in AT_PLAIN_LINEARS),
+)
 
 
-@pytest.mark.parametrize("case", PEFT_CASES.values(), ids=PEFT_CASES.keys())
+@pytest.mark.parametrize("case", mostly_slow_cases(PEFT_CASES, QUICK_CASES))
 def test_peft_rebuilds_the_network(models: Folders, tmp_path: Path, fresh: FreshProcess, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     state, wanted = trained(recipe)
@@ -602,7 +620,7 @@ def rebuilt(fresh: FreshProcess, target: str, recipe: Recipe, folder: Path) -> T
     return torch.tensor(found["logits"] if target == "peft" else found)
 
 
-@pytest.mark.parametrize("case", UNIFORM_CASES.values(), ids=UNIFORM_CASES.keys())
+@pytest.mark.parametrize("case", mostly_slow_cases(UNIFORM_CASES, ("gpt2", "shared, scales and plain ones")))
 @pytest.mark.parametrize("target", ["peft", "merged"])
 def test_experts_without_a_router_are_one_lora(
     models: Folders, tmp_path: Path, fresh: FreshProcess, target: str, case: Case
@@ -626,8 +644,8 @@ def routed(router: str, **fields: Any) -> dict[str, AdapterSpec]:
     }
 
 
-@pytest.mark.parametrize("router", ROUTED)
-@pytest.mark.parametrize("target", ["peft", "merged"])
+@pytest.mark.parametrize("router", mostly_slow(ROUTED, "token", "task", "soft"))
+@pytest.mark.parametrize("target", ["peft", slow("merged")])
 def test_routed_experts_are_one_lora_without_the_routing(
     models: Folders, tmp_path: Path, fresh: FreshProcess, target: str, router: str
 ) -> None:
@@ -692,7 +710,7 @@ def test_what_trains_has_no_mixtures(models: Folders, target: str) -> None:
 # native
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", mostly_slow(MODELS, "llama", "gpt2", "bert"))
 def test_native_rebuilds_mixtures(models: Folders, tmp_path: Path, fresh_own: FreshProcess, family: str) -> None:
     placement = {
         **every_linear(family, Lora),
@@ -761,7 +779,10 @@ MERGED_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", MERGED_CASES.values(), ids=MERGED_CASES.keys())
+@pytest.mark.parametrize(
+    "case",
+    mostly_slow_cases(MERGED_CASES, MERGED_CASES.keys() - {f"dora-{family}" for family in MODELS if family != "llama"}),
+)
 def test_merged_is_a_plain_model(models: Folders, tmp_path: Path, fresh: FreshProcess, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     state, wanted = trained(recipe)
@@ -798,7 +819,7 @@ SCRIPT_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", SCRIPT_CASES.values(), ids=SCRIPT_CASES.keys())
+@pytest.mark.parametrize("case", mostly_slow_cases(SCRIPT_CASES, QUICK_CASES))
 def test_script_declares_the_same_network(models: Folders, tmp_path: Path, case: Case) -> None:
     recipe = make_recipe(case.family, models[case.family], case.placement)
     EXPORTERS["trl-script"].export(recipe, None, tmp_path / "out", allow_lossy=True)
@@ -1181,7 +1202,7 @@ def test_peft_has_weights_whatever_trained_them(models: Folders) -> None:
 # Initial values from the site
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", slow("bert"), slow("gpt2")])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_offset_is_a_plain_lora_of_twice_the_rank(
     models: Folders, tmp_path: Path, fresh: FreshProcess, family: str, init: str

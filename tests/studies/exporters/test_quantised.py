@@ -54,6 +54,7 @@ from autopeft.studies.exporters.trl_script import script
 from autopeft.studies.recipes.recipe import Recipe
 
 from ...support.exported import CLASSIFIERS, WORDS, logits, make_recipe, save_model, trained
+from ...support.slow import slow
 from ...support.tiny_gguf import write_gguf
 
 pytest.importorskip("bitsandbytes")
@@ -103,19 +104,19 @@ def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 PEFT_CASES = [
     ("llama", "nf4", Lora, {"rank": 3}),
-    ("llama", "nf4", Dora, {"rank": 3}),
-    ("llama", "nf4", Vera, {"rank": 4}),
+    slow("llama", "nf4", Dora, {"rank": 3}),
+    slow("llama", "nf4", Vera, {"rank": 4}),
     ("llama", "nf4", Gralora, {"rank": 2}),
-    ("llama", "nf4", Miss, {"rank": 4}),
-    ("llama", "nf4", C3a, {"block_size": 8}),
-    ("llama", "nf4", Road, {"group_size": 8}),
-    ("llama", "nf4", Oft, {"block_size": 8}),
-    ("llama", "nf4", Boft, {"block_size": 4}),
-    ("llama", "nf4", Beft, {}),
+    slow("llama", "nf4", Miss, {"rank": 4}),
+    slow("llama", "nf4", C3a, {"block_size": 8}),
+    slow("llama", "nf4", Road, {"group_size": 8}),
+    slow("llama", "nf4", Oft, {"block_size": 8}),
+    slow("llama", "nf4", Boft, {"block_size": 4}),
+    slow("llama", "nf4", Beft, {}),
     ("gpt2", "nf4", Lora, {"rank": 3}),
-    ("gpt2", "nf4", Dora, {"rank": 3}),
-    ("bert", "nf4", Lora, {"rank": 3}),
-    ("llama", "int8", Lora, {"rank": 3}),
+    slow("gpt2", "nf4", Dora, {"rank": 3}),
+    slow("bert", "nf4", Lora, {"rank": 3}),
+    slow("llama", "int8", Lora, {"rank": 3}),
     ("llama", "int8", Dora, {"rank": 3}),
 ]
 
@@ -173,7 +174,7 @@ def test_what_peft_computes_with_the_weight_is_refused(tmp_path: Path, make: Any
 
 
 @pytest.mark.parametrize(
-    ("family", "quantization"), [("llama", "nf4"), ("gpt2", "nf4"), ("roberta", "nf4"), ("llama", "int8")]
+    ("family", "quantization"), [("llama", "nf4"), ("gpt2", "nf4"), slow("roberta", "nf4"), slow("llama", "int8")]
 )
 def test_merged_has_the_dequantised_weights_and_says_so(tmp_path: Path, family: str, quantization: str) -> None:
     recipe = recipe_over(tmp_path, family, quantization, Dora, rank=3)

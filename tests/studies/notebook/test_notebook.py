@@ -96,6 +96,7 @@ def test_python_and_a_file_find_the_same(finished: tuple[Study, Result], tmp_pat
     assert found(study.run(progress=False)) == found(finished[1])
 
 
+@pytest.mark.slow
 def test_started_in_python_and_resumed_by_the_command(
     inputs: Path, finished: tuple[Study, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_started_in_python_and_resumed_by_the_command(
     assert found(study.run(progress=False)) == found(finished[1]), "there is nothing left to do"
 
 
+@pytest.mark.slow
 def test_started_by_the_command_and_resumed_in_python(
     inputs: Path, finished: tuple[Study, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +129,7 @@ def test_started_by_the_command_and_resumed_in_python(
     assert file.read_text() == text, "a file of somebody's own stays as it is"
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_it_between_two_steps(
     inputs: Path, finished: tuple[Study, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +150,7 @@ def test_an_interrupt_ends_it_between_two_steps(
     assert found(study.run(progress=False)) == found(finished[1])
 
 
+@pytest.mark.slow
 def test_more_trials_may_be_asked_for(inputs: Path, tmp_path: Path) -> None:
     declared(inputs, tmp_path, trials=3).run(progress=False)
     result = declared(inputs, tmp_path, trials=6).run(progress=False)

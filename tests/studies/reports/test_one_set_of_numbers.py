@@ -22,6 +22,7 @@ from autopeft.studies.recipes.build import recipe_of
 from autopeft.studies.recipes.recipe import Recipe
 from autopeft.studies.reports.report import write_report
 
+from ...support.slow import mostly_slow
 from ...support.tiny_study import save_study
 from ..engine.test_study import Quiet
 
@@ -47,7 +48,7 @@ def cells(page: str) -> dict[str, list[str]]:
     return {row[1]: row for row in found}
 
 
-@pytest.mark.parametrize("quality", STUDIES)
+@pytest.mark.parametrize("quality", mostly_slow(STUDIES, "macro-f1"))
 def test_every_report_has_the_same_numbers(
     quality: str, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +134,7 @@ def test_every_report_has_the_same_numbers(
         assert list(promised.seeds) == member["seeds"]
 
 
+@pytest.mark.slow
 def test_every_report_has_the_same_gains(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Table, JSON, page, MLflow and notebook say the same on each baseline by rule."""
     names = ["rule-unsloth", "rule-tinker", "sweep-all-linear-r16", "mlp-only-r10"]

@@ -99,6 +99,7 @@ def test_the_report_has_texts_of_the_recommended_member_and_of_the_bare_model(en
     assert any(sample["recommended"] != sample["untouched"] for sample in found["samples"])
 
 
+@pytest.mark.slow
 def test_run_prints_them_and_mlflow_has_them(
     ended: Path, study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

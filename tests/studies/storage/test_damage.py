@@ -21,6 +21,7 @@ from autopeft.studies.storage import ledger as module
 from autopeft.studies.storage.ledger import Ledger
 from autopeft.studies.storage.records import pack
 
+from ...support.slow import mostly_slow
 from ...support.tiny_study import save_study
 from ..engine.test_study import run
 
@@ -152,7 +153,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], str], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGED)
+@pytest.mark.parametrize("what", mostly_slow(DAMAGED, "not JSON", "fewer rows"))
 def test_a_damaged_trial_is_left_out_and_named(
     what: str, settings: StudyFile, capsys: pytest.CaptureFixture[str]
 ) -> None:

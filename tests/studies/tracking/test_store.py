@@ -22,6 +22,7 @@ from autopeft.studies.tracking import store, worker
 from autopeft.studies.tracking.mlflow_sync import Tracker
 
 from ...support.full_disk import full_from
+from ...support.slow import mostly_slow, slow
 from ...support.tracked_study import FRONT, TRIALS, snapshot
 
 ALL = 1 + len(TRIALS)
@@ -59,7 +60,7 @@ def left_with_a_journal(path: Path) -> None:
     path.with_name("mlflow.db-journal").write_bytes(b"of a database that is gone" * 100)
 
 
-@pytest.mark.parametrize("damage", [half_made, emptied, left_with_a_journal])
+@pytest.mark.parametrize("damage", mostly_slow((half_made, emptied, left_with_a_journal), left_with_a_journal))
 def test_a_half_made_database_is_made_anew(empty_store: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     path = Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
     damage(path)
@@ -145,6 +146,7 @@ def test_two_studies_begin_with_one_new_database(
 # A disk that fills up
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def folder(name: str) -> tuple[str, Path]:
         (tmp_path / name).mkdir()
@@ -221,7 +223,7 @@ def study(empty_store: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("in_its_place", [None, "file"])
+@pytest.mark.parametrize("in_its_place", [None, slow("file")])
 def test_artifacts_move_with_the_study(study: Path, tmp_path: Path, in_its_place: str | None) -> None:
     moved = study.rename(tmp_path / "moved")
     if in_its_place:
@@ -232,6 +234,7 @@ def test_artifacts_move_with_the_study(study: Path, tmp_path: Path, in_its_place
     assert study.is_file() if in_its_place else not study.exists()
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_study_leaves_the_original_alone(study: Path, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in study.rglob("*") if file.is_file()}
     copy = Path(shutil.copytree(study, tmp_path / "copy"))
@@ -240,6 +243,7 @@ def test_a_copy_of_a_study_leaves_the_original_alone(study: Path, tmp_path: Path
     assert {file: file.read_bytes() for file in study.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_studies_that_share_an_experiment_keep_their_artifacts_apart(study: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     uri = f"sqlite:///{study}/mlflow.db"

@@ -26,6 +26,7 @@ from autopeft.studies.tracking.mlflow_payload import accepted_name
 from autopeft.studies.tracking.mlflow_sync import Tracker
 from autopeft.studies.tracking.uri import absolute_uri, ui_command
 
+from ...support.slow import slow
 from ...support.tracked_study import FRONT, NUM_STEPS, OBJECTIVES, SETTINGS, TRIALS, mlflow_server, snapshot, trial
 
 FRONT_FILTER = "tags.`autopeft.pareto` = 'true'"
@@ -270,6 +271,7 @@ def test_the_filter_finds_exactly_the_front(store: Store) -> None:
     assert (run.data.tags["autopeft.of"], run.data.metrics["test/accuracy"]) == ("6", 0.85)
 
 
+@pytest.mark.slow
 def test_numbers_of_the_front_are_those_of_this_moment(store: Store) -> None:
     """A member that leaves the front, or becomes its best one, keeps no number from before; NaN stands for none."""
     again = [replace(trial(6 + i, quality, 16), role=FINALIST, of=4, seed=i) for i, quality in ((1, 0.6), (2, 0.62))]
@@ -291,6 +293,7 @@ def test_numbers_of_the_front_are_those_of_this_moment(store: Store) -> None:
         tracker = store.tracker()
 
 
+@pytest.mark.slow
 def test_studies_share_an_experiment(store: Store) -> None:
     for study_id in ("one", "two"):
         store.tracker().sync(snapshot(study_id=study_id))
@@ -364,7 +367,7 @@ def test_another_process_goes_on(store: Store) -> None:
     assert store.child(1).info == first.info
 
 
-@pytest.mark.parametrize("stop", ["log_batch", "log_dict", "set_terminated"])
+@pytest.mark.parametrize("stop", [slow("log_batch"), "log_dict", slow("set_terminated")])
 def test_a_child_that_was_cut_off_is_completed(store: Store, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
@@ -384,6 +387,7 @@ def test_a_child_that_was_cut_off_is_completed(store: Store, monkeypatch: pytest
     assert store.history(store.child(0), "train/loss") == list(enumerate(found.losses, start=1))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_deleted_comes_back(store: Store) -> None:
     tracker = store.tracker()
     tracker.sync(snapshot())
