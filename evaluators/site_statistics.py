@@ -10,18 +10,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
 from typing_extensions import override
 
+from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.tasks import Batch, Task
+from autopeft.search_space.adapters import AdapterSpec, Dense
+from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
-from autopeft.search_space.runtime.factors import COVARIANCE, GRADIENT, MOMENT
+from autopeft.search_space.runtime.factors import COVARIANCE, GRADIENT, MOMENT, MOVEMENT
 
 #: Training rows that are read, and rows at a time.
 ROWS, BATCH_SIZE = 256, 8
+#: Training rows of a saliency.
+SALIENCY_ROWS = 32
+#: Learning rate of the first training whose movements are compared: that of LT-SFT's experiments. Adam's steps hardly
+#: depend on it but by their scale, so neither does the order of the movements.
+RATE = 5e-5
 
 
 def batches_of(count: int) -> list[range]:
@@ -103,8 +113,8 @@ class SiteStatistics:
     """Computes statistics of a model without adapters; see `factors.Statistics`.
 
     A pass over the rows serves the linears of one layer that have the same number of inputs, and only its statistics
-    are kept. `batches`: training rows, the same at each call. `bare`: a block in which the model has a task head and no
-    adapters, with frozen parameters.
+    are kept. `batches`: training rows, the same at each call. `attached`: attaches an architecture and a task head with
+    a seed.
     """
 
     def __init__(
@@ -113,31 +123,35 @@ class SiteStatistics:
         backbone: Backbone,
         task: Task,
         batches: Callable[[], Iterable[Batch]],
-        bare: Callable[[], AbstractContextManager[object]],
+        attached: Callable[[Architecture, object], AbstractContextManager[Attachment]],
     ) -> None:
         self._model = model
         self._backbone = backbone
         self._task = task
         self._batches = batches
-        self._bare = bare
+        self._attached = attached
         self._found: dict[str, Tensor] = {}
         self._name = ""
 
     def __call__(self, site: Site, name: str) -> Tensor:
-        """Return a statistic of a site by its name in `STATISTICS`. Raises ValueError for inputs of unknown form."""
+        """Return a statistic of a site, one of `STATISTICS` or `MOVEMENT`.
+
+        Raises ValueError for inputs of unknown form.
+        """
         if name != self._name or site.name not in self._found:
             here = [
                 other
                 for other in self._backbone.sites
                 if (other.layer, other.in_features) == (site.layer, site.in_features) and other.role in LINEAR_ROLES
             ]
-            self._name, self._found = name, self._computed(STATISTICS[name], here)
+            computed = self._moved(here) if name == MOVEMENT else self._computed(STATISTICS[name], here)
+            self._name, self._found = name, computed
         return self._found[site.name]
 
     def _computed(self, kind: type[Statistic], sites: Sequence[Site]) -> dict[str, Tensor]:
         device = next(self._model.parameters()).device
         found = {site.name: kind(site, device) for site in sites}
-        with self._bare(), torch.set_grad_enabled(kind.gradients):
+        with self._attached(Architecture(), 0), torch.set_grad_enabled(kind.gradients):
             for batch in self._batches():
                 with _calls(self._model, sites, kind.gradients) as calls:
                     loss = self._task.scores(self._model, batch)["loss"].sum()
@@ -148,6 +162,30 @@ class SiteStatistics:
                     for x, y in own:
                         _add(found[name], x, of.get(id(y)), batch, name)
         return {name: statistic.value() for name, statistic in found.items()}
+
+    @torch.enable_grad()
+    def saliency(self, site: Site, spec: AdapterSpec, seed: object) -> dict[str, Tensor]:
+        """Return |value * gradient| for the trained tensors of an adapter at its start, alone on the model, by name.
+
+        The gradient is that of the loss of the first 32 rows, as SNIP reads one minibatch.
+        """
+        with self._attached(Architecture.of({site.name: [spec]}), seed) as attachment:
+            for batch in islice(self._batches(), SALIENCY_ROWS // BATCH_SIZE):
+                self._task.scores(self._model, batch)["loss"].sum().backward()
+            (bank,) = (bank for bank in attachment.banks if bank.site == site)
+            trained = {name: value for name, value, _ in bank.trained()}
+            return {name: (v.detach() * v.grad).abs()[0] for name, v in trained.items() if v.grad is not None}
+
+    @torch.enable_grad()
+    def _moved(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return W after one pass of Adam over the rows minus W, by site, if these linears and the head are trained."""
+        with self._attached(Architecture.of({site.name: [Dense()] for site in sites}), 0) as attachment:
+            optimizer = Adam([value for value, _ in attachment.trainable()], lr=RATE)
+            for batch in self._batches():
+                self._task.scores(self._model, batch)["loss"].mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return {bank.site.name: bank.of_slot(0)["D"].detach() for bank in attachment.banks if "D" in bank.shapes}
 
 
 def _add(statistic: Statistic, x: Tensor, g: Tensor | None, batch: Batch, name: str) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopeft.search_space.adapters import AdapterSpec, spec_from_dict
-from autopeft.search_space.adapters.base import NUMBER_BITS
 from autopeft.search_space.backbones.backbone import Backbone, Site
 from autopeft.search_space.sharing import Shared, shared_tensors
 
@@ -113,7 +112,7 @@ class Architecture:
 
     def stored_bytes(self, backbone: Backbone) -> int:
         """Return the size of the trained adapters on disk, in bytes."""
-        shared = NUMBER_BITS * sum(p.count for p in self.shared(backbone).values() if p.stored)
+        shared = sum(parameter.stored_bits for parameter in self.shared(backbone).values())
         return (shared + sum(spec.stored_bits(backbone.site(site)) for site, spec in self)) // 8
 
     @property

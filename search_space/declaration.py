@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
+from autopeft.search_space.adapters.flora import OF_WEIGHT, Flora
 from autopeft.search_space.adapters.lora import experts_problem, from_site
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTER_FIELDS
 from autopeft.search_space.backbones.backbone import Backbone, Site, first_to_run
@@ -43,8 +44,8 @@ class AdapterChoice:
     field is chosen (default: once for the model); "expert", for the rank of LoRAs only, chooses it once per expert
     index, and a plain adapter takes the first. `router_per`: "site" gives each site a router; "layer" gives one to the
     first site of each layer, and the others follow it. `given`: folders of pretrained LoRAs that are the experts,
-    unchanged; number, rank and scale are then fields with a single value. `sites`: names of the only sites allowed,
-    those that at least one of these LoRAs adapts (None: no restriction).
+    unchanged; number, rank and scale are then fields with a single value. A type that is made of LoRAs takes these.
+    `sites`: names of the only sites allowed, those that at least one of these LoRAs adapts (None: no restriction).
     """
 
     kind: str
@@ -100,6 +101,8 @@ def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
         return kind(), kind()
     domain, init = choice.fields.get(name, getattr(kind(), name)), from_site(choice.fields.get("init"))
     limits: dict[str, Any] = {"init": init} if init else {}  # such an init limits the rank by the features
+    if choice.kind == Flora.kind and _may_be(choice.fields.get("factors"), OF_WEIGHT):
+        limits["factors"] = OF_WEIGHT
     try:
         domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))
         ends = (min(domain.choices), max(domain.choices)) if isinstance(domain, Choice) else (domain.low, domain.high)
@@ -216,6 +219,11 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decl
         yield ("placement",), message
 
 
+def _may_be(setting: Domain | Value | None, value: str) -> bool:
+    """Return whether a field may have this value."""
+    return value in setting.choices if isinstance(setting, Choice) else setting == value
+
+
 def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
     """Yield what is wrong with a field that varies by expert."""
     if choice.kind != Lora.kind or key != Lora.size_field:
@@ -233,7 +241,7 @@ def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
 def fields_of(kind: str) -> dict[str, type[AdapterSpec]]:
     """Return the fields that an adapter type can have, each with the class that validates it: its own or `Mixture`."""
     spec = ADAPTERS[kind]
-    own = dict.fromkeys((f.name for f in fields(spec)), spec)
+    own = dict.fromkeys((f.name for f in fields(spec) if f.name != "given"), spec)  # a key of its own
     return {**own, **dict.fromkeys(MIXTURE_FIELDS, Mixture)} if spec.can_be_expert else own
 
 

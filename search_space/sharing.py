@@ -15,7 +15,7 @@ SHARED = "shared."
 
 
 class SharedKey(NamedTuple):
-    """Key of a shared tensor. `scope`: "model", or the input and output features of the sites that share it."""
+    """Key of a shared tensor. `scope`: "model", or features and perhaps the role of the sites that share it."""
 
     scope: str
     kind: str
@@ -33,8 +33,9 @@ Shared = Mapping[SharedKey, Parameter]
 
 def key_of(parameter: Parameter, name: str, site: Site, kind: str) -> SharedKey:
     """Return the key of a shared parameter called `name` in an adapter of type `kind` at `site`."""
-    scope = parameter.scope if parameter.scope == "model" else f"{site.in_features}x{site.out_features}"
-    return SharedKey(scope, kind, name, parameter.key)
+    features = f"{site.in_features}x{site.out_features}"
+    scopes = {"model": "model", "shape": features, "role": f"{site.role}.{features}"}
+    return SharedKey(scopes[parameter.scope], kind, name, parameter.key)
 
 
 def shared_tensors(placed: Iterable[tuple[Site, AdapterSpec]]) -> Shared:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 #: Longer lists of known names are left out of a message.
-MAX_LISTED = 30
+MAX_LISTED = 60
 
 #: Names of peft, transformers and model families, and the setting or role in their place. A setting may have a value.
 SYNONYMS = {

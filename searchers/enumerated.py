@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from random import Random
 
 import numpy as np
-from scipy.stats import qmc
 from typing_extensions import override
 
 from autopeft.search_space.domains import Choice, Domain, Int, Value
@@ -31,6 +30,8 @@ class Qmc(Searcher):
 
     @override
     def suggest(self, count: int = 1) -> list[Suggestion]:
+        from scipy.stats import qmc  # takes most of a second, which commands that only check a file would wait for
+
         space = self.problem.space
         sequence = qmc.Sobol(max(1, len(space.genes)), scramble=True, rng=np.random.default_rng(self.seed))
         if self.num_suggested:  # scipy overflows on a jump of 0

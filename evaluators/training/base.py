@@ -118,7 +118,7 @@ class TrainingEvaluator(AttachingEvaluator):
                 self.backbone,
                 self.task,
                 lambda: (self.batch("train", rows) for rows in batches),
-                lambda: self.attached([Architecture()], [0]),  # the same task head for all seeds
+                lambda architecture, seed: self.attached([architecture], [str(seed)]),
             )
         )
         self.metrics = tuple(metrics)
@@ -155,7 +155,7 @@ class TrainingEvaluator(AttachingEvaluator):
     def attach(self, request: Request) -> Attachment:
         return self.attached([request.candidate.architecture], [request.seed])
 
-    def attached(self, architectures: Sequence[Architecture], seeds: Sequence[int]) -> Attachment:
+    def attached(self, architectures: Sequence[Architecture], seeds: Sequence[int] | Sequence[str]) -> Attachment:
         """Return a context manager that attaches adapters side by side, a slot for each architecture."""
         head, starts = self.pretrained_head, self.starts
         return Attachment(self.model, self.backbone, architectures, seeds, pretrained_head=head, starts=starts)

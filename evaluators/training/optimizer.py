@@ -58,6 +58,11 @@ class PackedAdamW:
         for buffers in self._buffers:
             buffers.step(number, rates, clipping)
 
+    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """Return the first and second moments of a parameter, as views in its shape."""
+        views = next(buffers.views[parameter] for buffers in self._buffers if parameter in buffers.views)
+        return views["first"], views["second"]
+
     def parts(self, k: int) -> dict[str, dict[str, Tensor]]:
         """Return views of slot k's values and moments, by group and by the names of `Attachment.state`."""
         groups = {
@@ -143,3 +148,10 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the learning rate of each group: `rate`, times the factor of the group."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get(FACTOR, 1.0)
+
+
+def moments(optimizer: Optimizer | None, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """Return the first and second moments that torch's AdamW keeps of a parameter that it has updated."""
+    assert optimizer is not None
+    state = optimizer.state[parameter]
+    return state["exp_avg"], state["exp_avg_sq"]

@@ -25,6 +25,7 @@ from typing_extensions import override
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.layout import repeated
+from autopeft.evaluators.attachment.moves import Moves
 from autopeft.evaluators.backbones import LoadedBackbone
 from autopeft.evaluators.base import OnOutcome, Outcome, OutOfMemoryError, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_plans import PackPlans
@@ -315,12 +316,14 @@ class PackedEvaluator(TrainingEvaluator):
         )
         order = batching.training_batches(self.lengths["train"], batch_size, seed)
         interval = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
+        moves = Moves(attachment, [run.full for run in pack], optimizer.moments)
         losses: list[list[float]] = []
         unchecked: list[Tensor] = []
-        for number, indices, now in zip(numbers, islice(order, first, None), rates, strict=False):
+        for number, indices, now in zip(moves.watching(numbers), islice(order, first, None), rates, strict=False):
             unchecked.append(self.step_gradients(attachment, indices, rows, backward=not optimizer.idle))
             if not optimizer.idle:
                 optimizer.step(number, now)
+                moves.make(number)
             if len(unchecked) == interval or number == last:
                 losses += torch.stack(unchecked).tolist()
                 unchecked.clear()

@@ -8,6 +8,7 @@ from typing import Self
 from torch import Tensor
 
 from autopeft.evaluators.attachment.attachment import Attachment
+from autopeft.evaluators.attachment.moves import moving
 from autopeft.evaluators.base import Outcome, Request
 from autopeft.evaluators.training.optimizer import PackedAdamW
 from autopeft.evaluators.training.record import Record
@@ -16,10 +17,14 @@ from autopeft.search_space.training import Training
 
 @dataclass(frozen=True, slots=True)
 class SlotState:
-    """A slot's values and moments by group and name, and the states of its random streams."""
+    """A slot's values and moments by group and name, the states of its random streams, and what of it moves.
+
+    `moved`: for each adapter that moves, the tensors that are not trained and its notes.
+    """
 
     tensors: dict[str, dict[str, Tensor]]
     streams: dict[str, Tensor]
+    moved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
 
     @classmethod
     def capture(cls, attachment: Attachment, optimizer: PackedAdamW, k: int) -> Self:
@@ -28,6 +33,10 @@ class SlotState:
         return cls(
             {group: {name: view.clone() for name, view in views.items()} for group, views in groups.items()},
             {name: stream.get_state() for name, stream in attachment.dropout_streams(k).items()},
+            {
+                key: ({name: bank.of_slot(j)[name].clone() for name in bank.untrained}, {**bank.watch.notes[j]})
+                for key, bank, j in moving(attachment, k)
+            },
         )
 
     def restore(self, attachment: Attachment, optimizer: PackedAdamW, k: int) -> None:
@@ -37,6 +46,11 @@ class SlotState:
                 view.copy_(self.tensors[group][name])
         for name, stream in attachment.dropout_streams(k).items():
             stream.set_state(self.streams[name])
+        for key, bank, j in moving(attachment, k):
+            tensors, notes = self.moved[key]
+            for name, value in tensors.items():
+                bank.of_slot(j)[name].copy_(value)
+            bank.watch.notes[j] = {**notes}
 
 
 @dataclass(slots=True, eq=False)

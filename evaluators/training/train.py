@@ -14,12 +14,13 @@ from typing_extensions import override
 from autopeft.evaluators.attachment.attachment import Attachment
 from autopeft.evaluators.attachment.checkpointing import saving_memory
 from autopeft.evaluators.attachment.learning_rates import rate_factors
+from autopeft.evaluators.attachment.moves import Moves
 from autopeft.evaluators.base import OnOutcome, Outcome, Progress, Request, Select, memory_errors
 from autopeft.evaluators.costs.pack_sizing import Levers
 from autopeft.evaluators.tasks import Scored
 from autopeft.evaluators.training import batching
 from autopeft.evaluators.training.base import WHOLE, TrainingEvaluator, steps_at
-from autopeft.evaluators.training.optimizer import parameter_groups, set_rate
+from autopeft.evaluators.training.optimizer import moments, parameter_groups, set_rate
 from autopeft.evaluators.training.record import Record, TrainingFailedError, failure
 from autopeft.evaluators.training.schedule import rate
 from autopeft.search_space.training import Training
@@ -126,10 +127,11 @@ def _steps(
     groups = parameter_groups(parameters, training, rate_factors(attachment))
     optimizer = AdamW(groups, lr=training.learning_rate, fused=True) if groups else None
     order = batching.training_batches(evaluator.lengths["train"], training.batch_size, request.seed)
+    moves = Moves(attachment, [full], lambda parameter: moments(optimizer, parameter))
     attachment.train()
     with torch.random.fork_rng(devices=[evaluator.device] if evaluator.device.type == "cuda" else []):
         torch.manual_seed(request.seed)  # the dropout of a backbone that is trained itself
-        for step in range(1, steps + 1):
+        for step in moves.watching(range(1, steps + 1)):
             start = time.perf_counter()
             loss = evaluator.step_gradients(attachment, next(order), rows, backward=optimizer is not None)
             if optimizer is not None:
@@ -137,6 +139,7 @@ def _steps(
                     clip_grad_norm_([p for p, _ in parameters], training.max_grad_norm)
                 set_rate(optimizer, training.learning_rate * rate(step - 1, full, training))
                 optimizer.step()
+                moves.make(step)
                 optimizer.zero_grad()
             value = loss.item()
             if not math.isfinite(value):

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from autopeft.search_space.call import Call, Values
     from autopeft.search_space.routers.base import Router
 
-#: Size of a value on disk: float32, or int32 for indices.
-NUMBER_BITS = 32
 #: The field that every type has; it may differ between the slots of a bank.
 RATE = "rate"
 #: Methods that compute `apply` together with the frozen linear or the weighting of experts, faster than in sequence.
@@ -61,8 +59,12 @@ class AdapterSpec(ABC):
     identity_at_start: ClassVar[bool] = True
     #: Whether it can be an expert of a mixture, which requires that it changes nothing but activations.
     can_be_expert: ClassVar[bool] = True
+    #: Whether it is made of pretrained LoRAs, the folders in its field `given`.
+    takes_given: ClassVar[bool] = False
     #: Whether it computes with the backbone's own weight. One module takes one such adapter, since each ignores others.
     reads_weight: ClassVar[bool] = False
+    #: Whether `after_step` changes tensors between the steps of a training, including indices.
+    moves: ClassVar[bool] = False
     #: What `fits` requires of a site, for messages; empty if every site of the roles fits.
     needs: ClassVar[str] = ""
     #: Where in the paper the mechanism is defined.
@@ -106,9 +108,7 @@ class AdapterSpec(ABC):
 
     def stored_bits(self, site: Site) -> int:
         """Return the size of the adapter on disk in bits, without shared tensors."""
-        return NUMBER_BITS * sum(
-            parameter.count for parameter in self.own_parameters(site).values() if parameter.stored
-        )
+        return sum(parameter.stored_bits for parameter in self.own_parameters(site).values())
 
     @property
     def nested(self) -> bool:
@@ -249,6 +249,28 @@ class AdapterSpec(ABC):
         Returns keys and values, each [K, L, D_kv]. Types without this method add none.
         """
         raise TypeError(f"adapters of kind {self.kind!r} do not implement `extend_attention`")
+
+    def watches(self, step: int) -> bool:
+        """Return for a type that moves whether `after_step` reads the gradient of step number `step`, from 1 on."""
+        return False
+
+    def after_step(
+        self,
+        p: Values,
+        moments: tuple[Values, Values],
+        gradient: Tensor | None,
+        notes: dict[str, Tensor],
+        step: int,
+        steps: int,
+    ) -> None:
+        """Change the tensors of one slot in place after step number `step` of `steps`; types that move have it.
+
+        `p`: the slot's tensors in its own size; `moments`: AdamW's first and second moments of the trained ones.
+        `gradient`: of what the forward pass gave to `bank.watch.see`, without the slot dimension and before clipping;
+        None where no slot watches. `notes`: tensors that the type keeps until later steps; they are part of the slot's
+        state, and not of the adapter's.
+        """
+        raise TypeError(f"adapters of kind {self.kind!r} do not implement `after_step`")
 
     def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias of a module with the adapter of one slot folded in.

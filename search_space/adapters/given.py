@@ -274,5 +274,27 @@ def stacked(folders: Sequence[str], site: Site, name: str, rank: int) -> Tensor:
     return values
 
 
+def principal(folders: Sequence[str], site: Site, side: str, rest: Tensor) -> Tensor:
+    """Return orthonormal directions in the shape of `rest`: rows for A: [N, D_in], columns for B: [D_out, N] (`side`).
+
+    First come the leading singular vectors of all A, or B with the scale of each LoRA, at `site`. Where these have
+    fewer than N, those of `rest` follow, made orthogonal. Raises GivenError as `stacked` does.
+    """
+    import torch
+
+    values = stacked(folders, site, side, max(read(folder).rank for folder in folders))
+    vectors = (values if side == "A" else values.mT).flatten(0, 1)
+    _, sizes, rows = torch.linalg.svd(vectors, full_matrices=False)
+    found = rows[sizes > LEAST_SIZE * sizes.max()]
+    more = rest if side == "A" else rest.mT
+    q, r = torch.linalg.qr(torch.cat([found, more])[: len(more)].mT)
+    basis: Tensor = (q * r.diagonal().sign()).mT  # the first ones are those of `found`
+    return basis if side == "A" else basis.mT
+
+
+#: Singular values below this share of the largest are rounding.
+LEAST_SIZE = 1e-6
+
+
 def _same(path: str, module: str) -> bool:
     return path == module or path.endswith(f".{module}") or module.endswith(f".{path}")

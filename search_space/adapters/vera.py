@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from typing_extensions import override
 
 from autopeft.search_space.adapters.base import AdapterSpec, check_at_least, check_probability
-from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
+from autopeft.search_space.adapters.low_rank import LowRank
+from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vera(AdapterSpec):
+class Vera(LowRank):
     """y + b * B (d * A x), where A: [R, D_in] and B: [D_out, R] are random and frozen.
 
     The vectors are trained: d: [R] starts at `d_initial`, b: [D_out] at zero. The model has one A and one B, in the
@@ -27,11 +28,7 @@ class Vera(AdapterSpec):
     """
 
     kind: ClassVar[str] = "vera"
-    roles: ClassVar[tuple[str, ...]] = LINEAR_ROLES
-    default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    size_field: ClassVar[str | None] = "rank"
     per_slot_fields: ClassVar[tuple[str, ...]] = ("dropout", "d_initial")
-    mergeable: ClassVar[bool] = True
     repeatable: ClassVar[bool] = False  # a second one would be a copy, because all random values are shared
     can_be_expert: ClassVar[bool] = False  # for the same reason
     source: ClassVar[str] = "Kopiczko et al. 2024, VeRA, section 3.1"
@@ -61,10 +58,6 @@ class Vera(AdapterSpec):
         }
 
     @override
-    def flops_per_token(self, site: Site) -> int:
-        return 2 * self.rank * (site.in_features + site.out_features)
-
-    @override
     def apply(self, p: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
         # If slots differ in size, A and B beyond a slot's own size are zero, or the supernet's, which the mask removes.
         d = p["d"] if call.mask is None else p["d"] * call.mask
@@ -72,5 +65,5 @@ class Vera(AdapterSpec):
         return y + inner @ p["B"].mT * p["b"][:, None]
 
     @override
-    def merge(self, p: Values, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + (p["b"][:, None] * p["B"]) @ (p["d"][:, None] * p["A"]), bias
+    def matrices(self, p: Values) -> tuple[Tensor, Tensor]:
+        return p["d"][..., None] * p["A"], p["b"][..., None] * p["B"]

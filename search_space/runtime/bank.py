@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.search_space.adapters.base import AdapterSpec
-from autopeft.search_space.adapters.given import stacked
+from autopeft.search_space.adapters.given import principal, stacked
 from autopeft.search_space.backbones.backbone import Site
-from autopeft.search_space.parameter import Factor, Parameter
+from autopeft.search_space.parameter import Factor, Kept, Parameter, Places
 from autopeft.search_space.runtime.factors import Starts
-from autopeft.search_space.runtime.init import initialise, stream
+from autopeft.search_space.runtime.init import initialise, kept, stream
 from autopeft.search_space.runtime.pool import Pools, pools_of
 from autopeft.search_space.runtime.router_state import RouterState
+from autopeft.search_space.runtime.watch import Watch
 from autopeft.search_space.sharing import key_of, largest
 
 
@@ -199,6 +200,8 @@ class Bank(nn.Module):
         #: The examples at hand, if they are a part of the minibatch; dropout then draws for the whole of it, so that an
         #: example has the same mask whatever the parts are.
         self.part: Part | None = None
+        #: What types that move know of the steps before.
+        self.watch = Watch(len(self.specs))
         #: Numbers of the bank's slots in the attachment.
         self.slots_served = list(range(len(self.specs)))
         #: The state of the router; None for a bank of plain adapters.
@@ -246,6 +249,16 @@ class Bank(nn.Module):
     def _initial(self, declared: Parameter, name: str, words: tuple[object, ...]) -> Tensor:
         if isinstance(declared.init, Factor):
             return self._starts.value(declared.init, self.site, self.base[0], declared.shape)
+        if declared.given and declared.given_side:
+            rest = initialise(declared, stream(*words), None)
+            return principal(declared.given, self.site, declared.given_side, rest)
+        if isinstance(declared.init, Kept):
+            base, seed = self.base[0], str(words[0])
+            values = Bank(self.site, [declared.init.of], base, [seed]).of_slot(0)[declared.init.tensor]
+            scores = self._starts.scores(declared.init, self.site, base, values, seed)
+            return kept(values, scores, declared)
+        if isinstance(declared.init, Places):
+            return self._starts.places(declared.init.rule, self.site, self.base[0], declared.count)
         if declared.given:
             return stacked(declared.given, self.site, name, self.specs[0].size or 0)
         # The values of an expert do not depend on the number of experts or on the ranks of the others.
@@ -290,6 +303,11 @@ class Bank(nn.Module):
     def stored(self) -> list[str]:
         """Names of the tensors of scope "site" that a stored state contains."""
         return [name for name in self.shapes if self._declared[name].stored and name not in self.rows]
+
+    @property
+    def untrained(self) -> list[str]:
+        """Names of the tensors of scope "site" that keep their values, unless the type moves them."""
+        return [name for name in self.shapes if not self._declared[name].trainable and name not in self.rows]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Yield name, values [N, ...] and whether weight decay applies, for each trained tensor of scope "site"."""

@@ -1,8 +1,9 @@
-"""Initial values of the two factors of a LoRA that follow from its site: from the frozen weight or from training rows.
+"""Initial values that follow from a site, its weight or training rows: factors of a LoRA, places of a sparse change.
 
 Notation: W: [D_out, D_in] is the frozen weight, Q components of a decomposition, of which a LoRA of rank R takes R.
 A rule is one function that decomposes the weight or a statistic of the site into components, and one that makes A and
-B of them. `Statistics` provides the statistics; a rule names the one that it reads.
+B of them. `Statistics` provides the statistics; a rule names the one that it reads. Places are those of the highest
+scores of the elements of W.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from autopeft.search_space.adapters.base import AdapterSpec
 from autopeft.search_space.adapters.lora import FROM_SITE
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.backbones.linear import weight_of
-from autopeft.search_space.parameter import Factor
+from autopeft.search_space.parameter import Factor, Kept
 from autopeft.search_space.runtime.init import stream
 
 #: Names of the statistics of a site.
 COVARIANCE = "the covariance of inputs"
 MOMENT = "the scaled second moment of inputs"
 GRADIENT = "the gradient of the weight"
+MOVEMENT = "the movement of the weight"
 
 
 class Statistics(Protocol):
@@ -31,6 +34,9 @@ class Statistics(Protocol):
 
     def __call__(self, site: Site, name: str) -> Tensor:
         """Return a statistic of a site."""
+
+    def saliency(self, site: Site, spec: AdapterSpec, seed: object) -> dict[str, Tensor]:
+        """Return |value * gradient| for the trained tensors of an adapter at its start, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,11 @@ def _as_they_are(components: Components, rank: int, scale: float) -> tuple[Tenso
     return components.v[:rank], components.u[:, :rank]
 
 
+def _scaled_outputs(components: Components, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return A = V and B = U S."""
+    return components.v[:rank], components.u[:, :rank] * components.s[:rank]
+
+
 def _principal_inputs(weight: Tensor, statistic: Tensor, rank: int, generator: Generator) -> Components:
     """Return the principal directions of the inputs from their covariance (Paischer et al. 2024, EVA, section 3)."""
     variances, directions = torch.linalg.eigh(statistic)
@@ -147,6 +158,7 @@ LORA_GA_GAMMA = 16
 RULES: dict[str, Rule] = {
     "pissa": Rule(decompose=_principal, factors=_balanced),
     "pissa_niter_4": Rule(decompose=_fast_principal, factors=_balanced, per_rank=True),
+    "svd": Rule(decompose=_principal, factors=_scaled_outputs),
     "olora": Rule(decompose=_orthonormal, factors=_as_they_are),
     "eva": Rule(decompose=_principal_inputs, factors=_inputs_alone, statistic=COVARIANCE),
     "corda_ipm": Rule(decompose=_in_context, factors=_balanced, statistic=MOMENT),
@@ -155,16 +167,35 @@ RULES: dict[str, Rule] = {
 }
 
 
-class Starts:
-    """Initial values of factors, by rules. A decomposition is computed once for each site and rule, and kept.
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How places are ranked. `of`: (W, statistic) to scores, each [D_out, D_in]; `statistic`: as in `Rule`."""
 
-    What is kept are the components of the largest rank so far. It must not outlive a change of the model's weights.
+    of: Callable[[Tensor, Tensor], Tensor]
+    statistic: str | None = None
+
+
+SCORES: dict[str, Score] = {
+    "magnitude": Score(lambda weight, statistic: weight.abs()),
+    "gradient": Score(lambda weight, statistic: statistic.abs(), GRADIENT),
+    "snip": Score(lambda weight, statistic: (weight * statistic).abs(), GRADIENT),
+    "movement": Score(lambda weight, statistic: statistic.abs(), MOVEMENT),
+}
+
+
+class Starts:
+    """Initial values of factors and places, by rules. They are computed once for each site and rule, and kept.
+
+    Kept are the components of the largest rank, or the most places, so far. It must not outlive a change of the model's
+    weights.
     `statistics`: of the training rows; without them, rules that read one raise ValueError.
     """
 
     def __init__(self, statistics: Statistics | None = None) -> None:
         self._statistics = statistics
         self._kept: dict[tuple[Any, ...], Components] = {}
+        self._ranked: dict[tuple[str, str], Tensor] = {}
+        self._saliency: tuple[object, dict[str, Tensor]] = (None, {})  # of the last adapter alone
 
     @torch.no_grad()
     def value(self, factor: Factor, site: Site, base: nn.Module, shape: tuple[int, ...]) -> Tensor:
@@ -177,10 +208,36 @@ class Starts:
         assert value.shape == shape, (value.shape, shape)
         return value
 
+    @torch.no_grad()
+    def places(self, name: str, site: Site, base: nn.Module, count: int) -> Tensor:
+        """Return the `count` places of the highest scores by a rule of `SCORES`, highest first, on the CPU: [count]."""
+        rule, key = SCORES[name], (name, site.module)
+        if next(base.parameters()).is_meta:
+            return torch.zeros(count, dtype=torch.int32)
+        if key not in self._ranked or len(self._ranked[key]) < count:
+            statistic = torch.empty(0) if rule.statistic is None else self._statistic(rule.statistic, name, site)
+            weight = weight_of(base).float()
+            scores = rule.of(weight, statistic.to(weight)).flatten()
+            # Stable, so that fewer places are the first of more of them.
+            order = scores.sort(descending=True, stable=True).indices
+            self._ranked[key] = order[:count].int().cpu().clone()
+        return self._ranked[key][:count]
+
+    def scores(self, kept: Kept, site: Site, base: nn.Module, values: Tensor, seed: object) -> Tensor:
+        """Return the scores of the entries of the initial `values` of an adapter with this seed: [...]."""
+        if not kept.snip or next(base.parameters()).is_meta:
+            return values.abs()
+        if self._statistics is None:
+            raise ValueError("'snip' reads the gradient of training rows, and there are none here")
+        key = (site.name, kept.of, seed)
+        if self._saliency[0] != key:
+            self._saliency = (key, self._statistics.saliency(site, kept.of, seed))
+        return self._saliency[1][kept.tensor].to(values.device)
+
     def _components(self, name: str, site: Site, base: nn.Module, rank: int) -> Components:
         rule = RULES[name]
         key = (name, site.module, rank if rule.per_rank else None)
-        count = rank * FROM_SITE[name].components
+        count = rank * (FROM_SITE[name].components if name in FROM_SITE else 1)
         found = self._kept.get(key)
         if found is None or len(found.s) < count:
             statistic = torch.empty(0) if rule.statistic is None else self._statistic(rule.statistic, name, site)
@@ -193,5 +250,5 @@ class Starts:
 
     def _statistic(self, statistic: str, rule: str, site: Site) -> Tensor:
         if self._statistics is None:
-            raise ValueError(f"init {rule!r} reads {statistic} of training rows, and there are none here")
+            raise ValueError(f"{rule!r} reads {statistic} of training rows, and there are none here")
         return self._statistics(site, statistic)

@@ -120,7 +120,8 @@ def _genes_of(space: SearchSpace, place: Placement, spec: AdapterSpec) -> tuple[
             if (part is mixture and field.name in DERIVED_FIELDS) or followed:
                 continue
             default: Value = getattr(type(part)(), field.name)
-            values = _equivalent_values(part, field.name, declared.get(field.name, default))
+            fixed = place.fixed.get(field.name, default)
+            values = _equivalent_values(part, field.name, declared.get(field.name, fixed))
             if not values:
                 return None
             if field.name in place.genes:

@@ -233,7 +233,9 @@ class SearchSpace:
                     for key, domain in choice.fields.items()
                     if isinstance(domain, Domain) and choice.vary.get(key) != "expert"
                 }
-                fixed = {key: value for key, value in choice.fields.items() if not isinstance(value, Domain)}
+                fixed: dict[str, Any] = {k: v for k, v in choice.fields.items() if not isinstance(v, Domain)}
+                if ADAPTERS[choice.kind].takes_given:
+                    fixed["given"] = choice.given
                 gates, experts = self._gates[name, site.name], self._experts[name, site.name]
                 leader = leaders.get(site.layer) or site
                 yield Placement(

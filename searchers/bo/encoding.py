@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autopeft.search_space.adapters.base import NUMBER_BITS
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.domains import BOOLEAN, Choice, Domain, Float, Int
 from autopeft.search_space.problem import DECLARED
@@ -277,7 +276,7 @@ assert DECLARED[: len(_OF_SHARED)] == _OF_SHARED
 
 def _costs_of_shared(shared: Shared) -> tuple[float, float]:
     params = sum(parameter.count for parameter in shared.values() if parameter.trainable)
-    return params, NUMBER_BITS / 8 * sum(parameter.count for parameter in shared.values() if parameter.stored)
+    return params, sum(parameter.stored_bits for parameter in shared.values()) / 8
 
 
 def _levels(domain: Domain) -> Rows | None:

@@ -128,13 +128,17 @@ def _given(
 ) -> AdapterChoice:
     """Return the choice with the pretrained LoRAs of the file as its experts, at the sites of these LoRAs."""
     path = ("space", "adapters", name)
+    basis = choice.kind in ADAPTERS and ADAPTERS[choice.kind].takes_given
     if not settings.given:
+        if basis:
+            problems.append((path, f"{choice.kind} is made of pretrained LoRAs: set given: [folder, folder]"))
         return choice
-    if choice.kind != "lora":
+    if choice.kind != "lora" and not basis:
         problems.append(((*path, "given"), f"only kind lora can have pretrained experts, not {choice.kind}"))
         return choice
+    fixed = () if basis else OF_GIVEN
     problems += [
-        ((*path, key), "cannot be set: the LoRAs in `given` determine it") for key in OF_GIVEN if key in choice.fields
+        ((*path, key), "cannot be set: the LoRAs in `given` determine it") for key in fixed if key in choice.fields
     ]
     given = tuple(str((folder / Path(one).expanduser()).resolve()) for one in settings.given)
     try:
@@ -145,11 +149,15 @@ def _given(
                 read(one).check(site)
     except GivenError as error:
         problems.append(((*path, "given"), str(error)))
+        if basis:
+            return choice
         # A mixture nevertheless, so that its other settings are no problems too.
         return replace(choice, fields={**choice.fields, "experts": len(given)})
     at = choice.at or tuple(dict.fromkeys(site.role for site in sites))
-    # At other sites, a router would be trained over experts without effect.
+    # At other sites, a router would be trained over experts without effect, or a basis would be random.
     names = None if backbone.id == ANY_MODEL else frozenset(site.name for site in sites)
+    if basis:
+        return replace(choice, at=at, sites=names, given=given)
     own = {key: value for key, value in choice.fields.items() if key not in OF_GIVEN}
     # Their scale is part of their values, so alpha over the rank is 1.
     fields = {**own, "experts": len(given), "rank": rank, "alpha": float(rank)}

@@ -90,7 +90,7 @@ def _with_kind(kind: str) -> dict[str, Any]:
 
 def _adapter(spec: type[AdapterSpec], common: dict[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(spec)
-    own = {f.name: _field(hints[f.name], f.default) for f in fields(spec)}
+    own = {f.name: _field(hints[f.name], f.default) for f in fields(spec) if f.name != "given"}
     if spec.can_be_expert:
         hints = get_type_hints(Mixture)
         own |= {f.name: _field(hints[f.name], f.default) for f in fields(Mixture) if f.name in MIXTURE_FIELDS}

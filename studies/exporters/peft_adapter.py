@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from typing_extensions import override
 
 from autopeft.evaluators.gguf import EMBEDDED_LLM, EMBEDDED_LLM_ORIGIN
-from autopeft.search_space.runtime.pool import pools_of
 from autopeft.studies.exporters import peft_xlora
 from autopeft.studies.exporters.averaged import AveragingExporter
 from autopeft.studies.exporters.base import Assessment, ExportError, State
@@ -18,11 +17,9 @@ from autopeft.studies.exporters.native import bare_backbone
 from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.exporters.peft_types import PEFT_TYPES
 from autopeft.studies.exporters.peft_types.base import ADAPTER
-from autopeft.studies.exporters.serving import plain, plain_state, remarks_on, served, served_state
+from autopeft.studies.exporters.serving import converted, plain, plain_state, remarks_on, served, served_state
+from autopeft.studies.exporters.tensors import tensors_at, values_of
 from autopeft.studies.recipes.recipe import Recipe
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _OTHER_WEIGHTS = (
     f"adapter_config.json names {EMBEDDED_LLM_ORIGIN} as its base model, which everybody can load. The adapter was"
@@ -50,14 +47,15 @@ class PeftAdapter(AveragingExporter):
 
     @override
     def assess_plain(self, recipe: Recipe) -> Assessment:
-        return plan(plain(recipe)).fit
+        return plan(plain(recipe, self.for_servers)).fit
 
     @override
     def write_plain(self, recipe: Recipe, state: State, folder: Path) -> Sequence[str]:
         import torch
         from peft import get_peft_model
 
-        recipe, state = plain(recipe), plain_state(recipe, state)
+        trained, recipe = recipe, plain(recipe, self.for_servers)
+        state = plain_state(trained, recipe, state)
         loaded = bare_backbone(recipe)
         form = served(recipe, loaded.model) if self.for_servers else recipe
         config, model = plan(form).build(), cast(Any, loaded.model)
@@ -67,7 +65,7 @@ class PeftAdapter(AveragingExporter):
         wrapped = get_peft_model(model, config, revision=recipe.backbone.revision)
         with torch.no_grad():
             fill(wrapped.base_model.model, form, served_state(recipe, form, state))
-        remarks = remarks_on(recipe, form) if self.for_servers else []
+        remarks = converted(trained, recipe) + (remarks_on(recipe, form) if self.for_servers else [])
         if recipe.backbone.id == EMBEDDED_LLM:
             wrapped.peft_config[ADAPTER].base_model_name_or_path = EMBEDDED_LLM_ORIGIN
             remarks = [*remarks, _OTHER_WEIGHTS]
@@ -98,21 +96,13 @@ def fill(model: Any, recipe: Recipe, state: State) -> None:
     expected = {recipe.sites[name].module for name, _ in recipe.adapters}
     if adapted != expected:
         raise ExportError(f"peft adapts other modules than the recipe: {', '.join(sorted(adapted ^ expected))}")
-    shared = pools_of([recipe.adapters.placed(recipe.host)], [recipe.seed], next(model.parameters()).device)
-    for name, spec in recipe.adapters:
-        module = model.get_submodule(recipe.sites[name].module)
-        whole = {key.name: pool.value[0] for key, pool in shared.items() if key.kind == spec.kind}
-        PEFT_TYPES[spec.kind].fill(module, _tensors(state, name, spec.kind) | whole, spec)
+    for name, spec, values in values_of(recipe, state):
+        PEFT_TYPES[spec.kind].fill(model.get_submodule(recipe.sites[name].module), values, spec)
     for site in recipe.head_sites:
         head = next(h for h in recipe.head_modules if site.module == h or site.module.startswith(f"{h}."))
         trained = model.get_submodule(head).modules_to_save[ADAPTER]
         linear = trained.get_submodule(site.module.removeprefix(head).lstrip("."))
-        values = _tensors(state, site.name, "head")
+        values = tensors_at(state, site.name, "head")
         linear.weight.copy_(values["W"])
         if "b" in values:
             linear.bias.copy_(values["b"])
-
-
-def _tensors(state: State, site: str, kind: str) -> dict[str, Tensor]:
-    prefix = f"{site}/{kind}/"
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

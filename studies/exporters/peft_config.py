@@ -22,11 +22,16 @@ _NOT_IN_PEFT = {
     "bitfit": "peft trains biases only together with LoRA, and then all of them",
     "adapterbias": "peft has no AdapterBias",
     "bottleneck": "peft has no bottleneck adapters",
+    "dense": "peft has no dense deltas (`merged` is exact)",
+    "eigenlorax": "peft has no EigenLoRAx",
     "flora": "peft has no FLoRA",
     "full": "full fine-tuning is not an adapter",
     "hydra": "peft has no Hydra",
+    "lily": "peft averages the gates over the tokens of all texts of a batch, which gives other outputs",
+    "mos": "peft has no MoS",
     "mixture": "peft cannot train routed experts (`peft` and `merged` export trained LoRAs, weighted equally)",
     "prefix": "peft shifts the token positions by its prefix and has one length for all layers",
+    "sparseadapter": "peft has no bottleneck adapters",
     "ssf": "peft has no SSF (scale and shift)",
 }
 

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.adapters.lora import DRAWN, Lora
+from autopeft.search_space.adapters.low_rank import LowRank
 from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.studies.exporters.base import State
+from autopeft.studies.exporters.peft_types import PEFT_TYPES
+from autopeft.studies.exporters.tensors import values_of
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,17 +38,24 @@ _STACKED = {
 }
 
 
-def plain(recipe: Recipe) -> Recipe:
-    """Return the recipe with trained LoRAs as readers of their weights know them, whatever they started from.
+def plain(recipe: Recipe, servers: bool) -> Recipe:
+    """Return the recipe with trained LoRAs as readers of their weights know them, whatever they were made of.
 
-    B A - B0 A0 is a LoRA of twice the rank, [B, -B0] [A; A0], as in peft's conversion of such an adapter.
+    B A - B0 A0 is a LoRA of twice the rank, [B, -B0] [A; A0], as in peft's conversion of such an adapter. Other types
+    with a low-rank update become the LoRA of its two factors: for `servers` all of them, else those that peft lacks.
     """
     return recipe.model_copy(
-        update={"architecture": {name: tuple(map(_plain, specs)) for name, specs in recipe.architecture.items()}}
+        update={
+            "architecture": {
+                name: tuple(_plain(spec, servers) for spec in specs) for name, specs in recipe.architecture.items()
+            }
+        }
     )
 
 
-def _plain(spec: AdapterSpec) -> AdapterSpec:
+def _plain(spec: AdapterSpec, servers: bool) -> AdapterSpec:
+    if isinstance(spec, LowRank) and (servers or spec.kind not in PEFT_TYPES):
+        return Lora(rank=spec.total_rank, alpha=float(spec.total_rank))
     if not isinstance(spec, Lora) or spec.init in DRAWN:
         return spec
     if not spec.has_offset:
@@ -53,18 +63,37 @@ def _plain(spec: AdapterSpec) -> AdapterSpec:
     return replace(spec, rank=2 * spec.rank, alpha=spec.scale * 2 * spec.rank, scaling="alpha", init=Lora().init)
 
 
-def plain_state(recipe: Recipe, state: State) -> State:
-    """Return the tensors of `plain(recipe)` from those of `recipe`."""
+def plain_state(recipe: Recipe, target: Recipe, state: State) -> State:
+    """Return the tensors of `target`, the result of `plain`, from those of `recipe`."""
     import torch
 
     found = dict(state)
-    for name, spec in recipe.adapters:
-        if isinstance(spec, Lora) and spec.has_offset:
+    for (name, spec, values), (_, form) in zip(values_of(recipe, state), target.adapters, strict=True):
+        if isinstance(spec, LowRank) and isinstance(form, Lora):
+            shapes = {tensor: p.shape for tensor, p in spec.parameters(recipe.sites[name]).items()}
+            own = {tensor: value[tuple(slice(n) for n in shapes[tensor])] for tensor, value in values.items()}
+            a, b = spec.matrices_of_one(own)
+            found |= {f"{name}/{form.kind}/A": a, f"{name}/{form.kind}/B": b}
+        elif isinstance(spec, Lora) and spec.has_offset:
             key = f"{name}/{spec.kind}"
             a0, b0 = found.pop(f"{key}/A0"), found.pop(f"{key}/B0")
             found[f"{key}/A"] = torch.cat([found[f"{key}/A"], a0])
             found[f"{key}/B"] = torch.cat([found[f"{key}/B"], -b0], dim=1)
     return found
+
+
+def converted(recipe: Recipe, target: Recipe) -> list[str]:
+    """Return a line on the types that became plain LoRAs in `target`, the result of `plain`."""
+    kinds = [kind for kind in recipe.adapters.kinds if kind not in target.adapters.kinds]
+    if not kinds:
+        return []
+    own, as_loras = (one.adapters.stored_bytes(one.host) for one in (recipe, target))
+    known = all(kind in PEFT_TYPES for kind in kinds)
+    return [
+        f"{', '.join(kinds)}: written as the plain LoRAs that compute the same, with {as_loras:,} bytes instead of"
+        f" {own:,}; trained on, these train all their values and share none"
+        + (" (--to peft-patterns has the form of the training)" if known else "")
+    ]
 
 
 def served(recipe: Recipe, model: nn.Module) -> Recipe:

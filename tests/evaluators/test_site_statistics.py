@@ -62,7 +62,7 @@ def site_statistics(
         backbone,
         cast(Any, task),
         rows,
-        lambda: Attachment(model, backbone, [Architecture()], [0], pretrained_head=True),
+        lambda architecture, seed: Attachment(model, backbone, [architecture], [str(seed)], pretrained_head=True),
     )
 
 
@@ -264,7 +264,7 @@ def test_values_do_not_depend_on_the_seed_or_on_what_ran_before(loaded: LoadedBa
 def test_without_rows_the_init_is_named() -> None:
     model, backbone = tiny("bert")
     for init in OF_DATA:
-        with pytest.raises(ValueError, match=f"init '{init}' reads the .* training rows"):
+        with pytest.raises(ValueError, match=f"'{init}' reads the .* training rows"):
             Attachment(model, backbone, [placed(Lora(rank=2, init=init), backbone)], [1])
     assert {rule.statistic for rule in RULES.values()} - {None} == set(STATISTICS)
 

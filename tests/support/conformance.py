@@ -15,31 +15,45 @@ from autopeft.search_space.adapters import (
     AdapterBias,
     AdapterSpec,
     Beft,
+    BiAdaptFormer,
     Bitfit,
     Boft,
     Bottleneck,
     C3a,
+    Compacter,
     Delora,
+    Dense,
     Dora,
+    Eigenlorax,
     Flora,
     Full,
     Gralora,
     Hira,
     Hra,
     Hydra,
+    Hyperformer,
     Ia3,
+    Lily,
     Loha,
     Lokr,
     Lora,
     Miss,
     Mixture,
+    Mos,
+    MultiLora,
     Norm,
     Oft,
+    Polyhistor,
     Prefix,
+    Randlora,
     Road,
     Shira,
+    SparseAdapter,
+    Spiel,
     Ssf,
+    Vblora,
     Vera,
+    VlPet,
 )
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
@@ -80,13 +94,14 @@ class Row:
 
     `specs`: settings to test, of different sizes where the type has a size. `peft`: the same in peft, or the
     reason why there is nothing to compare. `roles`: where the tests place it (default: the type's own
-    default).
+    default). `straight_through`: its gradient is, by design, no derivative.
     """
 
     kind: str
     specs: tuple[AdapterSpec, ...]
     peft: Peft | str
     roles: tuple[str, ...] = ()
+    straight_through: bool = False
 
     def sites(self, backbone: Backbone, roles: tuple[str, ...] = ()) -> list[Site]:
         """The sites of `roles` (default: the row's) that the type fits."""
@@ -366,6 +381,7 @@ ROWS: tuple[Row, ...] = (
             Flora(rank=5, scale=2.0),
             Flora(rank=2, factors="frozen", factors_key=3),
             Flora(rank=4, factors="frozen"),
+            Flora(rank=3, factors="svd"),
         ),
         peft="peft has no FLoRA: see test_operators.py",
         roles=_SOME_LINEARS,
@@ -374,6 +390,12 @@ ROWS: tuple[Row, ...] = (
         kind="hydra",
         specs=(Hydra(rank=3, alpha=3.0), Hydra(rank=5, alpha=4.0), Hydra(rank=1, alpha=1.0)),
         peft="peft has no Hydra: see test_operators.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="multilora",
+        specs=(MultiLora(rank=3, dropout=0.2), MultiLora(rank=1, alpha=4.0), MultiLora(rank=2, branches=2)),
+        peft="peft has no MultiLoRA: see test_operators.py",
         roles=_SOME_LINEARS,
     ),
     Row(
@@ -410,6 +432,53 @@ ROWS: tuple[Row, ...] = (
         roles=("attn", "mlp"),
     ),
     Row(
+        kind="biadaptformer",
+        specs=(
+            BiAdaptFormer(size=4, dropout=0.2),
+            BiAdaptFormer(size=1, scale=3.0),
+            BiAdaptFormer(size=3, form="serial", activation="gelu"),
+        ),
+        peft="peft has no bottleneck adapters",
+        straight_through=True,
+    ),
+    Row(
+        kind="compacter",
+        specs=(
+            Compacter(size=2, blocks=2, dropout=0.2),
+            Compacter(size=1, blocks=2, scale=2.0),
+            Compacter(size=3, blocks=4, rank=2, form="parallel", activation="tanh"),
+        ),
+        peft="peft has no Compacter: see test_made_bottlenecks.py",
+    ),
+    Row(
+        kind="hyperformer",
+        specs=(
+            Hyperformer(size=4, embedding=3, dropout=0.2),
+            Hyperformer(size=2, embedding=3, scale=2.0),
+            Hyperformer(size=3, embedding=5, form="parallel", activation="tanh"),
+        ),
+        peft="peft has no HyperFormer: see test_made_bottlenecks.py",
+    ),
+    Row(
+        kind="polyhistor",
+        specs=(
+            Polyhistor(size=2, blocks=2, rank=2, embedding=3, dropout=0.2),
+            Polyhistor(size=1, blocks=2, rank=2, embedding=3, scale=2.0),
+            Polyhistor(size=3, blocks=4, rank=1, embedding=2, form="parallel", activation="tanh"),
+        ),
+        peft="peft has no Polyhistor: see test_made_bottlenecks.py",
+    ),
+    Row(
+        kind="vlpet",
+        specs=(
+            VlPet(size=3, dropout=0.2),
+            VlPet(size=2, granularity="token", form="parallel", activation="tanh"),
+            VlPet(size=4, granularity="both", dropout=0.2),
+            VlPet(size=2, granularity="both", scale=2.0),
+        ),
+        peft="peft has no VL-PET: see test_made_bottlenecks.py",
+    ),
+    Row(
         kind="prefix",
         specs=(Prefix(length=3), Prefix(length=1, init="normal"), Prefix(length=5, init="zeros")),
         peft="peft keeps the prefixes of all layers in one tensor and shifts positions: see test_prefix.py",
@@ -433,9 +502,72 @@ ROWS: tuple[Row, ...] = (
         roles=_SOME_LINEARS,
     ),
     Row(
+        kind="randlora",
+        specs=(Randlora(rank=8, alpha=16.0, dropout=0.2), Randlora(rank=5, alpha=10.0), Randlora(rank=8, alpha=4.0)),
+        peft="peft draws other matrices: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="vblora",
+        specs=(
+            Vblora(rank=2, vectors=9, vector_length=4, dropout=0.2),
+            Vblora(rank=3, vectors=9, vector_length=4),
+            Vblora(rank=1, vectors=6, vector_length=6, top_k=3),
+        ),
+        peft="peft has the bank beside the modules: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="mos",
+        specs=(
+            Mos(rank=3, pool=5, dropout=0.2),
+            Mos(rank=5, pool=5, scale=0.5),
+            Mos(rank=2, pool=4, shards=2, private_rank=2),
+        ),
+        peft="peft has no MoS: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="lily",
+        specs=(Lily(rank=3, expansions=2), Lily(rank=5, expansions=2, scale=2.0), Lily(rank=2, expansions=3)),
+        peft="peft averages the gates over a batch: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="eigenlorax",
+        specs=(
+            Eigenlorax(rank=3, components=6, dropout=0.2),
+            Eigenlorax(rank=5, components=6, scale=0.5),
+            Eigenlorax(rank=2, components=4),
+        ),
+        peft="peft has no EigenLoRAx: see test_shared_factors.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="sparseadapter",
+        specs=(
+            SparseAdapter(size=6, init="kaiming", dropout=0.2),
+            SparseAdapter(size=3, form="parallel", init="kaiming", density=0.5, scale=4.0),
+            SparseAdapter(size=4, init="kaiming", activation="silu"),
+        ),
+        peft="peft has no bottleneck adapters",
+    ),
+    Row(
+        kind="dense",
+        specs=(Dense(),),
+        peft="peft saves whole modules with any adapter (modules_to_save), without a type of their own",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
         kind="shira",
-        specs=(Shira(rank=3), Shira(rank=5, scale=2.0), Shira(rank=1)),
+        specs=(Shira(rank=3), Shira(rank=5, scale=2.0), Shira(rank=1), Shira(rank=2, places="magnitude")),
         peft="peft draws other places, which an export takes along: see test_exporters.py",
+        roles=_SOME_LINEARS,
+    ),
+    Row(
+        kind="spiel",
+        specs=(Spiel(rank=3, every=6, window=2), Spiel(rank=5, scale=2.0, every=4, window=4), Spiel(rank=1)),
+        peft="peft has no sparse adapters whose places move; an export is its SHiRA: see test_exporters.py",
         roles=_SOME_LINEARS,
     ),
 )

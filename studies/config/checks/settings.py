@@ -24,6 +24,8 @@ from autopeft.studies.urls import keeps_nothing, located
 #: Genes with these first words have another meaning: "layers.3.on", "training.learning_rate".
 _RESERVED = ("layers", "training")
 _OUTSIDE_LAYERS = ("embed", "backbone", "head")
+#: Layers of the deepest model that is checked without the real one.
+MOST_LAYERS = 256
 _SPLITS = ("train", "validation", "test")
 _EMBEDDED = ("embedded", "embedded-domains", "embedded-functions")
 
@@ -217,11 +219,13 @@ def _name_problems(study: StudyFile) -> Iterator[PlacedProblem]:
 
 def _space_problems(study: StudyFile) -> Iterator[PlacedProblem]:
     """Yield problems of the space, which is built over a model that has every kind of site."""
-    model = _model_with_everything(max(12, study.space.stages or 0))
+    # Only the real model has the number of layers; this one has all that are named, as far as models go.
+    named = {layer for choice in study.space.adapters.values() for layer in choice.layers or ()}
+    model = _model_with_everything(max(12, study.space.stages or 0, *(n + 1 for n in named if n < MOST_LAYERS)))
     declared = declare(study, model)
-    # Only the real model has the number of layers.
-    adapters = declared.arguments["adapters"]
-    declared.arguments["adapters"] = {name: replace(choice, layers=None) for name, choice in adapters.items()}
+    if max(named, default=0) >= MOST_LAYERS:
+        adapters = declared.arguments["adapters"]
+        declared.arguments["adapters"] = {name: replace(choice, layers=None) for name, choice in adapters.items()}
     try:
         space = declared.space(model)
     except SpaceError as error:

@@ -15,7 +15,9 @@ from autopeft.search_space.adapters.loha import Loha
 from autopeft.search_space.adapters.lokr import Lokr
 from autopeft.search_space.adapters.lora import FROM_SITE, Lora
 from autopeft.search_space.adapters.miss import Miss
-from autopeft.search_space.adapters.shira import Shira
+from autopeft.search_space.adapters.randlora import Randlora
+from autopeft.search_space.adapters.shira import RANDOM, Shira
+from autopeft.search_space.adapters.vblora import Vblora
 from autopeft.search_space.adapters.vera import Vera
 from autopeft.search_space.backbones.linear import weight_of
 from autopeft.studies.exporters.peft_types.base import (
@@ -99,11 +101,12 @@ def _fill_hira(module: Any, values: Mapping[str, Tensor], spec: AdapterSpec) -> 
     module.hira_B[ADAPTER].zero_()[:, :rank] = values["B"]
 
 
-def _vera_keys(placed: Placed) -> list[str]:
-    keys = {spec.projection_key for _, spec in placed if isinstance(spec, Vera)}
+def _one_key(placed: Placed) -> list[str]:
+    keys = {spec.projection_key for _, spec in placed if isinstance(spec, Vera | Randlora)}
     if len(keys) == 1:
         return []
-    return [f"{placed[0][0].name} vera: peft supports one pair of projections per file, here there are {len(keys)}"]
+    site, spec = placed[0]
+    return [f"{site.name} {spec.kind}: peft supports one pair of projections per file, here there are {len(keys)}"]
 
 
 def _vera(placed: Placed) -> Arguments:
@@ -128,12 +131,66 @@ def _fill_vera(module: Any, values: Mapping[str, Tensor], spec: AdapterSpec) -> 
     module.vera_lambda_d[ADAPTER].zero_()[: len(values["d"])] = values["d"]
 
 
+def _randlora(placed: Placed) -> Arguments:
+    randloras = [spec for _, spec in placed if isinstance(spec, Randlora)]
+    common = common_values(placed, "alpha", "dropout")
+    arguments = {
+        "r": randloras[0].rank,
+        "projection_prng_key": randloras[0].projection_key,
+        "save_projection": True,
+        "randlora_alpha": whole(common["alpha"]),
+        "randlora_dropout": common["dropout"],
+    }
+    return arguments, lost_values(placed, common)
+
+
+def _fill_randlora(module: Any, values: Mapping[str, Tensor], spec: Any) -> None:
+    # Where the largest input and the largest output belong to different sites, peft has room that no site reads.
+    for name, value in (("A", values["A"][:, None]), ("B", values["B"])):
+        room = getattr(module, f"randlora_{name}")[ADAPTER].zero_()
+        room[tuple(slice(n) for n in value.shape)] = value
+    module.randlora_lambda[ADAPTER].copy_(values["L"])
+    module.randlora_gamma[ADAPTER].copy_(values["G"] * (spec.alpha / spec.rank / module.scaling[ADAPTER]))
+
+
+def _vblora_obstacles(placed: Placed) -> list[str]:
+    return [
+        *_one_rank(placed),
+        *one_for_all(placed, "number of vectors", lambda site, spec: spec.vectors),
+        *one_for_all(placed, "length of vectors", lambda site, spec: spec.length(site)),
+        *one_for_all(placed, "top_k", lambda site, spec: spec.top_k),
+    ]
+
+
+def _vblora(placed: Placed) -> Arguments:
+    site, first = next((site, spec) for site, spec in placed if isinstance(spec, Vblora))
+    common = common_values(placed, "dropout")
+    arguments = {
+        "r": first.rank,
+        "num_vectors": first.vectors,
+        "vector_length": first.length(site),
+        "topk": first.top_k,
+        "vblora_dropout": common["dropout"],
+    }
+    return arguments, lost_values(placed, common)
+
+
+def _fill_vblora(module: Any, values: Mapping[str, Tensor], spec: AdapterSpec) -> None:
+    module.vblora_vector_bank[ADAPTER].copy_(values["V"])
+    module.vblora_logits_A[ADAPTER].copy_(values["a"])
+    module.vblora_logits_B[ADAPTER].copy_(values["b"])
+
+
 def _shira(placed: Placed) -> Arguments:
     shiras = [(site, spec) for site, spec in placed if isinstance(spec, Shira)]
     lost = [
-        f"{site.name} shira: scale {spec.scale} becomes part of the values (affects only training)"
+        f"{site.name} {spec.kind}: scale {spec.scale} becomes part of the values (affects only training)"
         for site, spec in shiras
         if spec.scale != 1.0
+    ] + [
+        f"{site.name} {spec.kind}: peft trains random places, which stay (affects only training)"
+        for site, spec in shiras
+        if spec.places != RANDOM or spec.moves
     ]
     return {"r": shiras[0][1].rank, "mask_type": "random"}, lost
 
@@ -265,20 +322,30 @@ def _one_rank(placed: Placed) -> list[str]:
     return one_for_all(placed, "rank", lambda site, spec: spec.rank)
 
 
+SHIRA = PeftType(
+    config="ShiraConfig",
+    arguments=_shira,
+    fill=_fill_shira,
+    obstacles=_one_rank,
+    transposed=NO_TRANSPOSED,
+    quantised="peft adds it to the weight itself",
+    decayed="values",
+)
 UPDATES: dict[str, PeftType] = {
     "lora": PeftType(config="LoraConfig", arguments=_lora, fill=_fill_lora),
     "dora": PeftType(config="LoraConfig", arguments=_lora, fill=_fill_dora, decayed="magnitude"),
     "hira": PeftType(config="HiraConfig", arguments=_hira, fill=_fill_hira, quantised=NO_QUANTISED),
-    "vera": PeftType(config="VeraConfig", arguments=_vera, fill=_fill_vera, obstacles=_vera_keys, decayed="vectors"),
-    "shira": PeftType(
-        config="ShiraConfig",
-        arguments=_shira,
-        fill=_fill_shira,
-        obstacles=_one_rank,
-        transposed=NO_TRANSPOSED,
-        quantised="peft adds it to the weight itself",
-        decayed="values",
+    "vera": PeftType(config="VeraConfig", arguments=_vera, fill=_fill_vera, obstacles=_one_key, decayed="vectors"),
+    "randlora": PeftType(
+        config="RandLoraConfig",
+        arguments=_randlora,
+        fill=_fill_randlora,
+        obstacles=lambda placed: _one_rank(placed) + _one_key(placed),
+        decayed="vectors",
     ),
+    "vblora": PeftType(config="VBLoRAConfig", arguments=_vblora, fill=_fill_vblora, obstacles=_vblora_obstacles),
+    "shira": SHIRA,
+    "spiel": SHIRA,
     "loha": PeftType(
         config="LoHaConfig",
         arguments=_loha,

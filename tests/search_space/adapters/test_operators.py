@@ -28,6 +28,7 @@ from autopeft.search_space.adapters import (
     Lokr,
     Lora,
     Miss,
+    MultiLora,
     Oft,
     Road,
     Ssf,
@@ -90,6 +91,7 @@ EVERY = [
     Delora(rank=3),
     Flora(rank=3, scale=2.0),
     Hydra(rank=3),
+    MultiLora(rank=3),
     AdapterBias(),
     Hira(rank=3),
 ]
@@ -337,6 +339,24 @@ def test_hydra_has_a_branch_beside_and_one_after() -> None:
     close(bias, base.bias.detach())
 
 
+def test_multilora_is_a_sum_of_branches_with_a_scale_for_each_output() -> None:
+    weight, bias, base, v = weight_and_bias(MultiLora(rank=3, alpha=6.0, branches=2))
+    changes = [2.0 * torch.diag(v["s"][i]) @ v["B"][i] @ v["A"][i] for i in range(2)]
+    close(weight, base.weight.detach() + changes[0] + changes[1])
+    close(bias, base.bias.detach())
+
+
+def test_multilora_starts_with_its_scales_alone_at_zero() -> None:
+    spec = MultiLora(rank=3)
+    values = Bank(SITE, [spec], nn.Linear(IN, OUT), [1]).of_slot(0)
+    assert not values["s"].any()
+    assert values["A"].any()
+    assert values["A"].abs().max() <= IN**-0.5
+    assert 0.0 < values["B"].abs().max() <= 3**-0.5
+    assert not torch.equal(values["A"][0], values["A"][1])
+    assert spec.num_params(SITE) == 3 * (3 * (IN + OUT) + OUT)
+
+
 def test_adapterbias_shifts_by_the_token() -> None:
     bank, base, v = random_bank(AdapterBias())
     x = torch.randn(5, IN, dtype=torch.double)
@@ -416,7 +436,8 @@ def test_all_at_one_site_merge_in_the_order_in_which_they_act(family: str) -> No
     specs = (
         *(Ia3(), Hra(pairs=1), Oft(block_size=4), Oft(block_size=8), Boft(block_size=4), Road(group_size=4), Ssf()),
         *(Hydra(rank=2), Lora(rank=2), Lora(rank=3), Loha(rank=2), Lokr(rank=2), Miss(rank=3), Delora(rank=2)),
-        *(C3a(block_size=4), Gralora(rank=1), Flora(rank=2), AdapterBias(), Hira(rank=2), Bitfit()),
+        *(C3a(block_size=4), Gralora(rank=1), Flora(rank=2), MultiLora(rank=2)),
+        *(AdapterBias(), Hira(rank=2), Bitfit()),
     )
     sites = [site for site in backbone.sites if site.role in ("attn.v", "attn.qkv", "mlp.down")]
     architecture = Architecture.of({site.name: [spec for spec in specs if spec.fits(site)] for site in sites})

@@ -637,6 +637,18 @@ def test_studies_from_before_there_were_domains_go_on(load):
     assert differences(fingerprint(load()), told) == ['data.domain: "origin" was added']
 
 
+def test_adapters_that_compute_with_the_weight_of_different_layers(load):
+    """A check without the model keeps the layers apart."""
+    space = (
+        MINIMAL.partition("    lora:")[0]
+        + "    a: {kind: dora, rank: [2, 4], layers: [0, 1]}\n    b: {kind: hira, layers: %s}\n"
+    )
+    assert load(space % [2, 30]).space.adapters["b"].layers == (2, 30)
+    assert load(space % [2, 10**9]), "that the model has no such layer is for the model to say"
+    with pytest.raises(StudyFileError, match=r"may be on at layers\.1\.attn\.q together with 'a'"):
+        load(space % [1, 2])
+
+
 # Agreement with what the settings stand for
 
 

@@ -39,7 +39,10 @@ from autopeft.search_space.adapters import (
     Bottleneck,
     C3a,
     Delora,
+    Dense,
     Dora,
+    Eigenlorax,
+    Flora,
     Full,
     Gralora,
     Hira,
@@ -50,12 +53,16 @@ from autopeft.search_space.adapters import (
     Lora,
     Miss,
     Mixture,
+    Mos,
     Norm,
     Oft,
     Prefix,
+    Randlora,
     Road,
     Shira,
+    Spiel,
     Ssf,
+    Vblora,
     Vera,
 )
 from autopeft.search_space.backbones.linear import weight_of
@@ -80,6 +87,12 @@ EXACTLY: dict[str, tuple[str, ...]] = {
     "lora": ("peft", "peft-patterns", "trl-script", "axolotl"),
     "dora": ("peft", "peft-patterns", "trl-script", "axolotl"),
     "vera": ("peft", "peft-patterns", "trl-script"),
+    "randlora": ("peft", "peft-patterns", "trl-script"),
+    "vblora": ("peft", "peft-patterns", "trl-script"),
+    # as plain LoRAs
+    "mos": ("peft", "peft-patterns"),
+    "eigenlorax": ("peft", "peft-patterns"),
+    "flora": ("peft", "peft-patterns"),
     # GPT-2's weights are transposed, which most other types of peft do not know; other families are in
     # test_peft_rebuilds_the_network.
     "hira": ("peft", "peft-patterns", "trl-script"),
@@ -199,6 +212,8 @@ AT_PLAIN_LINEARS: dict[str, Callable[[int], AdapterSpec]] = {
 ANYWHERE: dict[str, Callable[[int], AdapterSpec]] = {
     "hira": lambda n: Hira(rank=3),
     "gralora": lambda n: Gralora(rank=2, alpha=6.0),
+    "randlora": lambda n: Randlora(rank=6, alpha=12.0),
+    "vblora": lambda n: Vblora(rank=2, vectors=6, vector_length=4),
 }
 
 
@@ -418,6 +433,7 @@ def assert_reloads(
         ((Road(), Road(variant=2)), "variant 2, but peft supports one variant for all, here 1"),
         ((Miss(rank=3), Miss(rank=2)), "rank 2, but peft supports one rank for all, here 3"),
         ((Lokr(rank=1), Lokr(rank=1, factor=2)), "factor 2, but peft supports one factor for all, here -1"),
+        ((Randlora(rank=4), Randlora(rank=8)), "rank 8, but peft supports one rank for all, here 4"),
         ((Gralora(rank=1), Gralora(rank=2)), "grid and rank 2 x 2, but peft supports one grid and rank for all"),
     ],
 )
@@ -461,13 +477,42 @@ def test_peft_has_one_rank_of_vera_and_one_key(
     recipe = make_recipe("bert", models["bert"], ranks)
     state, wanted = trained(recipe)
     assert not any(name.endswith(("/A", "/B")) for name in state), "they follow from the recipe"
-    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out", allow_lossy=True)
+    fit = EXPORTERS["peft-patterns"].export(recipe, state, tmp_path / "out", allow_lossy=True)
     assert fit.lost == ("layers.2.mlp.up vera: rank 2 becomes 3, one for all sites (affects only training)",)
     assert_reloads(recipe, state, wanted, tmp_path, fresh, fresh_own)
     keys = make_recipe("bert", models["bert"], {**ranks, "layers.4.attn.q": Vera(projection_key=1)})
-    assert EXPORTERS["peft"].assess(keys).lost == (
+    assert EXPORTERS["peft-patterns"].assess(keys).lost == (
         "layers.1.attn.q vera: peft supports one pair of projections per file, here there are 2",
     )
+
+
+def test_updates_of_low_rank_leave_as_plain_loras(models: Folders, tmp_path: Path, fresh: FreshProcess) -> None:
+    """Side by side, with factors that sites share or that are frozen, and none of them as peft has them."""
+    placement = {
+        "layers.1.attn.q": Vera(rank=3),
+        "layers.1.attn.v": Vera(rank=2, projection_key=1),
+        "layers.2.attn.q": Vblora(rank=2, vectors=6, vector_length=4),
+        "layers.2.mlp.up": Vblora(rank=3, vectors=5, vector_length=8),
+        "layers.3.mlp.up": Mos(rank=3, pool=4, scale=0.5),
+        "layers.4.mlp.up": Mos(rank=2, pool=6, private_rank=2),
+        "layers.5.attn.q": Eigenlorax(rank=2, components=4),
+        "layers.6.attn.q": Flora(rank=3, factors="frozen", scale=2.0),
+        "layers.7.attn.q": Flora(rank=2, factors="svd"),
+        "layers.8.attn.q": Lora(rank=2, init="pissa"),
+    }
+    recipe = make_recipe("llama", models["llama"], placement)
+    state, wanted = trained(recipe)
+    fit = EXPORTERS["peft"].export(recipe, state, tmp_path / "out")
+    assert fit.level == EXACT
+    assert fit.remarks[0].startswith(
+        "eigenlorax, flora, mos, vblora, vera: written as the plain LoRAs that compute the"
+    )
+    assert adapter_config(tmp_path / "out")["peft_type"] == "LORA"
+    assert_close(read(fresh, "peft", recipe, tmp_path / "out")["logits"], wanted)
+    for rule in SERVERS:
+        assert_close(read(fresh, "server", recipe, tmp_path / "out", rule=rule), wanted)
+    with pytest.raises(ExportError, match="one adapter type per file"):
+        EXPORTERS["peft-patterns"].export(recipe, state, tmp_path / "patterns")
 
 
 def test_peft_has_one_rank_of_shira_and_no_scale(
@@ -485,7 +530,21 @@ def test_peft_has_one_rank_of_shira_and_no_scale(
     )
 
 
-@pytest.mark.parametrize("spec", [Vera(rank=4, projection_key=3), Shira(rank=2)], ids=lambda spec: spec.kind)
+def test_peft_has_the_places_of_sparse_changes_that_it_cannot_train(
+    models: Folders, tmp_path: Path, fresh: FreshProcess
+) -> None:
+    for spec in (Shira(rank=3, places="magnitude"), Spiel(rank=3)):
+        recipe = make_recipe("bert", models["bert"], {"layers.1.attn.q": spec, "layers.3.mlp.down": spec})
+        state, wanted = trained(recipe)
+        fit = EXPORTERS["peft"].export(recipe, state, tmp_path / spec.kind, allow_lossy=True)
+        reason = f"{spec.kind}: peft trains random places, which stay (affects only training)"
+        assert fit.lost == (f"layers.1.attn.q {reason}", f"layers.3.mlp.down {reason}")
+        assert_close(read(fresh, "peft", recipe, tmp_path / spec.kind)["logits"], wanted)
+
+
+@pytest.mark.parametrize(
+    "spec", [Vera(rank=4, projection_key=3), Shira(rank=2), Randlora(rank=4)], ids=lambda spec: spec.kind
+)
 def test_script_declares_what_peft_has(models: Folders, spec: AdapterSpec) -> None:
     recipe = make_recipe("llama", models["llama"], {"layers.1.attn.q": spec, "layers.2.mlp.up": spec})
     text = trl_script.script(recipe)
@@ -715,6 +774,7 @@ MERGED_CASES = {
     ),
     "norm-llama": Case("llama", {"norm.final": Norm()}),
     "full": Case("bert", {"backbone": Full()}),
+    **{f"dense-{family}": Case(family, at_linears(family, lambda n: Dense())) for family in ("bert", "llama", "gpt2")},
     "head-alone": Case("roberta", {}),
 }
 
