@@ -30,7 +30,7 @@ help:
 	@echo "make demo-llm      the same with a language model of 135 million parameters"
 	@echo "make test          the tests and the import rules"
 	@echo "make lint          ruff, mypy and the import rules"
-	@echo "make slow-test     the tests that take minutes or start servers"
+	@echo "make slow-test     variants of the quick tests, tests that take minutes or start servers"
 	@echo "make chaos         kill studies and spoil their files, for an hour"
 	@echo "make browser-test  the tests that need a web browser (Chromium)"
 	@echo "make gpu           test and measure everything on a GPU in eight minutes (DEVICE=cpu: a dry run)"

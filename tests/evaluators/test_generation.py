@@ -222,7 +222,7 @@ PACKS = {
 }
 
 
-@pytest.mark.parametrize("pack", mostly_slow(PACKS, "mixed", "prefixes"))
+@pytest.mark.parametrize("pack", mostly_slow(PACKS, "mixed"))
 def test_texts_of_a_pack_are_those_of_each_candidate_alone(
     pack: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

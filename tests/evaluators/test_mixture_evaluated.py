@@ -36,6 +36,7 @@ def candidates(backbone: LoadedBackbone, lowest: int = 1) -> list[Architecture]:
     return [*(at(backbone, spec, lowest, ("attn.q", "mlp.up")) for spec in specs), at(backbone, mlp, lowest, ("mlp",))]
 
 
+@pytest.mark.slow
 def test_packs_are_what_each_is_alone(loaded: LoadedBackbone) -> None:  # noqa: F811
     wanted = requests([*candidates(loaded), at(loaded, Lora(rank=2), 1)])
     expected = alone(loaded).evaluate(wanted)

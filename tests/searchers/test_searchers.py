@@ -35,7 +35,6 @@ from autopeft.searchers.optuna_samplers import from_optuna, to_optuna
 from autopeft.testing.searchers import (
     CHECKS,
     SearcherCheck,
-    a_batch_is_one_by_one_with_pending_trials,
     a_study_without_any_value,
     directions_can_be_mixed,
     ended,
@@ -89,7 +88,6 @@ QUICK: dict[str, tuple[SearcherCheck, ...]] = {
     ),
     "bo": (
         trials_and_seed_alone_decide,
-        a_batch_is_one_by_one_with_pending_trials,
         a_study_without_any_value,
         no_warnings_and_no_output,
     ),

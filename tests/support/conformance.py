@@ -55,9 +55,6 @@ from autopeft.search_space.adapters import (
     Vera,
     VlPet,
 )
-from autopeft.search_space.adapters.bottlenecks import BottleneckForm
-from autopeft.search_space.adapters.linear_operators import InputOperator, OutputOperator
-from autopeft.search_space.adapters.low_rank import LowRank
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Backbone, Site
 from autopeft.testing.adapters import sites_of
@@ -576,18 +573,17 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+#: Types that compute in packs in ways of their own: by kernels, between sublayers, in attention, shared, or by scales.
+QUICK_KINDS = ("lora", "bottleneck", "prefix", "vera", "ia3")
+
+
 def kinds(*without: str) -> list[Any]:
     """Return the types of the rows but these, for tests that train each of them.
 
-    Those of operators, of updates of low rank and of bottlenecks but the plain one are slow tests there: what
-    `test_adapters.py` tests of their formulas is most of it. So are mixtures, which `test_mixture_evaluated.py` trains.
+    All but `QUICK_KINDS` are slow tests there: what `test_adapters.py` tests of their formulas is most of it.
     """
-    covered = (InputOperator, OutputOperator, LowRank, Mixture, BottleneckForm)
     return [
-        pytest.param(
-            row.kind,
-            marks=[pytest.mark.slow] * (isinstance(spec := row.specs[0], covered) and type(spec) is not Bottleneck),
-        )
+        pytest.param(row.kind, marks=[pytest.mark.slow] * (row.kind not in QUICK_KINDS))
         for row in ROWS
         if row.kind not in without
     ]

@@ -318,6 +318,7 @@ def test_a_text_is_generated_without_a_cache(library: Library) -> None:
 # In the evaluators
 
 
+@pytest.mark.slow
 def test_packs_are_what_each_is_alone(loaded: LoadedBackbone, tmp_path: Path) -> None:  # noqa: F811
     """Also where the lower layers are replaced by what is known of them."""
     causal = loaded.backbone.family == "llama"

@@ -292,6 +292,7 @@ def test_domains_are_repeated_for_every_slot(given, monkeypatch):
         assert torch.equal(*batch["targets"].view(2, 8, -1))
 
 
+@pytest.mark.slow
 def test_measured_costs_and_proxies_take_such_batches(classifier):
     loaded, task, splits = classifier
     ours, plain = (PackedEvaluator(loaded, task, s, 32, pack=2) for s in (with_domains(splits), splits))

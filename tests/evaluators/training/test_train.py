@@ -208,7 +208,7 @@ def test_candidates_of_a_seed_see_the_same_batches(evaluator, monkeypatch):
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.37, 23), slow(0.05, 3), slow(0.001, 1), slow(1.0, 60)])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", [slow("linear"), "cosine"])
 def test_a_share_is_the_beginning_of_the_full_run(evaluator, share, steps, schedule, spied):
     training = {"schedule": schedule}
     full = measured(evaluator, "lora", training)

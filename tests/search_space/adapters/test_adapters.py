@@ -57,7 +57,7 @@ ACTING = [row for row in BANKED if row.kind != "prefix"]
 every_case = pytest.mark.parametrize(("row", "spec"), CASES)
 CHECKED = ("bert", "llama-causal", "gpt2")
 every_family = pytest.mark.parametrize("family", CHECKED)
-#: The first settings of a type in every family, the others in one; the rest are slow tests.
+#: The first settings of a type in two families, its others in the third; the rest are slow tests.
 every_case_in_a_family = pytest.mark.parametrize(
     ("row", "spec", "family"),
     [
@@ -66,7 +66,7 @@ every_case_in_a_family = pytest.mark.parametrize(
             spec,
             family,
             id=f"{row.kind}-{i}-{family}",
-            marks=[pytest.mark.slow] * (i > 0 and family != "llama-causal"),
+            marks=[pytest.mark.slow] * (len(row.specs) > 1 and (i > 0) != (family == "llama-causal")),
         )
         for row in ROWS
         for i, spec in enumerate(row.specs)

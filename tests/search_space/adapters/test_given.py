@@ -218,6 +218,7 @@ def given_study(folder: Path, only: dict[str, Any] | None = None, **lora: Any) -
     return path
 
 
+@pytest.mark.slow
 def test_a_study_between_given_loras(tmp_path: Path) -> None:
     path = given_study(tmp_path / "study")
     snapshot = run(load_study(path))

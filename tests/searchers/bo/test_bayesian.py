@@ -496,8 +496,9 @@ def test_a_small_space_ends() -> None:
 
 @pytest.mark.parametrize(
     "objectives",
-    [("accuracy",), ("num_params",), ("num_params", "flops_per_token"), ("accuracy", "num_params", "flops_per_token"),
-     slow(("accuracy", "loss", "latency_s")), slow(("num_params", "accuracy", "step_s", "loss"))],
+    [("accuracy",), ("num_params",), ("num_params", "flops_per_token"),
+     slow(("accuracy", "num_params", "flops_per_token")), slow(("accuracy", "loss", "latency_s")),
+     slow(("num_params", "accuracy", "step_s", "loss"))],
     ids="-".join,
 )  # fmt: skip
 def test_objectives(objectives: Sequence[str]) -> None:

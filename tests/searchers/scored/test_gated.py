@@ -227,6 +227,7 @@ def test_one_beyond_a_limit_is_rejected(tmp_path: Path, monkeypatch: pytest.Monk
     assert (second.genes, second.state) == (smallest, "complete")
 
 
+@pytest.mark.slow
 def test_gates_that_diverge_do_not_take_the_study_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

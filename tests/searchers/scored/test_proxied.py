@@ -250,6 +250,7 @@ def test_status_tells_the_audit(finished: tuple[Path, Snapshot], capsys: pytest.
     assert "scores against 8 trainings: Kendall's tau" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [slow("training the supernet"), "scoring"])
 def test_killed_ahead_of_the_search_it_goes_on(
     finished: tuple[Path, Snapshot], tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
@@ -273,6 +274,7 @@ def test_killed_ahead_of_the_search_it_goes_on(
         assert not trained, "the supernet was complete"
 
 
+@pytest.mark.slow
 def test_a_supernet_that_diverges_does_not_take_the_study_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

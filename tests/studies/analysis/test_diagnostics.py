@@ -87,6 +87,7 @@ def test_a_line_of_progress_has_the_note() -> None:
     assert text.getvalue().count("[no better than chance]") == 2
 
 
+@pytest.mark.slow
 def test_status_shows_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     class Telling(SEARCHERS["random"]):  # type: ignore[misc,name-defined]
         def suggest(self, count: int = 1) -> list[Suggestion]:

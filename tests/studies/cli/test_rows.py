@@ -98,6 +98,7 @@ def test_a_model_without_a_task(cli, tmp_path: Path) -> None:
 # Losses
 
 
+@pytest.mark.slow
 def test_cut_rows_are_shown_by_every_command_that_comes_before_training(cli, tmp_path: Path) -> None:
     path = save_study(tmp_path, data=settings()["data"] | {"max_length": 5}, **SHORT)
     rows = [json.loads(line) for file in tmp_path.glob("*.jsonl") for line in file.read_text().splitlines()]

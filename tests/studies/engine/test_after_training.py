@@ -78,7 +78,7 @@ def command(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture)
         slow(report, "front_data", "front.json: cannot be made"),
         slow(report, "_write_csv", "front.csv: cannot be made"),
         slow(report, "verdicts", "report: cannot be made"),
-        (results, "print_front", "the table of the front cannot be shown (InjectedError: injected)"),
+        slow(results, "print_front", "the table of the front cannot be shown (InjectedError: injected)"),
         (study_loop, "outlook_of", "what more time would buy"),
     ],
 )
@@ -103,6 +103,7 @@ def test_no_report_ends_a_study(
     assert (command("resume", study)[0], (folder / "front.html").is_file()) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_picture_that_fails_does_not_keep_results_from_mlflow(
     study: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_another_error_in_a_training_is() -> None:
     assert failure(Request(candidate=candidate(1), seed=0), error).failure == "failed"
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_saved_leave_the_trial_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def test_an_export_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> No
         export()
 
 
+@pytest.mark.slow
 def test_train_writes_one_whole_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_study(tmp_path / "study", **SHORT)
     run(settings := load_study(path))

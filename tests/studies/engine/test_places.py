@@ -141,6 +141,7 @@ def test_one_storage_is_open_once(tmp_path: Path) -> None:
     assert len(snapshot.search_trials) == 2
 
 
+@pytest.mark.slow
 def test_one_output_folder_has_one_study(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/shared.db"
     path = save_study(tmp_path / "study", storage=storage, **SHORT)

@@ -263,7 +263,6 @@ def wait_for_ended(settings: StudyFile, count: int, process: subprocess.Popen, l
     raise AssertionError(f"the study did not come to {count} evaluations")
 
 
-@pytest.mark.slow
 def test_sigint_is_polite(tmp_path: Path) -> None:
     path = save_study(tmp_path / "study", search={"searcher": "random", "trials": 300, "batch": 3})
     settings = load_study(path)

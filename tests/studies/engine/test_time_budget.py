@@ -191,6 +191,7 @@ def test_texts_are_part_of_every_training_and_of_the_rungs_that_generate_them() 
     assert few < many / 2, "texts take more than half of a training here"
 
 
+@pytest.mark.slow
 def test_the_time_of_the_search_is_kept_over_resumes(tmp_path: Path) -> None:
     """Each step takes a second of this clock; baselines and finalists are not the search's time."""
     limits = {"searcher": "random", "trials": 40, "batch": 4}

@@ -85,6 +85,7 @@ def test_what_is_exported_is_what_was_measured(study, tmp_path):
             assert (row["input_ids"], row["labels"]) == (example["input_ids"], example["labels"])
 
 
+@pytest.mark.slow
 def test_a_study_from_before_there_was_a_choice_goes_on(study, tmp_path, capsys):
     """Its ledger and its recipes lack the setting, and it learnt the last turn."""
     last = ["--set", "data.train_on_turns=last"]

@@ -150,7 +150,7 @@ def test_the_readme_of_peft_quantises_the_dequantised_copy_of_a_gguf_file(
     assert sum(is_quantized(module) for module in model.modules()) >= 14
 
 
-@pytest.mark.parametrize("make", [Ia3, Norm, Shira])
+@pytest.mark.parametrize("make", [Ia3, slow(Norm), slow(Shira)])
 def test_other_types_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
     save_model("llama", tmp_path / "model", MODELS["llama"])
     sites = {Ia3: "attn.v", Norm: "norm.0", Shira: "attn.q"}
@@ -164,7 +164,7 @@ def test_other_types_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ma
     torch.testing.assert_close(logits(run_readme(tmp_path / "out", monkeypatch)), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [Hira, Loha, Lokr, Delora, Hra])
+@pytest.mark.parametrize("make", [Hira, Loha, slow(Lokr), slow(Delora), slow(Hra)])
 def test_what_peft_computes_with_the_weight_is_refused(tmp_path: Path, make: Any) -> None:
     recipe = recipe_over(tmp_path, "llama", "nf4", make)
     fit = EXPORTERS["peft"].assess(recipe)

@@ -307,7 +307,7 @@ def never(connection: socket.socket) -> None:
     time.sleep(30)
 
 
-@pytest.mark.parametrize("answer", [a_byte_at_a_time, headers_a_byte_at_a_time, never])
+@pytest.mark.parametrize("answer", [slow(a_byte_at_a_time), slow(headers_a_byte_at_a_time), never])
 def test_a_slow_server_does_not_hold_up_a_study(
     empty_store: Path,
     tmp_path: Path,
