@@ -377,6 +377,8 @@ def test_backbone_of_lower_precision(row: Row) -> None:
 def test_weight_decay_leaves_vectors_out() -> None:
     model, backbone = tiny("bert")
     for row in BANKED:
+        if row.kind == "sparseadapter":
+            continue  # its vectors are what is left of matrices
         with Attachment(model, backbone, [row.place(row.specs[0], backbone)], [1]) as attachment:
             assert not any(decay and value.dim() < 3 for value, decay in attachment.trainable()), row.kind
 
