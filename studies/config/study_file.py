@@ -41,8 +41,8 @@ FILE_NAME = "study.yaml"
 LEDGER = "ledger.db"
 #: A module:function, or a task of lm-eval.
 OwnSettings = Annotated[
-    Annotated[str, Tag("text")] | Annotated[LmEvalSettings, Tag("task")],
-    Discriminator(lambda value: "task" if isinstance(value, (dict, LmEvalSettings)) else "text"),
+    Annotated[str, Tag("str")] | Annotated[LmEvalSettings, Tag("LmEvalSettings")],
+    Discriminator(lambda value: "LmEvalSettings" if isinstance(value, (dict, LmEvalSettings)) else "str"),
 ]
 
 

@@ -134,8 +134,8 @@ def _is_task(value: Any) -> bool:
 
 
 Own = Annotated[
-    Annotated[OwnMetric, Tag("function")] | Annotated[OwnTask, Tag("task")],
-    Discriminator(lambda value: "task" if _is_task(value) else "function"),
+    Annotated[OwnMetric, Tag("OwnMetric")] | Annotated[OwnTask, Tag("OwnTask")],
+    Discriminator(lambda value: "OwnTask" if _is_task(value) else "OwnMetric"),
 ]
 
 
@@ -322,9 +322,12 @@ def _one_line(mapping: Mapping[str, Any]) -> CommentedMap:
 def _problem(source: Source, details: ErrorDetails) -> str:
     location = details["loc"]
     what = details["msg"].removeprefix("Value error, ")
+    own_task = location[:1] == ("metrics",) and location[2:3] == ("OwnTask",)
+    if location[:1] == ("metrics",):  # without the name of the member of the union
+        location = (*location[:2], *location[3:])
     if details["type"] == "extra_forbidden":
         section = _SECTIONS[str(location[0])] if len(location) > 1 else Recipe
-        section = OwnTask if "task" in location[2:3] else section
+        section = OwnTask if own_task else section
         what = unknown_key(str(location[-1]), section.model_fields)
     elif details["type"] == "missing":
         what = "is missing"

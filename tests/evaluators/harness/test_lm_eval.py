@@ -168,7 +168,7 @@ def test_each_document_has_the_value_of_lm_evals_own_model(
             assert [one.args for one in document] == theirs[document[0].doc_id]["arguments"], "the same prompts"
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_candidate_in_a_pack_has_the_values_that_it_has_alone(folder: Path, splits: Splits, cached: bool) -> None:
     alone = evaluator(TrainEvaluator, folder, splits)
     packed = evaluator(PackedEvaluator, folder, splits, cache=ActivationCache(10**7) if cached else None)
