@@ -54,19 +54,17 @@ class Documents:
         check_packages([metric])
         self.metric = metric
         self.task = _task(metric, folder)
-        problems = list(_refused(self.task))
-        self.result, self.filter, wrong = self._results()
-        problems += wrong
-        if problems:
-            raise DataError([f"the {metric.place} {what}" for what in problems])
         try:
-            self._chosen = self._drawn()
-            #: The documents by the split with which they are scored, without a chat template.
-            self.requests = self.built()
-            problems = [*self._too_few(), *dict.fromkeys(self._unknown_requests())] or self._tried()
+            self.result, self.filter, problems = self._results()
+            problems += _refused(self.task)
+            if not problems:
+                self._chosen = self._drawn()
+                #: The documents by the split with which they are scored, without a chat template.
+                self.requests = self.built()
+                problems += [*self._too_few(), *dict.fromkeys(self._unknown_requests())] or self._tried()
         except MetricError as error:
             raise DataError([str(error)]) from error
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # of the task's own code
             problems = [f"cannot be used: {type(error).__name__}: {first_line(error)}"]
         if problems:
             raise DataError([f"the {metric.place} {what}" for what in problems])
