@@ -24,14 +24,17 @@ CHUNK = 64
 
 
 def of_rows(splits: Splits) -> dict[str, dict[str, Any]]:
-    """Return by split the number of the canonical rows and the digest of the rows in their order."""
+    """Return by split the number of the canonical rows and the digest of the rows in their order.
+
+    The documents of metrics have two more parts for each.
+    """
     found = {}
     for split in splits.names:
         rows, hashed = getattr(splits, split), hashlib.sha256()
         for row in rows:
             hashed.update(canonical_json(row).encode() + b"\n")
         found[split] = {"rows": len(rows), "digest": hashed.hexdigest()}
-    return found
+    return found | dict(part for documents in splits.documents.values() for part in documents.digests())
 
 
 def of_examples(task: Task, examples: Mapping[str, Sequence[Example]]) -> str:

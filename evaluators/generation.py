@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from autopeft.evaluators.attachment.attachment import Attachment
 
+#: Returns criteria of transformers that end the generation of a batch, by the width of its prompts and its size.
+Stopping = Callable[[int, int], Any]
 #: Prompts of a candidate that are continued side by side.
 BATCH_SIZE = 32
 #: Texts of all candidates that grow side by side: their keys and values take memory in every layer.
@@ -60,6 +62,7 @@ def greedy_of_slots(
     max_new_tokens: int,
     domains: Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
+    stopping: Stopping | None = None,
 ) -> list[list[list[int]]]:
     """Return, for every slot, the most probable next tokens after each prompt, one at a time.
 
@@ -67,8 +70,9 @@ def greedy_of_slots(
     by side, [K * N, T], with one key/value cache. Prompts of a batch are padded on the left with the token `padding`,
     so that all end at the same position. `attachment`: the candidates that are attached to the model, in evaluation
     mode; None for the bare model, as one slot. `domains`: the domain of each prompt, for routers that read it.
-    `batch_size`: prompts of a slot at a time, at most. The tokens are those of transformers' `generate` with one beam
-    and no sampling, whatever else the model's own generation_config asks for, such as penalties.
+    `batch_size`: prompts of a slot at a time, at most. `stopping`: ends the texts of a batch earlier. The tokens are
+    those of transformers' `generate` with one beam and no sampling, whatever else the model's own generation_config
+    asks for, such as penalties.
     """
     slots = 1 if attachment is None else attachment.num_slots
     # A router may decide by the whole text so far. Keys and values of earlier tokens would be those of earlier gates,
@@ -84,7 +88,7 @@ def greedy_of_slots(
                         one.routers.tokens.domains = torch.tensor([domains[i]]).to(model.device)
                     ids, mask = _padded([prompt], padding)
                     cached = not one.routers
-                    found[-1] += _continued(model, ids, mask, ends, padding, max_new_tokens, use_cache=cached)
+                    found[-1] += _continued(model, ids, mask, ends, padding, max_new_tokens, stopping, use_cache=cached)
             return found
         found = [[[] for _ in prompts] for _ in range(slots)]
         # Prompts of similar lengths need little padding; the longest come first, so that a lack of memory shows early.
@@ -94,7 +98,7 @@ def greedy_of_slots(
             chosen = order[start : start + size]
             ids, mask = _padded([prompts[i] for i in chosen], padding)
             ids, mask = ids.repeat(slots, 1), mask.repeat(slots, 1)
-            texts = iter(_continued(model, ids, mask, ends, padding, max_new_tokens, use_cache=True))
+            texts = iter(_continued(model, ids, mask, ends, padding, max_new_tokens, stopping, use_cache=True))
             for k in range(slots):
                 for i in chosen:
                     found[k][i] = next(texts)
@@ -127,7 +131,15 @@ def _padded(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Ten
 
 
 def _continued(
-    model: Any, ids: Tensor, mask: Tensor, ends: Collection[int], padding: int, max_new_tokens: int, *, use_cache: bool
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    ends: Collection[int],
+    padding: int,
+    max_new_tokens: int,
+    stopping: Stopping | None,
+    *,
+    use_cache: bool,
 ) -> list[list[int]]:
     texts = model.generate(
         input_ids=ids.to(model.device),
@@ -137,6 +149,7 @@ def _continued(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=padding,
+        stopping_criteria=stopping and stopping(ids.shape[1], len(ids)),
         use_cache=use_cache,
     )
     return [_until_end(text[ids.shape[1] :].tolist(), ends) for text in texts]

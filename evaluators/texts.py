@@ -146,9 +146,9 @@ class Texts:
 
 
 def check_packages(metrics: Sequence[Quality]) -> None:
-    """Raise MissingPackageError for a metric of texts whose package is not installed."""
-    for metric in (metric.whole for metric in metrics):
-        if isinstance(metric, OfTexts) and (what := metric.lacking()) is not None:
+    """Raise MissingPackageError for a metric whose package is not installed."""
+    for metric in metrics:
+        if (what := metric.whole.lacking()) is not None:
             raise MissingPackageError(what)
 
 

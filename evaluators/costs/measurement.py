@@ -23,9 +23,9 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from math import sqrt
 from weakref import WeakKeyDictionary
@@ -101,8 +101,9 @@ def _restored(attachment: Attachment) -> Iterator[None]:
 class StepTimes:
     """Seconds of a training step on one batch, of the scores of its rows, and of a generated text if metrics read some.
 
-    `spread`: interquartile range of the step's times, relative to their median. `share`: share of the rows at a time
-    that were measured; the seconds are those of all rows, by proportion.
+    `answer_s`: of a text that a task of lm-eval asks for, by metric. `spread`: interquartile range of the step's times,
+    relative to their median. `share`: share of the rows at a time that were measured; the seconds are those of all
+    rows, by proportion.
     """
 
     step_s: float
@@ -110,6 +111,7 @@ class StepTimes:
     spread: float
     share: float
     text_s: float = 0.0
+    answer_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def step_times(

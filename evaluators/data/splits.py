@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from random import Random
+from typing import Any
 
 from autopeft.evaluators.data.losses import Encoded, Unread
 from autopeft.evaluators.data.reading import MOST_PROBLEMS_PER_FILE, read_split
@@ -30,7 +31,8 @@ class Splits:
     about permitted but questionable rows, such as inputs in two splits. `places`: by split, the file and line of each
     row, for messages. `unread`: by column that no task reads and that has a part of what a row says, what to do with
     it and the number of its rows by split. `encoded`: the rows as `encode_splits` returned them, if it did. `retained`,
-    `retained_test`: see `data/retained.py`; empty where nothing is retained.
+    `retained_test`: see `data/retained.py`; empty where nothing is retained. `documents`: by metric, those of its task
+    of lm-eval, as in `harness/documents.py`.
     """
 
     train: list[Row]
@@ -44,6 +46,7 @@ class Splits:
     encoded: Encoded | None = field(default=None, compare=False, repr=False)
     retained: list[Row] = field(default_factory=list)
     retained_test: list[Row] = field(default_factory=list)
+    documents: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from autopeft.evaluators.costs.pack_sizing import WITHOUT_LEVERS, Levers
 from autopeft.evaluators.data.encoding import encode_splits
 from autopeft.evaluators.data.splits import RETAINED, Splits
 from autopeft.evaluators.forgetting import Forgetting
+from autopeft.evaluators.harness.requests import requests_of
 from autopeft.evaluators.site_statistics import SiteStatistics, batches_of
 from autopeft.evaluators.tasks import TASKS, Batch, Example, Scored, model_inputs
 from autopeft.evaluators.texts import Generation, Texts
@@ -34,7 +35,7 @@ from autopeft.evaluators.training.micro_batches import add_gradients
 from autopeft.evaluators.training.record import Scores
 from autopeft.search_space.architecture import Architecture, Candidate
 from autopeft.search_space.metrics import ALWAYS, FORGETTING, ByDomain, Columns, MetricError, OfTexts, Quality
-from autopeft.search_space.metrics.base import DOMAIN
+from autopeft.search_space.metrics.base import DOMAIN, OnOwnRows
 from autopeft.search_space.problem import declared_costs
 from autopeft.search_space.runtime.factors import Starts
 from autopeft.search_space.training import Training
@@ -106,7 +107,11 @@ class TrainingEvaluator(AttachingEvaluator):
         self.pretrained_head = loaded.pretrained_head
         kind = TASKS[task].for_rows(splits.train)
         self.task = kind(loaded.processor, max_length, splits.labels, splits.domains)
-        self.examples: dict[str, list[Example]] = encode_splits(self.task, splits, self.model).examples
+        self.examples: dict[str, list[Example]] = {**encode_splits(self.task, splits, self.model).examples}
+        #: What metrics ask of the model that are tasks of lm-eval.
+        self.requests = requests_of(splits, metrics, self.task, self.model)
+        for requests in self.requests:
+            self.examples |= requests.examples
         self.lengths = {split: list(map(self.task.length, rows)) for split, rows in self.examples.items()}
         self.rung_examples: Sequence[int] = batching.rung_examples(len(self.examples["validation"]))
         self.device = next(self.model.parameters()).device
@@ -130,7 +135,7 @@ class TrainingEvaluator(AttachingEvaluator):
         self.forgetting = Forgetting(loaded, self.task, self.lengths, self.batch) if wanted else None
         readable = self.task.readable() | ({DOMAIN} if self.task.domains else set())
         for metric in self.metrics:
-            if metric != FORGETTING and not metric.computable(readable):
+            if not isinstance(metric, OnOwnRows) and not metric.computable(readable):
                 there = ", ".join(sorted(readable))
                 raise MetricError(f"{metric.name} cannot be computed: the task {task} only has the columns {there}")
         of_texts = [metric for metric in dict.fromkeys(m.whole for m in self.metrics) if isinstance(metric, OfTexts)]
@@ -172,7 +177,9 @@ class TrainingEvaluator(AttachingEvaluator):
     def pace(self, candidate: Candidate, within_s: float) -> StepTimes:
         """Measure a training step, as the candidate's trainings make it, scores and texts; see `step_times`."""
         levers = self.levers_of(candidate)
-        steps_s = within_s if self.texts is None else (1 - TEXTS_SHARE) * within_s
+        asking = [requests for requests in self.requests if requests.generates]
+        generating = (self.texts is not None) + len(asking)
+        steps_s = (1 - TEXTS_SHARE) * within_s if generating else within_s
         batch = self.typical_batch(candidate)
         with (
             memory_errors(),
@@ -180,10 +187,12 @@ class TrainingEvaluator(AttachingEvaluator):
             saving_memory(attachment, levers.checkpointing),
         ):
             found = step_times(attachment, self.task, batch, steps_s, levers.rows)
-            if self.texts is None:
+            if not generating:
                 return found
-            at_a_time = self.evaluation_batch_size(levers, len(batch["targets"]))
-            return replace(found, text_s=self.texts.seconds(attachment, at_a_time, within_s - steps_s))
+            rest = self.evaluation_batch_size(levers, len(batch["targets"])), (within_s - steps_s) / generating
+            text_s = 0.0 if self.texts is None else self.texts.seconds(attachment, *rest)
+            answer_s = {each.name: each.seconds(attachment, *rest) for each in asking}
+            return replace(found, text_s=text_s, answer_s=answer_s)
 
     def levers_of(self, candidate: Candidate) -> Levers:
         """Return how the trainings of a candidate save memory."""
@@ -310,10 +319,10 @@ class TrainingEvaluator(AttachingEvaluator):
         examples: Sequence[int] | None = None,
         batch_size: int = EVALUATION_BATCH_SIZE,
     ) -> list[Columns]:
-        """Return the columns with those of the texts that every slot generates and of what it forgets.
+        """Return the columns with those of the texts that every slot generates, of what it forgets and of documents.
 
-        Both are there where a metric reads them. With `examples`, as at a rung, what it forgets is of a part of the
-        retained rows, too.
+        They are there where a metric reads them. With `examples`, as at a rung, what it forgets is of a part of the
+        retained rows, too, and other tasks are of a part of their documents.
         """
         more: list[list[Columns]] = []
         if self.forgetting is not None:  # first: what routers did last is reported, on the task's own rows
@@ -321,6 +330,10 @@ class TrainingEvaluator(AttachingEvaluator):
             rows = None if examples is None else batching.rung_examples(len(self.examples[retained]))
             trained = self.columns(attachment, retained, rows, batch_size)
             more.append([self.forgetting.column(retained, after, rows) for after in trained])
+        for requests in self.requests:
+            count = len(requests.parts[split])
+            chosen = range(count) if examples is None else batching.rung_examples(count)
+            more.append(requests.columns(self.columns, attachment, split, chosen, batch_size))
         columns = self.columns(attachment, split, examples, batch_size)
         if self.texts is not None:
             more.append(self.texts.columns(attachment, split, examples, batch_size))

@@ -8,10 +8,11 @@ from typing import Any
 
 from typing_extensions import override
 
-from autopeft.search_space.metrics.base import Columns, Metric, MetricError, OverSet, PerExample, Quality
+from autopeft.search_space.metrics.base import Columns, Metric, MetricError, OnOwnRows, OverSet, PerExample, Quality
 from autopeft.search_space.metrics.by_domain import SEPARATOR, WORST, ByDomain
 from autopeft.search_space.metrics.calibration import BRIER_SCORE, CalibrationError
 from autopeft.search_space.metrics.forgetting import FORGETTING
+from autopeft.search_space.metrics.lm_eval import LmEval
 from autopeft.search_space.metrics.macro_f1 import MacroF1
 from autopeft.search_space.metrics.matthews import Matthews
 from autopeft.search_space.metrics.mean import ACCURACY, LOSS
@@ -54,8 +55,8 @@ class MetricsByName(Mapping[str, Metric]):
             return self._metrics[name]
         metric, separator, domain = name.partition(SEPARATOR)
         found = self._metrics.get(metric)
-        # Retained rows are not those of the task, which have the domains.
-        if not separator or not domain or not isinstance(found, Quality) or found == FORGETTING:
+        # Rows of the task have the domains.
+        if not separator or not domain or not isinstance(found, Quality) or isinstance(found, OnOwnRows):
             raise KeyError(name)
         return ByDomain.over(found, domain)
 
@@ -81,10 +82,12 @@ __all__ = [
     "WORST",
     "ByDomain",
     "Columns",
+    "LmEval",
     "Metric",
     "MetricError",
     "MetricsByName",
     "OfTexts",
+    "OnOwnRows",
     "OverSet",
     "Own",
     "OwnOfTexts",

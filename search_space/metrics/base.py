@@ -13,6 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import override
@@ -65,8 +66,12 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality(Metric):
-    """A quality metric. `expression`: scikit-learn's computation from `targets` and `predictions`, if there is one."""
+    """A quality metric. `expression`: scikit-learn's computation from `targets` and `predictions`, if there is one.
 
+    `package`: an optional package that it needs.
+    """
+
+    package: ClassVar[str] = ""
     source: MetricSource = "quality"
     expression: str = ""
     #: Decimals to which contributions are rounded for storage.
@@ -92,6 +97,13 @@ class Quality(Metric):
         Their mean is the value, and the standard error of their mean is that of the value. Raises MetricError.
         """
 
+    def lacking(self) -> str | None:
+        """Return what to do about the missing package of this metric; None if nothing is missing."""
+        if not self.package or find_spec(self.package) is not None:
+            return None
+        name = self.package.replace("_", "-")
+        return f"the metric {self.name} needs the package {name}, which is not installed: pip install {name}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerExample(Quality):
@@ -109,6 +121,11 @@ class PerExample(Quality):
     @override
     def contributions(self, columns: Columns) -> Sequence[float]:
         return columns[self.name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnOwnRows(PerExample):
+    """The mean of a column that is shorter or longer than those of the task, because it is of other rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

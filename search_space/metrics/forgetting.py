@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from autopeft.search_space.metrics.base import PerExample
+from autopeft.search_space.metrics.base import OnOwnRows
 
-#: Its column is shorter or longer than those of the task's own rows. A negative value is a gain.
-FORGETTING = PerExample(
+#: A negative value is a gain.
+FORGETTING = OnOwnRows(
     name="forgetting",
     unit="nats",
     maximise=False,

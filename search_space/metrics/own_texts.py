@@ -12,6 +12,7 @@ from typing import Any
 from typing_extensions import override
 
 from autopeft.search_space.metrics.base import MetricError
+from autopeft.search_space.metrics.lm_eval import LmEval
 from autopeft.search_space.metrics.own import Own, watched
 from autopeft.search_space.metrics.texts import OfTexts
 
@@ -79,11 +80,11 @@ class OwnOfTexts(OfTexts):
         return f", {code.co_filename}:{line}"
 
 
-#: A user-defined metric of either kind.
-UserDefined = Own | OwnOfTexts
+#: A user-defined metric of any kind.
+UserDefined = Own | OwnOfTexts | LmEval
 
 
-def user_defined(name: str, place: str, maximise: bool, of_texts: bool) -> UserDefined:
+def user_defined(name: str, place: str, maximise: bool, of_texts: bool) -> Own | OwnOfTexts:
     """Return the metric of a module:function for a task that generates texts, or another one. Raises MetricError."""
     kind = OwnOfTexts if of_texts else Own
     return kind.declared(name, place, maximise)

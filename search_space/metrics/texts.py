@@ -7,7 +7,6 @@ import re
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import ClassVar
 
 from typing_extensions import override
@@ -26,12 +25,11 @@ ROUNDING = 1e-9
 class OfTexts(PerExample):
     """The mean of the numbers that `of` computes from the texts of each row.
 
-    A subclass implements `of`. `package`: an optional package that it needs. `reads`: the columns that `of` takes.
-    `runs_code`: whether it runs generated programs, to which a study must consent. The evaluator adds these columns,
-    and `with_numbers` the column of the metric, of which the value and the contributions are computed.
+    A subclass implements `of`. `reads`: the columns that `of` takes. `runs_code`: whether it runs generated programs,
+    to which a study must consent. The evaluator adds these columns, and `with_numbers` the column of the metric, of
+    which the value and the contributions are computed.
     """
 
-    package: ClassVar[str] = ""
     reads: ClassVar[tuple[str, str, str]] = TEXTS
     runs_code: ClassVar[bool] = False
 
@@ -42,13 +40,6 @@ class OfTexts(PerExample):
     @abstractmethod
     def of(self, prompts: Sequence[str], generated: Sequence[str], references: Sequence[str]) -> Sequence[float]:
         """Return a number per row, [N], from the texts, [N] each. Raises MetricError."""
-
-    def lacking(self) -> str | None:
-        """Return what to do about the missing package of this metric; None if nothing is missing."""
-        if not self.package or find_spec(self.package) is not None:
-            return None
-        name = self.package.replace("_", "-")
-        return f"the metric {self.name} needs the package {name}, which is not installed: pip install {name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from autopeft.search_space.metrics import ALWAYS, SEPARATOR, MetricsByName, Quality, UserDefined, user_defined
 from autopeft.search_space.problem import COSTS, METRICS, Goal, Objective
 from autopeft.studies.config.sections.base import MOST_NAMED, Duration, GrowingSection, Name
 from autopeft.studies.config.sections.forgetting import ForgettingSettings
 from autopeft.studies.config.sections.inputs import DataSettings, ModelSettings, TaskName
+from autopeft.studies.config.sections.lm_eval import LmEvalSettings
 from autopeft.studies.config.sections.results import RecommendSettings, TrackingSettings
 from autopeft.studies.config.sections.search import (
     BaselineSettings,
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 FILE_NAME = "study.yaml"
 #: The ledger in the output folder, unless the study has a storage of its own.
 LEDGER = "ledger.db"
+#: A module:function, or a task of lm-eval.
+OwnSettings = Annotated[
+    Annotated[str, Tag("str")] | Annotated[LmEvalSettings, Tag("LmEvalSettings")],
+    Discriminator(lambda value: "LmEvalSettings" if isinstance(value, (dict, LmEvalSettings)) else "str"),
+]
 
 
 class StudyFile(GrowingSection):
@@ -61,11 +67,12 @@ class StudyFile(GrowingSection):
         description="further metrics that every candidate is measured by, in all tables; with a bound, candidates"
         " beyond it are not feasible",
     )
-    metrics: dict[Name, str] | None = Field(
+    metrics: dict[Name, OwnSettings] | None = Field(
         default=None,
         max_length=MOST_NAMED,
         description="your own metrics by name, each a module:function in a module next to this file; of targets and"
-        " predictions, or for causal-lm of prompts, generated texts and references",
+        " predictions, or for causal-lm of prompts, generated texts and references; or a task of lm-eval:"
+        " {lm_eval: name, folder: ...}",
     )
     generation: GenerationSettings | None = Field(
         default=None, description="the texts that metrics of generated text read (causal-lm); null: the defaults"
@@ -180,10 +187,17 @@ class StudyFile(GrowingSection):
 
         More is better unless an objective or what is reported has the direction minimise.
         """
-        minimised = {m.name.partition(SEPARATOR)[0] for _, m in self.named_metrics if m.direction == "minimise"}
-        texts = self.task_class.generates
-        own = (self.metrics or {}).items()
-        return {name: user_defined(name, place, name not in minimised, texts) for name, place in own}
+        return {name: self.own_metric(name) for name in self.metrics or ()}
+
+    def own_metric(self, name: str) -> UserDefined:
+        """Return one of `own_metrics`. Raises MetricError."""
+        assert self.metrics is not None
+        same = (m for _, m in self.named_metrics if m.name.partition(SEPARATOR)[0] == name)
+        maximise = all(m.direction != "minimise" for m in same)
+        given = self.metrics[name]
+        if isinstance(given, LmEvalSettings):
+            return given.metric_of(name, maximise)
+        return user_defined(name, given, maximise, self.task_class.generates)
 
     @property
     def greedy(self) -> GenerationSettings:

@@ -15,13 +15,15 @@ from autopeft.evaluators.data.retained import with_retained
 from autopeft.evaluators.data.splits import Splits, load_splits
 from autopeft.evaluators.errors import DataError, MissingPackageError, ModelError
 from autopeft.evaluators.forgetting import NEW_HEAD
+from autopeft.evaluators.harness.documents import with_documents
+from autopeft.evaluators.harness.requests import requests_of
 from autopeft.evaluators.quantization import check_package
 from autopeft.evaluators.texts import SCORED, check_packages, longest_text, programs_of, prompts_of, tests_problems
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.search_space.declaration import domain_problems
 from autopeft.search_space.limits import Limits
-from autopeft.search_space.metrics import ByDomain, MetricError, OfTexts, Own, Quality, RegexMatch, UserDefined
+from autopeft.search_space.metrics import ByDomain, LmEval, MetricError, OfTexts, Own, Quality, RegexMatch, UserDefined
 from autopeft.search_space.metrics.base import DOMAIN, PREDICTION, PREDICTIONS, TARGET, TARGETS
 from autopeft.search_space.problem import Problem, declared_costs
 from autopeft.search_space.spaces.rules import ALL_BASELINES, RULES
@@ -73,8 +75,14 @@ def check(
         try:
             own[name] = metric.loaded(settings.folder)
             _try(own[name], settings, splits)
+            if splits is not None and isinstance(metric, LmEval):
+                splits = with_documents(splits, [metric], settings.folder)
+        except MissingPackageError as error:
+            lacking = settings.render(("metrics", name), str(error))
         except MetricError as error:
             problems.append(settings.render(("metrics", name), str(error)))
+        except DataError as error:
+            problems += [settings.render(("metrics", name), problem) for problem in error.problems]
     problems += _by_domain_problems(settings, splits, own)
     try:
         labels = splits.labels if splits else None
@@ -95,6 +103,9 @@ def check(
         try:
             splits = _encoded(settings, splits, model, progress)
             problems += _texts_problems(settings, splits, own, model)
+            found, warnings = _request_problems(settings, splits, own, model)
+            problems += found
+            splits = replace(splits, warnings=(*splits.warnings, *warnings))
         except DataError as error:
             problems += [settings.render(("data",), problem) for problem in error.problems]
         except ModelError as error:
@@ -252,6 +263,21 @@ def _lacking_package(settings: StudyFile) -> str | None:
         except MissingPackageError as error:
             return settings.render(place, str(error))
     return None
+
+
+def _request_problems(
+    settings: StudyFile, splits: Splits, own: Mapping[str, UserDefined], model: Any
+) -> tuple[list[str], list[str]]:
+    """Return the problems and the warnings of the requests of lm-eval's tasks. `splits`: with their encoded rows."""
+    problems, warnings = [], []
+    assert splits.encoded is not None
+    for name in splits.documents:
+        try:
+            (requests,) = requests_of(splits, [own[name]], splits.encoded.task, model)
+            warnings += [settings.render(("metrics", name), what) for what in requests.warnings()]
+        except DataError as error:
+            problems += [settings.render(("metrics", name), problem) for problem in error.problems]
+    return problems, warnings
 
 
 def _texts_problems(settings: StudyFile, splits: Splits, own: Mapping[str, UserDefined], model: Any) -> Iterator[str]:

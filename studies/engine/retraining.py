@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autopeft.evaluators.base import Outcome, Request
-from autopeft.search_space.metrics import ALWAYS, OfTexts
+from autopeft.search_space.metrics import ALWAYS, LmEval, OfTexts
 from autopeft.search_space.problem import METRICS
 from autopeft.studies.engine.session import inputs_checked
 from autopeft.studies.errors import ConfigurationError, UserError
@@ -44,6 +44,7 @@ def retrain(
     from autopeft.evaluators.backbones import load_backbone
     from autopeft.evaluators.data.retained import with_retained
     from autopeft.evaluators.data.splits import load_splits
+    from autopeft.evaluators.harness.documents import with_documents
     from autopeft.evaluators.texts import Generation
     from autopeft.evaluators.training.train import TrainEvaluator
 
@@ -55,7 +56,7 @@ def retrain(
             " and permit it with --trust-code, best in a container without secrets and without a network"
         )
     if recipe.metrics and not trust_code:
-        named = ", ".join(f"{name} ({own.function})" for name, own in recipe.metrics.items())
+        named = ", ".join(f"{name} ({own.place})" for name, own in recipe.metrics.items())
         raise ConfigurationError(
             f"the recipe has user-defined metrics, {named}, whose code is in {recipe.data.folder} or an installed "
             "package. Read the code, then permit it with --trust-code"
@@ -70,6 +71,8 @@ def retrain(
         if recipe.forgetting is not None:
             retained = recipe.forgetting.for_loading()
             splits = with_retained(splits, retained, recipe.data.for_loading(), recipe.task)
+        tasks = [metric for metric in own.values() if isinstance(metric, LmEval)]
+        splits = with_documents(splits, tasks, Path(recipe.data.folder))
         for what in ("labels", "domains"):  # outputs and routers identify them by their positions
             wanted, found = getattr(recipe, what), getattr(splits, what)
             if wanted is not None and found != wanted:

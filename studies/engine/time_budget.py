@@ -78,10 +78,18 @@ class Pace:
         row_s = found.scores_s / evaluator.training(candidate).batch_size
         length = fmean(evaluator.lengths["train"])
 
+        def documents_s(split: str) -> float:
+            return sum(
+                row_s * sum(evaluator.lengths[each.key(split)]) / length
+                + found.answer_s.get(each.name, 0.0) * len(each.prompts[split])
+                for each in evaluator.requests
+            )
+
         def scores_s(split: str) -> float:
             # Retained rows are other texts, of other lengths, after which nothing is generated.
             retained = evaluator.lengths[RETAINED[split]] if evaluator.forgetting is not None else ()
-            return row_s * sum(retained) / length + (row_s + found.text_s) * len(evaluator.examples[split])
+            own_s = (row_s + found.text_s) * len(evaluator.examples[split])
+            return row_s * sum(retained) / length + own_s + documents_s(split)
 
         return cls(
             step_s=found.step_s,
@@ -89,7 +97,7 @@ class Pace:
             validation_s=scores_s("validation"),
             test_s=scores_s("test"),
             texts_s=found.text_s * len(evaluator.examples["validation"]),
-            rung_s=found.text_s * len(evaluator.rung_examples),
+            rung_s=found.text_s * len(evaluator.rung_examples) + documents_s("validation"),
             at_rungs=evaluator.generation.at_rungs,
             spread=found.spread,
             share=found.share,

@@ -325,7 +325,7 @@ def _trainer(recipe: Recipe) -> tuple[dict[str, str], str]:
     reported = dict.fromkeys([*(metric.name for metric in ALWAYS), *recipe.measured])
     found = [metric for metric in recipe.metrics_by_name().qualities(reported) if metric != LOSS]
     computed = {metric.name: metric.expression for metric in found if metric.expression}
-    own = {name: f"the study's own {name} ({metric.function})" for name, metric in recipe.metrics.items()}
+    own = {name: f"the study's own {name} ({metric.place})" for name, metric in recipe.metrics.items()}
     others = {metric.name: metric.name for metric in found if not metric.expression}
     missing = f" It does not compute {', '.join((others | own).values())}." if others or own else ""
     opening = {

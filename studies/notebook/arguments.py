@@ -214,6 +214,10 @@ def _make_absolute(settings: dict[str, Any], tables: Tables) -> None:
         values = settings.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str) and values[key] not in tables.files:
             values[key] = _absolute(values[key])
+    own = settings.get("metrics")
+    for values in own.values() if isinstance(own, dict) else ():
+        if isinstance(values, dict) and isinstance(values.get("folder"), str):
+            values["folder"] = _absolute(values["folder"])
     tracking = settings.get("tracking")
     for values, key in ((settings, "storage"), (tracking, "uri")):
         if isinstance(values, dict) and isinstance(values.get(key), str):

@@ -223,6 +223,8 @@ def _shown(settings: StudyFile) -> dict[str, Any]:
             shown["data"][split] = str(settings.folder / Path(getattr(settings.data, split)).expanduser())
     if settings.forgetting is not None and settings.forgetting.file is not None:
         shown["forgetting"]["file"] = str(settings.folder / Path(settings.forgetting.file).expanduser())
+    for own in (each for each in (shown["metrics"] or {}).values() if isinstance(each, dict) and each["folder"]):
+        own["folder"] = str(settings.folder / Path(own["folder"]).expanduser())
     return shown
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from autopeft.search_space.architecture import Candidate
 from autopeft.search_space.backbones.backbone import Backbone, Site
@@ -21,6 +21,7 @@ from autopeft.studies.recipes.parts import (
     Difference,
     Measured,
     OwnMetric,
+    OwnTask,
     Provenance,
     RecipeData,
     RecipeGeneration,
@@ -51,8 +52,8 @@ def recipe_of(settings: StudyFile, ledger: Ledger, snapshot: Snapshot, number: i
         seed=entry.runs[0].seed,
         domains=ledger.domains,
         metrics={
-            own.name: OwnMetric(function=own.place, direction="maximise" if own.maximise else "minimise")
-            for own in settings.own_metrics().values()
+            name: _own(settings, name, "maximise" if own.maximise else "minimise")
+            for name, own in settings.own_metrics().items()
         },
         generation=RecipeGeneration(**settings.greedy.deciding) if settings.greedy.deciding else None,
         measured=_measured(snapshot, entry),
@@ -102,6 +103,13 @@ def bare_recipe(
         ),
         **fields,
     )
+
+
+def _own(settings: StudyFile, name: str, direction: Literal["maximise", "minimise"]) -> OwnMetric | OwnTask:
+    given = (settings.metrics or {})[name]
+    if isinstance(given, str):
+        return OwnMetric(function=given, direction=direction)
+    return OwnTask(**given.model_dump(), direction=direction)
 
 
 def _contents(recorded: Mapping[str, Any]) -> Contents | None:

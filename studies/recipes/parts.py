@@ -11,6 +11,7 @@ from autopeft.search_space.metrics import UserDefined, user_defined
 from autopeft.studies.config.earlier import FIRST_TURNS
 from autopeft.studies.config.fingerprint import changes
 from autopeft.studies.config.sections.inputs import DataSettings
+from autopeft.studies.config.sections.lm_eval import LmEvalSettings
 
 if TYPE_CHECKING:
     from autopeft.evaluators import rows
@@ -113,9 +114,29 @@ class OwnMetric(Part):
     function: str
     direction: Literal["maximise", "minimise"] = "maximise"
 
+    @property
+    def place(self) -> str:
+        """The code, for messages."""
+        return self.function
+
     def declared(self, name: str, of_texts: bool = False) -> UserDefined:
         """Return the metric without loading its code. `of_texts`: for a task that generates. Raises MetricError."""
         return user_defined(name, self.function, self.direction == "maximise", of_texts)
+
+
+class OwnTask(LmEvalSettings):
+    """A task of lm-eval as a metric; its folder is relative to that of the data, and may hold code."""
+
+    direction: Literal["maximise", "minimise"] = "maximise"
+
+    @property
+    def place(self) -> str:
+        """The task, for messages."""
+        return f"lm-eval task {self.lm_eval}"
+
+    def declared(self, name: str, of_texts: bool = False) -> UserDefined:
+        """Return the metric without its documents."""
+        return self.metric_of(name, self.direction == "maximise")
 
 
 class RecipeGeneration(Part):

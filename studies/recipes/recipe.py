@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     model_serializer,
     model_validator,
@@ -45,6 +47,7 @@ from autopeft.studies.recipes.parts import (
     Dtype,
     Measured,
     OwnMetric,
+    OwnTask,
     Part,
     Provenance,
     RecipeBackbone,
@@ -126,6 +129,16 @@ def _without_defaults(site: Site) -> dict[str, Any]:
 Spec = Annotated[AdapterSpec, PlainValidator(_spec), PlainSerializer(lambda spec: spec.to_dict())]
 
 
+def _is_task(value: Any) -> bool:
+    return isinstance(value, OwnTask) or (isinstance(value, Mapping) and "lm_eval" in value)
+
+
+Own = Annotated[
+    Annotated[OwnMetric, Tag("OwnMetric")] | Annotated[OwnTask, Tag("OwnTask")],
+    Discriminator(lambda value: "OwnTask" if _is_task(value) else "OwnMetric"),
+]
+
+
 class Recipe(Part):
     """A configuration with everything to rebuild, train and verify it."""
 
@@ -140,7 +153,7 @@ class Recipe(Part):
     training: Annotated[Training, _declared(Training), PlainSerializer(asdict)]
     data: RecipeData
     seed: int = 0
-    metrics: dict[str, OwnMetric] = Field(default_factory=dict)
+    metrics: dict[str, Own] = Field(default_factory=dict)
     generation: RecipeGeneration | None = None
     forgetting: ForgettingSettings | None = None
     measured: dict[str, Measured] = Field(default_factory=dict)
@@ -309,8 +322,12 @@ def _one_line(mapping: Mapping[str, Any]) -> CommentedMap:
 def _problem(source: Source, details: ErrorDetails) -> str:
     location = details["loc"]
     what = details["msg"].removeprefix("Value error, ")
+    own_task = location[:1] == ("metrics",) and location[2:3] == ("OwnTask",)
+    if location[:1] == ("metrics",):  # without the name of the member of the union
+        location = (*location[:2], *location[3:])
     if details["type"] == "extra_forbidden":
         section = _SECTIONS[str(location[0])] if len(location) > 1 else Recipe
+        section = OwnTask if own_task else section
         what = unknown_key(str(location[-1]), section.model_fields)
     elif details["type"] == "missing":
         what = "is missing"

@@ -12,15 +12,16 @@ from autopeft.search_space.metrics import (
     SEPARATOR,
     WORST,
     ByDomain,
+    LmEval,
     Metric,
     MetricError,
     MetricsByName,
     OfTexts,
+    OnOwnRows,
     PassAt1,
     Quality,
     RegexMatch,
     UserDefined,
-    user_defined,
 )
 from autopeft.search_space.problem import COSTS, METRICS
 from autopeft.search_space.spelling import did_you_mean
@@ -46,17 +47,22 @@ def metric_problems(study: StudyFile) -> Iterator[PlacedProblem]:
 def _own_problems(study: StudyFile, declared: dict[str, UserDefined]) -> Iterator[PlacedProblem]:
     """Yield the problems of the user's metrics, and add those without any to `declared`."""
     task = study.task_class
-    for name, place in (study.metrics or {}).items():
+    for name in study.metrics or ():
         if name in METRICS:
             yield ("metrics", name), f"{name!r} is already a metric: choose another name"
             continue
         try:
-            metric = user_defined(name, place, True, task.generates)
+            metric = study.own_metric(name)
         except MetricError as error:
             yield ("metrics", name), str(error)
             continue
         declared[name] = metric
-        if not metric.computable(task.readable()):
+        if isinstance(metric, LmEval):
+            if not task.generates:
+                yield ("metrics", name), "a task of lm-eval needs a language model: set task: causal-lm"
+            elif study.data_settings().domain_field is not None:
+                yield ("metrics", name), "the documents of a task of lm-eval have no domains: leave out data.domain"
+        elif not metric.computable(task.readable()):
             what = f"your own metrics need targets and predictions, which only {' or '.join(_able(metric))} has"
             yield ("metrics", name), what
 
@@ -81,7 +87,7 @@ def _one_problems(place: Keys, named: MetricSettings, metric: Metric, study: Stu
     """Yield the problems of a metric with this name."""
     task = study.task_class
     if isinstance(metric, Quality) and not isinstance(metric.whole, UserDefined):
-        if metric != FORGETTING and not metric.whole.computable(task.readable()):
+        if not isinstance(metric, OnOwnRows) and not metric.whole.computable(task.readable()):
             yield place, f"{metric.name} {_needs(metric.whole, task)}"
         if (named.direction or _direction(metric)) != _direction(metric):
             what = f"a better {metric.name} is {'larger' if metric.maximise else 'smaller'}: leave the direction out"
@@ -98,8 +104,9 @@ def _unknown(place: Keys, name: str, known: MetricsByName, study: StudyFile) -> 
         yield place, f"{name!r} ends without a domain: write the name of one, or {SEPARATOR}{WORST} for the worst one"
     elif separator and whole in COSTS:
         yield place, f"{name!r}: {whole} is a cost, which is the same for all domains"
-    elif separator and whole == FORGETTING.name:
-        yield place, f"{name!r}: {whole} is over all retained rows"
+    elif separator and isinstance(known.get(whole), OnOwnRows):
+        what = "retained rows" if whole == FORGETTING.name else "documents of its task"
+        yield place, f"{name!r}: {whole} is over all {what}"
     elif whole not in known and whole not in (study.metrics or {}):
         names = [*known, *(study.metrics or {})]
         yield place, f"unknown metric {name!r}{did_you_mean(whole if separator else name, names)}"
@@ -142,7 +149,8 @@ def _generation_problems(study: StudyFile, known: MetricsByName) -> Iterator[Pla
     read = {metric.name for _, metric in of_texts if not isinstance(metric, UserDefined)}
     yield from _program_problems(study, next((metric.name for _, metric in of_texts if metric.runs_code), None))
     matching = RegexMatch().name
-    if settings is not None and not read and not (study.metrics and study.task_class.generates):
+    own = any(isinstance(known.get(name), OfTexts) for name in study.metrics or ())
+    if settings is not None and not read and not own:
         names = ", ".join(name for name, metric in QUALITIES.items() if isinstance(metric, OfTexts))
         what = f"has no effect without a metric of texts among the objectives or in report: {names}, or your own"
         yield ("generation",), what

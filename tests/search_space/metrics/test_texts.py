@@ -92,7 +92,7 @@ def test_the_numbers_take_the_place_of_the_texts() -> None:
 
 
 def test_a_missing_package_comes_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autopeft.search_space.metrics.texts.find_spec", lambda name: None)
+    monkeypatch.setattr("autopeft.search_space.metrics.base.find_spec", lambda name: None)
     metric: Any = QUALITIES["rouge-l"]
     assert metric.lacking() == (
         "the metric rouge-l needs the package rouge-score, which is not installed: pip install rouge-score"

@@ -233,7 +233,7 @@ def test_rows_and_positions_are_checked_before_any_training(tmp_path: Path) -> N
 
 def test_a_missing_package_is_told_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = study_in(tmp_path / "study", objectives=["chrf", "num_params"])
-    monkeypatch.setattr("autopeft.search_space.metrics.texts.find_spec", lambda name: None)
+    monkeypatch.setattr("autopeft.search_space.metrics.base.find_spec", lambda name: None)
     what = r"study.yaml:\d+ objectives.0: the metric chrf .*: pip install sacrebleu"
     with pytest.raises(UnusableEnvironmentError, match=what):
         check(load_study(path))
