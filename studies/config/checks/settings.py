@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlparse
 
-from autopeft.search_space.backbones.backbone import ROLES, Backbone, Site
+from autopeft.search_space.backbones.backbone import MOST_LAYERS, ROLES, Backbone, Site
 from autopeft.search_space.declaration import SpaceError
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.studies.config.checks.forgetting import forgetting_problems
@@ -24,8 +24,6 @@ from autopeft.studies.urls import keeps_nothing, located
 #: Genes with these first words have another meaning: "layers.3.on", "training.learning_rate".
 _RESERVED = ("layers", "training")
 _OUTSIDE_LAYERS = ("embed", "backbone", "head")
-#: Layers of the deepest model that is checked without the real one.
-MOST_LAYERS = 256
 _SPLITS = ("train", "validation", "test")
 _EMBEDDED = ("embedded", "embedded-domains", "embedded-functions")
 
