@@ -267,8 +267,8 @@ class AdapterSpec(ABC):
 
         `p`: the slot's tensors in its own size; `moments`: AdamW's first and second moments of the trained ones.
         gradient: [...] of what the forward pass gave to `bank.watch.see`, without the slot dimension and before
-        clipping; None where no slot watches. `notes`: tensors that the type keeps until later steps; they are part of the slot's
-        state, and not of the adapter's.
+        clipping; None where no slot watches. `notes`: tensors that the type keeps until later steps; they are part of
+        the slot's state, and not of the adapter's.
         """
         raise TypeError(f"adapters of kind {self.kind!r} do not implement `after_step`")
 

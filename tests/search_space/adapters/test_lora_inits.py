@@ -251,9 +251,10 @@ def test_merging_an_offset_is_exact_in_double_precision() -> None:
 
 
 def test_the_facts_of_inits_are_those_of_their_rules() -> None:
+    from autopeft.search_space.adapters.flora import OF_WEIGHT
     from autopeft.search_space.runtime.factors import RULES
 
-    assert RULES.keys() == FROM_SITE.keys()
+    assert RULES.keys() == FROM_SITE.keys() | {OF_WEIGHT}, "and that of the fixed factors of flora"
     for init in FROM_SITE:
         spec = Lora(init=init)
         assert replace(spec, init="kaiming").structure() == Lora().structure()
