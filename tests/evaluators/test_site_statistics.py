@@ -16,6 +16,7 @@ from autopeft.evaluators.proxies.supernet import Supernet
 from autopeft.evaluators.site_statistics import STATISTICS, SiteStatistics
 from autopeft.evaluators.tasks import Batch
 from autopeft.search_space.adapters import Dora, Lora
+from autopeft.search_space.adapters.lora import FROM_SITE
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.backbone import Backbone
 from autopeft.search_space.declaration import AdapterChoice
@@ -239,7 +240,7 @@ def test_lora_ga_is_pefts(family: str) -> None:
 
 def test_rows_in_a_pack_train_as_alone(loaded: LoadedBackbone) -> None:  # noqa: F811
     """All inits side by side, with dropout; each evaluator has its own statistics of the same rows."""
-    specs = [Lora(rank=2 + k % 2, dropout=0.2 * (k % 2), init=init) for k, init in enumerate(RULES)]
+    specs = [Lora(rank=2 + k % 2, dropout=0.2 * (k % 2), init=init) for k, init in enumerate(FROM_SITE)]
     wanted = requests([*(at(loaded, spec, 1) for spec in specs), at(loaded, Lora(rank=2), 1)])
     wanted += requests([at(loaded, Dora(rank=2, init="eva"), 1)])
     # The start values cancel up to rounding, which training magnifies.

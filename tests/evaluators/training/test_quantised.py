@@ -17,10 +17,10 @@ from autopeft.evaluators.costs import measurement
 from autopeft.evaluators.quantization import dequantize
 from autopeft.evaluators.training.activations import ActivationCache, fingerprint
 from autopeft.search_space.adapters import Dora, Full, Lora
+from autopeft.search_space.adapters.lora import FROM_SITE
 from autopeft.search_space.architecture import Architecture
 from autopeft.search_space.backbones.linear import weight_of
 from autopeft.search_space.backbones.quantized import is_quantized
-from autopeft.search_space.runtime.factors import RULES
 
 from ...support import conformance
 from ...support.slow import QUICK_FAMILY, mostly_slow
@@ -174,7 +174,7 @@ def test_what_needs_the_weights_in_full_is_refused(loaded: LoadedBackbone) -> No
         alone(loaded).costs(request.candidate, frozenset({"merged_latency_s"}))
 
 
-@pytest.mark.parametrize("init", RULES)
+@pytest.mark.parametrize("init", FROM_SITE)
 def test_inits_read_the_dequantised_weights_and_inputs(
     loaded: LoadedBackbone, folders: dict[str, str], init: str
 ) -> None:
