@@ -105,7 +105,7 @@ def _scores(runs: Sequence[Run], metric: Metric) -> Floats:
 
 def _fronts(scores: Sequence[Floats], params: Sequence[float], spread: SeedSpread | None) -> list[OnFront]:
     means = [float(own.mean()) for own in scores]
-    members = non_dominated([[-mean, size] for mean, size in zip(means, params, strict=True)]) if means else []
+    members = non_dominated(np.column_stack([np.negative(means), params]))
 
     def on_front(i: int) -> OnFront:
         if members[i]:

@@ -102,7 +102,7 @@ def best_rate(runs: Iterable[Run], metric: Metric) -> float | None:
     sign = 1 if metric.maximise else -1
     tuned = [run for run in runs if run.seed == TUNING_SEED and not run.failure]
     ranked = max(tuned, key=lambda run: (sign * run.values[metric.name], -run.learning_rate), default=None)
-    return ranked and ranked.learning_rate
+    return None if ranked is None else ranked.learning_rate
 
 
 @dataclass(slots=True, kw_only=True)
