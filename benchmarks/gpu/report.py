@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{options.file}: {type(problem).__name__}: {problem}", file=sys.stderr)
             return 1
     text = PAGE.read_text(encoding="utf-8")
-    atomic_write_text(PAGE, with_section(text, section(load(RESULTS))))
+    atomic_write_text(PAGE, markdown.with_section(text, BEGIN, END, section(load(RESULTS))))
     return 0
 
 
@@ -80,15 +80,6 @@ def merge(found: KitResults, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps(whole, indent=1) + "\n")
     return path
-
-
-def with_section(page: str, text: str) -> str:
-    """Return the page with `text` between the two marks. Raises ValueError if a mark is missing."""
-    before, mark, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise ValueError(f"{PAGE.name} lacks the marks around this section")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
 def section(cards: Sequence[KitResults]) -> str:

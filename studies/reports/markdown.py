@@ -14,3 +14,12 @@ def table(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
 
 def _line(cells: Sequence[str], space: str) -> str:
     return f"|{space}{f'{space}|{space}'.join(cells)}{space}|"
+
+
+def with_section(page: str, begin: str, end: str, text: str) -> str:
+    """Return the page with `text` between the marks `begin` and `end`. Raises ValueError if a mark is missing."""
+    before, first, rest = page.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise ValueError(f"the page lacks the marks {begin} and {end}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"

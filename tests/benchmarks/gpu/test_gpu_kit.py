@@ -24,6 +24,7 @@ from autopeft.benchmarks.gpu.phases import PHASES
 from autopeft.benchmarks.gpu.phases.step_overhead import TARGETS
 from autopeft.benchmarks.gpu.runner import PhaseResult, run_kit
 from autopeft.search_space.adapters import ADAPTERS
+from autopeft.studies.reports import markdown
 
 ROOT = Path(__file__).resolve().parents[3]
 #: What a bare GPU machine has; `demo` alone needs more.
@@ -287,7 +288,8 @@ def of_a_card(dry_run: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_page_is_what_the_results_say() -> None:
     page = report.PAGE.read_text()
-    assert report.with_section(page, report.section(report.load(report.RESULTS))) == page
+    text = report.section(report.load(report.RESULTS))
+    assert markdown.with_section(page, report.BEGIN, report.END, text) == page
 
 
 def test_without_results_nothing_is_claimed() -> None:

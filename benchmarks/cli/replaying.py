@@ -1,4 +1,4 @@
-"""`perturb`: whether a recorded search proposes the same candidates if the last digits of its losses differ."""
+"""`perturb`, `rungs`: replays of recorded searches, and of recorded trainings under rules for the rungs."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def perturb(
             view.stage(recording.study)
             found.append(replay.stability(recording, by, repeats, lambda: view.advance(1)))
     print_result(as_json, lambda: replay.to_dict(found, by), lambda: replay.to_markdown(found, by))
+
+
+def rungs(
+    table: Annotated[Path | None, typer.Option("--table", help="Table of trainings; default: the shipped one.")] = None,
+    replays: Annotated[int, typer.Option("--replays", min=1, help="Draws of candidates.")] = 300,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay recorded trainings under rules for the rungs: who survives, and what it costs."""
+    from autopeft.benchmarks import rungs as replaying
+    from autopeft.benchmarks.race.table import SHIPPED, read
+
+    found = replaying.summaries(read(table or SHIPPED), replays=replays)
+    print_result(as_json, lambda: replaying.to_dict(found), lambda: replaying.to_markdown(found))
