@@ -34,7 +34,8 @@ class Setting:
         return ", ".join([*parts, *(["every linear"] if self.roles == LINEAR_ROLES else [])])
 
 
-#: Settings by size class of types without a `size_field`; a type that is in neither has one small row.
+#: Settings by size class of types without a `size_field`, or whose size is not what counts; a type that is in neither
+#: has one small row.
 SETTINGS: Mapping[str, Mapping[str, Setting]] = {
     "full": {LARGE: Setting()},
     "c3a": {SMALL: Setting(fields={"block_size": 256}), LARGE: Setting(fields={"block_size": 64})},
@@ -43,6 +44,7 @@ SETTINGS: Mapping[str, Mapping[str, Setting]] = {
         SMALL: Setting(fields={"block_size": 4, "factors": 1}),
         LARGE: Setting(fields={"block_size": 8, "factors": 2}),
     },
+    "mos": {SMALL: Setting(fields={"pool": 8, "rank": 2}), LARGE: Setting()},  # the rank is no number of parameters
     "road": {SMALL: Setting(fields={"variant": 1}), LARGE: Setting(fields={"variant": 4})},
     "beft": {SMALL: Setting(), LARGE: Setting(roles=LINEAR_ROLES)},
     "adapterbias": {SMALL: Setting(), LARGE: Setting(roles=LINEAR_ROLES)},
@@ -89,8 +91,8 @@ class Part:
 
     @property
     def default_kinds(self) -> tuple[str, ...]:
-        """The types that are measured where none are named."""
-        return self.kinds or (HEAD, *ADAPTERS)
+        """The types that are measured where none are named; without those that are made of given LoRAs."""
+        return self.kinds or (HEAD, *(kind for kind in ADAPTERS if not ADAPTERS[kind].takes_given))
 
 
 _HERE = Path(str(files("autopeft.benchmarks.adapters")))

@@ -18,8 +18,8 @@ from autopeft.studies.exporters.peft_config import plan
 from autopeft.studies.exporters.peft_types import PEFT_TYPES
 from autopeft.studies.exporters.peft_types.base import ADAPTER
 from autopeft.studies.exporters.serving import converted, plain, plain_state, remarks_on, served, served_state
-from autopeft.studies.exporters.tensors import tensors_at, values_of
 from autopeft.studies.recipes.recipe import Recipe
+from autopeft.studies.recipes.tensors import tensors_at, values_of
 
 _OTHER_WEIGHTS = (
     f"adapter_config.json names {EMBEDDED_LLM_ORIGIN} as its base model, which everybody can load. The adapter was"

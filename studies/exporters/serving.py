@@ -21,8 +21,8 @@ from autopeft.search_space.backbones.backbone import Site
 from autopeft.search_space.backbones.introspection import UnknownBackboneError, describe
 from autopeft.studies.exporters.base import State
 from autopeft.studies.exporters.peft_types import PEFT_TYPES
-from autopeft.studies.exporters.tensors import values_of
 from autopeft.studies.recipes.recipe import Recipe
+from autopeft.studies.recipes.tensors import values_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from autopeft.search_space.adapters import AdapterSpec
 from autopeft.search_space.sharing import key_of
-from autopeft.studies.exporters.base import State
 from autopeft.studies.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def values_of(recipe: Recipe, state: State) -> Iterator[tuple[str, AdapterSpec, dict[str, Tensor]]]:
+def values_of(recipe: Recipe, state: Mapping[str, Tensor]) -> Iterator[tuple[str, AdapterSpec, dict[str, Tensor]]]:
     """Yield site, adapter and its tensors by name, with those that follow from a key.
 
     Tensors that sites share have the size of the largest site.
@@ -38,7 +37,7 @@ def values_of(recipe: Recipe, state: State) -> Iterator[tuple[str, AdapterSpec, 
         yield name, spec, values
 
 
-def tensors_at(state: State, site: str, kind: str) -> dict[str, Tensor]:
+def tensors_at(state: Mapping[str, Tensor], site: str, kind: str) -> dict[str, Tensor]:
     """Return the tensors of a site and a kind by their own names."""
     prefix = f"{site}/{kind}/"
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
