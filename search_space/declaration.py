@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 from autopeft.search_space.adapters import ADAPTERS, AdapterSpec, Lora, Mixture
-from autopeft.search_space.adapters.flora import OF_WEIGHT, Flora
 from autopeft.search_space.adapters.lora import experts_problem, from_site
 from autopeft.search_space.adapters.mixture import MIXTURE_FIELDS, ROUTER_FIELDS
 from autopeft.search_space.backbones.backbone import Backbone, Site, first_to_run
-from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, without_zero
+from autopeft.search_space.domains import Choice, Domain, Float, Int, Value, listed, without_zero
 from autopeft.search_space.routers import ROUTERS, Router
 from autopeft.search_space.spelling import did_you_mean
 from autopeft.search_space.training import Training
@@ -99,10 +98,8 @@ def _extremes(choice: AdapterChoice) -> tuple[AdapterSpec, AdapterSpec]:
     name = kind.size_field
     if name is None:
         return kind(), kind()
-    domain, init = choice.fields.get(name, getattr(kind(), name)), from_site(choice.fields.get("init"))
-    limits: dict[str, Any] = {"init": init} if init else {}  # such an init limits the rank by the features
-    if choice.kind == Flora.kind and _may_be(choice.fields.get("factors"), OF_WEIGHT):
-        limits["factors"] = OF_WEIGHT
+    limits = kind.strictest({key: listed(setting) for key, setting in choice.fields.items()})
+    domain = choice.fields.get(name, getattr(kind(), name))
     try:
         domain = without_zero(domain if isinstance(domain, Domain) else Choice(choices=(domain,)))
         ends = (min(domain.choices), max(domain.choices)) if isinstance(domain, Choice) else (domain.low, domain.high)
@@ -219,11 +216,6 @@ def _choice_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decl
         yield ("placement",), message
 
 
-def _may_be(setting: Domain | Value | None, value: str) -> bool:
-    """Return whether a field may have this value."""
-    return value in setting.choices if isinstance(setting, Choice) else setting == value
-
-
 def _per_expert_problems(choice: AdapterChoice, key: str) -> Iterator[str]:
     """Yield what is wrong with a field that varies by expert."""
     if choice.kind != Lora.kind or key != Lora.size_field:
@@ -281,7 +273,7 @@ def _router_problems(choice: AdapterChoice, backbone: Backbone) -> Iterator[Decl
                 "only mixtures of experts have this setting: set the number of experts, such as experts: 4",
             )
         return
-    if choice.fields["experts"] != 0 and (init := from_site(choice.fields.get("init"))):
+    if choice.fields["experts"] != 0 and (init := from_site(listed(choice.fields.get("init")))):
         yield ("init",), experts_problem(init)
     routers = _routers(choice)
     heads = choice.fields.get("heads", 1)

@@ -229,6 +229,11 @@ Domain = Float | Int | Choice
 BOOLEAN = Choice(choices=(False, True))
 
 
+def listed(setting: Domain | Value | None) -> tuple[Value | None, ...]:
+    """Return the values of a list, or the setting itself as the only one."""
+    return setting.choices if isinstance(setting, Choice) else (setting,)  # type: ignore[return-value]
+
+
 def without_zero(domain: Domain) -> Domain:
     """Return the domain without 0: the sizes of an adapter that is on. A domain without 0 is returned as it is.
 

@@ -12,7 +12,7 @@ in the docstrings of `AdapterSpec` at every call of every type (tests/support/sh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -88,6 +88,11 @@ class AdapterSpec(ABC):
     def fits(self, site: Site) -> bool:
         """Return whether the adapter can sit at `site`, whose role is one of `roles`."""
         return True
+
+    @classmethod
+    def strictest(cls, offered: Mapping[str, Collection[object]]) -> dict[str, Any]:
+        """Return values of fields, among the offered ones by field, with which it fits at the fewest sites."""
+        return {}
 
     def misfit(self, backbone: Backbone) -> str:
         """Return what the type needs of a site, and the roles of the sites of this model that have it."""

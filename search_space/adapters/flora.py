@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import override
 
@@ -55,6 +56,11 @@ class Flora(LowRank):
     @override
     def canonical(self) -> Flora:
         return self if self.factors == "frozen" else replace(self, factors_key=0)
+
+    @classmethod
+    @override
+    def strictest(cls, offered: Mapping[str, Collection[object]]) -> dict[str, Any]:
+        return {"factors": OF_WEIGHT} if OF_WEIGHT in offered.get("factors", ()) else {}
 
     @override
     def fits(self, site: Site) -> bool:

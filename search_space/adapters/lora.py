@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +17,6 @@ from autopeft.search_space.adapters.base import (
     check_probability,
 )
 from autopeft.search_space.backbones.backbone import LINEAR_ROLES, Site
-from autopeft.search_space.domains import Choice, Domain, Value
 from autopeft.search_space.parameter import Factor, Parameter
 
 if TYPE_CHECKING:
@@ -122,6 +122,12 @@ class Lora(AdapterSpec):
     def nested(self) -> bool:
         return self.init in DRAWN or FROM_SITE[self.init].nested
 
+    @classmethod
+    @override
+    def strictest(cls, offered: Mapping[str, Collection[object]]) -> dict[str, Any]:
+        init = from_site(offered.get("init", ()))
+        return {"init": init} if init else {}
+
     @override
     def fits(self, site: Site) -> bool:
         if self.init in DRAWN:
@@ -217,9 +223,8 @@ def with_offset(p: Values, mask: Tensor | None, scale: Tensor) -> tuple[Tensor, 
     return a, b, scale, None if mask is None else torch.cat([mask, mask], dim=-1)
 
 
-def from_site(init: Domain | Value | None) -> str | None:
+def from_site(values: Iterable[object]) -> str | None:
     """Return the init among the values of the field that reads most of the site; None: none of them reads it."""
-    values = init.choices if isinstance(init, Choice) else (init,)
     found = [value for value in values if isinstance(value, str) and value in FROM_SITE]
     return max(found, key=lambda name: FROM_SITE[name].components, default=None)
 
