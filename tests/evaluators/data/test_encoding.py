@@ -363,5 +363,5 @@ def test_rows_are_encoded_once(tmp_path, monkeypatch):
     known = replace(splits, encoded=encoded)
     assert encode_splits(task(16), known, loaded.model) is encoded
     assert encode_splits(task(8), known, loaded.model) is not encoded
-    assert TrainEvaluator(loaded, "classification", known, 16).examples is encoded.examples
-    assert TrainEvaluator(loaded, "classification", known, 8).examples is not encoded.examples
+    assert TrainEvaluator(loaded, "classification", known, 16).examples["train"] is encoded.examples["train"]
+    assert TrainEvaluator(loaded, "classification", known, 8).examples["train"] is not encoded.examples["train"]
