@@ -101,8 +101,10 @@ def load_splits(data: DataConfig, task: str) -> Splits:
             problems.append(f"data.system: no row has a column {data.system!r}{did_you_mean(data.system, columns)}")
     if problems:
         raise DataError(problems)
-    for split in SPLITS:
-        drawn = _drawn(rows[split], _most_rows(data)[split], kind.labels_of)
+    for split, most in _most_rows(data).items():
+        if most is None:
+            continue
+        drawn = _drawn(rows[split], most, kind.labels_of)
         rows[split] = [rows[split][i] for i in drawn]
         places[split] = [places[split][i] for i in drawn]
         left[split] = [left[split][i] for i in drawn]
@@ -207,8 +209,8 @@ def _too_few(data: DataConfig, labels: Sequence[str], domains: Sequence[str]) ->
             yield f"data.{name}: {most} is too small: each of the {' and '.join(named)} needs a row"
 
 
-def _drawn(rows: list[Row], count: int | None, labels_of: NamesOf) -> list[int]:
-    """Return the sorted positions of `count` random rows, at least one of each label and each domain; None: of all.
+def _drawn(rows: list[Row], count: int, labels_of: NamesOf) -> list[int]:
+    """Return the sorted positions of `count` random rows, at least one of each label and each domain.
 
     The first rows would not do, because a file that is sorted by label starts with few labels.
     """

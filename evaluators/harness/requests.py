@@ -266,10 +266,7 @@ def _encoder(tokenizer: Any) -> Any:
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
             return requests
 
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            raise NotImplementedError
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            raise NotImplementedError
+        # Abstract in lm-eval, and never called: `Documents` refuses the first kind, and `Requests` has the second.
+        loglikelihood_rolling = generate_until = None
 
     return Encoder()
