@@ -15,14 +15,13 @@ from autopeft.search_space.problem import Trial
 from autopeft.studies.analysis.snapshot import Snapshot
 from autopeft.studies.config.loading import load_study
 from autopeft.studies.engine.retraining import retrain
-from autopeft.studies.engine.session import open_ledger, was_started
+from autopeft.studies.engine.session import open_ledger
 from autopeft.studies.exporters import EXPORTERS
 from autopeft.studies.exporters.native import load
 from autopeft.studies.recipes.build import recipe_of
 
 from ...support.tiny_study import LABELS, save_study
-from .test_kills import KilledError, killed_at
-from .test_study import facts, run
+from .test_kills import goes_on, recorded
 
 torch.set_num_threads(1)
 
@@ -48,9 +47,7 @@ STUDY: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Snapshot, list[str]]:
     path = save_study(tmp_path_factory.mktemp("inits"), **STUDY)
-    with killed_at(-1) as made:
-        snapshot = run(load_study(path))
-    return path, snapshot, made
+    return path, *recorded(load_study(path))
 
 
 def inits_of(trial: Trial) -> set[str]:
@@ -69,11 +66,7 @@ def test_the_inits_are_searched(finished: tuple[Path, Snapshot, list[str]]) -> N
 def test_a_kill_changes_nothing(finished: tuple[Path, Snapshot, list[str]], tmp_path: Path) -> None:
     """The statistics are computed again, from the same rows."""
     _, snapshot, made = finished
-    settings = load_study(save_study(tmp_path, **STUDY))
-    with killed_at(len(made) // 2), pytest.raises(KilledError):
-        run(settings)
-    again = run(settings, resume=was_started(settings))
-    assert facts(list(again.trials)) == facts(list(snapshot.trials))
+    goes_on(snapshot, made, len(made) // 2, tmp_path, STUDY)
 
 
 @pytest.mark.parametrize("init", ["pissa", "eva", "lora_ga"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,11 @@ def _counted(write: Callable[..., Any], name: str, made: list[str], last: int) -
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshot, list[str]]:
-    settings = load_study(save_study(tmp_path_factory.mktemp("whole"), **STUDY))
+    return recorded(load_study(save_study(tmp_path_factory.mktemp("whole"), **STUDY)))
+
+
+def recorded(settings: StudyFile) -> tuple[Snapshot, list[str]]:
+    """Run a study to its end; return it with the names of its writes."""
     with killed_at(-1) as made:
         snapshot = run(settings)
     return snapshot, made
@@ -81,8 +85,8 @@ def test_a_kill_anywhere_changes_nothing(whole: tuple[Snapshot, list[str]], tmp_
     goes_on(snapshot, made, len(made) * (2 * part + 1) // 6, tmp_path)
 
 
-def goes_on(snapshot: Snapshot, made: list[str], write: int, folder: Path) -> None:
-    settings = load_study(save_study(folder / str(write), **STUDY))
+def goes_on(snapshot: Snapshot, made: list[str], write: int, folder: Path, study: Mapping[str, Any] = STUDY) -> None:
+    settings = load_study(save_study(folder / str(write), **study))
     killed(settings, write)
     again = run(settings, resume=was_started(settings))
     assert facts(list(again.trials)) == facts(list(snapshot.trials)), f"killed at write {write}, {made[write]}"
